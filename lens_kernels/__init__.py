@@ -1,0 +1,21 @@
+"""Distil language models through the logit lens, without ever holding the logits."""
+
+from lens_kernels.functional import (
+    DistillationOutput,
+    distillation_loss,
+    symmetric_lens_loss,
+)
+from lens_kernels.lens import LensHead, LensNorm
+from lens_kernels.modules import DistillationLoss, SymmetricLensLoss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DistillationLoss",
+    "DistillationOutput",
+    "LensHead",
+    "LensNorm",
+    "SymmetricLensLoss",
+    "distillation_loss",
+    "symmetric_lens_loss",
+]

@@ -1,0 +1,179 @@
+"""The ``torch`` backend: chunks of tokens against the whole vocabulary, nothing computed twice.
+
+For each chunk both models are projected into two tiles of logits; one pointwise pass yields the losses
+and turns the student's tile into its gradient; two products turn that into the gradients of hidden
+states and head. That is ``3 D_s + D_t`` multiplications per token and vocabulary entry, the dense
+floor, while the logits held at any time are the two tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lens_kernels.backends import matmul, tile_pass
+from lens_kernels.call import Evaluation, LossCall
+from lens_kernels.lens import LensHead
+
+
+def evaluate(call: LossCall) -> Evaluation:
+    """Return the rows of the call and the gradients of its loss."""
+    run = _Run(call)
+    for pair in range(len(call.student_hidden)):
+        for rows in run.chunks():
+            run.chunk(pair, rows)
+    return run.result()
+
+
+class _Side:
+    """One model's head, its weight ready to be multiplied."""
+
+    def __init__(self, head: LensHead, call: LossCall, compute: torch.dtype) -> None:
+        self.head = head.prefix(call.spec.vocab_size)
+        self.compute = compute
+        self.rounded_to = call.operand_dtype
+        dtype = call.operand_dtype or head.weight.dtype
+        self.operand = (
+            dtype if matmul.multiplies_natively(dtype, head.weight.device) else compute
+        )
+        self.weight = matmul.as_operand(self.head.weight, self.rounded_to, self.operand)
+
+    def read(
+        self, hidden: Tensor, rows: Tensor | slice, normed: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """Return the chunk as a factor, and what the norm's backward needs."""
+        x = hidden[rows].to(self.compute)
+        saved = None
+        if normed and self.head.norm is not None:
+            x, *statistics = self.head.norm.forward(x)
+            saved = (statistics[0], statistics[1])
+        return matmul.as_operand(x, self.rounded_to, self.operand), saved
+
+
+class _Run:
+    """Buffers and sums of one call."""
+
+    def __init__(self, call: LossCall) -> None:
+        self.call = call
+        weight = call.student_head.weight
+        self.device = weight.device
+        fp64 = torch.float64 in (weight.dtype, call.teacher_head.weight.dtype)
+        self.compute = torch.float64 if fp64 else torch.float32
+        self.student = _Side(call.student_head, call, self.compute)
+        self.teacher = _Side(call.teacher_head, call, self.compute)
+        tokens = call.row_weight.shape[1]
+        self.index = None if call.mask is None else call.mask.nonzero()[:, 0]
+        self.tokens = tokens if self.index is None else self.index.shape[0]
+        self.rows = torch.zeros(call.row_weight.shape, dtype=self.compute, device=self.device)
+
+        # Gradients are made for weights relative to the largest one and scaled once, at the end:
+        # a 1/N inside a 16-bit tile of gradients would flush most of it to zero.
+        largest = call.row_weight.abs().amax() if tokens else call.row_weight.sum()
+        self.largest = torch.where(largest > 0, largest, 1.0).to(self.compute)
+        self.weight = call.row_weight.to(self.compute) / self.largest
+        self.grads = {
+            key: torch.zeros(x.shape, dtype=self.compute, device=self.device)
+            for key, x in call.wanted().items()
+        }
+
+        pairs = len(call.student_hidden)
+        vocab_size = call.spec.vocab_size
+        self.compiled = tile_pass.is_compiled(self.device, pairs * self.tokens * vocab_size)
+        tile = self.student.weight.new_empty(0, dtype=self.compute)
+        bytes_per_row = vocab_size * 2 * tile.element_size()
+        if self.student.operand != self.compute:
+            bytes_per_row += vocab_size * self.student.weight.element_size()
+        limit = max(1, call.spec.workspace_bytes // bytes_per_row)
+        self.chunk_rows = math.ceil(self.tokens / max(1, math.ceil(self.tokens / limit)))
+        self.tiles = [tile.new_empty(self.chunk_rows, vocab_size) for _ in range(2)]
+
+    def chunks(self) -> Iterator[Tensor | slice]:
+        """Yield the rows of each chunk, as a slice or as indices of the unmasked tokens."""
+        for start in range(0, self.tokens, self.chunk_rows or 1):
+            rows = slice(start, min(start + self.chunk_rows, self.tokens))
+            yield rows if self.index is None else self.index[rows]
+
+    def chunk(self, pair: int, rows: Tensor | slice) -> None:
+        """Do all the work of one pair on one chunk."""
+        call = self.call
+        normed = call.spec.normed[pair]
+        x_student, saved = self.student.read(call.student_hidden[pair], rows, normed)
+        x_teacher, _ = self.teacher.read(call.teacher_hidden[pair], rows, normed)
+        zs, zt = (tile[: x_student.shape[0]] for tile in self.tiles)
+        matmul.project(x_student, self.student.weight, zs)
+        matmul.project(x_teacher, self.teacher.weight, zt)
+
+        before_head = {pair} | ({"norm_weight", "norm_bias"} if saved is not None else set())
+        wanted = self.grads.keys() & (before_head | {"weight", "bias"})
+        self.pointwise(pair, rows, zs, zt, want_grad=bool(wanted))
+        grad = zs.to(self.student.operand)
+        if "bias" in wanted:
+            self.grads["bias"][: zs.shape[1]] += zs.sum(0)
+        if "weight" in wanted:
+            d_weight = self.grads["weight"][: zs.shape[1]]
+            matmul.add_head_gradient(grad, x_student, d_weight)
+        if wanted & before_head:
+            d_x = matmul.hidden_gradient(grad, self.student.weight).to(self.compute)
+            self.before_head(pair, rows, d_x, saved)
+
+    def pointwise(
+        self, pair: int, rows: Tensor | slice, zs: Tensor, zt: Tensor, want_grad: bool
+    ) -> None:
+        """Run the pointwise pass over the chunk's tiles in blocks of rows and store the losses."""
+        call = self.call
+        spec = call.spec
+        weight = self.weight[pair][rows]
+        labelled = call.labels is not None and pair == len(call.student_hidden) - 1
+        options = (
+            self.student.head,
+            self.teacher.head,
+            spec.divergences[pair],
+            spec.beta,
+            spec.temperature,
+            want_grad,
+        )
+        step = tile_pass.block_rows(self.device, self.compiled, *zs.shape)
+        losses, cross_entropies = [], []
+        for start in range(0, zs.shape[0], step):
+            block = slice(start, start + step)
+            args = (zs[block], zt[block], weight[block], *options)
+            if labelled:
+                assert call.labels is not None
+                label_args = (call.labels[rows][block], self.weight[-1][rows][block])
+                loss, cross_entropy = tile_pass.run(
+                    self.compiled, tile_pass.tile_pass_with_labels, *args, *label_args
+                )
+                cross_entropies.append(cross_entropy)
+            else:
+                loss = tile_pass.run(self.compiled, tile_pass.tile_pass, *args)
+            losses.append(loss)
+        self.rows[pair, rows] = torch.cat(losses)
+        if labelled:
+            self.rows[-1, rows] = torch.cat(cross_entropies)
+
+    def before_head(
+        self,
+        pair: int,
+        rows: Tensor | slice,
+        grad: Tensor,
+        saved: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        """Carry the gradient of a chunk's factor back through the norm to the hidden state."""
+        if saved is not None:
+            x_hat, rstd = saved
+            if "norm_weight" in self.grads:
+                self.grads["norm_weight"] += (grad * x_hat).sum(0)
+            if "norm_bias" in self.grads:
+                self.grads["norm_bias"] += grad.sum(0)
+            norm = self.student.head.norm
+            assert norm is not None
+            grad = norm.backward(grad, x_hat, rstd)
+        if pair in self.grads:
+            self.grads[pair][rows] = grad
+
+    def result(self) -> Evaluation:
+        """Return the rows, and the sums brought to scale."""
+        return Evaluation(self.rows, {k: g.mul_(self.largest) for k, g in self.grads.items()})

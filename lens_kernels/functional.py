@@ -1,0 +1,380 @@
+"""The public operations. Their docstrings are the full reference; modules only point here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_kernels import autograd, dispatch
+from lens_kernels import validation as check
+from lens_kernels.call import LossCall
+from lens_kernels.lens import LensHead
+from lens_kernels.spec import (
+    Divergence,
+    LossSpec,
+    Reduction,
+    check_beta,
+    check_number,
+    parse_name,
+)
+
+Hidden = Tensor | Sequence[Tensor]
+Head = LensHead | Tensor
+
+
+def symmetric_lens_loss(
+    student_hidden: Hidden,
+    teacher_hidden: Hidden,
+    student_head: Head,
+    teacher_head: Head,
+    *,
+    mask: Tensor | None = None,
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    layer_weights: Sequence[float] | Tensor | None = None,
+    reduction: str = "mean",
+    denominator: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> Tensor:
+    """Compare student and teacher through their logit lenses, without ever holding the logits.
+
+    For every lens pair and token, with ``p`` and ``q`` the teacher's and the student's lens::
+
+        z = softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap) / temperature
+        p = softmax(z_teacher),  q = softmax(z_student),  m = beta p + (1 - beta) q
+
+        jsd         beta KL(p, m) + (1 - beta) KL(q, m)        at most ln 2
+        jeffreys    KL(p, q) + KL(q, p)
+        forward_kl  KL(p, q), the teacher's view
+        reverse_kl  KL(q, p), the student's view
+        tvd         sum |p - q| / 2                            at most 1
+        hellinger   sum (sqrt p - sqrt q)^2 / 2, squared       at most 1
+
+    No factor of temperature squared is applied. Gradients reach the student's hidden states and its
+    head's weight, bias, norm weight and norm bias, each if it requires grad; the teacher gets none.
+    The objective is that of DistillLens, arXiv 2602.13567.
+
+    Args:
+        student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each pair;
+            float32, bfloat16, float16 or float64. All leading dimensions are equal.
+        teacher_hidden: Likewise ``(..., D_t)``, paired with ``student_hidden`` in order.
+        student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
+        teacher_head: Likewise with ``D_t``.
+        mask: ``(...)``, bool or 0/1, shared by all pairs; True tokens count. Others are not computed,
+            whatever they hold. On a GPU a mask costs one synchronisation.
+        divergence: One of the names above.
+        beta: Weight of the teacher in ``m``, in the open interval (0, 1). Only ``jsd`` uses it.
+        temperature: Divides both models' logits; above 0.
+        layer_weights: ``w_l``, one number for each pair, by default ``1 / L``.
+        reduction: ``"mean"``: ``sum_l w_l sum_n mask_n loss_ln / denominator``; ``"sum"``: the same
+            undivided; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
+        denominator: Only with ``"mean"``; by default the number of unmasked tokens of this call, at
+            least 1. Pass the tokens of the whole global batch to make gradient accumulation and data
+            parallelism exact.
+        vocab_size: Number of leading entries that both vocabularies share, over which both softmaxes
+            are then taken. Needed only if the vocabularies differ in size.
+        backend: ``"auto"``, ``"torch"``, or ``"reference"`` (dense, float64, for checking).
+        workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
+            1 GiB elsewhere.
+
+    Returns:
+        In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``.
+
+    Raises:
+        TypeError: A dtype or kind of argument that is not supported.
+        ValueError: A shape, device, name or value that does not fit, before any work is done.
+        RuntimeError: The backend asked for cannot serve these tensors.
+
+    All arithmetic after the inputs is in float32: 16-bit inputs do not round the logits. Results are
+    the same bit for bit from run to run on one machine, except where the device's own matrix
+    products are not.
+
+    Example:
+        >>> import torch
+        >>> from lens_kernels import symmetric_lens_loss
+        >>> student = torch.zeros(2, 3, 8, requires_grad=True)
+        >>> teacher = torch.zeros(2, 3, 16)
+        >>> loss = symmetric_lens_loss(student, teacher, torch.ones(50, 8), torch.ones(50, 16))
+        >>> loss.backward()
+        >>> loss.item(), student.grad.abs().max().item()
+        (0.0, 0.0)
+    """
+    reduce = parse_name(Reduction, "reduction", reduction)
+    if reduce is not Reduction.MEAN and denominator is not None:
+        raise ValueError(f"denominator only goes with reduction='mean', got {reduction!r}")
+    if reduce is Reduction.NONE and layer_weights is not None:
+        raise ValueError("layer_weights do not apply to reduction='none', which weighs nothing")
+    students = check.hidden_list("student_hidden", student_hidden)
+    teachers = check.hidden_list("teacher_hidden", teacher_hidden)
+    kind = parse_name(Divergence, "divergence", divergence)
+    call = _Builder(students, teachers, [], [], student_head, teacher_head, mask, backend)
+    weights = check.pair_weights(layer_weights, len(students), call.device)
+    counted = call.counted()
+    if reduce is Reduction.MEAN:
+        weights = weights / call.denominator(denominator, counted)
+    loss, rows = call.evaluate(
+        row_weight=weights[:, None] * counted,
+        divergences=(kind,) * len(students),
+        beta=beta,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        workspace_bytes=workspace_bytes,
+        deferred=reduce is Reduction.NONE,
+    )
+    if reduce is Reduction.NONE:
+        return call.finish(rows).reshape(len(students), *call.shape)
+    return call.finish(loss)
+
+
+class DistillationOutput(NamedTuple):
+    """What ``distillation_loss`` returns: the loss, and its parts in nats per token, detached.
+
+    ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``; ``per_layer`` is ``(L,)``.
+    """
+
+    loss: Tensor
+    ce: Tensor | None
+    kd: Tensor
+    lens: Tensor | None
+    per_layer: Tensor
+    num_tokens: Tensor
+
+
+def distillation_loss(
+    student_hidden: Hidden,
+    teacher_hidden: Hidden,
+    student_head: Head,
+    teacher_head: Head,
+    *,
+    student_final: Tensor,
+    teacher_final: Tensor,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
+    kd_ratio: float = 1.0,
+    lens_coeff: float = 1.0,
+    final_divergence: str = "reverse_kl",
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    layer_weights: Sequence[float] | Tensor | None = None,
+    denominator: float | Tensor | None = None,
+    vocab_size: int | None = None,
+    backend: str = "auto",
+    workspace_bytes: int | None = None,
+) -> DistillationOutput:
+    """Compute the whole DistillLens objective in one operation, with one head gradient::
+
+        (1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * sum_l w_l D_lens,l)
+
+    Every argument that ``symmetric_lens_loss`` has means the same here.
+
+    Args:
+        student_hidden: Intermediate hidden states, one for each lens pair, read through the head's
+            norm. An empty list (for both models) leaves the lens term out.
+        teacher_hidden: Likewise.
+        student_head: The student's head.
+        teacher_head: The teacher's head.
+        student_final: ``(..., D_s)``, the hidden state that the model itself projects. It is read
+            without the norm: Hugging Face returns it normed already.
+        teacher_final: Likewise ``(..., D_t)``.
+        labels: ``(...)``, ``labels[n]`` being the token that position ``n`` predicts: shifted already.
+            -100 marks positions without one. Cross entropy knows no temperature.
+        mask: Tokens that count, for every term; by default those with a label, or all.
+        kd_ratio: Weight of distillation against cross entropy, in [0, 1].
+        lens_coeff: Weight of the lens term, at least 0.
+        final_divergence: The divergence of the final hidden states.
+        divergence: The divergence of the lens pairs.
+        beta: Weight of the teacher wherever a divergence is ``jsd``.
+        temperature: Divides the logits of both divergences.
+        layer_weights: ``w_l``, by default ``1 / L``.
+        denominator: By default the number of unmasked tokens, and for cross entropy of labelled ones.
+        vocab_size: The shared vocabulary prefix, over which cross entropy is taken too.
+        backend: As for ``symmetric_lens_loss``.
+        workspace_bytes: As for ``symmetric_lens_loss``.
+
+    Returns:
+        A ``DistillationOutput``; only its ``loss`` carries gradients.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As for ``symmetric_lens_loss``.
+    """
+    if not 0.0 <= check_number("kd_ratio", kd_ratio, float("-inf")) <= 1.0:
+        raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}")
+    if check_number("lens_coeff", lens_coeff, float("-inf")) < 0.0:
+        raise ValueError(f"lens_coeff must be at least 0, got {lens_coeff}")
+    if labels is None and kd_ratio < 1.0:
+        raise ValueError(f"kd_ratio={kd_ratio} gives cross entropy a weight: pass labels")
+    students = check.hidden_list("student_hidden", student_hidden, allow_empty=True)
+    teachers = check.hidden_list("teacher_hidden", teacher_hidden, allow_empty=True)
+    finals = (
+        check.hidden_list("student_final", student_final),
+        check.hidden_list("teacher_final", teacher_final),
+    )
+    lens_kind = parse_name(Divergence, "divergence", divergence)
+    final_kind = parse_name(Divergence, "final_divergence", final_divergence)
+    call = _Builder(students, teachers, *finals, student_head, teacher_head, mask, backend)
+    pairs = len(students)
+    call.set_labels(labels, vocab_size, default_mask=mask is None)
+    weights = check.pair_weights(layer_weights, pairs, call.device)
+
+    counted, labelled = call.counted(), call.labelled()
+    tokens = call.denominator(denominator, counted)
+    row_weight = [
+        weights[:, None] * (counted * (kd_ratio * lens_coeff / tokens)),
+        counted[None] * (kd_ratio / tokens),
+    ]
+    if labelled is not None:
+        label_tokens = call.denominator(denominator, labelled)
+        row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
+    loss, rows = call.evaluate(
+        row_weight=torch.cat(row_weight),
+        divergences=(lens_kind,) * pairs + (final_kind,),
+        beta=beta,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        workspace_bytes=workspace_bytes,
+        deferred=False,
+    )
+    rows = rows.detach()
+    means = call.finish((rows[: pairs + 1] * counted).sum(-1) / tokens)
+    per_layer = means[:pairs]
+    return DistillationOutput(
+        loss=call.finish(loss),
+        ce=None if labelled is None else call.finish((rows[-1] * labelled).sum() / label_tokens),
+        kd=means[pairs],
+        lens=(per_layer * weights.detach()).sum() if pairs else None,
+        per_layer=per_layer,
+        num_tokens=counted.sum(),
+    )
+
+
+class _Builder:
+    """Checks the tensors of a call and turns them into a LossCall."""
+
+    def __init__(
+        self,
+        students: list[Tensor],
+        teachers: list[Tensor],
+        student_final: list[Tensor],
+        teacher_final: list[Tensor],
+        student_head: Head,
+        teacher_head: Head,
+        mask: Tensor | None,
+        backend: Any,
+    ) -> None:
+        if len(students) != len(teachers):
+            raise ValueError(
+                "student_hidden and teacher_hidden must pair up:"
+                f" got {len(students)} and {len(teachers)} hidden states"
+            )
+        self.student_head = check.head("student_head", student_head)
+        self.teacher_head = check.head("teacher_head", teacher_head)
+        self.device = self.student_head.weight.device
+        check.check_device("teacher_head.weight", self.teacher_head.weight, self.device)
+        device_type = self.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        self.operand_dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        for name, hidden, head in (
+            ("student_hidden", students, self.student_head),
+            ("teacher_hidden", teachers, self.teacher_head),
+            ("student_final", student_final, self.student_head),
+            ("teacher_final", teacher_final, self.teacher_head),
+        ):
+            head_name = name.split("_")[0] + "_head"
+            check.check_side(name, hidden, head_name, head, autocast)
+        self.normed = (True,) * len(students) + (False,) * len(student_final)
+        self.students, self.teachers = students + student_final, teachers + teacher_final
+        self.shape = check.leading_shape(
+            [(f"student_hidden[{i}]", x) for i, x in enumerate(self.students)]
+            + [(f"teacher_hidden[{i}]", x) for i, x in enumerate(self.teachers)]
+        )
+        self.mask = check.token_mask(mask, self.shape, self.device)
+        self.labels: Tensor | None = None
+        self.has_label: Tensor | None = None
+        if not isinstance(backend, str):
+            raise TypeError(f"backend must be a string, got {type(backend).__name__}")
+        self.backend = dispatch.choose(backend, self.device)
+        self.fp64 = self.backend.differentiable or torch.float64 in (
+            self.student_head.weight.dtype,
+            self.teacher_head.weight.dtype,
+        )
+        self.result_dtype = (
+            torch.float64 if self.student_head.weight.dtype is torch.float64 else torch.float32
+        )
+
+    def set_labels(self, labels: Any, vocab_size: Any, default_mask: bool) -> None:
+        """Take labels, and with ``default_mask`` count the tokens that have one."""
+        if labels is None:
+            return
+        size = check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head)
+        flat = check.token_labels(labels, self.shape, self.device, size)
+        self.has_label = flat != check.IGNORE_INDEX
+        self.labels = flat.clamp(min=0)
+        if default_mask:
+            self.mask = self.has_label
+
+    def counted(self) -> Tensor:
+        """Return 1 for each token that counts and 0 for the others, ``(N,)``."""
+        dtype = torch.float64 if self.fp64 else torch.float32
+        if self.mask is None:
+            return torch.ones(self.shape.numel(), dtype=dtype, device=self.device)
+        return self.mask.to(dtype)
+
+    def labelled(self) -> Tensor | None:
+        """Return 1 for each token that counts and has a label, ``(N,)``."""
+        return None if self.has_label is None else self.counted() * self.has_label
+
+    def denominator(self, value: Any, counted: Tensor) -> Tensor | float:
+        """Return what a sum over tokens is divided by."""
+        if value is None:
+            return counted.sum().clamp(min=1)
+        return check.token_denominator(value, self.device)
+
+    def evaluate(
+        self,
+        *,
+        row_weight: Tensor,
+        divergences: tuple[Divergence, ...],
+        beta: Any,
+        temperature: Any,
+        vocab_size: Any,
+        workspace_bytes: Any,
+        deferred: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(loss, rows)``."""
+        spec = LossSpec(
+            divergences=divergences,
+            normed=self.normed,
+            beta=check_beta(beta),
+            temperature=check_number("temperature", temperature, 0.0),
+            vocab_size=check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head),
+            workspace_bytes=check.workspace(workspace_bytes, self.device),
+        )
+        students, teachers = (
+            [x.reshape(-1, x.shape[-1]) for x in side] for side in (self.students, self.teachers)
+        )
+        grad_mode = torch.is_grad_enabled()
+        reached = [*students, *self.student_head.tensors().values()]
+        call = LossCall(
+            student_hidden=students,
+            teacher_hidden=teachers,
+            student_head=self.student_head,
+            teacher_head=self.teacher_head,
+            mask=self.mask,
+            labels=self.labels,
+            row_weight=row_weight,
+            operand_dtype=self.operand_dtype,
+            spec=spec,
+            needs_grad=[grad_mode and x.requires_grad for x in reached],
+        )
+        return autograd.apply(call, self.backend, deferred)
+
+    def finish(self, value: Tensor) -> Tensor:
+        """Return a result in the dtype that is promised."""
+        return value.to(self.result_dtype)

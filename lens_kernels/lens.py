@@ -1,0 +1,128 @@
+"""A logit lens: the final norm and the vocabulary projection through which a hidden state is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lens_kernels.spec import check_number
+
+NORM_KINDS = ("rms", "layer")
+
+
+@dataclass(frozen=True, eq=False)
+class LensNorm:
+    """A final norm: ``(h - mean) / sqrt(var + eps) * (weight + offset) + bias``.
+
+    ``kind="rms"`` leaves the mean out and takes the mean square for ``var``. ``offset=1`` is
+    Gemma's convention. ``weight=None`` is a norm without a learned scale.
+    """
+
+    kind: str
+    weight: Tensor | None
+    bias: Tensor | None = None
+    eps: float = field(kw_only=True)
+    offset: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check the values that need no other tensor."""
+        if self.kind not in NORM_KINDS:
+            raise ValueError(f"LensNorm.kind={self.kind!r} is unknown; choose 'rms' or 'layer'")
+        check_number("LensNorm.eps", self.eps, -1e-30)
+        check_number("LensNorm.offset", self.offset, float("-inf"))
+
+    def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``(y, x_hat, rstd)``: the result, the normalised rows, and their inverse scale."""
+        if self.kind == "layer":
+            h = h - h.mean(-1, keepdim=True)
+        rstd = (h.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        x_hat = h * rstd
+        y = x_hat if self.weight is None else x_hat * self._scale(x_hat)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)), x_hat, rstd
+
+    def backward(self, grad: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
+        """Return the gradient of the rows from that of the result."""
+        if self.weight is not None:
+            grad = grad * self._scale(grad)
+        inner = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
+        if self.kind == "layer":
+            inner = inner - grad.mean(-1, keepdim=True)
+        return inner * rstd
+
+    def _scale(self, like: Tensor) -> Tensor:
+        assert self.weight is not None
+        return self.weight.to(like.dtype) + self.offset
+
+
+@dataclass(frozen=True, eq=False)
+class LensHead:
+    """A vocabulary head: ``softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap)``.
+
+    ``weight`` is ``(V, D)``; without ``softcap`` the result is ``scale * (...)``. ``norm`` is the
+    model's final norm, applied to intermediate hidden states. Hugging Face returns the final hidden
+    state normed already.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    norm: LensNorm | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values that need no other tensor."""
+        for name in ("weight", "bias"):
+            value = getattr(self, name)
+            if not (isinstance(value, Tensor) or (name == "bias" and value is None)):
+                raise TypeError(f"LensHead.{name} must be a tensor, got {type(value).__name__}")
+        if self.norm is not None and not isinstance(self.norm, LensNorm):
+            raise TypeError(f"LensHead.norm must be a LensNorm, got {type(self.norm).__name__}")
+        check_number("LensHead.scale", self.scale, 0.0)
+        if self.softcap is not None:
+            hint = "; use softcap=None for no cap"
+            check_number("LensHead.softcap", self.softcap, 0.0, hint=hint)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors that are present, by name: those that can take a gradient."""
+        named = {"weight": self.weight, "bias": self.bias}
+        if self.norm is not None:
+            named |= {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def scalars(self) -> list[float]:
+        """Return every other field as floats, so that a custom operator can carry them."""
+        kind, eps, offset = -1, 0.0, 0.0
+        if self.norm is not None:
+            kind, eps, offset = NORM_KINDS.index(self.norm.kind), self.norm.eps, self.norm.offset
+        return [float(self.scale), self.softcap or 0.0, float(kind), float(eps), float(offset)]
+
+    @staticmethod
+    def from_parts(tensors: dict[str, Tensor], scalars: Sequence[float]) -> LensHead:
+        """Rebuild the head that gave ``tensors()`` and ``scalars()``."""
+        scale, softcap, kind, eps, offset = scalars
+        norm = None
+        if kind >= 0:
+            weight, bias = tensors.get("norm_weight"), tensors.get("norm_bias")
+            norm = LensNorm(NORM_KINDS[int(kind)], weight, bias, eps=eps, offset=offset)
+        return LensHead(tensors["weight"], tensors.get("bias"), norm, scale, softcap or None)
+
+    def prefix(self, vocab_size: int) -> LensHead:
+        """Return the head over the first ``vocab_size`` entries, as views."""
+        if vocab_size == self.weight.shape[0]:
+            return self
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias)
+
+    def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
+        """Map raw products ``norm(h) @ weight.T`` to tempered logits; also return ``d logits / dz``."""
+        if self.bias is not None:
+            z = z + self.bias.to(z.dtype)
+        if self.softcap is None:
+            slope = self.scale / temperature
+            return z * slope, slope
+        t = torch.tanh(z * (self.scale / self.softcap))
+        return t * (self.softcap / temperature), (1 - t * t) * (self.scale / temperature)
+

@@ -1,0 +1,131 @@
+"""The dense oracle: every quantity as its definition says, in float64, differentiated by autograd.
+
+It shares nothing with the library: probabilities are formed explicitly, divergences are sums over
+them. Heads are any objects with the attributes of ``lens_kernels.LensHead``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def normalise(h: Tensor, norm: Any) -> Tensor:
+    """Apply a final norm as its paper defines it."""
+    if norm is None:
+        return h
+    if norm.kind == "layer":
+        variance = h.var(-1, unbiased=False, keepdim=True)
+        y = (h - h.mean(-1, keepdim=True)) / torch.sqrt(variance + norm.eps)
+    else:
+        y = h / torch.sqrt((h**2).mean(-1, keepdim=True) + norm.eps)
+    if norm.weight is not None:
+        y = y * (norm.offset + norm.weight.double())
+    return y if norm.bias is None else y + norm.bias.double()
+
+
+def lens_logits(hidden: Tensor, head: Any, normed: bool, vocab_size: int | None) -> Tensor:
+    """Return the logits of a hidden state as the model would compute them, ``(..., V)``."""
+    x = normalise(hidden.double(), head.norm if normed else None)
+    z = x @ head.weight[:vocab_size].double().T
+    if head.bias is not None:
+        z = z + head.bias[:vocab_size].double()
+    z = z * head.scale
+    return z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+
+
+def softmax(z: Tensor) -> Tensor:
+    """Return probabilities along the last dimension."""
+    e = torch.exp(z - z.max(-1, keepdim=True).values)
+    return e / e.sum(-1, keepdim=True)
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """Return KL(a, b) = sum a log(a / b) along the last dimension, with 0 log 0 = 0."""
+    positive = a > 0
+    ratio = torch.where(positive, a, 1.0) / torch.where(positive, b, 1.0)
+    return (a * torch.log(ratio)).sum(-1)
+
+
+def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
+    """Return the named divergence of teacher ``p`` and student ``q``."""
+    if name == "jsd":
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if name == "jeffreys":
+        return kl(p, q) + kl(q, p)
+    if name == "forward_kl":
+        return kl(p, q)
+    if name == "reverse_kl":
+        return kl(q, p)
+    if name == "tvd":
+        return (p - q).abs().sum(-1) / 2
+    if name == "hellinger":
+        # 1 - sum sqrt(p q), the Bhattacharyya form; its gradient is finite where p == q.
+        return ((p + q) / 2 - torch.sqrt(p * q)).sum(-1)
+    raise ValueError(f"unknown divergence {name!r}")
+
+
+def rows(
+    student_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor],
+    student_head: Any,
+    teacher_head: Any,
+    *,
+    divergences: Sequence[str],
+    normed: Sequence[bool],
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    vocab_size: int | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """Return the divergence of each pair and row, and a last row of cross entropy with ``labels``."""
+    values = []
+    for h_s, h_t, name, with_norm in zip(
+        student_hidden, teacher_hidden, divergences, normed, strict=True
+    ):
+        z_s = lens_logits(h_s, student_head, with_norm, vocab_size)
+        with torch.no_grad():
+            p = softmax(lens_logits(h_t, teacher_head, with_norm, vocab_size) / temperature)
+        values.append(divergence(name, p, softmax(z_s / temperature), beta))
+    if labels is not None:
+        values.append(-torch.log(softmax(z_s).gather(-1, labels[..., None])[..., 0]))
+    return torch.stack(values)
+
+
+def lens_loss(
+    student_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor],
+    student_head: Any,
+    teacher_head: Any,
+    *,
+    mask: Tensor | None = None,
+    divergence: str = "jsd",
+    layer_weights: Sequence[float] | None = None,
+    reduction: str = "mean",
+    denominator: float | None = None,
+    **options: Any,
+) -> Tensor:
+    """Return what ``symmetric_lens_loss`` promises, for lists of hidden states."""
+    pairs = len(student_hidden)
+    weights = [1 / pairs] * pairs if layer_weights is None else layer_weights
+    values = rows(
+        student_hidden,
+        teacher_hidden,
+        student_head,
+        teacher_head,
+        divergences=[divergence] * pairs,
+        normed=[True] * pairs,
+        **options,
+    )
+    kept = torch.ones_like(values[0]) if mask is None else mask.double()
+    values = values * kept
+    if reduction == "none":
+        return values
+    total = sum(w * v.sum() for w, v in zip(weights, values, strict=True))
+    if reduction == "sum":
+        return total
+    return total / (max(1.0, kept.sum().item()) if denominator is None else denominator)
