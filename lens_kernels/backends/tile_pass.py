@@ -14,13 +14,14 @@ from lens_kernels import divergence as table
 from lens_kernels.lens import LensHead
 from lens_kernels.spec import Divergence
 
-# A call over at least this many pairs of logits compiles the pass on a CPU: cold that takes about
-# 20 s, and it saves 5 ms per million pairs (2 cores). On other devices eager passes are bound by
-# memory traffic, several times that of the compiled one, and the pass is always compiled.
-CPU_COMPILE_LOGITS = 1 << 26
+# A call over at least this many pairs of logits compiles the pass on a CPU. Measured on 2 cores: once
+# per process compiling takes 6 to 10 s, and it then saves 10 ms per million pairs (one step of 1024
+# tokens over 50k entries: 2.6 instead of 3.1 s). On other devices the eager pass is bound by memory
+# traffic, several times that of the compiled one, and the pass is always compiled.
+CPU_COMPILE_LOGITS = 1 << 25
 # Logits of one eager or compiled step on a CPU, so that its temporaries, or its tiles, stay in cache.
 CPU_EAGER_BLOCK = 1 << 18
-CPU_COMPILED_BLOCK = 1 << 21
+CPU_COMPILED_BLOCK = 1 << 19
 FLOOR = -1e30  # stands for -inf logits, whose differences would be NaN
 
 
