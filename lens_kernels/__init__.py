@@ -7,10 +7,10 @@ from lens_kernels.functional import (
 )
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.modules import DistillationLoss, SymmetricLensLoss
-
-__version__ = "0.1.0"
+from lens_kernels.version import __version__
 
 __all__ = [
+    "__version__",
     "DistillationLoss",
     "DistillationOutput",
     "LensHead",

@@ -1,4 +1,4 @@
-"""The one differentiable operator behind every backend, visible to ``torch.compile`` as one node."""
+"""The one differentiable operator behind every backend; to ``torch.compile`` it is one node."""
 
 from typing import Any, List, Optional, Tuple  # noqa: UP035  torch infers the schema from these
 
@@ -14,9 +14,9 @@ from lens_kernels.spec import Divergence, LossSpec
 def apply(call: LossCall, backend: dispatch.Backend, deferred: bool) -> Tuple[Tensor, Tensor]:  # noqa: UP006
     """Return ``(loss, rows)`` of a call.
 
-    ``loss`` is differentiable, its gradients made together with it. With ``deferred`` it is ``rows``
-    that is differentiable, and the gradients are made in the backward pass, once the weight of each
-    row is known.
+    ``loss`` is differentiable, its gradients made together with it. With ``deferred`` it is
+    ``rows`` that is differentiable, and the gradients are made in the backward pass, once the
+    weight of each row is known.
     """
     if backend.differentiable:
         rows = backend.load().rows(call)
@@ -172,7 +172,7 @@ def _wanting(inputs):
 
 def _backward(ctx, grad_loss, grad_rows, grad_grads):
     needed = ctx.inputs[NEEDS_GRAD]
-    result = [None] * len(ctx.inputs)
+    result: List[Any] = [None] * len(ctx.inputs)  # noqa: UP006
     for i, length in zip(TENSOR_LISTS, ctx.lengths, strict=True):
         result[i] = [None] * length
     upstream = grad_rows if ctx.inputs[DEFERRED] else grad_loss
@@ -207,8 +207,8 @@ lens_loss.register_autograd(_backward, setup_context=_setup_context)
 def scale_gradients(grads: List[Tensor], upstream: Tensor, like: List[Tensor]) -> List[Tensor]:  # noqa: UP006
     """Return ``upstream * grads`` in the dtypes of ``like``.
 
-    Out of place, because the same graph may be differentiated again. ``like`` are the tensors that the
-    gradients belong to: through them a second derivative arrives here, and is refused.
+    Out of place, because the same graph may be differentiated again. ``like`` are the tensors that
+    the gradients belong to: through them a second derivative arrives here, and is refused.
     """
     return [(g * upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
 

@@ -36,9 +36,7 @@ class LossCall:
         """Return the tensors that need a gradient: by pair, or by name for those of the head."""
         named: list[tuple[int | str, Tensor]] = [*enumerate(self.student_hidden)]
         named += self.student_head.tensors().items()
-        return {
-            key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed
-        }
+        return {key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,8 @@
 
 ``f`` sums over the vocabulary to the divergence, and ``h`` gives its gradient with respect to the
 student's (tempered) logits as ``G = h - q * sum(h)``. That form ignores what is added to ``f`` as a
-multiple of ``p - q`` (which sums to 0) and to ``h`` as a multiple of ``q``; both freedoms are used so
-that every term is of second order in ``d = log p - log q``, hence exactly 0 where ``p == q`` and
+multiple of ``p - q`` (which sums to 0) and to ``h`` as a multiple of ``q``; both freedoms are used
+so that every term is of second order in ``d = log p - log q``, hence exactly 0 where ``p == q`` and
 accurate near it.
 """
 
@@ -76,5 +76,5 @@ _TABLE: dict[Divergence, Callable[[Tensor, Tensor, float], Pointwise]] = {
 
 
 def pointwise(divergence: Divergence, lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    """Return ``(f, h)`` of the named divergence from the log-probabilities of teacher and student."""
+    """Return ``(f, h)`` of the named divergence from the teacher's and student's log-probabilities."""
     return _TABLE[divergence](lp, lq, beta)

@@ -61,13 +61,13 @@ def symmetric_lens_loss(
     The objective is that of DistillLens, arXiv 2602.13567.
 
     Args:
-        student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each pair;
-            float32, bfloat16, float16 or float64. All leading dimensions are equal.
+        student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each
+            pair; float32, bfloat16, float16 or float64. All leading dimensions are equal.
         teacher_hidden: Likewise ``(..., D_t)``, paired with ``student_hidden`` in order.
         student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
         teacher_head: Likewise with ``D_t``.
-        mask: ``(...)``, bool or 0/1, shared by all pairs; True tokens count. Others are not computed,
-            whatever they hold. On a GPU a mask costs one synchronisation.
+        mask: ``(...)``, bool or 0/1, shared by all pairs; True tokens count. Others are not
+            computed, whatever they hold. On a GPU a mask costs one synchronisation.
         divergence: One of the names above.
         beta: Weight of the teacher in ``m``, in the open interval (0, 1). Only ``jsd`` uses it.
         temperature: Divides both models' logits; above 0.
@@ -75,10 +75,10 @@ def symmetric_lens_loss(
         reduction: ``"mean"``: ``sum_l w_l sum_n mask_n loss_ln / denominator``; ``"sum"``: the same
             undivided; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
         denominator: Only with ``"mean"``; by default the number of unmasked tokens of this call, at
-            least 1. Pass the tokens of the whole global batch to make gradient accumulation and data
-            parallelism exact.
-        vocab_size: Number of leading entries that both vocabularies share, over which both softmaxes
-            are then taken. Needed only if the vocabularies differ in size.
+            least 1. Pass the tokens of the whole global batch to make gradient accumulation and
+            data parallelism exact.
+        vocab_size: Number of leading entries that both vocabularies share, over which both
+            softmaxes are then taken. Needed only if the vocabularies differ in size.
         backend: ``"auto"``, ``"torch"``, or ``"reference"`` (dense, float64, for checking).
         workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
             1 GiB elsewhere.
@@ -91,8 +91,8 @@ def symmetric_lens_loss(
         ValueError: A shape, device, name or value that does not fit, before any work is done.
         RuntimeError: The backend asked for cannot serve these tensors.
 
-    All arithmetic after the inputs is in float32: 16-bit inputs do not round the logits. Results are
-    the same bit for bit from run to run on one machine, except where the device's own matrix
+    All arithmetic after the inputs is in float32: 16-bit inputs do not round the logits. Results
+    are the same bit for bit from run to run on one machine, except where the device's own matrix
     products are not.
 
     Example:
@@ -168,7 +168,9 @@ def distillation_loss(
     backend: str = "auto",
     workspace_bytes: int | None = None,
 ) -> DistillationOutput:
-    """Compute the whole DistillLens objective in one operation, with one head gradient::
+    """Compute the whole DistillLens objective in one operation, with one head gradient.
+
+    The objective, with the divergences of ``symmetric_lens_loss``::
 
         (1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * sum_l w_l D_lens,l)
 
@@ -183,8 +185,8 @@ def distillation_loss(
         student_final: ``(..., D_s)``, the hidden state that the model itself projects. It is read
             without the norm: Hugging Face returns it normed already.
         teacher_final: Likewise ``(..., D_t)``.
-        labels: ``(...)``, ``labels[n]`` being the token that position ``n`` predicts: shifted already.
-            -100 marks positions without one. Cross entropy knows no temperature.
+        labels: ``(...)``, ``labels[n]`` being the token that position ``n`` predicts: shifted
+            already. -100 marks positions without one. Cross entropy knows no temperature.
         mask: Tokens that count, for every term; by default those with a label, or all.
         kd_ratio: Weight of distillation against cross entropy, in [0, 1].
         lens_coeff: Weight of the lens term, at least 0.
@@ -193,7 +195,8 @@ def distillation_loss(
         beta: Weight of the teacher wherever a divergence is ``jsd``.
         temperature: Divides the logits of both divergences.
         layer_weights: ``w_l``, by default ``1 / L``.
-        denominator: By default the number of unmasked tokens, and for cross entropy of labelled ones.
+        denominator: By default the number of unmasked tokens, and for cross entropy of labelled
+            ones.
         vocab_size: The shared vocabulary prefix, over which cross entropy is taken too.
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.

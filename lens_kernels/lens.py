@@ -1,4 +1,4 @@
-"""A logit lens: the final norm and the vocabulary projection through which a hidden state is read."""
+"""A logit lens: the final norm and vocabulary projection through which a hidden state is read."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ class LensHead:
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
-        """Map raw products ``norm(h) @ weight.T`` to tempered logits; also return ``d logits / dz``."""
+        """Map raw products ``norm(h) @ weight.T`` to tempered logits, and return ``d logits / dz``."""
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
         if self.softcap is None:
@@ -125,4 +125,3 @@ class LensHead:
             return z * slope, slope
         t = torch.tanh(z * (self.scale / self.softcap))
         return t * (self.softcap / temperature), (1 - t * t) * (self.scale / temperature)
-

@@ -81,9 +81,18 @@ class DistillationLoss(nn.Module):
         super().__init__()
         self.options = _options(distillation_loss, options)
 
-    def forward(self, *hidden_and_heads: Any, **per_call: Any) -> DistillationOutput:
-        """Return the output; takes the four positional arguments and the tensors by keyword."""
-        return distillation_loss(*hidden_and_heads, **per_call, **self.options)
+    def forward(
+        self,
+        student_hidden: Any,
+        teacher_hidden: Any,
+        student_head: Any,
+        teacher_head: Any,
+        **per_call: Any,
+    ) -> DistillationOutput:
+        """Return the output; ``per_call`` are the tensors that the function takes by keyword."""
+        return distillation_loss(
+            student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options
+        )
 
     def extra_repr(self) -> str:
         """Show the options."""

@@ -1,4 +1,4 @@
-"""What is computed, as plain values: the names of divergences and reductions, and one frozen spec."""
+"""What is computed, as plain values: names of divergences and reductions, and one frozen spec."""
 
 from __future__ import annotations
 

@@ -20,9 +20,7 @@ def hidden_list(name: str, value: Any, allow_empty: bool = False) -> list[Tensor
     """Return hidden states as a list, each checked to be a dense floating-point tensor."""
     values = [value] if isinstance(value, Tensor) else value
     if not isinstance(values, (list, tuple)):
-        raise TypeError(
-            f"{name} must be a tensor or a list of tensors, got {type(value).__name__}"
-        )
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(value).__name__}")
     if not values and not allow_empty:
         raise ValueError(f"{name} is empty: pass one hidden state for each lens pair")
     for i, x in enumerate(values):
@@ -42,7 +40,7 @@ def check_float(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if hasattr(x, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor: pass {name}.full_tensor() (gather the shards once, before the call)"
+            f"{name} is a DTensor: pass {name}.full_tensor(), gathered once before the call"
         )
     if x.dtype not in FLOATS:
         known = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
@@ -144,9 +142,7 @@ def token_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | N
     return mask.bool().reshape(-1)
 
 
-def token_labels(
-    labels: Any, shape: torch.Size, device: torch.device, vocab_size: int
-) -> Tensor:
+def token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_size: int) -> Tensor:
     """Return the labels as a flat int64 tensor."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")

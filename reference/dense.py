@@ -82,7 +82,7 @@ def rows(
     vocab_size: int | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Return the divergence of each pair and row, and a last row of cross entropy with ``labels``."""
+    """Return each pair's divergence by row, and with ``labels`` a last row of cross entropy."""
     values = []
     for h_s, h_t, name, with_norm in zip(
         student_hidden, teacher_hidden, divergences, normed, strict=True

@@ -1,7 +1,8 @@
-"""The ``reference`` backend: the dense fp64 oracle of ``reference/``, differentiated by autograd."""
+"""The ``reference`` backend: the dense oracle of ``reference/``, differentiated by autograd."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from lens_kernels.call import LossCall
@@ -12,7 +13,9 @@ def rows(call: LossCall) -> Tensor:
     from reference import dense
 
     spec = call.spec
-    kept = slice(None) if call.mask is None else call.mask.nonzero()[:, 0]
+    tokens = call.row_weight.shape[1]
+    every = torch.arange(tokens, device=call.row_weight.device)
+    kept = every if call.mask is None else every[call.mask]
     values = dense.rows(
         [h[kept] for h in call.student_hidden],
         [h[kept].detach() for h in call.teacher_hidden],
@@ -25,6 +28,4 @@ def rows(call: LossCall) -> Tensor:
         vocab_size=spec.vocab_size,
         labels=None if call.labels is None else call.labels[kept],
     )
-    if call.mask is None:
-        return values
     return values.new_zeros(call.row_weight.shape).index_copy(1, kept, values)

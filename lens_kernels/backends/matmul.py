@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Columns of the head that one product covers on a CPU. MKL reaches 175 GFLOP/s on tiles of this width
-# and 120 on the whole vocabulary at once (2 cores, 256 to 512 rows, hidden size 576 to 1600).
+# Columns of the head that one product covers on a CPU. MKL reaches 175 GFLOP/s on tiles of this
+# width and 120 on the whole vocabulary at once (2 cores, 256 to 512 rows, hidden size 576 to 1600).
 CPU_VOCAB_TILE = 768
 HALF = (torch.float16, torch.bfloat16)
 

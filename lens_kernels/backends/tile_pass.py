@@ -14,12 +14,13 @@ from lens_kernels import divergence as table
 from lens_kernels.lens import LensHead
 from lens_kernels.spec import Divergence
 
-# A call over at least this many pairs of logits compiles the pass on a CPU. Measured on 2 cores: once
-# per process compiling takes 6 to 10 s, and it then saves 10 ms per million pairs (one step of 1024
-# tokens over 50k entries: 2.6 instead of 3.1 s). On other devices the eager pass is bound by memory
-# traffic, several times that of the compiled one, and the pass is always compiled.
+# A call over at least this many pairs of logits compiles the pass on a CPU. Measured on 2 cores:
+# once per process compiling takes 6 to 10 s, and it then saves 10 ms per million pairs (one step of
+# 1024 tokens over 50k entries: 2.6 instead of 3.1 s). On other devices the eager pass is bound by
+# memory traffic, several times that of the compiled one, and the pass is always compiled.
 CPU_COMPILE_LOGITS = 1 << 25
-# Logits of one eager or compiled step on a CPU, so that its temporaries, or its tiles, stay in cache.
+# Logits of one eager or compiled step on a CPU, so that its temporaries, or its tiles, stay in
+# cache.
 CPU_EAGER_BLOCK = 1 << 18
 CPU_COMPILED_BLOCK = 1 << 19
 FLOOR = -1e30  # stands for -inf logits, whose differences would be NaN
@@ -28,8 +29,8 @@ FLOOR = -1e30  # stands for -inf logits, whose differences would be NaN
 def log_softmax(u: Tensor) -> Tensor:
     """Return ``log softmax(u)``.
 
-    The normaliser is kept in two parts, maximum and log of sum: one fp32 number near 60 would put an
-    error of 4e-6 into every probability.
+    The normaliser is kept in two parts, maximum and log of sum: one fp32 number near 60 would put
+    an error of 4e-6 into every probability.
     """
     u = u - u.amax(-1, keepdim=True)
     return u - u.exp().sum(-1, keepdim=True).log()
@@ -83,9 +84,7 @@ def tile_pass_with_labels(
         columns = torch.arange(zs.shape[-1], device=zs.device)
         residual = lq.exp() - (columns == labels[:, None]).to(lq.dtype)
         extra = residual * (label_weight[:, None] * slope)
-    loss = tile_pass(
-        zs, zt, weight, student, teacher, divergence, beta, temperature, want_grad
-    )
+    loss = tile_pass(zs, zt, weight, student, teacher, divergence, beta, temperature, want_grad)
     if want_grad:
         zs.add_(extra)
     return loss, cross_entropy

@@ -1,9 +1,9 @@
 """The ``torch`` backend: chunks of tokens against the whole vocabulary, nothing computed twice.
 
-For each chunk both models are projected into two tiles of logits; one pointwise pass yields the losses
-and turns the student's tile into its gradient; two products turn that into the gradients of hidden
-states and head. That is ``3 D_s + D_t`` multiplications per token and vocabulary entry, the dense
-floor, while the logits held at any time are the two tiles.
+For each chunk both models are projected into two tiles of logits; one pointwise pass yields the
+losses and turns the student's tile into its gradient; two products turn that into the gradients of
+hidden states and head. That is ``3 D_s + D_t`` multiplications per token and vocabulary entry, the
+dense floor, while the logits held at any time are the two tiles.
 """
 
 from __future__ import annotations
@@ -36,9 +36,7 @@ class _Side:
         self.compute = compute
         self.rounded_to = call.operand_dtype
         dtype = call.operand_dtype or head.weight.dtype
-        self.operand = (
-            dtype if matmul.multiplies_natively(dtype, head.weight.device) else compute
-        )
+        self.operand = dtype if matmul.multiplies_natively(dtype, head.weight.device) else compute
         self.weight = matmul.as_operand(self.head.weight, self.rounded_to, self.operand)
 
     def read(
