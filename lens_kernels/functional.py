@@ -114,8 +114,8 @@ def symmetric_lens_loss(
     teachers = check.hidden_list("teacher_hidden", teacher_hidden)
     kind = parse_name(Divergence, "divergence", divergence)
     call = _Builder(students, teachers, [], [], student_head, teacher_head, mask, backend)
-    weights = check.pair_weights(layer_weights, len(students), call.device)
     counted = call.counted()
+    weights = check.pair_weights(layer_weights, len(students), call.device, counted.dtype)
     if reduce is Reduction.MEAN:
         weights = weights / call.denominator(denominator, counted)
     loss, rows = call.evaluate(
@@ -224,9 +224,8 @@ def distillation_loss(
     call = _Builder(students, teachers, *finals, student_head, teacher_head, mask, backend)
     pairs = len(students)
     call.set_labels(labels, vocab_size, default_mask=mask is None)
-    weights = check.pair_weights(layer_weights, pairs, call.device)
-
     counted, labelled = call.counted(), call.labelled()
+    weights = check.pair_weights(layer_weights, pairs, call.device, counted.dtype)
     tokens = call.denominator(denominator, counted)
     row_weight = [
         weights[:, None] * (counted * (kd_ratio * lens_coeff / tokens)),

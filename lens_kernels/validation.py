@@ -190,10 +190,10 @@ def shared_vocabulary(vocab_size: Any, student: LensHead, teacher: LensHead) -> 
     return vocab_size
 
 
-def pair_weights(value: Any, pairs: int, device: torch.device) -> Tensor:
-    """Return the weights of the lens pairs, ``1 / pairs`` by default."""
+def pair_weights(value: Any, pairs: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return the weights of the lens pairs in ``dtype``, ``1 / pairs`` by default."""
     if value is None:
-        return torch.full((pairs,), 1.0 / max(1, pairs), device=device)
+        return torch.full((pairs,), 1.0 / max(1, pairs), dtype=dtype, device=device)
     if isinstance(value, Tensor):
         check_float("layer_weights", value)
         check_device("layer_weights", value, device)
@@ -202,7 +202,7 @@ def pair_weights(value: Any, pairs: int, device: torch.device) -> Tensor:
                 f"layer_weights must have shape ({pairs},), one for each lens pair,"
                 f" got {tuple(value.shape)}"
             )
-        return value.float() if value.dtype != torch.float64 else value
+        return value.to(dtype)
     if not isinstance(value, (list, tuple)):
         raise TypeError(
             f"layer_weights must be a list of numbers or a 1-D tensor, got {type(value).__name__}"
@@ -213,7 +213,7 @@ def pair_weights(value: Any, pairs: int, device: torch.device) -> Tensor:
         )
     for i, w in enumerate(value):
         check_number(f"layer_weights[{i}]", w, float("-inf"))
-    return torch.tensor([float(w) for w in value], device=device)
+    return torch.tensor([float(w) for w in value], dtype=dtype, device=device)
 
 
 def token_denominator(value: Any, device: torch.device) -> Tensor | float:
@@ -225,7 +225,8 @@ def token_denominator(value: Any, device: torch.device) -> Tensor | float:
                 f" got shape {tuple(value.shape)}"
             )
         # Zero tokens in the whole batch must give 0, as an all-masked call does.
-        return value.to(device).reshape(()).clamp(min=1)
+        value = value.to(device).reshape(())
+        return torch.where(value > 0, value, 1)
     return check_number("denominator", value, 0.0)
 
 

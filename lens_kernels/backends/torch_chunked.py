@@ -69,7 +69,9 @@ class _Run:
 
         # Gradients are made for weights relative to the largest one and scaled once, at the end:
         # a 1/N inside a 16-bit tile of gradients would flush most of it to zero.
-        largest = call.row_weight.abs().amax() if tokens else call.row_weight.sum()
+        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
+        counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
+        largest = counted.abs().amax() if self.tokens else counted.sum()
         self.largest = torch.where(largest > 0, largest, 1.0).to(self.compute)
         self.weight = call.row_weight.to(self.compute) / self.largest
         self.grads = {
