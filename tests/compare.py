@@ -1,0 +1,61 @@
+"""Comparison with a truth, relative to the truth's own largest entry.
+
+An absolute tolerance above the signal lets a gradient of zeros pass. Here zeros have error 1, NaN
+is always a failure, and the truth itself has to be one that shuffled values would not match.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """Return the largest deviation as a fraction of the largest entry of the truth."""
+    assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
+    if truth.numel() == 0:
+        return 0.0
+    actual, truth = actual.detach().double(), truth.detach().double()
+    assert bool(torch.isfinite(truth).all()), "the truth is not finite"
+    if not bool(torch.isfinite(actual).all()):
+        return float("inf")
+    deviation, scale = (actual - truth).abs().max().item(), truth.abs().max().item()
+    if scale == 0.0:
+        return 0.0 if deviation == 0.0 else float("inf")
+    return deviation / scale
+
+
+def assert_close(actual: Tensor | None, truth: Tensor, tolerance: float, name: str = "") -> None:
+    """Fail unless ``relative_error`` of ``actual`` is at most ``tolerance``."""
+    assert actual is not None, f"{name}: nothing to compare"
+    assert 0.0 <= tolerance < 0.1, "a tolerance that zeros could pass is no test"
+    error = relative_error(actual, truth)
+    assert error <= tolerance, f"{name}: relative error {error:.2e} exceeds {tolerance:.0e}"
+
+
+def assert_informative(truth: Tensor, tolerance: float, name: str = "") -> None:
+    """Fail if zeros, or the same values in another order, would pass as the truth."""
+    assert bool((truth != 0).any()), f"{name}: the truth is zero everywhere"
+    for dim, size in enumerate(truth.shape):
+        if size > 1:
+            error = relative_error(truth.roll(1, dim), truth)
+            assert error > 10 * tolerance, f"{name}: insensitive to the order along axis {dim}"
+
+
+def assert_gradients(
+    actual: Mapping[str, Tensor | None],
+    truth: Mapping[str, Tensor | None],
+    tolerance: float,
+    zero: tuple[str, ...] = (),
+) -> None:
+    """Compare named gradients. All must be informative, but those in ``zero``, exactly 0."""
+    assert actual.keys() == truth.keys()
+    for name, expected in truth.items():
+        assert expected is not None, f"{name}: the truth has no gradient"
+        if name in zero:
+            assert actual[name] is not None and not bool(actual[name].any()), f"{name} is not 0"
+            continue
+        assert_informative(expected, tolerance, name)
+        assert_close(actual[name], expected, tolerance, name)

@@ -1,0 +1,75 @@
+"""What the functional tests run over, each entry with the reason for which it is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Every backend that must agree with the oracle. A new one is added here.
+BACKENDS = ["torch"]
+
+DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Leading dimensions, vocabulary, widths of student and teacher, and lens pairs."""
+
+    leading: tuple[int, ...]
+    vocab: int
+    student: int
+    teacher: int
+    pairs: int
+
+    @property
+    def tokens(self) -> int:
+        return torch.Size(self.leading).numel()
+
+
+ODD = Shape((37,), 211, 29, 41, 1)
+BATCH = Shape((5, 7), 97, 33, 17, 2)
+SHAPES = {
+    # Primes: nothing divides a chunk, a tile or a vector. The teacher is wider.
+    "odd": ODD,
+    # Two leading dimensions; as many pairs as neither of them. The teacher is narrower.
+    "batch": BATCH,
+    # Powers of two, as the kernels like them, and far fewer tokens than a chunk holds.
+    "aligned": Shape((4,), 64, 16, 16, 3),
+    # One token: means, sums and chunk arithmetic degenerate.
+    "one_row": Shape((1,), 53, 8, 9, 1),
+    # Two boundaries of the 768-wide columns of a CPU product, and two steps of the pointwise pass.
+    "two_tiles": Shape((2, 167), 1601, 24, 40, 1),
+    # The smallest softmax and the narrowest states.
+    "smallest": Shape((4, 3), 2, 2, 1, 2),
+    # More widths than entries: the head is wide and flat.
+    "wide": Shape((3, 2), 5, 130, 70, 1),
+}
+
+# What a head or a call may have, one at a time, then all at once.
+FEATURES = {
+    "plain": {},
+    "temperature": {"temperature": 2.5},
+    "cold": {"temperature": 0.6},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.4},
+    "softcap": {"softcap": 2.0},
+    "rms": {"norm": "rms"},
+    "rms_offset": {"norm": "rms", "offset": 1.0},
+    "rms_plain": {"norm": "rms", "norm_weight": False},
+    "layer_bias": {"norm": "layer", "norm_bias": True},
+    "everything": {
+        "temperature": 1.7,
+        "bias": True,
+        "scale": 1.3,
+        "softcap": 3.0,
+        "norm": "layer",
+        "norm_bias": True,
+        "offset": 0.5,
+    },
+}
+
+
+def several_chunks(shape: Shape, rows: int = 5) -> int:
+    """Return the ``workspace_bytes`` with which a chunk holds ``rows`` fp32 rows of two tiles."""
+    return rows * shape.vocab * 2 * 4

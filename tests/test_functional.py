@@ -1,0 +1,401 @@
+"""Every backend against the fp64 oracle: values and all gradients, option by option."""
+
+import math
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, symmetric_lens_loss
+from tests.compare import assert_close, assert_gradients, relative_error
+from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, ODD, SHAPES, several_chunks
+from tests.problems import loss_of, make, oracle, ours, plain_torch, related
+
+LOSS, GRADIENT = 1e-6, 1e-5
+
+pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def check(problem, loss_tolerance=LOSS, gradient_tolerance=GRADIENT, zero=(), **options):
+    backend = {k: options.pop(k) for k in ("backend", "workspace_bytes") if k in options}
+    expected, expected_grads = oracle(problem, **options)
+    loss, grads = ours(problem, **options, **backend)
+    assert_close(loss, expected, loss_tolerance, "loss")
+    assert_gradients(grads, expected_grads, gradient_tolerance, zero)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_of_every_divergence_over_several_chunks(backend, feature, divergence):
+    problem = make(BATCH, std=2.0, **FEATURES[feature], divergence=divergence)
+    check(problem, backend=backend, workspace_bytes=several_chunks(BATCH))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(backend, shape, divergence):
+    problem = make(SHAPES[shape], bias=True, divergence=divergence)
+    if shape == "two_tiles" and divergence == "tvd":
+        # Among half a million entries some tie to float32's last digit, where the slope jumps.
+        problem = problem.to(torch.float64)
+    check(problem, backend=backend)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 36, 37, 38])
+def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
+    """One row; a remainder of one; one short of all, all, and more than all."""
+    problem = make(ODD, **FEATURES["everything"])
+    check(problem, backend=backend, workspace_bytes=several_chunks(ODD, rows))
+
+
+def test_a_workspace_too_small_for_one_row_takes_one_row(backend):
+    check(make(ODD), backend=backend, workspace_bytes=1)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_beta_is_the_weight_of_the_teacher(backend, beta):
+    check(make(ODD, std=2.0), backend=backend, beta=beta)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float64_is_computed_in_float64(backend, divergence):
+    problem = make(ODD, std=2.0, **FEATURES["everything"], divergence=divergence)
+    problem = problem.to(torch.float64)
+    check(problem, 1e-13, 1e-12, backend=backend, workspace_bytes=several_chunks(ODD))
+    assert loss_of(symmetric_lens_loss, problem, backend=backend).dtype is torch.float64
+
+
+def test_float64_on_one_side_only(backend):
+    """A float64 teacher makes the arithmetic float64; the result keeps the student's dtype."""
+    problem = make(ODD)
+    teacher = problem.to(torch.float64)
+    problem.teacher_hidden, problem.teacher_head = teacher.teacher_hidden, teacher.teacher_head
+    check(problem, 1e-7, 1e-7, backend=backend)
+    assert loss_of(symmetric_lens_loss, problem, backend=backend).dtype is torch.float32
+
+
+@pytest.mark.parametrize("std", [1.0, 10.0, 30.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
+    """The loss is exact for the inputs as rounded; gradients only bear the rounding of the result.
+
+    At std 30 the products' own float32 rounding, not the inputs', is what the loss can show: there
+    the measure is what float32 torch makes of the same inputs.
+    """
+    problem = related(ODD, std, bias=True, divergence=divergence).to(dtype)
+    expected, expected_grads = oracle(problem)
+    loss, grads = ours(problem, backend=backend, workspace_bytes=several_chunks(ODD))
+    fp32_loss, _ = plain_torch(problem.to(torch.float32))
+    limit = 1e-5 if std < 30 else max(1e-5, 2 * relative_error(fp32_loss, expected))
+    assert loss.dtype is torch.float32
+    assert_close(loss, expected, limit, "loss")
+    assert_gradients(grads, expected_grads, 1e-2)
+    _, rounded = plain_torch(problem)
+    for name, grad in grads.items():
+        assert grad.dtype is dtype
+        same_dtype = relative_error(rounded[name], expected_grads[name])
+        error = relative_error(grad, expected_grads[name])
+        assert error <= same_dtype + 1e-3, f"{name}: {error:.1e}, torch {same_dtype:.1e}"
+
+
+@pytest.mark.parametrize("std", [10.0, 30.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_peaked_distributions(backend, divergence, std):
+    """Logits of 30 to 100 are rounded by 2e-6 to 4e-6 as float32 numbers, before anything is made
+    of them, and that error is a relative one in every probability. So the bound is relative to
+    dense float32 torch, which suffers it too.
+    """
+    problem = related(ODD, std, norm="rms", divergence=divergence)
+    expected, expected_grads = oracle(problem)
+    loss, grads = ours(problem, backend=backend)
+    fp32_loss, fp32_grads = plain_torch(problem)
+    assert_close(loss, expected, max(1e-6, 2 * relative_error(fp32_loss, expected)), "loss")
+    for name, truth in expected_grads.items():
+        limit = max(1e-5, 2 * relative_error(fp32_grads[name], truth))
+        assert_gradients({name: grads[name]}, {name: truth}, limit)
+
+
+@pytest.mark.parametrize("masked_by", ["bool", "int", "float", "half"])
+def test_masks_differ_per_sample(backend, masked_by):
+    dtype = {"bool": torch.bool, "int": torch.int32, "float": torch.float32, "half": torch.float16}[
+        masked_by
+    ]
+    mask = torch.rand(BATCH.leading) < 0.5
+    assert len({tuple(row.tolist()) for row in mask}) == BATCH.leading[0]
+    problem = make(BATCH, **FEATURES["everything"])
+    for reduction in ("mean", "sum"):
+        check(
+            problem,
+            backend=backend,
+            mask=mask.to(dtype),
+            reduction=reduction,
+            workspace_bytes=several_chunks(BATCH, 3),
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_masked_rows_are_inert_whatever_they_hold(backend, garbage, reduction):
+    clean = make(BATCH, norm="rms", bias=True)
+    mask = torch.rand(BATCH.leading) < 0.6
+    dirty = clean.to(torch.float32)
+    with torch.no_grad():
+        for h in (*dirty.student_hidden, *dirty.teacher_hidden):
+            h[~mask] = garbage
+    options = dict(mask=mask, backend=backend, reduction=reduction)
+    upstream = torch.rand(BATCH.pairs, *BATCH.leading) if reduction == "none" else None
+    loss, grads = ours(clean, upstream=upstream, **options)
+    dirty_loss, dirty_grads = ours(dirty, upstream=upstream, **options)
+    assert torch.equal(dirty_loss, loss)
+    for name, grad in grads.items():
+        assert torch.equal(dirty_grads[name], grad), name
+        assert bool(grad.any())
+    for i in range(BATCH.pairs):
+        assert not dirty_grads[f"hidden{i}"][~mask].any()
+        assert bool(dirty_grads[f"hidden{i}"][mask].any())
+    if reduction == "none":
+        assert not dirty_loss[:, ~mask].any()
+
+
+def test_masked_rows_are_inert_under_an_infinite_upstream_gradient(backend):
+    """The root of a row that is 0 because it is masked has an infinite slope."""
+    problem = make(BATCH)
+    mask = torch.rand(BATCH.leading) < 0.6
+    rows = loss_of(symmetric_lens_loss, problem, mask=mask, reduction="none", backend=backend)
+    grads = problem.gradients(rows.sqrt().sum())
+    expected = loss_of(symmetric_lens_loss, problem, reduction="none", backend=backend)
+    truth = problem.gradients(expected[:, mask].sqrt().sum())
+    assert_gradients(grads, truth, 1e-6)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_fully_masked_is_zero_with_zero_gradients(backend, reduction):
+    problem = make(BATCH, **FEATURES["everything"])
+    mask = torch.zeros(BATCH.leading)
+    loss = loss_of(symmetric_lens_loss, problem, mask=mask, reduction=reduction, backend=backend)
+    assert not loss.any()
+    assert loss.requires_grad
+    for name, grad in problem.gradients(loss.sum()).items():
+        assert grad is not None and grad.shape == problem.leaves()[name].shape
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_tokens(backend, reduction):
+    from tests.grids import Shape
+
+    problem = make(Shape((0,), 31, 8, 9, 2), **FEATURES["everything"])
+    loss = loss_of(symmetric_lens_loss, problem, reduction=reduction, backend=backend)
+    assert loss.shape == ((2, 0) if reduction == "none" else ())
+    assert not loss.any()
+    for name, grad in problem.gradients(loss.sum()).items():
+        assert grad.shape == problem.leaves()[name].shape and not grad.any()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_reduction_none_weighs_each_row_by_its_own_upstream_gradient(backend, feature, mask):
+    problem = make(BATCH, std=2.0, **FEATURES[feature])
+    options = {"reduction": "none", "mask": torch.rand(BATCH.leading) < 0.5 if mask else None}
+    upstream = torch.randn(BATCH.pairs, *BATCH.leading)
+    expected, expected_grads = oracle(problem, upstream, **options)
+    options |= {"backend": backend, "workspace_bytes": several_chunks(BATCH)}
+    rows, grads = ours(problem, upstream=upstream, **options)
+    assert rows.shape == (BATCH.pairs, *BATCH.leading) and rows.dtype is torch.float32
+    assert_close(rows, expected, LOSS, "rows")
+    assert_gradients(grads, expected_grads, GRADIENT)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_layer_weights(backend, reduction, kind):
+    problem = make(BATCH)
+    check(problem, backend=backend, reduction=reduction, layer_weights=kind([0.2, 1.5]))
+    check(problem, backend=backend, reduction=reduction, layer_weights=kind([-1.0, 0.5]))
+    check(problem, backend=backend, layer_weights=kind([0.0, 1.0]), zero=("hidden0",))
+
+
+def test_default_layer_weights_average(backend):
+    problem = make(BATCH)
+    each = torch.stack(
+        [
+            symmetric_lens_loss(s, t, problem.student_head, problem.teacher_head, backend=backend)
+            for s, t in zip(problem.student_hidden, problem.teacher_hidden, strict=True)
+        ]
+    )
+    grads = problem.gradients(each.mean())
+    loss, together = ours(problem, backend=backend)
+    assert_close(loss, each.mean(), 1e-6)
+    assert_gradients(together, grads, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "make_denominator", [float, int, torch.tensor, lambda n: torch.tensor([n])]
+)
+def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
+    """Four micro-batches with unequal numbers of tokens, one without any."""
+    problem = make(BATCH, norm="rms", bias=True)
+    mask = torch.rand(BATCH.leading) < 0.5
+    mask[3] = False
+    expected, expected_grads = oracle(problem, mask=mask)
+    denominator = make_denominator(int(mask.sum()))
+    total = torch.zeros(())
+    for part in (slice(0, 1), slice(1, 3), slice(3, 4), slice(4, 5)):
+        total = total + symmetric_lens_loss(
+            [h[part] for h in problem.student_hidden],
+            [h[part] for h in problem.teacher_hidden],
+            problem.student_head,
+            problem.teacher_head,
+            mask=mask[part],
+            denominator=denominator,
+            backend=backend,
+        )
+    assert_close(total, expected, LOSS)
+    assert_gradients(problem.gradients(total), expected_grads, GRADIENT)
+
+
+def test_a_denominator_of_less_than_one_means_the_same_as_number_and_tensor(backend):
+    """Tokens of the global batch over the number of ranks can be less than one."""
+    problem = make(ODD)
+    expected, _ = oracle(problem, denominator=0.5)
+    for denominator in (0.5, torch.tensor(0.5)):
+        loss, _ = ours(problem, denominator=denominator, backend=backend)
+        assert_close(loss, expected, LOSS)
+
+
+def test_a_denominator_of_zero_tokens_gives_zero(backend):
+    problem = make(ODD)
+    options = dict(mask=torch.zeros(ODD.leading), denominator=torch.tensor(0), backend=backend)
+    loss, grads = ours(problem, **options)
+    assert loss == 0 and not any(g.any() for g in grads.values())
+
+
+@pytest.mark.parametrize("vocab", [(97, 97), (97, 120), (120, 97)])
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_vocabulary_prefix(backend, feature, vocab):
+    """Both softmaxes are taken over the prefix, and what lies beyond it gets no gradient."""
+    problem = make(BATCH, **FEATURES[feature])
+    more = make(BATCH, **FEATURES[feature])
+    grown = []
+    for head, other, size in zip(problem.args()[2:], more.args()[2:], vocab, strict=True):
+        extra = size - BATCH.vocab
+        weight = torch.cat([head.weight, other.weight[:extra]]).detach()
+        bias = None
+        if head.bias is not None:
+            bias = torch.cat([head.bias, other.bias[:extra]]).detach()
+            bias.requires_grad_(head.bias.requires_grad)
+        weight.requires_grad_(head.weight.requires_grad)
+        grown.append(LensHead(weight, bias, head.norm, head.scale, head.softcap))
+    problem.student_head, problem.teacher_head = grown
+    prefix = 90
+    check(problem, backend=backend, vocab_size=prefix, workspace_bytes=several_chunks(BATCH))
+    _, grads = ours(problem, vocab_size=prefix, backend=backend)
+    assert not grads["weight"][prefix:].any() and bool(grads["weight"][prefix - 1].any())
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_identical_models_have_divergence_and_gradient_exactly_zero(backend, divergence):
+    problem = make(ODD, std=5.0, **FEATURES["everything"], divergence=divergence)
+    problem.teacher_hidden = [h.detach().clone() for h in problem.student_hidden]
+    problem.teacher_head = problem.student_head
+    loss, grads = ours(problem, backend=backend, workspace_bytes=several_chunks(ODD))
+    assert loss.item() == 0.0
+    for name, grad in grads.items():
+        assert not grad.any(), name
+
+
+def test_self_distillation_gives_the_tied_head_the_student_s_gradient_alone(backend):
+    problem = make(ODD, norm="rms")
+    problem.teacher_hidden = [torch.randn(*ODD.leading, ODD.student)]
+    problem.teacher_head = problem.student_head
+    check(problem, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "value"),
+    [("jsd", math.log(2)), ("tvd", 1.0), ("hellinger", 1.0)],
+)
+def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
+    eye = 100 * torch.eye(6)
+    student, teacher = eye[:3].clone().requires_grad_(), eye[3:]
+    loss = symmetric_lens_loss(
+        student, teacher, torch.eye(6), torch.eye(6), divergence=divergence, backend=backend
+    )
+    assert loss.item() == pytest.approx(value, rel=1e-6)
+    loss.backward()
+    assert bool(torch.isfinite(student.grad).all())
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
+    """Both models put e^-120 on most of the vocabulary: 0 in float32, where 0 log 0 is NaN."""
+    vocab = 2053
+    z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
+    z_s[..., 7], z_t[..., 7] = 0.0, 0.0
+    z_s[..., 9], z_t[..., 9] = torch.randn(2, 5), torch.randn(2, 5)
+    problem = make(ODD)
+    problem.student_hidden, problem.teacher_hidden = [z_s.requires_grad_()], [z_t]
+    eye = torch.eye(vocab)
+    problem.student_head, problem.teacher_head = LensHead(eye), LensHead(eye)
+    problem.options = {"divergence": divergence}
+    check(problem, backend=backend, workspace_bytes=2 * 8 * vocab)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergence):
+    """The truth is the problem without those columns."""
+    problem = make(BATCH, std=2.0, bias=True, norm="layer", temperature=1.5, divergence=divergence)
+    closed = torch.zeros(BATCH.vocab, dtype=torch.bool)
+    closed[[0, 13, 14, BATCH.vocab - 1]] = True
+    small = make(BATCH, **problem.options)
+    small.student_hidden, small.teacher_hidden = problem.student_hidden, problem.teacher_hidden
+    reduced, grown = [], []
+    for head in problem.args()[2:]:
+        grad = head.weight.requires_grad
+        bias = head.bias.detach().masked_fill(closed, -float("inf")).requires_grad_(grad)
+        grown.append(LensHead(head.weight, bias, head.norm))
+        kept = [x.detach()[~closed].requires_grad_(grad) for x in (head.weight, bias)]
+        reduced.append(LensHead(*kept, head.norm))
+    problem.student_head, problem.teacher_head = grown
+    small.student_head, small.teacher_head = reduced
+    expected, expected_grads = oracle(small)
+    loss, grads = ours(problem, backend=backend, workspace_bytes=several_chunks(BATCH))
+    assert_close(loss, expected, LOSS)
+    for name in ("weight", "bias"):
+        assert not grads[name][closed].any()
+        grads[name] = grads[name][~closed]
+    assert_gradients(grads, expected_grads, GRADIENT)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
+    """Student logits a few 1e-4 away from the teacher's: a jsd near 1e-7, which float32 forms by
+    cancellation lose altogether. Rounding of the logits themselves is kept out by an exact head.
+    """
+    vocab, grid = 1024, 2.0**-12
+    z_t = (torch.randn(64, vocab) / grid).round() * grid
+    z_s = z_t + (torch.randn(64, vocab) * 4).round() * grid
+    problem = make(ODD)
+    problem.student_hidden, problem.teacher_hidden = [z_s.requires_grad_()], [z_t]
+    problem.student_head = problem.teacher_head = LensHead(torch.eye(vocab))
+    problem.options = {"divergence": divergence}
+    expected, _ = oracle(problem, reduction="none")
+    loss = loss_of(symmetric_lens_loss, problem, reduction="none", backend=backend)
+    if divergence == "jsd":
+        assert 5e-8 < expected.mean() < 5e-7
+    assert_close(loss.mean(), expected.mean(), 1e-4)
+    assert bool((loss > 0).all()), "a divergence of different models is positive"
+    check(problem, 1e-4, 1e-3, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_never_negative(backend, divergence, dtype):
+    """From almost equal to unrelated models, every row."""
+    problem = make(ODD, std=3.0, divergence=divergence)
+    problem.teacher_head = LensHead(problem.student_head.weight.detach())
+    for distance in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):
+        student = problem.student_hidden[0]
+        problem.teacher_hidden = [(student + distance * torch.randn_like(student)).detach()]
+        rows = loss_of(symmetric_lens_loss, problem.to(dtype), reduction="none", backend=backend)
+        assert rows.min() >= -1e-12
