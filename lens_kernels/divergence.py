@@ -30,7 +30,7 @@ def _jsd(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
     # With m = beta p + (1 - beta) q: log m - log q = relu(d) + l and log p - log m = -relu(-d) - l,
     # where l = log1p(k expm1(-|d|)). Relative accuracy holds from d = 0 to d = +-inf.
     d = lp - lq
-    k = torch.where(d > 0, 1 - beta, beta)
+    k = torch.where(d > 0, d.new_full((), 1 - beta), d.new_full((), beta))  # not as float32
     l = torch.log1p(k * torch.expm1(-d.abs()))  # noqa: E741
     student = (1 - beta) * lq.exp() * (d.clamp(min=0) + l)
     return beta * lp.exp() * (d.clamp(max=0) - l) - student, -student
