@@ -1,0 +1,191 @@
+"""Frozen values of the objective. A difference here changes what is minimised: say so, or undo it.
+
+Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so hidden states are
+logits. Each value is a short sum of logarithms, written beside it; L stands for ln 2.
+"""
+
+import math
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_loss
+from tests.grids import BACKENDS
+
+P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
+
+# Divergence, its options, its value, and its gradient for the student's logits.
+PINNED = {
+    "forward_kl": (  # 1/2 2L + 1/4 L - 1/8 L - 1/8 2L = 7/8 L;  q - p
+        {},
+        0.6065037829899521,
+        (-0.375, -0.125, 0.125, 0.375),
+    ),
+    "reverse_kl": (  # -1/8 2L - 1/8 L + 1/4 L + 1/2 2L = 7/8 L;  q (ln q/p - 7/8 L)
+        {},
+        0.6065037829899521,
+        (-0.2490997680, -0.1624563704, 0.0216608494, 0.3898952891),
+    ),
+    "jeffreys": (  # 7/4 L, no factor of a half;  the sum of the two above
+        {},
+        1.2130075659799042,
+        (-0.6240997680, -0.2874563704, 0.1466608494, 0.7648952891),
+    ),
+    "tvd": (  # (3 + 1 + 1 + 3)/16;  h = q (-1, -1, 1, 1)/2, less q/4
+        {},
+        0.5,
+        (-0.09375, -0.09375, 0.0625, 0.125),
+    ),
+    "hellinger": (  # 1 - (1/4 + sqrt(2)/8 + sqrt(2)/8 + 1/4)
+        {},
+        0.1464466094067262,
+        (-0.0716529131, -0.0350412607, 0.0183058262, 0.0883883476),
+    ),
+    # The mixture is (5, 3, 3, 5)/16: 1/2 ln 8/5 + 1/4 ln 4/3 + 1/8 ln 2/3 + 1/8 ln 2/5
+    "jsd": (
+        {},
+        0.1417028527380231,
+        (-0.0661245990, -0.0341979976, 0.0182474025, 0.0820751942),
+    ),
+    # A quarter of the teacher: (7, 5, 7, 13)/32
+    "jsd of beta 1/4": (
+        {"beta": 0.25},
+        0.1079072963215452,
+        (-0.0561537564, -0.0246094842, 0.0176575837, 0.0631056569),
+    ),
+    # Nine tenths of the teacher: (37, 19, 11, 13)/80
+    "jsd of beta 9/10": (
+        {"beta": 0.9},
+        0.0531504059467182,
+        (-0.0221997972, -0.0138688106, 0.0032546510, 0.0328139568),
+    ),
+}
+
+
+def logits(probabilities, dtype=torch.float64):
+    return torch.tensor([probabilities], dtype=dtype).log()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", PINNED)
+def test_divergence_and_gradient(backend, name, dtype):
+    options, value, gradient = PINNED[name]
+    student = logits(Q, dtype).requires_grad_()
+    eye = torch.eye(4, dtype=dtype)
+    loss = symmetric_lens_loss(
+        student,
+        logits(P, dtype),
+        eye,
+        eye,
+        divergence=name.split()[0],
+        backend=backend,
+        **options,
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx(value, rel=1e-6 if dtype is torch.float32 else 1e-14)
+    assert student.grad[0].tolist() == pytest.approx(
+        gradient, abs=1e-7 if dtype is torch.float32 else 1e-10
+    )
+
+
+@pytest.fixture(params=BACKENDS)
+def forward_kl(request):
+    """The forward KL, whose value is easy to follow, between heads of one's choice."""
+
+    def loss(student, teacher, student_head=None, teacher_head=None, **options):
+        eye = LensHead(torch.eye(4, dtype=torch.float64))
+        heads = student_head or eye, teacher_head or eye
+        options = {"divergence": "forward_kl", "backend": request.param, **options}
+        return symmetric_lens_loss(student, teacher, *heads, **options).item()
+
+    return loss
+
+
+L = math.log(2)
+
+
+def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
+    """At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22."""
+    value = (16 * 4 * L + 4 * 2 * L - 2 * L - 4 * L) / 22
+    assert value == pytest.approx(2.0794415416798357, rel=1e-12)
+    assert forward_kl(logits(Q), logits(P), temperature=0.5) == pytest.approx(value, rel=1e-12)
+
+
+def test_scale_then_softcap_then_temperature(forward_kl):
+    """softcap tanh(scale (h + b) / softcap) / T of one logit against 0: a coin's probability."""
+    h = torch.tensor([[1.0]], dtype=torch.float64)
+    weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    bias = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    student = LensHead(weight, bias, scale=2.0, softcap=4.0)
+    teacher = LensHead(0 * weight)
+    z = 4 * math.tanh(2 * 1.5 / 4) / 3
+    value = -L + math.log1p(math.exp(z)) - z / 2
+    assert value == pytest.approx(0.0870901951, rel=1e-6)
+    assert forward_kl(h, h, student, teacher, temperature=3.0) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("norm", "first", "second"),
+    [
+        # rows (3, 1): mean square 5, mean 2, variance 1
+        (LensNorm("rms", None, eps=0.0), 3 / math.sqrt(5), 1 / math.sqrt(5)),
+        (LensNorm("rms", None, eps=4.0), 1.0, 1 / 3),
+        (LensNorm("layer", None, eps=0.0), 1.0, -1.0),
+        (LensNorm("layer", None, eps=3.0), 0.5, -0.5),
+        (LensNorm("rms", torch.tensor([1.0, 2.0]).double(), eps=4.0, offset=1.0), 2.0, 1.0),
+        (
+            LensNorm("rms", torch.ones(2).double(), torch.tensor([0.0, 1.0]).double(), eps=4.0),
+            1.0,
+            4 / 3,
+        ),
+    ],
+    ids=["rms", "rms_eps", "layer", "layer_eps", "offset", "bias"],
+)
+def test_norms(forward_kl, norm, first, second):
+    h = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
+    eye = torch.eye(2, dtype=torch.float64)
+    z = first - second
+    value = -L + math.log1p(math.exp(z)) - z / 2  # the teacher is a fair coin
+    loss = forward_kl(h, h, LensHead(eye, norm=norm), LensHead(0 * eye))
+    assert loss == pytest.approx(value, rel=1e-12)
+
+
+def test_reductions_and_weights(forward_kl):
+    """Two pairs, one of them perfect; three tokens, one of them masked: 7/8 L a token."""
+    student, teacher = logits(Q).expand(3, 4), logits(P).expand(3, 4)
+    pairs = ([student, teacher], [teacher, teacher])
+    mask = torch.tensor([1, 0, 1])
+    each = 7 / 8 * L
+    for options, value in (
+        ({}, each / 2),
+        ({"reduction": "sum"}, 2 * each / 2),
+        ({"denominator": 5}, 2 * each / 2 / 5),
+        ({"layer_weights": [3.0, 1.0]}, 3 * each),
+    ):
+        assert forward_kl(*pairs, mask=mask, **options) == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_whole_objective(backend):
+    """One lens pair of jsd, a final reverse KL of 7/8 L, and a cross entropy of ln 8 = 3 L."""
+    eye = torch.eye(4, dtype=torch.float64)
+    out = distillation_loss(
+        [logits(Q)],
+        [logits(P)],
+        eye,
+        eye,
+        student_final=logits(Q),
+        teacher_final=logits(P),
+        labels=torch.tensor([1]),
+        kd_ratio=0.75,
+        lens_coeff=2.0,
+        backend=backend,
+    )
+    jsd = PINNED["jsd"][1]
+    assert out.ce.item() == pytest.approx(3 * L, rel=1e-12)
+    assert out.kd.item() == pytest.approx(7 / 8 * L, rel=1e-12)
+    assert out.lens.item() == pytest.approx(jsd, rel=1e-12)
+    value = 0.25 * 3 * L + 0.75 * (7 / 8 * L + 2 * jsd)
+    assert value == pytest.approx(1.1872925018, rel=1e-9)
+    assert out.loss.item() == pytest.approx(value, rel=1e-12)
