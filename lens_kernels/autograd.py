@@ -161,7 +161,7 @@ def _setup_context(ctx, inputs, output):
         saved += [x for i in TENSOR_LISTS for x in inputs[i]]
     else:
         ctx.mark_non_differentiable(rows, *grads)
-        saved = [rows, *grads, *_wanting(inputs)]
+        saved = [rows, inputs[ROW_WEIGHT], *grads, *_wanting(inputs)]
     ctx.save_for_backward(*saved)
 
 
@@ -189,10 +189,10 @@ def _backward(ctx, grad_loss, grad_rows, grad_grads):
             _, _, grads = lens_loss(*inputs)
         upstream = upstream.new_ones(())
     else:
-        rows, *saved = ctx.saved_tensors
+        rows, row_weight, *saved = ctx.saved_tensors
         grads, wanting = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if ctx.needs_input_grad[ROW_WEIGHT]:
-            result[ROW_WEIGHT] = grad_loss * rows
+            (result[ROW_WEIGHT],) = scale_gradients([rows], grad_loss, [row_weight])
     scaled = iter(scale_gradients(grads, upstream, wanting))
     each = [next(scaled) if n else None for n in needed]
     pairs = ctx.lengths[0]
