@@ -1,7 +1,7 @@
-"""The lens term of DistillLens (arXiv 2602.13567) as its published code computes it, for comparison.
+"""The lens term of DistillLens (arXiv 2602.13567) as its published code computes it.
 
-Written afresh from a description of that code, whose three departures from the objective of this
-library are switches, each off by default:
+For comparison only. Written afresh from a description of that code, whose three departures from
+the objective of this library are switches, each off by default:
 
 - ``tiled_mask``: lens logits are laid out sample by sample, layers innermost, but the mask is tiled
   with samples innermost. With more than one sample most rows are masked by another sample's mask.
@@ -59,9 +59,9 @@ def lens_term(
     mask: Tensor,
     quirks: Quirks = OURS,
 ) -> Tensor:
-    """Return the lens term of the objective, averaged over samples, layers and unmasked positions.
+    """Return the lens term of the objective, a mean over samples, layers and unmasked positions.
 
-    Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. Computed in float64.
+    Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. In float64.
     Without an unmasked position the result is 0, where the published code divides 0 by 0.
     """
     samples, layers = student_hidden[0].shape[0], len(student_hidden)

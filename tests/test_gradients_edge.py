@@ -1,0 +1,301 @@
+"""Gradients where things differ from the ordinary: partial, repeated, scaled, odd layouts."""
+
+import itertools
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
+from lens_kernels.backends import torch_chunked
+from tests.compare import assert_close, assert_gradients
+from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, ODD, Shape, several_chunks
+from tests.problems import capture_call, loss_of, make, map_head, oracle, ours
+
+LEAVES = ["hidden0", "hidden1", "weight", "bias", "norm_weight", "norm_bias"]
+
+
+def freeze(problem, wanted):
+    for name, x in problem.leaves().items():
+        x.requires_grad_(name in wanted)
+    return problem
+
+
+SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, n)]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_frozen_sides_in_every_combination(backend, reduction):
+    """What asks for a gradient gets the same one, whoever else asks; the rest gets none."""
+    problem = make(BATCH, **FEATURES["everything"])
+    upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else None
+    options = {"reduction": reduction, "backend": backend, "upstream": upstream}
+    loss, grads = ours(problem, **options)
+    assert set(grads) == set(LEAVES)
+    for wanted in SUBSETS:
+        part, part_grads = ours(freeze(problem, wanted), **options)
+        assert torch.equal(part, loss) and set(part_grads) == wanted
+        for name in wanted:
+            assert_close(part_grads[name], grads[name], 1e-6, f"{name} of {sorted(wanted)}")
+
+
+class Products(TorchDispatchMode):
+    """Counts the multiplications of matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.multiplications = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "addmm_", "bmm", "matmul", "baddbmm"):
+            first, second = args[-2:]
+            self.multiplications += first.numel() * second.shape[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "student_products"),
+    [
+        # The forward needs one product with each head; each kind of gradient one more.
+        ((), 1),
+        (("bias",), 1),
+        (("hidden0", "hidden1"), 2),
+        (("weight",), 2),
+        (("norm_weight",), 2),
+        (("norm_bias",), 2),
+        (("hidden0", "hidden1", "norm_weight", "norm_bias"), 2),
+        (LEAVES, 3),
+    ],
+    ids=lambda x: ",".join(x) if isinstance(x, (tuple, list)) else str(x),
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_work_is_done_only_for_what_is_wanted(monkeypatch, wanted, student_products, masked):
+    problem = freeze(make(BATCH, **FEATURES["everything"]), wanted)
+    mask = torch.rand(BATCH.leading) < 0.5 if masked else None
+    tokens = int(mask.sum()) if masked else BATCH.tokens
+    call = capture_call(monkeypatch, problem, mask=mask, workspace_bytes=several_chunks(BATCH))
+    with Products() as products, torch.no_grad():
+        result = torch_chunked.evaluate(call)
+    assert len(result.grads) == len(wanted)
+    one = BATCH.pairs * tokens * BATCH.vocab
+    expected = one * (student_products * BATCH.student + BATCH.teacher)
+    assert products.multiplications == expected
+
+
+def test_one_of_two_hidden_states(monkeypatch):
+    problem = freeze(make(BATCH), ("hidden1",))
+    call = capture_call(monkeypatch, problem)
+    with Products() as products, torch.no_grad():
+        torch_chunked.evaluate(call)
+    one = BATCH.tokens * BATCH.vocab
+    assert products.multiplications == one * (3 * BATCH.student + 2 * BATCH.teacher)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_gradient_work_without_grad_mode(monkeypatch, context, reduction):
+    problem = make(BATCH, norm="rms")
+    expected = loss_of(symmetric_lens_loss, problem, reduction=reduction)
+    with context():
+        call = capture_call(monkeypatch, problem, reduction=reduction)
+        assert call.needs_grad == [False] * len(problem.leaves())
+        loss = loss_of(symmetric_lens_loss, problem, reduction=reduction)
+    assert not loss.requires_grad and torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_teacher_gets_no_gradient_ever(backend, reduction):
+    problem = make(BATCH, norm="rms", bias=True)
+    teacher = problem.teacher_hidden + list(problem.teacher_head.tensors().values())
+    for x in teacher:
+        x.requires_grad_()
+    loss = loss_of(symmetric_lens_loss, problem, reduction=reduction, backend=backend)
+    loss.sum().backward()
+    assert all(x.grad is None for x in teacher)
+    assert all(x.grad is not None for x in problem.leaves().values())
+    freeze(problem, ())
+    loss = loss_of(symmetric_lens_loss, problem, reduction=reduction, backend=backend)
+    if loss.requires_grad:
+        loss.sum().backward()
+    assert all(x.grad is None for x in teacher)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_second_backward_gives_the_same(reduction):
+    problem = make(BATCH, **FEATURES["everything"])
+    loss = loss_of(symmetric_lens_loss, problem, reduction=reduction)
+    upstream = torch.rand(loss.shape) + 1
+    first = problem.gradients(loss, grad_outputs=upstream, retain_graph=True)
+    kept = {name: g.clone() for name, g in first.items()}
+    second = problem.gradients(loss, grad_outputs=upstream, retain_graph=True)
+    doubled = problem.gradients(loss, grad_outputs=2 * upstream)
+    for name, grad in kept.items():
+        assert torch.equal(first[name], grad) and torch.equal(second[name], grad)
+        assert torch.equal(doubled[name], 2 * grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("upstream", [3.0, -0.25, 0.0, 1e-6])
+def test_a_scalar_upstream_gradient_scales(backend, upstream):
+    problem = make(ODD, bias=True)
+    _, expected = oracle(problem)
+    loss = loss_of(symmetric_lens_loss, problem, backend=backend)
+    grads = problem.gradients(upstream * loss)
+    if upstream == 0.0:
+        assert not any(g.any() for g in grads.values())
+    else:
+        truth = {name: upstream * g for name, g in expected.items()}
+        assert_gradients(grads, truth, 1e-5)
+
+
+def test_an_expanded_upstream_gradient():
+    """The gradient of a sum has stride 0."""
+    problem = make(BATCH)
+    rows = loss_of(symmetric_lens_loss, problem, reduction="none")
+    expected = loss_of(symmetric_lens_loss, problem, reduction="sum", layer_weights=[1.0, 1.0])
+    assert_gradients(problem.gradients(rows.sum()), problem.gradients(expected), 1e-6)
+
+
+def test_one_row_s_upstream_gradient_reaches_that_row_alone():
+    problem = make(BATCH)
+    rows = loss_of(symmetric_lens_loss, problem, reduction="none")
+    grads = problem.gradients(rows[1, 2, 3])
+    assert not grads["hidden0"].any()
+    only = torch.zeros(BATCH.leading, dtype=torch.bool)
+    only[2, 3] = True
+    assert torch.equal(grads["hidden1"].ne(0).any(-1), only)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(backend, divergence, reduction):
+    shape = Shape((2, 2), 7, 3, 4, 2)
+    features = {**FEATURES["everything"], "divergence": divergence, "beta": 0.3}
+    problem = make(shape, **features).to(torch.float64)
+    mask = torch.tensor([[1, 0], [1, 1]])
+    weights = torch.tensor([0.7, 1.1], dtype=torch.float64, requires_grad=reduction != "none")
+
+    def function(h0, h1, weight, bias, norm_weight, norm_bias, layer_weights):
+        norm = LensNorm("layer", norm_weight, norm_bias, eps=1e-3, offset=0.5)
+        head = LensHead(weight, bias, norm, scale=1.3, softcap=3.0)
+        return symmetric_lens_loss(
+            [h0, h1],
+            problem.teacher_hidden,
+            head,
+            problem.teacher_head,
+            mask=mask,
+            layer_weights=None if reduction == "none" else layer_weights,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=several_chunks(shape, 4),
+            **problem.options,
+        )
+
+    assert torch.autograd.gradcheck(function, (*problem.leaves().values(), weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_layer_weights_receive_their_gradient(reduction, dtype):
+    """It is what each pair contributes."""
+    problem = make(BATCH)
+    weights = torch.tensor([0.5, 2.0], dtype=dtype, requires_grad=True)
+    mask = torch.rand(BATCH.leading) < 0.5
+    loss = loss_of(
+        symmetric_lens_loss, problem, layer_weights=weights, mask=mask, reduction=reduction
+    )
+    (3 * loss).backward()
+    rows, _ = oracle(problem, mask=mask, reduction="none")
+    expected = 3 * rows.flatten(1).sum(1) / (mask.sum() if reduction == "mean" else 1)
+    assert weights.grad.dtype is dtype
+    assert_close(weights.grad, expected, 1e-6 if dtype is not torch.bfloat16 else 4e-3)
+    alone = loss_of(symmetric_lens_loss, freeze(problem, ()), layer_weights=weights)
+    alone.backward()
+
+
+@pytest.mark.parametrize(
+    ("of", "reduction"),
+    [
+        ("hidden0", "mean"),
+        ("hidden0", "none"),
+        ("weight", "mean"),
+        ("weight", "none"),
+        ("layer_weights", "mean"),
+    ],
+)
+def test_double_backward_is_refused_clearly(of, reduction):
+    problem = make(BATCH, norm="rms")
+    options = {"reduction": reduction}
+    wanted = problem.leaves()
+    if of == "layer_weights":
+        wanted[of] = options["layer_weights"] = torch.tensor([1.0, 2.0], requires_grad=True)
+    loss = loss_of(symmetric_lens_loss, problem, **options).sum()
+    (grad,) = torch.autograd.grad(loss, wanted[of], create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives only.*backend='reference'"):
+        # Beside something that is differentiable twice, so that nothing else objects.
+        (grad.sum() + problem.student_hidden[0].square().sum()).backward()
+
+
+def test_the_reference_backend_is_differentiable_twice():
+    problem = make(Shape((2,), 5, 3, 3, 1)).to(torch.float64)
+    loss = loss_of(symmetric_lens_loss, problem, backend="reference")
+    grad = torch.autograd.grad(loss, problem.student_hidden[0], create_graph=True)[0]
+    grad.square().sum().backward()
+    assert bool(problem.student_hidden[0].grad.any())
+
+
+def strided(x):
+    """Return the same values, neither contiguous nor with a unit stride anywhere."""
+    wide = torch.zeros(*x.shape[::-1], 2, dtype=x.dtype)
+    view = wide[..., 0].permute(*range(x.dim() - 1, -1, -1))
+    view.copy_(x.detach())
+    assert x.dim() == 1 or not view.is_contiguous()
+    return view.requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_inputs_that_are_not_contiguous(backend, reduction):
+    problem = make(BATCH, **FEATURES["everything"])
+    mask = strided((torch.rand(BATCH.leading) < 0.5).float())
+    expected, expected_grads = oracle(problem, mask=mask, reduction=reduction)
+    problem.student_hidden = [strided(h) for h in problem.student_hidden]
+    problem.teacher_hidden = [strided(h) for h in problem.teacher_hidden]
+    problem.student_head = map_head(problem.student_head, strided)
+    problem.teacher_head = map_head(problem.teacher_head, strided)
+    upstream = torch.ones(()).expand(expected.shape)
+    loss, grads = ours(problem, upstream=upstream, mask=mask, reduction=reduction, backend=backend)
+    assert_close(loss, expected, 1e-6)
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leaves_that_are_views_and_shared(backend):
+    """One hidden state as several pairs, and a slice of one: gradients add up."""
+    base = torch.randn(6, 9, requires_grad=True)
+    teacher = torch.randn(5, 9)
+    head, other = torch.randn(2, 17, 9)
+    pairs = ([base[:5], base[:5], base[1:]], [teacher] * 3, head, other)
+    (grad,) = torch.autograd.grad(symmetric_lens_loss(*pairs, backend=backend), base)
+    truth = symmetric_lens_loss(*pairs, backend="reference")
+    assert_close(grad, torch.autograd.grad(truth, base)[0], 1e-5)
+
+
+def test_results_repeat_bit_for_bit():
+    problem = make(BATCH, **FEATURES["everything"])
+    loss, grads = ours(problem, workspace_bytes=several_chunks(BATCH))
+    again, grads_again = ours(problem, workspace_bytes=several_chunks(BATCH))
+    assert torch.equal(loss, again)
+    assert all(torch.equal(g, grads_again[name]) for name, g in grads.items())
+
+
+def test_float16_gradients_do_not_underflow_in_a_long_batch():
+    """A mean over thousands of tokens: 1/N is applied after the products, not inside them."""
+    problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
+    _, expected = oracle(problem)
+    _, grads = ours(problem)
+    assert_close(grads["weight"], expected["weight"], 2e-3)
