@@ -76,5 +76,5 @@ _TABLE: dict[Divergence, Callable[[Tensor, Tensor, float], Pointwise]] = {
 
 
 def pointwise(divergence: Divergence, lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    """Return ``(f, h)`` of the named divergence from the teacher's and student's log-probabilities."""
+    """Return ``(f, h)`` of the divergence from the log-probabilities of teacher and student."""
     return _TABLE[divergence](lp, lq, beta)

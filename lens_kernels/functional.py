@@ -216,8 +216,8 @@ def distillation_loss(
     students = check.hidden_list("student_hidden", student_hidden, allow_empty=True)
     teachers = check.hidden_list("teacher_hidden", teacher_hidden, allow_empty=True)
     finals = (
-        check.hidden_list("student_final", student_final),
-        check.hidden_list("teacher_final", teacher_final),
+        [check.hidden_state("student_final", student_final)],
+        [check.hidden_state("teacher_final", teacher_final)],
     )
     lens_kind = parse_name(Divergence, "divergence", divergence)
     final_kind = parse_name(Divergence, "final_divergence", final_divergence)
@@ -282,6 +282,7 @@ class _Builder:
         device_type = self.device.type
         autocast = torch.is_autocast_enabled(device_type)
         self.operand_dtype = torch.get_autocast_dtype(device_type) if autocast else None
+        named = []
         for name, hidden, head in (
             ("student_hidden", students, self.student_head),
             ("teacher_hidden", teachers, self.teacher_head),
@@ -290,12 +291,10 @@ class _Builder:
         ):
             head_name = name.split("_")[0] + "_head"
             check.check_side(name, hidden, head_name, head, autocast)
+            named += check.numbered(name, hidden)
         self.normed = (True,) * len(students) + (False,) * len(student_final)
         self.students, self.teachers = students + student_final, teachers + teacher_final
-        self.shape = check.leading_shape(
-            [(f"student_hidden[{i}]", x) for i, x in enumerate(self.students)]
-            + [(f"teacher_hidden[{i}]", x) for i, x in enumerate(self.teachers)]
-        )
+        self.shape = check.leading_shape(named)
         self.mask = check.token_mask(mask, self.shape, self.device)
         self.labels: Tensor | None = None
         self.has_label: Tensor | None = None

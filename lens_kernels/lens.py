@@ -117,7 +117,7 @@ class LensHead:
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
-        """Map raw products ``norm(h) @ weight.T`` to tempered logits, and return ``d logits / dz``."""
+        """Map raw products ``norm(h) @ weight.T`` to tempered logits; return ``d logits / dz`` too."""
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
         if self.softcap is None:

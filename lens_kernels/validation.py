@@ -23,21 +23,28 @@ def hidden_list(name: str, value: Any, allow_empty: bool = False) -> list[Tensor
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {type(value).__name__}")
     if not values and not allow_empty:
         raise ValueError(f"{name} is empty: pass one hidden state for each lens pair")
-    for i, x in enumerate(values):
-        label = name if isinstance(value, Tensor) else f"{name}[{i}]"
-        check_float(label, x)
-        if x.dim() < 2:
-            raise ValueError(
-                f"{label} must have shape (..., D) with at least one leading dimension,"
-                f" got {tuple(x.shape)}"
-            )
-    return list(values)
+    return [
+        hidden_state(name if isinstance(value, Tensor) else f"{name}[{i}]", x)
+        for i, x in enumerate(values)
+    ]
+
+
+def hidden_state(name: str, x: Any) -> Tensor:
+    """Return ``x``, checked to be a dense floating-point tensor ``(..., D)``."""
+    check_float(name, x)
+    if x.dim() < 2:
+        raise ValueError(
+            f"{name} must have shape (..., D) with at least one leading dimension,"
+            f" got {tuple(x.shape)}"
+        )
+    return x
 
 
 def check_float(name: str, x: Any) -> None:
     """Check that ``x`` is a dense tensor of a supported floating-point dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    check_dense(name, x)
     if hasattr(x, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor: pass {name}.full_tensor(), gathered once before the call"
@@ -47,6 +54,13 @@ def check_float(name: str, x: Any) -> None:
         raise TypeError(
             f"{name} must be floating point ({known}), got {str(x.dtype).removeprefix('torch.')}"
         )
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """Check that ``x`` has strides, as sparse and nested tensors do not."""
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one: convert it first")
 
 
 def head(name: str, value: Any) -> LensHead:
@@ -98,8 +112,7 @@ def check_side(
 ) -> None:
     """Check hidden states against the head that reads them."""
     weight = lens_head.weight
-    for i, x in enumerate(hidden):
-        label = name if len(hidden) == 1 else f"{name}[{i}]"
+    for label, x in numbered(name, hidden):
         check_device(label, x, weight.device)
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
@@ -111,6 +124,11 @@ def check_side(
                 f"{label} is {x.dtype} but {head_name}.weight is {weight.dtype}:"
                 " cast one of them, or run under torch.autocast"
             )
+
+
+def numbered(name: str, hidden: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """Return hidden states with the names that messages call them by."""
+    return [(name if len(hidden) == 1 else f"{name}[{i}]", x) for i, x in enumerate(hidden)]
 
 
 def leading_shape(named: Sequence[tuple[str, Tensor]]) -> torch.Size:
@@ -131,6 +149,9 @@ def token_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | N
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor of bool or 0/1, got {type(mask).__name__}")
+    check_dense("mask", mask)
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool or 0/1, got {mask.dtype}")
     if mask.shape != shape:
         raise ValueError(
             f"mask must have the leading shape of the hidden states, {tuple(shape)},"
@@ -146,6 +167,7 @@ def token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_siz
     """Return the labels as a flat int64 tensor."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")
+    check_dense("labels", labels)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
     if labels.shape != shape:
@@ -224,9 +246,14 @@ def token_denominator(value: Any, device: torch.device) -> Tensor | float:
                 f"denominator must be a number or a tensor of one element,"
                 f" got shape {tuple(value.shape)}"
             )
-        # Zero tokens in the whole batch must give 0, as an all-masked call does.
+        if value.is_complex() or value.dtype is torch.bool:
+            raise TypeError(f"denominator must be a real number, got {value.dtype}")
+        if value.device.type != "cpu":
+            check_device("denominator", value, device)
+        check_values("denominator", value >= 0, "must be 0 or more")
         value = value.to(device).reshape(())
-        return torch.where(value > 0, value, 1)
+        # Zero tokens in the whole batch must give 0, as an all-masked call does.
+        return torch.where(value == 0, 1, value)
     return check_number("denominator", value, 0.0)
 
 

@@ -117,8 +117,7 @@ def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
         raise ValueError(
             f"num_pairs must lie in [1, {num_layers - 1}] for {num_layers} blocks, got {num_pairs}"
         )
-    # Half a block is rounded up: Python's round() would take 10.5 down and 17.5 up.
-    return [int(i * num_layers / (num_pairs + 1) + 0.5) for i in range(1, num_pairs + 1)]
+    return [round(i * num_layers / (num_pairs + 1)) for i in range(1, num_pairs + 1)]
 
 
 def check_layers(name: str, layers: list[int], num_layers: int) -> list[int]:

