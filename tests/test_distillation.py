@@ -1,4 +1,4 @@
-"""``distillation_loss`` against its terms computed apart: loss, metrics, and the one head gradient."""
+"""``distillation_loss`` against its terms computed apart: loss, metrics, one head gradient."""
 
 import pytest
 import torch
@@ -268,7 +268,7 @@ def test_16_bit(backend):
 
 
 def test_the_head_gradient_exists_once(backend, monkeypatch):
-    """Four pairs of hidden states and the cross entropy share one accumulator of the head's size."""
+    """Four pairs and the cross entropy share one accumulator of the head's size."""
     problem = Distillation.make(Shape((3, 5), 97, 33, 17, 3))
     finals = {
         "student_final": problem.student_hidden.pop(),
