@@ -21,6 +21,7 @@ from lens_kernels.hf.trainer import LensDistillConfig, LensDistillTrainer
 BLOCK = 128  # tokens of one training example
 HELD_OUT_EVERY = 8  # every eighth topic is kept from training
 EVAL_BATCHES = 6
+LENS_PAIRS = 4
 PROMPT = "The import statement is used to"
 
 
@@ -34,17 +35,19 @@ class _QuietProgress(ProgressCallback):
 
 
 def texts() -> tuple[str, str]:
-    """Return text to train on and held-out text: the help topics of the standard library."""
+    """Return text to train on and held-out text: the help topics of the standard library.
+
+    Topics quote each other, so paragraphs that are trained on leave the held-out text.
+    """
     from pydoc_data.topics import topics
 
     names = sorted(topics)
     held_out = set(names[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
-    parts = (
+    train, held = (
         "\n\n".join(topics[name].strip() for name in names if (name in held_out) == wanted)
         for wanted in (False, True)
     )
-    train, held = parts
-    return train, held
+    return train, "\n\n".join(p for p in held.split("\n\n") if p not in train)
 
 
 def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
@@ -81,10 +84,10 @@ def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], N
         warmup_steps=max(1, steps // 10),
         weight_decay=0.0,
         logging_steps=1,
-        logging_first_step=True,
         save_strategy="no",
         report_to="none",
         seed=seed,
+        num_lens_pairs=LENS_PAIRS,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = LensDistillTrainer(

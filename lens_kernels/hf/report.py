@@ -62,8 +62,9 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
 
 def table(rows: Sequence[tuple[str, float, float]]) -> str:
     """Return a text table of name, value before and value after."""
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{'held-out text, nats per token':<{width}}   {'before':>8}   {'after':>8}"]
+    heading = "held-out text, nats per token"
+    width = max(len(heading), *(len(name) for name, _, _ in rows))
+    lines = [f"{heading:<{width}}   {'before':>8}   {'after':>8}"]
     lines.append("-" * len(lines[0]))
     lines += [f"{name:<{width}}   {old:8.4f}   {new:8.4f}" for name, old, new in rows]
     return "\n".join(lines)
