@@ -1,0 +1,214 @@
+"""Peak memory under a stated bound, no tensor of tokens x vocabulary, and no host synchronisation.
+
+The profiler sees every allocation of torch's CPU allocator, those inside operators included. The
+bound, in bytes, for ``L`` pairs of ``N`` tokens:
+
+    workspace_bytes                      the two tiles of logits
+  + TEMPORARIES * 4 * 2^18               an eager pointwise step takes blocks of 2^18 logits
+  + 4 * (L N D_s + V D_s)                the gradients, float32
+  + OTHER * 4 * R (D_s + D_t)            a chunk of R rows before and behind the products
+  + SMALL * 4 * L N                      rows, weights, and the sums over them
+"""
+
+import gc
+import math
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lens_kernels import distillation_loss
+from lens_kernels.backends import tile_pass, torch_chunked
+from tests.grids import DIVERGENCES, FEATURES, Shape
+from tests.problems import capture_call, make
+
+TEMPORARIES, OTHER, SMALL = 16, 8, 8
+MIB = 2**20
+
+
+def peak_bytes(function):
+    """Return the most bytes that ``function`` held at once beyond those held before."""
+    function()  # what is made once and kept is not counted
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = function()
+    held = peak = 0
+    events = profiler.profiler.kineto_results.events()
+    sizes = [e for e in events if e.name() == "[memory]"]
+    for event in sorted(sizes, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak
+
+
+def test_the_measurement_sees_temporaries_and_what_is_freed():
+    x = torch.zeros(2**20)
+    assert 8 * MIB <= peak_bytes(lambda: (x + 1) * 2 + 1) < 9 * MIB
+    assert 12 * MIB <= peak_bytes(lambda: (x + 1, x + 2, x + 3)) < 13 * MIB
+    assert peak_bytes(lambda: torch.softmax(x.view(1024, 1024).t(), -1)) >= 8 * MIB
+
+
+def evaluate(call):
+    def run():
+        with torch.no_grad():
+            return torch_chunked.evaluate(call)
+
+    return run
+
+
+def bound(shape, workspace):
+    rows = min(shape.tokens, workspace // (8 * shape.vocab))
+    return (
+        workspace
+        + TEMPORARIES * 4 * 2**18
+        + 4 * (shape.pairs * shape.tokens * shape.student + shape.vocab * shape.student)
+        + OTHER * 4 * rows * (shape.student + shape.teacher)
+        + SMALL * 4 * shape.pairs * shape.tokens
+    )
+
+
+LARGE = Shape((2048,), 4099, 32, 48, 2)  # one tile of all its logits would take 32 MiB, two 64
+
+
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
+    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    workspace = 4 * MIB
+    problem = make(LARGE, **FEATURES[feature], divergence=divergence)
+    call = capture_call(monkeypatch, problem, workspace_bytes=workspace)
+    peak = peak_bytes(evaluate(call))
+    assert peak >= workspace / 2, "the measurement missed the tiles"
+    assert peak <= bound(LARGE, workspace) < 8 * LARGE.tokens * LARGE.vocab
+
+
+def test_the_workspace_is_what_it_says(monkeypatch):
+    """The peak follows the tiles, which fill the workspace but for the evening out of chunks."""
+    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    problem = make(LARGE)
+    rest = []
+    for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
+        peak = peak_bytes(evaluate(capture_call(monkeypatch, problem, workspace_bytes=workspace)))
+        most_rows = workspace // (8 * LARGE.vocab)
+        rows = math.ceil(LARGE.tokens / math.ceil(LARGE.tokens / most_rows))
+        assert 0.75 * workspace <= 8 * LARGE.vocab * rows <= workspace
+        rest.append(peak - 8 * LARGE.vocab * rows)
+    assert max(rest) - min(rest) < MIB
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
+    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    peaks, shapes = [], []
+    for tokens in (1024, 2048, 4096):
+        shape = Shape((tokens,), 4099, 32, 48, 2)
+        problem = make(shape)
+        options = {"workspace_bytes": 4 * MIB}
+        function = None
+        if labelled:
+            function = distillation_loss
+            options |= {
+                "student_final": problem.student_hidden[0],
+                "teacher_final": problem.teacher_hidden[0],
+                "labels": torch.zeros(tokens, dtype=torch.long),
+                "kd_ratio": 0.5,
+            }
+        call = capture_call(monkeypatch, problem, function, **options)
+        peaks.append(peak_bytes(evaluate(call)))
+        shapes.append(shape)
+    for i in (1, 2):
+        more = (shapes[i].tokens - shapes[i - 1].tokens) * 4
+        pairs = shapes[i].pairs + labelled
+        growth = peaks[i] - peaks[i - 1]
+        assert more * pairs * 32 <= growth <= more * (pairs * 32 + SMALL * (pairs + labelled)) + MIB
+        assert growth < more * 4099 / 8
+
+
+def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
+    shape = Shape((64,), 20011, 96, 96, 1)
+    head_bytes = 4 * shape.vocab * shape.student
+
+    def peak(*wanted):
+        problem = make(shape)
+        for name, x in problem.leaves().items():
+            x.requires_grad_(name in wanted)
+        return peak_bytes(
+            evaluate(capture_call(monkeypatch, problem, workspace_bytes=16 * shape.vocab))
+        )
+
+    full, frozen, nothing = peak("hidden0", "weight"), peak("hidden0"), peak()
+    assert full - frozen >= 0.95 * head_bytes
+    assert frozen < head_bytes + bound(Shape((64,), 20011, 96, 96, 0), 16 * shape.vocab)
+    assert nothing <= frozen
+
+
+class Watch(TorchDispatchMode):
+    """Records the operators that run and the largest tensor they make."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        for x in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.numel())
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, masked):
+    shape = Shape((300,), 501, 8, 8, 2)
+    problem = make(shape, **FEATURES["everything"])
+    mask = torch.ones(300) if masked else None
+    call = capture_call(monkeypatch, problem, mask=mask, workspace_bytes=8 * 501 * 30)
+    with Watch() as watch, torch.no_grad():
+        torch_chunked.evaluate(call)
+    assert watch.largest == 30 * 501, "the tiles are the largest tensors"
+
+
+SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_cpu"}
+SYNCHRONISING |= {"masked_select", "unique", "_unique2", "bincount", "repeat_interleave"}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_the_host_never_waits_but_once_for_a_mask(monkeypatch, feature, labelled, masked):
+    shape = Shape((4, 9), 61, 8, 8, 2)
+    problem = make(shape, **FEATURES[feature])
+    options = {"mask": torch.rand(shape.leading) < 0.5} if masked else {}
+    options["workspace_bytes"] = 8 * 61 * 5
+    function = None
+    if labelled:
+        function = distillation_loss
+        options["student_final"] = problem.student_hidden.pop()
+        options["teacher_final"] = problem.teacher_hidden.pop()
+        options |= {"labels": torch.zeros(shape.leading).long(), "kd_ratio": 0.5}
+    call = capture_call(monkeypatch, problem, function, **options)
+    with Watch() as watch, torch.no_grad():
+        torch_chunked.evaluate(call)
+    waits = [name for name in watch.names if name in SYNCHRONISING]
+    # Labels bring a mask of their own: the positions that have one.
+    assert waits == (["nonzero"] if masked or labelled else [])
+
+
+def test_the_watch_sees_a_synchronisation():
+    with Watch() as watch:
+        x = torch.ones(3)
+        x.sum().item(), x.nonzero()
+    assert [n for n in watch.names if n in SYNCHRONISING] == ["_local_scalar_dense", "nonzero"]
+
+
+def test_the_backward_pass_waits_for_nothing():
+    problem = make(Shape((9,), 61, 8, 8, 2), **FEATURES["everything"])
+    from lens_kernels import symmetric_lens_loss
+
+    loss = symmetric_lens_loss(*problem.args())
+    with Watch() as watch:
+        problem.gradients(2 * loss)
+    assert watch.names and not SYNCHRONISING.intersection(watch.names)
