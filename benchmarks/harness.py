@@ -1,0 +1,136 @@
+"""What every benchmark shares: the record of where it ran, the timing protocol, tables and CSV."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "benchmarks" / "out"
+PEERS = ("liger-kernel", "trl")
+
+
+def version_of(package: str) -> str:
+    """Return the installed version of a distribution, or ``""``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what a number depends on besides the job: code, versions, machine and date."""
+    return {
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        **{package.replace("-", "_"): version_of(package) for package in PEERS},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """Return the commit of the library's code, with ``-dirty`` if it was changed since."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "lens_kernels", "benchmarks/*.py")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall times of one contender, one for each round."""
+
+    times_ms: tuple[float, ...]
+
+    @property
+    def median_ms(self) -> float:
+        """The middle of the rounds."""
+        return statistics.median(self.times_ms)
+
+
+def time_interleaved(
+    functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+) -> dict[str, Timing]:
+    """Time functions in rounds, each once per round, after one unmeasured round.
+
+    Interleaving spreads a disturbance of the machine over all of them, and each round starts with
+    another one. Caches need no flushing: the heads alone exceed every cache.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    names = list(functions)
+    for number in range(rounds + 1):
+        shift = number % len(names)
+        for name in names[shift:] + names[:shift]:
+            elapsed = seconds(functions[name], device)
+            if number:
+                times[name].append(elapsed * 1e3)
+            label = f"round {number} of {rounds}" if number else "warm-up"
+            print(f"  {label}: {name} {elapsed:.2f} s", flush=True)
+    return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    """Return the wall time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def matmul_rate(device: torch.device) -> float:
+    """Return fp32 operations per second of a matrix product as large as those of a lens."""
+    x, weight = torch.randn(512, 1024, device=device), torch.randn(8192, 1024, device=device)
+    best = min(seconds(lambda: x @ weight.t(), device) for _ in range(5))
+    return 2 * 512 * 1024 * 8192 / best
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows, all with the same keys, units being part of the keys."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, the first column to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())

@@ -1,0 +1,103 @@
+"""Pictures, drawn from the CSV files alone; nothing is measured here."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+from pathlib import Path
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers.
+COLOURS = {
+    "lens_kernels": "#D55E00",
+    "dense": "#555555",
+    "liger": "#0072B2",
+    "liger_uncompiled": "#56B4E9",
+    "trl": "#009E73",
+}
+MARKERS = {
+    "lens_kernels": "o",
+    "dense": "s",
+    "liger": "^",
+    "liger_uncompiled": "v",
+    "trl": "D",
+}
+
+
+def memory_vs_vocab(csv_path: Path, png_path: Path) -> bool:
+    """Draw memory against vocabulary, a panel for each number of pairs; say if it could be done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    with csv_path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["peak_with_gradients_mib"]]
+    panels = sorted({int(row["pairs"]) for row in rows})
+    figure = Figure(figsize=(5.2 * len(panels), 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    vocabularies = sorted({int(row["vocab_entries"]) for row in rows})
+    handles = {}
+    for axis, pairs in zip(axes, panels, strict=True):
+        for key in dict.fromkeys(row["contender"] for row in rows):
+            points = sorted(
+                (int(row["vocab_entries"]), float(row["peak_with_gradients_mib"]), row["method"])
+                for row in rows
+                if row["contender"] == key and int(row["pairs"]) == pairs
+            )
+            label = next(row["label"] for row in rows if row["contender"] == key)
+            colour, front = COLOURS.get(key, "#CC79A7"), key == "lens_kernels"
+            style = {"color": colour, "marker": MARKERS.get(key, "o"), "markersize": 6.5}
+            style["linewidth"] = 2.6 if front else 1.5
+            axis.plot(*zip(*[p[:2] for p in points], strict=True), zorder=3 + front, **style)
+            hollow = [p[:2] for p in points if p[2] == "fake"]
+            if hollow:
+                style |= {"linestyle": "", "markerfacecolor": "white", "markeredgewidth": 1.5}
+                axis.plot(*zip(*hollow, strict=True), zorder=4 + front, **style)
+            handles[label] = Line2D([], [], color=colour, marker=MARKERS.get(key, "o"))
+        gradients = {
+            int(row["vocab_entries"]): float(row["gradients_mib"])
+            for row in rows
+            if int(row["pairs"]) == pairs
+        }
+        dotted = {"color": "black", "linestyle": ":", "linewidth": 1.4}
+        axis.plot(*zip(*sorted(gradients.items()), strict=True), **dotted)
+        handles["the gradients alone"] = Line2D([], [], **dotted)
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        axis.set_xticks(vocabularies, [_short(v) for v in vocabularies])
+        axis.yaxis.set_major_formatter(lambda mib, _: _size(mib))
+        axis.minorticks_off()
+        axis.grid(color="#DDDDDD", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(f"{pairs} lens pair{'s' if pairs > 1 else ''}", fontsize=12)
+        axis.set_xlabel("vocabulary entries")
+    axes[0].set_ylabel("peak above the inputs")
+    first = rows[0]
+    figure.suptitle(
+        f"Peak memory of loss + backward: temporaries and gradients\n{first['tokens']} tokens,"
+        f" hidden {first['student_width']} (student) and {first['teacher_width']} (teacher),"
+        f" {first['dtype']}, {first['device']}",
+        fontsize=12,
+    )
+    if any(row["method"] == "fake" for row in rows):
+        hollow_style = {"color": "black", "marker": "o", "linestyle": ""}
+        handles["hollow: counted over fake tensors, not run"] = Line2D(
+            [], [], markerfacecolor="white", **hollow_style
+        )
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=2, frameon=False
+    )
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=110)
+    return True
+
+
+def _short(vocab: int) -> str:
+    return f"{vocab // 1024}k" if vocab % 1024 == 0 else str(vocab)
+
+
+def _size(mib: float) -> str:
+    return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB"
