@@ -11,9 +11,10 @@ CPU_VOCAB_TILE = 768
 HALF = (torch.float16, torch.bfloat16)
 
 
-def multiplies_natively(dtype: torch.dtype, device: torch.device) -> bool:
-    """Say whether 16-bit operands can be multiplied into an fp32 result without rounding it."""
-    return dtype in HALF and device.type == "cuda" and torch.version.hip is None
+def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
+    """Say whether the device multiplies such operands into such a result without rounding it."""
+    pair = dtype in HALF and result is torch.float32
+    return pair and device.type == "cuda" and torch.version.hip is None
 
 
 def as_operand(x: Tensor, rounded_to: torch.dtype | None, operand: torch.dtype) -> Tensor:

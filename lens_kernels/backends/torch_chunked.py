@@ -34,9 +34,12 @@ class _Side:
     def __init__(self, head: LensHead, call: LossCall, compute: torch.dtype) -> None:
         self.head = head.prefix(call.spec.vocab_size)
         self.compute = compute
-        self.rounded_to = call.operand_dtype
-        dtype = call.operand_dtype or head.weight.dtype
-        self.operand = dtype if matmul.multiplies_natively(dtype, head.weight.device) else compute
+        # Autocast leaves float64 alone, as it does everywhere in torch.
+        fp64 = head.weight.dtype is torch.float64
+        self.rounded_to = None if fp64 else call.operand_dtype
+        dtype = self.rounded_to or head.weight.dtype
+        native = matmul.multiplies_natively(dtype, compute, head.weight.device)
+        self.operand = dtype if native else compute
         self.weight = matmul.as_operand(self.head.weight, self.rounded_to, self.operand)
 
     def read(
