@@ -10,6 +10,10 @@ comes from the same code over fake tensors and is marked ``fake``; where both ex
 The peak counts everything above the inputs, temporaries and the gradients that were asked for,
 because both must fit at once. ``gradients_mib``, what is still live afterwards, is the same for
 everyone: no contender can do with less.
+
+The default of 512 tokens, one sequence, is kind to the peers: Liger cuts tokens into chunks of 1024
+and TRL of 4096, so beyond that they take more, where ``lens_kernels`` keeps to its workspace.
+``--gemm-seconds 0 --tokens 4096`` shows it over fake tensors in half a minute.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works without
 from benchmarks import harness, memory, plot, providers  # noqa: E402
 
 AGREEMENT = 0.05  # of the measured peak, by which a fake one may be off
-SHARE_OF_MEMORY = 0.6  # of what is available, that one run may take with its inputs
+SHARE_OF_MEMORY = 0.5  # of what is available, that one run may take with its inputs
 # Compiled code takes no fake tensors: its points are measured or missing, and get more time.
 PATIENCE_WITHOUT_FAKES = 3
 

@@ -232,14 +232,14 @@ CONTENDERS = {
         Contender("dense", "dense PyTorch, autograd", lambda: dense),
         Contender(
             "liger",
-            "Liger {version} chunked JSD",
+            "Liger {version} chunked JSD (compiled, its default)",
             lambda: _liger(compiled=True),
             on_fakes=None,  # the compiler needs real tensors
             **LIGER,
         ),
         Contender(
             "liger_uncompiled",
-            "Liger {version} chunked JSD, compiled=False",
+            "Liger {version} chunked JSD (not compiled)",
             lambda: _liger(compiled=False),
             **LIGER,
         ),
