@@ -115,7 +115,7 @@ def floor_tiled(inputs: providers.Inputs) -> None:
     """Do the same with the functions and the precision of the ``torch`` backend."""
 
     def operand(x: torch.Tensor) -> torch.Tensor:
-        native = matmul.multiplies_natively(x.dtype, x.device)
+        native = matmul.multiplies_natively(x.dtype, torch.float32, x.device)
         return matmul.as_operand(x.detach(), None, x.dtype if native else torch.float32)
 
     head, teacher_head = operand(inputs.student_head), operand(inputs.teacher_head)
