@@ -142,7 +142,8 @@ class _Run:
         losses, cross_entropies = [], []
         for start in range(0, zs.shape[0], step):
             block = slice(start, start + step)
-            args = (zs[block], zt[block], weight[block], *options)
+            # Views know their base, and one that is all of it would be compiled for that case alone.
+            args = (zs[block].data, zt[block].data, weight[block], *options)
             if labelled:
                 assert call.labels is not None
                 label_args = (call.labels[rows][block], self.weight[-1][rows][block])
