@@ -80,7 +80,7 @@ def test_hidden_states(side, case):
     value, error, words = HIDDEN[case]
     if side == "teacher" and isinstance(value, torch.Tensor) and value.shape == S.shape:
         if value.layout is torch.strided:
-            value = torch.cat([value.float(), value.float()[:, :1]], 1).to(value.dtype)
+            value = value.new_zeros(3, 5)
     refused(error, [f"{side}_hidden", *words], op, **{side: value})
     if isinstance(value, torch.Tensor):
         refused(error, [f"{side}_final", *words], objective, **{f"{side}_final": value})
