@@ -7,6 +7,9 @@ The floor projects student and teacher and makes the gradients of hidden states 
 one ``torch.mm`` of plain operands in the dtype of the row. ``floor_tiled`` does the same by the
 backend's own functions, which on a CPU cut the projections into tiles because that is faster there,
 and which work in fp32 on every device that cannot sum 16-bit products in fp32.
+
+Ratios are those of the medians; ``best_ratio_to_floor`` is that of the quickest rounds, which on a
+machine with other work to do are the ones to go by.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = args.out / "speed_vs_floor.csv"
     harness.write_csv(path, [row | environment for row in rows])
     columns = ["contender", "dtype", "median_ms", "min_ms", "max_ms"]
-    columns += ["ratio_to_floor", "ratio_to_floor_tiled"]
+    columns += ["ratio_to_floor", "best_ratio_to_floor"]
     print()
     harness.print_table(columns, [[str(row[column]) for column in columns] for row in rows])
     print(f"\n{path}\n{time.perf_counter() - start:.0f} s")
@@ -90,8 +93,8 @@ def functions(job: providers.Job, uncompiled: bool) -> dict[str, Callable[[], An
             step(providers.ours)()
 
     chosen: dict[str, Callable[[], Any]] = {
-        "floor": lambda: floor(inputs),
-        "floor_tiled": lambda: floor_tiled(inputs),
+        "floor": lambda: products(inputs),
+        "floor_tiled": lambda: tiled_products(inputs),
         "lens_kernels": step(providers.ours),
     }
     if uncompiled:
@@ -100,7 +103,7 @@ def functions(job: providers.Job, uncompiled: bool) -> dict[str, Callable[[], An
     return chosen
 
 
-def floor(inputs: providers.Inputs) -> None:
+def products(inputs: providers.Inputs) -> None:
     """Make the four products of each pair; the student's logits stand in for their gradient."""
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
@@ -111,7 +114,7 @@ def floor(inputs: providers.Inputs) -> None:
         logits.t() @ x
 
 
-def floor_tiled(inputs: providers.Inputs) -> None:
+def tiled_products(inputs: providers.Inputs) -> None:
     """Do the same with the functions and the precision of the ``torch`` backend."""
 
     def operand(x: torch.Tensor) -> torch.Tensor:
@@ -133,6 +136,7 @@ def floor_tiled(inputs: providers.Inputs) -> None:
 
 def rows_of(job: providers.Job, timings: dict[str, harness.Timing]) -> list[dict[str, Any]]:
     """Return the lines of the CSV."""
+    floor = timings["floor"]
     return [
         {
             "contender": contender,
@@ -145,10 +149,8 @@ def rows_of(job: providers.Job, timings: dict[str, harness.Timing]) -> list[dict
             "median_ms": f"{timing.median_ms:.1f}",
             "min_ms": f"{min(timing.times_ms):.1f}",
             "max_ms": f"{max(timing.times_ms):.1f}",
-            **{
-                f"ratio_to_{name}": f"{timing.median_ms / timings[name].median_ms:.2f}"
-                for name in ("floor", "floor_tiled")
-            },
+            "ratio_to_floor": f"{timing.median_ms / floor.median_ms:.2f}",
+            "best_ratio_to_floor": f"{min(timing.times_ms) / min(floor.times_ms):.2f}",
             "rounds": len(timing.times_ms),
         }
         for contender, timing in timings.items()
