@@ -13,7 +13,7 @@ everyone: no contender can do with less.
 
 The default of 512 tokens, one sequence, is kind to the peers: Liger cuts tokens into chunks of 1024
 and TRL of 4096, so beyond that they take more, where ``lens_kernels`` keeps to its workspace.
-``--gemm-seconds 0 --tokens 4096`` shows it over fake tensors in half a minute.
+``--gemm-seconds 0 --tokens 4096`` shows it over fake tensors within a minute.
 """
 
 from __future__ import annotations
