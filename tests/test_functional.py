@@ -7,7 +7,7 @@ import torch
 
 from lens_kernels import LensHead, symmetric_lens_loss
 from tests.compare import assert_close, assert_gradients, relative_error
-from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, ODD, SHAPES, several_chunks
+from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, ODD, SHAPES, Shape, several_chunks
 from tests.problems import loss_of, make, oracle, ours, plain_torch, related
 
 LOSS, GRADIENT = 1e-6, 1e-5
@@ -182,8 +182,6 @@ def test_fully_masked_is_zero_with_zero_gradients(backend, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_no_tokens(backend, reduction):
-    from tests.grids import Shape
-
     problem = make(Shape((0,), 31, 8, 9, 2), **FEATURES["everything"])
     loss = loss_of(symmetric_lens_loss, problem, reduction=reduction, backend=backend)
     assert loss.shape == ((2, 0) if reduction == "none" else ())

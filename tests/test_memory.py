@@ -18,7 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lens_kernels import distillation_loss
+from lens_kernels import distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import tile_pass, torch_chunked
 from tests.grids import DIVERGENCES, FEATURES, Shape
 from tests.problems import capture_call, make
@@ -206,8 +206,6 @@ def test_the_watch_sees_a_synchronisation():
 
 def test_the_backward_pass_waits_for_nothing():
     problem = make(Shape((9,), 61, 8, 8, 2), **FEATURES["everything"])
-    from lens_kernels import symmetric_lens_loss
-
     loss = symmetric_lens_loss(*problem.args())
     with Watch() as watch:
         problem.gradients(2 * loss)
