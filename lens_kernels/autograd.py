@@ -193,8 +193,13 @@ def _backward(ctx, grad_loss, grad_rows, grad_grads):
         grads, wanting = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if ctx.needs_input_grad[ROW_WEIGHT]:
             (result[ROW_WEIGHT],) = scale_gradients([rows], grad_loss, [row_weight])
-    scaled = iter(scale_gradients(grads, upstream, wanting))
-    each = [next(scaled) if n else None for n in needed]
+    if torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled():
+        scaled = scale_gradients(grads, upstream, wanting)
+    else:
+        # Nobody will ask again: in place, or the head gradient would exist twice.
+        scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, wanting, strict=True)]
+    each_scaled = iter(scaled)
+    each = [next(each_scaled) if n else None for n in needed]
     pairs = ctx.lengths[0]
     result[STUDENT_HIDDEN], result[STUDENT_HEAD] = each[:pairs], each[pairs:]
     return tuple(result)
@@ -207,8 +212,8 @@ lens_loss.register_autograd(_backward, setup_context=_setup_context)
 def scale_gradients(grads: List[Tensor], upstream: Tensor, like: List[Tensor]) -> List[Tensor]:  # noqa: UP006
     """Return ``upstream * grads`` in the dtypes of ``like``.
 
-    Out of place, because the same graph may be differentiated again. ``like`` are the tensors that
-    the gradients belong to: through them a second derivative arrives here, and is refused.
+    Out of place, for graphs that may be differentiated again. ``like`` are the tensors that the
+    gradients belong to: through them a second derivative arrives here, and is refused.
     """
     return [(g * upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
 

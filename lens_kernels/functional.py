@@ -17,6 +17,8 @@ from lens_kernels.spec import (
     LossSpec,
     Reduction,
     check_beta,
+    check_kd_ratio,
+    check_lens_coeff,
     check_number,
     parse_name,
 )
@@ -91,9 +93,9 @@ def symmetric_lens_loss(
         ValueError: A shape, device, name or value that does not fit, before any work is done.
         RuntimeError: The backend asked for cannot serve these tensors.
 
-    All arithmetic after the inputs is in float32: 16-bit inputs do not round the logits. Results
-    are the same bit for bit from run to run on one machine, except where the device's own matrix
-    products are not.
+    Logits, and all arithmetic on them, are in float32 whatever the inputs' dtype. Results are the
+    same bit for bit from run to run on one machine, except where the device's own matrix products
+    are not.
 
     Example:
         >>> import torch
@@ -207,10 +209,8 @@ def distillation_loss(
     Raises:
         TypeError, ValueError, RuntimeError: As for ``symmetric_lens_loss``.
     """
-    if not 0.0 <= check_number("kd_ratio", kd_ratio, float("-inf")) <= 1.0:
-        raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}")
-    if check_number("lens_coeff", lens_coeff, float("-inf")) < 0.0:
-        raise ValueError(f"lens_coeff must be at least 0, got {lens_coeff}")
+    check_kd_ratio(kd_ratio)
+    check_lens_coeff(lens_coeff)
     if labels is None and kd_ratio < 1.0:
         raise ValueError(f"kd_ratio={kd_ratio} gives cross entropy a weight: pass labels")
     students = check.hidden_list("student_hidden", student_hidden, allow_empty=True)

@@ -31,7 +31,7 @@ class LensNorm:
         """Check the values that need no other tensor."""
         if self.kind not in NORM_KINDS:
             raise ValueError(f"LensNorm.kind={self.kind!r} is unknown; choose 'rms' or 'layer'")
-        check_number("LensNorm.eps", self.eps, -1e-30)
+        check_number("LensNorm.eps", self.eps, 0.0, inclusive=True)
         check_number("LensNorm.offset", self.offset, float("-inf"))
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,7 +117,7 @@ class LensHead:
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
-        """Map raw products ``norm(h) @ weight.T`` to tempered logits; return ``d logits / dz`` too."""
+        """Map products ``norm(h) @ weight.T`` to tempered logits; return ``d logits / dz`` too."""
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
         if self.softcap is None:

@@ -13,7 +13,15 @@ from lens_kernels.functional import (
     distillation_loss,
     symmetric_lens_loss,
 )
-from lens_kernels.spec import Divergence, Reduction, check_beta, check_number, parse_name
+from lens_kernels.spec import (
+    Divergence,
+    Reduction,
+    check_beta,
+    check_kd_ratio,
+    check_lens_coeff,
+    check_number,
+    parse_name,
+)
 
 # What changes from call to call is an argument of ``forward``; every other keyword is an option.
 PER_CALL = {"mask", "denominator", "labels", "student_final", "teacher_final"}
@@ -35,6 +43,9 @@ def _options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str
             parse_name(Divergence, name, options[name])
     if "reduction" in options:
         parse_name(Reduction, "reduction", options["reduction"])
+    for name, check in (("kd_ratio", check_kd_ratio), ("lens_coeff", check_lens_coeff)):
+        if name in options:
+            check(options[name])
     check_beta(options["beta"])
     check_number("temperature", options["temperature"], 0.0)
     return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -41,15 +42,36 @@ def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
 
 
 def check_number(
-    name: str, value: object, low: float, high: float = float("inf"), hint: str = ""
+    name: str,
+    value: object,
+    low: float,
+    high: float = float("inf"),
+    hint: str = "",
+    inclusive: bool = False,
 ) -> float:
-    """Return ``value`` as a float if it lies strictly between ``low`` and ``high``, else raise."""
+    """Return ``value`` as a float if it is finite and between ``low`` and ``high``, else raise.
+
+    The bounds themselves are allowed only where ``inclusive``.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
-    if not low < value < high:
+    within = low <= value <= high if inclusive else low < value < high
+    if not within or not abs(value) <= sys.float_info.max:
         bounds = f"between {low:g} and {high:g}" if high < float("inf") else f"above {low:g}"
+        if inclusive:
+            bounds = f"in [{low:g}, {high:g}]"
         raise ValueError(f"{name} must be finite and lie {bounds}, got {value}{hint}")
     return float(value)
+
+
+def check_kd_ratio(value: object) -> float:
+    """Return ``kd_ratio``, the weight of distillation against cross entropy."""
+    return check_number("kd_ratio", value, 0.0, 1.0, inclusive=True)
+
+
+def check_lens_coeff(value: object) -> float:
+    """Return ``lens_coeff``, the weight of the lens term."""
+    return check_number("lens_coeff", value, 0.0, inclusive=True)
 
 
 def check_beta(value: object) -> float:

@@ -224,6 +224,7 @@ def pair_weights(value: Any, pairs: int, device: torch.device, dtype: torch.dtyp
                 f"layer_weights must have shape ({pairs},), one for each lens pair,"
                 f" got {tuple(value.shape)}"
             )
+        check_values("layer_weights", value.detach().isfinite(), "must be finite")
         return value.to(dtype)
     if not isinstance(value, (list, tuple)):
         raise TypeError(

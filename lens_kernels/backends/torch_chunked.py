@@ -112,6 +112,8 @@ class _Run:
         before_head = {pair} | ({"norm_weight", "norm_bias"} if saved is not None else set())
         wanted = self.grads.keys() & (before_head | {"weight", "bias"})
         self.pointwise(pair, rows, zs, zt, want_grad=bool(wanted))
+        if not wanted:
+            return
         grad = zs.to(self.student.operand)
         if "bias" in wanted:
             self.grads["bias"][: zs.shape[1]] += zs.sum(0)
@@ -142,7 +144,7 @@ class _Run:
         losses, cross_entropies = [], []
         for start in range(0, zs.shape[0], step):
             block = slice(start, start + step)
-            # Views know their base, and one that is all of it would be compiled for that case alone.
+            # A view that is all of its base would be compiled for that case alone.
             args = (zs[block].data, zt[block].data, weight[block], *options)
             if labelled:
                 assert call.labels is not None
