@@ -24,6 +24,7 @@ def tiny_teacher(monkeypatch):
     monkeypatch.setattr(demo, "BLOCK", 32)
     monkeypatch.setattr(demo, "PROMPT", "import ")
     monkeypatch.setattr(demo, "LENS_PAIRS", 2)
+    monkeypatch.setattr(demo, "DROPPED", range(2, 5))
 
 
 def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A real distillation in minutes: SmolLM2-135M into half its blocks, on Python's own help texts."""
+"""A real distillation in minutes: SmolLM2-135M into two thirds of its blocks, on Python's help."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ from lens_kernels.hf.trainer import LensDistillConfig, LensDistillTrainer
 BLOCK = 128  # tokens of one training example
 HELD_OUT_EVERY = 8  # every eighth topic is kept from training
 EVAL_BATCHES = 6
-LENS_PAIRS = 4
+LENS_PAIRS = 3
+# The middle goes: of the ways to drop ten blocks that were tried, the one that harms least at first.
+DROPPED = range(13, 23)
 PROMPT = "The import statement is used to"
 
 
@@ -70,7 +72,8 @@ def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], N
     set_seed(seed)
     say("Reading the teacher, SmolLM2-135M-Instruct (the first time it is converted, about 30 s)")
     teacher, tokenizer = smollm2(cache)
-    student = shallow_copy(teacher, range(2, teacher.config.num_hidden_layers + 1, 2))
+    blocks = range(1, teacher.config.num_hidden_layers + 1)
+    student = shallow_copy(teacher, [i for i in blocks if i not in DROPPED])
     train_text, held_text = texts()
     train = examples(tokenizer, train_text)
     held = list(batches(examples(tokenizer, held_text), 4))[:EVAL_BATCHES]
@@ -79,7 +82,7 @@ def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], N
         output_dir=str(output / "trainer"),
         max_steps=steps,
         per_device_train_batch_size=4,
-        learning_rate=1e-3,
+        learning_rate=4e-4,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, steps // 10),
         weight_decay=0.0,
@@ -97,7 +100,8 @@ def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], N
     trainer.add_callback(_QuietProgress)
     objective = trainer.objective
     say(
-        f"Teacher: {teacher.config.num_hidden_layers} blocks. Student: every second of them."
+        f"Teacher: {len(blocks)} blocks. Student: {student.config.num_hidden_layers} of them,"
+        f" without {DROPPED[0]} to {DROPPED[-1]}."
         f" Lens pairs: {objective.student_layers} | {objective.teacher_layers}."
         f" Text: {len(train) * BLOCK:,} tokens to train on,"
         f" {sum(x['labels'].numel() for x in held):,} held out"
