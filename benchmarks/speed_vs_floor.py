@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     start = time.perf_counter()
     device = torch.device(args.device)
-    for key in ("lens_kernels", "dense"):
+    for key in ("lens_kernels", "dense", "dense_kl_div"):
         providers.check(providers.CONTENDERS[key], device)
     rows: list[dict[str, Any]] = []
     for dtype in (torch.float32, torch.bfloat16) if args.bf16 else (torch.float32,):
@@ -100,6 +100,7 @@ def functions(job: providers.Job, uncompiled: bool) -> dict[str, Callable[[], An
     if uncompiled:
         chosen["lens_kernels_uncompiled"] = without_compiler
     chosen["dense"] = step(providers.dense)
+    chosen["dense_kl_div"] = step(providers.dense_kl_div)
     return chosen
 
 

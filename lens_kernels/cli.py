@@ -16,12 +16,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="lens-kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser(
-        "demo", help="distil SmolLM2-135M into two thirds of its blocks, offline"
-    )
+    demo = commands.add_parser("demo", help="distil SmolLM2-135M into 20 of its 30 blocks, offline")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for results")
     demo.add_argument("--cache", type=Path, default=None, help="folder for the converted teacher")
-    demo.add_argument("--steps", type=_positive, default=48, help="optimiser steps")
+    demo.add_argument("--steps", type=_positive, default=40, help="optimiser steps")
     demo.add_argument("--seed", type=int, default=0)
     commands.add_parser("env", help="versions, devices, and the backend that each would use")
     args = parser.parse_args(argv)

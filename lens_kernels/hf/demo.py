@@ -1,4 +1,4 @@
-"""A real distillation in minutes: SmolLM2-135M into two thirds of its blocks, on Python's help."""
+"""A real distillation in minutes: SmolLM2-135M into 20 of its 30 blocks, on Python's help texts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BLOCK = 128  # tokens of one training example
 HELD_OUT_EVERY = 8  # every eighth topic is kept from training
 EVAL_BATCHES = 6
 LENS_PAIRS = 3
-# The middle goes: of the ways to drop ten blocks that were tried, the one that harms least at first.
+# The middle goes: of nine ways to drop ten blocks, this one harms least before training.
 DROPPED = range(13, 23)
 PROMPT = "The import statement is used to"
 

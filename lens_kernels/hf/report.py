@@ -52,6 +52,8 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
         points = [(entry["step"], entry[key]) for entry in steps if key in entry]
         axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats per token")
     axes.set_title("Training loss")
