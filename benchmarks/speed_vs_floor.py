@@ -131,7 +131,7 @@ def tiled_products(inputs: providers.Inputs) -> None:
         matmul.project(operand(teacher), teacher_head, tile)
         matmul.project(x, head, tile)
         grad = tile.to(head.dtype)
-        matmul.hidden_gradient(grad, head)
+        matmul.product(grad, head)
         matmul.add_head_gradient(grad, x, d_head)
 
 

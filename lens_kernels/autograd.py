@@ -11,8 +11,10 @@ from lens_kernels.lens import LensHead
 from lens_kernels.spec import Divergence, LossSpec
 
 
-def apply(call: LossCall, backend: dispatch.Backend, deferred: bool) -> Tuple[Tensor, Tensor]:  # noqa: UP006
-    """Return ``(loss, rows)`` of a call.
+def apply(
+    call: LossCall, backend: dispatch.Backend, deferred: bool
+) -> Tuple[Tensor, Tensor, Tensor]:  # noqa: UP006
+    """Return ``(loss, rows, dropped)`` of a call.
 
     ``loss`` is differentiable, its gradients made together with it. With ``deferred`` it is
     ``rows`` that is differentiable, and the gradients are made in the backward pass, once the
@@ -20,9 +22,9 @@ def apply(call: LossCall, backend: dispatch.Backend, deferred: bool) -> Tuple[Te
     """
     if backend.differentiable:
         rows = backend.load().rows(call)
-        return (call.row_weight * rows).sum(), rows
-    loss, rows, _ = lens_loss(*_pack(call, backend.name, deferred))
-    return loss, rows
+        return (call.row_weight * rows).sum(), rows, rows.new_zeros(())
+    loss, rows, dropped, _ = lens_loss(*_pack(call, backend.name, deferred))
+    return loss, rows, dropped
 
 
 def _pack(call: LossCall, backend: str, deferred: bool) -> Tuple[Any, ...]:  # noqa: UP006
@@ -46,6 +48,7 @@ def _pack(call: LossCall, backend: str, deferred: bool) -> Tuple[Any, ...]:  # n
         spec.temperature,
         spec.vocab_size,
         spec.workspace_bytes,
+        spec.grad_threshold,
         call.needs_grad,
         backend,
         deferred,
@@ -72,11 +75,12 @@ def lens_loss(
     temperature: float,
     vocab_size: int,
     workspace_bytes: int,
+    grad_threshold: Optional[float],  # noqa: UP045
     needs_grad: List[bool],  # noqa: UP006
     backend: str,
     deferred: bool,
-) -> Tuple[Tensor, Tensor, List[Tensor]]:  # noqa: UP006
-    """Return ``(loss, rows, gradients of loss)``; see ``LossCall`` for the arguments."""
+) -> Tuple[Tensor, Tensor, Tensor, List[Tensor]]:  # noqa: UP006
+    """Return ``(loss, rows, dropped, gradients of loss)``; see ``LossCall`` and ``Evaluation``."""
     call = LossCall(
         student_hidden=student_hidden,
         teacher_hidden=teacher_hidden,
@@ -93,6 +97,7 @@ def lens_loss(
             temperature=temperature,
             vocab_size=vocab_size,
             workspace_bytes=workspace_bytes,
+            grad_threshold=grad_threshold,
         ),
         needs_grad=[needed and not deferred for needed in needs_grad],
     )
@@ -100,7 +105,7 @@ def lens_loss(
     with torch.autocast(row_weight.device.type, enabled=False):
         result = dispatch.REGISTRY[backend].load().evaluate(call)
     loss = (row_weight * result.rows).sum()
-    return loss, result.rows, [result.grads[key] for key in call.wanted()]
+    return loss, result.rows, result.dropped, [result.grads[key] for key in call.wanted()]
 
 
 def _head(names: str, tensors: List[Tensor], scalars: List[float]) -> LensHead:  # noqa: UP006
@@ -127,6 +132,7 @@ def _(
     temperature,
     vocab_size,
     workspace_bytes,
+    grad_threshold,
     needs_grad,
     backend,
     deferred,
@@ -139,28 +145,29 @@ def _(
         for x, needed in zip([*student_hidden, *student_head], needs_grad, strict=True)
         if needed and not deferred
     ]
-    return torch.empty_like(row_weight.sum(), dtype=rows.dtype), rows, grads
+    scalar = rows.new_empty(())
+    return scalar, rows, torch.empty_like(scalar), grads
 
 
 # Positions of the arguments that the backward pass handles.
 STUDENT_HIDDEN, TEACHER_HIDDEN, STUDENT_HEAD, TEACHER_HEAD = range(4)
 TENSOR_LISTS = (STUDENT_HIDDEN, TEACHER_HIDDEN, STUDENT_HEAD, TEACHER_HEAD)
 MASK, LABELS, ROW_WEIGHT = 8, 9, 10
-NEEDS_GRAD, DEFERRED = 18, 20
+NEEDS_GRAD, DEFERRED = 19, 21
 
 
 def _setup_context(ctx, inputs, output):
-    loss, rows, grads = output
+    loss, rows, dropped, grads = output
     ctx.inputs = [None if i in (*TENSOR_LISTS, ROW_WEIGHT) else x for i, x in enumerate(inputs)]
     ctx.inputs[MASK] = ctx.inputs[LABELS] = None
     ctx.lengths = [len(inputs[i]) for i in TENSOR_LISTS]
     ctx.set_materialize_grads(False)
     if inputs[DEFERRED]:
-        ctx.mark_non_differentiable(loss, *grads)
+        ctx.mark_non_differentiable(loss, dropped, *grads)
         saved = [inputs[MASK], inputs[LABELS], inputs[ROW_WEIGHT]]
         saved += [x for i in TENSOR_LISTS for x in inputs[i]]
     else:
-        ctx.mark_non_differentiable(rows, *grads)
+        ctx.mark_non_differentiable(rows, dropped, *grads)
         saved = [rows, inputs[ROW_WEIGHT], *grads, *_wanting(inputs)]
     ctx.save_for_backward(*saved)
 
@@ -170,7 +177,7 @@ def _wanting(inputs):
     return [x for x, needed in zip(tensors, inputs[NEEDS_GRAD], strict=True) if needed]
 
 
-def _backward(ctx, grad_loss, grad_rows, grad_grads):
+def _backward(ctx, grad_loss, grad_rows, grad_dropped, grad_grads):
     needed = ctx.inputs[NEEDS_GRAD]
     result: List[Any] = [None] * len(ctx.inputs)  # noqa: UP006
     for i, length in zip(TENSOR_LISTS, ctx.lengths, strict=True):
@@ -186,7 +193,7 @@ def _backward(ctx, grad_loss, grad_rows, grad_grads):
         inputs[ROW_WEIGHT], inputs[DEFERRED] = upstream, False
         wanting = _wanting(inputs)
         with torch.no_grad():
-            _, _, grads = lens_loss(*inputs)
+            *_, grads = lens_loss(*inputs)
         upstream = upstream.new_ones(())
     else:
         rows, row_weight, *saved = ctx.saved_tensors

@@ -41,7 +41,12 @@ class LossCall:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """``rows`` of the call, and the gradients of its loss for the tensors of ``call.wanted()``."""
+    """``rows`` of the call, and the gradients of its loss for the tensors of ``call.wanted()``.
+
+    ``dropped`` is the share of the logits' gradient, in absolute sum, that ``grad_threshold`` left
+    out; 0 without one.
+    """
 
     rows: Tensor
     grads: dict[int | str, Tensor]
+    dropped: Tensor

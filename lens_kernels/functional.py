@@ -43,6 +43,7 @@ def symmetric_lens_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    grad_threshold: float | None = None,
 ) -> Tensor:
     """Compare student and teacher through their logit lenses, without ever holding the logits.
 
@@ -84,6 +85,10 @@ def symmetric_lens_loss(
         backend: ``"auto"``, ``"torch"``, or ``"reference"`` (dense, float64, for checking).
         workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
             1 GiB elsewhere.
+        grad_threshold: An approximation, off by default: within a chunk of tokens, vocabulary
+            entries at which no logit gradient exceeds this (before the weight of a token, so that
+            1e-6 means the same at any batch size) are left out of both gradient products. The loss
+            is not affected. ``distillation_loss`` reports how much gradient was left out.
 
     Returns:
         In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``.
@@ -120,13 +125,14 @@ def symmetric_lens_loss(
     weights = check.pair_weights(layer_weights, len(students), call.device, counted.dtype)
     if reduce is Reduction.MEAN:
         weights = weights / call.denominator(denominator, counted)
-    loss, rows = call.evaluate(
+    loss, rows, _ = call.evaluate(
         row_weight=weights[:, None] * counted,
         divergences=(kind,) * len(students),
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
         workspace_bytes=workspace_bytes,
+        grad_threshold=grad_threshold,
         deferred=reduce is Reduction.NONE,
     )
     if reduce is Reduction.NONE:
@@ -138,6 +144,8 @@ class DistillationOutput(NamedTuple):
     """What ``distillation_loss`` returns: the loss, and its parts in nats per token, detached.
 
     ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``; ``per_layer`` is ``(L,)``.
+    ``dropped`` is the share of the logits' gradient, in absolute sum, that ``grad_threshold`` left
+    out.
     """
 
     loss: Tensor
@@ -146,6 +154,7 @@ class DistillationOutput(NamedTuple):
     lens: Tensor | None
     per_layer: Tensor
     num_tokens: Tensor
+    dropped: Tensor
 
 
 def distillation_loss(
@@ -169,6 +178,7 @@ def distillation_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    grad_threshold: float | None = None,
 ) -> DistillationOutput:
     """Compute the whole DistillLens objective in one operation, with one head gradient.
 
@@ -202,6 +212,7 @@ def distillation_loss(
         vocab_size: The shared vocabulary prefix, over which cross entropy is taken too.
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.
+        grad_threshold: As for ``symmetric_lens_loss``; see ``dropped`` of the result.
 
     Returns:
         A ``DistillationOutput``; only its ``loss`` carries gradients.
@@ -234,13 +245,14 @@ def distillation_loss(
     if labelled is not None:
         label_tokens = call.denominator(denominator, labelled)
         row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
-    loss, rows = call.evaluate(
+    loss, rows, dropped = call.evaluate(
         row_weight=torch.cat(row_weight),
         divergences=(lens_kind,) * pairs + (final_kind,),
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
         workspace_bytes=workspace_bytes,
+        grad_threshold=grad_threshold,
         deferred=False,
     )
     rows = rows.detach()
@@ -253,6 +265,7 @@ def distillation_loss(
         lens=(per_layer * weights.detach()).sum() if pairs else None,
         per_layer=per_layer,
         num_tokens=counted.sum(),
+        dropped=dropped,
     )
 
 
@@ -346,9 +359,10 @@ class _Builder:
         temperature: Any,
         vocab_size: Any,
         workspace_bytes: Any,
+        grad_threshold: Any,
         deferred: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``(loss, rows)``."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``(loss, rows, dropped)``."""
         spec = LossSpec(
             divergences=divergences,
             normed=self.normed,
@@ -356,6 +370,7 @@ class _Builder:
             temperature=check_number("temperature", temperature, 0.0),
             vocab_size=check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head),
             workspace_bytes=check.workspace(workspace_bytes, self.device),
+            grad_threshold=check.threshold(grad_threshold, self.backend.differentiable),
         )
         students, teachers = (
             [x.reshape(-1, x.shape[-1]) for x in side] for side in (self.students, self.teachers)

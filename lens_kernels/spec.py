@@ -97,3 +97,4 @@ class LossSpec:
     temperature: float
     vocab_size: int
     workspace_bytes: int
+    grad_threshold: float | None = None

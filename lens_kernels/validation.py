@@ -268,3 +268,14 @@ def workspace(value: Any, device: torch.device) -> int:
     if value < 1:
         raise ValueError(f"workspace_bytes must be positive, got {value}")
     return value
+
+
+def threshold(value: Any, exact: bool) -> float | None:
+    """Return the gradient threshold; a backend that is exact takes none."""
+    if value is None:
+        return None
+    if exact:
+        raise ValueError(
+            "grad_threshold is an approximation, and backend='reference' is exact: use one of them"
+        )
+    return check_number("grad_threshold", value, 0.0, inclusive=True)

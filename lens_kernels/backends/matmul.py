@@ -34,11 +34,11 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
         torch.mm(x, weight.t(), out=out)
 
 
-def hidden_gradient(grad: Tensor, weight: Tensor) -> Tensor:
-    """Return ``grad @ weight``; ``grad`` is in the dtype of ``weight``."""
-    if weight.dtype in HALF:
-        return torch.mm(grad, weight, out_dtype=torch.float32)
-    return torch.mm(grad, weight)
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Return ``a @ b``; both are in the same dtype."""
+    if b.dtype in HALF:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a, b)
 
 
 def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:

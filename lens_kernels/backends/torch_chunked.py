@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lens_kernels.backends import matmul, tile_pass
+from lens_kernels.backends import head_products, matmul, tile_pass
 from lens_kernels.call import Evaluation, LossCall
 from lens_kernels.lens import LensHead
 
@@ -82,6 +82,11 @@ class _Run:
             for key, x in call.wanted().items()
         }
 
+        # The tiles of gradients in absolute sum: all, and what was used.
+        self.mass = torch.zeros(2, dtype=self.compute, device=self.device)
+        if call.spec.grad_threshold is not None:
+            self.weight_sum = self.student.weight.sum(0, dtype=self.compute)
+
         pairs = len(call.student_hidden)
         vocab_size = call.spec.vocab_size
         self.compiled = tile_pass.is_compiled(self.device, pairs * self.tokens * vocab_size)
@@ -114,15 +119,23 @@ class _Run:
         self.pointwise(pair, rows, zs, zt, want_grad=bool(wanted))
         if not wanted:
             return
-        grad = zs.to(self.student.operand)
         if "bias" in wanted:
             self.grads["bias"][: zs.shape[1]] += zs.sum(0)
+        products = self.products(zs)
         if "weight" in wanted:
-            d_weight = self.grads["weight"][: zs.shape[1]]
-            matmul.add_head_gradient(grad, x_student, d_weight)
+            products.add_head_gradient(x_student, self.grads["weight"][: zs.shape[1]])
         if wanted & before_head:
-            d_x = matmul.hidden_gradient(grad, self.student.weight).to(self.compute)
+            d_x = products.hidden_gradient().to(self.compute)
             self.before_head(pair, rows, d_x, saved)
+
+    def products(self, grad: Tensor) -> head_products.Whole | head_products.Active:
+        """Return the factors of the gradient products of a tile."""
+        weight, threshold = self.student.weight, self.call.spec.grad_threshold
+        if threshold is None:
+            return head_products.Whole(grad.to(weight.dtype), weight)
+        part, mass = head_products.active(grad, weight, self.weight_sum, threshold)
+        self.mass += mass
+        return part
 
     def pointwise(
         self, pair: int, rows: Tensor | slice, zs: Tensor, zt: Tensor, want_grad: bool
@@ -182,4 +195,7 @@ class _Run:
 
     def result(self) -> Evaluation:
         """Return the rows, and the sums brought to scale."""
-        return Evaluation(self.rows, {k: g.mul_(self.largest) for k, g in self.grads.items()})
+        grads = {key: grad.mul_(self.largest) for key, grad in self.grads.items()}
+        everything, used = self.mass
+        dropped = torch.where(everything > 0, 1 - used / everything, everything)
+        return Evaluation(self.rows, grads, dropped.clamp(min=0))

@@ -1,0 +1,134 @@
+"""The opt-in approximation: what it leaves out, what it gives back, and what it reports."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
+
+N, V, D = 24, 600, 16
+
+
+def problem():
+    """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
+    student = torch.randn(N, D, requires_grad=True)
+    teacher = student.detach() + 0.3 * torch.randn(N, D)
+    head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
+    return student, teacher, head, head.detach().clone()
+
+
+def gradients(threshold, student, teacher, head, teacher_head, **options):
+    loss = symmetric_lens_loss(
+        student, teacher, head, teacher_head, grad_threshold=threshold, **options
+    )
+    return loss.detach(), *torch.autograd.grad(loss, [student, head])
+
+
+def logit_gradients(student, teacher, head, teacher_head):
+    """Return the gradient of the sum over tokens with respect to the student's logits."""
+    z = (student @ head.T).detach().double().requires_grad_()
+    q, p = z.softmax(-1), (teacher @ teacher_head.T).double().softmax(-1)
+    m = (p + q) / 2
+    loss = (p * (p / m).log() + q * (q / m).log()).sum() / 2
+    return torch.autograd.grad(loss, z)[0]
+
+
+def test_threshold_zero_is_exact():
+    inputs = problem()
+    exact, approximate = gradients(None, *inputs), gradients(0.0, *inputs)
+    assert exact[0] == approximate[0]
+    for a, b in zip(exact[1:], approximate[1:], strict=True):
+        assert (a - b).abs().max() <= 1e-6 * a.abs().max() and a.abs().max() > 0
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-4])
+def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(weight):
+    inputs, threshold = problem(), 1e-4
+    g = logit_gradients(*inputs)
+    used = g.abs().amax(0) > threshold
+    assert 0.05 < used.double().mean() < 0.6
+    options = {"reduction": "sum", "layer_weights": [weight]}
+    loss, d_student, d_head = gradients(threshold, *inputs, **options)
+    exact = gradients(None, *inputs, **options)
+    assert loss == exact[0]
+    assert (d_head[~used] == 0).all()
+    error = (d_head[used] - exact[2][used]).abs().max()
+    assert error <= 1e-5 * exact[2].abs().max()
+    # The mean of the head rows left out takes what they would have got in sum.
+    head = inputs[2].detach().double()
+    rest = torch.outer(g[:, ~used].sum(1), head[~used].mean(0))
+    expected = weight * (g[:, used] @ head[used] + rest)
+    assert (d_student - expected).abs().max() <= 1e-5 * expected.abs().max()
+    bare = weight * (g[:, used] @ head[used])
+    assert (d_student - exact[1]).norm() < 0.7 * (bare - exact[1]).norm()
+
+
+def test_what_was_dropped_is_reported():
+    student, teacher, head, teacher_head = inputs = problem()
+    g = logit_gradients(*inputs)
+
+    def dropped(threshold):
+        output = distillation_loss(
+            [],
+            [],
+            head,
+            teacher_head,
+            student_final=student,
+            teacher_final=teacher,
+            final_divergence="jsd",
+            grad_threshold=threshold,
+        )
+        return output.dropped.item()
+
+    assert dropped(None) == 0.0
+    for threshold in (1e-5, 1e-4, 1e-3):
+        left_out = g.abs().amax(0) <= threshold
+        expected = (g[:, left_out].abs().sum() / g.abs().sum()).item()
+        assert dropped(threshold) == pytest.approx(expected, rel=1e-2) and expected > 0
+    assert dropped(1e3) == 1.0
+
+
+def test_everything_left_out_is_finite_and_chunks_and_masks_go_along():
+    inputs = problem()
+    mask = torch.rand(N) > 0.5
+    _, d_student, d_head = gradients(1e3, *inputs, mask=mask, workspace_bytes=5 * 8 * V)
+    assert (d_head == 0).all() and d_student.isfinite().all()
+    assert (d_student[~mask] == 0).all()
+    exact = gradients(None, *inputs, mask=mask)
+    near = gradients(1e-6, *inputs, mask=mask, workspace_bytes=5 * 8 * V)
+    for a, b in zip(exact[1:], near[1:], strict=True):
+        assert (a - b).norm() <= 1e-3 * a.norm()
+
+
+def test_per_token_results_use_it_in_their_backward_pass():
+    student, teacher, head, teacher_head = problem()
+    rows = symmetric_lens_loss(
+        student, teacher, head, teacher_head, reduction="none", grad_threshold=1e3
+    )
+    assert (torch.autograd.grad(rows.sum(), head)[0] == 0).all()
+
+
+def test_bad_thresholds_and_the_exact_backend_are_refused():
+    inputs = problem()
+    for value in (-1e-6, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="grad_threshold must be finite"):
+            gradients(value, *inputs)
+    with pytest.raises(TypeError, match="grad_threshold must be a number"):
+        gradients("bf16", *inputs)
+    with pytest.raises(ValueError, match="backend='reference' is exact"):
+        gradients(1e-6, *inputs, backend="reference")
+
+
+def test_torch_compile_takes_a_threshold():
+    student, teacher, head, teacher_head = problem()
+    compiled = torch.compile(
+        lambda: symmetric_lens_loss(
+            student, teacher, LensHead(head), teacher_head, grad_threshold=1e-4
+        ),
+        fullgraph=True,
+    )
+    a = torch.autograd.grad(compiled(), [student, head])
+    b = gradients(1e-4, student, teacher, head, teacher_head)[1:]
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
