@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
 BEFORE, AFTER = "#9aa5b1", "#1f6f8b"
 
 
@@ -52,8 +53,10 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
         points = [(entry["step"], entry[key]) for entry in steps if key in entry]
         axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats per token")
     axes.set_title("Training loss")
