@@ -178,7 +178,7 @@ def test_speed_benchmark_relates_every_row_to_the_floor(tmp_path):
     options = ["--device", "cpu", "--rounds", "2", "--uncompiled", "--bf16"]
     speed_vs_floor.main([*sizes, *options, "--out", str(tmp_path)])
     rows = read(tmp_path / "speed_vs_floor.csv")
-    assert [row["dtype"] for row in rows] == ["float32"] * 5 + ["bfloat16"] * 5
+    assert [row["dtype"] for row in rows] == ["float32"] * 6 + ["bfloat16"] * 6
     for row in rows:
         assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
         assert (row["ratio_to_floor"] == "1.00") or row["contender"] != "floor"
