@@ -51,13 +51,24 @@ def _options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str
     return options
 
 
-class SymmetricLensLoss(nn.Module):
+class _Loss(nn.Module):
+    """A function's options, checked, kept and shown."""
+
+    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.options = _options(function, options)
+
+    def extra_repr(self) -> str:
+        """Show the options."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
+
+
+class SymmetricLensLoss(_Loss):
     """``symmetric_lens_loss`` with its options fixed; see there for their meaning."""
 
     def __init__(self, **options: Any) -> None:
         """Take any keyword of ``symmetric_lens_loss`` but mask and denominator."""
-        super().__init__()
-        self.options = _options(symmetric_lens_loss, options)
+        super().__init__(symmetric_lens_loss, options)
 
     def forward(
         self,
@@ -79,18 +90,13 @@ class SymmetricLensLoss(nn.Module):
             **self.options,
         )
 
-    def extra_repr(self) -> str:
-        """Show the options."""
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
-
-class DistillationLoss(nn.Module):
+class DistillationLoss(_Loss):
     """``distillation_loss`` with its options fixed; see there for their meaning."""
 
     def __init__(self, **options: Any) -> None:
         """Take any keyword of ``distillation_loss`` but the tensors of a call."""
-        super().__init__()
-        self.options = _options(distillation_loss, options)
+        super().__init__(distillation_loss, options)
 
     def forward(
         self,
@@ -104,7 +110,3 @@ class DistillationLoss(nn.Module):
         return distillation_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options
         )
-
-    def extra_repr(self) -> str:
-        """Show the options."""
-        return ", ".join(f"{k}={v!r}" for k, v in self.options.items())

@@ -299,3 +299,11 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
     _, expected = oracle(problem)
     _, grads = ours(problem)
     assert_close(grads["weight"], expected["weight"], 2e-3)
+
+
+def test_second_derivatives_are_refused_even_where_the_graph_is_not_kept():
+    student = torch.randn(5, 8, requires_grad=True)
+    loss = symmetric_lens_loss(student, torch.randn(5, 8), torch.randn(20, 8), torch.randn(20, 8))
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True, retain_graph=False)
+    with pytest.raises(RuntimeError, match="first derivatives only"):
+        grad.sum().backward()
