@@ -83,7 +83,7 @@ def _env() -> int:
         print(f"\n{device} ({name})")
         print(f"  backend='auto' uses {dispatch.choose('auto', device).name!r}")
         for backend in dispatch.REGISTRY.values():
-            reason = backend.objection(device)
+            reason = backend.objection(device, False)
             if reason is None:
                 reason = "can run" if backend.automatic else "can run; only if asked for by name"
             print(f"  {backend.name:<10} {reason}")

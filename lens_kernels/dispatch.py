@@ -16,13 +16,13 @@ class Backend:
     """A way to evaluate a call.
 
     ``module`` offers ``evaluate(call) -> Evaluation``; or, where ``differentiable``,
-    ``rows(call) -> Tensor``, through which autograd differentiates. ``objection(device)`` says why
-    the backend cannot serve tensors on that device, or returns None.
+    ``rows(call) -> Tensor``, through which autograd differentiates. ``objection(device, fp64)``
+    says why the backend cannot serve such tensors, or returns None.
     """
 
     name: str
     module: str
-    objection: Callable[[torch.device], str | None]
+    objection: Callable[[torch.device, bool], str | None]
     differentiable: bool = False
     automatic: bool = True
 
@@ -31,7 +31,26 @@ class Backend:
         return importlib.import_module(self.module)
 
 
-def _reference_objection(device: torch.device) -> str | None:
+def _triton_objection(device: torch.device, fp64: bool) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if fp64:
+        return "its kernels compute in float32, and the head is float64"
+    if device.type == "cuda":
+        return None
+    if device.type == "cpu":
+        from lens_kernels.backends.triton.interpreter import INTERPRETING
+
+        if INTERPRETING:
+            return None
+        return (
+            "Triton compiles for GPUs alone. To run its kernels in Triton's interpreter, which is"
+            " for tests and slow, set TRITON_INTERPRET=1 before Python starts"
+        )
+    return "its kernels are for NVIDIA and AMD GPUs"
+
+
+def _reference_objection(device: torch.device, fp64: bool) -> str | None:
     if device.type == "mps":
         return "it computes in float64, which MPS does not have"
     if importlib.util.find_spec("reference") is None:
@@ -42,7 +61,8 @@ def _reference_objection(device: torch.device) -> str | None:
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("torch", "lens_kernels.backends.torch_chunked", lambda device: None),
+        Backend("torch", "lens_kernels.backends.torch_chunked", lambda device, fp64: None),
+        Backend("triton", "lens_kernels.backends.triton", _triton_objection, automatic=False),
         Backend(
             "reference",
             "lens_kernels.backends.dense",
@@ -54,18 +74,22 @@ REGISTRY: dict[str, Backend] = {
 }
 
 
-def choose(name: str, device: torch.device) -> Backend:
-    """Return the backend called ``name``, or for ``"auto"`` the first that can serve ``device``."""
+def choose(name: str, device: torch.device, fp64: bool = False) -> Backend:
+    """Return the backend called ``name``, or for ``"auto"`` the first that can serve the tensors.
+
+    ``device`` is theirs, and ``fp64`` says whether a head is in float64.
+    """
     if name == "auto":
-        return next(b for b in REGISTRY.values() if b.automatic and b.objection(device) is None)
+        automatic = (b for b in REGISTRY.values() if b.automatic)
+        return next(b for b in automatic if b.objection(device, fp64) is None)
     if name not in REGISTRY:
         known = ", ".join(repr(n) for n in ("auto", *REGISTRY))
         raise ValueError(f"backend={name!r} is unknown; choose one of {known}")
     backend = REGISTRY[name]
-    reason = backend.objection(device)
+    reason = backend.objection(device, fp64)
     if reason is not None:
         raise RuntimeError(
             f"backend={name!r} cannot serve tensors on {device.type}: {reason};"
-            " or use backend='auto'"
+            " or use backend='torch'"
         )
     return backend

@@ -313,11 +313,9 @@ class _Builder:
         self.has_label: Tensor | None = None
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-        self.backend = dispatch.choose(backend, self.device)
-        self.fp64 = self.backend.differentiable or torch.float64 in (
-            self.student_head.weight.dtype,
-            self.teacher_head.weight.dtype,
-        )
+        weights = self.student_head.weight.dtype, self.teacher_head.weight.dtype
+        self.backend = dispatch.choose(backend, self.device, torch.float64 in weights)
+        self.fp64 = self.backend.differentiable or torch.float64 in weights
         self.result_dtype = (
             torch.float64 if self.student_head.weight.dtype is torch.float64 else torch.float32
         )

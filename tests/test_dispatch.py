@@ -18,7 +18,7 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS, torch.device("xpu")])
 def test_auto_finds_a_backend_everywhere(device):
     backend = choose("auto", device)
-    assert backend.automatic and backend.objection(device) is None
+    assert backend.automatic and backend.objection(device, False) is None
     if device is CPU:
         assert backend.name == "torch"
         assert backend.load() is torch_chunked
@@ -29,25 +29,25 @@ def test_auto_never_means_the_reference():
 
 
 def test_auto_passes_over_a_backend_that_objects(monkeypatch):
-    picky = Backend("picky", "nowhere", lambda device: None if device.type == "cuda" else "no GPU")
+    picky = Backend("picky", "nowhere", lambda device, fp64: None if device.type == "cuda" else "no GPU")
     monkeypatch.setattr(dispatch, "REGISTRY", {"picky": picky, **dispatch.REGISTRY})
     assert choose("auto", CPU).name == "torch"
     assert choose("auto", CUDA).name == "picky"
-    with pytest.raises(RuntimeError, match="'picky'.*cpu.*no GPU.*'auto'"):
+    with pytest.raises(RuntimeError, match="'picky'.*cpu.*no GPU.*'torch'"):
         choose("picky", CPU)
     with pytest.raises(RuntimeError, match="no GPU"):
         loss_of(symmetric_lens_loss, make(ODD), backend="picky")
 
 
 def test_a_forced_backend_that_cannot_be_imported_says_so(monkeypatch):
-    broken = Backend("broken", "lens_kernels.no_such_module", lambda device: None)
+    broken = Backend("broken", "lens_kernels.no_such_module", lambda device, fp64: None)
     monkeypatch.setattr(dispatch, "REGISTRY", {"broken": broken, **dispatch.REGISTRY})
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         loss_of(symmetric_lens_loss, make(ODD), backend="broken")
 
 
 def test_an_unknown_backend_lists_the_known():
-    with pytest.raises(ValueError, match="'trition'.*'auto'.*'torch'.*'reference'"):
+    with pytest.raises(ValueError, match="'trition'.*'auto'.*'torch'.*'triton'.*'reference'"):
         choose("trition", CPU)
 
 

@@ -68,7 +68,9 @@ def active(
         columns,
         used.to(weight.dtype),
         used_weight,
-        rest=grad.sum(1) - used.sum(1),
+        rest=grad.sum(1, dtype=weight_sum.dtype) - used.sum(1, dtype=weight_sum.dtype),
         rest_weight=(weight_sum - used_weight.sum(0, dtype=weight_sum.dtype)) / left_out,
     )
-    return part, torch.stack([torch.linalg.vector_norm(x, 1) for x in (grad, used)])
+    return part, torch.stack(
+        [torch.linalg.vector_norm(x, 1, dtype=weight_sum.dtype) for x in (grad, used)]
+    )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backends import head_products, matmul, tile_pass
+from lens_kernels.backends.ledger import Ledger
 from lens_kernels.call import Evaluation, LossCall
 from lens_kernels.lens import LensHead
 
@@ -25,7 +26,7 @@ def evaluate(call: LossCall) -> Evaluation:
     for pair in range(len(call.student_hidden)):
         for rows in run.chunks():
             run.chunk(pair, rows)
-    return run.result()
+    return run.ledger.result()
 
 
 class _Side:
@@ -65,25 +66,9 @@ class _Run:
         self.compute = torch.float64 if fp64 else torch.float32
         self.student = _Side(call.student_head, call, self.compute)
         self.teacher = _Side(call.teacher_head, call, self.compute)
-        tokens = call.row_weight.shape[1]
-        self.index = None if call.mask is None else call.mask.nonzero()[:, 0]
-        self.tokens = tokens if self.index is None else self.index.shape[0]
-        self.rows = torch.zeros(call.row_weight.shape, dtype=self.compute, device=self.device)
-
-        # Gradients are made for weights relative to the largest one and scaled once, at the end:
-        # a 1/N inside a 16-bit tile of gradients would flush most of it to zero.
-        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
-        counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
-        largest = counted.abs().amax() if self.tokens else counted.sum()
-        self.largest = torch.where(largest > 0, largest, 1.0).to(self.compute)
-        self.weight = call.row_weight.to(self.compute) / self.largest
-        self.grads = {
-            key: torch.zeros(x.shape, dtype=self.compute, device=self.device)
-            for key, x in call.wanted().items()
-        }
-
-        # The tiles of gradients in absolute sum: all, and what was used.
-        self.mass = torch.zeros(2, dtype=self.compute, device=self.device)
+        self.ledger = Ledger(call, self.compute)
+        self.tokens, self.index = self.ledger.tokens, self.ledger.index
+        self.grads = self.ledger.grads
         if call.spec.grad_threshold is not None:
             self.weight_sum = self.student.weight.sum(0, dtype=self.compute)
 
@@ -114,8 +99,7 @@ class _Run:
         matmul.project(x_student, self.student.weight, zs)
         matmul.project(x_teacher, self.teacher.weight, zt)
 
-        before_head = {pair} | ({"norm_weight", "norm_bias"} if saved is not None else set())
-        wanted = self.grads.keys() & (before_head | {"weight", "bias"})
+        wanted = self.ledger.wanted(pair, saved is not None)
         self.pointwise(pair, rows, zs, zt, want_grad=bool(wanted))
         if not wanted:
             return
@@ -124,7 +108,7 @@ class _Run:
         products = self.products(zs)
         if "weight" in wanted:
             products.add_head_gradient(x_student, self.grads["weight"][: zs.shape[1]])
-        if wanted & before_head:
+        if wanted - {"weight", "bias"}:
             d_x = products.hidden_gradient().to(self.compute)
             self.before_head(pair, rows, d_x, saved)
 
@@ -134,7 +118,7 @@ class _Run:
         if threshold is None:
             return head_products.Whole(grad.to(weight.dtype), weight)
         part, mass = head_products.active(grad, weight, self.weight_sum, threshold)
-        self.mass += mass
+        self.ledger.mass += mass
         return part
 
     def pointwise(
@@ -143,7 +127,7 @@ class _Run:
         """Run the pointwise pass over the chunk's tiles in blocks of rows and store the losses."""
         call = self.call
         spec = call.spec
-        weight = self.weight[pair][rows]
+        weight = self.ledger.weight[pair][rows]
         labelled = call.labels is not None and pair == len(call.student_hidden) - 1
         options = (
             self.student.head,
@@ -161,7 +145,7 @@ class _Run:
             args = (zs[block].data, zt[block].data, weight[block], *options)
             if labelled:
                 assert call.labels is not None
-                label_args = (call.labels[rows][block], self.weight[-1][rows][block])
+                label_args = (call.labels[rows][block], self.ledger.weight[-1][rows][block])
                 loss, cross_entropy = tile_pass.run(
                     self.compiled, tile_pass.tile_pass_with_labels, *args, *label_args
                 )
@@ -169,9 +153,9 @@ class _Run:
             else:
                 loss = tile_pass.run(self.compiled, tile_pass.tile_pass, *args)
             losses.append(loss)
-        self.rows[pair, rows] = torch.cat(losses)
+        self.ledger.rows[pair, rows] = torch.cat(losses)
         if labelled:
-            self.rows[-1, rows] = torch.cat(cross_entropies)
+            self.ledger.rows[-1, rows] = torch.cat(cross_entropies)
 
     def before_head(
         self,
@@ -192,10 +176,3 @@ class _Run:
             grad = norm.backward(grad, x_hat, rstd)
         if pair in self.grads:
             self.grads[pair][rows] = grad
-
-    def result(self) -> Evaluation:
-        """Return the rows, and the sums brought to scale."""
-        grads = {key: grad.mul_(self.largest) for key, grad in self.grads.items()}
-        everything, used = self.mass
-        dropped = torch.where(everything > 0, 1 - used / everything, everything)
-        return Evaluation(self.rows, grads, dropped.clamp(min=0))

@@ -1,0 +1,46 @@
+"""What every backend keeps of a call: which tokens count and by how much, losses and gradients."""
+
+from __future__ import annotations
+
+import torch
+
+from lens_kernels.call import Evaluation, LossCall
+
+
+class Ledger:
+    """Rows and gradients of one call, as they are summed up.
+
+    Gradients are made for weights relative to the largest one and scaled once, at the end: a 1/N
+    inside a 16-bit tile of gradients would flush most of it to zero.
+    """
+
+    def __init__(self, call: LossCall, compute: torch.dtype) -> None:
+        device = call.row_weight.device
+        tokens = call.row_weight.shape[1]
+        self.index = None if call.mask is None else call.mask.nonzero()[:, 0]
+        self.tokens = tokens if self.index is None else self.index.shape[0]
+        self.rows = torch.zeros(call.row_weight.shape, dtype=compute, device=device)
+
+        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
+        counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
+        largest = counted.abs().amax() if self.tokens else counted.sum()
+        self.largest = torch.where(largest > 0, largest, 1.0).to(compute)
+        self.weight = call.row_weight.to(compute) / self.largest
+        self.grads = {
+            key: torch.zeros(x.shape, dtype=compute, device=device)
+            for key, x in call.wanted().items()
+        }
+        # The tiles of gradients in absolute sum: all, and what was used.
+        self.mass = torch.zeros(2, dtype=compute, device=device)
+
+    def wanted(self, pair: int, normed: bool) -> set[int | str]:
+        """Return which gradients a pair contributes to."""
+        before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
+        return self.grads.keys() & (before_head | {"weight", "bias"})
+
+    def result(self) -> Evaluation:
+        """Return the rows, and the sums brought to scale."""
+        grads = {key: grad.mul_(self.largest) for key, grad in self.grads.items()}
+        everything, used = self.mass
+        dropped = torch.where(everything > 0, 1 - used / everything, everything)
+        return Evaluation(self.rows, grads, dropped.clamp(min=0))

@@ -1,0 +1,168 @@
+"""The final norm of a lens: rows gathered, normalised and rounded once; and its backward."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lens_kernels.backends.triton import launch
+from lens_kernels.backends.triton.operands import padded
+from lens_kernels.lens import LensNorm
+
+# Numbers that one step of a program holds in registers.
+BLOCK = 8192
+
+
+@triton.jit
+def normalised_rows(
+    x_ptr, index_ptr, x_stride, first, tokens, width, eps,
+    LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Return ``(x_hat, rstd, source, exist)`` of a block of rows, zeros beyond the width."""
+    rows = first + tl.arange(0, BLOCK_N)
+    exist = rows < tokens
+    rows = tl.minimum(rows, tokens - 1)
+    source = rows
+    if index_ptr is not None:
+        source = tl.load(index_ptr + rows)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (columns < width)[None, :]
+    at = source.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if LAYER:
+        x = tl.where(inside, x - (tl.sum(x, 1) / width)[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
+    return x * rstd[:, None], rstd, source, exist
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def norm_kernel(
+    x_ptr, index_ptr, weight_ptr, bias_ptr, out_ptr,
+    x_stride, out_stride, tokens, width, eps, offset,
+    LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write ``x_hat (weight + offset) + bias`` of the indexed rows, zeros up to the stride."""
+    first = tl.program_id(0) * BLOCK_N
+    y, _, _, exist = normalised_rows(
+        x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D
+    )
+    columns = tl.arange(0, BLOCK_D)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        y *= (weight + offset)[None, :]
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+        y += bias[None, :]
+    rows = first + tl.arange(0, BLOCK_N)
+    at = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    mask = exist[:, None] & (columns < out_stride)[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def norm_backward_kernel(
+    grad_ptr, x_ptr, index_ptr, weight_ptr,
+    d_x_ptr, d_weight_ptr, d_bias_ptr,
+    grad_stride, x_stride, d_x_stride, tokens, width, eps, offset,
+    LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the indexed rows, and this program's part of the norm's own gradients.
+
+    A program takes every ``num_programs``-th block of rows: the sums are in a fixed order.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    inside = (columns < width)[None, :]
+    d_weight = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    d_bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    for first in range(tl.program_id(0) * BLOCK_N, tokens, tl.num_programs(0) * BLOCK_N):
+        x_hat, rstd, source, exist = normalised_rows(
+            x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D
+        )
+        rows = first + tl.arange(0, BLOCK_N)
+        at = rows.to(tl.int64)[:, None] * grad_stride + columns[None, :]
+        grad = tl.load(grad_ptr + at, mask=exist[:, None] & inside, other=0.0)
+        if d_weight_ptr is not None:
+            d_weight += tl.sum(grad * x_hat, 0)
+        if d_bias_ptr is not None:
+            d_bias += tl.sum(grad, 0)
+        if d_x_ptr is not None:
+            if weight_ptr is not None:
+                weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0)
+                grad *= (weight.to(tl.float32) + offset)[None, :]
+            inner = grad - x_hat * (tl.sum(grad * x_hat, 1) / width)[:, None]
+            if LAYER:
+                inner -= (tl.sum(grad, 1) / width)[:, None]
+            at = source.to(tl.int64)[:, None] * d_x_stride + columns[None, :]
+            tl.store(d_x_ptr + at, inner * rstd[:, None], mask=exist[:, None] & inside)
+    at = tl.program_id(0).to(tl.int64) * width + columns
+    if d_weight_ptr is not None:
+        tl.store(d_weight_ptr + at, d_weight, mask=columns < width)
+    if d_bias_ptr is not None:
+        tl.store(d_bias_ptr + at, d_bias, mask=columns < width)
+
+
+def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
+    block_d = triton.next_power_of_2(width)
+    block_n = max(1, BLOCK // block_d)
+    return {
+        "LAYER": norm.kind == "layer",
+        "BLOCK_N": block_n,
+        "BLOCK_D": block_d,
+        "num_warps": min(16, max(4, block_n * block_d // 1024)),
+    }
+
+
+def _dense(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def norm_rows(hidden: Tensor, index: Tensor | None, norm: LensNorm, dtype: torch.dtype) -> Tensor:
+    """Return the norm of the rows of ``hidden`` at ``index``, laid out for ``Operand``."""
+    tokens = hidden.shape[0] if index is None else index.shape[0]
+    width = hidden.shape[1]
+    options = _options(norm, width)
+    hidden = _unit_stride(hidden)
+    out = torch.empty(tokens, padded(width), dtype=dtype, device=hidden.device)
+    norm_kernel[(triton.cdiv(tokens, options["BLOCK_N"]),)](
+        hidden, index, _dense(norm.weight), _dense(norm.bias), out,
+        hidden.stride(0), out.stride(0), tokens, width, norm.eps, norm.offset, **options,
+    )  # fmt: skip
+    return out[:, :width]
+
+
+def norm_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    index: Tensor | None,
+    norm: LensNorm,
+    d_hidden: Tensor | None,
+    d_weight: Tensor | None,
+    d_bias: Tensor | None,
+) -> None:
+    """Carry ``grad`` ``(n, D)`` back through the norm.
+
+    The rows of ``d_hidden`` at ``index`` are set; ``d_weight`` and ``d_bias`` are added to.
+    """
+    tokens, width = grad.shape
+    options = _options(norm, width)
+    hidden = _unit_stride(hidden)
+    programs = min(triton.cdiv(tokens, options["BLOCK_N"]), 2 * launch.processors(grad.device))
+
+    def part(total: Tensor | None) -> Tensor | None:
+        return None if total is None else torch.empty(programs, width, device=grad.device)
+
+    d_weights, d_biases = part(d_weight), part(d_bias)
+    norm_backward_kernel[(programs,)](
+        grad, hidden, index, _dense(norm.weight), d_hidden, d_weights, d_biases,
+        grad.stride(0), hidden.stride(0), 0 if d_hidden is None else d_hidden.stride(0),
+        tokens, width, norm.eps, norm.offset, **options,
+    )  # fmt: skip
+    for total, parts in ((d_weight, d_weights), (d_bias, d_biases)):
+        if total is not None and parts is not None:
+            total += parts.sum(0)

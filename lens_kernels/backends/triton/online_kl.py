@@ -1,0 +1,151 @@
+"""Sweeps 1 and 2 at once, for the divergences made of relative entropies.
+
+Split the vocabulary into parts. By the chain rule of relative entropy::
+
+    KL(p, q) = sum_parts P KL(p | part, q | part) + KL(P, Q)
+
+with ``P`` and ``Q`` the probabilities of the parts. So what is known of two parts merges into what
+is known of their union, as running variances do, and every term keeps the relative accuracy of the
+pointwise formulas. No projection is made twice.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lens_kernels import divergence as table
+from lens_kernels.backends.triton import launch
+from lens_kernels.backends.triton.device_fns import FLOOR
+from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
+from lens_kernels.backends.triton.pointwise import pointwise
+from lens_kernels.backends.triton.row_stats import merge as merge_stats
+from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
+from lens_kernels.spec import Divergence
+
+DIVERGENCES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
+
+
+@triton.jit
+def share(maximum, total, other_maximum, other_total):
+    """Return the logarithms of two parts' shares in their union."""
+    higher = tl.maximum(maximum, other_maximum)
+    here = maximum - higher
+    there = other_maximum - higher
+    log_sum = tl.log(total * tl.exp(here) + other_total * tl.exp(there))
+    # A part without mass has log-share FLOOR, not -inf.
+    has_mass = total > 0
+    here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
+    return here, there + tl.log(other_total) - log_sum
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def online_kl_kernel(
+    xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
+    xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
+    maximum_s_ptr, total_s_ptr, maximum_t_ptr, total_t_ptr,
+    forward_ptr,
+    reverse_ptr,
+    tokens,
+    vocab_size,
+    tiles_per_split,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write both models' statistics and relative entropies of some rows over one split."""
+    rows, exist = block_of_rows(tokens, BLOCK_N)
+    split = tl.program_id(1)
+    maximum_s = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
+    maximum_t = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
+    total_s = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    total_t = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    forward = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    reverse = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
+    for tile in range(first, last):
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        us = logits_tile(
+            xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        ut = logits_tile(
+            xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        # This tile by itself.
+        tile_maximum_s = tl.max(us, 1)
+        tile_maximum_t = tl.max(ut, 1)
+        us -= tile_maximum_s[:, None]
+        ut -= tile_maximum_t[:, None]
+        tile_total_s = tl.sum(tl.exp(us), 1)
+        tile_total_t = tl.sum(tl.exp(ut), 1)
+        lq = us - tl.log(tile_total_s)[:, None]
+        lp = ut - tl.log(tile_total_t)[:, None]
+        forward_f, _ = pointwise(lp, lq, 0.0, "forward_kl")
+        reverse_f, _ = pointwise(lp, lq, 0.0, "reverse_kl")
+        # Merged with those before it.
+        lq_old, lq_new = share(maximum_s, total_s, tile_maximum_s, tile_total_s)
+        lp_old, lp_new = share(maximum_t, total_t, tile_maximum_t, tile_total_t)
+        old, _ = pointwise(lp_old, lq_old, 0.0, "forward_kl")
+        new, _ = pointwise(lp_new, lq_new, 0.0, "forward_kl")
+        forward = tl.exp(lp_old) * forward + tl.exp(lp_new) * tl.sum(forward_f, 1) + old + new
+        old, _ = pointwise(lp_old, lq_old, 0.0, "reverse_kl")
+        new, _ = pointwise(lp_new, lq_new, 0.0, "reverse_kl")
+        reverse = tl.exp(lq_old) * reverse + tl.exp(lq_new) * tl.sum(reverse_f, 1) + old + new
+        higher = tl.maximum(maximum_s, tile_maximum_s)
+        total_s = total_s * tl.exp(maximum_s - higher)
+        total_s += tile_total_s * tl.exp(tile_maximum_s - higher)
+        maximum_s = higher
+        higher = tl.maximum(maximum_t, tile_maximum_t)
+        total_t = total_t * tl.exp(maximum_t - higher)
+        total_t += tile_total_t * tl.exp(tile_maximum_t - higher)
+        maximum_t = higher
+    at = split.to(tl.int64) * tokens + rows
+    tl.store(maximum_s_ptr + at, maximum_s, mask=exist)
+    tl.store(total_s_ptr + at, total_s, mask=exist)
+    tl.store(maximum_t_ptr + at, maximum_t, mask=exist)
+    tl.store(total_t_ptr + at, total_t, mask=exist)
+    tl.store(forward_ptr + at, forward, mask=exist)
+    tl.store(reverse_ptr + at, reverse, mask=exist)
+
+
+def online_kl(
+    student: Operand,
+    teacher: Operand,
+    divergence: Divergence,
+    vocab_size: int,
+    tile: launch.Tile,
+) -> RowSums:
+    """Return the sums of f and of h of every row, with both models' statistics."""
+    grid = launch.Splits(student.tokens, vocab_size, tile, student.x.device)
+    partials = grid.partials(6)
+    online_kl_kernel[grid.shape](
+        *student.arguments(), *teacher.arguments(), *partials,
+        student.tokens, vocab_size, grid.tiles_per_split,
+        **tile.blocks(), PRECISION=student.precision, **tile.options(),
+    )  # fmt: skip
+    maximum_s, total_s, maximum_t, total_t, forward, reverse = partials
+    student_stats = merge_stats(maximum_s, total_s)
+    teacher_stats = merge_stats(maximum_t, total_t)
+    lq = _log_shares(maximum_s, total_s, student_stats)
+    lp = _log_shares(maximum_t, total_t, teacher_stats)
+    between = [table.pointwise(kind, lp, lq, 0.0)[0] for kind in DIVERGENCES[:2]]
+    forward = (lp.exp() * forward + between[0]).sum(0)
+    reverse = (lq.exp() * reverse + between[1]).sum(0)
+    if divergence is Divergence.FORWARD_KL:
+        # Its h is q - p, which sums to 0.
+        return RowSums(forward, torch.zeros_like(forward), student_stats, teacher_stats)
+    f = reverse if divergence is Divergence.REVERSE_KL else forward + reverse
+    return RowSums(f, reverse, student_stats, teacher_stats)
+
+
+def _log_shares(maximum: Tensor, total: Tensor, whole: RowStats) -> Tensor:
+    """Return the logarithm of each split's share in the whole vocabulary, ``(S, N)``."""
+    return torch.where(
+        total > 0, maximum - whole.maximum + total.log() - whole.log_sum, FLOOR.value
+    )

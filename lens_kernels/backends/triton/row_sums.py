@@ -1,0 +1,84 @@
+"""Sweep 2: the sums over the vocabulary of a divergence's ``f`` and ``h``, for every row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lens_kernels.backends.triton import launch
+from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
+from lens_kernels.backends.triton.pointwise import pointwise
+from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
+from lens_kernels.spec import Divergence
+
+
+@triton.jit(do_not_specialize=launch.COUNTS)
+def row_sums_kernel(
+    xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
+    xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
+    maximum_s_ptr, log_sum_s_ptr, maximum_t_ptr, log_sum_t_ptr,
+    f_ptr,
+    h_ptr,
+    tokens,
+    vocab_size,
+    tiles_per_split,
+    beta,
+    DIVERGENCE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Write the sums of f and h of this program's rows over one split."""
+    rows, exist = block_of_rows(tokens, BLOCK_N)
+    split = tl.program_id(1)
+    maximum_s = tl.load(maximum_s_ptr + rows)[:, None]
+    log_sum_s = tl.load(log_sum_s_ptr + rows)[:, None]
+    maximum_t = tl.load(maximum_t_ptr + rows)[:, None]
+    log_sum_t = tl.load(log_sum_t_ptr + rows)[:, None]
+    f_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    h_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    first = split * tiles_per_split
+    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
+    for tile in range(first, last):
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        us = logits_tile(
+            xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        ut = logits_tile(
+            xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        lq = (us - maximum_s) - log_sum_s
+        lp = (ut - maximum_t) - log_sum_t
+        f, h = pointwise(lp, lq, beta, DIVERGENCE)
+        f_sum += tl.sum(f, 1)
+        h_sum += tl.sum(h, 1)
+    at = split.to(tl.int64) * tokens + rows
+    tl.store(f_ptr + at, f_sum, mask=exist)
+    tl.store(h_ptr + at, h_sum, mask=exist)
+
+
+def row_sums(
+    student: Operand,
+    teacher: Operand,
+    student_stats: RowStats,
+    teacher_stats: RowStats,
+    divergence: Divergence,
+    beta: float,
+    vocab_size: int,
+    tile: launch.Tile,
+) -> RowSums:
+    """Return the sums of f and of h of every row, with the statistics they were made from."""
+    grid = launch.Splits(student.tokens, vocab_size, tile, student.x.device)
+    f, h = grid.partials(2)
+    row_sums_kernel[grid.shape](
+        *student.arguments(), *teacher.arguments(),
+        student_stats.maximum, student_stats.log_sum,
+        teacher_stats.maximum, teacher_stats.log_sum,
+        f, h, student.tokens, vocab_size, grid.tiles_per_split, beta,
+        DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
+        **tile.options(),
+    )  # fmt: skip
+    return RowSums(f.sum(0), h.sum(0), student_stats, teacher_stats)

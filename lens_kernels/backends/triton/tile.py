@@ -1,0 +1,57 @@
+"""The tile that all sweeps share: a block of tokens against a block of the vocabulary."""
+
+import triton
+import triton.language as tl
+
+from lens_kernels.backends.triton.device_fns import FLOOR, tanh
+
+
+@triton.jit
+def block_of_rows(tokens, BLOCK_N: tl.constexpr):
+    """Return this program's rows, and which of them exist; the others repeat the last one."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.minimum(rows, tokens - 1), rows < tokens
+
+
+@triton.jit
+def logits_tile(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    width,
+    x_stride,
+    w_stride,
+    slope,
+    cap,
+    rows,
+    columns,
+    vocab_size,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
+
+    ``slope`` is scale / temperature and ``cap`` softcap / temperature, or None. Columns beyond the
+    vocabulary are ``FLOOR``, as are logits of -inf.
+    """
+    inside = tl.minimum(columns, vocab_size - 1)
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
+    w_ptrs = w_ptr + inside.to(tl.int64)[None, :] * w_stride + k[:, None]
+    z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in range(0, width, BLOCK_K):
+        fits = start + k < width
+        x = tl.load(x_ptrs, mask=fits[None, :], other=0.0)
+        w = tl.load(w_ptrs, mask=fits[:, None], other=0.0)
+        z = tl.dot(x, w, z, input_precision=PRECISION)
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + inside).to(tl.float32)[None, :]
+    u = z * slope
+    if cap is not None:
+        u = tanh(u * (1.0 / cap)) * cap
+    # A comparison, not a maximum, which on a GPU would hide NaN.
+    return tl.where((columns >= vocab_size)[None, :] | (u < FLOOR), FLOOR, u)

@@ -1,0 +1,131 @@
+"""Tile sizes: what a kernel may use, and what it uses on which device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any
+
+import torch
+
+from lens_kernels.backends.triton.interpreter import INTERPRETING
+
+
+class Sweep(str, Enum):
+    """The kernels that have a tile, each with the number of fp32 accumulators it holds."""
+
+    ROW_STATS = "row_stats"
+    ONLINE_KL = "online_kl"
+    ROW_SUMS = "row_sums"
+    GRADIENTS = "gradients"
+
+    @property
+    def accumulators(self) -> int:
+        """Return how many tiles of logits are alive at a time."""
+        return 1 if self is Sweep.ROW_STATS else 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tokens, vocabulary entries and widths of one step, and how a GPU runs it."""
+
+    block_n: int
+    block_v: int
+    block_k: int
+    warps: int
+    stages: int
+
+    def blocks(self) -> dict[str, int]:
+        """Return the kernels' own arguments."""
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_K": self.block_k}
+
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What bounds a tile on one kind of device: bytes of shared memory, and registers."""
+
+    name: str
+    shared_memory: int
+    threads_per_warp: int = 32
+    # fp32 accumulators that a thread can hold beside what else it needs.
+    accumulators_per_thread: int = 128
+
+
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", 166912),
+        Arch("sm_89", 101376),  # also sm_86 and sm_120
+        Arch("sm_90", 232448),
+        Arch("sm_100", 232448),
+        Arch("gfx942", 65536, threads_per_warp=64),
+        Arch("interpreter", 1 << 40),
+    )
+}
+
+# Hidden size from which a sweep is bound by its products even with one program to a processor.
+WIDE = 2048
+
+
+def _tile(sweep: Sweep, arch: str, width: int) -> Tile:
+    """Return the tile for 16-bit operands. All were compiled, and none spills: kernel_report.py."""
+    if arch == "interpreter":
+        # Wide operands, as exact heads of tests have, would take minutes in small steps.
+        return Tile(32, 64, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
+    stats, gradients = sweep is Sweep.ROW_STATS, sweep is Sweep.GRADIENTS
+    wide = width >= WIDE
+    if arch == "sm_80":
+        if stats or gradients:
+            return Tile(128, 128, 32, warps=8, stages=4)
+        return Tile(64, 128, 64, warps=8, stages=3)
+    if arch == "sm_89":
+        if stats or gradients:
+            return Tile(128, 128, 32, warps=8, stages=3)
+        return Tile(64, 128, 32, warps=8, stages=3)
+    if arch == "gfx942":
+        return Tile(128, 256, 32, 8, 2) if stats else Tile(128, 128, 64, 8, 2)
+    if stats:
+        return Tile(128, 256 if wide else 128, 64, warps=8, stages=3)
+    if wide:
+        return Tile(128, 128, 64, warps=8, stages=3)
+    return Tile(64, 128, 64, warps=8 if gradients else 4, stages=3)
+
+
+def objection(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str | None:
+    """Say why a tile cannot be used, or return None; the compiler may still reject it."""
+    sizes = (tile.block_n, tile.block_v, tile.block_k)
+    if any(size < 16 or size & (size - 1) for size in sizes):
+        return f"block sizes must be powers of two from 16, got {sizes}"
+    if tile.warps not in (1, 2, 4, 8, 16) or tile.stages < 1:
+        return f"warps must be a power of two up to 16 and stages at least 1, got {tile}"
+    shared = tile.stages * (tile.block_n + tile.block_v) * tile.block_k * itemsize
+    if shared > arch.shared_memory:
+        return f"it needs {shared} bytes of shared memory, {arch.name} has {arch.shared_memory}"
+    threads = tile.warps * arch.threads_per_warp
+    each = sweep.accumulators * tile.block_n * tile.block_v // threads
+    if each > arch.accumulators_per_thread and arch.name != "interpreter":
+        return f"{each} accumulators a thread would not fit into its registers"
+    return None
+
+
+def choose(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int) -> Tile:
+    """Return the tile of a sweep over operands of this dtype, the narrower of them this wide."""
+    tile = _tile(sweep, arch.name, width)
+    while objection(tile, sweep, arch, dtype.itemsize) is not None:
+        tile = replace(tile, block_k=tile.block_k // 2)
+    return tile
+
+
+def arch_of(device: torch.device) -> Arch:
+    """Return what bounds tiles on a device."""
+    if INTERPRETING:
+        return ARCHS["interpreter"]
+    if torch.version.hip is not None:
+        return ARCHS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    name = {8: "sm_89" if minor else "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_89")
+    return ARCHS[name]
