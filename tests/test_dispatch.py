@@ -29,7 +29,10 @@ def test_auto_never_means_the_reference():
 
 
 def test_auto_passes_over_a_backend_that_objects(monkeypatch):
-    picky = Backend("picky", "nowhere", lambda device, fp64: None if device.type == "cuda" else "no GPU")
+    def objection(device, fp64):
+        return None if device.type == "cuda" else "no GPU"
+
+    picky = Backend("picky", "nowhere", objection)
     monkeypatch.setattr(dispatch, "REGISTRY", {"picky": picky, **dispatch.REGISTRY})
     assert choose("auto", CPU).name == "torch"
     assert choose("auto", CUDA).name == "picky"
