@@ -41,10 +41,10 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/lens-kernels demo --cache .cache --output demo_output
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-all: check
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 
 # Every backend that must agree with the oracle. A new one is added here.
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "triton"]
+# Those of them that compute in float64; the others refuse it.
+FLOAT64_BACKENDS = ["torch"]
+# Everything that a backend computes in.
+PRECISIONS = [
+    *((backend, torch.float32) for backend in BACKENDS),
+    *((backend, torch.float64) for backend in FLOAT64_BACKENDS),
+]
 
 DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"]
 
@@ -29,6 +36,10 @@ class Shape:
 
 ODD = Shape((37,), 211, 29, 41, 1)
 BATCH = Shape((5, 7), 97, 33, 17, 2)
+# Two boundaries of the 768-wide columns of a CPU product, and two steps of the pointwise pass.
+# For the torch backend alone: no other has these boundaries, and an interpreted kernel would take
+# seconds for a case.
+TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
     # Primes: nothing divides a chunk, a tile or a vector. The teacher is wider.
     "odd": ODD,
@@ -38,8 +49,9 @@ SHAPES = {
     "aligned": Shape((4,), 64, 16, 16, 3),
     # One token: means, sums and chunk arithmetic degenerate.
     "one_row": Shape((1,), 53, 8, 9, 1),
-    # Two boundaries of the 768-wide columns of a CPU product, and two steps of the pointwise pass.
-    "two_tiles": Shape((2, 167), 1601, 24, 40, 1),
+    # Three blocks of rows by three splits of four, four and three tiles of the vocabulary: kernels
+    # go over tiles inside a split, and merge splits.
+    "splits": Shape((70,), 680, 24, 40, 1),
     # The smallest softmax and the narrowest states.
     "smallest": Shape((4, 3), 2, 2, 1, 2),
     # More widths than entries: the head is wide and flat.

@@ -33,11 +33,7 @@ def test_every_feature_of_every_divergence_over_several_chunks(backend, feature,
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_shape(backend, shape, divergence):
-    problem = make(SHAPES[shape], bias=True, divergence=divergence)
-    if shape == "two_tiles" and divergence == "tvd":
-        # Among half a million entries some tie to float32's last digit, where the slope jumps.
-        problem = problem.to(torch.float64)
-    check(problem, backend=backend)
+    check(make(SHAPES[shape], bias=True, divergence=divergence), backend=backend)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 36, 37, 38])
@@ -54,23 +50,6 @@ def test_a_workspace_too_small_for_one_row_takes_one_row(backend):
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
     check(make(ODD, std=2.0), backend=backend, beta=beta)
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_float64_is_computed_in_float64(backend, divergence):
-    problem = make(ODD, std=2.0, **FEATURES["everything"], divergence=divergence)
-    problem = problem.to(torch.float64)
-    check(problem, 1e-13, 1e-12, backend=backend, workspace_bytes=several_chunks(ODD))
-    assert loss_of(symmetric_lens_loss, problem, backend=backend).dtype is torch.float64
-
-
-def test_float64_on_one_side_only(backend):
-    """A float64 teacher makes the arithmetic float64; the result keeps the student's dtype."""
-    problem = make(ODD)
-    teacher = problem.to(torch.float64)
-    problem.teacher_hidden, problem.teacher_head = teacher.teacher_hidden, teacher.teacher_head
-    check(problem, 1e-7, 1e-7, backend=backend)
-    assert loss_of(symmetric_lens_loss, problem, backend=backend).dtype is torch.float32
 
 
 @pytest.mark.parametrize("std", [1.0, 10.0, 30.0])
@@ -102,14 +81,16 @@ def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_peaked_distributions(backend, divergence, std):
     """Logits of 30 to 100 are rounded by 2e-6 to 4e-6 as float32 numbers, before anything is made
-    of them, and that error is a relative one in every probability. So the bound is relative to
-    dense float32 torch, which suffers it too.
+    of them, and that error is a relative one in every probability. So the bound is an ulp of such a
+    logit, or relative to dense float32 torch, which suffers it too; of torch's loss alone nothing
+    may be left, where the errors of its rows happen to cancel.
     """
     problem = related(ODD, std, norm="rms", divergence=divergence)
     expected, expected_grads = oracle(problem)
     loss, grads = ours(problem, backend=backend)
     fp32_loss, fp32_grads = plain_torch(problem)
-    assert_close(loss, expected, max(1e-6, 2 * relative_error(fp32_loss, expected)), "loss")
+    ulp = torch.finfo(torch.float32).eps * std
+    assert_close(loss, expected, max(ulp, 2 * relative_error(fp32_loss, expected)), "loss")
     for name, truth in expected_grads.items():
         limit = max(1e-5, 2 * relative_error(fp32_grads[name], truth))
         assert_gradients({name: grads[name]}, {name: truth}, limit)

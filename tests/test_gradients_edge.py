@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
+from lens_kernels import symmetric_lens_loss
 from lens_kernels.backends import torch_chunked
 from tests.compare import assert_close, assert_gradients
-from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, ODD, Shape, several_chunks
+from tests.grids import BACKENDS, BATCH, FEATURES, ODD, Shape, several_chunks
 from tests.problems import capture_call, loss_of, make, map_head, oracle, ours
 
 LEAVES = ["hidden0", "hidden1", "weight", "bias", "norm_weight", "norm_bias"]
@@ -28,8 +28,9 @@ SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
     """What asks for a gradient gets the same one, whoever else asks; the rest gets none."""
-    problem = make(BATCH, **FEATURES["everything"])
-    upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else None
+    shape = Shape((3, 4), 61, 33, 17, 2)  # one tile of a kernel: there are 56 calls
+    problem = make(shape, **FEATURES["everything"])
+    upstream = torch.rand(2, *shape.leading) if reduction == "none" else None
     options = {"reduction": reduction, "backend": backend, "upstream": upstream}
     loss, grads = ours(problem, **options)
     assert set(grads) == set(LEAVES)
@@ -167,35 +168,6 @@ def test_one_row_s_upstream_gradient_reaches_that_row_alone():
     only = torch.zeros(BATCH.leading, dtype=torch.bool)
     only[2, 3] = True
     assert torch.equal(grads["hidden1"].ne(0).any(-1), only)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_gradcheck(backend, divergence, reduction):
-    shape = Shape((2, 2), 7, 3, 4, 2)
-    features = {**FEATURES["everything"], "divergence": divergence, "beta": 0.3}
-    problem = make(shape, **features).to(torch.float64)
-    mask = torch.tensor([[1, 0], [1, 1]])
-    weights = torch.tensor([0.7, 1.1], dtype=torch.float64, requires_grad=reduction != "none")
-
-    def function(h0, h1, weight, bias, norm_weight, norm_bias, layer_weights):
-        norm = LensNorm("layer", norm_weight, norm_bias, eps=1e-3, offset=0.5)
-        head = LensHead(weight, bias, norm, scale=1.3, softcap=3.0)
-        return symmetric_lens_loss(
-            [h0, h1],
-            problem.teacher_hidden,
-            head,
-            problem.teacher_head,
-            mask=mask,
-            layer_weights=None if reduction == "none" else layer_weights,
-            reduction=reduction,
-            backend=backend,
-            workspace_bytes=several_chunks(shape, 4),
-            **problem.options,
-        )
-
-    assert torch.autograd.gradcheck(function, (*problem.leaves().values(), weights))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

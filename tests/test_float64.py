@@ -1,0 +1,99 @@
+"""Backends that compute in float64, against the oracle to its last digits; the rest refuse."""
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
+from tests.compare import assert_close, assert_gradients
+from tests.grids import (
+    BACKENDS,
+    DIVERGENCES,
+    FEATURES,
+    FLOAT64_BACKENDS,
+    ODD,
+    TWO_TILES,
+    Shape,
+    several_chunks,
+)
+from tests.problems import loss_of, make, oracle, ours
+
+backends = pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
+
+
+@backends
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float64_is_computed_in_float64(backend, divergence):
+    problem = make(ODD, std=2.0, **FEATURES["everything"], divergence=divergence)
+    problem = problem.to(torch.float64)
+    expected, expected_grads = oracle(problem)
+    loss, grads = ours(problem, backend=backend, workspace_bytes=several_chunks(ODD))
+    assert_close(loss, expected, 1e-13)
+    assert_gradients(grads, expected_grads, 1e-12)
+    assert loss.dtype is torch.float64
+
+
+@backends
+@pytest.mark.parametrize("double", ["student", "teacher"])
+def test_float64_on_one_side_only(backend, double):
+    """It makes the arithmetic float64; the result keeps the student's dtype."""
+    problem = make(ODD)
+    wide = problem.to(torch.float64)
+    for side in ("hidden", "head"):
+        setattr(problem, f"{double}_{side}", getattr(wide, f"{double}_{side}"))
+    expected, expected_grads = oracle(problem)
+    loss, grads = ours(problem, backend=backend)
+    assert_close(loss, expected, 1e-7)
+    assert_gradients(grads, expected_grads, 1e-7)
+    assert loss.dtype is (torch.float64 if double == "student" else torch.float32)
+
+
+@pytest.mark.parametrize("double", ["student", "teacher"])
+@pytest.mark.parametrize("backend", sorted(set(BACKENDS) - set(FLOAT64_BACKENDS)))
+def test_float64_is_refused_with_the_reason_and_what_to_do(backend, double):
+    problem = make(ODD)
+    wide = problem.to(torch.float64)
+    for side in ("hidden", "head"):
+        setattr(problem, f"{double}_{side}", getattr(wide, f"{double}_{side}"))
+    with pytest.raises(RuntimeError, match=f"'{backend}'.*float64.*backend='torch'"):
+        loss_of(symmetric_lens_loss, problem, backend=backend)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_the_boundaries_inside_a_cpu_product(divergence):
+    problem = make(TWO_TILES, bias=True, divergence=divergence)
+    if divergence == "tvd":
+        # Among half a million entries some tie to float32's last digit, where the slope jumps.
+        problem = problem.to(torch.float64)
+    expected, expected_grads = oracle(problem)
+    loss, grads = ours(problem, backend="torch")
+    assert_close(loss, expected, 1e-6)
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+@backends
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_gradcheck(backend, divergence, reduction):
+    shape = Shape((2, 2), 7, 3, 4, 2)
+    features = {**FEATURES["everything"], "divergence": divergence, "beta": 0.3}
+    problem = make(shape, **features).to(torch.float64)
+    mask = torch.tensor([[1, 0], [1, 1]])
+    weights = torch.tensor([0.7, 1.1], dtype=torch.float64, requires_grad=reduction != "none")
+
+    def function(h0, h1, weight, bias, norm_weight, norm_bias, layer_weights):
+        norm = LensNorm("layer", norm_weight, norm_bias, eps=1e-3, offset=0.5)
+        head = LensHead(weight, bias, norm, scale=1.3, softcap=3.0)
+        return symmetric_lens_loss(
+            [h0, h1],
+            problem.teacher_hidden,
+            head,
+            problem.teacher_head,
+            mask=mask,
+            layer_weights=None if reduction == "none" else layer_weights,
+            reduction=reduction,
+            backend=backend,
+            workspace_bytes=several_chunks(shape, 4),
+            **problem.options,
+        )
+
+    assert torch.autograd.gradcheck(function, (*problem.leaves().values(), weights))
