@@ -29,8 +29,14 @@ class Splits:
 
     def partials(self, number: int) -> tuple[Tensor, ...]:
         """Return space for ``number`` values of every row and split, ``(splits, tokens)`` each."""
-        shape = (number, self.shape[1], self.tokens)
-        return torch.empty(shape, dtype=torch.float32, device=self.device).unbind(0)
+
+        # One block would put some at addresses that are multiples of 16 or not, by the number of
+        # tokens, and each case would be compiled.
+        def one() -> Tensor:
+            shape = (self.shape[1], self.tokens)
+            return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+        return tuple(one() for _ in range(number))
 
 
 def processors(device: torch.device) -> int:
