@@ -15,7 +15,11 @@ from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
 from lens_kernels.spec import Divergence
 
 
-@triton.jit(do_not_specialize=launch.COUNTS)
+# Weights of rows are slices of a matrix, at any address.
+@triton.jit(
+    do_not_specialize=launch.COUNTS,
+    do_not_specialize_on_alignment=["weight_ptr", "label_weight_ptr"],
+)
 def gradients_kernel(
     xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
     xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
