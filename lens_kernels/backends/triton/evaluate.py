@@ -126,7 +126,8 @@ class _Run:
         """Run sweep 3 chunk by chunk, add to the head's gradients and return that of the rows."""
         ledger, spec = self.ledger, self.call.spec
         tile = self.tile(Sweep.GRADIENTS, student, teacher)
-        weight = ledger.weight[pair, self.every]
+        # An upstream gradient may be a transpose, and the kernels know no stride of it.
+        weight = ledger.weight[pair, self.every].contiguous()
         x = student.x.to(self.factor)
         d_x = torch.zeros(x.shape, device=x.device)
         for columns, out in self.chunks(student, tile):
@@ -170,4 +171,5 @@ class _Run:
         """Return the tile with which a sweep reads these operands."""
         x = min((side.x for side in sides), key=lambda x: x.shape[1])
         tile = tuned.lookup(sweep, x.dtype, x.shape[1], x.device)
-        return tile or tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1])
+        capped = any(side.softcap is not None for side in sides)
+        return tile or tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1], capped)

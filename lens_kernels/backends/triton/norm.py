@@ -104,7 +104,8 @@ def norm_backward_kernel(
 
 
 def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
-    block_d = triton.next_power_of_2(width)
+    # All of a padded row, which is wider than the power of two of a width below 9.
+    block_d = triton.next_power_of_2(padded(width))
     block_n = max(1, BLOCK // block_d)
     return {
         "LAYER": norm.kind == "layer",

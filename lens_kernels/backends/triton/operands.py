@@ -91,6 +91,6 @@ def padded(width: int) -> int:
 def aligned(x: Tensor) -> Tensor:
     """Return ``x`` with rows that lie as ``Operand`` wants them, copied only if they do not."""
     width = x.shape[1]
-    if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 and width % ALIGNED == 0:
-        return x
-    return F.pad(x, (0, padded(width) - width))[:, :width]
+    if width % ALIGNED:
+        return F.pad(x, (0, padded(width) - width))[:, :width]
+    return x if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 else x.contiguous()
