@@ -125,7 +125,7 @@ class _Run:
     ) -> Tensor:
         """Run sweep 3 chunk by chunk, add to the head's gradients and return that of the rows."""
         ledger, spec = self.ledger, self.call.spec
-        tile = self.tile(Sweep.GRADIENTS, student, teacher)
+        tile = self.tile(Sweep.GRADIENTS, student, teacher, labels=labels is not None)
         # An upstream gradient may be a transpose, and the kernels know no stride of it.
         weight = ledger.weight[pair, self.every].contiguous()
         x = student.x.to(self.factor)
@@ -167,9 +167,9 @@ class _Run:
         self.ledger.mass += mass
         return part
 
-    def tile(self, sweep: Sweep, *sides: Operand) -> tiles.Tile:
+    def tile(self, sweep: Sweep, *sides: Operand, labels: bool = False) -> tiles.Tile:
         """Return the tile with which a sweep reads these operands."""
         x = min((side.x for side in sides), key=lambda x: x.shape[1])
         tile = tuned.lookup(sweep, x.dtype, x.shape[1], x.device)
-        capped = any(side.softcap is not None for side in sides)
-        return tile or tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1], capped)
+        rich = labels or any(side.bias is not None or side.softcap is not None for side in sides)
+        return tile or tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1], rich)

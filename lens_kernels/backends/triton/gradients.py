@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lens_kernels.backends.triton import launch
+from lens_kernels.backends.triton.device_fns import exp
 from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.pointwise import pointwise
 from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
@@ -42,37 +43,37 @@ def gradients_kernel(
 ):  # fmt: skip
     """Write the gradient with respect to the raw products of one tile.
 
-    Columns of the tile beyond the vocabulary are written too, and mean nothing: a mask over columns
-    would turn 16-byte stores into 2-byte ones.
+    Columns of the tile beyond the vocabulary are written too, and repeat the last one: a mask over
+    columns would turn 16-byte stores into 2-byte ones.
     """
     rows, exist = block_of_rows(tokens, BLOCK_N)
     local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     columns = first_column + local
     us = logits_tile(
         xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-        rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+        rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False,
     )  # fmt: skip
     ut = logits_tile(
         xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-        rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+        rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False,
     )  # fmt: skip
+    slope = slope_s
+    if cap_s is not None:
+        t = us * (1.0 / cap_s)
+        slope = slope_s - (t * t) * slope_s
     lq = (us - tl.load(maximum_s_ptr + rows)[:, None]) - tl.load(log_sum_s_ptr + rows)[:, None]
     lp = (ut - tl.load(maximum_t_ptr + rows)[:, None]) - tl.load(log_sum_t_ptr + rows)[:, None]
     _, h = pointwise(lp, lq, beta, DIVERGENCE)
-    grad = h - tl.exp(lq) * tl.load(h_ptr + rows)[:, None]
+    grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
     grad *= tl.load(weight_ptr + rows)[:, None]
     if labels_ptr is not None:
         # Cross entropy knows no temperature.
         log_q = us * temperature - tl.load(label_maximum_ptr + rows)[:, None]
         log_q -= tl.load(label_log_sum_ptr + rows)[:, None]
         hit = columns[None, :] == tl.load(labels_ptr + rows)[:, None]
-        residual = tl.exp(log_q) - tl.where(hit, 1.0, 0.0)
+        residual = exp(log_q) - tl.where(hit, 1.0, 0.0)
         grad += residual * (tl.load(label_weight_ptr + rows) * temperature)[:, None]
-    if cap_s is not None:
-        # Columns beyond the vocabulary hold FLOOR, whose square would overflow.
-        t = tl.maximum(us * (1.0 / cap_s), -1.0)
-        grad *= 1.0 - t * t
-    grad *= slope_s
+    grad *= slope
     at = rows.to(tl.int64)[:, None] * grad_stride + local[None, :]
     tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=exist[:, None])
 

@@ -12,7 +12,7 @@ from lens_kernels.backends.triton.operands import padded
 from lens_kernels.lens import LensNorm
 
 # Numbers that one step of a program holds in registers.
-BLOCK = 8192
+BLOCK = 4096
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
         "LAYER": norm.kind == "layer",
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
-        "num_warps": min(16, max(4, block_n * block_d // 1024)),
+        "num_warps": min(16, max(4, block_n * block_d // 512)),
     }
 
 

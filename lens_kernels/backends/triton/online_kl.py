@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lens_kernels import divergence as table
 from lens_kernels.backends.triton import launch
-from lens_kernels.backends.triton.device_fns import FLOOR
+from lens_kernels.backends.triton.device_fns import FLOOR, exp
 from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.pointwise import pointwise
 from lens_kernels.backends.triton.row_stats import merge as merge_stats
@@ -34,7 +34,7 @@ def share(maximum, total, other_maximum, other_total):
     higher = tl.maximum(maximum, other_maximum)
     here = maximum - higher
     there = other_maximum - higher
-    log_sum = tl.log(total * tl.exp(here) + other_total * tl.exp(there))
+    log_sum = tl.log(total * exp(here) + other_total * exp(there))
     # A part without mass has log-share FLOOR, not -inf.
     has_mass = total > 0
     here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
@@ -71,19 +71,19 @@ def online_kl_kernel(
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         us = logits_tile(
             xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
         )  # fmt: skip
         ut = logits_tile(
             xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
         )  # fmt: skip
         # This tile by itself.
         tile_maximum_s = tl.max(us, 1)
         tile_maximum_t = tl.max(ut, 1)
         us -= tile_maximum_s[:, None]
         ut -= tile_maximum_t[:, None]
-        tile_total_s = tl.sum(tl.exp(us), 1)
-        tile_total_t = tl.sum(tl.exp(ut), 1)
+        tile_total_s = tl.sum(exp(us), 1)
+        tile_total_t = tl.sum(exp(ut), 1)
         lq = us - tl.log(tile_total_s)[:, None]
         lp = ut - tl.log(tile_total_t)[:, None]
         forward_f, _ = pointwise(lp, lq, 0.0, "forward_kl")
@@ -93,17 +93,17 @@ def online_kl_kernel(
         lp_old, lp_new = share(maximum_t, total_t, tile_maximum_t, tile_total_t)
         old, _ = pointwise(lp_old, lq_old, 0.0, "forward_kl")
         new, _ = pointwise(lp_new, lq_new, 0.0, "forward_kl")
-        forward = tl.exp(lp_old) * forward + tl.exp(lp_new) * tl.sum(forward_f, 1) + old + new
+        forward = exp(lp_old) * forward + exp(lp_new) * tl.sum(forward_f, 1) + old + new
         old, _ = pointwise(lp_old, lq_old, 0.0, "reverse_kl")
         new, _ = pointwise(lp_new, lq_new, 0.0, "reverse_kl")
-        reverse = tl.exp(lq_old) * reverse + tl.exp(lq_new) * tl.sum(reverse_f, 1) + old + new
+        reverse = exp(lq_old) * reverse + exp(lq_new) * tl.sum(reverse_f, 1) + old + new
         higher = tl.maximum(maximum_s, tile_maximum_s)
-        total_s = total_s * tl.exp(maximum_s - higher)
-        total_s += tile_total_s * tl.exp(tile_maximum_s - higher)
+        total_s = total_s * exp(maximum_s - higher)
+        total_s += tile_total_s * exp(tile_maximum_s - higher)
         maximum_s = higher
         higher = tl.maximum(maximum_t, tile_maximum_t)
-        total_t = total_t * tl.exp(maximum_t - higher)
-        total_t += tile_total_t * tl.exp(tile_maximum_t - higher)
+        total_t = total_t * exp(maximum_t - higher)
+        total_t += tile_total_t * exp(tile_maximum_t - higher)
         maximum_t = higher
     at = split.to(tl.int64) * tokens + rows
     tl.store(maximum_s_ptr + at, maximum_s, mask=exist)

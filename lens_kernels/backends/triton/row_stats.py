@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lens_kernels.backends.triton import launch
-from lens_kernels.backends.triton.device_fns import FLOOR
+from lens_kernels.backends.triton.device_fns import FLOOR, exp
 from lens_kernels.backends.triton.operands import Operand, RowStats
 from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
 
@@ -44,10 +44,10 @@ def row_stats_kernel(
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         u = logits_tile(
             x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
         )  # fmt: skip
         higher = tl.maximum(maximum, tl.max(u, 1))
-        total = total * tl.exp(maximum - higher) + tl.sum(tl.exp(u - higher[:, None]), 1)
+        total = total * exp(maximum - higher) + tl.sum(exp(u - higher[:, None]), 1)
         maximum = higher
     at = split.to(tl.int64) * tokens + rows
     tl.store(maximum_ptr + at, maximum, mask=exist)

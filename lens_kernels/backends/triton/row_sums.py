@@ -44,11 +44,11 @@ def row_sums_kernel(
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         us = logits_tile(
             xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
         )  # fmt: skip
         ut = logits_tile(
             xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION,
+            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
         )  # fmt: skip
         lq = (us - maximum_s) - log_sum_s
         lp = (ut - maximum_t) - log_sum_t

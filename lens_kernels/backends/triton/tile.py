@@ -30,11 +30,13 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
 
     ``slope`` is scale / temperature and ``cap`` softcap / temperature, or None. Columns beyond the
-    vocabulary are ``FLOOR``, as are logits of -inf.
+    vocabulary are ``FLOOR`` if ``MASKED``, for sums over columns, and else repeat the last one.
+    Logits of -inf are ``FLOOR`` too.
     """
     inside = tl.minimum(columns, vocab_size - 1)
     k = tl.arange(0, BLOCK_K)
@@ -53,5 +55,6 @@ def logits_tile(
     u = z * slope
     if cap is not None:
         u = tanh(u * (1.0 / cap)) * cap
-    # A comparison, not a maximum, which on a GPU would hide NaN.
-    return tl.where((columns >= vocab_size)[None, :] | (u < FLOOR), FLOOR, u)
+    if MASKED:
+        u += tl.where(columns < vocab_size, 0.0, FLOOR)[None, :]
+    return tl.maximum(u, FLOOR, propagate_nan=tl.PropagateNan.ALL)

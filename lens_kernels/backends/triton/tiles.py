@@ -41,7 +41,8 @@ class Tile:
 
     def options(self) -> dict[str, Any]:
         """Return the compiler's options."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        # Fusing products and sums is no longer the default from Triton 3.10 on.
+        return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 @dataclass(frozen=True)
@@ -71,28 +72,25 @@ ARCHS = {
 WIDE = 2048
 
 
-def _tile(sweep: Sweep, arch: str, width: int) -> Tile:
+def _tile(sweep: Sweep, arch: str, width: int, rich: bool) -> Tile:
     """Return the tile for 16-bit operands. All were compiled, and none spills: kernel_report.py."""
+    stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS
+    wide = width >= WIDE
     if arch == "interpreter":
         # Wide operands, as exact heads of tests have, would take minutes in small steps.
         return Tile(32, 64, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
-    stats, gradients = sweep is Sweep.ROW_STATS, sweep is Sweep.GRADIENTS
-    wide = width >= WIDE
-    if arch == "sm_80":
-        if stats or gradients:
-            return Tile(128, 128, 32, warps=8, stages=4)
-        return Tile(64, 128, 64, warps=8, stages=3)
-    if arch == "sm_89":
-        if stats or gradients:
-            return Tile(128, 128, 32, warps=8, stages=3)
-        return Tile(64, 128, 32, warps=8, stages=3)
+    if arch in ("sm_80", "sm_89"):
+        narrow = sums or sweep is Sweep.ONLINE_KL or (rich and not stats)
+        return Tile(64 if narrow else 128, 128, 32, 8, 4 if arch == "sm_80" else 3)
     if arch == "gfx942":
-        return Tile(128, 256, 32, 8, 2) if stats else Tile(128, 128, 64, 8, 2)
+        return Tile(128, 128, 32, 8, 2) if stats else Tile(128, 64, 32, 8, 2)
+    if arch == "sm_100":
+        return Tile(128, 128 if stats else 64, 64, 8, 3)
     if stats:
-        return Tile(128, 256 if wide else 128, 64, warps=8, stages=3)
-    if wide:
-        return Tile(128, 128, 64, warps=8, stages=3)
-    return Tile(64, 128, 64, warps=8 if gradients else 4, stages=3)
+        return Tile(128, 256 if wide and not rich else 128, 64, 8, 3)
+    if wide and not sums and not rich:
+        return Tile(128, 128, 64, 8, 3)
+    return Tile(64, 128, 64, 8, 3)
 
 
 def objection(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str | None:
@@ -112,9 +110,12 @@ def objection(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str | None
     return None
 
 
-def choose(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int) -> Tile:
-    """Return the tile of a sweep over operands of this dtype, the narrower of them this wide."""
-    tile = _tile(sweep, arch.name, width)
+def choose(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, rich: bool = False) -> Tile:
+    """Return the tile of a sweep over operands of this dtype, the narrower of them this wide.
+
+    ``rich`` says whether a head has a bias or a softcap, or tokens have labels: all take registers.
+    """
+    tile = _tile(sweep, arch.name, width, rich)
     while objection(tile, sweep, arch, dtype.itemsize) is not None:
         tile = replace(tile, block_k=tile.block_k // 2)
     return tile

@@ -1,0 +1,169 @@
+"""What the compiler makes of the kernels for GPUs that are not there, and what each sweep costs.
+
+    python benchmarks/kernel_report.py                  every variant, bf16, all architectures
+    python benchmarks/kernel_report.py --arch sm_90 --dtype float16
+    python benchmarks/kernel_report.py --costs-only
+
+Registers, spilled bytes, shared memory and matrix instructions are read from the machine code; how
+many programs a processor holds follows from them. Costs are arithmetic. Nothing here is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)  # here kernels are compiled
+
+import torch
+
+from benchmarks import harness
+
+# Either side of the width at which tiles change.
+WIDTHS = (576, 4096)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Widths of student and teacher, and their vocabulary."""
+
+    name: str
+    student: int
+    teacher: int
+    vocab: int
+
+
+# From the models' configurations: the smallest member as the student, a larger one as the teacher.
+MODELS = (
+    Model("GPT-2 124M < 1.5B", 768, 1600, 50257),
+    Model("TinyLlama 1.1B < Llama-2 7B", 2048, 4096, 32000),
+    Model("Qwen2.5 0.5B < 7B", 896, 3584, 151936),
+    Model("Llama-3 1B < 8B", 2048, 4096, 128256),
+    Model("Gemma-2 2B < 9B", 2304, 3584, 256000),
+)
+
+
+def compile_all(archs: Sequence[str], dtype: torch.dtype) -> list[Any]:
+    """Compile every kernel variant for every architecture, two at a time or more."""
+    from benchmarks import offline
+    from lens_kernels.spec import Divergence
+
+    jobs = dict.fromkeys(
+        (arch, launch)
+        for arch in archs
+        for width in WIDTHS
+        for features in offline.FEATURES.values()
+        for divergence in Divergence
+        for launch in offline.record(arch, dtype, (width, width), divergence, features)
+    )
+    results = []
+    with ProcessPoolExecutor() as pool:
+        for compiled in pool.map(offline.compile_for, *zip(*jobs, strict=True)):
+            results.append(compiled)
+            print(f"\r  compiled {len(results)} of {len(jobs)}", end="", flush=True)
+    print()
+    return results
+
+
+def kernel_row(compiled: Any) -> dict[str, Any]:
+    """Return one row of the first table."""
+    return {
+        "arch": compiled.arch,
+        "kernel": compiled.launch.kernel.removesuffix("_kernel"),
+        "variant": compiled.launch.variant(),
+        "tile": compiled.launch.tile(),
+        "registers": compiled.registers,
+        "spilled_bytes": compiled.spilled_bytes,
+        "shared_bytes": compiled.shared_bytes,
+        "matrix": compiled.matrix,
+        "matrix_count": compiled.matrix_count,
+        "instructions": compiled.instructions,
+        "programs_per_processor": compiled.programs,
+    }
+
+
+def cost_rows(model: Model, tokens: int, itemsize: int = 2) -> list[dict[str, Any]]:
+    """Return what each step multiplies and moves for one lens pair, and the dense floor.
+
+    Bytes are those to and from a GPU's main memory if every operand is read once for each sweep;
+    blocks of rows that do not share the cache read the heads again.
+    """
+    n, v, ds, dt = tokens, model.vocab, model.student, model.teacher
+    reads_s, reads_t = (n + v) * ds * itemsize, (n + v) * dt * itemsize
+    both, product = reads_s + reads_t, 2 * n * v
+    grad = n * v * itemsize
+    # G is written by sweep 3 and read by both products, which write fp32.
+    products = 2 * grad + 2 * (n + v) * ds * itemsize // 2 + (n + v) * ds * 4
+    steps = {
+        "1 log-sum-exps": (product * (ds + dt), both),
+        "2 row sums": (product * (ds + dt), both),
+        "1+2 of the KL family": (product * (ds + dt), both),
+        "3 gradient of the logits": (product * (ds + dt), both + grad),
+        "products of the gradient": (product * 2 * ds, products),
+    }
+    jsd = [steps[k] for k in steps if not k.startswith("1+2")]
+    kl = [steps[k] for k in steps if k[:2] not in ("1 ", "2 ")]
+    # Two fp32 tiles are written and read, and the gradient read twice; torch needs no more.
+    floor = (product * (3 * ds + dt), both + products + n * v * 4 * 6)
+    totals = {
+        "all, jsd tvd hellinger": (sum(f for f, _ in jsd), sum(b for _, b in jsd)),
+        "all, KL family": (sum(f for f, _ in kl), sum(b for _, b in kl)),
+        "dense floor": floor,
+    }
+    return [
+        {
+            "model": model.name,
+            "step": step,
+            "tflop": round(flops / 1e12, 2),
+            "of_floor": round(flops / floor[0], 2),
+            "gb": round(moved / 1e9, 2),
+            "logits_in_memory_gb": round((n * v * 8 if step == "dense floor" else 0) / 1e9, 2),
+        }
+        for step, (flops, moved) in {**steps, **totals}.items()
+    ]
+
+
+def show(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows as a table."""
+    harness.print_table(list(rows[0]), [[str(x) for x in row.values()] for row in rows])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print both tables, write them as CSV, and fail if a kernel spills or lacks its products."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", action="append", choices=["sm_80", "sm_90", "sm_100", "gfx942"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
+    parser.add_argument("--costs-only", action="store_true", help="compile nothing")
+    parser.add_argument("--out", type=Path, default=harness.OUT, help="folder of the CSV files")
+    args = parser.parse_args(argv)
+    costs = [row for model in MODELS for row in cost_rows(model, args.tokens)]
+    print(f"One lens pair, {args.tokens} tokens, 16-bit operands; computed, not measured")
+    show(costs)
+    harness.write_csv(args.out / "kernel_costs.csv", costs)
+    if args.costs_only:
+        return 0
+    from benchmarks import offline
+
+    archs = args.arch or list(offline.TARGETS)
+    compiled = compile_all(archs, getattr(torch, args.dtype))
+    versions = {"dtype": args.dtype, "triton": harness.version_of("triton")}
+    rows = [{**kernel_row(c), **versions} for c in compiled]
+    show(rows)
+    harness.write_csv(args.out / f"kernel_report_{args.dtype}.csv", rows)
+    faults = [fault for c in compiled if (fault := offline.fault(c, args.dtype))]
+    for fault in faults:
+        print(fault)
+    print(f"{len(compiled)} kernels compiled, {len(faults)} with a fault; no GPU was used")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,283 @@
+"""Compiles the kernels for GPUs that are not there, and reads what came out.
+
+The backend itself is run, on tiny tensors of a CPU, with a recorder in the place of the launch. So
+what is compiled is what a GPU would be given: the same arguments, options and tiles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lens_kernels import LensHead, LensNorm
+from lens_kernels.backends import triton as backend
+from lens_kernels.backends.triton import tiles
+from lens_kernels.backends.triton.evaluate import _Run
+from lens_kernels.backends.triton.operands import Operand
+from lens_kernels.call import LossCall
+from lens_kernels.spec import Divergence, LossSpec
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# The instruction that multiplies matrices, as disassemblers write it, on the device's best path.
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+# Registers of a processor, threads and blocks it can hold: NVIDIA's figures, the same for all three.
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as it was recorded: a kernel, and what its compilation depends on."""
+
+    kernel: str
+    module: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[int, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def variant(self) -> str:
+        """Name what distinguishes this variant of its kernel."""
+        names = [name for name, _ in self.signature]
+        constants = {names[i]: value for i, value in self.constants}
+        words = [str(constants[k]) for k in ("DIVERGENCE",) if k in constants]
+        flags = {
+            "bias_ptr": "bias",
+            "bias_s_ptr": "bias",
+            "cap": "softcap",
+            "cap_s": "softcap",
+            "labels_ptr": "labels",
+            "index_ptr": "mask",
+        }
+        words += [word for name, word in flags.items() if name in names and name not in constants]
+        if "LAYER" in constants:
+            words.insert(0, "layer" if constants["LAYER"] else "rms")
+        return " ".join(words)
+
+    def tile(self) -> str:
+        """Name the tile, the warps and the stages."""
+        names = [name for name, _ in self.signature]
+        constants = {names[i]: value for i, value in self.constants}
+        options = dict(self.options)
+        blocks = [
+            str(constants[k])
+            for k in ("BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D")
+            if k in constants
+        ]
+        return f"{'x'.join(blocks)}/{options['num_warps']}w{options.get('num_stages', '')}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch for one target."""
+
+    arch: str
+    launch: Launch
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix: str
+    matrix_count: int
+    instructions: int
+    programs: int  # that a processor can hold at a time, an estimate
+
+
+FEATURES: dict[str, frozenset[str]] = {
+    "plain": frozenset(),
+    "all but softcap": frozenset({"bias", "labels", "mask", "layer"}),
+    "all": frozenset({"bias", "labels", "mask", "layer", "softcap"}),
+}
+
+
+def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
+    """Return a head with these features."""
+    weight = torch.zeros(vocab, width, dtype=dtype)
+    layer = "layer" in features
+    norm = LensNorm("layer" if layer else "rms", weight[0], weight[0] if layer else None, eps=1e-6)
+    bias = torch.zeros(vocab, dtype=dtype) if "bias" in features else None
+    return LensHead(weight, bias, norm, softcap=30.0 if "softcap" in features else None)
+
+
+def record(
+    arch: str,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    divergence: Divergence,
+    features: frozenset[str],
+    tile: tiles.Tile | None = None,
+) -> list[Launch]:
+    """Return the launches of one loss with its gradients, every kernel variant once."""
+    tokens, vocab = 32, 64
+    student, teacher = (head(dtype, vocab, width, features) for width in widths)
+    hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
+    labels = torch.zeros(tokens, dtype=torch.int64) if "labels" in features else None
+    call = LossCall(
+        student_hidden=[hidden[0]],
+        teacher_hidden=[hidden[1]],
+        student_head=student,
+        teacher_head=teacher,
+        mask=torch.ones(tokens, dtype=torch.bool) if "mask" in features else None,
+        labels=labels,
+        row_weight=torch.ones(1 if labels is None else 2, tokens),
+        operand_dtype=None,
+        spec=LossSpec((divergence,), (True,), 0.5, 2.0, vocab, 1 << 20),
+        needs_grad=[True] * (1 + len(student.tensors())),
+    )
+    with recorder(arch, tile) as launches:
+        backend.evaluate(call)
+    return list(dict.fromkeys(launches))
+
+
+@contextmanager
+def recorder(arch: str, tile: tiles.Tile | None = None) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, as if the device were of this architecture."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_launch(kernel, args, kwargs))
+
+    def choose(_: Any, sweep: tiles.Sweep, *sides: Operand, labels: bool = False) -> tiles.Tile:
+        x = min((side.x for side in sides), key=lambda x: x.shape[1])
+        rich = labels or any(side.bias is not None or side.softcap is not None for side in sides)
+        return tile or tiles.choose(sweep, tiles.ARCHS[arch], x.dtype, x.shape[1], rich)
+
+    originals = JITFunction.run, _Run.tile
+    JITFunction.run, _Run.tile = run, choose
+    try:
+        yield launches
+    finally:
+        JITFunction.run, _Run.tile = originals
+
+
+def _launch(kernel: JITFunction, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False))
+    values |= {k: v for k, v in kwargs.items() if k in names}
+    signature, constants, divisible = [], [], []
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        fixed = parameter.is_constexpr or parameter.do_not_specialize
+        if (
+            parameter.is_constexpr
+            or value is None
+            or (value == 1 if type(value) is int and not fixed else False)
+        ):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((i, value))
+            continue
+        if isinstance(value, torch.Tensor):
+            signature.append((parameter.name, TYPES[value.dtype]))
+        elif isinstance(value, int):
+            signature.append((parameter.name, "i32" if value < 2**31 else "i64"))
+        else:
+            signature.append((parameter.name, "fp32"))
+        whole = isinstance(value, torch.Tensor) or (isinstance(value, int) and value % 16 == 0)
+        if whole and not fixed:
+            divisible.append(i)
+    return Launch(
+        kernel.fn.__name__,
+        kernel.fn.__module__,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(sorted((k, v) for k, v in kwargs.items() if k not in names)),
+    )
+
+
+def compile_for(arch: str, launch: Launch) -> Compiled:
+    """Compile a launch for a target and read its resources from the machine code."""
+    module = __import__(launch.module, fromlist=[launch.kernel])
+    source = ASTSource(
+        getattr(module, launch.kernel),
+        dict(launch.signature),
+        constexprs={(i,): value for i, value in launch.constants},
+        attrs={(i,): [["tt.divisibility", 16]] for i in launch.divisible},
+    )
+    compiled = triton.compile(source, target=TARGETS[arch], options=dict(launch.options))
+    shared = compiled.metadata.shared
+    read = _read_amd if arch.startswith("gfx") else _read_nvidia
+    code, registers, spilled, programs = read(compiled, shared)
+    found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
+    return Compiled(
+        arch,
+        launch,
+        registers,
+        spilled,
+        shared,
+        found[0] if found else "none",
+        len(found),
+        sum(
+            1 for line in code.splitlines() if re.match(r"\s*(/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", line)
+        ),
+        programs,
+    )
+
+
+def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    # Registers may be few and the stack deep: both figures, and the loads from it, must be looked at.
+    spilled = int(re.findall(r"STACK:(\d+)", usage)[-1])
+    spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
+    threads = 32 * compiled.metadata.num_warps
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared = tiles.ARCHS[f"sm_{compiled.metadata.target.arch}"].shared_memory // (shared + 1024)
+    return code, registers, spilled, min(by_registers, by_shared, THREADS // threads, BLOCKS)
+
+
+def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
+    code = compiled.asm["amdgcn"]
+
+    def figure(pattern: str) -> int:
+        return int(re.findall(pattern + r"\s*(\d+)", code)[-1])
+
+    # Waves of one of the four SIMD units; a program needs its warps at the same time.
+    waves = 4 * figure("; Occupancy:")
+    by_shared = tiles.ARCHS["gfx942"].shared_memory // max(1, shared)
+    programs = min(waves // compiled.metadata.num_warps, by_shared)
+    return code, figure(r"\.vgpr_count:"), figure("; ScratchSize:"), programs
+
+
+def _tool(name: str, *args: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *args], capture_output=True, text=True, check=True).stdout
+
+
+def fault(compiled: Compiled, dtype: str) -> str | None:
+    """Say what is wrong with a kernel: spilled registers, or products not by the matrix units."""
+    name = f"{compiled.arch} {compiled.launch.kernel} {compiled.launch.variant()}"
+    if compiled.spilled_bytes:
+        return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
+    # IEEE fp32 products have no matrix instruction on NVIDIA.
+    if compiled.launch.kernel.startswith("norm") or dtype == "float32":
+        return None
+    if compiled.matrix != MATRIX[compiled.arch]:
+        return f"{name} multiplies by {compiled.matrix}, not {MATRIX[compiled.arch]}"
+    return None
