@@ -44,7 +44,7 @@ TYPES = {
     torch.bfloat16: "*bf16",
     torch.int64: "*i64",
 }
-# Registers of a processor, threads and blocks it can hold: NVIDIA's figures, the same for all three.
+# Registers, threads and blocks of a processor: NVIDIA's figures, the same for all three.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
 
@@ -82,11 +82,7 @@ class Launch:
         names = [name for name, _ in self.signature]
         constants = {names[i]: value for i, value in self.constants}
         options = dict(self.options)
-        blocks = [
-            str(constants[k])
-            for k in ("BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D")
-            if k in constants
-        ]
+        blocks = [str(v) for k, v in constants.items() if k.startswith("BLOCK_")]
         return f"{'x'.join(blocks)}/{options['num_warps']}w{options.get('num_stages', '')}"
 
 
@@ -180,11 +176,8 @@ def _launch(kernel: JITFunction, args: Sequence[Any], kwargs: dict[str, Any]) ->
     for i, parameter in enumerate(kernel.params):
         value = values[parameter.name]
         fixed = parameter.is_constexpr or parameter.do_not_specialize
-        if (
-            parameter.is_constexpr
-            or value is None
-            or (value == 1 if type(value) is int and not fixed else False)
-        ):
+        is_one = type(value) is int and value == 1 and not fixed
+        if parameter.is_constexpr or value is None or is_one:
             signature.append((parameter.name, "constexpr"))
             constants.append((i, value))
             continue
@@ -227,13 +220,15 @@ def compile_for(arch: str, launch: Launch) -> Compiled:
         registers,
         spilled,
         shared,
-        found[0] if found else "none",
+        _commonest(found),
         len(found),
-        sum(
-            1 for line in code.splitlines() if re.match(r"\s*(/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", line)
-        ),
+        len(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", code, re.MULTILINE)),
         programs,
     )
+
+
+def _commonest(names: list[str]) -> str:
+    return max(set(names), key=names.count) if names else "none"
 
 
 def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
@@ -243,7 +238,7 @@ def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    # Registers may be few and the stack deep: both figures, and the loads from it, must be looked at.
+    # Registers may be few and the stack deep: the stack and the loads from it must be looked at.
     spilled = int(re.findall(r"STACK:(\d+)", usage)[-1])
     spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
     threads = 32 * compiled.metadata.num_warps
