@@ -28,11 +28,13 @@ def evaluate(call: LossCall) -> Evaluation:
     """Return the rows of the call and the gradients of its loss."""
     if interpreter.INTERPRETING:
         interpreter.mend_bfloat16()
-    run = _Run(call)
-    if run.ledger.tokens:
-        for pair in range(len(call.student_hidden)):
-            run.pair(pair)
-    return run.ledger.result()
+    # Triton launches on the current device, wherever the tensors are.
+    with torch.cuda.device_of(call.row_weight):
+        run = _Run(call)
+        if run.ledger.tokens:
+            for pair in range(len(call.student_hidden)):
+                run.pair(pair)
+        return run.ledger.result()
 
 
 class _Side:
