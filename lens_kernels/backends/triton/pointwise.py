@@ -22,9 +22,9 @@ def pointwise(lp, lq, beta, DIVERGENCE: tl.constexpr):
         # Where p / q leaves this range, the smaller of the two adds nothing.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
-        m = log_mixture(d, beta)
-        h = (beta - 1.0) * exp(lq) * m
-        f = beta * exp(lp) * (d - m) + h
+        # log(m / q) and log(m / p): one as the other less d would lose the digits of a large d.
+        h = (beta - 1.0) * exp(lq) * log_mixture(d, beta)
+        f = h - beta * exp(lp) * log_mixture(-d, 1.0 - beta)
     else:
         p = exp(lp)
         q = exp(lq)

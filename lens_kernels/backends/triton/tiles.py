@@ -85,7 +85,7 @@ def _tile(sweep: Sweep, arch: str, width: int, rich: bool) -> Tile:
     if arch == "gfx942":
         return Tile(128, 128, 32, 8, 2) if stats else Tile(128, 64, 32, 8, 2)
     if arch == "sm_100":
-        return Tile(128, 128 if stats else 64, 64, 8, 3)
+        return Tile(64 if sums and rich else 128, 128 if stats else 64, 64, 8, 3)
     if stats:
         return Tile(128, 256 if wide and not rich else 128, 64, 8, 3)
     if wide and not sums and not rich:
