@@ -1,4 +1,4 @@
-"""The path of 16-bit operands on CUDA, its products emulated on the CPU.
+"""The path of 16-bit operands on CUDA, its products emulated on the CPU, for every backend.
 
 There 16-bit factors are multiplied into float32 results, and the tile of logit gradients is rounded
 to 16 bit before its products. ``torch.mm`` and ``torch.addmm`` have no such variant on a CPU, so a
@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lens_kernels import distillation_loss
-from lens_kernels.backends import matmul, torch_chunked
+from lens_kernels import dispatch, distillation_loss
+from lens_kernels.backends import matmul
 from tests.compare import assert_close, assert_gradients, relative_error
-from tests.grids import BATCH, DIVERGENCES, FEATURES, ODD, Shape, several_chunks
+from tests.grids import (
+    BACKENDS,
+    BATCH,
+    DIVERGENCES,
+    FEATURES,
+    FLOAT64_BACKENDS,
+    ODD,
+    Shape,
+    several_chunks,
+)
 from tests.problems import capture_call, make, oracle, plain_torch, related
 
 HALF = (torch.bfloat16, torch.float16)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 class TensorCores(TorchDispatchMode):
@@ -38,8 +48,13 @@ class TensorCores(TorchDispatchMode):
         return kwargs["out"].copy_(result) if "out" in kwargs else result
 
 
+def products_of(backend, chunks):
+    """Return the 16-bit products of a pair: the torch backend multiplies by two heads as well."""
+    return chunks * (4 if backend == "torch" else 2)
+
+
 @pytest.fixture
-def evaluate(monkeypatch):
+def evaluate(monkeypatch, backend):
     """Run a call as CUDA would."""
 
     def natively(dtype, result, device):
@@ -50,7 +65,7 @@ def evaluate(monkeypatch):
 
     def run(call):
         with TensorCores() as cores, torch.no_grad():
-            result = torch_chunked.evaluate(call)
+            result = dispatch.REGISTRY[backend].load().evaluate(call)
         loss = (call.row_weight * result.rows).sum()
         names = {i: f"hidden{i}" for i in range(len(call.student_hidden))}
         grads = {names.get(key, key): g for key, g in result.grads.items()}
@@ -66,21 +81,26 @@ def flat(grads):
     return {k: g.flatten(0, -2) if k.startswith("hidden") else g for k, g in grads.items()}
 
 
+@backends
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("feature", ["plain", "bias", "softcap"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_loss_is_exact_and_gradients_bear_one_rounding(
-    monkeypatch, evaluate, dtype, feature, divergence
+    monkeypatch, evaluate, backend, dtype, feature, divergence
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(dtype)
     call = capture_call(monkeypatch, problem, workspace_bytes=several_chunks(BATCH, 12))
     loss, grads, products = evaluate(call)
-    assert products == BATCH.pairs * 4 * 4  # 10 bytes of tiles a logit: 9 rows in a chunk
+    # The torch backend has 10 bytes of tiles a logit: 9 rows in a chunk. The triton backend has 2,
+    # in which the vocabulary's two tiles fit.
+    chunks = 4 if backend == "torch" else 1
+    assert products == BATCH.pairs * products_of(backend, chunks)
     expected, expected_grads = oracle(problem)
     assert_close(loss, expected, 1e-5)
     assert_gradients(grads, flat(expected_grads), 1e-2)
 
 
+@backends
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 @pytest.mark.parametrize("dtype", HALF)
@@ -100,7 +120,11 @@ def test_with_a_norm_its_result_is_rounded_as_models_do(
         assert relative_error(grads[name], truth) <= baseline + 1e-3, name
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    # The interpreter takes ten seconds for a dtype, and bfloat16 has no small numbers to lose.
+    [("torch", torch.float16), ("torch", torch.bfloat16), ("triton", torch.float16)],
+)
 def test_gradients_of_a_long_batch_do_not_underflow(monkeypatch, evaluate, dtype):
     """1/N of a tile's entries would be subnormal numbers of float16."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(dtype)
@@ -109,6 +133,7 @@ def test_gradients_of_a_long_batch_do_not_underflow(monkeypatch, evaluate, dtype
     assert_gradients(grads, flat(expected), 1e-2)
 
 
+@backends
 @pytest.mark.parametrize("dtype", HALF)
 def test_near_convergence(monkeypatch, evaluate, dtype):
     problem = related(ODD, std=3.0, distance=0.01).to(dtype)
@@ -118,18 +143,20 @@ def test_near_convergence(monkeypatch, evaluate, dtype):
     assert_gradients(grads, flat(expected_grads), 1e-2)
 
 
-def test_autocast_multiplies_natively_too(monkeypatch, evaluate):
+@backends
+def test_autocast_multiplies_natively_too(monkeypatch, evaluate, backend):
     problem = make(ODD, std=2.0)
     rounded = problem.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         call = capture_call(monkeypatch, problem)
     loss, grads, products = evaluate(call)
     expected, expected_grads = oracle(rounded)
-    assert products == 4
+    assert products == products_of(backend, 1)
     assert_close(loss, expected, 1e-5)
     assert_gradients(grads, flat(expected_grads), 1e-2)
 
 
+@pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("double", ["student", "teacher"])
 def test_beside_a_float64_model_the_16_bit_one_is_widened(monkeypatch, evaluate, double):
     """CUDA has no product of 16-bit operands into float64."""
@@ -145,6 +172,7 @@ def test_beside_a_float64_model_the_16_bit_one_is_widened(monkeypatch, evaluate,
     assert_gradients(grads, flat(expected_grads), 1e-12)
 
 
+@backends
 def test_the_whole_objective(monkeypatch, evaluate):
     problem = make(BATCH, std=2.0).to(torch.bfloat16)
     finals = {
