@@ -82,7 +82,8 @@ def symmetric_lens_loss(
             data parallelism exact.
         vocab_size: Number of leading entries that both vocabularies share, over which both
             softmaxes are then taken. Needed only if the vocabularies differ in size.
-        backend: ``"auto"``, ``"torch"``, or ``"reference"`` (dense, float64, for checking).
+        backend: ``"auto"``, ``"torch"``, ``"triton"`` (NVIDIA and AMD GPUs; no tile of logits in
+            memory, more products), or ``"reference"`` (dense, float64, for checking).
         workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
             1 GiB elsewhere.
         grad_threshold: An approximation, off by default: within a chunk of tokens, vocabulary
