@@ -4,15 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help demo test test-all check fix bench clean
+.PHONY: help demo test test-all test-gpu check fix bench bench-gpu gpu clean
 
 help:
 	@echo "make demo      distil a real model in minutes, with a table and two pictures"
 	@echo "make test      lint, types and the test-suite"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-gpu  the tests that need a GPU, with a CSV of outcomes and versions"
 	@echo "make check     lint and types only; changes nothing"
 	@echo "make fix       format, and repair what lint can repair"
 	@echo "make bench     memory and speed, with the peers from PyPI"
+	@echo "make bench-gpu time and memory on a GPU, with a CSV of results and versions"
 	@echo "make clean     remove the virtual environment and what the targets wrote"
 
 # torch: a CPU build where there is no NVIDIA GPU, for the default one brings gigabytes of CUDA. One
@@ -46,6 +48,15 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest -n auto -m "slow or not slow"
 
+# Asked before anything is installed. The default PyTorch is for NVIDIA; with another one, run the
+# commands of the two targets by hand.
+gpu:
+	@command -v nvidia-smi >/dev/null 2>&1 \
+	  || { echo "There is no NVIDIA GPU here: nvidia-smi is not on the path" >&2; exit 1; }
+
+test-gpu: gpu $(VENV)/dev.stamp
+	$(BIN)/python -m tests.gpu_report
+
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -58,6 +69,9 @@ fix: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/memory_vs_vocab.py
 	$(BIN)/python benchmarks/speed_vs_floor.py
+
+bench-gpu: gpu $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/speed_gpu.py
 
 clean:
 	rm -rf $(VENV) .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache

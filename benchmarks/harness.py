@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -40,6 +41,40 @@ def environment(device: torch.device) -> dict[str, str]:
         "commit": commit(),
         "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
     }
+
+
+def gpu_environment(device: torch.device) -> dict[str, str]:
+    """Return the same, and what a number depends on besides on a GPU."""
+    versions = {"driver": driver_version(device), "cuda": torch.version.cuda or ""}
+    versions |= {"hip": torch.version.hip or "", "triton": version_of("triton")}
+    return environment(device) | versions
+
+
+def driver_version(device: torch.device) -> str:
+    """Return the version of the GPU's driver, or ``""``."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip is not None:
+        path = Path("/sys/module/amdgpu/version")
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return shown.splitlines()[0].strip() if shown else ""
+
+
+def no_gpu() -> str | None:
+    """Say that there is no GPU, or return None."""
+    if torch.cuda.is_available():
+        return None
+    return f"this runs on a GPU, and torch {torch.__version__} finds none"
+
+
+def file_name(kind: str, device: torch.device) -> str:
+    """Return the name of the CSV with results of a kind on a device."""
+    return f"{kind}-{re.sub('[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.csv"
 
 
 def device_name(device: torch.device) -> str:
@@ -81,7 +116,10 @@ class Timing:
 
 
 def time_interleaved(
-    functions: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device
+    functions: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    device: torch.device,
+    progress: bool = True,
 ) -> dict[str, Timing]:
     """Time functions in rounds, each once per round, after one unmeasured round.
 
@@ -97,19 +135,25 @@ def time_interleaved(
             if number:
                 times[name].append(elapsed * 1e3)
             label = f"round {number} of {rounds}" if number else "warm-up"
-            print(f"  {label}: {name} {elapsed:.2f} s", flush=True)
+            if progress:
+                print(f"  {label}: {name} {elapsed:.2f} s", flush=True)
     return {name: Timing(tuple(values)) for name, values in times.items()}
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Return the wall time of one call, the device's work included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    """Return the time of one call, the device's work included; on a GPU by its own clock."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    with torch.cuda.device(device):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
 
 def matmul_rate(device: torch.device) -> float:

@@ -99,10 +99,11 @@ def per_pair(loss: Callable[[Tensor, Tensor, Inputs], Tensor]) -> Callable[[Inpu
     return mean
 
 
-def ours(inputs: Inputs) -> Tensor:
+def ours(inputs: Inputs, backend: str = "auto") -> Tensor:
     """All pairs in one call, with the defaults."""
+    heads = inputs.student_head, inputs.teacher_head
     return symmetric_lens_loss(
-        inputs.student_hidden, inputs.teacher_hidden, inputs.student_head, inputs.teacher_head
+        inputs.student_hidden, inputs.teacher_hidden, *heads, backend=backend
     )
 
 

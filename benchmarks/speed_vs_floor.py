@@ -104,15 +104,19 @@ def functions(job: providers.Job, uncompiled: bool) -> dict[str, Callable[[], An
     return chosen
 
 
-def products(inputs: providers.Inputs) -> None:
-    """Make the four products of each pair; the student's logits stand in for their gradient."""
+def products(inputs: providers.Inputs, backward: bool = True) -> None:
+    """Make the four products of each pair; the student's logits stand in for their gradient.
+
+    Without ``backward`` only the first two.
+    """
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
         x = student.detach()
         logits = x @ head.t()
         teacher @ inputs.teacher_head.t()
-        logits @ head
-        logits.t() @ x
+        if backward:
+            logits @ head
+            logits.t() @ x
 
 
 def tiled_products(inputs: providers.Inputs) -> None:

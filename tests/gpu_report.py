@@ -1,0 +1,72 @@
+"""Runs the tests that need a GPU, and writes a CSV with a line for each, beside what they ran on.
+
+make test-gpu
+python -m tests.gpu_report --out DIR -- -k parity    more arguments for pytest
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import harness
+
+ORDER = ("passed", "skipped", "failed")  # the last one that a phase of a test has is its outcome
+
+
+class Recorder:
+    """A plugin for pytest that keeps the outcome of every test."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, Any]] = {}
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        row = self.rows.setdefault(
+            report.nodeid, {"test": report.nodeid, "outcome": "passed", "seconds": 0.0, "note": ""}
+        )
+        row["seconds"] += report.duration
+        if ORDER.index(report.outcome) > ORDER.index(row["outcome"]):
+            row["outcome"], row["note"] = report.outcome, note(report)
+
+    def table(self) -> list[dict[str, Any]]:
+        return [{**row, "seconds": f"{row['seconds']:.2f}"} for row in self.rows.values()]
+
+
+def note(report: Any) -> str:
+    """Return why a test was skipped or failed, in one line."""
+    if isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    return (str(crash.message if crash else report.longrepr).strip() or "?").splitlines()[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tests and return pytest's exit status."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    out = harness.ROOT / "benchmarks" / "data" / "gpu"
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR")
+    parser.add_argument("pytest", nargs="*", help="more arguments for pytest")
+    args = parser.parse_args(argv)
+    if reason := harness.no_gpu():
+        sys.stderr.write(f"gpu_report.py: {reason}\n")
+        return 1
+    device = torch.device("cuda")
+    recorder = Recorder()
+    options = ["-m", "gpu", "-n", "0", "-rs", str(harness.ROOT / "tests"), *args.pytest]
+    status = int(pytest.main(options, plugins=[recorder]))
+    path = args.out / harness.file_name("tests", device)
+    if recorder.rows:
+        environment = harness.gpu_environment(device)
+        harness.write_csv(path, [row | environment for row in recorder.table()])
+        sys.stdout.write(f"{path}\n")
+    return status
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
