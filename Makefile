@@ -46,7 +46,7 @@ test: check
 	$(BIN)/python -m pytest -n auto
 
 test-all: check
-	$(BIN)/python -m pytest -n auto -m "slow or not slow"
+	$(BIN)/python -m pytest -n auto -m "not gpu"
 
 # Asked before anything is installed. The default PyTorch is for NVIDIA; with another one, run the
 # commands of the two targets by hand.

@@ -5,14 +5,18 @@ import os
 import pytest
 import torch
 
-# Without a GPU the kernels run in Triton's interpreter, chosen when they are imported. Its products
-# are numpy's, which wait for a second thread as torch's do.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 # The products here are small: beside other processes, waiting for a second thread takes longer
 # than it saves, up to a second for each test.
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """Run kernels in Triton's interpreter, which is chosen when they are imported.
+
+    The tests of a GPU alone compile them; all others have tensors of the CPU, wherever they run.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
