@@ -12,7 +12,6 @@ from lens_kernels.backends.triton.pointwise import pointwise
 from lens_kernels.spec import Divergence
 from tests.grids import DIVERGENCES
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = [(divergence, 0.5) for divergence in DIVERGENCES] + [("jsd", 0.01), ("jsd", 0.99)]
 EPS = torch.finfo(torch.float32).eps
 BLOCK = 1024
@@ -43,11 +42,11 @@ def over_blocks(kernel, *inputs, outputs=1, **options):
     """Run a kernel over fp32 numbers, filled up to whole blocks."""
     size = inputs[0].numel()
     more = -size % BLOCK
-    padded = [torch.cat([x, x[:1].expand(more)]).to(DEVICE) for x in inputs]
+    padded = [torch.cat([x, x[:1].expand(more)]) for x in inputs]
     out = [torch.full_like(padded[0], float("nan")) for _ in range(outputs)]
     scalars = options.pop("scalars", ())
     kernel[(padded[0].numel() // BLOCK,)](*padded, *out, *scalars, **options, BLOCK=BLOCK)
-    return [x[:size].cpu() for x in out]
+    return [x[:size] for x in out]
 
 
 def magnitudes(largest):

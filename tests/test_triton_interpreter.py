@@ -8,8 +8,6 @@ import triton.language as tl
 from lens_kernels.backends.triton import interpreter
 from tests.compare import assert_close
 
-pytestmark = pytest.mark.skipif(not interpreter.INTERPRETING, reason="kernels are compiled here")
-
 
 @pytest.fixture(autouse=True, scope="module")
 def _mended():

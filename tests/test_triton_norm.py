@@ -94,8 +94,7 @@ def test_one_gradient_without_the_others(wanted):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_16_bit_result_is_rounded_once(dtype):
-    if interpreter.INTERPRETING:
-        interpreter.mend_bfloat16()
+    interpreter.mend_bfloat16()
     layer_norm = make("layer")
     hidden = torch.randn(50, WIDTH).to(dtype)
     got = norm.norm_rows(hidden, None, layer_norm, dtype)

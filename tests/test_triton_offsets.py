@@ -22,8 +22,6 @@ STRIDE = 1 << 30
 ROWS = 4
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="address space of the CPU's")
-
 
 def far_apart(x):
     """Return ``(4, D)`` with rows 2^30 elements apart, in memory that is not there until used."""
