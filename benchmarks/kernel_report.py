@@ -24,8 +24,8 @@ import torch
 
 from benchmarks import harness
 
-# Either side of the width at which tiles change.
-WIDTHS = (576, 4096)
+# Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
+WIDTHS = (576, 1024, 2048, 4096, 8192)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lens_kernels import LensHead, LensNorm, functional, symmetric_lens_loss
+from lens_kernels import (
+    LensHead,
+    LensNorm,
+    distillation_loss,
+    functional,
+    symmetric_lens_loss,
+)
 from lens_kernels.call import LossCall
 from reference import dense
 from tests.grids import Shape
@@ -149,6 +155,21 @@ def solve(
     """Return ``(loss, gradients)``; ``upstream`` weighs a loss that is not a scalar."""
     loss = loss_of(solver, problem, **options)
     return loss, problem.gradients(loss, grad_outputs=upstream)
+
+
+def objective(
+    problem: Problem, function: Callable[..., Any] = distillation_loss, **options: Any
+) -> Any:
+    """Return the whole objective, in which the last pair of hidden states is the final one."""
+    return function(
+        problem.student_hidden[:-1],
+        problem.teacher_hidden[:-1],
+        problem.student_head,
+        problem.teacher_head,
+        student_final=problem.student_hidden[-1],
+        teacher_final=problem.teacher_hidden[-1],
+        **{**problem.options, **options},
+    )
 
 
 def ours(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:

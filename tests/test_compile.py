@@ -10,7 +10,7 @@ from lens_kernels.autograd import _pack, lens_loss, scale_gradients
 from lens_kernels.backends import tile_pass
 from tests.compare import assert_close, assert_gradients, relative_error
 from tests.grids import BATCH, DIVERGENCES, FEATURES, ODD, several_chunks
-from tests.problems import Problem, capture_call, loss_of, make, oracle, ours
+from tests.problems import Problem, capture_call, loss_of, make, objective, oracle, ours
 
 
 @pytest.fixture
@@ -63,17 +63,7 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
 
 
 def whole_objective(problem, labels, **options):
-    out = distillation_loss(
-        problem.student_hidden[:1],
-        problem.teacher_hidden[:1],
-        problem.student_head,
-        problem.teacher_head,
-        student_final=problem.student_hidden[1],
-        teacher_final=problem.teacher_hidden[1],
-        labels=labels,
-        kd_ratio=0.5,
-        **options,
-    )
+    out = objective(problem, labels=labels, kd_ratio=0.5, **options)
     return out, problem.gradients(out.loss)
 
 

@@ -10,7 +10,7 @@ from lens_kernels.backends import torch_chunked
 from reference import dense
 from tests.compare import assert_close, assert_gradients
 from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
-from tests.problems import Problem, capture_call, make
+from tests.problems import Problem, capture_call, make, objective
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -33,15 +33,7 @@ class Distillation(Problem):
         return problem
 
     def call(self, function=distillation_loss, **options):
-        return function(
-            self.student_hidden[:-1],
-            self.teacher_hidden[:-1],
-            self.student_head,
-            self.teacher_head,
-            student_final=self.student_hidden[-1],
-            teacher_final=self.teacher_hidden[-1],
-            **{**self.options, **options},
-        )
+        return objective(self, function, **options)
 
 
 def expected_terms(

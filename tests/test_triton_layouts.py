@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from lens_kernels import distillation_loss
 from lens_kernels.backends.triton.operands import ALIGNED, aligned, padded
 from tests.compare import assert_close, assert_gradients
 from tests.grids import BATCH, FEATURES, Shape
-from tests.problems import make, map_head, oracle, ours
+from tests.problems import make, map_head, objective, oracle, ours
 
 NAN = float("nan")
 # A width that rows can be read in as they lie, and one that has to be padded.
@@ -174,19 +173,7 @@ def test_labels_and_mask_in_any_layout():
     mask = torch.rand(BATCH.leading) < 0.5
 
     def loss(labels, mask):
-        students, teachers = problem.student_hidden, problem.teacher_hidden
-        out = distillation_loss(
-            students[:1],
-            teachers[:1],
-            problem.student_head,
-            problem.teacher_head,
-            student_final=students[1],
-            teacher_final=teachers[1],
-            labels=labels,
-            mask=mask,
-            kd_ratio=0.5,
-            backend="triton",
-        )
+        out = objective(problem, labels=labels, mask=mask, kd_ratio=0.5, backend="triton")
         return out.loss, problem.gradients(out.loss)
 
     expected, expected_grads = loss(labels, mask)

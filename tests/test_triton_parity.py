@@ -9,11 +9,11 @@ import itertools
 import pytest
 import torch
 
-from lens_kernels import distillation_loss, symmetric_lens_loss
+from lens_kernels import symmetric_lens_loss
 from lens_kernels.backends.triton.tiles import ARCHS, Sweep, choose
 from tests.compare import assert_close, assert_gradients
 from tests.grids import BATCH, DIVERGENCES, FEATURES, Shape
-from tests.problems import loss_of, make, ours
+from tests.problems import loss_of, make, objective, ours
 
 BACKENDS = ("torch", "triton")
 # Of a dtype: what the loss bears, what it bears where the norm's result is rounded before a product
@@ -78,23 +78,11 @@ def test_the_whole_objective(final_divergence, feature, dtype):
     problem = make(BATCH, std=2.0, **FEATURES[feature]).to(dtype)
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[torch.rand(BATCH.leading) < 0.3] = -100
-    students, teachers = problem.student_hidden, problem.teacher_hidden
-    options = {**problem.options, "temperature": 1.7}
+    options = {"labels": labels, "kd_ratio": 0.6, "temperature": 1.7}
+    options["final_divergence"] = final_divergence
     results = []
     for backend in BACKENDS:
-        out = distillation_loss(
-            students[:1],
-            teachers[:1],
-            problem.student_head,
-            problem.teacher_head,
-            student_final=students[1],
-            teacher_final=teachers[1],
-            labels=labels,
-            kd_ratio=0.6,
-            final_divergence=final_divergence,
-            backend=backend,
-            **options,
-        )
+        out = objective(problem, backend=backend, **options)
         results.append((out, problem.gradients(out.loss)))
     (expected, expected_grads), (got, grads) = results
     exact, rounded, gradient = BEARS[dtype]
@@ -163,18 +151,8 @@ def test_the_active_vocabulary_of_one_chunk(threshold, masked):
     mask = torch.rand(24) < 0.7 if masked else None
     results = []
     for backend in BACKENDS:
-        out = distillation_loss(
-            [],
-            [],
-            problem.student_head,
-            problem.teacher_head,
-            student_final=problem.student_hidden[0],
-            teacher_final=problem.teacher_hidden[0],
-            final_divergence="jsd",
-            grad_threshold=threshold,
-            mask=mask,
-            backend=backend,
-        )
+        options = {"final_divergence": "jsd", "grad_threshold": threshold, "mask": mask}
+        out = objective(problem, backend=backend, **options)
         results.append((out, problem.gradients(out.loss)))
     (expected, expected_grads), (got, grads) = results
     assert_close(got.loss, expected.loss, 1e-6)

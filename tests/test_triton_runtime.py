@@ -96,8 +96,9 @@ CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K",
 # Numbers that differ from call to call: none of their values, 1 and multiples of 16 included, is
 # compiled for.
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "first_column"}
-# Floats, for no value of which anything is ever compiled, unless they were constants.
-NUMBERS = {"slope", "cap", "beta", "temperature", "eps", "offset"}
+# Floats, for no value of which anything is ever compiled, unless they were constants. Slope and cap
+# are parts of a side.
+NUMBERS = {"side", "student", "teacher", "beta", "temperature", "eps", "offset"}
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +119,7 @@ def test_nothing_is_compiled_anew_when_numbers_change(kernels):
         for name, kind in parameters.items():
             if name in COUNTS:
                 assert kind is True, f"{kernel} is compiled for values of {name}"
-            seen.add(name.removesuffix("_s").removesuffix("_t"))
+            seen.add(name)
     assert COUNTS | NUMBERS <= seen, "renamed: this test no longer looks at all of them"
 
 
@@ -135,4 +136,6 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     head = call.student_head
     numbers = [call.spec.temperature, call.spec.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
+    side = module._Side(head, call).operand(call.student_hidden[0], None, head.norm)
+    numbers += side.arguments()[-2:]  # slope and cap
     assert all(type(x) is float for x in numbers), numbers

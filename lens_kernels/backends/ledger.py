@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
+from lens_kernels.backends import head_products
 from lens_kernels.call import Evaluation, LossCall
 
 
@@ -15,6 +17,7 @@ class Ledger:
     """
 
     def __init__(self, call: LossCall, compute: torch.dtype) -> None:
+        self.threshold = call.spec.grad_threshold
         device = call.row_weight.device
         tokens = call.row_weight.shape[1]
         self.index = None if call.mask is None else call.mask.nonzero()[:, 0]
@@ -37,6 +40,36 @@ class Ledger:
         """Return which gradients a pair contributes to."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
+
+    def head_gradients(
+        self,
+        wanted: set[int | str],
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        columns: slice,
+        weight_sum: Tensor | None = None,
+    ) -> Tensor | None:
+        """Add what a tile gives to the head's gradients; return that of the rows, if wanted.
+
+        ``grad`` ``(R, C)`` is the gradient of the products of the rows ``x`` ``(R, D)`` with the
+        head's ``weight`` ``(C, D)``, its rows ``columns``, whose sum may be known already.
+        """
+        if "bias" in wanted:
+            self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
+        part: head_products.Whole | head_products.Active
+        if self.threshold is None:
+            part = head_products.Whole(grad.to(weight.dtype), weight)
+        else:
+            if weight_sum is None:
+                weight_sum = weight.sum(0, dtype=self.mass.dtype)
+            part, mass = head_products.active(grad, weight, weight_sum, self.threshold)
+            self.mass += mass
+        if "weight" in wanted:
+            part.add_head_gradient(x, self.grads["weight"][columns])
+        if not wanted - {"weight", "bias"}:
+            return None
+        return part.hidden_gradient().to(self.mass.dtype)
 
     def result(self) -> Evaluation:
         """Return the rows, and the sums brought to scale."""

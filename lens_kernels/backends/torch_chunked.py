@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lens_kernels.backends import head_products, matmul, tile_pass
+from lens_kernels.backends import matmul, tile_pass
 from lens_kernels.backends.ledger import Ledger
 from lens_kernels.call import Evaluation, LossCall
 from lens_kernels.lens import LensHead
@@ -69,6 +69,7 @@ class _Run:
         self.ledger = Ledger(call, self.compute)
         self.tokens, self.index = self.ledger.tokens, self.ledger.index
         self.grads = self.ledger.grads
+        self.weight_sum: Tensor | None = None
         if call.spec.grad_threshold is not None:
             self.weight_sum = self.student.weight.sum(0, dtype=self.compute)
 
@@ -103,23 +104,11 @@ class _Run:
         self.pointwise(pair, rows, zs, zt, want_grad=bool(wanted))
         if not wanted:
             return
-        if "bias" in wanted:
-            self.grads["bias"][: zs.shape[1]] += zs.sum(0)
-        products = self.products(zs)
-        if "weight" in wanted:
-            products.add_head_gradient(x_student, self.grads["weight"][: zs.shape[1]])
-        if wanted - {"weight", "bias"}:
-            d_x = products.hidden_gradient().to(self.compute)
+        columns = slice(0, zs.shape[1])
+        weight = self.student.weight
+        d_x = self.ledger.head_gradients(wanted, zs, x_student, weight, columns, self.weight_sum)
+        if d_x is not None:
             self.before_head(pair, rows, d_x, saved)
-
-    def products(self, grad: Tensor) -> head_products.Whole | head_products.Active:
-        """Return the factors of the gradient products of a tile."""
-        weight, threshold = self.student.weight, self.call.spec.grad_threshold
-        if threshold is None:
-            return head_products.Whole(grad.to(weight.dtype), weight)
-        part, mass = head_products.active(grad, weight, self.weight_sum, threshold)
-        self.ledger.mass += mass
-        return part
 
     def pointwise(
         self, pair: int, rows: Tensor | slice, zs: Tensor, zt: Tensor, want_grad: bool

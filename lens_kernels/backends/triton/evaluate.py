@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lens_kernels.backends import head_products, matmul
+from lens_kernels.backends import matmul
 from lens_kernels.backends.ledger import Ledger
 from lens_kernels.backends.tile_pass import FLOOR
 from lens_kernels.backends.triton import interpreter, tiles, tuned
@@ -86,11 +86,13 @@ class _Run:
         wanted = ledger.wanted(pair, norm is not None)
         if not wanted:
             return
-        d_x = self.products(pair, student, teacher, sums, labels, wanted)
+        d_x = self.gradients(pair, student, teacher, sums, labels, wanted)
+        if d_x is None:
+            return
         if norm is not None:
             parts = [ledger.grads.get(key) for key in (pair, "norm_weight", "norm_bias")]
             norm_backward(d_x, hidden, ledger.index, norm, *parts)
-        elif pair in ledger.grads:
+        else:
             ledger.grads[pair][self.every] = d_x
 
     def sums(self, student: Operand, teacher: Operand, divergence: Divergence) -> RowSums:
@@ -114,9 +116,17 @@ class _Run:
             stats = row_stats(student, self.call.spec.vocab_size, tile)
         log_q = student.logits_at(labels).clamp(min=FLOOR) - stats.maximum - stats.log_sum
         self.ledger.rows[-1, self.every] = -log_q
-        return Labels(labels, stats, self.ledger.weight[-1, self.every])
+        return Labels(labels, stats, self.weight(-1))
 
-    def products(
+    def weight(self, row: int) -> Tensor:
+        """Return the weights of a row of the ledger, as a copy.
+
+        An upstream gradient may be a transpose, and kernels know no stride of it; a slice may begin
+        at any address, for which kernels would be compiled anew.
+        """
+        return self.ledger.weight[row, self.every].clone(memory_format=torch.contiguous_format)
+
+    def gradients(
         self,
         pair: int,
         student: Operand,
@@ -124,28 +134,23 @@ class _Run:
         sums: RowSums,
         labels: Labels | None,
         wanted: set[int | str],
-    ) -> Tensor:
-        """Run sweep 3 chunk by chunk, add to the head's gradients and return that of the rows."""
-        ledger, spec = self.ledger, self.call.spec
+    ) -> Tensor | None:
+        """Run sweep 3 chunk by chunk, and return the gradient of the rows, if wanted."""
+        spec = self.call.spec
         tile = self.tile(Sweep.GRADIENTS, student, teacher, labels=labels is not None)
-        # An upstream gradient may be a transpose, and the kernels know no stride of it.
-        weight = ledger.weight[pair, self.every].contiguous()
-        x = student.x.to(self.factor)
-        d_x = torch.zeros(x.shape, device=x.device)
+        weight, x = self.weight(pair), student.x.to(self.factor)
+        total: Tensor | None = None
         for columns, out in self.chunks(student, tile):
             gradient_chunk(
                 student, teacher, sums, weight, labels, spec.divergences[pair], spec.beta,
                 spec.vocab_size, columns.start, out, tile,
             )  # fmt: skip
             grad = out[:, : columns.stop - columns.start]
-            if "bias" in wanted:
-                ledger.grads["bias"][columns] += grad.sum(0, dtype=torch.float32)
-            part = self.part(grad.to(self.factor), student.weight[columns].to(self.factor))
-            if "weight" in wanted:
-                part.add_head_gradient(x, ledger.grads["weight"][columns])
-            if wanted - {"weight", "bias"}:
-                d_x += part.hidden_gradient()
-        return d_x
+            head = student.weight[columns].to(self.factor)
+            d_x = self.ledger.head_gradients(wanted, grad, x, head, columns)
+            if d_x is not None:
+                total = d_x if total is None else total.add_(d_x)
+        return total
 
     def chunks(self, student: Operand, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
         """Yield chunks of the vocabulary, each with the workspace for its gradient."""
@@ -159,19 +164,10 @@ class _Run:
         for start in range(0, vocab_size, step):
             yield slice(start, min(start + step, vocab_size)), out
 
-    def part(self, grad: Tensor, weight: Tensor) -> head_products.Whole | head_products.Active:
-        """Return the factors of the gradient products of a chunk."""
-        threshold = self.call.spec.grad_threshold
-        if threshold is None:
-            return head_products.Whole(grad, weight)
-        weight_sum = weight.sum(0, dtype=torch.float32)
-        part, mass = head_products.active(grad, weight, weight_sum, threshold)
-        self.ledger.mass += mass
-        return part
-
     def tile(self, sweep: Sweep, *sides: Operand, labels: bool = False) -> tiles.Tile:
         """Return the tile with which a sweep reads these operands."""
         x = min((side.x for side in sides), key=lambda x: x.shape[1])
-        tile = tuned.lookup(sweep, x.dtype, x.shape[1], x.device)
         rich = labels or any(side.bias is not None or side.softcap is not None for side in sides)
+        # What was tuned is plain, and might not fit into the registers that are left here.
+        tile = None if rich else tuned.lookup(sweep, x.dtype, x.shape[1], x.device)
         return tile or tiles.choose(sweep, tiles.arch_of(x.device), x.dtype, x.shape[1], rich)

@@ -22,30 +22,35 @@ from lens_kernels.backends.triton.device_fns import FLOOR, exp
 from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.pointwise import pointwise
 from lens_kernels.backends.triton.row_stats import merge as merge_stats
-from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
+from lens_kernels.backends.triton.tile import block_of_rows, logits_tile, tiles_of_split
+from lens_kernels.backends.triton.tiles import Tile
 from lens_kernels.spec import Divergence
 
 DIVERGENCES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
 @triton.jit
-def share(maximum, total, other_maximum, other_total):
-    """Return the logarithms of two parts' shares in their union."""
+def union(maximum, total, other_maximum, other_total):
+    """Return maximum and total of two parts together, and the logarithms of their shares."""
     higher = tl.maximum(maximum, other_maximum)
     here = maximum - higher
     there = other_maximum - higher
-    log_sum = tl.log(total * exp(here) + other_total * exp(there))
+    both = total * exp(here) + other_total * exp(there)
+    log_sum = tl.log(both)
     # A part without mass has log-share FLOOR, not -inf.
     has_mass = total > 0
     here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
-    return here, there + tl.log(other_total) - log_sum
+    return higher, both, here, there + tl.log(other_total) - log_sum
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def online_kl_kernel(
-    xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-    xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-    maximum_s_ptr, total_s_ptr, maximum_t_ptr, total_t_ptr,
+    student,
+    teacher,
+    maximum_s_ptr,
+    total_s_ptr,
+    maximum_t_ptr,
+    total_t_ptr,
     forward_ptr,
     reverse_ptr,
     tokens,
@@ -55,28 +60,24 @@ def online_kl_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Write both models' statistics and relative entropies of some rows over one split."""
     rows, exist = block_of_rows(tokens, BLOCK_N)
-    split = tl.program_id(1)
     maximum_s = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     maximum_t = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total_s = tl.zeros((BLOCK_N,), dtype=tl.float32)
     total_t = tl.zeros((BLOCK_N,), dtype=tl.float32)
     forward = tl.zeros((BLOCK_N,), dtype=tl.float32)
     reverse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
+    first, last = tiles_of_split(vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         us = logits_tile(
-            xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
-        )  # fmt: skip
+            student, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
+        )
         ut = logits_tile(
-            xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
-        )  # fmt: skip
+            teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
+        )
         # This tile by itself.
         tile_maximum_s = tl.max(us, 1)
         tile_maximum_t = tl.max(ut, 1)
@@ -89,23 +90,15 @@ def online_kl_kernel(
         forward_f, _ = pointwise(lp, lq, 0.0, "forward_kl")
         reverse_f, _ = pointwise(lp, lq, 0.0, "reverse_kl")
         # Merged with those before it.
-        lq_old, lq_new = share(maximum_s, total_s, tile_maximum_s, tile_total_s)
-        lp_old, lp_new = share(maximum_t, total_t, tile_maximum_t, tile_total_t)
+        maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, tile_maximum_s, tile_total_s)
+        maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, tile_maximum_t, tile_total_t)
         old, _ = pointwise(lp_old, lq_old, 0.0, "forward_kl")
         new, _ = pointwise(lp_new, lq_new, 0.0, "forward_kl")
         forward = exp(lp_old) * forward + exp(lp_new) * tl.sum(forward_f, 1) + old + new
         old, _ = pointwise(lp_old, lq_old, 0.0, "reverse_kl")
         new, _ = pointwise(lp_new, lq_new, 0.0, "reverse_kl")
         reverse = exp(lq_old) * reverse + exp(lq_new) * tl.sum(reverse_f, 1) + old + new
-        higher = tl.maximum(maximum_s, tile_maximum_s)
-        total_s = total_s * exp(maximum_s - higher)
-        total_s += tile_total_s * exp(tile_maximum_s - higher)
-        maximum_s = higher
-        higher = tl.maximum(maximum_t, tile_maximum_t)
-        total_t = total_t * exp(maximum_t - higher)
-        total_t += tile_total_t * exp(tile_maximum_t - higher)
-        maximum_t = higher
-    at = split.to(tl.int64) * tokens + rows
+    at = tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(maximum_s_ptr + at, maximum_s, mask=exist)
     tl.store(total_s_ptr + at, total_s, mask=exist)
     tl.store(maximum_t_ptr + at, maximum_t, mask=exist)
@@ -119,13 +112,13 @@ def online_kl(
     teacher: Operand,
     divergence: Divergence,
     vocab_size: int,
-    tile: launch.Tile,
+    tile: Tile,
 ) -> RowSums:
     """Return the sums of f and of h of every row, with both models' statistics."""
     grid = launch.Splits(student.tokens, vocab_size, tile, student.x.device)
     partials = grid.partials(6)
     online_kl_kernel[grid.shape](
-        *student.arguments(), *teacher.arguments(), *partials,
+        student.arguments(), teacher.arguments(), *partials,
         student.tokens, vocab_size, grid.tiles_per_split,
         **tile.blocks(), PRECISION=student.precision, **tile.options(),
     )  # fmt: skip

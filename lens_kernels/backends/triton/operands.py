@@ -42,7 +42,7 @@ class Operand:
         return "tf32" if nvidia and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the first eight arguments of ``logits_tile``."""
+        """Return what kernels take for a side."""
         slope = self.scale / self.temperature
         cap = None if self.softcap is None else self.softcap / self.temperature
         x, w = self.x, self.weight
@@ -71,6 +71,10 @@ class RowStats:
 
     maximum: Tensor
     log_sum: Tensor
+
+    def arguments(self) -> tuple[Tensor, Tensor]:
+        """Return what kernels take for statistics."""
+        return self.maximum, self.log_sum
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,19 +10,13 @@ from torch import Tensor
 from lens_kernels.backends.triton import launch
 from lens_kernels.backends.triton.device_fns import FLOOR, exp
 from lens_kernels.backends.triton.operands import Operand, RowStats
-from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
+from lens_kernels.backends.triton.tile import block_of_rows, logits_tile, tiles_of_split
+from lens_kernels.backends.triton.tiles import Tile
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def row_stats_kernel(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    width,
-    x_stride,
-    w_stride,
-    slope,
-    cap,
+    side,
     maximum_ptr,
     total_ptr,
     tokens,
@@ -35,31 +29,26 @@ def row_stats_kernel(
 ):
     """Write the maximum and the sum of exponentials of this program's rows over one split."""
     rows, exist = block_of_rows(tokens, BLOCK_N)
-    split = tl.program_id(1)
     maximum = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
+    first, last = tiles_of_split(vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-        u = logits_tile(
-            x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
-        )  # fmt: skip
+        u = logits_tile(side, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True)
         higher = tl.maximum(maximum, tl.max(u, 1))
         total = total * exp(maximum - higher) + tl.sum(exp(u - higher[:, None]), 1)
         maximum = higher
-    at = split.to(tl.int64) * tokens + rows
+    at = tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(maximum_ptr + at, maximum, mask=exist)
     tl.store(total_ptr + at, total, mask=exist)
 
 
-def row_stats(side: Operand, vocab_size: int, tile: launch.Tile) -> RowStats:
+def row_stats(side: Operand, vocab_size: int, tile: Tile) -> RowStats:
     """Return the log-sum-exp of every row over the vocabulary."""
     grid = launch.Splits(side.tokens, vocab_size, tile, side.x.device)
     maximum, total = grid.partials(2)
     row_stats_kernel[grid.shape](
-        *side.arguments(), maximum, total, side.tokens, vocab_size, grid.tiles_per_split,
+        side.arguments(), maximum, total, side.tokens, vocab_size, grid.tiles_per_split,
         **tile.blocks(), PRECISION=side.precision, **tile.options(),
     )  # fmt: skip
     return merge(maximum, total)

@@ -8,15 +8,22 @@ import triton.language as tl
 from lens_kernels.backends.triton import launch
 from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.pointwise import pointwise
-from lens_kernels.backends.triton.tile import block_of_rows, logits_tile
+from lens_kernels.backends.triton.tile import (
+    block_of_rows,
+    load_stats,
+    logits_tile,
+    tiles_of_split,
+)
+from lens_kernels.backends.triton.tiles import Tile
 from lens_kernels.spec import Divergence
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
 def row_sums_kernel(
-    xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-    xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-    maximum_s_ptr, log_sum_s_ptr, maximum_t_ptr, log_sum_t_ptr,
+    student,
+    teacher,
+    student_stats,
+    teacher_stats,
     f_ptr,
     h_ptr,
     tokens,
@@ -28,34 +35,28 @@ def row_sums_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     """Write the sums of f and h of this program's rows over one split."""
     rows, exist = block_of_rows(tokens, BLOCK_N)
-    split = tl.program_id(1)
-    maximum_s = tl.load(maximum_s_ptr + rows)[:, None]
-    log_sum_s = tl.load(log_sum_s_ptr + rows)[:, None]
-    maximum_t = tl.load(maximum_t_ptr + rows)[:, None]
-    log_sum_t = tl.load(log_sum_t_ptr + rows)[:, None]
+    maximum_s, log_sum_s = load_stats(student_stats, rows)
+    maximum_t, log_sum_t = load_stats(teacher_stats, rows)
     f_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     h_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first = split * tiles_per_split
-    last = tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
+    first, last = tiles_of_split(vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         us = logits_tile(
-            xs_ptr, ws_ptr, bias_s_ptr, width_s, xs_stride, ws_stride, slope_s, cap_s,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
-        )  # fmt: skip
+            student, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
+        )
         ut = logits_tile(
-            xt_ptr, wt_ptr, bias_t_ptr, width_t, xt_stride, wt_stride, slope_t, cap_t,
-            rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True,
-        )  # fmt: skip
+            teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
+        )
         lq = (us - maximum_s) - log_sum_s
         lp = (ut - maximum_t) - log_sum_t
         f, h = pointwise(lp, lq, beta, DIVERGENCE)
         f_sum += tl.sum(f, 1)
         h_sum += tl.sum(h, 1)
-    at = split.to(tl.int64) * tokens + rows
+    at = tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(f_ptr + at, f_sum, mask=exist)
     tl.store(h_ptr + at, h_sum, mask=exist)
 
@@ -68,16 +69,15 @@ def row_sums(
     divergence: Divergence,
     beta: float,
     vocab_size: int,
-    tile: launch.Tile,
+    tile: Tile,
 ) -> RowSums:
     """Return the sums of f and of h of every row, with the statistics they were made from."""
     grid = launch.Splits(student.tokens, vocab_size, tile, student.x.device)
     f, h = grid.partials(2)
     row_sums_kernel[grid.shape](
-        *student.arguments(), *teacher.arguments(),
-        student_stats.maximum, student_stats.log_sum,
-        teacher_stats.maximum, teacher_stats.log_sum,
-        f, h, student.tokens, vocab_size, grid.tiles_per_split, beta,
+        student.arguments(), teacher.arguments(),
+        student_stats.arguments(), teacher_stats.arguments(), f, h,
+        student.tokens, vocab_size, grid.tiles_per_split, beta,
         DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
         **tile.options(),
     )  # fmt: skip

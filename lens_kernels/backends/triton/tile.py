@@ -14,15 +14,25 @@ def block_of_rows(tokens, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def tiles_of_split(vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
+    """Return the first tile of this program's split of the vocabulary, and the one after its last.
+
+    Every split has a tile, and every tile a column of the vocabulary.
+    """
+    first = tl.program_id(1) * tiles_per_split
+    return first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
+
+
+@triton.jit
+def load_stats(stats, rows):
+    """Return the two parts of the rows' log-sum-exp, as columns."""
+    maximum_ptr, log_sum_ptr = stats
+    return tl.load(maximum_ptr + rows)[:, None], tl.load(log_sum_ptr + rows)[:, None]
+
+
+@triton.jit
 def logits_tile(
-    x_ptr,
-    w_ptr,
-    bias_ptr,
-    width,
-    x_stride,
-    w_stride,
-    slope,
-    cap,
+    side,
     rows,
     columns,
     vocab_size,
@@ -34,10 +44,10 @@ def logits_tile(
 ):
     """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
 
-    ``slope`` is scale / temperature and ``cap`` softcap / temperature, or None. Columns beyond the
-    vocabulary are ``FLOOR`` if ``MASKED``, for sums over columns, and else repeat the last one.
-    Logits of -inf are ``FLOOR`` too.
+    ``side`` is ``Operand.arguments()``. Columns beyond the vocabulary are ``FLOOR`` if ``MASKED``,
+    for sums over columns, and else repeat the last one. Logits of -inf are ``FLOOR`` too.
     """
+    x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap = side
     inside = tl.minimum(columns, vocab_size - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + k[None, :]

@@ -64,7 +64,7 @@ ARCHS = {
         Arch("sm_90", 232448),
         Arch("sm_100", 232448),
         Arch("gfx942", 65536, threads_per_warp=64),
-        Arch("interpreter", 1 << 40),
+        Arch("interpreter", 1 << 40, accumulators_per_thread=1 << 40),
     )
 }
 
@@ -105,7 +105,7 @@ def objection(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str | None
         return f"it needs {shared} bytes of shared memory, {arch.name} has {arch.shared_memory}"
     threads = tile.warps * arch.threads_per_warp
     each = sweep.accumulators * tile.block_n * tile.block_v // threads
-    if each > arch.accumulators_per_thread and arch.name != "interpreter":
+    if each > arch.accumulators_per_thread:
         return f"{each} accumulators a thread would not fit into its registers"
     return None
 
@@ -116,7 +116,7 @@ def choose(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, rich: bool 
     ``rich`` says whether a head has a bias or a softcap, or tokens have labels: all take registers.
     """
     tile = _tile(sweep, arch.name, width, rich)
-    while objection(tile, sweep, arch, dtype.itemsize) is not None:
+    while tile.block_k > 16 and objection(tile, sweep, arch, dtype.itemsize) is not None:
         tile = replace(tile, block_k=tile.block_k // 2)
     return tile
 

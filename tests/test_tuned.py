@@ -1,0 +1,232 @@
+"""Tiles that tuning found: kept in a file, read back, and used; and what the file may hold."""
+
+import functools
+import json
+import multiprocessing
+import warnings
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from lens_kernels import LensHead, cache, symmetric_lens_loss  # noqa: E402
+from lens_kernels.backends.triton import evaluate, tuned  # noqa: E402
+from lens_kernels.backends.triton.tiles import ARCHS, Sweep, Tile  # noqa: E402
+
+CPU = torch.device("cpu")
+GPU = "Some GPU"
+SM_90 = ARCHS["sm_90"]
+FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def device(monkeypatch):
+    """A GPU by its name alone."""
+    monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
+    tuned._tiles.cache_clear()
+    yield
+    tuned._tiles.cache_clear()
+
+
+def entry(tile=FAST, **changes):
+    name = {"device": GPU, "triton": triton.__version__, "sweep": Sweep.ROW_SUMS}
+    return tuned.Entry(**{**name, "dtype": torch.bfloat16, "width": 768, "tile": tile, **changes})
+
+
+@pytest.fixture
+def compiled(monkeypatch, tmp_path):
+    """Let lookups believe that kernels are compiled, for an H100; return the file they read."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tuned, "INTERPRETING", False)
+    monkeypatch.setattr(tuned, "arch_of", lambda device: SM_90)
+    return tmp_path / "lens_kernels" / "tiles.json"
+
+
+def look(**changes):
+    key = {"sweep": Sweep.ROW_SUMS, "dtype": torch.bfloat16, "width": 768, **changes}
+    return tuned.lookup(**key, device=CPU)
+
+
+def test_lookup_knows_sweep_dtype_and_width(compiled):
+    assert tuned.default_path() == compiled and look() is None
+    tuned.save(compiled, entry(SLOW))
+    tuned.save(compiled, entry(FAST))
+    tuned.save(compiled, entry(SLOW, sweep=Sweep.GRADIENTS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert look() == FAST
+        assert look(sweep=Sweep.GRADIENTS) == SLOW
+        others = [{"sweep": Sweep.ONLINE_KL}, {"dtype": torch.float16}, {"width": 1024}]
+        assert all(look(**other) is None for other in others)
+
+
+def test_the_file_is_read_once(compiled, monkeypatch):
+    tuned.save(compiled, entry())
+    assert look() == FAST
+    monkeypatch.setattr(tuned, "load", None)
+    compiled.unlink()
+    assert look() == FAST and look(width=1) is None
+
+
+def test_the_interpreter_never_looks(compiled, monkeypatch):
+    tuned.save(compiled, entry())
+    monkeypatch.setattr(tuned, "INTERPRETING", True)
+    monkeypatch.setattr(tuned, "load", None)
+    assert look() is None
+
+
+def test_a_call_uses_what_was_found(compiled, monkeypatch):
+    """Every sweep asks, by the narrower width."""
+    asked = []
+
+    def lookup(sweep, dtype, width, device):
+        asked.append((sweep, dtype, width))
+        return FAST if sweep is Sweep.GRADIENTS else None
+
+    used = []
+    gradient_chunk = evaluate.__globals__["gradient_chunk"]
+    monkeypatch.setattr(tuned, "lookup", lookup)
+    monkeypatch.setitem(
+        evaluate.__globals__,
+        "gradient_chunk",
+        lambda *args: (used.append(args[-1]), gradient_chunk(*args)),
+    )
+    student = torch.randn(5, 24, requires_grad=True)
+    heads = torch.randn(70, 24), torch.randn(70, 40)
+    symmetric_lens_loss(student, torch.randn(5, 40), *heads, backend="triton").backward()
+    assert asked == [
+        (Sweep.ROW_STATS, torch.float32, 24),
+        (Sweep.ROW_STATS, torch.float32, 40),
+        (Sweep.ROW_SUMS, torch.float32, 24),
+        (Sweep.GRADIENTS, torch.float32, 24),
+    ]
+    assert used == [FAST]
+
+
+@pytest.mark.parametrize("rich", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
+def test_what_was_tuned_without_bias_and_softcap_is_not_used_with_them(monkeypatch, rich):
+    """They take registers, for which the tile may be too large."""
+    monkeypatch.setattr(tuned, "lookup", None)
+    student = torch.randn(5, 24, requires_grad=True)
+    heads = LensHead(torch.randn(70, 24), **rich), LensHead(torch.randn(70, 24))
+    call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
+    with pytest.raises(TypeError, match="not callable"):
+        call(*heads, divergence="jsd")  # the teacher's own sweep is plain
+    call(heads[0], heads[0], divergence="jsd").backward()
+
+
+def damage(**changes):
+    record = entry().record()
+    return {**record, **changes}
+
+
+TILE = entry().record()["tile"]
+INVALID = {
+    "not json": "{",
+    "binary": b"\xff\xfe\x00",
+    "other format": {"format": 0, "tiles": []},
+    "a list": [],
+    "no tiles": {"format": 1, "tiles": {}},
+    "not a record": {"format": 1, "tiles": ["x"]},
+    "no sweep": [{k: v for k, v in entry().record().items() if k != "sweep"}],
+    "unknown sweep": [damage(sweep="row_something")],
+    "unknown dtype": [damage(dtype="int8")],
+    "no tile": [damage(tile=None)],
+    "a field too few": [damage(tile={k: v for k, v in TILE.items() if k != "warps"})],
+    "a field too many": [damage(tile={**TILE, "clusters": 2})],
+    "a text": [damage(tile={**TILE, "warps": "4"})],
+    "a truth value": [damage(tile={**TILE, "stages": True})],
+    "width is a text": [damage(width="768")],
+    "no power of two": [damage(tile={**TILE, "block_v": 96})],
+    "too much shared memory": [damage(tile={**TILE, "block_k": 2048})],
+    "too many registers": [damage(tile={**TILE, "block_n": 256, "block_v": 256, "block_k": 16})],
+    "other triton": [damage(triton="1.0")],
+}
+
+
+@pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
+def test_what_makes_no_sense_is_ignored_with_one_warning_that_names_the_file(compiled, content):
+    compiled.parent.mkdir()
+    if isinstance(content, list) and content:
+        content = {"format": 1, "tiles": content}
+    if isinstance(content, bytes):
+        compiled.write_bytes(content)
+    else:
+        compiled.write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.warns(UserWarning) as caught:
+        assert look() is None
+        assert look() is None
+    assert len(caught) == 1 and str(compiled) in str(caught[0].message)
+    # A new result makes it whole again.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tuned.save(compiled, entry(SLOW))
+        assert look() == SLOW
+
+
+def test_valid_entries_beside_invalid_ones_are_used(compiled):
+    tuned.save(compiled, entry(FAST))
+    tuned.save(compiled, entry(Tile(96, 64, 32, 4, 2), width=1024))
+    tuned.save(compiled, entry(Tile(96, 64, 32, 4, 2), width=2048))
+    with pytest.warns(UserWarning, match="powers of two.*and 1 more"):
+        assert look() == FAST
+    assert look(width=1024) is None
+
+
+def test_entries_of_other_devices_and_tritons_are_kept_but_not_used(compiled):
+    tuned.save(compiled, entry(SLOW, device="Another GPU"))
+    tuned.save(compiled, entry(SLOW, triton="1.0"))
+    tuned.save(compiled, entry(FAST))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert look() == FAST
+    assert len(json.loads(compiled.read_text())["tiles"]) == 3
+
+
+def test_a_file_that_cannot_be_read_is_replaced_with_a_warning(compiled):
+    compiled.parent.mkdir()
+    compiled.write_text("{")
+    with pytest.warns(UserWarning, match="is replaced"):
+        tuned.save(compiled, entry())
+    assert look() == FAST
+
+
+def test_a_write_that_fails_leaves_the_file_as_it_was(compiled, monkeypatch):
+    tuned.save(compiled, entry(SLOW))
+
+    def full(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tuned.os, "replace", full)
+    with pytest.raises(OSError, match="disk full"):
+        tuned.save(compiled, entry(FAST))
+    assert look() == SLOW
+    assert sorted(p.name for p in compiled.parent.iterdir()) == ["tiles.json", "tiles.lock"]
+
+
+def write(path, start):
+    for width in range(start, start + 5):
+        tuned.save(path, entry(width=width))
+
+
+def test_processes_that_write_at_once_lose_nothing(compiled):
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=write, args=(compiled, 10 * i)) for i in range(4)]
+    for process in writers:
+        process.start()
+    while any(process.is_alive() for process in writers):
+        if compiled.exists():
+            json.loads(compiled.read_text())  # always whole
+    for process in writers:
+        process.join()
+        assert process.exitcode == 0
+    assert len(tuned.load(compiled, GPU, SM_90)) == 20
+
+
+def test_the_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / "lens_kernels"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / ".cache" / "lens_kernels"
