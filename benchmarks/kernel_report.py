@@ -26,6 +26,12 @@ from benchmarks import harness
 
 # Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "tf32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ MODELS = (
 )
 
 
-def compile_all(archs: Sequence[str], dtype: torch.dtype) -> list[Any]:
+def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
     """Compile every kernel variant for every architecture, two at a time or more."""
     from benchmarks import offline
     from lens_kernels.spec import Divergence
@@ -59,7 +65,9 @@ def compile_all(archs: Sequence[str], dtype: torch.dtype) -> list[Any]:
         for width in WIDTHS
         for features in offline.FEATURES.values()
         for divergence in Divergence
-        for launch in offline.record(arch, dtype, (width, width), divergence, features)
+        for launch in offline.record(
+            arch, DTYPES[dtype], (width, width), divergence, features, tf32=dtype == "tf32"
+        )
     )
     results = []
     with ProcessPoolExecutor() as pool:
@@ -135,8 +143,8 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print both tables, write them as CSV, and fail if a kernel spills or lacks its products."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", action="append", choices=["sm_80", "sm_90", "sm_100", "gfx942"])
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--arch", action="append", choices=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+    parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
     parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
     parser.add_argument("--out", type=Path, default=harness.OUT, help="folder of the CSV files")
@@ -150,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)  # here kernels are compiled, which imports decide
     from benchmarks import offline
 
-    archs = args.arch or list(offline.TARGETS)
-    compiled = compile_all(archs, getattr(torch, args.dtype))
+    # Products are rounded to TF32 on NVIDIA alone.
+    archs = args.arch or [a for a in offline.TARGETS if args.dtype != "tf32" or a != "gfx942"]
+    compiled = compile_all(archs, args.dtype)
     versions = {"dtype": args.dtype, "triton": harness.version_of("triton")}
     rows = [{**kernel_row(c), **versions} for c in compiled]
     show(rows)

@@ -24,17 +24,25 @@ from triton.runtime.jit import JITFunction
 from lens_kernels import LensHead, LensNorm
 from lens_kernels.backends import triton as backend
 from lens_kernels.backends.triton import tiles, tuned
+from lens_kernels.backends.triton.operands import Operand
 from lens_kernels.call import LossCall
 from lens_kernels.spec import Divergence, LossSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # The instruction that multiplies matrices, as disassemblers write it, on the device's best path.
-MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma"}
+MATRIX = {
+    "sm_80": "HMMA",
+    "sm_89": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "gfx942": "v_mfma",
+}
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 TYPES = {
     torch.float32: "*fp32",
@@ -44,7 +52,7 @@ TYPES = {
 }
 CONSTANT = "constexpr"
 Path = tuple[int, ...]  # of an argument, or of a part of a tuple of arguments
-# Registers, threads and blocks of a processor: NVIDIA's figures, the same for all three.
+# Registers, threads and blocks of a processor: NVIDIA's figures for data centres.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
 
@@ -122,6 +130,7 @@ def record(
     divergence: Divergence,
     features: frozenset[str],
     tile: tiles.Tile | None = None,
+    tf32: bool = False,
 ) -> list[Launch]:
     """Return the launches of one loss with its gradients, every kernel variant once."""
     tokens, vocab = 32, 64
@@ -140,13 +149,15 @@ def record(
         spec=LossSpec((divergence,), (True,), 0.5, 2.0, vocab, 1 << 20),
         needs_grad=[True] * (1 + len(student.tensors())),
     )
-    with recorder(arch, tile) as launches:
+    with recorder(arch, tile, tf32) as launches:
         backend.evaluate(call)
     return list(dict.fromkeys(launches))
 
 
 @contextmanager
-def recorder(arch: str, tile: tiles.Tile | None = None) -> Iterator[list[Launch]]:
+def recorder(
+    arch: str, tile: tiles.Tile | None = None, tf32: bool = False
+) -> Iterator[list[Launch]]:
     """Collect launches instead of making them, as if the device were of this architecture."""
     launches: list[Launch] = []
 
@@ -155,9 +166,11 @@ def recorder(arch: str, tile: tiles.Tile | None = None) -> Iterator[list[Launch]
 
     patches = {(JITFunction, "run"): run, (tiles, "arch_of"): lambda device: tiles.ARCHS[arch]}
     patches[tuned, "lookup"] = lambda *args: None
+    if tf32:
+        patches[Operand, "precision"] = property(lambda operand: "tf32")
     if tile is not None:
         patches[tiles, "choose"] = lambda *args: tile
-    originals = {(owner, name): getattr(owner, name) for owner, name in patches}
+    originals = {(owner, name): vars(owner)[name] for owner, name in patches}
     try:
         for (owner, name), patch in patches.items():
             setattr(owner, name, patch)
@@ -278,7 +291,7 @@ def fault(compiled: Compiled, dtype: str) -> str | None:
     name = f"{compiled.arch} {compiled.launch.kernel} {compiled.launch.variant()}"
     if compiled.spilled_bytes:
         return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
-    # IEEE fp32 products have no matrix instruction on NVIDIA.
+    # Exact fp32 products have no matrix instruction on NVIDIA.
     if compiled.launch.kernel.startswith("norm") or dtype == "float32":
         return None
     if compiled.matrix != MATRIX[compiled.arch]:

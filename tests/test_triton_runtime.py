@@ -49,6 +49,24 @@ def test_on_a_cpu_it_names_the_interpreter_and_the_torch_backend():
         assert part in result.stdout
 
 
+@pytest.mark.parametrize(
+    ("setting", "allowed"),
+    [
+        ("pass", False),
+        ("torch.set_float32_matmul_precision('high')", True),
+        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
+        ("torch.backends.fp32_precision = 'tf32'", True),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
+    ],
+)
+def test_tf32_is_torch_s_choice_by_either_switch(setting, allowed):
+    """The older switch refuses to be read once the newer one is set."""
+    operands = "from lens_kernels.backends.triton.operands import tf32_is_allowed"
+    result = run_compiled(f"import torch\n{operands}\n{setting}\nprint(tf32_is_allowed())")
+    assert result.stdout.strip() == str(allowed), result.stderr
+
+
 def test_on_another_device_it_says_what_it_is_for():
     with pytest.raises(RuntimeError, match="'triton'.*mps.*NVIDIA and AMD.*backend='torch'"):
         choose("triton", MPS)

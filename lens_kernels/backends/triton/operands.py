@@ -39,7 +39,7 @@ class Operand:
     def precision(self) -> str:
         """Return how fp32 operands are multiplied: as torch has been told to."""
         nvidia = self.x.device.type == "cuda" and torch.version.hip is None
-        return "tf32" if nvidia and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+        return "tf32" if nvidia and tf32_is_allowed() else "ieee"
 
     def arguments(self) -> tuple[Any, ...]:
         """Return what kernels take for a side."""
@@ -85,6 +85,16 @@ class RowSums:
     h: Tensor
     student: RowStats
     teacher: RowStats
+
+
+def tf32_is_allowed() -> bool:
+    """Say whether torch may round the factors of fp32 products, by either of its two switches.
+
+    The older one, the only one before torch 2.9, refuses to be read once the newer one is set.
+    """
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def padded(width: int) -> int:
