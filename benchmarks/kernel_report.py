@@ -26,6 +26,7 @@ from benchmarks import harness
 
 # Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -143,7 +144,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print both tables, write them as CSV, and fail if a kernel spills or lacks its products."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--arch", action="append", choices=["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+    parser.add_argument("--arch", action="append", choices=ARCHS)
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
     parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
@@ -159,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from benchmarks import offline
 
     # Products are rounded to TF32 on NVIDIA alone.
-    archs = args.arch or [a for a in offline.TARGETS if args.dtype != "tf32" or a != "gfx942"]
+    archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     compiled = compile_all(archs, args.dtype)
     versions = {"dtype": args.dtype, "triton": harness.version_of("triton")}
     rows = [{**kernel_row(c), **versions} for c in compiled]
