@@ -105,27 +105,3 @@ def verify_lens_head(model: Any, head: LensHead, final: Tensor, logits: Tensor) 
             f"the lens of {type(model).__name__} does not reproduce the model's logits: they differ"
             f" by {error:.1e} of the largest. Its norm or head does more than lens_kernels knows"
         )
-
-
-def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
-    """Return ``num_pairs`` depths spread evenly: ``round(i * num_layers / (num_pairs + 1))``.
-
-    Depth ``i`` is the output of block ``i``, counted from 1, as in Hugging Face's
-    ``hidden_states``. The rule gives the lists of the DistillLens paper for GPT-2 and Qwen2.5.
-    """
-    if not 1 <= num_pairs < num_layers:
-        raise ValueError(
-            f"num_pairs must lie in [1, {num_layers - 1}] for {num_layers} blocks, got {num_pairs}"
-        )
-    return [round(i * num_layers / (num_pairs + 1)) for i in range(1, num_pairs + 1)]
-
-
-def check_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
-    """Return ``layers`` if every one is the output of a block before the last."""
-    for i in layers:
-        if not 1 <= i < num_layers:
-            raise ValueError(
-                f"{name} must lie in [1, {num_layers - 1}], got {i}: 1 is the first block's output,"
-                " and the last block's is the final term already"
-            )
-    return layers

@@ -10,12 +10,8 @@ from torch import Tensor, nn
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.capture import Captured, capture
-from lens_kernels.hf.families import (
-    blocks_of,
-    check_layers,
-    lens_head_from,
-    verify_lens_head,
-)
+from lens_kernels.hf.families import blocks_of, lens_head_from, verify_lens_head
+from lens_kernels.hf.layers import check_layers
 from lens_kernels.validation import IGNORE_INDEX
 
 

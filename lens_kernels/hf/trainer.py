@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from lens_kernels.functional import DistillationOutput
-from lens_kernels.hf.families import blocks_of, uniform_layers
+from lens_kernels.hf.families import blocks_of
+from lens_kernels.hf.layers import uniform_layers
 from lens_kernels.hf.objective import LensObjective
 
 
