@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lens_kernels import autograd, dispatch
+from lens_kernels import autograd
 from lens_kernels import validation as check
-from lens_kernels.call import LossCall
-from lens_kernels.lens import LensHead
+from lens_kernels.builder import CallBuilder, Head
 from lens_kernels.spec import (
     Divergence,
-    LossSpec,
     Reduction,
-    check_beta,
     check_kd_ratio,
     check_lens_coeff,
-    check_number,
     parse_name,
 )
 
 Hidden = Tensor | Sequence[Tensor]
-Head = LensHead | Tensor
 
 
 def symmetric_lens_loss(
@@ -121,24 +116,24 @@ def symmetric_lens_loss(
     students = check.hidden_list("student_hidden", student_hidden)
     teachers = check.hidden_list("teacher_hidden", teacher_hidden)
     kind = parse_name(Divergence, "divergence", divergence)
-    call = _Builder(students, teachers, [], [], student_head, teacher_head, mask, backend)
-    counted = call.counted()
-    weights = check.pair_weights(layer_weights, len(students), call.device, counted.dtype)
+    builder = CallBuilder(students, teachers, [], [], student_head, teacher_head, mask, backend)
+    counted = builder.counted()
+    weights = check.pair_weights(layer_weights, len(students), builder.device, counted.dtype)
     if reduce is Reduction.MEAN:
-        weights = weights / call.denominator(denominator, counted)
-    loss, rows, _ = call.evaluate(
-        row_weight=weights[:, None] * counted,
+        weights = weights / builder.denominator(denominator, counted)
+    spec = builder.spec(
         divergences=(kind,) * len(students),
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
         workspace_bytes=workspace_bytes,
         grad_threshold=grad_threshold,
-        deferred=reduce is Reduction.NONE,
     )
+    call = builder.call(spec, row_weight=weights[:, None] * counted)
+    loss, rows, _ = autograd.apply(call, builder.backend, deferred=reduce is Reduction.NONE)
     if reduce is Reduction.NONE:
-        return call.finish(rows).reshape(len(students), *call.shape)
-    return call.finish(loss)
+        return builder.finish(rows).reshape(len(students), *builder.shape)
+    return builder.finish(loss)
 
 
 class DistillationOutput(NamedTuple):
@@ -233,163 +228,39 @@ def distillation_loss(
     )
     lens_kind = parse_name(Divergence, "divergence", divergence)
     final_kind = parse_name(Divergence, "final_divergence", final_divergence)
-    call = _Builder(students, teachers, *finals, student_head, teacher_head, mask, backend)
+    builder = CallBuilder(students, teachers, *finals, student_head, teacher_head, mask, backend)
     pairs = len(students)
-    call.set_labels(labels, vocab_size, default_mask=mask is None)
-    counted, labelled = call.counted(), call.labelled()
-    weights = check.pair_weights(layer_weights, pairs, call.device, counted.dtype)
-    tokens = call.denominator(denominator, counted)
+    builder.set_labels(labels, vocab_size, default_mask=mask is None)
+    counted, labelled = builder.counted(), builder.labelled()
+    weights = check.pair_weights(layer_weights, pairs, builder.device, counted.dtype)
+    tokens = builder.denominator(denominator, counted)
     row_weight = [
         weights[:, None] * (counted * (kd_ratio * lens_coeff / tokens)),
         counted[None] * (kd_ratio / tokens),
     ]
     if labelled is not None:
-        label_tokens = call.denominator(denominator, labelled)
+        label_tokens = builder.denominator(denominator, labelled)
         row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
-    loss, rows, dropped = call.evaluate(
-        row_weight=torch.cat(row_weight),
+    spec = builder.spec(
         divergences=(lens_kind,) * pairs + (final_kind,),
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
         workspace_bytes=workspace_bytes,
         grad_threshold=grad_threshold,
-        deferred=False,
     )
+    call = builder.call(spec, torch.cat(row_weight))
+    loss, rows, dropped = autograd.apply(call, builder.backend, deferred=False)
     rows = rows.detach()
-    means = call.finish((rows[: pairs + 1] * counted).sum(-1) / tokens)
+    means = builder.finish((rows[: pairs + 1] * counted).sum(-1) / tokens)
     per_layer = means[:pairs]
+    ce = None if labelled is None else (rows[-1] * labelled).sum() / label_tokens
     return DistillationOutput(
-        loss=call.finish(loss),
-        ce=None if labelled is None else call.finish((rows[-1] * labelled).sum() / label_tokens),
+        loss=builder.finish(loss),
+        ce=None if ce is None else builder.finish(ce),
         kd=means[pairs],
         lens=(per_layer * weights.detach()).sum() if pairs else None,
         per_layer=per_layer,
         num_tokens=counted.sum(),
         dropped=dropped,
     )
-
-
-class _Builder:
-    """Checks the tensors of a call and turns them into a LossCall."""
-
-    def __init__(
-        self,
-        students: list[Tensor],
-        teachers: list[Tensor],
-        student_final: list[Tensor],
-        teacher_final: list[Tensor],
-        student_head: Head,
-        teacher_head: Head,
-        mask: Tensor | None,
-        backend: Any,
-    ) -> None:
-        if len(students) != len(teachers):
-            raise ValueError(
-                "student_hidden and teacher_hidden must pair up:"
-                f" got {len(students)} and {len(teachers)} hidden states"
-            )
-        self.student_head = check.head("student_head", student_head)
-        self.teacher_head = check.head("teacher_head", teacher_head)
-        self.device = self.student_head.weight.device
-        check.check_device("teacher_head.weight", self.teacher_head.weight, self.device)
-        device_type = self.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        self.operand_dtype = torch.get_autocast_dtype(device_type) if autocast else None
-        named = []
-        for name, hidden, head in (
-            ("student_hidden", students, self.student_head),
-            ("teacher_hidden", teachers, self.teacher_head),
-            ("student_final", student_final, self.student_head),
-            ("teacher_final", teacher_final, self.teacher_head),
-        ):
-            head_name = name.split("_")[0] + "_head"
-            check.check_side(name, hidden, head_name, head, autocast)
-            named += check.numbered(name, hidden)
-        self.normed = (True,) * len(students) + (False,) * len(student_final)
-        self.students, self.teachers = students + student_final, teachers + teacher_final
-        self.shape = check.leading_shape(named)
-        self.mask = check.token_mask(mask, self.shape, self.device)
-        self.labels: Tensor | None = None
-        self.has_label: Tensor | None = None
-        if not isinstance(backend, str):
-            raise TypeError(f"backend must be a string, got {type(backend).__name__}")
-        weights = self.student_head.weight.dtype, self.teacher_head.weight.dtype
-        self.backend = dispatch.choose(backend, self.device, torch.float64 in weights)
-        self.fp64 = self.backend.differentiable or torch.float64 in weights
-        self.result_dtype = (
-            torch.float64 if self.student_head.weight.dtype is torch.float64 else torch.float32
-        )
-
-    def set_labels(self, labels: Any, vocab_size: Any, default_mask: bool) -> None:
-        """Take labels, and with ``default_mask`` count the tokens that have one."""
-        if labels is None:
-            return
-        size = check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head)
-        flat = check.token_labels(labels, self.shape, self.device, size)
-        self.has_label = flat != check.IGNORE_INDEX
-        self.labels = flat.clamp(min=0)
-        if default_mask:
-            self.mask = self.has_label
-
-    def counted(self) -> Tensor:
-        """Return 1 for each token that counts and 0 for the others, ``(N,)``."""
-        dtype = torch.float64 if self.fp64 else torch.float32
-        if self.mask is None:
-            return torch.ones(self.shape.numel(), dtype=dtype, device=self.device)
-        return self.mask.to(dtype)
-
-    def labelled(self) -> Tensor | None:
-        """Return 1 for each token that counts and has a label, ``(N,)``."""
-        return None if self.has_label is None else self.counted() * self.has_label
-
-    def denominator(self, value: Any, counted: Tensor) -> Tensor | float:
-        """Return what a sum over tokens is divided by."""
-        if value is None:
-            return counted.sum().clamp(min=1)
-        return check.token_denominator(value, self.device)
-
-    def evaluate(
-        self,
-        *,
-        row_weight: Tensor,
-        divergences: tuple[Divergence, ...],
-        beta: Any,
-        temperature: Any,
-        vocab_size: Any,
-        workspace_bytes: Any,
-        grad_threshold: Any,
-        deferred: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(loss, rows, dropped)``."""
-        spec = LossSpec(
-            divergences=divergences,
-            normed=self.normed,
-            beta=check_beta(beta),
-            temperature=check_number("temperature", temperature, 0.0),
-            vocab_size=check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head),
-            workspace_bytes=check.workspace(workspace_bytes, self.device),
-            grad_threshold=check.threshold(grad_threshold, self.backend.differentiable),
-        )
-        students, teachers = (
-            [x.reshape(-1, x.shape[-1]) for x in side] for side in (self.students, self.teachers)
-        )
-        grad_mode = torch.is_grad_enabled()
-        reached = [*students, *self.student_head.tensors().values()]
-        call = LossCall(
-            student_hidden=students,
-            teacher_hidden=teachers,
-            student_head=self.student_head,
-            teacher_head=self.teacher_head,
-            mask=self.mask,
-            labels=self.labels,
-            row_weight=row_weight,
-            operand_dtype=self.operand_dtype,
-            spec=spec,
-            needs_grad=[grad_mode and x.requires_grad for x in reached],
-        )
-        return autograd.apply(call, self.backend, deferred)
-
-    def finish(self, value: Tensor) -> Tensor:
-        """Return a result in the dtype that is promised."""
-        return value.to(self.result_dtype)
