@@ -1,0 +1,151 @@
+"""What cached hidden states depend on: the teacher, the data and the tokenizer, as digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_kernels.validation import IGNORE_INDEX
+
+FORMAT = 1
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CHUNK = 1 << 24
+FIELDS = ("input_ids", "labels")
+OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # they change the hidden states too
+# Of a configuration, what says where a model is kept or who wrote it, not what it computes.
+ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
+
+Example = Mapping[str, Any]
+
+
+def counted_positions(labels: Any) -> Tensor:
+    """Return the positions of one example that the loss counts: whose next label is not -100."""
+    labels = torch.as_tensor(labels)
+    if labels.dim() != 1:
+        raise ValueError(
+            "labels must be those of one example, in one dimension,"
+            f" got shape {tuple(labels.shape)}: pass one row at a time"
+        )
+    return (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What a cache depends on: digests of the large things, the small ones as they are."""
+
+    model: str
+    data: str
+    layers: tuple[int, ...]
+    tokenizer: str | None
+    dtype: str
+    format: int = FORMAT
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        examples: Sequence[Example],
+        layers: Iterable[int],
+        tokenizer: Any = None,
+        dtype: torch.dtype | str = "bfloat16",
+    ) -> CacheKey:
+        """Return the key of the hidden states of ``model`` after ``layers`` on ``examples``.
+
+        The final normed hidden state always belongs to them. ``dtype`` is that of storage.
+        """
+        name = str(dtype).removeprefix("torch.")
+        if name not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+        return cls(
+            model=digest(_model_parts(model)),
+            data=data_digest(examples),
+            layers=tuple(sorted(set(layers))),
+            tokenizer=None if tokenizer is None else digest([_tokenizer_part(tokenizer)]),
+            dtype=name,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the hidden states: ``layer_<depth>`` and ``final``."""
+        return [*(f"layer_{depth}" for depth in self.layers), "final"]
+
+
+def digest(parts: Iterable[bytes | memoryview]) -> str:
+    """Return the digest of the parts one after the other."""
+    state = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Return the digest of a file, never wholly in memory."""
+    with path.open("rb") as file:
+        return digest(iter(lambda: file.read(CHUNK), b""))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return one spelling of a value as JSON."""
+    return json.dumps(
+        value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
+    ).encode()
+
+
+def data_digest(examples: Sequence[Example]) -> str:
+    """Return the digest of all examples in order."""
+    return digest(_data_parts(examples))
+
+
+def _data_parts(examples: Sequence[Example]) -> Iterator[bytes]:
+    for i in range(len(examples)):
+        example = examples[i]
+        for field in (*FIELDS, *(f for f in OPTIONAL_FIELDS if f in example)):
+            values = torch.as_tensor(example[field], dtype=torch.int64)
+            yield f"{field} {len(values)};".encode()
+            yield values.numpy().tobytes()
+
+
+def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
+    yield json_bytes([_computing(model.config), _adapters(model)])
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if tensor.is_meta:
+            raise ValueError(
+                f"model must hold its weights, but {name} is on the meta device: load it first"
+            )
+        yield json_bytes([name, str(tensor.dtype), list(tensor.shape)])
+        # In pieces, so that a model on another device is never copied as a whole.
+        for piece in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
+            yield piece.cpu().numpy().data
+
+
+def _adapters(model: Any) -> Any:
+    """Return what the weights of adapters leave open: their scale, and which of them act."""
+    if not hasattr(model, "peft_config"):
+        return None
+    from peft import get_model_status
+
+    status = get_model_status(model)
+    configs = {name: _computing(config) for name, config in model.peft_config.items()}
+    return [configs, status.enabled, status.active_adapters, status.merged_adapters]
+
+
+def _computing(config: Any) -> dict[str, Any]:
+    return {k: v for k, v in config.to_dict().items() if k not in ORIGINS}
+
+
+def _tokenizer_part(tokenizer: Any) -> bytes:
+    if tokenizer.is_fast:
+        inner = json.loads(tokenizer.backend_tokenizer.to_str())
+        # Set anew by each call of the tokenizer.
+        inner |= {"truncation": None, "padding": None}
+    else:
+        inner = tokenizer.get_vocab()
+    return json_bytes([inner, tokenizer.special_tokens_map])

@@ -1,0 +1,157 @@
+"""The files of a teacher cache: shards, and the manifest that vouches for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lens_kernels.hf.cache_key import DTYPES, CacheKey, digest, file_digest, json_bytes
+
+MANIFEST = "manifest.json"
+DIFFERS = {
+    "format": "written in another format: {there} there, {wanted} wanted",
+    "model": "made by another model: its config, weights, buffers or adapters differ",
+    "data": "made from other data: its tokens or labels differ",
+    "layers": "made for other layers: {there} there, {wanted} wanted",
+    "tokenizer": "made with another tokenizer",
+    "dtype": "stored in another dtype: {there} there, {wanted} wanted",
+}
+
+
+@dataclass
+class Shard:
+    """A range of examples and the file that holds them; no checksum: not written yet."""
+
+    file: str
+    first: int
+    examples: int
+    rows: int
+    size: int | None = None
+    checksum: str | None = None
+
+    def damage(self, folder: Path) -> str | None:
+        """Return what is wrong with the file, or None."""
+        path = folder / self.file
+        if not path.is_file():
+            return f"{self.file} is missing"
+        if (size := path.stat().st_size) != self.size:
+            return f"{self.file} is damaged: {size} bytes long, not {self.size}"
+        if file_digest(path) != self.checksum:
+            return f"{self.file} is damaged: its checksum differs"
+        return None
+
+
+@dataclass
+class Manifest:
+    """What a folder holds, or is to hold."""
+
+    key: CacheKey
+    widths: dict[str, int]
+    shards: list[Shard]
+
+    @property
+    def complete(self) -> bool:
+        """Say whether every shard is written."""
+        return all(shard.checksum for shard in self.shards)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one position in all its hidden states."""
+        return sum(self.widths.values()) * DTYPES[self.key.dtype].itemsize
+
+    def write(self, folder: Path) -> None:
+        """Write it aside and rename it once it is on the disk."""
+        fields = {**asdict(self), "complete": self.complete}
+        fields["checksum"] = digest([json_bytes(fields)])
+        partial = folder / f"{MANIFEST}.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump(fields, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(folder / MANIFEST)
+
+    @classmethod
+    def read(cls, folder: Path, key: CacheKey) -> Manifest:
+        """Return the manifest of ``folder`` if it is sound and was made for ``key``."""
+        if not (folder / MANIFEST).is_file():
+            raise ValueError(
+                f"folder {folder} holds no teacher cache, for it has no {MANIFEST}:"
+                " pass the cache's folder, or build one in a new or empty folder"
+            )
+        try:
+            fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            sound = fields.pop("checksum") == digest([json_bytes(fields)])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise refusal(folder, f"{MANIFEST} cannot be read ({error!r})") from error
+        if not sound:
+            raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
+        there = fields["key"]
+        wanted = {**asdict(key), "layers": list(key.layers)}
+        # Another format may have other fields, so nothing else is compared then.
+        names = ["format"] if there["format"] != key.format else DIFFERS
+        reasons = [
+            DIFFERS[name].format(there=there[name], wanted=wanted[name])
+            for name in names
+            if there[name] != wanted[name]
+        ]
+        if reasons:
+            raise refusal(folder, "; ".join(reasons))
+        return cls(key, fields["widths"], [Shard(**shard) for shard in fields["shards"]])
+
+
+def plan(counts: list[int], batch_size: int, max_examples: int, max_rows: int) -> list[Shard]:
+    """Divide the examples into shards of whole batches, so that a batch is never cut."""
+    shards: list[Shard] = []
+    for first in range(0, len(counts), batch_size):
+        batch = counts[first : first + batch_size]
+        examples, rows = len(batch), sum(batch)
+        last = shards[-1] if shards else None
+        if (
+            last is not None
+            and last.examples + examples <= max_examples
+            and last.rows + rows <= max_rows
+        ):
+            last.examples += examples
+            last.rows += rows
+        else:
+            shards.append(Shard(f"shard-{len(shards):05d}.safetensors", first, examples, rows))
+    return shards
+
+
+def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
+    """Write a shard aside, rename it once it is on the disk, and note its checksum."""
+    partial = folder / f"{shard.file}.partial"
+    save_file(tensors, partial)
+    # save_file makes files that only their owner reads; a cache may be shared.
+    shutil.copymode(folder / MANIFEST, partial)
+    with partial.open("rb+") as file:
+        os.fsync(file.fileno())
+    shard.size, shard.checksum = partial.stat().st_size, file_digest(partial)
+    partial.replace(folder / shard.file)
+
+
+def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return tensors of a file, mapped and not read."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in names}
+
+
+def is_free(folder: Path) -> bool:
+    """Say whether a cache may be begun in the folder."""
+    # The first manifest may have been interrupted.
+    return not folder.exists() or all(p.name == f"{MANIFEST}.partial" for p in folder.iterdir())
+
+
+def refusal(folder: Path, reason: str) -> ValueError:
+    """Return the error that says why a folder is not taken."""
+    return ValueError(
+        f"folder {folder} is refused: {reason}; delete the folder to make it anew, or pass another"
+    )

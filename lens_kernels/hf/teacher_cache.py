@@ -1,0 +1,291 @@
+"""The teacher's hidden states on disk, so that only the first epoch of a distillation runs it.
+
+A cache is a folder of safetensors shards and ``manifest.json``, which says what they were made of
+and carries their checksums. One process builds it; any number of them read it.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lens_kernels.hf.cache_key import DTYPES, CacheKey, Example, counted_positions, data_digest
+from lens_kernels.hf.cache_shards import (
+    Manifest,
+    is_free,
+    plan,
+    read_tensors,
+    refusal,
+    save_shard,
+)
+
+__all__ = ["CacheKey", "TeacherCache", "counted_positions"]
+
+COUNTS = "counts"  # of each example of a shard, beside the hidden states
+MAPPED_SHARDS = 64  # at most, so that a long run keeps few of them mapped
+
+Run = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
+
+
+class TeacherCache:
+    """The rows of a teacher's hidden states that the loss counts, by example.
+
+    Made by ``open``, ``build`` or ``open_or_build``. It may be pickled and used from the workers
+    of a DataLoader: each maps the shards it reads.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder, self.key, self.widths = folder, manifest.key, manifest.widths
+        self._shards = manifest.shards
+        self._firsts = [shard.first for shard in self._shards]
+        self._mapped: dict[int, dict[str, Tensor]] = {}
+        counts = torch.cat(
+            [read_tensors(folder / shard.file, [COUNTS])[COUNTS] for shard in self._shards]
+        )
+        self._starts = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+
+    @classmethod
+    def open(cls, folder: str | Path, key: CacheKey) -> TeacherCache:
+        """Open a complete cache, every byte of it checked.
+
+        Raises:
+            ValueError: The folder holds no cache, or another one, or an incomplete or damaged one;
+                the message says which.
+        """
+        folder = Path(folder)
+        manifest = Manifest.read(folder, key)
+        if not manifest.complete:
+            done = sum(bool(shard.checksum) for shard in manifest.shards)
+            raise refusal(
+                folder,
+                f"it is incomplete, {done} of {len(manifest.shards)} shards"
+                " (open_or_build would go on with it)",
+            )
+        for shard in manifest.shards:
+            if damage := shard.damage(folder):
+                raise refusal(folder, damage)
+        return cls(folder, manifest)
+
+    @classmethod
+    def build(
+        cls,
+        folder: str | Path,
+        key: CacheKey,
+        examples: Sequence[Example],
+        run: Run,
+        *,
+        batch_size: int,
+        shard_examples: int = 4096,
+        shard_bytes: int = 256 << 20,
+        progress: bool = True,
+    ) -> TeacherCache:
+        """Make the cache in a new or empty folder, or finish one that was begun for this key.
+
+        Args:
+            folder: Where it is kept.
+            key: ``CacheKey.of`` the teacher and these ``examples``.
+            examples: Each with ``input_ids`` and ``labels``.
+            run: Maps a list of examples to a list of their hidden states: for each of
+                ``key.names`` a tensor ``(counted_positions, D)``. Called without gradients.
+            batch_size: Examples to a call of ``run``.
+            shard_examples: A shard holds no more, except for one batch.
+            shard_bytes: Nor more than this. A build that is resumed keeps the shards it began with.
+            progress: Show a progress bar.
+
+        Raises:
+            ValueError: The folder holds something else, or ``run`` returned what does not fit.
+            RuntimeError: The disk has not enough space.
+        """
+        folder = Path(folder)
+        sizes = {"batch_size": batch_size, "shard_examples": shard_examples}
+        for name, value in {**sizes, "shard_bytes": shard_bytes}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not len(examples):
+            raise ValueError("examples is empty: pass at least one")
+        if data_digest(examples) != key.data:
+            raise ValueError("examples are not those of key: make the key with CacheKey.of them")
+        counts = [
+            len(counted_positions(x["labels"]))
+            for x in map(examples.__getitem__, range(len(examples)))
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        ahead = {}
+        if is_free(folder):
+            ahead[0] = _call(run, [examples[i] for i in range(min(batch_size, len(examples)))], key)
+            manifest = Manifest(key, {name: ahead[0][0][name].shape[1] for name in key.names}, [])
+            limit = shard_bytes // manifest.row_bytes
+            manifest.shards = plan(counts, batch_size, shard_examples, limit)
+        else:
+            manifest = Manifest.read(folder, key)
+            for shard in manifest.shards:
+                if shard.checksum and shard.damage(folder):
+                    shard.size = shard.checksum = None
+        _check_space(folder, manifest)
+        manifest.write(folder)
+        with tqdm(total=len(examples), desc="teacher cache", disable=not progress) as bar:
+            for shard in manifest.shards:
+                if shard.checksum:
+                    bar.update(shard.examples)
+                    continue
+                last = shard.first + shard.examples
+                store = _Store(manifest, shard.rows)
+                for start in range(shard.first, last, batch_size):
+                    batch = range(start, min(start + batch_size, last))
+                    results = ahead.pop(start, None) or _call(
+                        run, [examples[i] for i in batch], key
+                    )
+                    for i, result in zip(batch, results, strict=True):
+                        store.add(i, counts[i], result)
+                    bar.update(len(batch))
+                store.tensors[COUNTS] = torch.tensor(counts[shard.first : last])
+                save_shard(store.tensors, folder, shard)
+                manifest.write(folder)
+        return cls(folder, manifest)
+
+    @classmethod
+    def open_or_build(
+        cls,
+        folder: str | Path,
+        key: CacheKey,
+        examples: Sequence[Example],
+        run: Run,
+        **options: Any,
+    ) -> TeacherCache:
+        """Open the cache if it is complete, or make or finish it as ``build`` does.
+
+        A folder that holds anything else is refused and left as it is.
+        """
+        folder = Path(folder)
+        if not is_free(folder) and Manifest.read(folder, key).complete:
+            return cls.open(folder, key)
+        return cls.build(folder, key, examples, run, **options)
+
+    def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
+        """Return the rows of the examples, one after the other, for each name of ``key.names``."""
+        ids = [self._checked_id(i) for i in example_ids]
+        spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in ids]
+        total = sum(stop - start for start, stop in spans)
+        dtype = DTYPES[self.key.dtype]
+        out = {n: torch.empty(total, self.widths[n], dtype=dtype) for n in self.key.names}
+        at = 0
+        for i, (start, stop) in zip(ids, spans, strict=True):
+            index = bisect.bisect_right(self._firsts, i) - 1
+            shard = self._map(index)
+            offset = int(self._starts[self._firsts[index]])
+            for name, x in out.items():
+                x[at : at + stop - start] = shard[name][start - offset : stop - offset]
+            at += stop - start
+        return out
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size or 0 for shard in self._shards)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def summary(self) -> str:
+        """Return one line about what is held."""
+        return (
+            f"teacher cache: {len(self)} examples, {int(self._starts[-1])} rows,"
+            f" {self.nbytes / 2**20:.1f} MiB, {self.key.dtype}, {self.folder}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}  # pickled, mapped tensors would be whole shards
+
+    def _checked_id(self, value: Any) -> int:
+        try:
+            i = operator.index(value)
+        except TypeError:
+            raise TypeError(
+                f"example_ids must be integers, got {type(value).__name__}:"
+                " pass positions in the examples the cache was built from"
+            ) from None
+        if not 0 <= i < len(self):
+            raise IndexError(
+                f"example_ids must lie in [0, {len(self) - 1}], got {i}:"
+                " pass positions in the examples the cache was built from"
+            )
+        return i
+
+    def _map(self, index: int) -> dict[str, Tensor]:
+        """Return a shard's tensors, views of the mapped file; the longest unused is dropped."""
+        if index in self._mapped:
+            shard = self._mapped.pop(index)
+        else:
+            if len(self._mapped) >= MAPPED_SHARDS:
+                del self._mapped[next(iter(self._mapped))]
+            shard = read_tensors(self.folder / self._shards[index].file, self.key.names)
+        self._mapped[index] = shard
+        return shard
+
+
+class _Store:
+    """The tensors of one shard as they are filled."""
+
+    def __init__(self, manifest: Manifest, rows: int) -> None:
+        self.dtype_name = manifest.key.dtype
+        self.tensors = {
+            name: torch.empty(rows, width, dtype=DTYPES[self.dtype_name])
+            for name, width in manifest.widths.items()
+        }
+        self.at = 0
+
+    def add(self, example: int, count: int, result: Mapping[str, Tensor]) -> None:
+        for name, out in self.tensors.items():
+            x, wanted = result[name], (count, out.shape[1])
+            if x.shape != wanted:
+                raise ValueError(
+                    f"run must return {name} of shape {wanted} for example {example}, got"
+                    f" {tuple(x.shape)}: take the rows at counted_positions(labels)"
+                )
+            rows = out[self.at : self.at + count]
+            rows.copy_(x)
+            if not rows.isfinite().all():
+                raise ValueError(
+                    f"run returned {name} for example {example} with values not finite in"
+                    f" {self.dtype_name}: store bfloat16 or float32, or look for NaN in the teacher"
+                )
+        self.at += count
+
+
+@torch.no_grad()
+def _call(run: Run, batch: list[Any], key: CacheKey) -> Sequence[Mapping[str, Tensor]]:
+    results = run(batch)
+    if len(results) != len(batch):
+        raise ValueError(
+            f"run must return one mapping for each of {len(batch)} examples, got {len(results)}"
+        )
+    for result in results:
+        if set(result) != set(key.names):
+            raise ValueError(
+                f"run must return hidden states {key.names}, got {sorted(result)}:"
+                " name them as key.names does"
+            )
+        for name, x in result.items():
+            if not isinstance(x, Tensor) or x.dim() != 2:
+                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"run must return {name} as a tensor (counted, D), got {got}")
+    return results
+
+
+def _check_space(folder: Path, manifest: Manifest) -> None:
+    rows = sum(shard.rows for shard in manifest.shards if not shard.checksum)
+    needed, free = rows * manifest.row_bytes, shutil.disk_usage(folder).free
+    if needed > free:
+        raise RuntimeError(
+            f"folder {folder} has not enough space: {rows} rows of {manifest.row_bytes} bytes need"
+            f" {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; free some, pass another"
+            " folder, or store fewer layers or a smaller dtype"
+        )
