@@ -6,48 +6,119 @@ from typing import Any
 
 import torch
 
+EPS = 0.02  # large enough to matter beside hidden states of size 1
 
-def model(kind: str = "llama", layers: int = 4, width: int = 16, vocab: int = 64, seed: int = 0):
-    """Return a random model of a family; its norms are not the identity."""
-    import transformers as hf
 
-    common = {"vocab_size": vocab, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
-    attention = {
+def model(
+    kind: str = "llama",
+    layers: int = 4,
+    width: int = 16,
+    vocab: int = 64,
+    seed: int = 0,
+    **options: Any,
+):
+    """Return a random model of a family, in which nothing is the identity; ``options`` go to it."""
+    config_class, model_class, special = _family(kind, layers, width)
+    settings = {
+        "vocab_size": vocab,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
         "hidden_size": width,
-        "intermediate_size": 2 * width,
         "num_hidden_layers": layers,
         "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": width // 2,
         "max_position_embeddings": 64,
         "initializer_range": 0.5,
+        **special,
+        **options,
     }
-    classes: dict[str, Any] = {
-        "llama": (hf.LlamaConfig, hf.LlamaForCausalLM),
-        "mistral": (hf.MistralConfig, hf.MistralForCausalLM),
-        "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM),
-        "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM),
-        "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel),
-        "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM),
-    }
-    if kind == "gpt2":
-        attention = {
-            "n_embd": width,
-            "n_layer": layers,
-            "n_head": 2,
-            "n_positions": 64,
-            "initializer_range": 0.5,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-            "attn_pdrop": 0.0,
-        }
-    config_class, model_class = classes[kind]
+    if kind == "gemma3":
+        settings = _with_images(settings)
     torch.manual_seed(seed)
-    built = model_class(config_class(**common, **attention))
+    built = model_class(config_class(**settings))
     for name, parameter in built.named_parameters():
         if "norm" in name or "ln_" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "weight" in name else 0.0, std=0.2)
+        elif name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
     return built.eval()
+
+
+def _family(kind: str, layers: int, width: int) -> tuple[Any, Any, dict[str, Any]]:
+    """Return config class, model class and the settings that are the family's own."""
+    import transformers as hf
+
+    rms = {
+        "rms_norm_eps": EPS,
+        "intermediate_size": 2 * width,
+        "num_key_value_heads": 1,
+        "head_dim": width // 2,
+    }
+    layer = {"layer_norm_eps": EPS, "intermediate_size": 2 * width}
+    still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    mixed = {
+        "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
+        "sliding_window": 3,
+    }
+    capped = {"final_logit_softcapping": 6.0, **mixed}
+    gemma3 = {**rms, **capped}
+    families: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+        "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, rms),
+        "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {**rms, "sliding_window": 3}),
+        "qwen2": (
+            hf.Qwen2Config,
+            hf.Qwen2ForCausalLM,
+            {**rms, **mixed, "use_sliding_window": True},
+        ),
+        "qwen3": (
+            hf.Qwen3Config,
+            hf.Qwen3ForCausalLM,
+            {**rms, **mixed, "use_sliding_window": True},
+        ),
+        "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, {**rms, **capped}),
+        "gemma3_text": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, gemma3),
+        "gemma3": (hf.Gemma3Config, hf.Gemma3ForConditionalGeneration, gemma3),
+        "phi3": (hf.Phi3Config, hf.Phi3ForCausalLM, {**rms, "sliding_window": 3}),
+        "olmo2": (hf.Olmo2Config, hf.Olmo2ForCausalLM, rms),
+        "granite": (
+            hf.GraniteConfig,
+            hf.GraniteForCausalLM,
+            {**rms, "logits_scaling": 3.0, "residual_multiplier": 0.7},
+        ),
+        "cohere": (
+            hf.CohereConfig,
+            hf.CohereForCausalLM,
+            {**layer, "num_key_value_heads": 1, "logit_scale": 0.3},
+        ),
+        "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, {**still, "layer_norm_epsilon": EPS}),
+        "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, layer),
+        "opt": (
+            hf.OPTConfig,
+            hf.OPTForCausalLM,
+            {"ffn_dim": 2 * width, "init_std": 0.5, "dropout": 0.0},
+        ),
+    }
+    return families[kind]
+
+
+def _with_images(text: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a model whose text part has the settings ``text``."""
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    return {
+        "text_config": text,
+        "vision_config": vision,
+        "mm_tokens_per_image": 4,
+        "image_token_index": text["vocab_size"],  # no token of the text is an image
+        "initializer_range": 0.5,
+        "tie_word_embeddings": text.get("tie_word_embeddings", True),
+    }
 
 
 def tokenizer(vocab: int = 64):
