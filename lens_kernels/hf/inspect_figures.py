@@ -1,0 +1,159 @@
+"""Pictures of an inspection: divergence and entropy by depth, and the top token of every depth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lens_kernels.hf.report import AFTER, BEFORE
+
+if TYPE_CHECKING:
+    from lens_kernels.hf.inspect import Inspection, Reading
+
+FONT = "DejaVu Sans"  # comes with matplotlib, so that what it lacks is known on every machine
+TRAINED = "#c8553d"
+COLD, HOT = "#f1f5f8", AFTER
+HOT_FROM = 0.85  # share of the scale above which white is easier to read than black
+MAX_LAYERS, MAX_POSITIONS = 32, 24
+CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # inches, inches, points
+# Without parse_math=False two dollar signs would make a formula of a token.
+TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
+CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+
+
+def check_matplotlib() -> None:
+    """Raise if matplotlib is missing, and say how to get it."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            "the pictures are drawn by matplotlib, which is not installed:"
+            " pip install 'lens-kernels[train]'"
+        ) from error
+
+
+def draw(result: Inspection, output: Path) -> None:
+    """Write the three pictures into the folder ``output``."""
+    depth_figure(result, output / "divergence_by_depth.png")
+    for role, reading in result.sides:
+        lens_figure(result, role, reading, output / f"lens_{role}.png")
+
+
+def depth_figure(result: Inspection, path: Path) -> None:
+    """Draw divergence and entropy against relative depth, one above the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    student, teacher = result.student, result.teacher
+    for chosen, options in (
+        ([c for c in result.comparisons if c.relative], {"label": "equal relative depth"}),
+        (
+            [c for c in result.comparisons if c.trained],
+            {"label": "lens pairs of training", "color": TRAINED, "linestyle": "", "zorder": 3},
+        ),
+    ):
+        if chosen:
+            depth = [c.student_depth / student.depths for c in chosen]
+            style = {"color": AFTER, "marker": "o", "markersize": 4.5} | options
+            upper.plot(depth, [c.mean for c in chosen], **style)
+    for reading, label, colour in ((student, "student", AFTER), (teacher, "teacher", BEFORE)):
+        depth = [i / reading.depths for i in range(1, reading.depths + 1)]
+        means = reading.entropy.mean(1).tolist()
+        lower.plot(depth, means, color=colour, label=label, marker="o", markersize=3.5)
+    upper.set_title("Student and teacher by depth, mean over positions")
+    upper.set_ylabel(f"{result.divergence}, {unit(result.divergence)}")
+    lower.set_ylabel("entropy, nats")
+    lower.set_xlabel("relative depth: block / number of blocks (1 is the model's output)")
+    for axes in (upper, lower):
+        axes.set_ylim(bottom=0)
+        axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    figure.savefig(path, dpi=144)
+
+
+def unit(divergence: str) -> str:
+    """Return what a divergence is measured in."""
+    return "of at most 1" if divergence in ("tvd", "hellinger") else "nats"
+
+
+def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> None:
+    """Draw the likeliest next token of depths x positions, coloured by entropy."""
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    depths = shown_depths(reading.depths)
+    count = min(len(result.tokens), MAX_POSITIONS)
+    size = (2.4 + CELL_WIDTH * max(count, 8), 1.9 + CELL_HEIGHT * max(len(depths), 4))
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots()
+    entropy = reading.entropy[[i - 1 for i in depths], :count]
+    # A model that is sure of everything has entropy 0 throughout, and a scale needs a length.
+    end = result.max_entropy or 1.0
+    image = axes.imshow(
+        entropy.numpy(),
+        cmap=LinearSegmentedColormap.from_list("entropy", [COLD, HOT]),
+        vmin=0,
+        vmax=end,
+        aspect="auto",
+        origin="lower",
+    )
+    for y, depth in enumerate(depths):
+        for x in range(count):
+            token, right = result.top(reading, depth, x)
+            colour = "white" if entropy[y, x] > HOT_FROM * end else "black"
+            weight = "bold" if right else "normal"
+            axes.text(x, y, fit(token), color=colour, weight=weight, **CENTRED, **TEXT)
+    axes.set_xticks(range(count), [fit(t) for t in result.tokens[:count]], **TEXT)
+    axes.set_yticks(range(len(depths)), [str(i) for i in depths], **TEXT)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_ylabel(f"block of {reading.depths}")
+    axes.set_xlabel("token of the text")
+    figure.suptitle(
+        f"{role}: likeliest next token by depth, bold where the text goes on so"
+        f"\n({_coverage(result, reading, count, len(depths))})",
+        fontsize=10,
+    )
+    figure.colorbar(image, label="entropy, nats", pad=0.01, aspect=40)
+    figure.savefig(path, dpi=144)
+
+
+def shown_depths(total: int) -> list[int]:
+    """Return the depths that fit a picture: all, or an even subset with the last."""
+    count = min(total, MAX_LAYERS)
+    return [round(i * total / count) for i in range(1, count + 1)]
+
+
+def fit(token: str) -> str:
+    """Return a token as a cell can show it: glyphs that the font has, cut where the cell ends."""
+    from matplotlib.font_manager import findfont, get_font
+
+    font = get_font(findfont(FONT))
+    font.set_size(FONT_SIZE, 72)
+    known = font.get_charmap()
+    text = "".join(c if ord(c) in known else "□" for c in token)
+    cut = text
+    while _points(font, cut) > (CELL_WIDTH - 0.1) * 72:
+        text = text[:-1]
+        cut = text + "…"
+    return cut
+
+
+def _points(font: Any, text: str) -> float:
+    font.set_text(text)
+    return font.get_width_height()[0] / 64  # FreeType counts in 64ths of a point
+
+
+def _coverage(result: Inspection, reading: Reading, positions: int, depths: int) -> str:
+    total = result.total_tokens
+    blocks = (
+        f"all {depths} blocks"
+        if depths == reading.depths
+        else f"{depths} of {reading.depths} blocks"
+    )
+    tokens = (
+        f"all {total} tokens" if positions == total else f"the first {positions} of {total} tokens"
+    )
+    return f"{blocks}, {tokens}"
