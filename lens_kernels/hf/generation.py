@@ -1,0 +1,310 @@
+"""Evaluation by generation: ROUGE-L of a model's own answers, beside held-out cross entropy."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lens_kernels.hf.data import (
+    Collator,
+    Row,
+    load_examples,
+    padding_id,
+    prompt_ids,
+    read_rows,
+)
+from lens_kernels.hf.rouge import load_scorer, rouge_l
+from lens_kernels.hf.sampling import at_least, chunks, evaluating, generate
+from lens_kernels.validation import IGNORE_INDEX
+
+SEEDS = (10, 20, 30, 40, 50)
+DTYPES = ("float32", "bfloat16", "float16")
+PACKAGES = ("lens-kernels", "torch", "transformers", "peft", "rouge-score")
+
+
+@dataclass(frozen=True)
+class RougeResult:
+    """ROUGE-L of a model's answers, from 0 to 100."""
+
+    scores: dict[int, float]
+    """By seed."""
+    mean: float
+    std: float | None
+    """Of the seeds' scores, with one degree of freedom taken; None for one seed."""
+    rows: int
+    """Rows that were answered."""
+    skipped: int
+    """Rows whose prompt was too long."""
+    answers: list[dict[str, Any]]
+    """For each row its ``line``, ``prompt``, ``references``, and ``answers`` by seed."""
+
+
+def evaluate_rouge(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Row],
+    *,
+    seeds: Sequence[int] = SEEDS,
+    prompt_style: str = "alpaca",
+    max_prompt_length: int = 256,
+    do_sample: bool = True,
+    **options: Any,
+) -> RougeResult:
+    """Answer every row once for each seed and score the answers against its references.
+
+    Greedy decoding (``do_sample=False``) has no use for more than one seed and takes the first.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        rows: What ``read_rows`` returns.
+        seeds: Of the sampling, all different.
+        prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
+        max_prompt_length: Rows with a longer prompt are skipped, and counted.
+        do_sample: Sample; otherwise decode greedily.
+        options: Further ones of ``generate``.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must hold at least one, all different, got {list(seeds)}")
+    load_scorer()  # where it is missing, that is better known before the answers are made
+    asked = [
+        (row, ids)
+        for row in rows
+        if (
+            ids := prompt_ids(
+                row, tokenizer, prompt_style=prompt_style, max_prompt_length=max_prompt_length
+            )
+        )
+        is not None
+    ]
+    if not asked:
+        raise ValueError(
+            f"rows must hold at least one prompt of max_prompt_length={max_prompt_length} tokens or"
+            f" fewer: got {len(rows)} rows, none of them such; raise max_prompt_length"
+        )
+    prompts = [ids for _, ids in asked]
+    references = [row.references for row, _ in asked]
+    answers = {
+        seed: generate(model, tokenizer, prompts, seed=seed, do_sample=do_sample, **options)
+        for seed in (seeds if do_sample else seeds[:1])
+    }
+    scores = {seed: rouge_l(texts, references) for seed, texts in answers.items()}
+    return RougeResult(
+        scores=scores,
+        mean=statistics.fmean(scores.values()),
+        std=statistics.stdev(scores.values()) if len(scores) > 1 else None,
+        rows=len(asked),
+        skipped=len(rows) - len(asked),
+        answers=[
+            {
+                "line": row.line,
+                "prompt": tokenizer.decode(ids),
+                "references": list(row.references),
+                "answers": {seed: texts[i] for seed, texts in answers.items()},
+            }
+            for i, (row, ids) in enumerate(asked)
+        ],
+    )
+
+
+@torch.no_grad()
+def held_out_ce(
+    model: Any,
+    examples: Any,
+    collator: Any,
+    batch_size: int = 8,
+    *,
+    progress: bool = False,
+) -> float:
+    """Return the mean cross entropy of the labelled tokens, in nats.
+
+    Only one batch's logits are held at a time; the mean is over tokens, however they fall into
+    batches.
+
+    Args:
+        model: A causal language model.
+        examples: A sequence or dataset of ``input_ids`` and ``labels``.
+        collator: Makes a batch of a list of examples.
+        batch_size: Examples in a batch.
+        progress: Show a progress bar.
+    """
+    at_least("batch_size", batch_size, 1)
+    lengths = [len(examples[i]["input_ids"]) for i in range(len(examples))]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    total, tokens = 0.0, 0
+    with evaluating(model):
+        for chunk in chunks(order, batch_size, progress, "cross entropy"):
+            batch = collator([examples[i] for i in chunk])
+            inputs = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            labels = batch["labels"].to(model.device)[:, 1:]
+            logits = model(**inputs, use_cache=False).logits[:, :-1]
+            labelled = labels != IGNORE_INDEX
+            loss = F.cross_entropy(logits[labelled].float(), labels[labelled], reduction="sum")
+            total += loss.item()
+            tokens += int(labelled.sum())
+    if tokens == 0:
+        raise ValueError("examples must hold a labelled token after their first, got none")
+    return total / tokens
+
+
+def evaluate_model(
+    model_path: str | Path,
+    data_path: str | Path,
+    *,
+    output: str | Path | None = None,
+    prompt_style: str = "alpaca",
+    max_length: int = 512,
+    max_prompt_length: int = 256,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    seeds: Sequence[int] = SEEDS,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    no_repeat_ngram_size: int = 6,
+    dtype: str = "float32",
+    device: str | None = None,
+    allow_download: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Evaluate a saved model on a file of instructions; the defaults are the paper's.
+
+    Args:
+        model_path: Folder of a model in safetensors with its tokenizer, or of a peft adapter.
+        data_path: JSON lines, as ``read_rows`` reads them.
+        output: Folder for ``eval.json`` (what is returned) and ``answers.jsonl``.
+        prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
+        max_length: Tokens of prompt and reference that cross entropy is computed on.
+        max_prompt_length: Rows with a longer prompt are skipped, and counted.
+        max_new_tokens: Where an answer is cut that has not ended.
+        batch_size: Rows at once.
+        seeds: One set of answers is sampled for each.
+        do_sample: Sample; otherwise decode greedily, once.
+        temperature: As in ``generate``.
+        top_p: As in ``generate``.
+        top_k: As in ``generate``.
+        no_repeat_ngram_size: As in ``generate``.
+        dtype: Of the weights: float32, bfloat16 or float16.
+        device: Where to run; by default a GPU if there is one.
+        allow_download: ``model_path`` may be the name of a model on the Hub.
+        progress: Show progress bars.
+    """
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = read_rows(data_path)
+    model, tokenizer = _load(str(model_path), dtype, allow_download)
+    model.to(device)
+    lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
+    sampling: dict[str, Any] = {
+        "seeds": list(seeds),
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    examples = load_examples(
+        data_path, tokenizer, max_length=max_length, progress=progress, **lengths
+    )
+    collator = Collator(padding_id(tokenizer))
+    cross_entropy = held_out_ce(model, examples, collator, batch_size, progress=progress)
+    rouge = evaluate_rouge(model, tokenizer, rows, progress=progress, **lengths, **sampling)
+    result = {
+        "cross_entropy": cross_entropy,
+        "rouge_l": rouge.mean,
+        "rouge_l_std": rouge.std,
+        "rouge_l_by_seed": {str(seed): score for seed, score in rouge.scores.items()},
+        "rows": rouge.rows,
+        "skipped": rouge.skipped,
+        "settings": {
+            "model_path": str(model_path),
+            "data_path": str(data_path),
+            "max_length": max_length,
+            "dtype": dtype,
+            "device": device,
+            **lengths,
+            **sampling,
+        },
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    if folder is not None:
+        text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rouge.answers)
+        (folder / "answers.jsonl").write_text(text, encoding="utf-8")
+        (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """Return the scores of ``evaluate_model`` as a text table."""
+    scores = result["rouge_l_by_seed"]
+    lines = [
+        ("cross entropy, nats per token", f"{result['cross_entropy']:9.4f}"),
+        ("ROUGE-L, mean", f"{result['rouge_l']:9.4f}"),
+    ]
+    if result["rouge_l_std"] is not None:
+        lines.append(("ROUGE-L, standard deviation", f"{result['rouge_l_std']:9.4f}"))
+        lines += [(f"ROUGE-L, seed {seed}", f"{score:9.4f}") for seed, score in scores.items()]
+    lines.append(("rows", f"{result['rows']:4d}"))
+    lines.append(("rows skipped, prompt too long", f"{result['skipped']:4d}"))
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}   {value}" for name, value in lines)
+
+
+def _load(path: str, dtype: str, allow_download: bool) -> tuple[Any, Any]:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    local = {"local_files_only": not allow_download, "trust_remote_code": False}
+    adapter = Path(path) / "adapter_config.json"
+    source = path
+    loader: Any = AutoModelForCausalLM
+    if adapter.is_file():
+        loader = _adapter_loader(adapter)
+        if not (adapter.parent / "tokenizer_config.json").is_file():
+            source = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
+    try:
+        model = loader.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
+        return model, AutoTokenizer.from_pretrained(source, **local)
+    except OSError as error:
+        raise RuntimeError(
+            f"model_path {path!r} cannot be loaded: {error} Expected a folder with a model in"
+            " safetensors and its tokenizer; for a name on the Hub use allow_download=True"
+        ) from error
+
+
+def _adapter_loader(adapter: Path) -> Any:
+    # Where there are none, peft falls back to a pickle.
+    if not (adapter.parent / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"model_path {str(adapter.parent)!r} must hold adapter_model.safetensors, got an"
+            " adapter without it; save it again with save_pretrained"
+        )
+    try:
+        from peft import AutoPeftModelForCausalLM
+    except ImportError as error:
+        raise RuntimeError(
+            f"model_path {str(adapter.parent)!r} is an adapter, which needs the package peft:"
+            " pip install 'lens-kernels[train]'"
+        ) from error
+    return AutoPeftModelForCausalLM
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,199 @@
+"""A model's own answers to prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from lens_kernels.hf.data import padding_id
+from lens_kernels.spec import check_number
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    max_new_tokens: int = 256,
+    batch_size: int = 8,
+    do_sample: bool = True,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    no_repeat_ngram_size: int = 0,
+    progress: bool = False,
+) -> list[str]:
+    """Return the model's answer to each prompt, in the order of the prompts.
+
+    Every prompt has random numbers of its own, drawn from ``seed`` and its position. An answer is
+    thus the same whatever the batch size, and torch's own generators are left alone. What remains
+    is rounding: batches of other shapes, devices or versions may round logits differently, and a
+    close choice may then fall the other way.
+
+    The generation settings that a model was saved with are ignored, except where it stops.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer.
+        prompts: Token ids, not padded.
+        seed: Of the sampling; not used by greedy decoding.
+        max_new_tokens: Where an answer is cut that has not ended.
+        batch_size: Prompts answered at once.
+        do_sample: Sample; otherwise decode greedily.
+        temperature: Divides the logits before sampling.
+        top_p: Sample from the likeliest tokens that hold this share of the probability.
+        top_k: Sample from so many of the likeliest tokens; 0 for all.
+        no_repeat_ngram_size: No n-gram of this size occurs twice, the prompt's included; 0 for no
+            such rule. The paper tests with 6.
+        progress: Show a progress bar.
+    """
+    at_least("max_new_tokens", max_new_tokens, 1)
+    at_least("batch_size", batch_size, 1)
+    at_least("top_k", top_k, 0)
+    at_least("no_repeat_ngram_size", no_repeat_ngram_size, 0)
+    if no_repeat_ngram_size == 1:
+        raise ValueError(
+            "no_repeat_ngram_size must be 0 or at least 2, got 1: no token could occur twice, nor"
+            " any of the prompt at all"
+        )
+    hint = "; for greedy decoding use do_sample=False"
+    temperature = check_number("temperature", temperature, 0.0, hint=hint)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}; 1 samples from all tokens")
+    _check_lengths(model, prompts, max_new_tokens)
+
+    pad = padding_id(tokenizer)
+    stops = _stop_ids(model, tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,  # the last processor samples, and greedy decoding takes what it chose
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        eos_token_id=stops,
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    warpers: list[LogitsProcessor] = []
+    if do_sample:
+        warpers.append(TemperatureLogitsWarper(temperature))
+        warpers += [TopKLogitsWarper(top_k)] if top_k else []
+        warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+    source = torch.Generator().manual_seed(seed)
+    seeds = torch.randint(2**62, (len(prompts),), generator=source).tolist()
+
+    answers = [""] * len(prompts)
+    # Prompts of like length waste little padding; the longest first, so that a batch too large for
+    # the memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    with evaluating(model), _generation_config(model, config):
+        for chunk in chunks(order, batch_size, progress, "generating"):
+            processors = LogitsProcessorList(warpers)
+            if do_sample:
+                processors.append(_RowSampler([seeds[i] for i in chunk], model.device))
+            ids, mask = _pad_left([prompts[i] for i in chunk], pad, model.device)
+            tokens = model.generate(input_ids=ids, attention_mask=mask, logits_processor=processors)
+            for i, row in zip(chunk, tokens[:, ids.shape[1] :].tolist(), strict=True):
+                end = next((k for k, token in enumerate(row) if token in stops), len(row))
+                answers[i] = tokenizer.decode(row[:end], skip_special_tokens=True)
+    return answers
+
+
+class _RowSampler(LogitsProcessor):
+    """Adds Gumbel noise from a generator of each row; the largest sum is then a sample.
+
+    torch.multinomial draws for the whole batch at once, and a row's sample would depend on the rows
+    beside it.
+    """
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put the model into its mode for evaluation, and back."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+@contextmanager
+def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    # Given as an argument, a config is filled up with what the model was saved with, such as a
+    # repetition penalty: scores of two models would be of different settings.
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = holder.generation_config
+    holder.generation_config = config
+    try:
+        yield
+    finally:
+        holder.generation_config = kept
+
+
+def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Return all ids that end an answer: chat models have more than the tokenizer's one."""
+    ids = model.generation_config.eos_token_id
+    found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
+    return sorted(i for i in found if i is not None)
+
+
+def _pad_left(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # The mask goes by length, for a prompt may hold the padding's id as a token of its own.
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+    for i, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompts[{i}] must hold at least one token, got none")
+    longest = max(map(len, prompts), default=0)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and longest + new > limit:
+        raise ValueError(
+            f"max_new_tokens={new} and the longest prompt, {longest} tokens, must fit the model's"
+            f" {limit} positions; ask for fewer new tokens or skip longer prompts"
+        )
+
+
+def chunks(order: list[int], size: int, progress: bool, name: str) -> Iterator[list[int]]:
+    """Yield the positions by ``size``, with a progress bar."""
+    with tqdm(total=len(order), desc=name, disable=not progress) as bar:
+        for start in range(0, len(order), size):
+            chunk = order[start : start + size]
+            yield chunk
+            bar.update(len(chunk))
+
+
+def at_least(name: str, value: int, least: int) -> None:
+    """Raise unless the option ``name`` is an integer of ``least`` or more."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
