@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens_kernels import dispatch
+from lens_kernels import adaptive, dispatch
 from lens_kernels import validation as check
 from lens_kernels.call import LossCall
 from lens_kernels.lens import LensHead
@@ -29,6 +29,7 @@ class CallBuilder:
         teacher_head: Head,
         mask: Tensor | None,
         backend: Any,
+        final_terms: int = 1,
     ) -> None:
         if len(students) != len(teachers):
             raise ValueError(
@@ -52,6 +53,8 @@ class CallBuilder:
             head_name = name.split("_")[0] + "_head"
             check.check_side(name, hidden, head_name, head, autocast)
             named += check.numbered(name, hidden)
+        # The final pair enters once for each divergence that it is compared by.
+        student_final, teacher_final = student_final * final_terms, teacher_final * final_terms
         self.normed = (True,) * len(students) + (False,) * len(student_final)
         self.students, self.teachers = (
             [x.reshape(-1, x.shape[-1]) for x in side]
@@ -117,6 +120,19 @@ class CallBuilder:
             vocab_size=check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head),
             workspace_bytes=check.workspace(workspace_bytes, self.device),
             grad_threshold=check.threshold(grad_threshold, self.backend.differentiable),
+        )
+
+    def head_share(self, spec: LossSpec) -> Tensor:
+        """Return the adaptive KL's weight of the forward KL for each token, ``(N,)``."""
+        return adaptive.head_share(
+            self.students[-1],
+            self.teachers[-1],
+            self.student_head,
+            self.teacher_head,
+            self.mask,
+            self.operand_dtype,
+            torch.float64 if self.fp64 else torch.float32,
+            spec,
         )
 
     def call(self, spec: LossSpec, row_weight: Tensor) -> LossCall:

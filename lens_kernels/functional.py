@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from lens_kernels.spec import (
     Reduction,
     check_kd_ratio,
     check_lens_coeff,
+    final_terms,
     parse_name,
 )
 
@@ -165,7 +166,7 @@ def distillation_loss(
     mask: Tensor | None = None,
     kd_ratio: float = 1.0,
     lens_coeff: float = 1.0,
-    final_divergence: str = "reverse_kl",
+    final_divergence: str | Mapping[str, float] = "reverse_kl",
     divergence: str = "jsd",
     beta: float = 0.5,
     temperature: float = 1.0,
@@ -182,7 +183,17 @@ def distillation_loss(
 
         (1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * sum_l w_l D_lens,l)
 
-    Every argument that ``symmetric_lens_loss`` has means the same here.
+    Every argument that ``symmetric_lens_loss`` has means the same here. Of the final states alone
+    there is also adaptive KL, arXiv 2404.02657::
+
+        akl         share KL(p, q) + (1 - share) KL(q, p),  share = gap_head / (gap_head + gap_tail)
+
+    where a gap is ``sum |p - q|`` over the head or the tail of the vocabulary, and the share is a
+    constant to the gradient, 1/2 where ``p == q``. The head is the shortest run of entries, those
+    that the teacher finds most probable first, with at least half of its mass; the published code
+    leaves the entry that goes beyond one half to the tail, unless it is the first. It costs both
+    KLs, and for the share one more projection of both models and a sort, in float32 tiles that
+    ``workspace_bytes`` bounds.
 
     Args:
         student_hidden: Intermediate hidden states, one for each lens pair, read through the head's
@@ -198,7 +209,10 @@ def distillation_loss(
         mask: Tokens that count, for every term; by default those with a label, or all.
         kd_ratio: Weight of distillation against cross entropy, in [0, 1].
         lens_coeff: Weight of the lens term, at least 0.
-        final_divergence: The divergence of the final hidden states.
+        final_divergence: What the final hidden states are compared by: a name, ``"akl"`` included,
+            or a mapping of names to weights, each at least 0 and one above it. ``D_final`` is then
+            the weighted sum, as in ``{"forward_kl": 0.5, "reverse_kl": 1.0}``; each further name
+            with a weight above 0 costs one further pair of hidden states.
         divergence: The divergence of the lens pairs.
         beta: Weight of the teacher wherever a divergence is ``jsd``.
         temperature: Divides the logits of both divergences.
@@ -227,38 +241,42 @@ def distillation_loss(
         [check.hidden_state("teacher_final", teacher_final)],
     )
     lens_kind = parse_name(Divergence, "divergence", divergence)
-    final_kind = parse_name(Divergence, "final_divergence", final_divergence)
-    builder = CallBuilder(students, teachers, *finals, student_head, teacher_head, mask, backend)
+    terms = final_terms(final_divergence)
+    heads = student_head, teacher_head
+    builder = CallBuilder(students, teachers, *finals, *heads, mask, backend, len(terms))
     pairs = len(students)
     builder.set_labels(labels, vocab_size, default_mask=mask is None)
     counted, labelled = builder.counted(), builder.labelled()
     weights = check.pair_weights(layer_weights, pairs, builder.device, counted.dtype)
     tokens = builder.denominator(denominator, counted)
-    row_weight = [
-        weights[:, None] * (counted * (kd_ratio * lens_coeff / tokens)),
-        counted[None] * (kd_ratio / tokens),
-    ]
-    if labelled is not None:
-        label_tokens = builder.denominator(denominator, labelled)
-        row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
     spec = builder.spec(
-        divergences=(lens_kind,) * pairs + (final_kind,),
+        divergences=(lens_kind,) * pairs + tuple(terms),
         beta=beta,
         temperature=temperature,
         vocab_size=vocab_size,
         workspace_bytes=workspace_bytes,
         grad_threshold=grad_threshold,
     )
+    share = builder.head_share(spec) if any(slope for _, slope in terms.values()) else 0.0
+    final_weight = torch.stack([counted * (a + b * share) for a, b in terms.values()])
+    row_weight = [
+        weights[:, None] * (counted * (kd_ratio * lens_coeff / tokens)),
+        final_weight * (kd_ratio / tokens),
+    ]
+    if labelled is not None:
+        label_tokens = builder.denominator(denominator, labelled)
+        row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
     call = builder.call(spec, torch.cat(row_weight))
     loss, rows, dropped = autograd.apply(call, builder.backend, deferred=False)
     rows = rows.detach()
-    means = builder.finish((rows[: pairs + 1] * counted).sum(-1) / tokens)
+    kept = torch.cat([counted.expand(pairs, -1), final_weight])
+    means = builder.finish((rows[: len(kept)] * kept).sum(-1) / tokens)
     per_layer = means[:pairs]
     ce = None if labelled is None else (rows[-1] * labelled).sum() / label_tokens
     return DistillationOutput(
         loss=builder.finish(loss),
         ce=None if ce is None else builder.finish(ce),
-        kd=means[pairs],
+        kd=means[pairs:].sum(),
         lens=(per_layer * weights.detach()).sum() if pairs else None,
         per_layer=per_layer,
         num_tokens=counted.sum(),

@@ -20,6 +20,7 @@ from lens_kernels.spec import (
     check_kd_ratio,
     check_lens_coeff,
     check_number,
+    final_terms,
     parse_name,
 )
 
@@ -38,9 +39,9 @@ def _options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str
         if name not in known:
             raise TypeError(f"unknown option {name!r}; options are {', '.join(known)}")
     options = {**known, **given}
-    for name in ("divergence", "final_divergence"):
-        if name in options:
-            parse_name(Divergence, name, options[name])
+    parse_name(Divergence, "divergence", options["divergence"])
+    if "final_divergence" in options:
+        final_terms(options["final_divergence"])
     if "reduction" in options:
         parse_name(Reduction, "reduction", options["reduction"])
     for name, check in (("kd_ratio", check_kd_ratio), ("lens_coeff", check_lens_coeff)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
@@ -27,18 +28,55 @@ class Reduction(str, Enum):
     NONE = "none"
 
 
+ADAPTIVE = "akl"  # of the final hidden states alone: two divergences under a weight per token
+
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
     """Return the member of ``kind`` called ``value``, or raise and list the known names."""
+    return kind(_known_name(name, value, [member.value for member in kind]))
+
+
+def _known_name(name: str, value: object, known: Sequence[str], or_else: str = "") -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
-    for member in kind:
-        if value == member.value:
-            return member
-    known = ", ".join(repr(member.value) for member in kind)
-    raise ValueError(f"{name}={str(value)!r} is unknown; choose one of {known}")
+        raise TypeError(f"{name} must be a string{or_else}, got {type(value).__name__}")
+    if value not in known:
+        choice = ", ".join(map(repr, known))
+        raise ValueError(f"{name}={str(value)!r} is unknown; choose one of {choice}{or_else}")
+    return value
+
+
+def final_terms(value: object) -> dict[Divergence, tuple[float, float]]:
+    """Return the divergences of the final hidden states, each with its weight ``(a, b)``.
+
+    It is ``a + b * head_share`` for each token; the adaptive KL alone makes ``b`` other than 0.
+    """
+    known = [*(member.value for member in Divergence), ADAPTIVE]
+    argument = "final_divergence"
+    if not isinstance(value, Mapping):
+        value = {_known_name(argument, value, known, ", or a mapping of names to weights"): 1.0}
+    if not value:
+        raise ValueError(f"{argument} is an empty mapping: give it a name with a weight above 0")
+    terms: dict[Divergence, tuple[float, float]] = {}
+
+    def add(kind: Divergence, constant: float, slope: float) -> None:
+        before = terms.get(kind, (0.0, 0.0))
+        terms[kind] = (before[0] + constant, before[1] + slope)
+
+    for name, given in value.items():
+        _known_name(f"a name in {argument}", name, known)
+        weight = check_number(f"{argument}[{str(name)!r}]", given, 0.0, inclusive=True)
+        if weight == 0.0:
+            continue
+        if name == ADAPTIVE:
+            add(Divergence.FORWARD_KL, 0.0, weight)
+            add(Divergence.REVERSE_KL, weight, -weight)
+        else:
+            add(Divergence(name), weight, 0.0)
+    if not terms:
+        raise ValueError(f"{argument}={dict(value)} has no weight above 0: give one to a name")
+    return terms
 
 
 def check_number(

@@ -1,0 +1,38 @@
+"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657) as its definition says, token by token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reference import dense
+
+
+def head(p: Tensor, mass: float = 0.5) -> list[int]:
+    """Return the head of one distribution: its most probable entries until they hold ``mass``."""
+    entries: list[int] = []
+    held = 0.0
+    for entry in sorted(range(len(p)), key=lambda i: -p[i].item()):
+        if held >= mass:
+            break
+        entries.append(entry)
+        held += p[entry].item()
+    return entries
+
+
+def head_share(p: Tensor, q: Tensor) -> float:
+    """Return the share of the head's gap in that of all entries, one half if there is no gap."""
+    gap = (p - q).abs().tolist()
+    of_head = set(head(p))
+    gap_head = sum(g for i, g in enumerate(gap) if i in of_head)
+    gap_tail = sum(g for i, g in enumerate(gap) if i not in of_head)
+    return 0.5 if gap_head == gap_tail == 0 else gap_head / (gap_head + gap_tail)
+
+
+def adaptive_kl(p: Tensor, q: Tensor) -> Tensor:
+    """Return the adaptive KL of teacher ``p`` and student ``q``, ``(..., V)``, by row."""
+    vocab = p.shape[-1]
+    pairs = zip(p.reshape(-1, vocab), q.detach().reshape(-1, vocab), strict=True)
+    share = torch.tensor([head_share(*pair) for pair in pairs], dtype=p.dtype)
+    share = share.reshape(p.shape[:-1])
+    return share * dense.kl(p, q) + (1 - share) * dense.kl(q, p)
