@@ -153,6 +153,12 @@ def test_verification_of_a_vocabulary_smaller_than_its_tokens():
     fam.verify_lens(tiny.model(vocab=3))
 
 
+def test_verification_of_a_head_that_starts_at_zero():
+    model = tiny.model()
+    nn.init.zeros_(model.lm_head.weight)
+    fam.verify_lens(model)
+
+
 def test_verification_leaves_the_model_and_the_random_state_as_they_were():
     model = tiny.model("gpt2", attn_pdrop=0.5).train()
     fam.blocks_of(model)[1].eval()

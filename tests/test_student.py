@@ -110,6 +110,20 @@ def test_a_shallow_copy_has_the_teachers_dtypes():
     assert torch.equal(student.model.rotary_emb.inv_freq, fresh)
 
 
+def test_a_shallow_copy_lies_where_its_teacher_does():
+    student = shallow_copy(tiny.model().to("meta"), [1, 2])
+    tensors = [*student.parameters(), *student.buffers()]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def test_a_shallow_copy_generates_as_its_teacher_does():
+    teacher = tiny.model()
+    teacher.generation_config.max_new_tokens = 7
+    student = shallow_copy(teacher, [1, 2])
+    assert student.generation_config.max_new_tokens == 7
+    assert student.generation_config is not teacher.generation_config
+
+
 def test_what_cannot_be_copied_is_refused():
     teacher = tiny.model(layers=6)
     with pytest.raises(ValueError, match=r"blocks must lie in \[1, 6\], got 7"):
