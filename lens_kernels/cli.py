@@ -6,18 +6,33 @@ import argparse
 import os
 import platform
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from lens_kernels import cache
+from lens_kernels.signature import add_options
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "trl")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
+    arguments = sys.argv[1:] if argv is None else argv
+    # Their options are those of functions that need transformers, which the others do without.
+    heavy = {"train": _train, "eval": _eval, "inspect": _inspect}
+    if arguments and arguments[0] in heavy:
+        return _run(arguments[0], heavy[arguments[0]], arguments[1:])
+    args = _parser().parse_args(arguments)
+    return {"demo": _demo, "env": _env, "tune": _tune}[args.command](args)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lens-kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("train", help="distil a teacher into a student")
+    commands.add_parser("eval", help="cross entropy, and ROUGE-L of generated answers")
+    commands.add_parser("inspect", help="draw two models through the logit lens")
     demo = commands.add_parser("demo", help="distil SmolLM2-135M into 20 of its 30 blocks, offline")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for results")
     demo.add_argument("--cache", type=Path, default=None, help="folder for the converted teacher")
@@ -30,8 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     tune.add_argument("--vocab", type=_positive, required=True, help="entries of the vocabulary")
     tune.add_argument("--tokens", type=_positive, default=4096, help="default %(default)s")
     tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    args = parser.parse_args(argv)
-    return {"demo": _demo, "env": _env, "tune": _tune}[args.command](args)
+    return parser
 
 
 def _positive(text: str) -> int:
@@ -41,21 +55,88 @@ def _positive(text: str) -> int:
     return value
 
 
-def _demo(args: argparse.Namespace) -> int:
-    # Everything is on the machine already; without this, libraries look for updates on the network.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _quiet_libraries(offline: bool) -> None:
+    if offline:  # without this, libraries look for updates of what is on the machine already
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _run(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
+    """Run a command that needs transformers; what does not fit is a message, not a traceback."""
+    _quiet_libraries(offline=not any("allow" in x and "download" in x for x in argv))
+    try:
+        command(argv)
+    except ImportError as error:
+        print(f"lens-kernels {name} needs {error.name}: pip install 'lens-kernels[train]'")
+        return 1
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"lens-kernels {name}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(argv: list[str]) -> None:
+    from lens_kernels.hf import run
+
+    options, args, chosen = run.parse(argv)
+    metrics = run.train(options, args, chosen, _say)
+    _say("\n".join(f"{name:<28} {value:.6g}" for name, value in metrics.items()))
+    _say(f"student and reports: {args.output_dir}")
+
+
+def _eval(argv: list[str]) -> None:
+    from lens_kernels.hf.generation import evaluate_model, table
+
+    parser = argparse.ArgumentParser(prog="lens-kernels eval", description=evaluate_model.__doc__)
+    add_options(parser, evaluate_model)
+    _say(table(evaluate_model(**vars(parser.parse_args(argv)))))
+
+
+def _inspect(argv: list[str]) -> None:
+    from lens_kernels.hf.inspect import inspect
+    from lens_kernels.hf.loading import check_tokenizers, load_model, load_tokenizer
+
+    parser = argparse.ArgumentParser(
+        prog="lens-kernels inspect", description="Read a text through every lens of two models."
+    )
+    parser.add_argument("--student", required=True, help="folder or Hub name of a model")
+    parser.add_argument("--teacher", required=True, help="the same")
+    parser.add_argument("--layers", type=_pair, nargs="+", metavar="S:T", help="pairs of training")
+    parser.add_argument("--allow-download", action="store_true", help="look for models on the Hub")
+    add_options(parser, inspect, skip=("student", "teacher", "tokenizer", "pairs"))
+    options = vars(parser.parse_args(argv))
+    names = [options.pop("student"), options.pop("teacher")]
+    download, layers = options.pop("allow_download"), options.pop("layers")
+    tokenizers = [load_tokenizer(name, download) for name in names]
+    check_tokenizers(*tokenizers)
+    models = [load_model(name, "float32", download) for name in names]
+    pairs = None if layers is None else tuple(zip(*layers, strict=True))
+    inspect(*models, tokenizers[0], pairs=pairs, **options)
+    _say(f"pictures, numbers and page: {options['output'] / 'inspect.html'}")
+
+
+def _pair(text: str) -> tuple[int, int]:
+    try:
+        student, teacher = map(int, text.split(":"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be two depths like 5:8, got {text!r}") from None
+    return student, teacher
+
+
+def _demo(args: argparse.Namespace) -> int:
+    _quiet_libraries(offline=True)
     try:
         from lens_kernels.hf import demo
     except ImportError as error:
         print(f"lens-kernels demo needs {error.name}: pip install 'lens-kernels[demo]'")
         return 1
 
-    def say(text: str) -> None:
-        print(text, flush=True)
-
     try:
-        improved = demo.run(args.output, args.cache or cache.folder(), args.steps, args.seed, say)
+        improved = demo.run(args.output, args.cache or cache.folder(), args.steps, args.seed, _say)
     except RuntimeError as error:
         print(f"lens-kernels demo: {error}", file=sys.stderr)
         return 1
@@ -111,9 +192,7 @@ def _tune(args: argparse.Namespace) -> int:
         return 1
     sizes = (args.student_width, args.teacher_width, args.vocab, args.tokens)
     try:
-        outcomes = tuning.tune(
-            *sizes, getattr(torch, args.dtype), say=lambda text: print(text, flush=True)
-        )
+        outcomes = tuning.tune(*sizes, getattr(torch, args.dtype), say=_say)
     except OSError as error:
         print(f"lens-kernels tune: results cannot be kept: {error}", file=sys.stderr)
         return 1

@@ -1,48 +1,64 @@
-"""Hidden states taken from a model as it runs, by hooks that are gone afterwards."""
+"""Hidden states taken from a model as it runs, without its logits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from lens_kernels.hf.families import blocks_of, final_norm_of
-
-
-@dataclass
-class Captured:
-    """What one forward pass left: block outputs by depth, and the normed final hidden state."""
-
-    hidden: dict[int, Tensor] = field(default_factory=dict)
-    final: Tensor | None = None
+from lens_kernels.hf.families import blocks_of, causal_lm_of, decoder_of
 
 
 @contextmanager
-def capture(model: Any, layers: Sequence[int]) -> Iterator[Captured]:
-    """Capture the outputs of the blocks ``layers`` (1 is the first) and the final norm's.
+def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of the blocks ``layers`` (1 is the first), by depth.
 
     Holds only what was asked for, where ``output_hidden_states=True`` holds every depth. The hooks
     sit on this instance and are removed on leaving.
     """
-    captured = Captured()
+    captured: dict[int, Tensor] = {}
     blocks = blocks_of(model)
 
-    def keep(depth: int) -> Any:
+    def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            captured.hidden[depth] = output[0] if isinstance(output, tuple) else output
+            captured[depth] = output[0] if isinstance(output, tuple) else output
 
         return hook
 
-    def keep_final(module: nn.Module, args: Any, output: Tensor) -> None:
-        captured.final = output
-
     handles = [blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers]
-    handles.append(final_norm_of(model).register_forward_hook(keep_final))
     try:
         yield captured
     finally:
         for handle in handles:
             handle.remove()
+
+
+def hidden_states(
+    model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
+) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs of ``layers`` and the normed final hidden state; the head never runs."""
+    with capture(model, layers) as captured:
+        final = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+    return [captured[depth] for depth in layers], final
+
+
+@contextmanager
+def redirected(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run ``forward`` where ``model``, or whatever wraps it, is called.
+
+    Data-parallel wrappers prepare gradients and gather parameters around the call of the module
+    that they wrap, so what uses its parameters has to happen inside that call.
+    """
+    inner = causal_lm_of(model)
+    # A forward set on the instance, as accelerate does for autocast, has to come back.
+    before = vars(inner).get("forward")
+    inner.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del inner.forward
+        else:
+            inner.forward = before

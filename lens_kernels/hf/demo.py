@@ -99,6 +99,7 @@ def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], N
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_QuietProgress)
     objective = trainer.objective
+    assert objective is not None
     say(
         f"Teacher: {len(blocks)} blocks. Student: {student.config.num_hidden_layers} of them,"
         f" without {DROPPED[0]} to {DROPPED[-1]}."
@@ -109,25 +110,30 @@ def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], N
     device = trainer.args.device
     held = [{key: x.to(device) for key, x in batch.items()} for batch in held]
     say("Evaluating the untrained student on held-out text")
-    before = evaluate(objective, held)
+    names = {"ce": "cross entropy", "kd": f"final {args.final_divergence}"}
+    pairs = objective.student_layers, objective.teacher_layers
+    names |= {
+        f"lens_{s}": f"lens {args.lens_divergence}, blocks {s} | {t}"
+        for s, t in zip(*pairs, strict=True)
+    }
+
+    def measured() -> dict[str, float]:
+        means = evaluate(objective, held)
+        return {key: means[key] for key in names}
+
+    before = measured()
     say(f"Training for {steps} steps of {4 * BLOCK} tokens")
     trainer.train()
     say("Evaluating again")
-    after = evaluate(objective, held)
+    after = measured()
 
     folder = output / "student"
     trainer.save_model(str(folder))
-    pairs = objective.student_layers, objective.teacher_layers
     report.depth_figure(
         output / "divergence_by_depth.png", before, after, *pairs, args.lens_divergence
     )
     history = trainer.state.log_history
     report.loss_figure(output / "loss.png", history, args.final_divergence)
-    names = {"ce": "cross entropy", "kd": f"final {args.final_divergence}"}
-    names |= {
-        f"lens_{s}": f"lens {args.lens_divergence}, blocks {s} | {t}"
-        for s, t in zip(*pairs, strict=True)
-    }
     result = {"before": before, "after": after, "history": history}
     (output / "result.json").write_text(json.dumps(result, indent=1))
 

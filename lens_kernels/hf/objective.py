@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
-from lens_kernels.hf.capture import Captured, capture
-from lens_kernels.hf.families import blocks_of, lens_head_from, verify_lens_head
+from lens_kernels.hf.capture import hidden_states, redirected
+from lens_kernels.hf.families import blocks_of, causal_lm_of, lens_head_from, verify_lens
 from lens_kernels.hf.layers import check_layers
-from lens_kernels.validation import IGNORE_INDEX
+from lens_kernels.hf.teacher_cache import TeacherCache
+from lens_kernels.lens import LensHead
+from lens_kernels.validation import IGNORE_INDEX, shared_vocabulary
+
+PROJECTIONS = "mse_projections"  # the submodule of the student that holds what MSE learns
+
+
+ENTROPY_STRIDE = 16  # entropies are of every 16th token: about 3 % of the loss's own cost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The objective on one batch.
+
+    ``loss`` carries gradients. ``sums`` are its terms before their weights, as sums over the
+    ``num_tokens`` tokens that count: ``loss``, ``ce``, ``kd``, ``lens``, ``lens_<student depth>``,
+    ``mse``, and for each depth that is compared an estimate of the entropies of both models, as
+    ``entropy_student_<depth>`` and ``entropy_teacher_<depth>``, where the last is ``final``.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    num_tokens: Tensor
 
 
 class LensObjective:
     """Runs student and teacher on a batch and compares them; neither computes logits.
 
-    ``student_layers[i]`` is compared with ``teacher_layers[i]``; ``options`` go to
-    ``distillation_loss``. Labels are Hugging Face's: aligned with the input, shifted here.
+    ``student_layers[i]`` is compared with ``teacher_layers[i]``, through each model's final norm
+    unless ``lens_norm`` is False; ``options`` go to ``distillation_loss``. With ``mse_coeff`` the
+    objective has a further term in the place of a lens: the mean square of ``P h_teacher -
+    h_student`` with a learnt matrix ``P`` for each pair, which becomes a part of the student while
+    it is trained. Labels are Hugging Face's: aligned with the input, shifted here.
     """
 
     def __init__(
@@ -28,6 +54,9 @@ class LensObjective:
         teacher: Any,
         student_layers: Sequence[int],
         teacher_layers: Sequence[int],
+        *,
+        lens_norm: bool = True,
+        mse_coeff: float = 0.0,
         **options: Any,
     ) -> None:
         if len(student_layers) != len(teacher_layers):
@@ -42,57 +71,160 @@ class LensObjective:
         self.teacher_layers = check_layers(
             "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
         )
-        self.options = options
+        self.lens_norm, self.mse_coeff, self.options = lens_norm, mse_coeff, options
         for model in (student, teacher):
-            _verify(model)
+            verify_lens(model)
+        shared_vocabulary(options.get("vocab_size"), *self.heads())
+        if mse_coeff:
+            self._add_projections()
 
     def __call__(
         self,
         inputs: Mapping[str, Tensor],
         denominator: Tensor | float | None = None,
         student_call: nn.Module | None = None,
-    ) -> DistillationOutput:
+        cache: TeacherCache | None = None,
+    ) -> Outcome:
         """Return the objective of a batch of ``input_ids``, ``labels`` and other model inputs.
 
         ``student_call`` is the student as a distributed wrapper holds it, to be called in its
-        place.
+        place. With ``cache`` the teacher's states are read from there, for the batch's
+        ``example_id``.
         """
         inputs = dict(inputs)
+        example_ids = inputs.pop("example_id", None)
         labels = inputs.pop("labels")
         shifted = torch.full_like(labels, IGNORE_INDEX)
         shifted[..., :-1] = labels[..., 1:]
-        with torch.no_grad():
-            teacher = _run(self.teacher, self.teacher, self.teacher_layers, inputs)
-        student = _run(student_call or self.student, self.student, self.student_layers, inputs)
-        assert student.final is not None and teacher.final is not None
-        return distillation_loss(
-            [student.hidden[i] for i in self.student_layers],
-            [teacher.hidden[i] for i in self.teacher_layers],
-            lens_head_from(self.student),
-            lens_head_from(self.teacher),
-            student_final=student.final,
-            teacher_final=teacher.final,
-            labels=shifted,
+        counted = (shifted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        if cache is None:
+            teacher_rows = self.teacher_rows(inputs, counted)
+        else:
+            teacher_rows = self._cached_rows(cache, example_ids, counted)
+        outcomes = []
+
+        def forward(**received: Any) -> dict[str, Tensor]:
+            given = {name: received[name] for name in inputs}
+            hidden, final = hidden_states(self.student, self.student_layers, given)
+            student_rows = [_select(x, counted) for x in [*hidden, final]]
+            outcomes.append(
+                self._compare(student_rows, teacher_rows, shifted.flatten()[counted], denominator)
+            )
+            return {"loss": outcomes[0].loss}
+
+        with redirected(self.student, forward):
+            loss = (student_call or self.student)(**inputs)["loss"]
+        # The wrapper may have hung hooks on what it returned.
+        return replace(outcomes[0], loss=loss)
+
+    @torch.no_grad()
+    def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
+        """Return the teacher's states at the flat positions ``counted``, the final ones last."""
+        assert self.teacher is not None
+        hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
+        return [_select(x, counted) for x in [*hidden, final]]
+
+    def release_teacher(self) -> None:
+        """Keep the teacher's head alone, for when all its states are in a cache."""
+        self._teacher_head = lens_head_from(self.teacher)
+        self.teacher = None
+
+    def heads(self) -> tuple[LensHead, LensHead]:
+        """Return both models' heads as the lenses read them."""
+        teacher = self._teacher_head if self.teacher is None else lens_head_from(self.teacher)
+        heads = lens_head_from(self.student), teacher
+        if self.lens_norm:
+            return heads
+        return replace(heads[0], norm=None), replace(heads[1], norm=None)
+
+    def _compare(
+        self,
+        student_rows: list[Tensor],
+        teacher_rows: list[Tensor],
+        labels: Tensor,
+        denominator: Tensor | float | None,
+    ) -> Outcome:
+        # A lens without weight would be computed for nothing.
+        lenses = len(self.student_layers) if self.options.get("lens_coeff", 1.0) else 0
+        output = distillation_loss(
+            student_rows[:lenses],
+            teacher_rows[:lenses],
+            *self.heads(),
+            student_final=student_rows[-1],
+            teacher_final=teacher_rows[-1],
+            labels=labels,
             denominator=denominator,
             **self.options,
         )
+        tokens = output.num_tokens.clamp(min=1) if denominator is None else denominator
+        loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
+        if self.mse_coeff:
+            mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
+            loss = loss + self.options.get("kd_ratio", 1.0) * self.mse_coeff * mse
+            parts["mse"] = mse
+        parts["loss"] = loss
+        sums = {name: x.detach() * tokens for name, x in parts.items()}
+        sums |= self._entropies("student", self.student_layers, student_rows)
+        sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
+        return Outcome(loss, sums, output.num_tokens)
+
+    @torch.no_grad()
+    def _entropies(self, side: str, layers: Sequence[int], rows: list[Tensor]) -> dict[str, Tensor]:
+        head = self.heads()[side == "teacher"]
+        temperature = self.options.get("temperature", 1.0)
+        sums = {}
+        for depth, x in zip([*layers, "final"], rows, strict=True):
+            sample = x[::ENTROPY_STRIDE]
+            if depth != "final" and head.norm is not None:
+                sample = head.norm.forward(sample.float())[0]
+            products = sample.to(head.weight.dtype) @ head.weight.T
+            logits = head.logits(products.float(), temperature)[0][
+                :, : self.options.get("vocab_size")
+            ]
+            log_p = logits.log_softmax(-1)
+            share = len(x) / max(1, len(sample))
+            sums[f"entropy_{side}_{depth}"] = -(log_p.exp() * log_p).sum() * share
+        return sums
+
+    def _cached_rows(
+        self, cache: TeacherCache, example_ids: Tensor | None, counted: Tensor
+    ) -> list[Tensor]:
+        if example_ids is None:
+            raise ValueError("a batch for the teacher cache needs example_id, and has none")
+        rows = cache.rows(example_ids.tolist())
+        names = [f"layer_{depth}" for depth in self.teacher_layers] + ["final"]
+        if len(rows["final"]) != len(counted):
+            raise ValueError(
+                f"the teacher cache has {len(rows['final'])} tokens for a batch that counts"
+                f" {len(counted)}: the batch is not made of the examples that it names"
+            )
+        weight = self.heads()[1].weight
+        return [rows[name].to(weight.device, weight.dtype) for name in names]
+
+    def _add_projections(self) -> None:
+        if not self.student_layers:
+            raise ValueError("mse_coeff needs at least one pair of layers to compare, got none")
+        student, teacher = (lens_head_from(x).weight for x in (self.student, self.teacher))
+        matrices = nn.ModuleList(
+            nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
+        )
+        matrices.to(student.device, student.dtype)
+        causal_lm_of(self.student).add_module(PROJECTIONS, matrices)
+
+    def _mse(self, student_rows: list[Tensor], teacher_rows: list[Tensor]) -> Tensor:
+        matrices = getattr(causal_lm_of(self.student), PROJECTIONS)
+        sums = [
+            (matrix(t.to(matrix.weight.dtype)) - s).float().square().mean(-1).sum()
+            for matrix, s, t in zip(matrices, student_rows, teacher_rows, strict=True)
+        ]
+        return torch.stack(sums).mean()
 
 
-def _run(call: nn.Module, model: Any, layers: Sequence[int], inputs: Mapping[str, Any]) -> Captured:
-    with capture(model, layers) as captured:
-        # One position's logits are computed and thrown away: the forward has no way to skip them.
-        call(**inputs, use_cache=False, logits_to_keep=1)
-    return captured
+def _select(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.flatten(0, -2).index_select(0, index.to(hidden.device))
 
 
-def _verify(model: Any) -> None:
-    """Compare the lens with the model's own logits on a few tokens, before any work."""
-    blocks = blocks_of(model)
-    device = model.get_input_embeddings().weight.device
-    tokens = torch.arange(4, device=device)[None] % model.config.vocab_size
-    training = model.training
-    model.eval()
-    with torch.no_grad(), capture(model, [len(blocks)]) as captured:
-        logits = model(tokens, use_cache=False).logits
-    model.train(training)
-    verify_lens_head(model, lens_head_from(model), captured.hidden[len(blocks)], logits)
+def _parts(output: DistillationOutput, depths: Sequence[int]) -> dict[str, Tensor]:
+    parts = {"ce": output.ce, "kd": output.kd, "lens": output.lens}
+    parts |= {f"lens_{i}": x for i, x in zip(depths, output.per_layer, strict=True)}
+    return {name: x for name, x in parts.items() if x is not None}

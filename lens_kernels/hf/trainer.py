@@ -2,89 +2,76 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import Trainer, TrainingArguments
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput
 
-from lens_kernels.functional import DistillationOutput
-from lens_kernels.hf.families import blocks_of
-from lens_kernels.hf.layers import uniform_layers
-from lens_kernels.hf.objective import LensObjective
-
-
-@dataclass
-class LensDistillConfig(TrainingArguments):
-    """``TrainingArguments`` and the options of the objective; the defaults are the paper's."""
-
-    student_layers: list[int] | None = field(
-        default=None, metadata={"help": "Depths of the student's lenses; default: evenly spread."}
-    )
-    teacher_layers: list[int] | None = field(
-        default=None, metadata={"help": "Depths of the teacher's lenses; default: evenly spread."}
-    )
-    num_lens_pairs: int = field(
-        default=4, metadata={"help": "Number of lens pairs where no depths are given; 0 for none."}
-    )
-    lens_divergence: str = field(default="jsd", metadata={"help": "Divergence of the lens pairs."})
-    final_divergence: str = field(
-        default="reverse_kl", metadata={"help": "Divergence of the final outputs."}
-    )
-    beta: float = field(default=0.5, metadata={"help": "Weight of the teacher in jsd."})
-    distill_temperature: float = field(
-        default=1.0, metadata={"help": "Divides both models' logits in every divergence."}
-    )
-    kd_ratio: float = field(
-        default=1.0, metadata={"help": "Weight of distillation against cross entropy."}
-    )
-    lens_coeff: float = field(default=1.0, metadata={"help": "Weight of the lens term."})
-
-    def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
-        """Return the depths of student and teacher that are compared."""
-        given = self.student_layers, self.teacher_layers
-        if given[0] is not None and given[1] is not None:
-            return given[0], given[1]
-        if given != (None, None):
-            raise ValueError(
-                "give student_layers and teacher_layers together, or neither:"
-                f" got {given[0]} and {given[1]}"
-            )
-        if self.num_lens_pairs == 0:
-            return [], []
-        student_layers, teacher_layers = (
-            uniform_layers(self.num_lens_pairs, len(blocks_of(m))) for m in (student, teacher)
-        )
-        return student_layers, teacher_layers
+from lens_kernels.hf.config import LensDistillConfig
+from lens_kernels.hf.data import Collator, padding_id
+from lens_kernels.hf.families import causal_lm_of
+from lens_kernels.hf.meter import Meter
+from lens_kernels.hf.objective import PROJECTIONS, LensObjective, Outcome
+from lens_kernels.hf.teacher_cache import CacheKey, TeacherCache, counted_positions
 
 
 class LensDistillTrainer(Trainer):
     """Trains ``model`` to agree with ``teacher`` in its output and through its lenses.
 
-    Datasets hold ``input_ids`` and ``labels``, -100 where a token is not to be learnt from.
+    Datasets hold ``input_ids`` and ``labels``, -100 where a token is not to be learnt from. Logged
+    are the parts of the objective in nats per token over all processes (see ``Outcome``) and
+    ``tokens_per_second``; with ``teacher_cache`` the teacher runs over each dataset once.
+
+    Raises:
+        ValueError: No teacher although ``kd_ratio`` is positive; layers, models or vocabularies
+            that do not fit; a teacher cache that is stale or damaged.
+        RuntimeError: A way to distribute the student under which its head is out of reach.
     """
 
-    def __init__(self, model: Any, teacher: Any, args: LensDistillConfig, **trainer: Any) -> None:
-        teacher.requires_grad_(False)
-        teacher.eval()
-        student_layers, teacher_layers = args.layers(model, teacher)
-        self.objective: LensObjective = LensObjective(
-            model,
-            teacher,
-            student_layers,
-            teacher_layers,
-            divergence=args.lens_divergence,
-            final_divergence=args.final_divergence,
-            beta=args.beta,
-            temperature=args.distill_temperature,
-            kd_ratio=args.kd_ratio,
-            lens_coeff=args.lens_coeff,
-        )
-        self._sums: dict[str, Tensor] = {}
+    args: LensDistillConfig
+
+    def __init__(
+        self, model: Any, teacher: Any | None, args: LensDistillConfig, **trainer: Any
+    ) -> None:
+        if teacher is None and args.kd_ratio > 0:
+            raise ValueError(
+                f"kd_ratio={args.kd_ratio} distils, but teacher is None: give a teacher, or"
+                " kd_ratio=0 for fine-tuning alone"
+            )
+        _check_distribution(args)
+        self.objective: LensObjective | None = None
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            teacher.eval()
+            self.objective = LensObjective(
+                model, teacher, *args.layers(model, teacher), **args.objective_options()
+            )
+        tokenizer = trainer.get("processing_class")
+        if trainer.get("data_collator") is None and tokenizer is not None:
+            trainer["data_collator"] = Collator(padding_id(tokenizer))
+        for name in ("train_dataset", "eval_dataset"):
+            if args.teacher_cache and trainer.get(name) is not None:
+                trainer[name] = _Numbered(trainer[name])
         super().__init__(model=model, args=args, **trainer)
-        # The loss is divided by the tokens of the whole accumulated batch, whatever the model does.
+        # The loss is divided by the tokens of the whole accumulated batch, whatever the model does,
+        # and the first token of an example is never predicted.
         self.model_accepts_loss_kwargs = True
-        self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self._loss_shifts_labels = True
+        self._meter, self._eval_meter = Meter(), Meter()
+        self._tokens_seen: Tensor | int = 0
+        self._last_log = time.perf_counter()
+        self._caches: dict[str, TeacherCache] = {}
+        if self.objective is not None:
+            self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            if args.teacher_cache:
+                self._fill_caches(Path(args.teacher_cache))
 
     def compute_loss(
         self,
@@ -94,10 +81,17 @@ class LensDistillTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the objective, divided by the tokens of the global batch where they are known."""
-        output = self.objective(inputs, denominator=num_items_in_batch, student_call=model)
-        if model.training:
-            self._remember(output, num_items_in_batch)
-        loss = output.loss
+        if self.objective is None:
+            return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            outcome = self.objective(
+                inputs,
+                denominator=num_items_in_batch,
+                student_call=model,
+                cache=self._caches.get("train" if model.training else "eval"),
+            )
+        self._record(model, inputs, outcome)
+        loss = outcome.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # Gradients are averaged over processes; the denominator counts the tokens of all of
             # them.
@@ -105,19 +99,143 @@ class LensDistillTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the objective since the last log, in nats per token of this process."""
-        if "loss" in logs and self._sums:
-            tokens = self._sums.pop("tokens")
-            logs |= {name: (value / tokens).item() for name, value in self._sums.items()}
-            self._sums = {}
+        """Add the parts of the objective since the last log, and the speed."""
+        if "loss" in logs:
+            means = self._meter.means(self._sum_over_processes)
+            means.pop("loss", None)  # the Trainer's own is the mean over steps
+            now = time.perf_counter()
+            seen = self._sum_over_processes(torch.as_tensor(self._tokens_seen).double())
+            logs |= means | {"tokens_per_second": seen.item() / (now - self._last_log)}
+            self._tokens_seen, self._last_log = 0, now
         super().log(logs, *args, **kwargs)
 
-    def _remember(self, output: DistillationOutput, denominator: Tensor | int | None) -> None:
-        """Add up this micro-batch's parts as sums over tokens, without waiting for the device."""
-        parts = {"ce": output.ce, "kd": output.kd, "lens": output.lens}
-        layers = self.objective.student_layers
-        parts |= {f"lens_{i}": x for i, x in zip(layers, output.per_layer, strict=True)}
-        divided_by = output.num_tokens if denominator is None else denominator
-        sums = {name: x * divided_by for name, x in parts.items() if x is not None}
-        for name, value in {**sums, "tokens": output.num_tokens}.items():
-            self._sums[name] = self._sums.get(name, 0) + value
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Report each part of the objective, and the loss, as means over tokens."""
+        self._eval_meter = Meter()
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._eval_meter.means(self._sum_over_processes)
+        parts = {f"{prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **parts})
+
+    def _fine_tune(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
+    ) -> Any:
+        result: Any = super().compute_loss(model, inputs, return_outputs, items)
+        loss = (result[0] if return_outputs else result).detach()
+        count = (inputs["labels"][..., 1:] != -100).sum()
+        total = loss * (count if items is None else items / self.accelerator.num_processes)
+        self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
+        return result
+
+    def _record(self, model: nn.Module, inputs: dict[str, Any], outcome: Outcome) -> None:
+        if not model.training:
+            self._eval_meter.add(outcome)
+            return
+        self._meter.add(outcome)
+        mask = inputs.get("attention_mask")
+        self._tokens_seen = self._tokens_seen + (
+            inputs["input_ids"].numel() if mask is None else mask.sum()
+        )
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        reduced = self.accelerator.reduce(values.to(self.args.device), "sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        if "example_id" not in columns:
+            columns.append("example_id")
+
+    def _fill_caches(self, folder: Path) -> None:
+        """Run the teacher over every dataset whose states are not kept yet, and let it go."""
+        assert self.objective is not None
+        objective = self.objective
+        device = objective.teacher.get_input_embeddings().weight.device
+
+        def run(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+            inputs = {name: x.to(device) for name, x in self.data_collator(examples).items()}
+            labels = inputs.pop("labels")
+            inputs.pop("example_id", None)
+            width = labels.shape[1]
+            counts, flat = [], []
+            for row, example in enumerate(examples):
+                positions = counted_positions(example["labels"])
+                counts.append(len(positions))
+                flat.append(torch.as_tensor(positions) + row * width)
+            with self.accelerator.autocast():
+                rows = objective.teacher_rows(inputs, torch.cat(flat).to(device))
+            names = [f"layer_{depth}" for depth in objective.teacher_layers] + ["final"]
+            parts = [x.cpu().split(counts) for x in rows]
+            return [dict(zip(names, x, strict=True)) for x in zip(*parts, strict=True)]
+
+        datasets: dict[str, Any] = {"train": self.train_dataset, "eval": self.eval_dataset}
+        for name, dataset in datasets.items():
+            if dataset is None:
+                continue
+            key = CacheKey.of(
+                objective.teacher,
+                dataset,
+                tuple(objective.teacher_layers),
+                self.processing_class,
+                self.args.teacher_cache_dtype,
+            )
+            with self.args.main_process_first(desc=f"the teacher's states, {name}"):
+                self._caches[name] = TeacherCache.open_or_build(
+                    folder / name,
+                    key,
+                    dataset,
+                    run,
+                    batch_size=self.args.per_device_train_batch_size,
+                    progress=not self.args.disable_tqdm,
+                )
+        objective.release_teacher()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Save the student without what MSE learns beside it, which goes to a file of its own."""
+        model: Any = self.model
+        matrices = getattr(causal_lm_of(model), PROJECTIONS, None)
+        if matrices is None:
+            super()._save(output_dir, state_dict)
+            return
+        if state_dict is None:
+            state_dict = model.state_dict()
+        kept = {name: x for name, x in state_dict.items() if f"{PROJECTIONS}." not in name}
+        super()._save(output_dir, kept)
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            save_file(matrices.state_dict(), folder / f"{PROJECTIONS}.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        matrices = getattr(causal_lm_of(model or self.model), PROJECTIONS, None)
+        if matrices is not None:
+            file = Path(resume_from_checkpoint) / f"{PROJECTIONS}.safetensors"
+            matrices.load_state_dict(load_file(file))
+
+
+class _Numbered(Dataset):
+    """A dataset whose examples know their place in it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "example_id": index}
+
+
+def _check_distribution(args: LensDistillConfig) -> None:
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"one process sees {args.n_gpu} GPUs, which would be nn.DataParallel: start one process"
+            " for each, with torchrun or accelerate launch"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "DeepSpeed ZeRO-3 shards the heads, which the loss needs whole: use ZeRO-1 or 2"
+        )

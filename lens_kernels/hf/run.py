@@ -1,0 +1,252 @@
+"""``lens-kernels train``: options, models and data put together, and a run that can go on."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, set_seed
+
+from lens_kernels.hf import report
+from lens_kernels.hf.config import LensDistillConfig, option
+from lens_kernels.hf.data import PROMPT_STYLES, load_examples
+from lens_kernels.hf.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
+from lens_kernels.hf.student import shallow_copy
+from lens_kernels.hf.trainer import LensDistillTrainer
+
+RECORD = "run.yaml"
+
+
+@dataclass
+class RunConfig:
+    """Which models and data a run is about."""
+
+    _argument_group_name = "models and data"
+
+    student: str = option(
+        None, "Folder or Hub name of the student, or of an adapter.", required=True
+    )
+    train: str = option(
+        None,
+        "JSON lines to train on: instruction/input/output, prompt/completion, or messages.",
+        required=True,
+    )
+    teacher: str | None = option(None, "Folder or Hub name of the teacher, or of an adapter.")
+    eval: str | None = option(None, "JSON lines to evaluate the objective on.")
+    student_blocks: list[int] | None = option(
+        None, "Make the student of these blocks of the model (1 is the first), and all else."
+    )
+    student_dtype: str = option("float32", "Dtype of the student's weights.", choices=list(DTYPES))
+    teacher_dtype: str = option("auto", "Dtype of the teacher's weights.", choices=list(DTYPES))
+    prompt_style: str = option(
+        "alpaca",
+        "How instruction/input becomes a prompt: the Alpaca text, or the tokenizer's template.",
+        choices=list(PROMPT_STYLES),
+    )
+    max_length: int = option(512, "Tokens of an example; what is longer is cut.")
+    max_prompt_length: int = option(
+        256, "Tokens of a prompt; examples with a longer one are left out."
+    )
+    lora_r: int = option(0, "Rank of LoRA adapters of the student; 0 trains all its weights.")
+    lora_alpha: int = option(32, "LoRA's alpha.")
+    lora_dropout: float = option(0.1, "LoRA's dropout.")
+    lora_target_modules: list[str] | None = option(
+        None, "Names of the modules that get an adapter; default: peft's choice for the model."
+    )
+    allow_download: bool = option(False, "Look for models on the Hugging Face Hub.")
+
+
+def presets() -> list[str]:
+    """Return the names of the presets: the paper's pairs of models."""
+    folder = resources.files("lens_kernels.hf") / "presets"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+
+
+def build_parser() -> HfArgumentParser:
+    """Return the parser of ``lens-kernels train``."""
+    kinds: Any = [RunConfig, LensDistillConfig]
+    parser = HfArgumentParser(
+        kinds,
+        prog="lens-kernels train",
+        description="Distil a teacher into a student. The same command goes on after a break.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options; others go first.")
+    parser.add_argument(
+        "--preset", choices=presets(), help="Options of the paper for a pair; all others go first."
+    )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
+    """Return the options, and as a dictionary those that differ from their defaults."""
+    parser = build_parser()
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    files.add_argument("--preset", choices=presets())
+    known, _ = files.parse_known_args(argv)
+    given: list[str] = []
+    if known.preset:
+        preset = resources.files("lens_kernels.hf") / "presets" / f"{known.preset}.yaml"
+        given += _as_arguments(parser, known.preset, preset.read_text())
+    if known.config:
+        try:
+            text = Path(known.config).read_text()
+        except OSError as error:
+            parser.error(f"--config {known.config}: {error.strerror}")
+        given += _as_arguments(parser, known.config, text)
+    arguments = [*given, *argv]
+    values = vars(parser.parse_args(arguments))
+    needed = [
+        x for action in parser._actions if action.required for x in (action.option_strings[0], "")
+    ]
+    defaults = vars(parser.parse_args(needed))
+    chosen = {k: v for k, v in values.items() if v != defaults[k]}
+    chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset")}
+    try:
+        run, args, _ = parser.parse_args_into_dataclasses(arguments)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    return run, args, chosen
+
+
+def train(
+    run: RunConfig,
+    args: LensDistillConfig,
+    chosen: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Distil, save the student in ``output_dir``, and return the last metrics.
+
+    Raises:
+        ValueError: Data, models or options do not fit, or ``output_dir`` holds another run.
+    """
+    output = Path(str(args.output_dir))
+    checkpoint = last_checkpoint(output)
+    _check_record(output, chosen)
+    tokenizer = load_tokenizer(run.student, run.allow_download)
+    lengths = {"max_length": run.max_length, "max_prompt_length": run.max_prompt_length}
+    datasets = {
+        f"{name}_dataset": load_examples(
+            path,
+            tokenizer,
+            prompt_style=run.prompt_style,
+            **lengths,
+            progress=not args.disable_tqdm,
+        )
+        for name, path in (("train", run.train), ("eval", run.eval))
+        if path is not None
+    }
+    for name, dataset in datasets.items():
+        say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
+    if args.kd_ratio > 0 and run.teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(run.teacher, run.allow_download))
+    set_seed(args.seed)
+    trainer = LensDistillTrainer(
+        _student(run), _teacher(run), args, **datasets, processing_class=tokenizer
+    )
+    if args.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / RECORD).write_text(yaml.safe_dump(dict(chosen), sort_keys=True))
+    if trainer.objective is not None:
+        layers = trainer.objective.student_layers, trainer.objective.teacher_layers
+        say(f"lens pairs, student and teacher: {layers[0]} and {layers[1]}")
+    if checkpoint is not None:
+        say(f"going on from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = dict(result.metrics)
+    trainer.save_model()
+    if "eval_dataset" in datasets:
+        metrics |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        if any("kd" in entry for entry in trainer.state.log_history):
+            report.loss_figure(
+                output / "loss.png", trainer.state.log_history, args.final_divergence
+            )
+    return metrics
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint that is whole: its ``trainer_state.json`` is written last."""
+    whole = [x.parent for x in output.glob("checkpoint-*/trainer_state.json") if _is_json(x)]
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _is_json(file: Path) -> bool:
+    try:
+        json.loads(file.read_text())
+    except ValueError:
+        return False
+    return True
+
+
+def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was begun with other options."""
+    record = output / RECORD
+    if not record.is_file():
+        return
+    before = yaml.safe_load(record.read_text())
+    differing = sorted(k for k in before.keys() | chosen.keys() if before.get(k) != chosen.get(k))
+    if differing:
+        shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
+        raise ValueError(
+            f"{output} holds a run with other options: {shown}. Give those of {record} to go on"
+            " with it, or another output_dir"
+        )
+
+
+def _student(run: RunConfig) -> Any:
+    student = load_model(run.student, run.student_dtype, run.allow_download)
+    if run.student_blocks is not None:
+        student = shallow_copy(student, run.student_blocks)
+    if run.lora_r:
+        from peft import LoraConfig, get_peft_model
+
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=run.lora_r,
+            lora_alpha=run.lora_alpha,
+            lora_dropout=run.lora_dropout,
+            target_modules=run.lora_target_modules,
+        )
+        student = get_peft_model(student, adapter)
+    return student
+
+
+def _teacher(run: RunConfig) -> Any:
+    if run.teacher is None:
+        return None
+    return load_model(run.teacher, run.teacher_dtype, run.allow_download)
+
+
+def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
+    """Turn a YAML file into arguments, so that there is one way to read an option."""
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"{name} is not YAML: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")
+    known = {action.dest for action in parser._actions}
+    arguments: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            parser.error(f"{name}: {key!r} is not an option{hint}")
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        arguments += [f"--{key}", *map(_as_text, items)]
+    return arguments
+
+
+def _as_text(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

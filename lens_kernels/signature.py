@@ -1,0 +1,52 @@
+"""Command-line options made from a function's signature and docstring, which describe them once."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+TYPES = {"str": str, "int": int, "float": float, "Path": Path}
+
+
+def add_options(
+    parser: argparse.ArgumentParser, function: Callable[..., Any], skip: tuple[str, ...] = ()
+) -> None:
+    """Give ``parser`` an option for each argument of ``function``, with its docstring's text.
+
+    Arguments without a default are required, booleans become ``--name`` or ``--no-name``, and
+    sequences take several values.
+    """
+    texts = argument_texts(function)
+    for name, parameter in inspect.signature(function).parameters.items():
+        if name in skip:
+            continue
+        required = parameter.default is parameter.empty
+        default = None if required else parameter.default
+        shown = "" if default in (None, True, False) else f" Default: {_text(default)}."
+        options: dict[str, Any] = {"help": texts[name] + shown, "default": default}
+        annotation = str(parameter.annotation)
+        if annotation == "bool":
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            sequence = re.search(r"(?:Sequence|list)\[(\w+)\]", annotation)
+            word = sequence[1] if sequence else annotation.split(" | ")[0]
+            options |= {"type": TYPES[word], "nargs": "+" if sequence else None}
+            options["required"] = required
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
+    """Return what the ``Args`` section of a docstring says of each argument."""
+    text = inspect.getdoc(function) or ""
+    section = re.search(r"^Args:\n(.*?)(?:^\S|\Z)", text, re.DOTALL | re.MULTILINE)
+    entries = re.split(r"^    (?=\w+: )", section[1] if section else "", flags=re.MULTILINE)
+    pairs = (entry.split(": ", 1) for entry in entries if ": " in entry)
+    return {name: re.sub(r"\s+", " ", rest).replace("``", "").strip() for name, rest in pairs}
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
