@@ -158,6 +158,11 @@ def test_errors(student, teacher, tmp_path, change, error, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_that_begins_every_text_does_not_hide_an_empty_one():
+    with pytest.raises(ValueError, match="text must hold at least one token, got ''"):
+        ins.encode(lambda text: {"input_ids": [0]}, "", 64, 64)
+
+
 def test_without_matplotlib_the_error_says_how_to_get_it(student, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pip install 'lens-kernels\[train\]'"):
@@ -167,7 +172,7 @@ def test_without_matplotlib_the_error_says_how_to_get_it(student, tmp_path, monk
 def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
     result = ins.inspect(student, student, OddTokenizer(), "3 4 5", tmp_path, max_tokens=2)
     assert len(result.tokens) == 2 and result.total_tokens == 3
-    assert "the first 2 of 3 tokens" in (tmp_path / "inspect.html").read_text()
+    assert "Tokens read: the first 2 of 3." in (tmp_path / "inspect.html").read_text()
     data = json.loads((tmp_path / "data.json").read_text())
     assert data["total_tokens"] == 3 and len(data["student"]["entropy"][0]) == 2
 

@@ -78,7 +78,9 @@ class Page(HTMLParser):
 
 
 def test_page_shows_every_depth_and_position(inspected, output):
-    page = Page((output / "inspect.html").read_text(encoding="utf-8"))
+    text = (output / "inspect.html").read_text(encoding="utf-8")
+    assert "Tokens read: 8 of 8." in text
+    page = Page(text)
     assert not page.open
     assert len(page.tables) == 2
     for table, heads, (role, reading) in zip(page.tables, page.heads, inspected.sides, strict=True):
@@ -203,7 +205,7 @@ def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
     assert len(axes.texts) == 32 * 24
     shown = torch.from_numpy(axes.images[0].get_array().data)
     assert torch.equal(shown, deep.entropy[[i - 1 for i in depths], :24])
-    assert "32 of 40 blocks, the first 24 of 35 tokens" in drawn["deep"].get_suptitle()
+    assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn["deep"].get_suptitle()
 
 
 def test_cells_hold_what_fits_and_what_the_font_has():

@@ -98,12 +98,6 @@ class Inspection:
         """The largest entropy of both models: the end of their common colour scale."""
         return max(reading.entropy.max().item() for _, reading in self.sides)
 
-    @property
-    def span(self) -> str:
-        """How much of the text was read, in words."""
-        count, total = len(self.tokens), self.total_tokens
-        return f"{count} tokens" if count == total else f"the first {count} of {total} tokens"
-
     def top(self, reading: Reading, depth: int, position: int) -> tuple[str, bool]:
         """Return the likeliest next token, and whether the text goes on with it."""
         token = int(reading.top_ids[depth - 1, position, 0])

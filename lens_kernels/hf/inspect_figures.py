@@ -61,6 +61,7 @@ def depth_figure(result: Inspection, path: Path) -> None:
         depth = [i / reading.depths for i in range(1, reading.depths + 1)]
         means = reading.entropy.mean(1).tolist()
         lower.plot(depth, means, color=colour, label=label, marker="o", markersize=3.5)
+    upper.set_xlim(0, 1.03)
     upper.set_title("Student and teacher by depth, mean over positions")
     upper.set_ylabel(f"{result.divergence}, {unit(result.divergence)}")
     lower.set_ylabel("entropy, nats")
@@ -76,6 +77,11 @@ def depth_figure(result: Inspection, path: Path) -> None:
 def unit(divergence: str) -> str:
     """Return what a divergence is measured in."""
     return "of at most 1" if divergence in ("tvd", "hellinger") else "nats"
+
+
+def first_of(count: int, total: int) -> str:
+    """Return how many of the text's tokens are shown, in words."""
+    return f"{count} of {total}" if count == total else f"the first {count} of {total}"
 
 
 def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> None:
@@ -113,7 +119,8 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
     axes.set_xlabel("token of the text")
     figure.suptitle(
         f"{role}: likeliest next token by depth, bold where the text goes on so"
-        f"\n({_coverage(result, reading, count, len(depths))})",
+        f"\n(blocks: {len(depths)} of {reading.depths};"
+        f" tokens: {first_of(count, result.total_tokens)})",
         fontsize=10,
     )
     figure.colorbar(image, label="entropy, nats", pad=0.01, aspect=40)
@@ -144,16 +151,3 @@ def fit(token: str) -> str:
 def _points(font: Any, text: str) -> float:
     font.set_text(text)
     return font.get_width_height()[0] / 64  # FreeType counts in 64ths of a point
-
-
-def _coverage(result: Inspection, reading: Reading, positions: int, depths: int) -> str:
-    total = result.total_tokens
-    blocks = (
-        f"all {depths} blocks"
-        if depths == reading.depths
-        else f"{depths} of {reading.depths} blocks"
-    )
-    tokens = (
-        f"all {total} tokens" if positions == total else f"the first {positions} of {total} tokens"
-    )
-    return f"{blocks}, {tokens}"

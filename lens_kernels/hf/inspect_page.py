@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lens_kernels.hf.inspect_figures import HOT_FROM, unit
+from lens_kernels.hf.inspect_figures import HOT_FROM, first_of, unit
 
 if TYPE_CHECKING:
     from lens_kernels.hf.inspect import Inspection, Reading
@@ -104,7 +104,8 @@ def page(result: Inspection, picture: str) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p>What {models} would say next, if each block were the last. Read: {result.span}.</p>
+<p>What {models} would say next, if each block were the last.
+Tokens read: {first_of(len(result.tokens), result.total_tokens)}.</p>
 <blockquote>{escape(result.text)}</blockquote>
 <figure><img alt="Divergence and entropy against relative depth; the numbers are in the table below"
 src="data:image/png;base64,{picture}"></figure>
