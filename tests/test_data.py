@@ -22,7 +22,7 @@ LIMITS = {"max_length": 512, "max_prompt_length": 256}
 INSTRUCTION = {"instruction": "Say it.", "output": "yes"}
 TALK = [
     {"role": "user", "content": "first"},
-    {"role": "assistant", "content": "one "},
+    {"role": "assistant", "content": " one "},
     {"role": "user", "content": "second"},
     {"role": "assistant", "content": "two"},
 ]
@@ -85,8 +85,9 @@ def test_rows_of_each_format(write):
     ]
     with_bom = b"\xef\xbb\xbf" + json.dumps({"prompt": " a", "completion": ["b ", "c"]}).encode()
     assert read_rows(write(with_bom)) == [Row(1, ["b ", "c"], prompt=" a")]
-    talk = [{**m, "weight": 1} for m in TALK]
-    assert read_rows(write({"messages": talk})) == [Row(1, ["two"], messages=TALK)]
+    system = {"role": "system", "content": ""}
+    talk = [{**m, "weight": 1} for m in [system, *TALK]]
+    assert read_rows(write({"messages": talk})) == [Row(1, ["two"], messages=[system, *TALK])]
 
 
 @pytest.mark.parametrize(
@@ -224,7 +225,7 @@ def test_every_assistant_turn_is_learnt_up_to_its_end(style):
     example = encoded(row, tokenizer, style)
     text, learnt = halves(tokenizer, example)
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
-    assert text == whole.rstrip("\n") and learnt == ["one <|im_end|>", "two<|im_end|>"]
+    assert text == whole.rstrip("\n") and learnt == [" one <|im_end|>", "two<|im_end|>"]
     ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
     assert ids == example["input_ids"][: len(ids)]
     assert tokenizer.decode(ids) == whole[: whole.index("two")]
@@ -234,8 +235,16 @@ def test_every_assistant_turn_is_learnt_up_to_its_end(style):
 def test_a_turn_that_the_template_leaves_open_is_closed(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
-    written = "one " if end else "one"  # what trails an open turn cannot be told from its line end
+    # What trails an open turn cannot be told from the template's line end.
+    written = " one " if end else " one"
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
+
+
+def test_a_turn_is_not_closed_by_a_token_that_is_merely_added():
+    tokenizer = bpe(CHAT.replace("<|im_end|>", ""))
+    tokenizer.add_tokens(["</tool>"])
+    row = Row(1, ["call</tool>"], instruction="Say it.")
+    assert halves(tokenizer, encoded(row, tokenizer))[1] == ["call</tool></s>"]
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
@@ -274,7 +283,8 @@ def test_long_prompts_are_dropped_and_long_wholes_cut():
 def test_only_the_first_prompt_counts_where_many_turns_are_learnt():
     tokenizer = bpe()
     row = Row(1, ["two"], messages=TALK)
-    first = encoded(row, tokenizer)["labels"].index(tokenizer("o")["input_ids"][0])
+    labels = encoded(row, tokenizer)["labels"]
+    first = next(i for i, label in enumerate(labels) if label != -100)
     assert encoded(row, tokenizer, max_prompt_length=first) is not None
     assert encoded(row, tokenizer, max_prompt_length=first - 1) is None
 
