@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from lens_kernels import cache
 from lens_kernels.signature import add_options
@@ -108,14 +109,15 @@ def _inspect(argv: list[str]) -> None:
     parser.add_argument("--layers", type=_pair, nargs="+", metavar="S:T", help="pairs of training")
     parser.add_argument("--allow-download", action="store_true", help="look for models on the Hub")
     add_options(parser, inspect, skip=("student", "teacher", "tokenizer", "pairs"))
-    options = vars(parser.parse_args(argv))
+    options: dict[str, Any] = vars(parser.parse_args(argv))
     names = [options.pop("student"), options.pop("teacher")]
     download, layers = options.pop("allow_download"), options.pop("layers")
     tokenizers = [load_tokenizer(name, download) for name in names]
     check_tokenizers(*tokenizers)
     models = [load_model(name, "float32", download) for name in names]
-    pairs = None if layers is None else tuple(zip(*layers, strict=True))
-    inspect(*models, tokenizers[0], pairs=pairs, **options)
+    if layers is not None:
+        options["pairs"] = tuple(zip(*layers, strict=True))
+    inspect(models[0], models[1], tokenizers[0], **options)
     _say(f"pictures, numbers and page: {options['output'] / 'inspect.html'}")
 
 
