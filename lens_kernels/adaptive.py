@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backends import matmul
-from lens_kernels.backends.tile_pass import FLOOR, log_softmax
 from lens_kernels.lens import LensHead
 from lens_kernels.spec import LossSpec
 
@@ -52,8 +51,8 @@ def head_share(
         )
 
 
-# An operator, because the number of rows to compute depends on the mask's values, and because its
-# products are not autocast's business.
+# An operator, because the number of rows to compute depends on the mask's values: torch.compile
+# would have to break its graph.
 @torch.library.custom_op("lens_kernels::head_share", mutates_args=())
 def _head_share(
     hidden: List[Tensor],  # noqa: UP006
@@ -88,10 +87,9 @@ def _head_share(
         torch.arange(share.shape[0], device=share.device) if mask is None else mask.nonzero()[:, 0]
     )
     step = max(1, workspace_bytes // (TILES * vocab_size * compute.itemsize))
-    with torch.autocast(share.device.type, enabled=False):
-        for rows in kept.split(step):
-            p = teacher.probabilities(hidden[1][rows])
-            share[rows] = _share(p, student.probabilities(hidden[0][rows]))
+    for rows in kept.split(step):
+        p = teacher.probabilities(hidden[1][rows])
+        share[rows] = _share(p, student.probabilities(hidden[0][rows]))
     return share
 
 
@@ -126,7 +124,7 @@ class _Model:
         z = x.new_empty(x.shape[0], self.weight.shape[0], dtype=self.compute)
         matmul.project(x, self.weight, z)
         logits, _ = self.head.logits(z, self.temperature)
-        return log_softmax(logits.clamp(min=FLOOR)).exp()
+        return logits.softmax(-1)
 
 
 def _share(p: Tensor, q: Tensor) -> Tensor:

@@ -192,7 +192,7 @@ def distillation_loss(
     constant to the gradient, 1/2 where ``p == q``. The head is the shortest run of entries, those
     that the teacher finds most probable first, with at least half of its mass; the published code
     leaves the entry that goes beyond one half to the tail, unless it is the first. It costs both
-    KLs, and for the share one more projection of both models and a sort, in float32 tiles that
+    KLs, and for the share one more projection of both models and a sort, in tiles that
     ``workspace_bytes`` bounds.
 
     Args:

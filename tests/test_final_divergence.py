@@ -167,7 +167,7 @@ def given_probabilities(teacher, student):
     [
         ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4], [1, 2]),  # the third part goes beyond one half
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),  # the first alone
-        ([0.25, 0.25, 0.25, 0.25], [0.1, 0.2, 0.3, 0.4], [0, 1]),  # exactly one half; ties in order
+        ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),  # exactly one half; ties in order
     ],
 )
 def test_the_head_is_the_shortest_that_holds_one_half(teacher, student, head):
@@ -274,6 +274,8 @@ def test_the_share_fills_its_workspace_and_no_more():
 
 
 def test_a_name_alone_enters_once_and_each_further_one_once_more(monkeypatch):
+    shares = []
+    monkeypatch.setattr(adaptive, "head_share", lambda *args: shares.append(1) or torch.ones(35))
     problem = Distillation.make(norm="rms")
     finals = {
         "student_final": problem.student_hidden.pop(),
@@ -294,6 +296,8 @@ def test_a_name_alone_enters_once_and_each_further_one_once_more(monkeypatch):
         assert [d.value for d in call.spec.divergences] == ["jsd", "jsd", *expected]
         assert call.spec.normed == (True, True) + (False,) * len(expected)
         assert call.row_weight.shape[0] == len(expected) + 3
+        assert len(shares) == (name != "tvd"), "the share is made where it is needed"
+        shares.clear()
 
 
 @backends
