@@ -177,6 +177,13 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
         assert line.get_xdata()[-1] == 1 and len(line.get_xdata()) == reading.depths
 
 
+def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
+    relative = [c for c in inspected.comparisons if not c.trained]
+    figures.depth_figure(ins.replace(inspected, comparisons=relative), tmp_path / "untrained")
+    legend = drawn["untrained"].axes[0].get_legend()
+    assert [t.get_text() for t in legend.get_texts()] == ["equal relative depth"]
+
+
 def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
     for role, reading in inspected.sides:
         axes = drawn[f"lens_{role}.png"].axes[0]
@@ -189,20 +196,25 @@ def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
             assert cell.get_weight() == ("bold" if right else "normal")
         assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block on top
         (image,) = axes.images
+        assert image.get_clim() == (0, inspected.max_entropy)
         torch.testing.assert_close(torch.from_numpy(image.get_array().data), reading.entropy)
-        labels = [label.get_text() for label in axes.get_xticklabels()]
-        assert labels == [figures.fit(t) for t in inspected.tokens]
+        labels = axes.get_xticklabels()
+        assert [t.get_text() for t in labels] == [figures.fit(t) for t in inspected.tokens]
+        # Dollar signs in a token are no formula.
+        assert not any(t.get_parse_math() for t in (*labels, *axes.texts))
 
 
 def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
     result = ins.replace(inspected, tokens=["a"] * 30, ids=[3] * 30, total_tokens=35)
-    many = {"top_ids": torch.full((40, 30, 1), 3), "entropy": torch.rand(40, 30)}
+    top_ids = torch.arange(40)[:, None, None].expand(40, 30, 1)
+    many = {"top_ids": top_ids, "entropy": torch.rand(40, 30)}
     deep = ins.replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
-    figures.lens_figure(ins.replace(result, top_tokens={3: "a"}), "deep", deep, tmp_path / "deep")
+    result = ins.replace(result, top_tokens={i: f"w{i}" for i in range(40)})
+    figures.lens_figure(result, "deep", deep, tmp_path / "deep")
     axes = drawn["deep"].axes[0]
     depths = [int(label.get_text()) for label in axes.get_yticklabels()]
     assert len(set(depths)) == 32 and depths[-1] == 40
-    assert len(axes.texts) == 32 * 24
+    assert [t.get_text() for t in axes.texts] == [f"w{i - 1}" for i in depths for _ in range(24)]
     shown = torch.from_numpy(axes.images[0].get_array().data)
     assert torch.equal(shown, deep.entropy[[i - 1 for i in depths], :24])
     assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn["deep"].get_suptitle()
@@ -216,13 +228,12 @@ def test_cells_hold_what_fits_and_what_the_font_has():
     assert len(figures.fit("W" * 20)) < len(figures.fit("i" * 20))
 
 
-def test_models_that_are_sure_of_everything_have_a_scale(inspected, tmp_path):
+def test_models_that_are_sure_of_everything_have_a_scale(drawn, inspected, tmp_path):
     sides = {
         role: ins.replace(reading, entropy=torch.zeros_like(reading.entropy))
         for role, reading in inspected.sides
     }
     sure = ins.replace(inspected, **sides)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figures.draw(sure, tmp_path)
+    figures.draw(sure, tmp_path)
+    assert drawn["lens_student.png"].axes[0].images[0].get_clim() == (0, 1)
     assert "--h:0" in inspect_page.page(sure, "")
