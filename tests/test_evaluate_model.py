@@ -20,6 +20,7 @@ from lens_kernels.hf.generation import (  # noqa: E402
     table,
 )
 from lens_kernels.hf.sampling import generate  # noqa: E402
+from lens_kernels.version import __version__  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -71,6 +72,7 @@ def test_scores_answers_and_settings_are_returned_and_written(saved, data, tmp_p
     assert result["settings"]["max_length"] == 11
     assert result["settings"]["seeds"] == [1, 2]
     assert result["settings"]["no_repeat_ngram_size"] == 6
+    assert result["versions"]["lens-kernels"] == __version__
     assert result["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
     assert json.loads((output / "eval.json").read_text()) == result

@@ -25,10 +25,11 @@ from lens_kernels.hf.data import (
 from lens_kernels.hf.rouge import load_scorer, rouge_l
 from lens_kernels.hf.sampling import at_least, chunks, evaluating, generate
 from lens_kernels.validation import IGNORE_INDEX
+from lens_kernels.version import __version__
 
 SEEDS = (10, 20, 30, 40, 50)
 DTYPES = ("float32", "bfloat16", "float16")
-PACKAGES = ("lens-kernels", "torch", "transformers", "peft", "rouge-score")
+PACKAGES = ("torch", "transformers", "peft", "rouge-score")
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def evaluate_model(
             **lengths,
             **sampling,
         },
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": {"lens-kernels": __version__} | {name: _version(name) for name in PACKAGES},
     }
     if folder is not None:
         text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rouge.answers)
