@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
@@ -101,3 +103,35 @@ def _short(vocab: int) -> str:
 
 def _size(mib: float) -> str:
     return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB"
+
+
+def study(csv_path: Path, png_path: Path, metrics: Mapping[str, str], arms: Sequence[str]) -> bool:
+    """Draw every run of the study as a point, a panel for each metric; say if it could be done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with csv_path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    columns = 3
+    lines = -(-len(metrics) // columns)
+    figure = Figure(figsize=(4.2 * columns, 0.42 * len(arms) * lines + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = list(figure.subplots(lines, columns, sharey=True, squeeze=False).flat)
+    for axes, (name, label) in zip(grid, metrics.items(), strict=False):
+        for height, arm in enumerate(reversed(arms)):
+            values = [float(row[name]) for row in rows if row["arm"] == arm]
+            if not values:
+                continue
+            axes.plot(values, [height] * len(values), "o", color="#0072B2", alpha=0.5)
+            axes.plot([statistics.fmean(values)], [height], "|", color="#D55E00", ms=16, mew=2)
+        axes.set_yticks(range(len(arms)), list(reversed(arms)))
+        axes.set_title(label, fontsize=10)
+        axes.grid(axis="x", color="#e4e7eb", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(metrics) :]:
+        axes.set_visible(False)
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=110)
+    return True
