@@ -1,0 +1,180 @@
+"""What a step of the trainer costs beside its parts: the models' passes, and the loss alone.
+
+Models have SmolLM2-135M's shape with random weights; a student of some of its blocks. The trainer's
+step less the models' own passes is what the lens costs there, and is compared with the operation
+alone on hidden states of the same shape. Dense PyTorch in its place shows what it replaces.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import harness
+from lens_kernels import distillation_loss
+from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from lens_kernels.hf.capture import hidden_states
+
+ENDS = (("low", min), ("high", max))
+DATA = harness.ROOT / "benchmarks" / "data" / "cpu"
+
+
+def options() -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--length", type=int, default=128, help="tokens of an example, all counted")
+    parser.add_argument("--student-blocks", type=int, default=20)
+    parser.add_argument("--teacher-blocks", type=int, default=30)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=DATA / "training_step.csv")
+    return parser.parse_args()
+
+
+def model(args: argparse.Namespace, blocks: int) -> Any:
+    """Return a Llama of SmolLM2's proportions with random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=args.vocab,
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3,
+        num_hidden_layers=blocks,
+        num_attention_heads=args.width // 64,
+        num_key_value_heads=max(1, args.width // 192),
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config)
+
+
+def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
+    """Return what is timed, by name."""
+    torch.manual_seed(0)
+    student, teacher = model(args, args.student_blocks), model(args, args.teacher_blocks)
+    config = LensDistillConfig(
+        output_dir=folder, num_lens_pairs=args.pairs, report_to="none", use_cpu=True
+    )
+    trainer = LensDistillTrainer(student, teacher, config)
+    objective = trainer.objective
+    assert objective is not None
+    trainer.create_optimizer()
+    ids = torch.randint(2, args.vocab, (args.batch, args.length))
+    inputs = {"input_ids": ids, "labels": ids}
+    tokens = torch.tensor(args.batch * (args.length - 1))
+    layers = objective.student_layers, objective.teacher_layers
+
+    def passes() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        with torch.no_grad():
+            theirs, their_final = hidden_states(teacher, layers[1], {"input_ids": ids})
+        mine, my_final = hidden_states(student, layers[0], {"input_ids": ids})
+        return [*mine, my_final], [*theirs, their_final]
+
+    mine, theirs = passes()
+    gradients = [torch.randn_like(x) * 1e-4 for x in mine]
+    rows = [[x.detach()[:, :-1].reshape(-1, args.width) for x in side] for side in (mine, theirs)]
+
+    def models_alone() -> None:
+        student.zero_grad(set_to_none=True)
+        torch.autograd.backward(passes()[0], gradients)
+
+    def operation_alone() -> None:
+        student.zero_grad(set_to_none=True)
+        leaves = [x.requires_grad_() for x in rows[0]]
+        for x in leaves:
+            x.grad = None
+        distillation_loss(
+            leaves[:-1],
+            rows[1][:-1],
+            *objective.heads(),
+            student_final=leaves[-1],
+            teacher_final=rows[1][-1],
+            labels=ids[:, 1:].flatten(),
+            denominator=tokens,
+        ).loss.backward()
+
+    def trainer_step() -> torch.Tensor:
+        student.zero_grad(set_to_none=True)
+        return trainer.training_step(student, dict(inputs), tokens)
+
+    def dense_step() -> torch.Tensor:
+        student.zero_grad(set_to_none=True)
+        mine, theirs = passes()
+        heads = objective.heads()
+        total = torch.zeros(())
+        for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
+            last = i == args.pairs
+            with torch.no_grad():
+                log_p = _log_probabilities(heads[1], y, last)
+            log_q = _log_probabilities(heads[0], x, last)
+            if last:
+                total = total + (log_q.exp() * (log_q - log_p)).sum() / tokens
+                continue
+            log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
+            p_part = log_p.exp() * (log_p - log_m)
+            total = (
+                total + ((p_part + log_q.exp() * (log_q - log_m)).sum() / 2) / tokens / args.pairs
+            )
+        total.backward()
+        return total.detach()
+
+    return {
+        "trainer step": trainer_step,
+        "models alone": models_alone,
+        "operation alone": operation_alone,
+        "dense step": dense_step,
+    }
+
+
+def _log_probabilities(head: Any, hidden: torch.Tensor, normed_already: bool) -> torch.Tensor:
+    rows = hidden[:, :-1]
+    if not normed_already:
+        rows = head.norm.forward(rows)[0]
+    return (rows @ head.weight.T).log_softmax(-1)
+
+
+def main() -> None:
+    """Time, print the shares and write the CSV."""
+    args = options()
+    with tempfile.TemporaryDirectory() as folder:
+        timed = jobs(args, folder)
+        ours, dense = timed["trainer step"](), timed["dense step"]()
+        torch.testing.assert_close(ours, dense, rtol=1e-4, atol=0)
+        timings = harness.time_interleaved(timed, args.rounds, torch.device("cpu"))
+    rows = [
+        {"what": name}
+        | {f"{k}_ms": round(f(t.times_ms), 1) for k, f in (("median", statistics.median), *ENDS)}
+        for name, t in timings.items()
+    ]
+    harness.print_table(
+        ("what", "median s", "lowest", "highest"),
+        [(r["what"], *(f"{x / 1e3:.3f}" for x in list(r.values())[1:])) for r in rows],
+    )
+    median = {name: t.median_ms for name, t in timings.items()}
+    lens = median["trainer step"] - median["models alone"]
+    print(f"\nlens in the trainer, less the models: {lens / 1e3:.3f} s,", end=" ")
+    print(f"{lens / median['operation alone']:.2f} of the operation alone")
+    for name in ("trainer step", "dense step"):
+        share = 1 - median["models alone"] / median[name]
+        print(f"share of the loss in a {name}: {share:.0%}")
+    shape = {k: v for k, v in vars(args).items() if k != "output"}
+    environment = harness.environment(torch.device("cpu"))
+    harness.write_csv(args.output, [row | shape | environment for row in rows])
+
+
+if __name__ == "__main__":
+    main()
