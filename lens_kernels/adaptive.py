@@ -1,8 +1,9 @@
 """The head share of the adaptive KL (Wu et al. 2024, arXiv 2404.02657), a constant per token.
 
-The head of a teacher's distribution is its shortest run of entries, most probable first, that holds
-at least half of the mass: the entry that reaches one half belongs to it. The share is
-``gap_head / (gap_head + gap_tail)``, a gap being ``sum |p - q|`` over the part.
+The head of a teacher's distribution is the longest run of entries, most probable first, that holds
+no more than half of the mass, or the first entry alone if that has more: the rule of the paper's
+published code, and of DistillLens's. The share is ``gap_head / (gap_head + gap_tail)``, a gap being
+``sum |p - q|`` over the part.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lens_kernels.backends import matmul
 from lens_kernels.lens import LensHead
 from lens_kernels.spec import LossSpec
 
-MASS = 0.5  # of the teacher's probability, that makes up the head
+MASS = 0.5  # of the teacher's probability, that the head does not exceed
 # Tiles of the size of a model's logits that are alive at the worst moment, the sort, whose indices
 # have 8 bytes and which needs as much again.
 TILES = 8
@@ -131,9 +132,7 @@ def _share(p: Tensor, q: Tensor) -> Tensor:
     gap = (p - q).abs()
     p, order = p.sort(stable=True, descending=True)  # entries that tie, in their own order
     gap = gap.gather(-1, order)
-    # An entry is of the head if those before it have not reached the mass.
-    before = p.cumsum(-1).roll(1, -1)
-    before[:, 0] = 0
-    of_head = before < MASS
+    of_head = p.cumsum(-1) <= MASS
+    of_head[:, 0] = True
     head, tail = gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)
     return torch.where(head + tail > 0, head / (head + tail), 0.5)

@@ -189,11 +189,11 @@ def distillation_loss(
         akl         share KL(p, q) + (1 - share) KL(q, p),  share = gap_head / (gap_head + gap_tail)
 
     where a gap is ``sum |p - q|`` over the head or the tail of the vocabulary, and the share is a
-    constant to the gradient, 1/2 where ``p == q``. The head is the shortest run of entries, those
-    that the teacher finds most probable first, with at least half of its mass; the published code
-    leaves the entry that goes beyond one half to the tail, unless it is the first. It costs both
-    KLs, and for the share one more projection of both models and a sort, in tiles that
-    ``workspace_bytes`` bounds.
+    constant to the gradient, 1/2 where ``p == q``. The head is the longest run of entries, those
+    that the teacher finds most probable first, with no more than half of its mass: the entry that
+    goes beyond one half is of the tail, unless it is the first. That is the rule of the paper's
+    published code and of DistillLens's (arXiv 2602.13567). It costs both KLs, and for the share one
+    more projection of both models and a sort, in tiles that ``workspace_bytes`` bounds.
 
     Args:
         student_hidden: Intermediate hidden states, one for each lens pair, read through the head's

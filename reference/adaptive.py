@@ -1,4 +1,4 @@
-"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657) as its definition says, token by token."""
+"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657) as its published code has it, by token."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from reference import dense
 
 
 def head(p: Tensor, mass: float = 0.5) -> list[int]:
-    """Return the head of one distribution: its most probable entries until they hold ``mass``."""
+    """Return the head of one distribution: its first entry, and further while within ``mass``.
+
+    Entries go from the most probable to the least.
+    """
     entries: list[int] = []
     held = 0.0
     for entry in sorted(range(len(p)), key=lambda i: -p[i].item()):
-        if held >= mass:
+        held += p[entry].item()
+        if entries and held > mass:
             break
         entries.append(entry)
-        held += p[entry].item()
     return entries
 
 

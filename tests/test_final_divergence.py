@@ -165,12 +165,14 @@ def given_probabilities(teacher, student):
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
-        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.3, 0.4], [1, 2]),  # the third part goes beyond one half
-        ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),  # the first alone
+        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),  # the second goes beyond one half
+        ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),  # the third does
+        ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),  # none after it is head
+        ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),  # the first does: the head is never empty
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),  # exactly one half; ties in order
     ],
 )
-def test_the_head_is_the_shortest_that_holds_one_half(teacher, student, head):
+def test_the_entry_beyond_one_half_is_of_the_tail_unless_it_is_the_first(teacher, student, head):
     p, q = (torch.tensor(x).double() for x in (teacher, student))
     assert sorted(oracle.head(p)) == head
     gap = (p - q).abs()
