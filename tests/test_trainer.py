@@ -212,6 +212,17 @@ def test_mse_is_the_mean_square_and_its_matrices_learn(tmp_path):
         assert not torch.equal(matrix.weight, before.weight)
 
 
+def test_models_may_be_given_as_folders(tmp_path):
+    tiny.model(layers=3, seed=1).save_pretrained(tmp_path / "student")
+    tiny.model(layers=4, width=24, seed=2).save_pretrained(tmp_path / "teacher")
+    config = LensDistillConfig(output_dir=str(tmp_path), num_lens_pairs=2, use_cpu=True)
+    folders = str(tmp_path / "student"), str(tmp_path / "teacher")
+    run = LensDistillTrainer(*folders, config, train_dataset=uneven_data())
+    assert run.evaluate(uneven_data())["eval_loss"] == pytest.approx(
+        trainer(tmp_path).evaluate(uneven_data())["eval_loss"], rel=1e-5
+    )
+
+
 def test_the_matrices_of_mse_are_saved_beside_the_student_and_resumed(tmp_path):
     from safetensors import safe_open
     from transformers import AutoModelForCausalLM

@@ -17,16 +17,19 @@ from transformers.trainer_utils import EvalLoopOutput
 from lens_kernels.hf.config import LensDistillConfig
 from lens_kernels.hf.data import Collator, padding_id
 from lens_kernels.hf.families import causal_lm_of
+from lens_kernels.hf.loading import load_model
 from lens_kernels.hf.meter import Meter
 from lens_kernels.hf.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.hf.teacher_cache import CacheKey, TeacherCache, counted_positions
+from lens_kernels.validation import IGNORE_INDEX
 
 
 class LensDistillTrainer(Trainer):
     """Trains ``model`` to agree with ``teacher`` in its output and through its lenses.
 
-    Datasets hold ``input_ids`` and ``labels``, -100 where a token is not to be learnt from. Logged
-    are the parts of the objective in nats per token over all processes (see ``Outcome``) and
+    Both are models, or folders that ``load_model`` reads: the student in float32, the teacher as it
+    is. Datasets hold ``input_ids`` and ``labels``, -100 where a token is not to be learnt from.
+    Logged are the parts of the objective in nats per token over all processes (see ``Outcome``) and
     ``tokens_per_second``; with ``teacher_cache`` the teacher runs over each dataset once.
 
     Raises:
@@ -46,6 +49,10 @@ class LensDistillTrainer(Trainer):
                 " kd_ratio=0 for fine-tuning alone"
             )
         _check_distribution(args)
+        if isinstance(model, str):
+            model = load_model(model, "float32")
+        if isinstance(teacher, str):
+            teacher = load_model(teacher)
         self.objective: LensObjective | None = None
         if teacher is not None:
             teacher.requires_grad_(False)
@@ -117,6 +124,24 @@ class LensDistillTrainer(Trainer):
         means = self._eval_meter.means(self._sum_over_processes)
         parts = {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **parts})
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, without rows that are there a second time to fill it."""
+        return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Accelerate repeats rows until all processes have full batches. The last batches of all,
+        # in the order of the processes, have ``remainder`` rows before the repeated ones.
+        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        own = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        labels = labels.clone()
+        labels[own:] = IGNORE_INDEX
+        inputs = {**inputs, "labels": labels}
+        if "example_id" in inputs:
+            inputs["example_id"] = inputs["example_id"][:own]
+        return inputs
 
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
