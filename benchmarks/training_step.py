@@ -66,15 +66,27 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
     """Return what is timed, by name."""
     torch.manual_seed(0)
     student, teacher = model(args, args.student_blocks), model(args, args.teacher_blocks)
-    config = LensDistillConfig(
-        output_dir=folder, num_lens_pairs=args.pairs, report_to="none", use_cpu=True
-    )
-    trainer = LensDistillTrainer(student, teacher, config)
-    objective = trainer.objective
-    assert objective is not None
-    trainer.create_optimizer()
     ids = torch.randint(2, args.vocab, (args.batch, args.length))
     inputs = {"input_ids": ids, "labels": ids}
+    dataset = [{"input_ids": row, "labels": row} for row in ids]
+
+    def trainer_with(**more: str) -> LensDistillTrainer:
+        config = LensDistillConfig(
+            output_dir=folder,
+            num_lens_pairs=args.pairs,
+            per_device_train_batch_size=args.batch,
+            report_to="none",
+            use_cpu=True,
+            **more,
+        )
+        built = LensDistillTrainer(student, teacher, config, train_dataset=dataset)
+        built.create_optimizer()
+        return built
+
+    trainer = trainer_with()
+    cached_trainer = trainer_with(teacher_cache=f"{folder}/teacher")
+    objective = trainer.objective
+    assert objective is not None
     tokens = torch.tensor(args.batch * (args.length - 1))
     layers = objective.student_layers, objective.teacher_layers
 
@@ -111,6 +123,15 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
         student.zero_grad(set_to_none=True)
         return trainer.training_step(student, dict(inputs), tokens)
 
+    def cached_step() -> torch.Tensor:
+        student.zero_grad(set_to_none=True)
+        numbered = {**inputs, "example_id": torch.arange(args.batch)}
+        return cached_trainer.training_step(student, numbered, tokens)
+
+    @torch.no_grad()
+    def teacher_alone() -> None:
+        hidden_states(teacher, layers[1], {"input_ids": ids})
+
     def dense_step() -> torch.Tensor:
         student.zero_grad(set_to_none=True)
         mine, theirs = passes()
@@ -134,7 +155,9 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
 
     return {
         "trainer step": trainer_step,
+        "trainer step, teacher cached": cached_step,
         "models alone": models_alone,
+        "teacher alone": teacher_alone,
         "operation alone": operation_alone,
         "dense step": dense_step,
     }
@@ -152,8 +175,9 @@ def main() -> None:
     args = options()
     with tempfile.TemporaryDirectory() as folder:
         timed = jobs(args, folder)
-        ours, dense = timed["trainer step"](), timed["dense step"]()
-        torch.testing.assert_close(ours, dense, rtol=1e-4, atol=0)
+        ours = timed["trainer step"]()
+        for name in ("dense step", "trainer step, teacher cached"):
+            torch.testing.assert_close(timed[name](), ours, rtol=1e-4, atol=0)
         timings = harness.time_interleaved(timed, args.rounds, torch.device("cpu"))
     rows = [
         {"what": name}
@@ -168,6 +192,9 @@ def main() -> None:
     lens = median["trainer step"] - median["models alone"]
     print(f"\nlens in the trainer, less the models: {lens / 1e3:.3f} s,", end=" ")
     print(f"{lens / median['operation alone']:.2f} of the operation alone")
+    saved = median["trainer step"] - median["trainer step, teacher cached"]
+    print(f"saved by the cache: {saved / 1e3:.3f} s,", end=" ")
+    print(f"{saved / median['teacher alone']:.2f} of the teacher alone")
     for name in ("trainer step", "dense step"):
         share = 1 - median["models alone"] / median[name]
         print(f"share of the loss in a {name}: {share:.0%}")
