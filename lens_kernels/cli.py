@@ -84,9 +84,7 @@ def _train(argv: list[str]) -> None:
     from lens_kernels.hf import run
 
     options, args, chosen = run.parse(argv)
-    metrics = run.train(options, args, chosen, _say)
-    _say("\n".join(f"{name:<28} {value:.6g}" for name, value in metrics.items()))
-    _say(f"student and reports: {args.output_dir}")
+    run.train(options, args, chosen, _say)
 
 
 def _eval(argv: list[str]) -> None:

@@ -79,6 +79,9 @@ def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, cap
     record = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
     assert "beta" not in record  # only what was chosen
+    assert cli.main(argv) == 0  # a run that is done has nothing left to do
+    again = weights(tmp_path)
+    assert all(torch.equal(end[name], again[name]) for name in end)
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -127,6 +127,8 @@ def train(
     Raises:
         ValueError: Data, models or options do not fit, or ``output_dir`` holds another run.
     """
+    if args.process_index > 0:
+        say = _silent
     output = Path(str(args.output_dir))
     checkpoint = last_checkpoint(output)
     _check_record(output, chosen)
@@ -170,7 +172,13 @@ def train(
             report.loss_figure(
                 output / "loss.png", trainer.state.log_history, args.final_divergence
             )
+    say("\n".join(f"{name:<28} {value:.6g}" for name, value in metrics.items()))
+    say(f"student and reports: {output}")
     return metrics
+
+
+def _silent(text: str) -> None:
+    """Say nothing: of several processes the first speaks for all."""
 
 
 def last_checkpoint(output: Path) -> Path | None:
