@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lens_kernels.hf.data import (
     Collator,
@@ -22,13 +21,13 @@ from lens_kernels.hf.data import (
     prompt_ids,
     read_rows,
 )
+from lens_kernels.hf.loading import load_model, load_tokenizer
 from lens_kernels.hf.rouge import load_scorer, rouge_l
 from lens_kernels.hf.sampling import at_least, chunks, evaluating, generate
 from lens_kernels.validation import IGNORE_INDEX
 from lens_kernels.version import __version__
 
 SEEDS = (10, 20, 30, 40, 50)
-DTYPES = ("float32", "bfloat16", "float16")
 PACKAGES = ("torch", "transformers", "peft", "rouge-score")
 
 
@@ -182,22 +181,23 @@ def evaluate_model(
 
     Args:
         model_path: Folder of a model in safetensors with its tokenizer, or of a peft adapter.
-        data_path: JSON lines, as ``read_rows`` reads them.
+        data_path: JSON lines: instruction/input/output, prompt/completion, or messages.
         output: Folder for ``eval.json`` (what is returned) and ``answers.jsonl``.
-        prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
+        prompt_style: How a row becomes a prompt: alpaca, or chat for the tokenizer's template.
         max_length: Tokens of prompt and reference that cross entropy is computed on.
         max_prompt_length: Rows with a longer prompt are skipped, and counted.
         max_new_tokens: Where an answer is cut that has not ended.
         batch_size: Rows at once.
         seeds: One set of answers is sampled for each.
         do_sample: Sample; otherwise decode greedily, once.
-        temperature: As in ``generate``.
-        top_p: As in ``generate``.
-        top_k: As in ``generate``.
-        no_repeat_ngram_size: As in ``generate``.
-        dtype: Of the weights: float32, bfloat16 or float16.
+        temperature: Divides the logits before sampling.
+        top_p: Sample from the likeliest tokens that hold this share of the probability.
+        top_k: Sample from so many of the likeliest tokens; 0 for all.
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 for no
+            such rule.
+        dtype: Of the weights: float32, bfloat16, float16, or auto for that of the file.
         device: Where to run; by default a GPU if there is one.
-        allow_download: ``model_path`` may be the name of a model on the Hub.
+        allow_download: The model may be given by its name on the Hub.
         progress: Show progress bars.
     """
     folder = None if output is None else Path(output)
@@ -206,8 +206,8 @@ def evaluate_model(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = read_rows(data_path)
-    model, tokenizer = _load(str(model_path), dtype, allow_download)
-    model.to(device)
+    tokenizer = load_tokenizer(str(model_path), allow_download)
+    model = load_model(str(model_path), dtype, allow_download).to(device)
     lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
     sampling: dict[str, Any] = {
         "seeds": list(seeds),
@@ -264,44 +264,6 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append(("rows skipped, prompt too long", f"{result['skipped']:4d}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}   {value}" for name, value in lines)
-
-
-def _load(path: str, dtype: str, allow_download: bool) -> tuple[Any, Any]:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    local = {"local_files_only": not allow_download, "trust_remote_code": False}
-    adapter = Path(path) / "adapter_config.json"
-    source = path
-    loader: Any = AutoModelForCausalLM
-    if adapter.is_file():
-        loader = _adapter_loader(adapter)
-        if not (adapter.parent / "tokenizer_config.json").is_file():
-            source = json.loads(adapter.read_text("utf-8"))["base_model_name_or_path"]
-    try:
-        model = loader.from_pretrained(path, dtype=dtype, use_safetensors=True, **local)
-        return model, AutoTokenizer.from_pretrained(source, **local)
-    except OSError as error:
-        raise RuntimeError(
-            f"model_path {path!r} cannot be loaded: {error} Expected a folder with a model in"
-            " safetensors and its tokenizer; for a name on the Hub use allow_download=True"
-        ) from error
-
-
-def _adapter_loader(adapter: Path) -> Any:
-    # Where there are none, peft falls back to a pickle.
-    if not (adapter.parent / "adapter_model.safetensors").is_file():
-        raise ValueError(
-            f"model_path {str(adapter.parent)!r} must hold adapter_model.safetensors, got an"
-            " adapter without it; save it again with save_pretrained"
-        )
-    try:
-        from peft import AutoPeftModelForCausalLM
-    except ImportError as error:
-        raise RuntimeError(
-            f"model_path {str(adapter.parent)!r} is an adapter, which needs the package peft:"
-            " pip install 'lens-kernels[train]'"
-        ) from error
-    return AutoPeftModelForCausalLM
 
 
 def _version(name: str) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -17,39 +20,55 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     Weights are read from safetensors alone, and no code that comes with a model is run.
 
     Raises:
-        ValueError: There is no such model, or not as safetensors.
+        ValueError: There is no such model or dtype, or the model is not in safetensors.
+        RuntimeError: An adapter, and peft is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    kind: Any = AutoModelForCausalLM
-    if (Path(path) / "adapter_config.json").is_file():
-        from peft import AutoPeftModelForCausalLM
-
-        kind = AutoPeftModelForCausalLM
-    options = {
+    options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "local_files_only": not download,
         "use_safetensors": True,
         "trust_remote_code": False,
     }
     try:
-        return kind.from_pretrained(path, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(_missing("model", path, error, download)) from error
+        adapter = find_adapter_config_file(path, local_files_only=not download)
+        if adapter is None:
+            return AutoModelForCausalLM.from_pretrained(path, **options)
+        if not _has(path, "adapter_model.safetensors", download):  # peft would take a pickle then
+            raise ValueError(
+                "an adapter must hold adapter_model.safetensors, and this one does not; save it"
+                " again with save_pretrained"
+            )
+        from peft import AutoPeftModelForCausalLM
+
+        # Of a relative path peft asks the Hub whether it holds a tokenizer of that name.
+        folder = Path(adapter).parent.absolute()
+        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the model {path!r} needs the package {error.name}: pip install 'lens-kernels[train]'"
+        ) from error
+    except Exception as error:  # every format has errors of its own for a file that is broken
+        raise ValueError(_unreadable("model", path, error, download)) from error
 
 
 def load_tokenizer(path: str, download: bool = False) -> Any:
-    """Return the tokenizer of a model.
+    """Return the tokenizer of a model, or of an adapter's base model if it has none of its own.
 
     Raises:
         ValueError: There is none.
     """
     try:
+        source = path
+        adapter = find_adapter_config_file(path, local_files_only=not download)
+        if adapter is not None and not _has(path, "tokenizer_config.json", download):
+            source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
         return AutoTokenizer.from_pretrained(
-            path, local_files_only=not download, trust_remote_code=False
+            source, local_files_only=not download, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(_missing("tokenizer", path, error, download)) from error
+    except Exception as error:
+        raise ValueError(_unreadable("tokenizer", path, error, download)) from error
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
@@ -72,7 +91,18 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         )
 
 
-def _missing(what: str, path: str, error: Exception, download: bool) -> str:
+def _has(path: str, name: str, download: bool) -> bool:
+    try:
+        cached_file(path, name, local_files_only=not download)
+    except OSError:
+        return False
+    return True
+
+
+def _unreadable(what: str, path: str, error: Exception, download: bool) -> str:
     hint = " or a name on the Hub" if download else ", or allow_download for a name on the Hub"
     reason = str(error).strip().split("\n")[0].rstrip(".")
-    return f"the {what} {path!r} cannot be read: {reason}. Give the path of a folder{hint}"
+    return (
+        f"the {what} {path!r} cannot be read: {reason}. Give the folder of a model in safetensors"
+        f" with its tokenizer{hint}"
+    )
