@@ -68,11 +68,12 @@ def _quiet_libraries(offline: bool) -> None:
 
 def _run(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command that needs transformers; what does not fit is a message, not a traceback."""
-    _quiet_libraries(offline=not any("allow" in x and "download" in x for x in argv))
+    _quiet_libraries(offline=not any(x.startswith("--allow") for x in argv))
     try:
         command(argv)
     except ImportError as error:
-        print(f"lens-kernels {name} needs {error.name}: pip install 'lens-kernels[train]'")
+        needed = f"{error.name or error}: pip install 'lens-kernels[train]'"
+        print(f"lens-kernels {name} needs {needed}", file=sys.stderr)
         return 1
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"lens-kernels {name}: {error}", file=sys.stderr)
@@ -90,7 +91,10 @@ def _train(argv: list[str]) -> None:
 def _eval(argv: list[str]) -> None:
     from lens_kernels.hf.generation import evaluate_model, table
 
-    parser = argparse.ArgumentParser(prog="lens-kernels eval", description=evaluate_model.__doc__)
+    summary = (evaluate_model.__doc__ or "").split("\n")[0]
+    parser = argparse.ArgumentParser(
+        prog="lens-kernels eval", description=summary, allow_abbrev=False
+    )
     add_options(parser, evaluate_model)
     _say(table(evaluate_model(**vars(parser.parse_args(argv)))))
 
@@ -100,11 +104,15 @@ def _inspect(argv: list[str]) -> None:
     from lens_kernels.hf.loading import check_tokenizers, load_model, load_tokenizer
 
     parser = argparse.ArgumentParser(
-        prog="lens-kernels inspect", description="Read a text through every lens of two models."
+        prog="lens-kernels inspect",
+        description="Read a text through every lens of two models.",
+        allow_abbrev=False,
     )
     parser.add_argument("--student", required=True, help="folder or Hub name of a model")
-    parser.add_argument("--teacher", required=True, help="the same")
-    parser.add_argument("--layers", type=_pair, nargs="+", metavar="S:T", help="pairs of training")
+    parser.add_argument("--teacher", required=True, help="another of the same tokenizer")
+    parser.add_argument(
+        "--layers", type=_pair, nargs="+", metavar="S:T", help="layers paired in training"
+    )
     parser.add_argument("--allow-download", action="store_true", help="look for models on the Hub")
     add_options(parser, inspect, skip=("student", "teacher", "tokenizer", "pairs"))
     options: dict[str, Any] = vars(parser.parse_args(argv))

@@ -26,17 +26,21 @@ def add_options(
             continue
         required = parameter.default is parameter.empty
         default = None if required else parameter.default
-        shown = "" if default in (None, True, False) else f" Default: {_text(default)}."
-        options: dict[str, Any] = {"help": texts[name] + shown, "default": default}
+        option = name.replace("_", "-")
+        options: dict[str, Any] = {"default": default}
         annotation = str(parameter.annotation)
         if annotation == "bool":
             options["action"] = argparse.BooleanOptionalAction
+            shown = f"--{option}" if default else f"--no-{option}"
         else:
             sequence = re.search(r"(?:Sequence|list)\[(\w+)\]", annotation)
             word = sequence[1] if sequence else annotation.split(" | ")[0]
             options |= {"type": TYPES[word], "nargs": "+" if sequence else None}
             options["required"] = required
-        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+            shown = _text(default)
+        text = texts[name] if default is None else f"{texts[name]} Default: {shown}."
+        # Set afterwards, because some versions of Python add a boolean's default to it.
+        parser.add_argument(f"--{option}", **options).help = text.replace("%", "%%")
 
 
 def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
