@@ -14,7 +14,7 @@ from lens_kernels.hf import (  # noqa: E402
     capture,
     lens_head_from,
 )
-from lens_kernels.hf.capture import redirected  # noqa: E402
+from lens_kernels.hf.capture import replaced_forward  # noqa: E402
 from lens_kernels.hf.evaluate import evaluate  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -37,7 +37,7 @@ def test_a_forward_that_was_set_on_the_instance_comes_back_even_after_an_error()
     for before in (None, lambda **_: "earlier"):
         if before is not None:
             model.forward = before
-        with pytest.raises(RuntimeError, match="boom"), redirected(model, lambda **_: "now"):
+        with pytest.raises(RuntimeError, match="boom"), replaced_forward(model, lambda **_: "now"):
             assert model(input_ids=1) == "now"
             raise RuntimeError("boom")
         assert vars(model).get("forward") is before

@@ -328,6 +328,15 @@ def test_the_teacher_cache_gives_the_same_training_and_the_teacher_never_runs(tm
     assert logged(third) == logged(cached)
 
 
+def test_with_a_teacher_cache_only_the_trainers_own_data_can_be_had(tmp_path):
+    run = trainer(tmp_path, teacher_cache=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="give the data as eval_dataset when the trainer is made"):
+        run.evaluate(uneven_data()[:3])
+    assert run.evaluate(run.eval_dataset)["eval_loss"] > 0
+    with pytest.raises(TypeError, match="train_dataset of known length.* got a generator"):
+        trainer(tmp_path, teacher_cache=str(tmp_path / "other"), data=(x for x in uneven_data()))
+
+
 def test_the_teacher_cache_dtype_rounds(tmp_path):
     run = trainer(tmp_path, teacher_cache=str(tmp_path / "cache"), teacher_cache_dtype="bfloat16")
     run.train()

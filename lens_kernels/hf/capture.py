@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lens_kernels.hf.families import blocks_of, causal_lm_of, decoder_of
+from lens_kernels.hf.families import blocks_of, decoder_of
 
 
 @contextmanager
@@ -45,20 +45,19 @@ def hidden_states(
 
 
 @contextmanager
-def redirected(model: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Run ``forward`` where ``model``, or whatever wraps it, is called.
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run ``forward`` where ``module``, or whatever wraps it, is called.
 
     Data-parallel wrappers prepare gradients and gather parameters around the call of the module
     that they wrap, so what uses its parameters has to happen inside that call.
     """
-    inner = causal_lm_of(model)
     # A forward set on the instance, as accelerate does for autocast, has to come back.
-    before = vars(inner).get("forward")
-    inner.forward = forward
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
         if before is None:
-            del inner.forward
+            del module.forward
         else:
-            inner.forward = before
+            module.forward = before

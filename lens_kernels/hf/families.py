@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm
 from lens_kernels.spec import check_number
@@ -184,7 +185,7 @@ def lens_head_from(model: Any) -> LensHead:
     """
     family, inner = family_of(model), causal_lm_of(model)
     head = inner.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    if _kind(head) is not nn.Linear:
         raise TypeError(
             f"the model's head is a {type(head).__name__}, not a plain nn.Linear: merge the adapter"
             " (merge_and_unload) or leave the head out of target_modules and modules_to_save;"
@@ -202,6 +203,12 @@ def lens_head_from(model: Any) -> LensHead:
         )
     scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
     return LensHead(head.weight, head.bias, norm, scale, _setting(inner, family.softcap, None))
+
+
+def _kind(module: Any) -> type:
+    """Return a module's class; ``fully_shard`` puts one of its own before that of the model."""
+    kind = type(module)
+    return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
 
 
 def _norm_from(norm: Any, family: Family) -> LensNorm:

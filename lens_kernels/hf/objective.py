@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
-from lens_kernels.hf.capture import hidden_states, redirected
+from lens_kernels.hf.capture import hidden_states, replaced_forward
 from lens_kernels.hf.families import blocks_of, causal_lm_of, lens_head_from, verify_lens
 from lens_kernels.hf.layers import check_layers
 from lens_kernels.hf.teacher_cache import TeacherCache
@@ -103,16 +104,21 @@ class LensObjective:
             teacher_rows = self._cached_rows(cache, example_ids, counted)
         outcomes = []
 
+        def compare(*student_rows: Tensor) -> Tensor:
+            outcomes.append(
+                self._compare(
+                    list(student_rows), teacher_rows, shifted.flatten()[counted], denominator
+                )
+            )
+            return outcomes[0].loss
+
         def forward(**received: Any) -> dict[str, Tensor]:
             given = {name: received[name] for name in inputs}
             hidden, final = hidden_states(self.student, self.student_layers, given)
             student_rows = [_select(x, counted) for x in [*hidden, final]]
-            outcomes.append(
-                self._compare(student_rows, teacher_rows, shifted.flatten()[counted], denominator)
-            )
-            return {"loss": outcomes[0].loss}
+            return {"loss": _where_head_is_whole(self.student, compare)(*student_rows)}
 
-        with redirected(self.student, forward):
+        with replaced_forward(causal_lm_of(self.student), forward):
             loss = (student_call or self.student)(**inputs)["loss"]
         # The wrapper may have hung hooks on what it returned.
         return replace(outcomes[0], loss=loss)
@@ -131,11 +137,13 @@ class LensObjective:
 
     def heads(self) -> tuple[LensHead, LensHead]:
         """Return both models' heads as the lenses read them."""
-        teacher = self._teacher_head if self.teacher is None else lens_head_from(self.teacher)
-        heads = lens_head_from(self.student), teacher
+        heads = lens_head_from(self.student), self._whole_teacher_head()
         if self.lens_norm:
             return heads
         return replace(heads[0], norm=None), replace(heads[1], norm=None)
+
+    def _whole_teacher_head(self) -> LensHead:
+        return self._teacher_head if self.teacher is None else lens_head_from(self.teacher)
 
     def _compare(
         self,
@@ -156,7 +164,8 @@ class LensObjective:
             denominator=denominator,
             **self.options,
         )
-        tokens = output.num_tokens.clamp(min=1) if denominator is None else denominator
+        tokens = torch.as_tensor(output.num_tokens if denominator is None else denominator)
+        tokens = torch.where(tokens == 0, 1, tokens)  # as in distillation_loss
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
             mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
@@ -198,7 +207,7 @@ class LensObjective:
                 f"the teacher cache has {len(rows['final'])} tokens for a batch that counts"
                 f" {len(counted)}: the batch is not made of the examples that it names"
             )
-        weight = self.heads()[1].weight
+        weight = self._whole_teacher_head().weight
         return [rows[name].to(weight.device, weight.dtype) for name in names]
 
     def _add_projections(self) -> None:
@@ -218,6 +227,20 @@ class LensObjective:
             for matrix, s, t in zip(matrices, student_rows, teacher_rows, strict=True)
         ]
         return torch.stack(sums).mean()
+
+
+def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``compare``, or what runs it inside the call of a head that FSDP gathers by itself."""
+    head = causal_lm_of(student).get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        return compare
+    called: Any = head
+
+    def call(*rows: Tensor) -> Any:
+        with replaced_forward(called, compare):
+            return called(*rows)
+
+    return call
 
 
 def _select(hidden: Tensor, index: Tensor) -> Tensor:

@@ -65,18 +65,22 @@ class LensDistillTrainer(Trainer):
             trainer["data_collator"] = Collator(padding_id(tokenizer))
         for name in ("train_dataset", "eval_dataset"):
             if args.teacher_cache and trainer.get(name) is not None:
-                trainer[name] = _Numbered(trainer[name])
+                trainer[name] = _numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)
         # The loss is divided by the tokens of the whole accumulated batch, whatever the model does,
         # and the first token of an example is never predicted.
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
+        # How many processes have their tokens counted in one denominator.
+        self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         self._meter, self._eval_meter = Meter(), Meter()
         self._tokens_seen: Tensor | int = 0
         self._last_log = time.perf_counter()
         self._caches: dict[str, TeacherCache] = {}
-        if self.objective is not None:
-            self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        if teacher is not None:
+            # Not by accelerate, which would leave it where it is under FSDP, and take it for the
+            # student when it clips gradients.
+            self._move_model_to_device(teacher, args.device)
             if args.teacher_cache:
                 self._fill_caches(Path(args.teacher_cache))
 
@@ -99,10 +103,8 @@ class LensDistillTrainer(Trainer):
             )
         self._record(model, inputs, outcome)
         loss = outcome.loss
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            # Gradients are averaged over processes; the denominator counts the tokens of all of
-            # them.
-            loss = loss * self.accelerator.num_processes
+        if num_items_in_batch is not None:
+            loss = loss * self._sharing  # gradients are averaged over processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -129,6 +131,16 @@ class LensDistillTrainer(Trainer):
         """Evaluate a batch, without rows that are there a second time to fill it."""
         return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the objective, on ``eval_dataset`` or that of the trainer."""
+        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        if self._caches and not own:
+            raise ValueError(
+                "with teacher_cache the teacher is gone, and its states are those of the trainer's"
+                " own eval_dataset: give the data as eval_dataset when the trainer is made"
+            )
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. The last batches of all,
         # in the order of the processes, have ``remainder`` rows before the repeated ones.
@@ -146,10 +158,12 @@ class LensDistillTrainer(Trainer):
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
     ) -> Any:
+        if items is not None:
+            items = torch.as_tensor(items).clamp(min=1)  # no tokens, no loss
         result: Any = super().compute_loss(model, inputs, return_outputs, items)
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
-        total = loss * (count if items is None else items / self.accelerator.num_processes)
+        total = loss * (count if items is None else items / self._sharing)
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 
@@ -207,7 +221,10 @@ class LensDistillTrainer(Trainer):
                 self.processing_class,
                 self.args.teacher_cache_dtype,
             )
-            with self.args.main_process_first(desc=f"the teacher's states, {name}"):
+            # The first process of all, then the first of each node, which finds nothing to do
+            # where the disk is shared; then the others.
+            first, desc = self.args.main_process_first, f"the teacher's states, {name}"
+            with first(local=False, desc=desc), first(desc=desc):
                 self._caches[name] = TeacherCache.open_or_build(
                     folder / name,
                     key,
@@ -239,6 +256,15 @@ class LensDistillTrainer(Trainer):
         if matrices is not None:
             file = Path(resume_from_checkpoint) / f"{PROJECTIONS}.safetensors"
             matrices.load_state_dict(load_file(file))
+
+
+def _numbered(name: str, dataset: Any) -> _Numbered:
+    if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"teacher_cache needs a {name} of known length, whose examples can be asked for by"
+            f" number, got a {type(dataset).__name__}"
+        )
+    return _Numbered(dataset)
 
 
 class _Numbered(Dataset):
