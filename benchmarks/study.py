@@ -172,7 +172,7 @@ def main() -> None:
     wanted = [(arm, seed) for seed in args.seeds for arm in ARMS if (arm, seed) not in known]
     # The first run with a teacher writes its states, which the others then only read.
     first = next((x for x in wanted if x[0] != "SFT"), None)
-    started = time.perf_counter()
+    started, total = time.perf_counter(), len(done) + len(wanted)
 
     def work(task: tuple[str, int]) -> None:
         arm, seed = task
@@ -185,7 +185,7 @@ def main() -> None:
         done.append(json.loads((folder / "row.json").read_text()))
         harness.write_csv(args.csv, done)
         minutes = (time.perf_counter() - started) / 60
-        print(f"{minutes:5.1f} min  {len(done):2d} of {len(known | set(wanted))}: {arm}, {seed}")
+        print(f"{minutes:5.1f} min  {len(done):2d} of {total}: {arm}, {seed}")
 
     if first is not None:
         work(first)

@@ -68,7 +68,8 @@ def _quiet_libraries(offline: bool) -> None:
 
 def _run(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command that needs transformers; what does not fit is a message, not a traceback."""
-    _quiet_libraries(offline=not any(x.startswith("--allow") for x in argv))
+    # A file of options may allow downloads too; without them models are read locally all the same.
+    _quiet_libraries(offline=not any(x.startswith(("--allow", "--config")) for x in argv))
     try:
         command(argv)
     except ImportError as error:
