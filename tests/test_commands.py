@@ -296,6 +296,11 @@ def test_layers_are_pairs(files, tmp_path, capsys, pair):
     assert f"--layers: must be two depths like 5:8, got '{pair}'" in message
 
 
+@pytest.mark.hf
+def test_options_of_inspect_are_written_out(files, tmp_path, capsys):
+    assert "--max 3" in stopped(inspection(files, tmp_path, "--max", "3"), capsys)
+
+
 # --- both
 
 
