@@ -104,8 +104,8 @@ def train(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> float:
 def judge(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return the metrics of a student: the same for all, whatever it was trained by."""
     from lens_kernels.hf.data import Collator, load_examples, padding_id, read_rows
-    from lens_kernels.hf.evaluate import evaluate
-    from lens_kernels.hf.generation import evaluate_rouge
+    from lens_kernels.hf.evaluation.generation import evaluate_rouge
+    from lens_kernels.hf.evaluation.held_out import evaluate
     from lens_kernels.hf.loading import load_model, load_tokenizer
     from lens_kernels.hf.objective import LensObjective
 

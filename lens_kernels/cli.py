@@ -90,7 +90,7 @@ def _train(argv: list[str]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
-    from lens_kernels.hf.generation import evaluate_model, table
+    from lens_kernels.hf.evaluation.generation import evaluate_model, table
 
     summary = (evaluate_model.__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(
@@ -101,7 +101,7 @@ def _eval(argv: list[str]) -> None:
 
 
 def _inspect(argv: list[str]) -> None:
-    from lens_kernels.hf.inspect import inspect
+    from lens_kernels.hf.inspection.reading import inspect
     from lens_kernels.hf.loading import check_tokenizers, load_model, load_tokenizer
 
     parser = argparse.ArgumentParser(

@@ -12,8 +12,8 @@ import torch
 from tests import tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import cache_key  # noqa: E402
-from lens_kernels.hf.teacher_cache import CacheKey, TeacherCache, counted_positions  # noqa: E402
+from lens_kernels.hf.cache import key as cache_key  # noqa: E402
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
 
 pytestmark = pytest.mark.hf
 EXAMPLES = [

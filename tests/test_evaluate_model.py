@@ -11,15 +11,15 @@ from tests import tiny
 
 pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
-from lens_kernels.hf import generation  # noqa: E402
 from lens_kernels.hf.data import Collator, load_examples, read_rows  # noqa: E402
-from lens_kernels.hf.generation import (  # noqa: E402
+from lens_kernels.hf.evaluation import generation  # noqa: E402
+from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     evaluate_model,
     evaluate_rouge,
     held_out_ce,
     table,
 )
-from lens_kernels.hf.sampling import generate  # noqa: E402
+from lens_kernels.hf.evaluation.sampling import generate  # noqa: E402
 from lens_kernels.version import __version__  # noqa: E402
 
 pytestmark = pytest.mark.hf

@@ -11,14 +11,14 @@ from tests import tiny
 
 pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
-from lens_kernels.hf import generation  # noqa: E402
 from lens_kernels.hf.data import Collator, Row, prompt_ids  # noqa: E402
-from lens_kernels.hf.generation import (  # noqa: E402
+from lens_kernels.hf.evaluation import generation  # noqa: E402
+from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     evaluate_rouge,
     held_out_ce,
 )
-from lens_kernels.hf.rouge import rouge_l  # noqa: E402
-from lens_kernels.hf.sampling import generate  # noqa: E402
+from lens_kernels.hf.evaluation.rouge import rouge_l  # noqa: E402
+from lens_kernels.hf.evaluation.sampling import generate  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -14,8 +14,8 @@ from tests.inspection import ODD, TEXT, OddTokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from lens_kernels.hf import inspect as ins  # noqa: E402
 from lens_kernels.hf.families import FAMILIES  # noqa: E402
+from lens_kernels.hf.inspection import reading as ins  # noqa: E402
 
 pytestmark = pytest.mark.hf
 CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}

@@ -14,9 +14,9 @@ from tests.inspection import TEXT, OddTokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from lens_kernels.hf import inspect as ins  # noqa: E402
-from lens_kernels.hf import inspect_figures as figures  # noqa: E402
-from lens_kernels.hf import inspect_page  # noqa: E402
+from lens_kernels.hf.inspection import figures  # noqa: E402
+from lens_kernels.hf.inspection import page as inspect_page  # noqa: E402
+from lens_kernels.hf.inspection import reading as ins  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

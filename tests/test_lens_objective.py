@@ -15,7 +15,7 @@ from lens_kernels.hf import (  # noqa: E402
     lens_head_from,
 )
 from lens_kernels.hf.capture import replaced_forward  # noqa: E402
-from lens_kernels.hf.evaluate import evaluate  # noqa: E402
+from lens_kernels.hf.evaluation.held_out import evaluate  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

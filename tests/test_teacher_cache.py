@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from tests import tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import teacher_cache  # noqa: E402
-from lens_kernels.hf.teacher_cache import CacheKey, TeacherCache, counted_positions  # noqa: E402
+from lens_kernels.hf.cache import store as teacher_cache  # noqa: E402
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
 
 pytestmark = pytest.mark.hf
 LAYERS = (1, 3)

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from lens_kernels.hf.cache.store import DTYPES
 from lens_kernels.hf.families import blocks_of
 from lens_kernels.hf.layers import uniform_layers
-from lens_kernels.hf.teacher_cache import DTYPES
 from lens_kernels.spec import (
     Divergence,
     check_beta,

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
 
 from lens_kernels.hf import report
-from lens_kernels.hf.evaluate import evaluate
+from lens_kernels.hf.evaluation.held_out import evaluate
 from lens_kernels.hf.smollm2 import smollm2
 from lens_kernels.hf.student import shallow_copy
 from lens_kernels.hf.trainer import LensDistillConfig, LensDistillTrainer

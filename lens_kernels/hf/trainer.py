@@ -14,13 +14,13 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from lens_kernels.hf.config import LensDistillConfig
 from lens_kernels.hf.data import Collator, padding_id
 from lens_kernels.hf.families import causal_lm_of
 from lens_kernels.hf.loading import load_model
 from lens_kernels.hf.meter import Meter
 from lens_kernels.hf.objective import PROJECTIONS, LensObjective, Outcome
-from lens_kernels.hf.teacher_cache import CacheKey, TeacherCache, counted_positions
 from lens_kernels.validation import IGNORE_INDEX
 
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lens_kernels.hf.cache_key import DTYPES, CacheKey, digest, file_digest, json_bytes
+from lens_kernels.hf.cache.key import DTYPES, CacheKey, digest, file_digest, json_bytes
 
 MANIFEST = "manifest.json"
 DIFFERS = {

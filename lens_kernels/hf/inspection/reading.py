@@ -145,9 +145,9 @@ def inspect(
         RuntimeError: matplotlib is not installed.
     """
     # Without the library that draws, better to stop before the models run.
-    from lens_kernels.hf import inspect_figures, inspect_page
+    from lens_kernels.hf.inspection import figures, page
 
-    inspect_figures.check_matplotlib()
+    figures.check_matplotlib()
     size = shared_vocabulary(vocab_size, lens_head_from(student), lens_head_from(teacher))
     ids, total = encode(tokenizer, text, max_tokens, size)
     read_student = read(student, ids, lens_norm, top_k, size)
@@ -167,8 +167,8 @@ def inspect(
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / "data.json").write_text(json.dumps(numbers(result)), encoding="utf-8")
-    inspect_figures.draw(result, output)
-    inspect_page.write(result, output)
+    figures.draw(result, output)
+    page.write(result, output)
     return result
 
 

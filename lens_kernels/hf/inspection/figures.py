@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lens_kernels.hf.report import AFTER, BEFORE
 
 if TYPE_CHECKING:
-    from lens_kernels.hf.inspect import Inspection, Reading
+    from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 FONT = "DejaVu Sans"  # comes with matplotlib, so that what it lacks is known on every machine
 TRAINED = "#c8553d"

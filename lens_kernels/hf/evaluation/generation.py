@@ -21,9 +21,9 @@ from lens_kernels.hf.data import (
     prompt_ids,
     read_rows,
 )
+from lens_kernels.hf.evaluation.rouge import load_scorer, rouge_l
+from lens_kernels.hf.evaluation.sampling import at_least, chunks, evaluating, generate
 from lens_kernels.hf.loading import load_model, load_tokenizer
-from lens_kernels.hf.rouge import load_scorer, rouge_l
-from lens_kernels.hf.sampling import at_least, chunks, evaluating, generate
 from lens_kernels.validation import IGNORE_INDEX
 from lens_kernels.version import __version__
 

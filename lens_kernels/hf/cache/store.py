@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_kernels.hf.cache_key import DTYPES, CacheKey, Example, counted_positions, data_digest
-from lens_kernels.hf.cache_shards import (
+from lens_kernels.hf.cache.key import DTYPES, CacheKey, Example, counted_positions, data_digest
+from lens_kernels.hf.cache.shards import (
     Manifest,
     is_free,
     plan,

@@ -1,0 +1,1 @@
+"""A student and its teacher, drawn through the logit lens of every depth."""
