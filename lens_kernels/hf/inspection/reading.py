@@ -131,12 +131,12 @@ def inspect(
         text: What both models read.
         output: The folder to write to, made if it is missing.
         pairs: Student and teacher layers of training, to be compared beside equal relative depths.
-        divergence: As in ``symmetric_lens_loss``.
-        beta: Likewise.
+        divergence: What compares them: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
+        beta: Weight of the teacher in jsd, in (0, 1).
         lens_norm: Whether intermediate depths pass the final norm. The last always does.
         top_k: How many tokens to list for each depth and position.
         max_tokens: Tokens of the text that are read; the rest is cut off, and the result says so.
-        vocab_size: As in ``symmetric_lens_loss``: the shared prefix of differing vocabularies.
+        vocab_size: Size of the vocabulary that both models share, where theirs differ.
 
     Raises:
         TypeError: ``text``, ``top_k`` or ``max_tokens`` is of another kind.
