@@ -78,8 +78,7 @@ class LensDistillTrainer(Trainer):
         self._last_log = time.perf_counter()
         self._caches: dict[str, TeacherCache] = {}
         if teacher is not None:
-            # Not by accelerate, which would leave it where it is under FSDP, and take it for the
-            # student when it clips gradients.
+            # Not by accelerate, which places no model under FSDP: it is to shard them all.
             self._move_model_to_device(teacher, args.device)
             if args.teacher_cache:
                 self._fill_caches(Path(args.teacher_cache))
