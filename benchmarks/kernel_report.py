@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import harness
+from lens_kernels import plan
 
 # Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
@@ -96,43 +97,24 @@ def kernel_row(compiled: Any) -> dict[str, Any]:
     }
 
 
-def cost_rows(model: Model, tokens: int, itemsize: int = 2) -> list[dict[str, Any]]:
-    """Return what each step multiplies and moves for one lens pair, and the dense floor.
-
-    Bytes are those to and from a GPU's main memory if every operand is read once for each sweep;
-    blocks of rows that do not share the cache read the heads again.
-    """
-    n, v, ds, dt = tokens, model.vocab, model.student, model.teacher
-    reads_s, reads_t = (n + v) * ds * itemsize, (n + v) * dt * itemsize
-    both, product = reads_s + reads_t, 2 * n * v
-    grad = n * v * itemsize
-    operands = (n + v) * ds * (itemsize + 4)  # read once, the gradients written in fp32
-    steps = {
-        "1 log-sum-exps": (product * (ds + dt), both),
-        "2 row sums": (product * (ds + dt), both),
-        "1+2 of the KL family": (product * (ds + dt), both),
-        "3 gradient of the logits": (product * (ds + dt), both + grad),
-        "products of the gradient": (product * 2 * ds, 2 * grad + operands),
-    }
-    jsd = [steps[k] for k in steps if not k.startswith("1+2")]
-    kl = [steps[k] for k in steps if k[:2] not in ("1 ", "2 ")]
-    # Two fp32 tiles are written, read, one of them written again and read by both products.
-    floor = (product * (3 * ds + dt), both + operands + 7 * n * v * 4)
-    totals = {
-        "all, jsd tvd hellinger": (sum(f for f, _ in jsd), sum(b for _, b in jsd)),
-        "all, KL family": (sum(f for f, _ in kl), sum(b for _, b in kl)),
-        "dense floor": floor,
-    }
+def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
+    """Return what each step multiplies and moves for one lens pair, and the dense floor."""
+    sizes = (tokens, model.vocab, model.student, model.teacher)
+    jsd, kl = (plan(*sizes, divergence=name) for name in ("jsd", "forward_kl"))
+    floor = jsd["dense"]
+    rows = [(step.name, step) for step in [*jsd["triton"].steps[:2], *kl["triton"].steps]]
+    rows += [("all, jsd tvd hellinger", jsd["triton"]), ("all, KL family", kl["triton"])]
+    rows += [("torch backend", jsd["torch"]), ("dense floor", floor)]
     return [
         {
             "model": model.name,
-            "step": step,
-            "tflop": round(flops / 1e12, 2),
-            "of_floor": round(flops / floor[0], 2),
-            "gb": round(moved / 1e9, 2),
-            "logits_in_memory_gb": round((n * v * 8 if step == "dense floor" else 0) / 1e9, 2),
+            "step": name,
+            "tflop": round(part.flops / 1e12, 2),
+            "of_floor": round(part.flops / floor.flops, 2),
+            "gb": round(part.bytes_moved / 1e9, 2),
+            "workspace_gb": round(getattr(part, "workspace_bytes", 0) / 1e9, 2),
         }
-        for step, (flops, moved) in {**steps, **totals}.items()
+        for name, part in rows
     ]
 
 

@@ -7,6 +7,7 @@ from lens_kernels.functional import (
 )
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.modules import DistillationLoss, SymmetricLensLoss
+from lens_kernels.plan import Plan, plan
 from lens_kernels.version import __version__
 
 __all__ = [
@@ -15,7 +16,9 @@ __all__ = [
     "DistillationOutput",
     "LensHead",
     "LensNorm",
+    "Plan",
     "SymmetricLensLoss",
     "distillation_loss",
+    "plan",
     "symmetric_lens_loss",
 ]

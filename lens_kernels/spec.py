@@ -20,6 +20,10 @@ class Divergence(str, Enum):
     HELLINGER = "hellinger"
 
 
+# Sums of relative entropies, for which one sweep over tiles of the vocabulary is enough.
+RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
+
+
 class Reduction(str, Enum):
     """How values per lens pair and token become the result."""
 

@@ -29,6 +29,21 @@ def evaluate(call: LossCall) -> Evaluation:
     return run.ledger.result()
 
 
+def chunk_rows(tokens: int, bytes_per_row: int, budget: int) -> int:
+    """Return how many tokens are taken at once: even chunks within a budget."""
+    limit = max(1, budget // bytes_per_row)
+    return math.ceil(tokens / max(1, math.ceil(tokens / limit)))
+
+
+def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -> int:
+    """Return the bytes of the tiles for one token.
+
+    These are both models' logits, and where products take 16-bit factors a copy of the gradient.
+    """
+    copy = 0 if operand == compute else operand.itemsize
+    return vocab_size * (2 * compute.itemsize + copy)
+
+
 class _Side:
     """One model's head, its weight ready to be multiplied."""
 
@@ -77,11 +92,8 @@ class _Run:
         vocab_size = call.spec.vocab_size
         self.compiled = tile_pass.is_compiled(self.device, pairs * self.tokens * vocab_size)
         tile = self.student.weight.new_empty(0, dtype=self.compute)
-        bytes_per_row = vocab_size * 2 * tile.element_size()
-        if self.student.operand != self.compute:
-            bytes_per_row += vocab_size * self.student.weight.element_size()
-        limit = max(1, call.spec.workspace_bytes // bytes_per_row)
-        self.chunk_rows = math.ceil(self.tokens / max(1, math.ceil(self.tokens / limit)))
+        row = bytes_per_row(vocab_size, self.student.operand, self.compute)
+        self.chunk_rows = chunk_rows(self.tokens, row, call.spec.workspace_bytes)
         self.tiles = [tile.new_empty(self.chunk_rows, vocab_size) for _ in range(2)]
 
     def chunks(self) -> Iterator[Tensor | slice]:

@@ -13,7 +13,6 @@ from lens_kernels.backends.tile_pass import FLOOR
 from lens_kernels.backends.triton import interpreter, tiles, tuned
 from lens_kernels.backends.triton.gradients import Labels, gradient_chunk
 from lens_kernels.backends.triton.norm import norm_backward, norm_rows
-from lens_kernels.backends.triton.online_kl import DIVERGENCES as ONLINE
 from lens_kernels.backends.triton.online_kl import online_kl
 from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums, aligned
 from lens_kernels.backends.triton.row_stats import row_stats
@@ -21,7 +20,7 @@ from lens_kernels.backends.triton.row_sums import row_sums
 from lens_kernels.backends.triton.tiles import Sweep, Tile
 from lens_kernels.call import Evaluation, LossCall
 from lens_kernels.lens import LensHead, LensNorm
-from lens_kernels.spec import Divergence
+from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
 
 
 def evaluate(call: LossCall) -> Evaluation:
@@ -98,7 +97,7 @@ class _Run:
     def sums(self, student: Operand, teacher: Operand, divergence: Divergence) -> RowSums:
         """Run sweeps 1 and 2."""
         vocab_size, beta = self.call.spec.vocab_size, self.call.spec.beta
-        if divergence in ONLINE:
+        if divergence in RELATIVE_ENTROPIES:
             tile = self.tile(Sweep.ONLINE_KL, student, teacher)
             return online_kl(student, teacher, divergence, vocab_size, tile)
         student_stats = row_stats(student, vocab_size, self.tile(Sweep.ROW_STATS, student))

@@ -24,9 +24,7 @@ from lens_kernels.backends.triton.pointwise import pointwise
 from lens_kernels.backends.triton.row_stats import merge as merge_stats
 from lens_kernels.backends.triton.tile import block_of_rows, logits_tile, tiles_of_split
 from lens_kernels.backends.triton.tiles import Tile
-from lens_kernels.spec import Divergence
-
-DIVERGENCES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
+from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
 
 
 @triton.jit
@@ -127,7 +125,7 @@ def online_kl(
     teacher_stats = merge_stats(maximum_t, total_t)
     lq = _log_shares(maximum_s, total_s, student_stats)
     lp = _log_shares(maximum_t, total_t, teacher_stats)
-    between = [table.pointwise(kind, lp, lq, 0.0)[0] for kind in DIVERGENCES[:2]]
+    between = [table.pointwise(kind, lp, lq, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
     forward = (lp.exp() * forward + between[0]).sum(0)
     reverse = (lq.exp() * reverse + between[1]).sum(0)
     if divergence is Divergence.FORWARD_KL:
