@@ -43,8 +43,9 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
         from peft import AutoPeftModelForCausalLM
 
         # Of a relative path peft asks the Hub whether it holds a tokenizer of that name.
-        folder = Path(adapter).parent.absolute()
-        return AutoPeftModelForCausalLM.from_pretrained(str(folder), **options)
+        folder = str(Path(adapter).parent.absolute())
+        # Trainable, or peft would freeze a student's; eval is what the base model is in as well.
+        return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **options).eval()
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f"the model {path!r} needs the package {error.name}: pip install 'lens-kernels[train]'"

@@ -21,7 +21,7 @@ from lens_kernels.hf.loading import DTYPES, check_tokenizers, load_model, load_t
 from lens_kernels.hf.student import shallow_copy
 from lens_kernels.hf.trainer import LensDistillTrainer
 
-RECORD = "run.yaml"
+RECORD, METRICS = "run.yaml", "metrics.json"  # the last is written when a run is done
 
 
 @dataclass
@@ -75,6 +75,7 @@ def build_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
         kinds,
         prog="lens-kernels train",
+        allow_abbrev=False,
         description="Distil a teacher into a student. The same command goes on after a break.",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options; others go first.")
@@ -108,12 +109,18 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     ]
     defaults = vars(parser.parse_args(needed))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
-    chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset")}
+    # A token is a secret, and nothing that a run depends on.
+    chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
     try:
         run, args, _ = parser.parse_args_into_dataclasses(arguments)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
-    return run, args, chosen
+    if args.resume_from_checkpoint is not None:
+        parser.error(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} has no place here: a run goes"
+            " on from the last whole checkpoint of its output_dir by itself"
+        )
+    return run, args, json.loads(json.dumps(chosen))  # plain values, no members of an Enum
 
 
 def train(
@@ -130,8 +137,12 @@ def train(
     if args.process_index > 0:
         say = _silent
     output = Path(str(args.output_dir))
-    checkpoint = last_checkpoint(output)
+    # Without the optimiser's state a run comes to the same end only from its beginning.
+    checkpoint = None if args.save_only_model else last_checkpoint(output)
     _check_record(output, chosen)
+    if (output / METRICS).is_file() and _is_json(output / METRICS):
+        say(f"{output} holds this run, and it is done: delete {output / METRICS} to do it again")
+        return dict(json.loads((output / METRICS).read_text()))
     tokenizer = load_tokenizer(run.student, run.allow_download)
     lengths = {"max_length": run.max_length, "max_prompt_length": run.max_prompt_length}
     datasets = {
@@ -167,7 +178,7 @@ def train(
     if "eval_dataset" in datasets:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (output / METRICS).write_text(json.dumps(metrics, indent=1))
         if any("kd" in entry for entry in trainer.state.log_history):
             report.loss_figure(
                 output / "loss.png", trainer.state.log_history, args.final_divergence
@@ -215,6 +226,11 @@ def _student(run: RunConfig) -> Any:
     if run.student_blocks is not None:
         student = shallow_copy(student, run.student_blocks)
     if run.lora_r:
+        if hasattr(student, "peft_config"):
+            raise ValueError(
+                f"lora_r={run.lora_r} would put an adapter upon that of {run.student}: leave lora_r"
+                " out to train the one that is there"
+            )
         from peft import LoraConfig, get_peft_model
 
         adapter = LoraConfig(

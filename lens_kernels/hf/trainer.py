@@ -55,6 +55,7 @@ class LensDistillTrainer(Trainer):
             teacher = load_model(teacher)
         self.objective: LensObjective | None = None
         if teacher is not None:
+            _check_teacher(model, teacher, args)
             teacher.requires_grad_(False)
             teacher.eval()
             self.objective = LensObjective(
@@ -82,6 +83,18 @@ class LensDistillTrainer(Trainer):
             self._move_model_to_device(teacher, args.device)
             if args.teacher_cache:
                 self._fill_caches(Path(args.teacher_cache))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; what is logged begins here."""
+        self._meter, self._tokens_seen = Meter(), 0
+        self._last_log = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def _run_epoch(self, **kwargs: Any) -> None:
+        # The Trainer looks only after a step whether it was the last: one that goes on from its
+        # end, in the middle of an epoch, would make a step too many.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
 
     def compute_loss(
         self,
@@ -120,7 +133,9 @@ class LensDistillTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Report each part of the objective, and the loss, as means over tokens."""
         self._eval_meter = Meter()
+        started = time.perf_counter()
         output = super().evaluation_loop(*args, **kwargs)
+        self._last_log += time.perf_counter() - started  # the speed logged is that of training
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._eval_meter.means(self._sum_over_processes)
         parts = {f"{prefix}_{name}": value for name, value in means.items()}
@@ -132,13 +147,20 @@ class LensDistillTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the objective, on ``eval_dataset`` or that of the trainer."""
-        own = eval_dataset is None or eval_dataset is self.eval_dataset
+        self._check_cached(eval_dataset is None or eval_dataset is self.eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches of ``predict``."""
+        self._check_cached(test_dataset is self.eval_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _check_cached(self, own: bool) -> None:
         if self._caches and not own:
             raise ValueError(
                 "with teacher_cache the teacher is gone, and its states are those of the trainer's"
                 " own eval_dataset: give the data as eval_dataset when the trainer is made"
             )
-        return super().evaluate(eval_dataset, *args, **kwargs)
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. The last batches of all,
@@ -159,7 +181,8 @@ class LensDistillTrainer(Trainer):
     ) -> Any:
         if items is not None:
             items = torch.as_tensor(items).clamp(min=1)  # no tokens, no loss
-        result: Any = super().compute_loss(model, inputs, return_outputs, items)
+        # A copy, because label smoothing takes the labels out.
+        result: Any = super().compute_loss(model, dict(inputs), return_outputs, items)
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
@@ -219,6 +242,7 @@ class LensDistillTrainer(Trainer):
                 tuple(objective.teacher_layers),
                 self.processing_class,
                 self.args.teacher_cache_dtype,
+                self.accelerator.mixed_precision,
             )
             # The first process of all, then the first of each node, which finds nothing to do
             # where the disk is shared; then the others.
@@ -251,10 +275,16 @@ class LensDistillTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        matrices = getattr(causal_lm_of(model or self.model), PROJECTIONS, None)
+        self._load_matrices(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_matrices(str(self.state.best_model_checkpoint))
+
+    def _load_matrices(self, checkpoint: str) -> None:
+        matrices = getattr(causal_lm_of(self.model), PROJECTIONS, None)
         if matrices is not None:
-            file = Path(resume_from_checkpoint) / f"{PROJECTIONS}.safetensors"
-            matrices.load_state_dict(load_file(file))
+            matrices.load_state_dict(load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors"))
 
 
 def _numbered(name: str, dataset: Any) -> _Numbered:
@@ -277,6 +307,22 @@ class _Numbered(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.dataset[index], "example_id": index}
+
+
+def _check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
+    held = {id(x) for x in teacher.parameters()}
+    shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
+    if shared:
+        raise ValueError(
+            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, which would"
+            " be trained and held still at once: give a teacher of its own, like"
+            " copy.deepcopy(model)"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would not reach the cross"
+            " entropy beside a teacher: leave it at 0, or give no teacher"
+        )
 
 
 def _check_distribution(args: LensDistillConfig) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lens_kernels.validation import IGNORE_INDEX
 
-FORMAT = 1
+FORMAT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
@@ -46,6 +46,7 @@ class CacheKey:
     layers: tuple[int, ...]
     tokenizer: str | None
     dtype: str
+    precision: str = "no"
     format: int = FORMAT
 
     @classmethod
@@ -56,10 +57,12 @@ class CacheKey:
         layers: Iterable[int],
         tokenizer: Any = None,
         dtype: torch.dtype | str = "bfloat16",
+        precision: str = "no",
     ) -> CacheKey:
         """Return the key of the hidden states of ``model`` after ``layers`` on ``examples``.
 
-        The final normed hidden state always belongs to them. ``dtype`` is that of storage.
+        The final normed hidden state always belongs to them. ``dtype`` is that of storage,
+        ``precision`` accelerate's name of the mixed precision that the model runs in.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
@@ -70,6 +73,7 @@ class CacheKey:
             layers=tuple(sorted(set(layers))),
             tokenizer=None if tokenizer is None else digest([_tokenizer_part(tokenizer)]),
             dtype=name,
+            precision=precision,
         )
 
     @property

@@ -23,6 +23,7 @@ DIFFERS = {
     "layers": "made for other layers: {there} there, {wanted} wanted",
     "tokenizer": "made with another tokenizer",
     "dtype": "stored in another dtype: {there} there, {wanted} wanted",
+    "precision": "computed in another mixed precision: {there} there, {wanted} wanted",
 }
 
 

@@ -1,7 +1,7 @@
 """The teacher's hidden states on disk, so that only the first epoch of a distillation runs it.
 
 A cache is a folder of safetensors shards and ``manifest.json``, which says what they were made of
-and carries their checksums. One process builds it; any number of them read it.
+and carries their checksums. One process builds it, others that want it wait; any number read it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -162,12 +163,16 @@ class TeacherCache:
     ) -> TeacherCache:
         """Open the cache if it is complete, or make or finish it as ``build`` does.
 
-        A folder that holds anything else is refused and left as it is.
+        A folder that holds anything else is refused and left as it is. While another process makes
+        it, this one waits.
         """
         folder = Path(folder)
-        if not is_free(folder) and Manifest.read(folder, key).complete:
-            return cls.open(folder, key)
-        return cls.build(folder, key, examples, run, **options)
+        if not _is_made(folder, key):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not _is_made(folder, key):
+                    return cls.build(folder, key, examples, run, **options)
+        return cls.open(folder, key)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
         """Return the rows of the examples, one after the other, for each name of ``key.names``."""
@@ -229,6 +234,10 @@ class TeacherCache:
             shard = read_tensors(self.folder / self._shards[index].file, self.key.names)
         self._mapped[index] = shard
         return shard
+
+
+def _is_made(folder: Path, key: CacheKey) -> bool:
+    return not is_free(folder) and Manifest.read(folder, key).complete
 
 
 class _Store:
