@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_an_adapter_is_read_upon_its_model(files):
     assert (expected - logits(tiny.model())).abs().max() > 0.01
 
 
+def test_an_adapter_can_be_trained_on(files):
+    model = load_model(str(files / "adapter"))
+    trained = {name for name, x in model.named_parameters() if x.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
+    assert not any(module.training for module in model.modules())
+
+
 def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch):
     from peft import auto
 
@@ -173,7 +181,7 @@ def test_the_hub_is_asked_only_if_allowed(files, monkeypatch, download):
         monkeypatch.setattr(loading, "cached_file", record("file", where))
         for kind in ("AutoModelForCausalLM", "AutoTokenizer", "peft.AutoPeftModelForCausalLM"):
             module = "" if "." in kind else "lens_kernels.hf.loading."
-            monkeypatch.setattr(f"{module}{kind}.from_pretrained", record(kind, None))
+            monkeypatch.setattr(f"{module}{kind}.from_pretrained", record(kind, Mock()))
         load_model("some/name", "auto", download)
         load_tokenizer("some/name", download)
     local = not download

@@ -147,6 +147,37 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(files, tmp_path):
     assert command.last_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_past_its_last_step_trains_no_further(files, tmp_path, monkeypatch, capsys, finished):
+    argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")  # 4 to an epoch
+    assert cli.main(argv) == 0
+    end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
+    if not finished:  # cut off between the last checkpoint and the end
+        (tmp_path / "metrics.json").write_text(metrics[:-5])
+        (tmp_path / "model.safetensors").unlink()
+    forbidden = "training_step" if not finished else "train"
+    monkeypatch.setattr(LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("trained on"))
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    assert ("it is done: delete" in capsys.readouterr().out) == finished
+    again = weights(tmp_path)
+    assert all(torch.equal(end[name], again[name]) for name in end)
+    loss = json.loads((tmp_path / "metrics.json").read_text())["eval_loss"]
+    assert loss == pytest.approx(json.loads(metrics)["eval_loss"], rel=1e-6)
+
+
+def test_without_the_optimisers_state_a_run_begins_anew(files, tmp_path, monkeypatch, capsys):
+    options = {"max_steps": 5, "save_only_model": True}
+    assert cli.main(arguments(files, tmp_path / "whole", **options)) == 0
+    argv = arguments(files, tmp_path / "cut", **options)
+    interrupted(monkeypatch, argv, before_step=4)
+    assert command.last_checkpoint(tmp_path / "cut").name == "checkpoint-2"
+    assert cli.main(argv) == 0
+    assert "going on" not in capsys.readouterr().out
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
 def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
     assert cli.main(arguments(files, tmp_path)) == 0
     assert cli.main(arguments(files, tmp_path, beta=0.3, learning_rate=0.02)) == 1
@@ -195,6 +226,18 @@ def test_lora_trains_an_adapter_and_nothing_else(files, tmp_path):
     assert len(moved) == 6 and min(moved) > 0  # 3 blocks; the last is reached by the final term
 
 
+def test_an_adapter_can_be_the_student_and_is_trained_on(files, tmp_path, capsys):
+    argv = arguments(files, tmp_path / "one", lora_r=2, lora_target_modules=["q_proj"])
+    assert cli.main(argv) == 0
+    again = {"student": tmp_path / "one"}
+    assert cli.main(arguments(files, tmp_path / "two", **again)) == 0
+    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved and all("lora_" in name for name in moved)
+    assert cli.main(arguments(files, tmp_path / "three", lora_r=2, **again)) == 1
+    assert "lora_r=2 would put an adapter upon that of" in capsys.readouterr().err
+
+
 def test_an_adapter_can_be_the_teacher(files, tmp_path, capsys):
     argv = arguments(files, tmp_path / "adapter", lora_r=2, lora_target_modules=["q_proj"])
     assert cli.main(argv) == 0
@@ -240,6 +283,27 @@ def test_options_come_from_a_file_and_the_command_line_goes_first(files, tmp_pat
     assert (args.beta, args.student_layers, args.lens_norm) == (0.75, [1], False)
     assert chosen["beta"] == 0.75 and chosen["lens_norm"] is False
     assert chosen["output_dir"] == str(tmp_path)
+
+
+def test_the_record_holds_plain_values_and_no_secret(files, tmp_path):
+    argv = arguments(files, tmp_path, debug=["underflow_overflow"], hub_token="hf_secret")[1:]
+    _, args, chosen = command.parse(argv)
+    assert args.hub_token == "hf_secret" and "hub_token" not in chosen
+    assert yaml.safe_load(yaml.safe_dump(chosen))["debug"] == ["underflow_overflow"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--conf", "run.yaml"], "--conf run.yaml"),
+        (["--pres", "gpt2"], "--pres gpt2"),
+        (["--resume_from_checkpoint", "x"], "goes on from the last whole checkpoint of its output"),
+    ],
+)
+def test_options_without_effect_are_refused(files, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        command.parse([*arguments(files, tmp_path)[1:], *more])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -352,9 +352,9 @@ def test_a_cache_made_otherwise_is_refused_and_left(built, model, examples, othe
 
 
 def test_another_format_is_all_that_is_said(built, key):
-    other = CacheKey("", "", (), None, "float16", format=2)
+    other = CacheKey("", "", (), None, "float16", format=3)
     with pytest.raises(
-        ValueError, match="refused: written in another format: 1 there, 2 wanted; d"
+        ValueError, match="refused: written in another format: 2 there, 3 wanted; d"
     ):
         TeacherCache.open(built, other)
 

@@ -90,11 +90,11 @@ class LensDistillTrainer(Trainer):
         self._last_log = time.perf_counter()
         return super().train(*args, **kwargs)
 
-    def _run_epoch(self, **kwargs: Any) -> None:
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks only after a step whether it was the last: one that goes on from its
         # end, in the middle of an epoch, would make a step too many.
         if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(**kwargs)
+            super()._run_epoch(*args, **kwargs)
 
     def compute_loss(
         self,

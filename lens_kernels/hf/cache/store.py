@@ -167,12 +167,11 @@ class TeacherCache:
         it, this one waits.
         """
         folder = Path(folder)
-        if not _is_made(folder, key):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.with_name(f"{folder.name}.lock")):
-                if not _is_made(folder, key):
-                    return cls.build(folder, key, examples, run, **options)
-        return cls.open(folder, key)
+        if not is_free(folder) and Manifest.read(folder, key).complete:
+            return cls.open(folder, key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            return cls.build(folder, key, examples, run, **options)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
         """Return the rows of the examples, one after the other, for each name of ``key.names``."""
@@ -234,10 +233,6 @@ class TeacherCache:
             shard = read_tensors(self.folder / self._shards[index].file, self.key.names)
         self._mapped[index] = shard
         return shard
-
-
-def _is_made(folder: Path, key: CacheKey) -> bool:
-    return not is_free(folder) and Manifest.read(folder, key).complete
 
 
 class _Store:
