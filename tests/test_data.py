@@ -283,9 +283,9 @@ def test_long_prompts_are_dropped_and_long_wholes_cut():
 def test_only_the_first_prompt_counts_where_many_turns_are_learnt():
     tokenizer = bpe()
     row = Row(1, ["two"], messages=TALK)
-    labels = encoded(row, tokenizer)["labels"]
-    first = next(i for i, label in enumerate(labels) if label != -100)
-    assert encoded(row, tokenizer, max_prompt_length=first) is not None
+    whole = encoded(row, tokenizer)
+    first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
+    assert encoded(row, tokenizer, max_prompt_length=first) == whole
     assert encoded(row, tokenizer, max_prompt_length=first - 1) is None
 
 
