@@ -29,8 +29,10 @@ from benchmarks import harness, plot
 
 DATA = harness.ROOT / "benchmarks" / "data" / "cpu"
 FIGURES = harness.ROOT / "benchmarks" / "figures"
-BLOCKS = [1, 2, 3, 4, 5, 6, 7, 8, 25, 26, 27, 28, 29, 30]
-STUDENT_LAYERS, TEACHER_LAYERS = [5, 9], [10, 20]  # the uniform rule for two pairs
+# Of 30 blocks those whose loss is mended soonest: without 12 to 19 the cross entropy doubles, and
+# after 20 steps half of that is made good; other eight cost up to twice as much.
+BLOCKS = [*range(1, 12), *range(20, 31)]
+STUDENT_LAYERS, TEACHER_LAYERS = [7, 15], [10, 20]  # the uniform rule for two pairs
 # The weight of MSE makes its term about as large as the lens term when training begins.
 ARMS: dict[str, dict[str, Any]] = {
     "SFT": {"kd_ratio": 0.0},
@@ -54,8 +56,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--train", required=True, help="JSON lines to train on")
     parser.add_argument("--eval", required=True, help="JSON lines to judge on")
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--batch", type=int, default=4, help="examples of a step")
+    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=2, help="examples of a step")
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--eval-rows", type=int, default=80, help="rows that are judged on")
@@ -79,6 +81,7 @@ def train(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> float:
         "student_blocks": BLOCKS,
         "student_layers": STUDENT_LAYERS,
         "teacher_layers": TEACHER_LAYERS,
+        "final_divergence": "forward_kl",
         "prompt_style": "chat",
         "max_length": 256,
         "per_device_train_batch_size": args.batch,
