@@ -17,6 +17,7 @@ from torch import Tensor
 from lens_kernels.spec import Divergence
 
 Pointwise = tuple[Tensor, Tensor]
+Formula = Callable[[Tensor, Tensor, float], Pointwise]
 NEAR = 0.5  # |d| below which differences of p and q go through expm1
 
 
@@ -65,7 +66,7 @@ def _hellinger(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
     return diff * diff / 2, -root_q * diff / 2
 
 
-_TABLE: dict[Divergence, Callable[[Tensor, Tensor, float], Pointwise]] = {
+_TABLE: dict[Divergence, Formula] = {
     Divergence.JSD: _jsd,
     Divergence.JEFFREYS: _jeffreys,
     Divergence.FORWARD_KL: _forward_kl,
@@ -75,6 +76,6 @@ _TABLE: dict[Divergence, Callable[[Tensor, Tensor, float], Pointwise]] = {
 }
 
 
-def pointwise(divergence: Divergence, lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    """Return ``(f, h)`` of the divergence from the log-probabilities of teacher and student."""
-    return _TABLE[divergence](lp, lq, beta)
+def pointwise(divergence: Divergence) -> Formula:
+    """Return the function that makes ``(f, h)`` of log-probabilities, the teacher's first."""
+    return _TABLE[divergence]

@@ -53,6 +53,25 @@ def test_every_divergence_compiled(compiling, divergence, feature):
     assert_gradients(grads, expected_grads, 1e-5)
 
 
+def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(compiling, monkeypatch):
+    """Neither for the lenses nor for the final output, one call after the other in one process."""
+    monkeypatch.setattr(
+        tile_pass,
+        "_compile",
+        lambda function: torch.compile(function, dynamic=True, backend="eager"),
+    )
+    problem = make(BATCH, std=2.0)
+    labels = torch.randint(BATCH.vocab, BATCH.leading)
+    for final in (*DIVERGENCES, *DIVERGENCES[:2]):
+        options = {"divergence": DIVERGENCES[-1 - DIVERGENCES.index(final)]}
+        options["final_divergence"] = final
+        got, grads = whole_objective(problem, labels, **options)
+        truth, truth_grads = whole_objective(problem, labels, backend="reference", **options)
+        assert_close(got.kd, truth.kd, 1e-6, final)
+        assert_close(got.lens, truth.lens, 1e-6, final)
+        assert_gradients(grads, truth_grads, 1e-5)
+
+
 @pytest.mark.slow
 def test_identical_models_are_exactly_zero_compiled(compiling):
     problem = make(ODD, std=5.0)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lens_kernels import divergence as table
 from lens_kernels.backends import matmul, tile_pass
 from lens_kernels.backends.ledger import Ledger
 from lens_kernels.call import Evaluation, LossCall
@@ -133,7 +134,7 @@ class _Run:
         options = (
             self.student.head,
             self.teacher.head,
-            spec.divergences[pair],
+            table.pointwise(spec.divergences[pair]),
             spec.beta,
             spec.temperature,
             want_grad,

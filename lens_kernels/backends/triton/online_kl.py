@@ -125,7 +125,7 @@ def online_kl(
     teacher_stats = merge_stats(maximum_t, total_t)
     lq = _log_shares(maximum_s, total_s, student_stats)
     lp = _log_shares(maximum_t, total_t, teacher_stats)
-    between = [table.pointwise(kind, lp, lq, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
+    between = [table.pointwise(kind)(lp, lq, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
     forward = (lp.exp() * forward + between[0]).sum(0)
     reverse = (lq.exp() * reverse + between[1]).sum(0)
     if divergence is Divergence.FORWARD_KL:
