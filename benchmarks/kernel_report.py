@@ -15,7 +15,6 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks import harness
+from benchmarks.shapes import MODELS, Model
 from lens_kernels import plan
 
 # Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
@@ -34,26 +34,6 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
 }
-
-
-@dataclass(frozen=True)
-class Model:
-    """Widths of student and teacher, and their vocabulary."""
-
-    name: str
-    student: int
-    teacher: int
-    vocab: int
-
-
-# From the models' configurations: the smallest member as the student, a larger one as the teacher.
-MODELS = (
-    Model("GPT-2 124M < 1.5B", 768, 1600, 50257),
-    Model("TinyLlama 1.1B < Llama-2 7B", 2048, 4096, 32000),
-    Model("Qwen2.5 0.5B < 7B", 896, 3584, 151936),
-    Model("Llama-3 1B < 8B", 2048, 4096, 128256),
-    Model("Gemma-2 2B < 9B", 2304, 3584, 256000),
-)
 
 
 def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
@@ -132,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
     parser.add_argument("--out", type=Path, default=harness.OUT, help="folder of the CSV files")
     args = parser.parse_args(argv)
-    costs = [row for model in MODELS for row in cost_rows(model, args.tokens)]
+    costs = [row for model in MODELS.values() for row in cost_rows(model, args.tokens)]
     print(f"One lens pair, {args.tokens} tokens, 16-bit operands; computed, not measured")
     show(costs)
     harness.write_csv(args.out / "kernel_costs.csv", costs)

@@ -1,7 +1,8 @@
 """The contenders, all on one job: jsd with beta 1/2, no norm, no bias, mean over pairs and tokens.
 
 Gradients go to the student's hidden states and to its head. The peers know one pair per call, so
-for several pairs their losses are averaged, as a user would, before one backward pass.
+for several pairs their losses are averaged, as a user would, before one backward pass. Masked
+tokens do not count; each contender's docstring says what it does about them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,72 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmarks.harness import version_of
+from benchmarks.shapes import Inputs, Job
 from lens_kernels import LensHead, __version__, symmetric_lens_loss
 from lens_kernels.backends import matmul, tile_pass
 from reference import dense as oracle
-
-
-@dataclass(frozen=True)
-class Job:
-    """The sizes of a problem; the widths are those of GPT-2 small under GPT-2 XL."""
-
-    tokens: int
-    vocab: int
-    pairs: int = 1
-    student_width: int = 768
-    teacher_width: int = 1600
-    dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
-
-    def gemm_flops(self) -> int:
-        """Return the floor: two projections and two gradients for each pair."""
-        width = 3 * self.student_width + self.teacher_width
-        return 2 * self.pairs * self.tokens * self.vocab * width
-
-    def make(self) -> Inputs:
-        """Return inputs whose lenses are neither flat nor one-hot; fakes under ``fake_tensors``."""
-        torch.manual_seed(0)
-
-        def random(rows: int, width: int, scale: float) -> Tensor:
-            # Rows repeat after 8192: a benchmark does not wait for 10^9 random numbers.
-            block = torch.randn(min(rows, 8192), width, device=self.device) * scale
-            return block.repeat(-(-rows // block.shape[0]), 1)[:rows].to(self.dtype)
-
-        widths = (self.student_width, self.teacher_width)
-        student, teacher = (
-            [random(self.tokens, width, 1.0) for _ in range(self.pairs)] for width in widths
-        )
-        heads = [random(self.vocab, width, 1.5 / math.sqrt(width)) for width in widths]
-        for x in (*student, heads[0]):
-            x.requires_grad_()
-        return Inputs(student, teacher, *heads)
-
-
-@dataclass(frozen=True, eq=False)
-class Inputs:
-    """Hidden states ``(N, D)`` for each pair, and heads ``(V, D)``."""
-
-    student_hidden: list[Tensor]
-    teacher_hidden: list[Tensor]
-    student_head: Tensor
-    teacher_head: Tensor
-
-    def leaves(self) -> list[Tensor]:
-        """Return the tensors that get gradients."""
-        return [*self.student_hidden, self.student_head]
-
-    def clear(self) -> None:
-        """Drop the gradients."""
-        for x in self.leaves():
-            x.grad = None
-
-    def pairs(self, count: int) -> Inputs:
-        """Return the first ``count`` pairs."""
-        return replace(
-            self,
-            student_hidden=self.student_hidden[:count],
-            teacher_hidden=self.teacher_hidden[:count],
-        )
 
 
 def per_pair(loss: Callable[[Tensor, Tensor, Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
@@ -100,27 +39,50 @@ def per_pair(loss: Callable[[Tensor, Tensor, Inputs], Tensor]) -> Callable[[Inpu
 
 
 def ours(inputs: Inputs, backend: str = "auto") -> Tensor:
-    """All pairs in one call, with the defaults."""
-    heads = inputs.student_head, inputs.teacher_head
+    """All pairs in one call, with the defaults; the mask is an argument."""
     return symmetric_lens_loss(
-        inputs.student_hidden, inputs.teacher_hidden, *heads, backend=backend
+        inputs.student_hidden,
+        inputs.teacher_hidden,
+        inputs.student_head,
+        inputs.teacher_head,
+        mask=inputs.mask,
+        backend=backend,
     )
 
 
-@per_pair
-def dense(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
-    """Plain differentiable PyTorch, with as few passes over the logits as it can be written."""
-    lq = (student @ inputs.student_head.t()).float().log_softmax(-1)
+def _lean_jsd(student: Tensor, teacher: Tensor, student_head: Tensor, their_head: Tensor) -> Tensor:
+    lq = (student @ student_head.t()).float().log_softmax(-1)
     with torch.no_grad():
-        lp = (teacher @ inputs.teacher_head.t()).float().log_softmax(-1)
+        lp = (teacher @ their_head.t()).float().log_softmax(-1)
     lm = torch.logaddexp(lp, lq) - math.log(2)
     jsd = 0.5 * (lp.exp() * (lp - lm)).sum(-1) + 0.5 * (lq.exp() * (lq - lm)).sum(-1)
     return jsd.mean()
 
 
 @per_pair
+def dense(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
+    """Plain PyTorch, with as few passes as it can be written; masked rows are dropped first."""
+    rows = inputs.counted(student), inputs.counted(teacher)
+    return _lean_jsd(*rows, inputs.student_head, inputs.teacher_head)
+
+
+def _dense_compiled() -> Callable[[Inputs], Tensor]:
+    """Return the same as one graph for ``torch.compile``, but for the dropping of masked rows."""
+    compiled = torch.compile(_lean_jsd, fullgraph=True)
+
+    @per_pair
+    def loss(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
+        rows = inputs.counted(student), inputs.counted(teacher)
+        with _code_for_each_size():
+            return compiled(*rows, inputs.student_head, inputs.teacher_head)
+
+    return loss
+
+
+@per_pair
 def dense_kl_div(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
-    """Plain PyTorch with its own divergence: ``F.kl_div`` against a mixture by ``logsumexp``."""
+    """Plain PyTorch with ``F.kl_div`` and ``logsumexp``; masked rows are dropped first."""
+    student, teacher = inputs.counted(student), inputs.counted(teacher)
     lq = functional.log_softmax((student @ inputs.student_head.t()).float(), -1)
     with torch.no_grad():
         lp = functional.log_softmax((teacher @ inputs.teacher_head.t()).float(), -1)
@@ -129,7 +91,47 @@ def dense_kl_div(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
     return 0.5 * (functional.kl_div(lm, lp, **options) + functional.kl_div(lm, lq, **options))
 
 
+def published(inputs: Inputs) -> Tensor:
+    """DistillLens as published: all rows of all pairs at once, multiplied by the mask at the end.
+
+    Both softmaxes and their mixture are held, in float32, and the mixture's logarithm is that of
+    ``m + 1e-8``. One sample: there the mask's tiling of the published code is right.
+    """
+
+    def softmax(hidden: list[Tensor], head: Tensor) -> Tensor:
+        return torch.stack([h @ head.t() for h in hidden]).float().softmax(-1)
+
+    with torch.no_grad():
+        p = softmax(inputs.teacher_hidden, inputs.teacher_head)
+    q = softmax(inputs.student_hidden, inputs.student_head)
+    log_m = ((p + q) / 2 + PUBLISHED_EPSILON).log()
+    rows = sum(functional.kl_div(log_m, x, reduction="none").sum(-1) / 2 for x in (p, q))
+    assert isinstance(rows, Tensor)
+    if inputs.mask is None:
+        return rows.mean()
+    return (rows * inputs.mask).sum() / (inputs.mask.sum() * len(rows))
+
+
+@contextmanager
+def _code_for_each_size() -> Iterator[None]:
+    """Compile each size apart, as in training, which has one size only.
+
+    After the first size the compiler would turn to code for any size, measured to take 1.5 times
+    the memory.
+    """
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+        yield
+
+
+def _labels(inputs: Inputs) -> Tensor:
+    """Return labels for Liger, which leaves out the loss where they are -100."""
+    tokens, device = inputs.student_hidden[0].shape[0], inputs.student_head.device
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)
+    return labels if inputs.mask is None else labels.masked_fill(~inputs.mask, -100)
+
+
 def _liger(compiled: bool) -> Callable[[Inputs], Tensor]:
+    """Return Liger's chunked loss; it projects all rows and ignores the labels of masked ones."""
     losses = importlib.import_module("liger_kernel.chunked_loss")
     module = losses.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=compiled
@@ -137,22 +139,37 @@ def _liger(compiled: bool) -> Callable[[Inputs], Tensor]:
 
     @per_pair
     def loss(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
-        labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
         heads = inputs.student_head, inputs.teacher_head
-        # Each size gets code of its own, as in training, which has one size only. After the first
-        # size the compiler would turn to code for any size, measured to take 1.5 times the memory.
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
-            return module(student, heads[0], teacher, heads[1], labels)
+        with _code_for_each_size():
+            return module(student, heads[0], teacher, heads[1], _labels(inputs))
+
+    return loss
+
+
+def _liger_fused() -> Callable[[Inputs], Tensor]:
+    """Return Liger's Triton operator; it projects all rows and ignores labels as above."""
+    fused = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    module = fused.LigerFusedLinearJSD(jsd_beta=0.5)
+
+    @per_pair
+    def loss(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
+        heads = inputs.student_head, inputs.teacher_head
+        return module(student, heads[0], teacher, heads[1], _labels(inputs))
 
     return loss
 
 
 def _trl() -> Callable[[Inputs], Tensor]:
+    """Return TRL's function; masked rows are dropped first, as its trainer does on GPUs.
+
+    Elsewhere that trainer projects all rows, to keep their number, and masks the losses.
+    """
     function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
     @per_pair
     def loss(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
         heads = (inputs.student_head, None), (inputs.teacher_head, None)
+        student, teacher = inputs.counted(student), inputs.counted(teacher)
         rows, _entropy = function.apply(student, *heads[0], teacher, *heads[1], 0.5)
         return rows.mean()
 
@@ -202,7 +219,8 @@ class Contender:
     """One way to compute the loss of a job.
 
     ``load`` imports what it needs and returns ``loss(inputs)``. ``on_fakes`` prepares a run over
-    fake tensors on a CPU; it is None where there can be none.
+    fake tensors on a CPU; it is None where there can be none. ``epsilon`` is what its logarithm
+    adds to the mixture, which lowers the loss by ``epsilon * V`` at most.
     """
 
     key: str
@@ -211,6 +229,8 @@ class Contender:
     package: str = ""
     release: str = ""
     on_fakes: Callable[[], AbstractContextManager[None]] | None = nullcontext
+    epsilon: float = 0.0
+    gpu_only: bool = False
 
     def label(self) -> str:
         """Return the title with the version that is installed."""
@@ -232,7 +252,8 @@ class Contender:
         return None
 
 
-LIGER = {"package": "liger-kernel", "release": "0.8.5"}
+PUBLISHED_EPSILON = 1e-8
+LIGER: dict[str, Any] = {"package": "liger-kernel", "release": "0.8.5"}
 CONTENDERS = {
     contender.key: contender
     for contender in (
@@ -261,6 +282,33 @@ CONTENDERS = {
     )
 }
 
+# Of the comparison of speed alone.
+SPEED_CONTENDERS = {
+    contender.key: contender
+    for contender in (
+        Contender(
+            "dense_compiled",
+            "dense PyTorch, torch.compile",
+            _dense_compiled,
+            on_fakes=None,
+        ),
+        Contender(
+            "published",
+            "DistillLens as published",
+            lambda: published,
+            epsilon=PUBLISHED_EPSILON,
+        ),
+        Contender(
+            "liger_fused",
+            "Liger {version} fused JSD (Triton)",
+            _liger_fused,
+            on_fakes=None,
+            gpu_only=True,
+            **LIGER,
+        ),
+    )
+}
+
 
 def step(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
     """Compute the loss and its gradients; the value is returned without its graph."""
@@ -271,17 +319,30 @@ def step(loss: Callable[[Inputs], Tensor], inputs: Inputs) -> Tensor:
 
 
 def check(contender: Contender, device: torch.device) -> None:
-    """Raise unless loss and gradients are those of the fp64 oracle for two small pairs."""
-    sizes = {"student_width": 48, "teacher_width": 80, "device": device}
-    inputs = Job(tokens=24, vocab=1000, pairs=2, **sizes).make()  # type: ignore[arg-type]
+    """Raise unless loss and gradients are those of the fp64 oracle for two small pairs.
+
+    Twice: with all tokens, and with some of them masked.
+    """
+    problems = [x for masked in (0.0, 0.4) for x in _problems(contender, device, masked)]
+    if problems:
+        raise RuntimeError(f"{contender.label()} computes something else: {'; '.join(problems)}")
+
+
+def _problems(contender: Contender, device: torch.device, masked: float) -> list[str]:
+    """Return what differs from the oracle."""
+    sizes = {"student_width": 48, "teacher_width": 80, "device": device, "masked": masked}
+    job = Job(tokens=24, vocab=1000, pairs=2, **sizes)  # type: ignore[arg-type]
+    inputs = job.make()
     value = step(contender.load(), inputs)
     got = [x.grad for x in inputs.leaves()]
     inputs.clear()
     heads = LensHead(inputs.student_head), LensHead(inputs.teacher_head)
-    exact = oracle.lens_loss(inputs.student_hidden, inputs.teacher_hidden, *heads)
+    hidden = inputs.student_hidden, inputs.teacher_hidden
+    exact = oracle.lens_loss(*hidden, *heads, mask=inputs.mask)
     exact.backward()
     problems = []
-    if not abs(value.item() - exact.item()) <= 1e-5 * exact.item():
+    allowed = 1e-5 * exact.item() + contender.epsilon * job.vocab
+    if not abs(value.item() - exact.item()) <= allowed:
         problems.append(f"loss {value.item():.8g} instead of {exact.item():.8g}")
     for i, (x, ours_or_theirs) in enumerate(zip(inputs.leaves(), got, strict=True)):
         assert x.grad is not None
@@ -291,5 +352,4 @@ def check(contender: Contender, device: torch.device) -> None:
         error = ((ours_or_theirs - x.grad).abs().max() / x.grad.abs().max()).item()
         if not error <= 1e-4:
             problems.append(f"gradient {i} is off by {error:.1e} of its largest entry")
-    if problems:
-        raise RuntimeError(f"{contender.label()} computes something else: {'; '.join(problems)}")
+    return [f"{problem} ({masked:.0%} masked)" for problem in problems] if masked else problems

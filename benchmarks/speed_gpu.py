@@ -28,16 +28,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works without an install
 
-from benchmarks import harness, memory, providers, speed_vs_floor  # noqa: E402
+from benchmarks import harness, memory, providers, shapes, speed_vs_floor  # noqa: E402
 
-# Vocabulary, hidden size of the student and of the teacher.
-SHAPES = {
-    "gpt2": (50257, 768, 1600),
-    "tinyllama": (32000, 2048, 4096),
-    "qwen2.5": (151936, 1536, 3584),
-    "llama3": (128256, 2048, 4096),
-}
-TINY = {"tiny": (300, 24, 40)}
+SHAPES = {key: shapes.MODELS[key] for key in ("gpt2", "tinyllama", "qwen2.5", "llama3")}
+TINY = {"tiny": shapes.Model("tiny", 24, 40, 300)}
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MODES = ("forward+backward", "forward")
 FLOOR = "floor"
@@ -66,9 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     environment = harness.gpu_environment(device)
     path = args.out / harness.file_name("speed", device)
     rows = [row("", "", None, key, note=reason) for key, reason in missing.items()]
-    for shape, (vocab, *widths) in (TINY if args.tiny else SHAPES).items():
+    for shape, model in (TINY if args.tiny else SHAPES).items():
         if shape not in args.shapes:
             continue
+        vocab, widths = model.vocab, (model.student, model.teacher)
         for tokens in args.tokens:
             for dtype in args.dtypes:
                 job = providers.Job(tokens, vocab, 1, *widths, DTYPES[dtype], device)

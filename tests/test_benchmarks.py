@@ -2,6 +2,8 @@
 
 import csv
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,7 +66,7 @@ def test_both_instruments_look_into_the_custom_operator():
 
 @pytest.fixture
 def contender(request):
-    found = providers.CONTENDERS[request.param]
+    found = (providers.CONTENDERS | providers.SPEED_CONTENDERS)[request.param]
     if (reason := found.objection()) is not None:
         pytest.skip(f"{found.label()}: {reason}")
     return found
@@ -74,7 +76,7 @@ def contender(request):
 KEYS = [key for key in providers.CONTENDERS if key != "liger"]
 
 
-@pytest.mark.parametrize("contender", KEYS, indirect=True)
+@pytest.mark.parametrize("contender", [*KEYS, "dense_compiled", "published"], indirect=True)
 def test_contender_computes_the_loss_and_gradients_of_the_oracle(contender):
     providers.check(contender, CPU)
 
@@ -87,9 +89,43 @@ def test_check_refuses_a_contender_that_computes_something_else():
         loss = providers.dense(inputs)
         return loss + 1e-3 * (loss - loss.detach())
 
-    for wrong, message in ((but_for_a_pair, "no gradient 1"), (scaled, "gradient 0 is off")):
+    def without_the_mask(inputs):
+        return providers.dense(replace(inputs, mask=None))
+
+    for wrong, message in (
+        (but_for_a_pair, "no gradient 1"),
+        (scaled, "gradient 0 is off"),
+        (without_the_mask, r"something else: loss [\d.]+ instead of [\d.]+ \(40% masked\)"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             providers.check(providers.Contender("wrong", "wrong", lambda f=wrong: f), CPU)
+
+
+def test_only_the_published_loss_is_let_off_by_what_its_epsilon_takes():
+    """Its loss is ``1e-8 * V`` too low; as much is an error in anyone else, and more in it too."""
+
+    def lower(inputs, by):
+        return providers.dense(inputs) - by * inputs.student_head.shape[0]
+
+    for by, epsilon, wrong in ((1e-8, 1e-8, False), (1e-8, 0.0, True), (3e-8, 1e-8, True)):
+        contender = providers.Contender(
+            "low", "low", lambda by=by: lambda inputs: lower(inputs, by), epsilon=epsilon
+        )
+        with pytest.raises(RuntimeError, match="loss") if wrong else nullcontext():
+            providers.check(contender, CPU)
+
+
+def test_a_mask_takes_its_share_of_tokens_and_of_the_floor():
+    job = providers.Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
+    inputs = job.make()
+    assert inputs.mask.sum() == 30
+    assert 0 < inputs.mask[:10].sum() < 10  # scattered
+    hidden = inputs.student_hidden[0]
+    assert torch.equal(inputs.counted(hidden), hidden[inputs.mask])
+    unmasked = replace(job, masked=0.0)
+    assert job.gemm_flops() == 0.75 * unmasked.gemm_flops()
+    assert unmasked.make().mask is None
+    assert torch.equal(unmasked.make().student_head, inputs.student_head)
 
 
 @pytest.mark.parametrize("pairs", [1, 3])
