@@ -17,52 +17,68 @@ from torch import Tensor
 from lens_kernels.spec import Divergence
 
 Pointwise = tuple[Tensor, Tensor]
-Formula = Callable[[Tensor, Tensor, float], Pointwise]
+# Of log p, log q, p, q, which the caller has anyway, and beta.
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, float], Pointwise]
 NEAR = 0.5  # |d| below which differences of p and q go through expm1
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """``exp(x) - 1`` for ``|x| <= NEAR``."""
+    if not torch.compiler.is_compiling():
+        return torch.expm1(x)
+    # For CPUs Inductor of torch 2.13 writes exp(x) - 1, which leaves nothing near 0. Taylor's
+    # series, to the rounding of the dtype.
+    total = torch.ones_like(x)
+    for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
+        total = 1 + x / n * total
+    return x * total
 
 
 def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     """``p - q`` without cancellation: ``q expm1(d)`` near the diagonal."""
     near = d.clamp(-NEAR, NEAR)
-    return torch.where(near == d, q * torch.expm1(near), p - q)
+    return torch.where(near == d, q * _expm1(near), p - q)
 
 
-def _jsd(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
+def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
     # With m = beta p + (1 - beta) q: log m - log q = relu(d) + l and log p - log m = -relu(-d) - l,
     # where l = log1p(k expm1(-|d|)). Relative accuracy holds from d = 0 to d = +-inf.
     d = lp - lq
     k = torch.where(d > 0, d.new_full((), 1 - beta), d.new_full((), beta))  # not as float32
-    l = torch.log1p(k * torch.expm1(-d.abs()))  # noqa: E741
-    student = (1 - beta) * lq.exp() * (d.clamp(min=0) + l)
-    return beta * lp.exp() * (d.clamp(max=0) - l) - student, -student
+    # exp(-|d|) without an exponential; where both are 0 the terms are too, whatever l is.
+    larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
+    far = torch.minimum(p, q) / larger - 1
+    near = -d.abs().clamp(max=NEAR)
+    l = torch.log1p(k * torch.where(near > -NEAR, _expm1(near), far))  # noqa: E741
+    student = (1 - beta) * q * (d.clamp(min=0) + l)
+    return beta * p * (d.clamp(max=0) - l) - student, -student
 
 
-def _jeffreys(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    d, p, q = lp - lq, lp.exp(), lq.exp()
+def _jeffreys(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+    d = lp - lq
     diff = _minus(p, q, d)
     return diff * d, -diff - q * d
 
 
-def _forward_kl(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    d, p, q = lp - lq, lp.exp(), lq.exp()
+def _forward_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+    d = lp - lq
     diff = _minus(p, q, d)
     return p * d - diff, -diff
 
 
-def _reverse_kl(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    d, p, q = lp - lq, lp.exp(), lq.exp()
+def _reverse_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+    d = lp - lq
     return _minus(p, q, d) - q * d, -q * d
 
 
-def _tvd(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    q = lq.exp()
-    diff = _minus(lp.exp(), q, lp - lq)
+def _tvd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+    diff = _minus(p, q, lp - lq)
     return diff.abs() / 2, -q * diff.sign() / 2
 
 
-def _hellinger(lp: Tensor, lq: Tensor, beta: float) -> Pointwise:
-    root_q = (lq / 2).exp()
-    diff = _minus((lp / 2).exp(), root_q, (lp - lq) / 2)
+def _hellinger(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+    root_q = q.sqrt()
+    diff = _minus(p.sqrt(), root_q, (lp - lq) / 2)
     return diff * diff / 2, -root_q * diff / 2
 
 
@@ -77,5 +93,5 @@ _TABLE: dict[Divergence, Formula] = {
 
 
 def pointwise(divergence: Divergence) -> Formula:
-    """Return the function that makes ``(f, h)`` of log-probabilities, the teacher's first."""
+    """Return the function that makes ``(f, h)`` of a divergence."""
     return _TABLE[divergence]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_loss
+from lens_kernels import divergence as table
 from lens_kernels.autograd import _pack, lens_loss, scale_gradients
 from lens_kernels.backends import tile_pass
+from lens_kernels.spec import Divergence
 from tests.compare import assert_close, assert_gradients, relative_error
 from tests.grids import BATCH, DIVERGENCES, FEATURES, ODD, several_chunks
 from tests.problems import Problem, capture_call, loss_of, make, objective, oracle, ours
@@ -70,6 +72,23 @@ def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(compiling, m
         assert_close(got.kd, truth.kd, 1e-6, final)
         assert_close(got.lens, truth.lens, 1e-6, final)
         assert_gradients(grads, truth_grads, 1e-5)
+
+
+def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
+    """Logits 1e-3 apart have a jsd of 1e-7, which ``exp(x) - 1`` would give to 10 %."""
+    student = 3 * torch.randn(4, 5000)
+    teacher = student + 1e-3 * torch.randn(4, 5000)
+    arguments = (table.pointwise(Divergence.JSD), 0.5, 1.0, True)
+    results = []
+    for dtype, compiled in ((torch.float32, True), (torch.float64, False)):
+        head = LensHead(torch.zeros(5000, 1, dtype=dtype))
+        zs, zt, weight = student.to(dtype), teacher.to(dtype), torch.ones(4, dtype=dtype)
+        zs = zs.clone()
+        loss = tile_pass.run(compiled, tile_pass.tile_pass, zs, zt, weight, head, head, *arguments)
+        results.append((loss.double(), zs.double()))
+    (loss, grad), (truth, true_grad) = results
+    assert relative_error(loss, truth) <= 1e-3
+    assert relative_error(grad, true_grad) <= 1e-3
 
 
 @pytest.mark.slow

@@ -134,8 +134,8 @@ def test_the_table_is_the_library_s(log_probabilities, divergence, beta):
     """
     lp, lq = log_probabilities
     wide = lp.double(), lq.double()
-    truth = table.pointwise(Divergence(divergence))(*wide, beta)
     p, q = (x.exp() for x in wide)
+    truth = table.pointwise(Divergence(divergence))(*wide, p, q, beta)
     digits = 1 + torch.maximum(lp, lq).abs().clamp(max=110) / 4
     for name, got, expected in zip("fh", run_table(divergence, lp, lq, beta), truth, strict=True):
         bound = 5e-6 * digits * (expected.abs() + 0.1 * (p - q).abs())

@@ -31,14 +31,17 @@ INDUCTOR: dict[str, Any] = {
 FLOOR = -1e30  # stands for -inf logits, whose differences would be NaN
 
 
-def log_softmax(u: Tensor) -> Tensor:
-    """Return ``log softmax(u)``.
+def softmax(u: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of softmax and softmax itself, for one exponential.
 
     The normaliser is kept in two parts, maximum and log of sum: one fp32 number near 60 would put
-    an error of 4e-6 into every probability.
+    an error of 4e-6 into every probability. Both results are normalised by the same rounded log,
+    since divergences are of second order in an error that log q and q share.
     """
     u = u - u.amax(-1, keepdim=True)
-    return u - u.exp().sum(-1, keepdim=True).log()
+    powers = u.exp()
+    log_total = powers.sum(-1, keepdim=True).log()
+    return u - log_total, powers * (-log_total).exp()
 
 
 def tile_pass(
@@ -61,11 +64,12 @@ def tile_pass(
     """
     us, slope = student.logits(zs, temperature)
     ut, _ = teacher.logits(zt, temperature)
-    lq = log_softmax(us.clamp(min=FLOOR))
-    f, h = formula(log_softmax(ut.clamp(min=FLOOR)), lq, beta)
+    lq, q = softmax(us.clamp(min=FLOOR))
+    lp, p = softmax(ut.clamp(min=FLOOR))
+    f, h = formula(lp, lq, p, q, beta)
     loss = f.sum(-1)
     if want_grad:
-        grad = h - lq.exp() * h.sum(-1, keepdim=True)
+        grad = h - q * h.sum(-1, keepdim=True)
         zs.copy_(grad * (weight[:, None] * slope))
     return loss
 
@@ -85,11 +89,11 @@ def tile_pass_with_labels(
 ) -> tuple[Tensor, Tensor]:
     """Do as ``tile_pass`` and add the cross entropy, which knows no temperature."""
     logits, slope = student.logits(zs, 1.0)
-    lq = log_softmax(logits.clamp(min=FLOOR))
+    lq, q = softmax(logits.clamp(min=FLOOR))
     cross_entropy = -lq.gather(-1, labels[:, None])[:, 0]
     if want_grad:
         columns = torch.arange(zs.shape[-1], device=zs.device)
-        residual = lq.exp() - (columns == labels[:, None]).to(lq.dtype)
+        residual = q - (columns == labels[:, None]).to(lq.dtype)
         extra = residual * (label_weight[:, None] * slope)
     loss = tile_pass(zs, zt, weight, student, teacher, formula, beta, temperature, want_grad)
     if want_grad:

@@ -125,9 +125,10 @@ def online_kl(
     teacher_stats = merge_stats(maximum_t, total_t)
     lq = _log_shares(maximum_s, total_s, student_stats)
     lp = _log_shares(maximum_t, total_t, teacher_stats)
-    between = [table.pointwise(kind)(lp, lq, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
-    forward = (lp.exp() * forward + between[0]).sum(0)
-    reverse = (lq.exp() * reverse + between[1]).sum(0)
+    p, q = lp.exp(), lq.exp()
+    between = [table.pointwise(kind)(lp, lq, p, q, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
+    forward = (p * forward + between[0]).sum(0)
+    reverse = (q * reverse + between[1]).sum(0)
     if divergence is Divergence.FORWARD_KL:
         # Its h is q - p, which sums to 0.
         return RowSums(forward, torch.zeros_like(forward), student_stats, teacher_stats)
