@@ -90,15 +90,17 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str:
-    """Return the commit of the library's code, with ``-dirty`` if it was changed since."""
+    """Return the last commit of the code that is measured, ``-dirty`` if it was changed since."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(ROOT), *args]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
+    code = ("lens_kernels", "benchmarks/*.py")
     try:
-        changed = git("status", "--porcelain", "--", "lens_kernels", "benchmarks/*.py")
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+        changed = git("status", "--porcelain", "--", *code)
+        last = git("log", "-1", "--format=%h", "--abbrev=12", "--", *code)
+        return last + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -127,10 +129,8 @@ def time_interleaved(
     another one. Caches need no flushing: the heads alone exceed every cache.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
     for number in range(rounds + 1):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in rotated([*functions], number):
             elapsed = seconds(functions[name], device)
             if number:
                 times[name].append(elapsed * 1e3)
@@ -138,6 +138,12 @@ def time_interleaved(
             if progress:
                 print(f"  {label}: {name} {elapsed:.2f} s", flush=True)
     return {name: Timing(tuple(values)) for name, values in times.items()}
+
+
+def rotated(names: Sequence[str], number: int) -> list[str]:
+    """Return the order of a round, which each time starts with the next one."""
+    shift = number % len(names)
+    return [*names[shift:], *names[:shift]]
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
@@ -170,6 +176,14 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

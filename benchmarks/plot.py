@@ -7,20 +7,31 @@ import importlib.util
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers.
 COLOURS = {
     "lens_kernels": "#D55E00",
+    "triton": "#E69F00",
     "dense": "#555555",
+    "dense_kl_div": "#999999",
+    "dense_compiled": "#000000",
+    "published": "#CC79A7",
     "liger": "#0072B2",
     "liger_uncompiled": "#56B4E9",
+    "liger_fused": "#004466",
     "trl": "#009E73",
 }
 MARKERS = {
     "lens_kernels": "o",
+    "triton": "*",
     "dense": "s",
+    "dense_kl_div": "s",
+    "dense_compiled": "P",
+    "published": "X",
     "liger": "^",
     "liger_uncompiled": "v",
+    "liger_fused": "<",
     "trl": "D",
 }
 
@@ -135,3 +146,106 @@ def study(csv_path: Path, png_path: Path, metrics: Mapping[str, str], arms: Sequ
     png_path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png_path, dpi=110)
     return True
+
+
+# Column of the CSV along each sweep, and what the axis says.
+SPEED_AXES = {
+    "tokens": ("tokens", "tokens"),
+    "vocab": ("vocab_entries", "vocabulary entries"),
+    "pairs": ("pairs", "lens pairs"),
+    "mask": ("masked", "share of tokens masked"),
+}
+
+
+def speed_vs_peers(csv_path: Path, png_path: Path) -> bool:
+    """Draw time along each sweep, and over the floor for each model; say if it could be done."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with csv_path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["median_ms"]]
+    figure = Figure(figsize=(14.5, 8.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    *panels, bars, below = figure.subplots(2, 3).flat
+    handles: dict[str, Any] = {}
+    for axis, (sweep, (column, label)) in zip(panels, SPEED_AXES.items(), strict=False):
+        _speed_lines(axis, [r for r in rows if sweep in r["sweeps"].split()], column, handles)
+        axis.set_xlabel(label)
+        axis.set_ylabel("seconds")
+    _speed_bars(bars, [r for r in rows if "models" in r["sweeps"].split()], handles)
+    below.axis("off")
+    below.legend(handles.values(), handles.keys(), loc="center", frameon=False)
+    if rows:
+        figure.suptitle(
+            "Loss + backward: medians of interleaved rounds, from the quickest to the slowest\n"
+            f"{rows[0]['dtype']}, {rows[0]['device']}, {rows[0]['threads']} threads"
+        )
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=100)
+    return True
+
+
+def _speed_lines(
+    axis: Any, rows: Sequence[Mapping[str, str]], column: str, handles: dict[str, Any]
+) -> None:
+    """Draw a line for each contender."""
+    values = sorted({float(row[column]) for row in rows})
+    for key in dict.fromkeys(row["contender"] for row in rows):
+        points = sorted(
+            (float(r[column]), *(float(r[f"{name}_ms"]) / 1e3 for name in ("median", "min", "max")))
+            for r in rows
+            if r["contender"] == key
+        )
+        x, y, low, high = zip(*points, strict=True)
+        spread = [[a - b for a, b in zip(y, low, strict=True)]]
+        spread.append([b - a for a, b in zip(y, high, strict=True)])
+        style = {"color": COLOURS.get(key, "black"), "marker": MARKERS.get(key, "")}
+        style["linestyle"] = "--" if key == "floor" else "-"
+        front = key == "lens_kernels"
+        label = next(r["label"] for r in rows if r["contender"] == key)
+        width = 2.4 if front else 1.4
+        drawn = axis.errorbar(x, y, spread, capsize=3, lw=width, zorder=3 + front, **style)
+        handles.setdefault(label, drawn)
+    if column != "masked":
+        axis.set_xscale("log", base=2)
+    axis.set_yscale("log", base=2)
+    axis.set_xticks(values, [f"{value:g}" for value in values])
+    axis.yaxis.set_major_formatter(lambda seconds, _: f"{seconds:g}")
+    axis.minorticks_off()
+    axis.grid(color="#DDDDDD", linewidth=0.7)
+    axis.spines[["top", "right"]].set_visible(False)
+    if rows:
+        varies = {"tokens", "vocab_entries", "pairs", "masked"} - {column}
+        same = {name: {row[name] for row in rows} for name in varies}
+        axis.set_title(_fixed(same), fontsize=10)
+
+
+def _fixed(values: Mapping[str, set[str]]) -> str:
+    """Say what does not change along a sweep."""
+    names = {"tokens": "{} tokens", "vocab_entries": "{} entries", "pairs": "{} pair(s)"}
+    names["masked"] = "masked: {}"
+    shown = (names[name].format(*values[name]) for name in names if len(values.get(name, ())) == 1)
+    return ", ".join(shown)
+
+
+def _speed_bars(axis: Any, rows: Sequence[Mapping[str, str]], handles: dict[str, Any]) -> None:
+    """Draw a group of bars for each model."""
+    models = [*dict.fromkeys(row["model"] for row in rows)]
+    keys = [key for key in dict.fromkeys(row["contender"] for row in rows) if key != "floor"]
+    for place, key in enumerate(keys):
+        of_key = {row["model"]: row for row in rows if row["contender"] == key}
+        left = [
+            models.index(name) + (place - (len(keys) - 1) / 2) * 0.8 / len(keys) for name in of_key
+        ]
+        heights = [float(row["ratio_to_floor"]) for row in of_key.values()]
+        axis.bar(left, heights, 0.8 / len(keys), color=COLOURS.get(key, "black"))
+    axis.axhline(1, color="black", linestyle="--", linewidth=1.4)
+    axis.set_xticks(range(len(models)), models)
+    axis.set_ylabel("time / time of the four products")
+    axis.grid(axis="y", color="#DDDDDD", linewidth=0.7)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    if rows:
+        axis.set_title(f"models, {rows[0]['tokens']} tokens, 1 pair", fontsize=10)
