@@ -60,6 +60,7 @@ def run_case(
     cache: bool = False,
     one_node_each: bool = False,
     fsdp: bool = False,
+    resumed: bool = False,
     **options: Any,
 ) -> Result:
     """Train a tiny student on ``rows`` examples a step, however many processes share them."""
@@ -84,21 +85,30 @@ def run_case(
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
             _let_accelerate_shard(patch)
-        run = trainer(
-            folder,
-            batch=rows // accumulate // processes,
-            accumulate=accumulate,
-            data=data,
-            student=_student({"layers": 3, **(student or {})}, lora),
-            **{"kd_ratio": 0.5, "mse_coeff": 0.01, **options},
-            ddp_timeout=120,
-        )
-        start = _whole(run.model)
+        if resumed:
+            options |= {"save_strategy": "steps", "save_steps": 1}
+
+        def make() -> LensDistillTrainer:
+            return trainer(
+                folder,
+                batch=rows // accumulate // processes,
+                accumulate=accumulate,
+                data=data,
+                student=_student({"layers": 3, **(student or {})}, lora),
+                **{"kd_ratio": 0.5, "mse_coeff": 0.01, **options},
+                ddp_timeout=120,
+            )
+
+        run = make()
+        start = _whole(run)
         run.train()
+        if resumed:
+            run = make()
+            run.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
         run.evaluate()
     sharded = any(isinstance(x, DTensor) for x in run.model.state_dict().values())
     assert sharded == (processes > 1 and fsdp)
-    return Result(start, _whole(run.model), run.state.log_history, sum(ran))
+    return Result(start, _whole(run), run.state.log_history, sum(ran))
 
 
 def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
@@ -122,9 +132,13 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
     return get_peft_model(student, config)
 
 
-def _whole(model: Any) -> dict[str, torch.Tensor]:
+def _whole(run: Any) -> dict[str, torch.Tensor]:
+    """Return the student's parameters, and what MSE has learnt."""
+    state = dict(run.model.state_dict())
+    if run.objective is not None:
+        state |= run.objective.projections.state_dict(prefix="learnt.")
     whole = {}
-    for name, x in model.state_dict().items():
+    for name, x in state.items():
         whole[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
     return whole
 

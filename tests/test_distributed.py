@@ -75,6 +75,9 @@ def check(tmp_path, cases, relative=1e-5):
 EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
 # Nine tokens on each rank, so that the mean of the ranks' means is the mean over tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
+# SGD has no state, and FSDP cannot read one that is empty.
+RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
+RESUMED |= {"learning_rate": 0.02}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
 
 
@@ -85,6 +88,7 @@ def test_two_ranks_are_one_process(tmp_path):
         "empty": EMPTY,
         "local": LOCAL,
         "checkpointing": {"gradient_checkpointing": True},
+        "resumed": {"resumed": True},
         "fine_tuning": FINE_TUNING,
         "fine_tuning_local": FINE_TUNING | LOCAL,
     }
@@ -116,6 +120,8 @@ def test_two_ranks_with_sharded_parameters(tmp_path):
         "tied": {"fsdp": True, "student": {"tie_word_embeddings": True}},
         "cache": {"fsdp": True, "cache": True},
         "lora": {"fsdp": True, "lora": True},
+        "resumed": RESUMED,
+        "lora_resumed": RESUMED | {"lora": True},  # FSDP's own checkpoint holds adapters alone
     }
     check(tmp_path, cases, relative=1e-4)  # a second step magnifies rounding: 5e-5 was seen
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from lens_kernels.hf.layers import check_layers
 from lens_kernels.lens import LensHead
 from lens_kernels.validation import IGNORE_INDEX, shared_vocabulary
 
-PROJECTIONS = "mse_projections"  # the submodule of the student that holds what MSE learns
+PROJECTIONS = "mse_projections"  # where the student holds what MSE learns
 
 
 ENTROPY_STRIDE = 16  # entropies are of every 16th token: about 3 % of the loss's own cost
@@ -45,8 +46,8 @@ class LensObjective:
     ``student_layers[i]`` is compared with ``teacher_layers[i]``, through each model's final norm
     unless ``lens_norm`` is False; ``options`` go to ``distillation_loss``. With ``mse_coeff`` the
     objective has a further term in the place of a lens: the mean square of ``P h_teacher -
-    h_student`` with a learnt matrix ``P`` for each pair, which becomes a part of the student while
-    it is trained. Labels are Hugging Face's: aligned with the input, shifted here.
+    h_student`` with a learnt matrix ``P`` for each pair, in ``projections``. Labels are Hugging
+    Face's: aligned with the input, shifted here.
     """
 
     def __init__(
@@ -76,8 +77,7 @@ class LensObjective:
         for model in (student, teacher):
             verify_lens(model)
         shared_vocabulary(options.get("vocab_size"), *self.heads())
-        if mse_coeff:
-            self._add_projections()
+        self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
 
     def __call__(
         self,
@@ -129,6 +129,18 @@ class LensObjective:
         assert self.teacher is not None
         hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted) for x in [*hidden, final]]
+
+    @contextmanager
+    def student_with_projections(self) -> Iterator[None]:
+        """Make ``projections`` a part of the student, for all that treats a model's parameters."""
+        holder = causal_lm_of(self.student)
+        if self.mse_coeff:
+            holder.add_module(PROJECTIONS, self.projections)
+        try:
+            yield
+        finally:
+            if self.mse_coeff:
+                delattr(holder, PROJECTIONS)
 
     def release_teacher(self) -> None:
         """Keep the teacher's head alone, for when all its states are in a cache."""
@@ -210,21 +222,23 @@ class LensObjective:
         weight = self._whole_teacher_head().weight
         return [rows[name].to(weight.device, weight.dtype) for name in names]
 
-    def _add_projections(self) -> None:
+    def _new_projections(self) -> nn.ModuleList:
         if not self.student_layers:
             raise ValueError("mse_coeff needs at least one pair of layers to compare, got none")
         student, teacher = (lens_head_from(x).weight for x in (self.student, self.teacher))
         matrices = nn.ModuleList(
             nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
         )
-        matrices.to(student.device, student.dtype)
-        causal_lm_of(self.student).add_module(PROJECTIONS, matrices)
+        # As the student, but in float16, where nothing learns.
+        dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
+        return matrices.to(student.device, dtype)
 
     def _mse(self, student_rows: list[Tensor], teacher_rows: list[Tensor]) -> Tensor:
-        matrices = getattr(causal_lm_of(self.student), PROJECTIONS)
         sums = [
-            (matrix(t.to(matrix.weight.dtype)) - s).float().square().mean(-1).sum()
-            for matrix, s, t in zip(matrices, student_rows, teacher_rows, strict=True)
+            (nn.functional.linear(t.to(p.dtype), p) - s).float().square().mean(-1).sum()
+            for p, s, t in zip(
+                self.projections.parameters(), student_rows, teacher_rows, strict=True
+            )
         ]
         return torch.stack(sums).mean()
 

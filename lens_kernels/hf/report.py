@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,12 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
     ):
         points = [(entry["step"], entry[key]) for entry in steps if key in entry]
         axes.plot(*zip(*points, strict=True), color=colour, label=label, linewidth=1.6)
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    if axes.dataLim.minposy < math.inf:  # a student that equals its teacher has nothing but zeros
+        axes.set_yscale("log")
+        low, high = axes.get_ylim()
+        axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("nats per token")
     axes.set_title("Training loss")

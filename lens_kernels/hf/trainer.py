@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,7 +19,6 @@ from transformers.trainer_utils import EvalLoopOutput
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from lens_kernels.hf.config import LensDistillConfig
 from lens_kernels.hf.data import Collator, padding_id
-from lens_kernels.hf.families import causal_lm_of
 from lens_kernels.hf.loading import load_model
 from lens_kernels.hf.meter import Meter
 from lens_kernels.hf.objective import PROJECTIONS, LensObjective, Outcome
@@ -35,6 +36,7 @@ class LensDistillTrainer(Trainer):
     Raises:
         ValueError: No teacher although ``kd_ratio`` is positive; layers, models or vocabularies
             that do not fit; a teacher cache that is stale or damaged.
+        TypeError: Weights to be trained are in float16.
         RuntimeError: A way to distribute the student under which its head is out of reach.
     """
 
@@ -53,14 +55,11 @@ class LensDistillTrainer(Trainer):
             model = load_model(model, "float32")
         if isinstance(teacher, str):
             teacher = load_model(teacher)
-        self.objective: LensObjective | None = None
+        _check_dtype(model)
         if teacher is not None:
             _check_teacher(model, teacher, args)
             teacher.requires_grad_(False)
             teacher.eval()
-            self.objective = LensObjective(
-                model, teacher, *args.layers(model, teacher), **args.objective_options()
-            )
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None and tokenizer is not None:
             trainer["data_collator"] = Collator(padding_id(tokenizer))
@@ -78,7 +77,14 @@ class LensDistillTrainer(Trainer):
         self._tokens_seen: Tensor | int = 0
         self._last_log = time.perf_counter()
         self._caches: dict[str, TeacherCache] = {}
+        self.objective: LensObjective | None = None
         if teacher is not None:
+            # Here, where the Trainer has seeded: what MSE learns begins at random.
+            self.objective = LensObjective(
+                model, teacher, *args.layers(model, teacher), **args.objective_options()
+            )
+            self.objective.projections.to(args.device)
+            _check_shards(self.accelerator.state, args)
             # Not by accelerate, which places no model under FSDP: it is to shard them all.
             self._move_model_to_device(teacher, args.device)
             if args.teacher_cache:
@@ -88,7 +94,8 @@ class LensDistillTrainer(Trainer):
         """Train as the Trainer does; what is logged begins here."""
         self._meter, self._tokens_seen = Meter(), 0
         self._last_log = time.perf_counter()
-        return super().train(*args, **kwargs)
+        with self._student_with_projections():
+            return super().train(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # The Trainer looks only after a step whether it was the last: one that goes on from its
@@ -258,33 +265,38 @@ class LensDistillTrainer(Trainer):
                 )
         objective.release_teacher()
 
+    def _student_with_projections(self) -> AbstractContextManager[None]:
+        objective = self.objective
+        return nullcontext() if objective is None else objective.student_with_projections()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """Save the student without what MSE learns beside it, which goes to a file of its own."""
         model: Any = self.model
-        matrices = getattr(causal_lm_of(model), PROJECTIONS, None)
-        if matrices is None:
+        held = model.state_dict() if state_dict is None else state_dict
+        learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
+        if not learnt:
             super()._save(output_dir, state_dict)
             return
-        if state_dict is None:
-            state_dict = model.state_dict()
-        kept = {name: x for name, x in state_dict.items() if f"{PROJECTIONS}." not in name}
-        super()._save(output_dir, kept)
+        super()._save(output_dir, {name: x for name, x in held.items() if name not in learnt})
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
-            save_file(matrices.state_dict(), folder / f"{PROJECTIONS}.safetensors")
+            own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
+            save_file(own, folder / f"{PROJECTIONS}.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_matrices(resume_from_checkpoint)
+        self._load_projections(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         super()._load_best_model()
-        self._load_matrices(str(self.state.best_model_checkpoint))
+        self._load_projections(str(self.state.best_model_checkpoint))
 
-    def _load_matrices(self, checkpoint: str) -> None:
-        matrices = getattr(causal_lm_of(self.model), PROJECTIONS, None)
-        if matrices is not None:
-            matrices.load_state_dict(load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors"))
+    def _load_projections(self, checkpoint: str) -> None:
+        if self.objective is not None and self.objective.mse_coeff:
+            learnt = load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors")
+            # Into parameters that may be sharded.
+            whole = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.objective.projections, dict(learnt), options=whole)
 
 
 def _numbered(name: str, dataset: Any) -> _Numbered:
@@ -307,6 +319,17 @@ class _Numbered(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.dataset[index], "example_id": index}
+
+
+def _check_dtype(student: Any) -> None:
+    parameters = student.named_parameters()
+    half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
+    if half:
+        raise TypeError(
+            f"model has {len(half)} parameters to train in float16, {half[0]} the first, and Adam's"
+            " moments are too small for that: read it in float32 (fp16=True computes in float16 all"
+            " the same) or bfloat16, or train an adapter upon it"
+        )
 
 
 def _check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
@@ -334,4 +357,13 @@ def _check_distribution(args: LensDistillConfig) -> None:
     if is_deepspeed_zero3_enabled():
         raise RuntimeError(
             "DeepSpeed ZeRO-3 shards the heads, which the loss needs whole: use ZeRO-1 or 2"
+        )
+
+
+def _check_shards(state: Any, args: LensDistillConfig) -> None:
+    plugin = getattr(state, "fsdp_plugin", None)
+    if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+        raise RuntimeError(
+            f"mse_coeff={args.mse_coeff} needs checkpoints that keep what MSE learns apart, and"
+            " sharded ones do not: set state_dict_type FULL_STATE_DICT in fsdp_config"
         )

@@ -7,6 +7,7 @@ and carries their checksums. One process builds it, others that want it wait; an
 from __future__ import annotations
 
 import bisect
+import logging
 import operator
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
@@ -32,6 +33,8 @@ __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
 COUNTS = "counts"  # of each example of a shard, beside the hidden states
 MAPPED_SHARDS = 64  # at most, so that a long run keeps few of them mapped
+
+_log = logging.getLogger(__name__)
 
 Run = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
 
@@ -164,13 +167,19 @@ class TeacherCache:
         """Open the cache if it is complete, or make or finish it as ``build`` does.
 
         A folder that holds anything else is refused and left as it is. While another process makes
-        it, this one waits.
+        it, this one says so and waits.
         """
         folder = Path(folder)
         if not is_free(folder) and Manifest.read(folder, key).complete:
             return cls.open(folder, key)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        try:
+            held = lock.acquire(blocking=False)
+        except Timeout:
+            _log.warning("another process makes the teacher cache %s: waiting for it", folder)
+            held = lock.acquire()
+        with held:
             return cls.build(folder, key, examples, run, **options)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
