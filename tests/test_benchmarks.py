@@ -51,7 +51,7 @@ def test_storages_from_before_count_as_nothing():
 
 
 def test_both_instruments_look_into_the_custom_operator():
-    """Its two tiles of logits, 16 MiB, live and die inside, beside blocks of 1 MiB."""
+    """Its two tiles of logits, 16 MiB, live and die inside, beside 16 blocks of 1 MiB."""
     tokens, vocab = 256, 8192
     hidden = torch.randn(tokens, 16), torch.randn(tokens, 24)
     heads = torch.randn(vocab, 16), torch.randn(vocab, 24)
@@ -60,7 +60,7 @@ def test_both_instruments_look_into_the_custom_operator():
         return symmetric_lens_loss(*hidden, *heads)
 
     for seen in watched(run):
-        assert 16 * MIB < seen.peak < 32 * MIB
+        assert 16 * MIB < seen.peak < 32 * MIB + SLACK
         assert seen.kept < MIB
 
 
