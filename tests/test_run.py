@@ -185,6 +185,32 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
     assert "beta (was None, is 0.3), learning_rate (was 0.01, is 0.02)" in shown
 
 
+@pytest.mark.parametrize("name", ["train", "eval"])
+@pytest.mark.parametrize("done", [False, True])
+def test_a_run_does_not_go_on_with_data_that_have_changed(
+    files, tmp_path, monkeypatch, capsys, name, done
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text((files / "train.jsonl").read_text())
+    argv = arguments(files, tmp_path / "out", **{"eval": files / "eval.jsonl", name: data})
+    if done:
+        assert cli.main(argv) == 0
+    else:
+        interrupted(monkeypatch, argv, before_step=4)
+    before = data.read_text()
+    data.write_text(before.replace("fish swim", "fish swam"))
+    assert cli.main(argv) == 1
+    message = (
+        f"{name} file {data} has changed since the run in {tmp_path / 'out'} was begun: give it"
+    )
+    assert message in capsys.readouterr().err
+    data.write_text(before)
+    assert cli.main(argv) == 0
+    data.write_text(before.replace("fish swim", "fish swam"))
+    (tmp_path / "out" / "data.json").unlink()  # as in runs of earlier versions
+    assert cli.main(argv) == 0
+
+
 def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((files / "train.jsonl").read_text() + '{"prompt": "x"}\n')

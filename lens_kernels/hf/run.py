@@ -15,6 +15,7 @@ import yaml
 from transformers import HfArgumentParser, set_seed
 
 from lens_kernels.hf import report
+from lens_kernels.hf.cache.key import file_digest
 from lens_kernels.hf.config import LensDistillConfig, option
 from lens_kernels.hf.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
@@ -22,6 +23,8 @@ from lens_kernels.hf.student import shallow_copy
 from lens_kernels.hf.trainer import LensDistillTrainer
 
 RECORD, METRICS = "run.yaml", "metrics.json"  # the last is written when a run is done
+DIGESTS = "data.json"  # of the files of data; not in the record, which --config takes as it is
+ALL_LINEAR = "all-linear"  # a word of peft's
 
 
 @dataclass
@@ -43,7 +46,11 @@ class RunConfig:
     student_blocks: list[int] | None = option(
         None, "Make the student of these blocks of the model (1 is the first), and all else."
     )
-    student_dtype: str = option("float32", "Dtype of the student's weights.", choices=list(DTYPES))
+    student_dtype: str = option(
+        "float32",
+        "Dtype of the student's weights; float16 only under an adapter.",
+        choices=list(DTYPES),
+    )
     teacher_dtype: str = option("auto", "Dtype of the teacher's weights.", choices=list(DTYPES))
     prompt_style: str = option(
         "alpaca",
@@ -58,7 +65,9 @@ class RunConfig:
     lora_alpha: int = option(32, "LoRA's alpha.")
     lora_dropout: float = option(0.1, "LoRA's dropout.")
     lora_target_modules: list[str] | None = option(
-        None, "Names of the modules that get an adapter; default: peft's choice for the model."
+        None,
+        "Names of the modules that get an adapter, or all-linear; default: peft's choice for the"
+        " model.",
     )
     allow_download: bool = option(False, "Look for models on the Hugging Face Hub.")
 
@@ -132,7 +141,8 @@ def train(
     """Distil, save the student in ``output_dir``, and return the last metrics.
 
     Raises:
-        ValueError: Data, models or options do not fit, or ``output_dir`` holds another run.
+        ValueError: Data, models or options do not fit, or ``output_dir`` holds another run, or one
+            whose data have changed since.
     """
     if args.process_index > 0:
         say = _silent
@@ -140,9 +150,13 @@ def train(
     # Without the optimiser's state a run comes to the same end only from its beginning.
     checkpoint = None if args.save_only_model else last_checkpoint(output)
     _check_record(output, chosen)
-    if (output / METRICS).is_file() and _is_json(output / METRICS):
+    paths = {name: x for name, x in (("train", run.train), ("eval", run.eval)) if x is not None}
+    digests = {name: file_digest(Path(path)) for name, path in paths.items()}
+    _check_data(output, paths, digests)
+    done = _json_of(output / METRICS)
+    if done is not None:
         say(f"{output} holds this run, and it is done: delete {output / METRICS} to do it again")
-        return dict(json.loads((output / METRICS).read_text()))
+        return dict(done)
     tokenizer = load_tokenizer(run.student, run.allow_download)
     lengths = {"max_length": run.max_length, "max_prompt_length": run.max_prompt_length}
     datasets = {
@@ -153,8 +167,7 @@ def train(
             **lengths,
             progress=not args.disable_tqdm,
         )
-        for name, path in (("train", run.train), ("eval", run.eval))
-        if path is not None
+        for name, path in paths.items()
     }
     for name, dataset in datasets.items():
         say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
@@ -166,6 +179,7 @@ def train(
     )
     if args.should_save:
         output.mkdir(parents=True, exist_ok=True)
+        (output / DIGESTS).write_text(json.dumps(digests, indent=1))
         (output / RECORD).write_text(yaml.safe_dump(dict(chosen), sort_keys=True))
     if trainer.objective is not None:
         layers = trainer.objective.student_layers, trainer.objective.teacher_layers
@@ -194,16 +208,17 @@ def _silent(text: str) -> None:
 
 def last_checkpoint(output: Path) -> Path | None:
     """Return the newest checkpoint that is whole: its ``trainer_state.json`` is written last."""
-    whole = [x.parent for x in output.glob("checkpoint-*/trainer_state.json") if _is_json(x)]
+    states = output.glob("checkpoint-*/trainer_state.json")
+    whole = [state.parent for state in states if _json_of(state) is not None]
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
-def _is_json(file: Path) -> bool:
+def _json_of(file: Path) -> Any:
+    """Return what a file holds, or None where it is missing or was cut off."""
     try:
-        json.loads(file.read_text())
-    except ValueError:
-        return False
-    return True
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
@@ -221,6 +236,17 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
         )
 
 
+def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Refuse to go on with a run whose files were edited since it was begun."""
+    before = _json_of(output / DIGESTS) or {}  # none in runs of earlier versions
+    for name, path in paths.items():
+        if before.get(name, digests[name]) != digests[name]:
+            raise ValueError(
+                f"{name} file {path} has changed since the run in {output} was begun: give it as it"
+                " was to go on, or another output_dir to begin anew"
+            )
+
+
 def _student(run: RunConfig) -> Any:
     student = load_model(run.student, run.student_dtype, run.allow_download)
     if run.student_blocks is not None:
@@ -233,12 +259,14 @@ def _student(run: RunConfig) -> Any:
             )
         from peft import LoraConfig, get_peft_model
 
+        targets = run.lora_target_modules
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
             r=run.lora_r,
             lora_alpha=run.lora_alpha,
             lora_dropout=run.lora_dropout,
-            target_modules=run.lora_target_modules,
+            # In a list peft takes it for the name of a module.
+            target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         )
         student = get_peft_model(student, adapter)
     return student
@@ -259,6 +287,7 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
     if not isinstance(values, dict):
         parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")
     known = {action.dest for action in parser._actions}
+    with_no = {action.dest for action in parser._actions if "no" in (action.choices or ())}
     arguments: list[str] = []
     for key, value in values.items():
         if key not in known:
@@ -267,6 +296,8 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
             parser.error(f"{name}: {key!r} is not an option{hint}")
         if value is None:
             continue
+        if value is False and key in with_no:
+            value = "no"  # which YAML reads as false unless it is quoted
         items = value if isinstance(value, list) else [value]
         arguments += [f"--{key}", *map(_as_text, items)]
     return arguments
