@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = [p for p in points(args.tokens, device, args.quick) if {*p.sweeps} & {*args.sweep}]
     timed = [point for point in plan if point.sweeps != ("memory",)]
     runners = [Runner(point, contenders, results, args.rounds) for point in timed]
+    results.save()
     for number in range(args.rounds + 1):
         for runner in runners:
             runner.turn(number)
@@ -246,7 +247,10 @@ def counted(inputs: shapes.Inputs) -> shapes.Inputs:
 def too_large(contender: providers.Contender, job: shapes.Job) -> str | None:
     """Say that a contender does not fit into main memory, as far as fakes tell; or return None."""
     # Fakes cannot drop the masked rows, so that this is an upper bound for those who do.
-    fake = memory_vs_vocab.fake_memory(contender, replace(job, masked=0.0))
+    try:
+        fake = memory_vs_vocab.fake_memory(contender, replace(job, masked=0.0))
+    except Exception:  # what fails shall say so in its turn
+        return None
     if fake is None or fake.peak <= AVAILABLE * memory.available():
         return None
     return f"does not fit: {fake.peak / memory.MIB:.0f} MiB"
