@@ -61,6 +61,7 @@ def run_case(
     one_node_each: bool = False,
     fsdp: bool = False,
     resumed: bool = False,
+    evaluate_first: bool = False,
     **options: Any,
 ) -> Result:
     """Train a tiny student on ``rows`` examples a step, however many processes share them."""
@@ -101,6 +102,8 @@ def run_case(
 
         run = make()
         start = _whole(run)
+        if evaluate_first:
+            run.evaluate()
         run.train()
         if resumed:
             run = make()

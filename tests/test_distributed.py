@@ -24,7 +24,7 @@ from tests.test_trainer import assert_same_step, uneven_data  # noqa: E402
 pytestmark = pytest.mark.hf
 
 ROOT = Path(__file__).parents[1]
-TIMING = ("second", "runtime", "epoch")
+TIMING = ("second", "runtime", "preparation_time", "epoch")
 
 
 def two_ranks(folder, cases, timeout=400):
@@ -89,6 +89,7 @@ def test_two_ranks_are_one_process(tmp_path):
         "local": LOCAL,
         "checkpointing": {"gradient_checkpointing": True},
         "resumed": {"resumed": True},
+        "evaluated": {"evaluate_first": True},
         "fine_tuning": FINE_TUNING,
         "fine_tuning_local": FINE_TUNING | LOCAL,
     }

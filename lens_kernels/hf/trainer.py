@@ -79,14 +79,13 @@ class LensDistillTrainer(Trainer):
         self._caches: dict[str, TeacherCache] = {}
         self.objective: LensObjective | None = None
         if teacher is not None:
+            _check_shards(self.accelerator.state, args)
+            # Not by accelerate, which places no model under FSDP: it is to shard them all.
+            self._move_model_to_device(teacher, args.device)
             # Here, where the Trainer has seeded: what MSE learns begins at random.
             self.objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
-            self.objective.projections.to(args.device)
-            _check_shards(self.accelerator.state, args)
-            # Not by accelerate, which places no model under FSDP: it is to shard them all.
-            self._move_model_to_device(teacher, args.device)
             if args.teacher_cache:
                 self._fill_caches(Path(args.teacher_cache))
 
@@ -94,6 +93,8 @@ class LensDistillTrainer(Trainer):
         """Train as the Trainer does; what is logged begins here."""
         self._meter, self._tokens_seen = Meter(), 0
         self._last_log = time.perf_counter()
+        # The mark of an evaluation, for which accelerate would leave DDP out in training.
+        vars(self.model).pop("_is_accelerate_prepared", None)
         with self._student_with_projections():
             return super().train(*args, **kwargs)
 
