@@ -287,7 +287,6 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
     if not isinstance(values, dict):
         parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")
     known = {action.dest for action in parser._actions}
-    with_no = {action.dest for action in parser._actions if "no" in (action.choices or ())}
     arguments: list[str] = []
     for key, value in values.items():
         if key not in known:
@@ -296,12 +295,12 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
             parser.error(f"{name}: {key!r} is not an option{hint}")
         if value is None:
             continue
-        if value is False and key in with_no:
-            value = "no"  # which YAML reads as false unless it is quoted
         items = value if isinstance(value, list) else [value]
         arguments += [f"--{key}", *map(_as_text, items)]
     return arguments
 
 
 def _as_text(value: Any) -> str:
+    if value is False:
+        return "no"  # so YAML reads the strategy of that name, and switches take it as well
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
