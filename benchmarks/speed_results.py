@@ -28,7 +28,8 @@ class Results:
                         f"{path} was measured with {name} {row.get(name)!r}, and this run has"
                         f" {value!r}; move the file away, or pass another folder to --out"
                     )
-            if row["times_ms"] or row["temporaries_mib"]:  # reasons are found anew
+            # Who is missing altogether, and what fits into memory, is found anew.
+            if row["point"] and not row["note"].startswith("does not fit"):
                 self._rows[row["point"], row["contender"]] = row
 
     def rows(self) -> list[dict[str, str]]:
@@ -38,6 +39,10 @@ class Results:
     def has(self, point: Point, key: str) -> bool:
         """Say whether there is a row."""
         return (point.key(), key) in self._rows
+
+    def reason(self, point: Point, key: str) -> str:
+        """Return the note of a row, or nothing if there is no row."""
+        return self._rows.get((point.key(), key), {}).get("note", "")
 
     def times(self, point: Point, key: str) -> dict[int, float]:
         """Return the times that there are, in ms by round."""

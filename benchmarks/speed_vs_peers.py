@@ -14,8 +14,9 @@ drifts; medians of them count.
 
 Slow contenders take part in every other round, and are left out of large points; the CSV says so.
 It is written after each turn of a point, and the same command goes on where it was stopped, if
-code, versions and machine are still the same. The sweep ``memory`` runs ours and TRL once, and
-counts the bytes of the others over fake tensors: they take too long or do not fit.
+code, versions and machine are still the same. Name the same contenders then, or more: if one is
+new at a point, all that are named are timed there again. The sweep ``memory`` runs ours and TRL
+once, and counts the bytes of the others over fake tensors: they take too long or do not fit.
 """
 
 from __future__ import annotations
@@ -157,26 +158,29 @@ class Runner:
         """Say who is left out, and who has been timed already."""
         self.point, self.results, self.rounds = point, results, rounds
         self.contenders = dict(contenders)
-        self.expected: tuple[float, ...] | None = None
+        self.first, self.expected = "", (0.0,)
         for key, contender in contenders.items():
-            if results.has(point, key):
+            if results.times(point, key):
                 continue
             left_out = "left out here: takes too long" if key in point.left_out else None
-            if reason := left_out or too_large(contender, point.job):
+            reason = results.reason(point, key) or left_out or too_large(contender, point.job)
+            if reason:
                 self._leave_out(key, reason)
         done = {key: len(results.times(point, key)) for key in (FLOOR, *self.contenders)}
         if any(done.values()):
             print(f"{point.key()}: rounds that are there already: {done}", flush=True)
 
     def turn(self, number: int) -> None:
-        """Run a round, and write what came of it once all had their turn."""
-        due = [key for key in (FLOOR, *self.contenders) if self._is_due(key, number)]
-        if not due:
+        """Run a round, and write what came of it once all had their turn.
+
+        If one lacks the round, all take it again: they are compared with one another.
+        """
+        if not self._is_due(number):
             return
         inputs = self.point.job.make()
         label = f"round {number} of {self.rounds}" if number else "not timed"
         taken: dict[str, float] = {}
-        for key in harness.rotated(due, number):
+        for key in harness.rotated(self._keys(number), number):
             try:
                 taken[key] = self._seconds(key, inputs)
             except Exception as error:
@@ -198,11 +202,14 @@ class Runner:
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
         self.results.put(self.point, key, title, note=reason)
 
-    def _is_due(self, key: str, number: int) -> bool:
+    def _keys(self, number: int) -> list[str]:
+        return [key for key in (FLOOR, *self.contenders) if takes_part(key, number)]
+
+    def _is_due(self, number: int) -> bool:
         if number == 0:
-            later = range(1, self.rounds + 1)
-            return takes_part(key, 0) and any(self._is_due(key, n) for n in later)
-        return takes_part(key, number) and number not in self.results.times(self.point, key)
+            rounds = range(1, self.rounds + 1)
+            return bool(self._keys(0)) and any(self._is_due(later) for later in rounds)
+        return any(number not in self.results.times(self.point, k) for k in self._keys(number))
 
     def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
         """Return the time of one call, whose results must be those of the others."""
@@ -214,7 +221,8 @@ class Runner:
         call = step(contender.load(), inputs, values)
         elapsed = harness.seconds(call, self.point.job.device)
         seen = fingerprint(values[0], inputs)
-        self.expected = self.expected or seen
+        if not self.first:
+            self.first, self.expected = key, seen
         if difference(contender, self.point.job, seen, self.expected):
             inputs.clear()
             truth = fingerprint(providers.step(providers.dense, inputs), inputs)
@@ -222,7 +230,7 @@ class Runner:
                 raise RuntimeError(f"{contender.label()} computes something else: {problem}")
             raise SystemExit(
                 f"{self.point.key()}: {contender.label()} and dense PyTorch agree, and differ from"
-                f" {next(iter(self.contenders))}, which was first"
+                f" {self.first}, which was first"
             )
         return elapsed
 

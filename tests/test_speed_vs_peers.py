@@ -1,5 +1,6 @@
 """The speed comparison: same work for all, nothing lost or mixed, and figures that follow."""
 
+import itertools
 import statistics
 import subprocess
 from dataclasses import replace
@@ -186,6 +187,22 @@ def test_ours_ends_the_run_if_it_is_wrong(tmp_path, wrong):
     wrong("lens_kernels", lambda inputs: providers.dense(inputs) * 2)
     with pytest.raises(RuntimeError, match="lens_kernels.* computes something else"):
         speed_vs_peers.gather(everyone, CPU)
+
+
+def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(
+    tmp_path, wrong, monkeypatch
+):
+    clock = itertools.count(1)
+    monkeypatch.setattr(harness, "seconds", lambda function, device: function() or next(clock))
+    options = "--sweep", "mask", "--rounds", "1"
+    before = run(tmp_path, *options, contenders=("lens_kernels",))
+    wrong("dense", larger_than_checked)
+    after = run(tmp_path, *options)
+    assert "computes something else" in after[name(), "dense"]["note"]
+    for key in (FLOOR, "lens_kernels"):
+        assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
+    again = run(tmp_path, *options)  # who was refused is not tried again by the same code
+    assert again == after
 
 
 @pytest.mark.parametrize(("key", "ends"), [("lens_kernels", True), ("dense", False)])
