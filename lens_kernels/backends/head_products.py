@@ -52,25 +52,46 @@ class Active:
         out.index_add_(0, self.columns, matmul.product(self.grad.t(), x))
 
 
+class Survey:
+    """The largest absolute gradient of every entry, and the absolute sum of all, block by block."""
+
+    def __init__(self) -> None:
+        self.peak: Tensor | None = None
+        self.mass: Tensor | float = 0.0
+
+    def add(self, grad: Tensor) -> None:
+        """Survey a block of rows ``(R, V)``."""
+        size = grad.abs()
+        peak = size.amax(0)
+        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
+        self.mass = self.mass + size.sum(dtype=torch.promote_types(size.dtype, torch.float32))
+
+
 def active(
-    grad: Tensor, weight: Tensor, weight_sum: Tensor, threshold: float
+    grad: Tensor,
+    weight: Tensor,
+    weight_sum: Tensor,
+    survey: Survey,
+    threshold: float,
+    dtype: torch.dtype,
 ) -> tuple[Active, Tensor]:
     """Return the columns of ``grad`` with an entry above the threshold, and ``[mass, mass used]``.
 
-    ``weight_sum`` is the sum of the head's rows; mass is a sum of absolute values. On a GPU this
-    waits for the device, since the number of columns decides the shapes.
+    ``weight_sum`` is the sum of the head's rows, mass a sum of absolute values, and ``dtype`` that
+    of the factors. On a GPU this waits for the device, since the number of columns decides the
+    shapes.
     """
-    low, high = grad.aminmax(dim=0)
-    columns = ((high > threshold) | (low < -threshold)).nonzero()[:, 0]
+    assert survey.peak is not None
+    # Not "above": a NaN is to be seen.
+    columns = (~(survey.peak <= threshold)).nonzero()[:, 0]
     used, used_weight = grad.index_select(1, columns), weight.index_select(0, columns)
     left_out = max(1, grad.shape[1] - columns.shape[0])
     part = Active(
         columns,
-        used.to(weight.dtype),
+        used.to(dtype),
         used_weight,
         rest=grad.sum(1, dtype=weight_sum.dtype) - used.sum(1, dtype=weight_sum.dtype),
         rest_weight=(weight_sum - used_weight.sum(0, dtype=weight_sum.dtype)) / left_out,
     )
-    return part, torch.stack(
-        [torch.linalg.vector_norm(x, 1, dtype=weight_sum.dtype) for x in (grad, used)]
-    )
+    mass_used = torch.linalg.vector_norm(used, 1, dtype=weight_sum.dtype)
+    return part, torch.stack([torch.as_tensor(survey.mass, device=grad.device), mass_used])

@@ -49,21 +49,27 @@ class Ledger:
         weight: Tensor,
         columns: slice,
         weight_sum: Tensor | None = None,
+        survey: head_products.Survey | None = None,
     ) -> Tensor | None:
         """Add what a tile gives to the head's gradients; return that of the rows, if wanted.
 
         ``grad`` ``(R, C)`` is the gradient of the products of the rows ``x`` ``(R, D)`` with the
-        head's ``weight`` ``(C, D)``, its rows ``columns``, whose sum may be known already.
+        head's ``weight`` ``(C, D)``, its rows ``columns``. The sum of those and the survey of the
+        tile may be known already.
         """
         if "bias" in wanted:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
         part: head_products.Whole | head_products.Active
         if self.threshold is None:
-            part = head_products.Whole(grad.to(weight.dtype), weight)
+            part = head_products.Whole(grad.to(x.dtype), weight)
         else:
             if weight_sum is None:
                 weight_sum = weight.sum(0, dtype=self.mass.dtype)
-            part, mass = head_products.active(grad, weight, weight_sum, self.threshold)
+            if survey is None:
+                survey = head_products.Survey()
+                survey.add(grad)
+            known = weight_sum, survey
+            part, mass = head_products.active(grad, weight, *known, self.threshold, x.dtype)
             self.mass += mass
         if "weight" in wanted:
             part.add_head_gradient(x, self.grads["weight"][columns])

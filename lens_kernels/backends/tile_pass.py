@@ -20,8 +20,8 @@ from lens_kernels.lens import LensHead
 CPU_COMPILE_LOGITS = 1 << 25
 # Logits of one eager or compiled step on a CPU, so that its temporaries, or its tiles, stay in
 # cache.
-CPU_EAGER_BLOCK = 1 << 18
-CPU_COMPILED_BLOCK = 1 << 21
+CPU_EAGER_BLOCK = 1 << 17
+CPU_COMPILED_BLOCK = 1 << 19
 # Recompute what is cheap from the two tiles rather than store it: by default Inductor keeps four
 # more blocks instead of one, and the pass takes 1.6 times as long (2 cores).
 INDUCTOR: dict[str, Any] = {
