@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from lens_kernels import validation as check
-from lens_kernels.backends.matmul import factor_of_gradient
+from lens_kernels.backends.matmul import multiplies_natively
 from lens_kernels.backends.torch_chunked import bytes_per_row, chunk_rows
 from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence, parse_name
 
@@ -109,8 +109,8 @@ class _Shape:
         return torch.float64 if self.dtype is torch.float64 else torch.float32
 
     def bytes_per_row(self) -> int:
-        factor = factor_of_gradient(self.dtype, self.compute, self.device)
-        return bytes_per_row(self.vocab, factor, self.compute)
+        native = multiplies_natively(self.dtype, self.compute, self.device)
+        return bytes_per_row(self.vocab, self.dtype if native else self.compute, self.compute)
 
     def _reads(self, chunks: int) -> int:
         """Return the bytes of both models' operands, the heads being read for every chunk."""

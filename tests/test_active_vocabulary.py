@@ -132,3 +132,11 @@ def test_torch_compile_takes_a_threshold():
     b = gradients(1e-4, student, teacher, head, teacher_head)[1:]
     for x, y in zip(a, b, strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_nan_is_not_taken_for_small():
+    student, teacher, head, teacher_head = problem()
+    student = student.detach().clone()
+    student[0, 0] = float("nan")
+    _, d_student, d_head = gradients(1e-4, student.requires_grad_(), teacher, head, teacher_head)
+    assert d_student[0].isnan().all() and d_head.isnan().any()

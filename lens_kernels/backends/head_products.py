@@ -93,5 +93,6 @@ def active(
         rest=grad.sum(1, dtype=weight_sum.dtype) - used.sum(1, dtype=weight_sum.dtype),
         rest_weight=(weight_sum - used_weight.sum(0, dtype=weight_sum.dtype)) / left_out,
     )
-    mass_used = torch.linalg.vector_norm(used, 1, dtype=weight_sum.dtype)
+    # Summed as the survey does, so that what is used of all is all, to the last digits.
+    mass_used = used.abs().sum(dtype=weight_sum.dtype)
     return part, torch.stack([torch.as_tensor(survey.mass, device=grad.device), mass_used])

@@ -1,8 +1,6 @@
-"""The three matrix products of a lens, always accumulated in fp32 (fp64 for fp64)."""
+"""The three matrix products of a lens, always accumulated and returned in fp32 (fp64 for fp64)."""
 
 from __future__ import annotations
-
-import functools
 
 import torch
 from torch import Tensor
@@ -17,28 +15,6 @@ def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.d
     """Say whether the device multiplies such operands into such a result without rounding it."""
     pair = dtype in HALF and result is torch.float32
     return pair and device.type == "cuda" and torch.version.hip is None
-
-
-@functools.cache
-def _cpu_has_bfloat16() -> bool:
-    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
-def factor_of_gradient(
-    dtype: torch.dtype, result: torch.dtype, device: torch.device
-) -> torch.dtype:
-    """Return the dtype in which a tile of gradients is multiplied by a head of ``dtype``.
-
-    Where the CPU has instructions for bfloat16 the gradient of the rows is made by them. It bears
-    the roundings then that it bears on a GPU, and the product takes half the time (2 cores). The
-    head's gradient gains nothing: its product is added to what is there in a pass of its own.
-    """
-    if multiplies_natively(dtype, result, device):
-        return dtype
-    if dtype is torch.bfloat16 and device.type == "cpu" and _cpu_has_bfloat16():
-        return dtype
-    return result
 
 
 def as_operand(x: Tensor, rounded_to: torch.dtype | None, operand: torch.dtype) -> Tensor:
@@ -59,10 +35,10 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``, in fp32; ``a`` is in the dtype of ``b``, or in fp32 to be rounded to it."""
-    if a.dtype in HALF:
+    """Return ``a @ b``; both are in the same dtype."""
+    if b.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.to(b.dtype), b).to(a.dtype)
+    return torch.mm(a, b)
 
 
 def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:

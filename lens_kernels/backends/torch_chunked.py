@@ -37,13 +37,12 @@ def chunk_rows(tokens: int, bytes_per_row: int, budget: int) -> int:
     return math.ceil(tokens / max(1, math.ceil(tokens / limit)))
 
 
-def bytes_per_row(vocab_size: int, factor: torch.dtype, compute: torch.dtype) -> int:
+def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -> int:
     """Return the bytes of the tiles for one token.
 
-    These are both models' logits, and where products take a 16-bit ``factor`` a copy of the
-    gradient.
+    These are both models' logits, and where products take 16-bit factors a copy of the gradient.
     """
-    copy = 0 if factor == compute else factor.itemsize
+    copy = 0 if operand == compute else operand.itemsize
     return vocab_size * (2 * compute.itemsize + copy)
 
 
@@ -57,17 +56,9 @@ class _Side:
         fp64 = head.weight.dtype is torch.float64
         self.rounded_to = None if fp64 else call.operand_dtype
         dtype = self.rounded_to or head.weight.dtype
-        device = head.weight.device
-        native = matmul.multiplies_natively(dtype, compute, device)
+        native = matmul.multiplies_natively(dtype, compute, head.weight.device)
         self.operand = dtype if native else compute
         self.weight = matmul.as_operand(self.head.weight, self.rounded_to, self.operand)
-        self.factor = matmul.factor_of_gradient(dtype, compute, device)
-
-    def backward_weight(self) -> Tensor:
-        """Return the weight as a factor of the product that gives the gradient of the rows."""
-        if self.factor == self.operand:
-            return self.weight
-        return matmul.as_operand(self.head.weight, self.rounded_to, self.factor)
 
     def read(
         self, hidden: Tensor, rows: Tensor | slice, normed: bool
@@ -95,7 +86,6 @@ class _Run:
         self.ledger = Ledger(call, self.compute)
         self.tokens, self.index = self.ledger.tokens, self.ledger.index
         self.grads = self.ledger.grads
-        self.backward_weight = self.student.backward_weight()
         self.weight_sum: Tensor | None = None
         if call.spec.grad_threshold is not None:
             self.weight_sum = self.student.weight.sum(0, dtype=self.compute)
@@ -104,7 +94,7 @@ class _Run:
         vocab_size = call.spec.vocab_size
         self.compiled = tile_pass.is_compiled(self.device, pairs * self.tokens * vocab_size)
         tile = self.student.weight.new_empty(0, dtype=self.compute)
-        row = bytes_per_row(vocab_size, self.student.factor, self.compute)
+        row = bytes_per_row(vocab_size, self.student.operand, self.compute)
         self.chunk_rows = chunk_rows(self.tokens, row, call.spec.workspace_bytes)
         self.tiles = [tile.new_empty(self.chunk_rows, vocab_size) for _ in range(2)]
 
@@ -130,7 +120,7 @@ class _Run:
         if not wanted:
             return
         columns = slice(0, zs.shape[1])
-        weight = self.backward_weight
+        weight = self.student.weight
         known = self.weight_sum, survey
         d_x = self.ledger.head_gradients(wanted, zs, x_student, weight, columns, *known)
         if d_x is not None:
