@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -353,3 +353,38 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
         if not error <= 1e-4:
             problems.append(f"gradient {i} is off by {error:.1e} of its largest entry")
     return [f"{problem} ({masked:.0%} masked)" for problem in problems] if masked else problems
+
+
+def gather(
+    contenders: Mapping[str, Contender], device: torch.device, needed: Container[str]
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the contenders that run on a device, and the reasons of the others.
+
+    One that fails, or computes something else, is one of those; if it is ``needed`` it ends the
+    run.
+    """
+    present: dict[str, Contender] = {}
+    missing: dict[str, str] = {}
+    for key, contender in contenders.items():
+        reason = contender.objection()
+        if contender.gpu_only and device.type == "cpu":
+            reason = "needs a GPU"
+        if reason is None:
+            print(f"checking {contender.label()}", flush=True)
+            try:
+                check(contender, device)
+            except Exception as error:
+                if key in needed:
+                    raise
+                reason = first_line(error)
+        if reason is None:
+            present[key] = contender
+        else:
+            missing[key] = reason
+            print(f"  {contender.label()}: {reason}", flush=True)
+    return present, missing
+
+
+def first_line(error: Exception) -> str:
+    """Return an error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

@@ -94,34 +94,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def gather(
     keys: Sequence[str], device: torch.device
 ) -> tuple[dict[str, providers.Contender], dict[str, str]]:
-    """Return the contenders that run here, and the reasons of the others.
-
-    A peer that fails, or computes something else, is one of those; a backend of ours ends the run.
-    """
-    present: dict[str, providers.Contender] = {}
-    missing: dict[str, str] = {}
-    for key in keys:
-        contender = CONTENDERS[key]
-        reason = contender.objection()
-        if reason is None:
-            print(f"checking {contender.label()}", flush=True)
-            try:
-                providers.check(contender, device)
-            except Exception as error:
-                if not contender.package:
-                    raise
-                reason = first_line(error)
-        if reason is None:
-            present[key] = contender
-        else:
-            missing[key] = reason
-            print(f"  {contender.label()}: {reason}", flush=True)
-    return present, missing
-
-
-def first_line(error: Exception) -> str:
-    """Return an error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    """Return the contenders that run here, and the reasons of the others; no peer ends the run."""
+    wanted = {key: CONTENDERS[key] for key in keys}
+    return providers.gather(wanted, device, [key for key, c in wanted.items() if not c.package])
 
 
 def job_rows(
@@ -134,7 +109,7 @@ def job_rows(
     try:
         inputs = job.make()
     except torch.OutOfMemoryError as error:
-        note = f"inputs: {first_line(error)}"
+        note = f"inputs: {providers.first_line(error)}"
         return [row(shape, mode, job, key, note=note) for mode in MODES for key in contenders]
     rows = []
     for mode in MODES:
@@ -189,7 +164,7 @@ def measured_memory(
         inputs.clear()
         return memory.measure(function, device)
     except Exception as error:
-        return first_line(error)
+        return providers.first_line(error)
     finally:
         inputs.clear()
         gc.collect()

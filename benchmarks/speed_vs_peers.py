@@ -118,31 +118,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def gather(
     keys: Sequence[str], device: torch.device
 ) -> tuple[dict[str, providers.Contender], dict[str, str]]:
-    """Return the contenders that run here, and the reasons of the others.
-
-    A peer that fails, or computes something else, is one of those; our own ends the run.
-    """
-    present: dict[str, providers.Contender] = {}
-    missing: dict[str, str] = {}
-    for key in keys:
-        contender = CONTENDERS[key]
-        reason = contender.objection()
-        if contender.gpu_only and device.type == "cpu":
-            reason = "needs a GPU"
-        if reason is None:
-            print(f"checking {contender.label()}", flush=True)
-            try:
-                providers.check(contender, device)
-            except Exception as error:
-                if key == "lens_kernels":
-                    raise
-                reason = speed_gpu.first_line(error)
-        if reason is None:
-            present[key] = contender
-        else:
-            missing[key] = reason
-            print(f"  {contender.label()}: {reason}", flush=True)
-    return present, missing
+    """Return the contenders that run here, and the reasons of the others; ours ends the run."""
+    return providers.gather({key: CONTENDERS[key] for key in keys}, device, ["lens_kernels"])
 
 
 class Runner:
@@ -186,7 +163,7 @@ class Runner:
             except Exception as error:
                 if key in (FLOOR, "lens_kernels"):
                     raise
-                self._leave_out(key, speed_gpu.first_line(error))
+                self._leave_out(key, providers.first_line(error))
                 continue
             print(f"{label}: {self.point.key()}: {key} {taken[key]:.2f} s", flush=True)
         for key, elapsed in taken.items() if number else ():
