@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
+from lens_kernels.backends import tile_pass
 
 N, V, D = 24, 600, 16
 
@@ -140,3 +141,19 @@ def test_a_nan_is_not_taken_for_small():
     student[0, 0] = float("nan")
     _, d_student, d_head = gradients(1e-4, student.requires_grad_(), teacher, head, teacher_head)
     assert d_student[0].isnan().all() and d_head.isnan().any()
+
+
+def test_blocks_of_the_pointwise_pass_are_surveyed_together(monkeypatch):
+    student, teacher, head, teacher_head = problem()
+
+    def run():
+        finals = {"student_final": student, "teacher_final": teacher}
+        options = {"final_divergence": "jsd", "grad_threshold": 1e-4, "backend": "torch"}
+        out = distillation_loss([], [], head, teacher_head, **finals, **options)
+        return out.dropped, *torch.autograd.grad(out.loss, [student, head])
+
+    whole = run()
+    assert whole[0] > 0
+    monkeypatch.setattr(tile_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows in five blocks
+    for a, b in zip(run(), whole, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
