@@ -121,21 +121,19 @@ def products(inputs: providers.Inputs, backward: bool = True) -> None:
 
 def tiled_products(inputs: providers.Inputs) -> None:
     """Do the same with the functions and the precision of the ``torch`` backend."""
-
-    def operand(x: torch.Tensor) -> torch.Tensor:
-        native = matmul.multiplies_natively(x.dtype, torch.float32, x.device)
-        return matmul.as_operand(x.detach(), None, x.dtype if native else torch.float32)
-
-    head, teacher_head = operand(inputs.student_head), operand(inputs.teacher_head)
-    d_head = torch.zeros(head.shape, device=head.device)
-    shape = inputs.student_hidden[0].shape[0], head.shape[0]
-    tile = torch.empty(shape, device=head.device)
+    ours, theirs = (
+        matmul.Factors(head.detach(), None, torch.float32)
+        for head in (inputs.student_head, inputs.teacher_head)
+    )
+    d_head = torch.zeros(ours.weight.shape, device=ours.weight.device)
+    shape = inputs.student_hidden[0].shape[0], d_head.shape[0]
+    tile = torch.empty(shape, device=d_head.device)
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
-        x = operand(student)
-        matmul.project(operand(teacher), teacher_head, tile)
-        matmul.project(x, head, tile)
-        grad = tile.to(head.dtype)
-        matmul.product(grad, head)
+        x = ours.rows(student.detach())
+        matmul.project(theirs.rows(teacher), theirs.weight, tile)
+        matmul.project(x, ours.weight, tile)
+        grad = tile.to(x.dtype)
+        matmul.product(grad, ours.weight)
         matmul.add_head_gradient(grad, x, d_head)
 
 

@@ -112,18 +112,13 @@ class _Model:
         compute: torch.dtype,
     ) -> None:
         self.head, self.temperature, self.compute = head.prefix(vocab_size), temperature, compute
-        fp64 = compute is torch.float64
-        self.rounded_to = None if fp64 else operand_dtype
-        dtype = self.rounded_to or head.weight.dtype
-        native = matmul.multiplies_natively(dtype, compute, head.weight.device)
-        self.operand = dtype if native else compute
-        self.weight = matmul.as_operand(self.head.weight, self.rounded_to, self.operand)
+        self.factors = matmul.Factors(self.head.weight, operand_dtype, compute)
 
     def probabilities(self, hidden: Tensor) -> Tensor:
         """Return those of the rows, ``(R, V)``."""
-        x = matmul.as_operand(hidden, self.rounded_to, self.operand)
-        z = x.new_empty(x.shape[0], self.weight.shape[0], dtype=self.compute)
-        matmul.project(x, self.weight, z)
+        x, weight = self.factors.rows(hidden), self.factors.weight
+        z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute)
+        matmul.project(x, weight, z)
         logits, _ = self.head.logits(z, self.temperature)
         return logits.softmax(-1)
 

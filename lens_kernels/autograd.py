@@ -49,6 +49,7 @@ def _pack(call: LossCall, backend: str, deferred: bool) -> Tuple[Any, ...]:  # n
         spec.vocab_size,
         spec.workspace_bytes,
         spec.grad_threshold,
+        spec.threshold_is_relative,
         call.needs_grad,
         backend,
         deferred,
@@ -76,6 +77,7 @@ def lens_loss(
     vocab_size: int,
     workspace_bytes: int,
     grad_threshold: Optional[float],  # noqa: UP045
+    threshold_is_relative: bool,
     needs_grad: List[bool],  # noqa: UP006
     backend: str,
     deferred: bool,
@@ -98,6 +100,7 @@ def lens_loss(
             vocab_size=vocab_size,
             workspace_bytes=workspace_bytes,
             grad_threshold=grad_threshold,
+            threshold_is_relative=threshold_is_relative,
         ),
         needs_grad=[needed and not deferred for needed in needs_grad],
     )
@@ -133,6 +136,7 @@ def _(
     vocab_size,
     workspace_bytes,
     grad_threshold,
+    threshold_is_relative,
     needs_grad,
     backend,
     deferred,
@@ -153,7 +157,7 @@ def _(
 STUDENT_HIDDEN, TEACHER_HIDDEN, STUDENT_HEAD, TEACHER_HEAD = range(4)
 TENSOR_LISTS = (STUDENT_HIDDEN, TEACHER_HIDDEN, STUDENT_HEAD, TEACHER_HEAD)
 MASK, LABELS, ROW_WEIGHT = 8, 9, 10
-NEEDS_GRAD, DEFERRED = 19, 21
+NEEDS_GRAD, DEFERRED = 20, 22
 
 
 def _setup_context(ctx, inputs, output):

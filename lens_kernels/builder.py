@@ -112,6 +112,7 @@ class CallBuilder:
         grad_threshold: Any,
     ) -> LossSpec:
         """Check all that is not a tensor."""
+        threshold, relative = check.threshold(grad_threshold, self.backend.differentiable)
         return LossSpec(
             divergences=divergences,
             normed=self.normed,
@@ -119,7 +120,8 @@ class CallBuilder:
             temperature=check_number("temperature", temperature, 0.0),
             vocab_size=check.shared_vocabulary(vocab_size, self.student_head, self.teacher_head),
             workspace_bytes=check.workspace(workspace_bytes, self.device),
-            grad_threshold=check.threshold(grad_threshold, self.backend.differentiable),
+            grad_threshold=threshold,
+            threshold_is_relative=relative,
         )
 
     def head_share(self, spec: LossSpec) -> Tensor:

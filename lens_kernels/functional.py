@@ -39,7 +39,7 @@ def symmetric_lens_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
-    grad_threshold: float | None = None,
+    grad_threshold: float | str | None = None,
 ) -> Tensor:
     """Compare student and teacher through their logit lenses, without ever holding the logits.
 
@@ -85,7 +85,10 @@ def symmetric_lens_loss(
         grad_threshold: An approximation, off by default: within a chunk of tokens, vocabulary
             entries at which no logit gradient exceeds this (before the weight of a token, so that
             1e-6 means the same at any batch size) are left out of both gradient products. The loss
-            is not affected. ``distillation_loss`` reports how much gradient was left out.
+            is not affected. ``"bf16"`` measures it by the gradient itself, 2^-15 of the root mean
+            square of the norms of tokens, and so keeps the error below that of rounding gradients
+            to bfloat16, however near the models are; a fixed one does not.
+            ``distillation_loss`` reports how much gradient was left out.
 
     Returns:
         In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``.
@@ -175,7 +178,7 @@ def distillation_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
-    grad_threshold: float | None = None,
+    grad_threshold: float | str | None = None,
 ) -> DistillationOutput:
     """Compute the whole DistillLens objective in one operation, with one head gradient.
 

@@ -17,6 +17,7 @@ from lens_kernels.spec import (
     Divergence,
     Reduction,
     check_beta,
+    check_grad_threshold,
     check_kd_ratio,
     check_lens_coeff,
     check_number,
@@ -48,6 +49,7 @@ def _options(function: Callable[..., Any], given: Mapping[str, Any]) -> dict[str
         if name in options:
             check(options[name])
     check_beta(options["beta"])
+    check_grad_threshold(options["grad_threshold"])
     check_number("temperature", options["temperature"], 0.0)
     return options
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.lens import LensHead
-from lens_kernels.spec import check_number
+from lens_kernels.spec import check_grad_threshold, check_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE_INDEX = -100
@@ -270,12 +270,13 @@ def workspace(value: Any, device: torch.device) -> int:
     return value
 
 
-def threshold(value: Any, exact: bool) -> float | None:
-    """Return the gradient threshold; a backend that is exact takes none."""
-    if value is None:
-        return None
+def threshold(value: Any, exact: bool) -> tuple[float, bool] | tuple[None, bool]:
+    """Return the gradient threshold, and if it is relative; a backend that is exact takes none."""
+    checked = check_grad_threshold(value)
+    if checked is None:
+        return None, False
     if exact:
         raise ValueError(
             "grad_threshold is an approximation, and backend='reference' is exact: use one of them"
         )
-    return check_number("grad_threshold", value, 0.0, inclusive=True)
+    return checked

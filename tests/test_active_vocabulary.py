@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
+from lens_kernels import LensHead, SymmetricLensLoss, distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import tile_pass
 
 N, V, D = 24, 600, 16
@@ -115,8 +115,12 @@ def test_bad_thresholds_and_the_exact_backend_are_refused():
     for value in (-1e-6, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="grad_threshold must be finite"):
             gradients(value, *inputs)
-    with pytest.raises(TypeError, match="grad_threshold must be a number"):
-        gradients("bf16", *inputs)
+    with pytest.raises(TypeError, match="grad_threshold must be a number, got list, or one of"):
+        gradients([1e-6], *inputs)
+    with pytest.raises(ValueError, match="grad_threshold='fp8' is unknown; choose one of 'bf16'"):
+        gradients("fp8", *inputs)
+    with pytest.raises(ValueError, match="grad_threshold='fp8' is unknown"):
+        SymmetricLensLoss(grad_threshold="fp8")
     with pytest.raises(ValueError, match="backend='reference' is exact"):
         gradients(1e-6, *inputs, backend="reference")
 
@@ -143,12 +147,13 @@ def test_a_nan_is_not_taken_for_small():
     assert d_student[0].isnan().all() and d_head.isnan().any()
 
 
-def test_blocks_of_the_pointwise_pass_are_surveyed_together(monkeypatch):
+@pytest.mark.parametrize("threshold", [1e-4, "bf16"])
+def test_blocks_of_the_pointwise_pass_are_surveyed_together(monkeypatch, threshold):
     student, teacher, head, teacher_head = problem()
 
     def run():
         finals = {"student_final": student, "teacher_final": teacher}
-        options = {"final_divergence": "jsd", "grad_threshold": 1e-4, "backend": "torch"}
+        options = {"final_divergence": "jsd", "grad_threshold": threshold, "backend": "torch"}
         out = distillation_loss([], [], head, teacher_head, **finals, **options)
         return out.dropped, *torch.autograd.grad(out.loss, [student, head])
 
@@ -157,3 +162,27 @@ def test_blocks_of_the_pointwise_pass_are_surveyed_together(monkeypatch):
     monkeypatch.setattr(tile_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows in five blocks
     for a, b in zip(run(), whole, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize("gap", [0.3, 1e-2])
+@pytest.mark.parametrize("rows", [N, 7])
+def test_a_preset_is_relative_to_the_gradient(gap, rows):
+    """Near the teacher, where a fixed threshold would drop everything, it drops no more."""
+    student, _, head, teacher_head = problem()
+    teacher = student.detach() + gap * torch.randn(N, D)
+    inputs = student, teacher, head, teacher_head
+    g = logit_gradients(*inputs)
+    expected = torch.zeros(V, D, dtype=torch.float64)
+    for chunk in torch.arange(N).split(-(-N // -(-N // rows))):
+        size = g[chunk].square().sum(1).mean().sqrt()
+        used = g[chunk].abs().amax(0) > size * 2.0**-15
+        assert 0.02 < used.double().mean() < 0.98
+        expected[used] += g[chunk][:, used].T @ student[chunk].detach().double()
+    options = {"reduction": "sum", "workspace_bytes": rows * 8 * V}
+    _, d_student, d_head = gradients("bf16", *inputs, **options)
+    assert (d_head - expected).abs().max() <= 1e-4 * expected.abs().max()
+    assert ((d_head == 0).all(1) == (expected == 0).all(1)).all()
+    exact = gradients(None, *inputs, **options)[1:]
+    for a, b in zip((d_student, d_head), exact, strict=True):
+        rounding = (b.bfloat16().float() - b).norm()
+        assert 0 < (a - b).norm() < rounding

@@ -45,7 +45,7 @@ CHANGES_THE_LOSS = {
 SEEN_IN_TEST_RUN = {"student", "train", "teacher", "eval", "output_dir", "logging_steps"} | {
     f"lora_{name}" for name in ("r", "alpha", "dropout", "target_modules")
 }
-HERE = {"final_divergence", "teacher_cache", "allow_download"}
+HERE = {"final_divergence", "teacher_cache", "allow_download", "grad_threshold"}
 
 
 def test_no_choice_is_forgotten_here():
@@ -257,3 +257,30 @@ def test_student_blocks_make_the_student(files, tmp_path):  # noqa: F811
         name = "model.layers.{}.mlp.up_proj.weight"
         torch.testing.assert_close(end[name.format(mine)], start[name.format(origin)])
     assert "model.layers.2.mlp.up_proj.weight" not in end
+
+
+def test_a_gradient_threshold_is_used_and_says_what_it_left_out(files, tmp_path):  # noqa: F811
+    def dropped(name, **options):
+        options |= {"max_steps": 1, "save_steps": 1, "eval": files / "eval.jsonl"}
+        assert cli.main(arguments(files, tmp_path / name, **options)) == 0
+        state = tmp_path / name / "checkpoint-1" / "trainer_state.json"
+        logs = json.loads(state.read_text())["log_history"]
+        return [entry["dropped"] for entry in logs if "dropped" in entry]
+
+    assert dropped("exact") == []
+    assert dropped("all", grad_threshold=1000) == [1.0]
+    (few,), (some,) = dropped("few", grad_threshold="bf16"), dropped("some", grad_threshold=1e-2)
+    assert 0.0 <= few < 1e-3 < some < 1.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grad_threshold": "fp8"}, "grad_threshold='fp8' is unknown; choose one of 'bf16'"),
+        ({"grad_threshold": "-1"}, "grad_threshold must be finite and lie in"),
+        ({"grad_threshold": 1e-6, "lens_backend": "reference"}, "'reference' is exact"),
+    ],
+)
+def test_a_threshold_that_cannot_be_is_refused_before_a_model_is_read(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        LensDistillConfig(output_dir=str(tmp_path), **options)

@@ -126,6 +126,17 @@ def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
         assert growth < more * 4099 / 8
 
 
+def test_16_bit_heads_are_not_copied(monkeypatch):
+    """They are widened tile by tile: whole copies would take 24 MiB."""
+    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    problem = make(Shape((64,), 8192, 256, 512, 1))
+    wide, narrow = (
+        peak_bytes(evaluate(capture_call(monkeypatch, problem.to(dtype))))
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert 8 * MIB < narrow <= wide + 4 * MIB
+
+
 def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
     shape = Shape((64,), 20011, 96, 96, 1)
     head_bytes = 4 * shape.vocab * shape.student

@@ -53,46 +53,50 @@ class Active:
 
 
 class Survey:
-    """The largest absolute gradient of every entry, and the absolute sum of all, block by block."""
+    """What a tile of gradients holds, read block by block: ``add`` all before asking."""
 
     def __init__(self) -> None:
-        self.peak: Tensor | None = None
-        self.mass: Tensor | float = 0.0
+        self.rows = 0
+        self.peak: Tensor  # (V,), the largest absolute value of every entry
+        self.mass: Tensor  # (V,), the sum of absolute values of every entry
+        self.norm: Tensor  # the root of the sum of squares
 
     def add(self, grad: Tensor) -> None:
         """Survey a block of rows ``(R, V)``."""
-        size = grad.abs()
-        peak = size.amax(0)
-        self.peak = peak if self.peak is None else torch.maximum(self.peak, peak)
-        self.mass = self.mass + size.sum(dtype=torch.promote_types(size.dtype, torch.float32))
+        size, dtype = grad.abs(), torch.promote_types(grad.dtype, torch.float32)
+        peak, mass = size.amax(0), size.sum(0, dtype=dtype)
+        norm = torch.linalg.vector_norm(grad, dtype=dtype)
+        if self.rows:
+            peak, mass = torch.maximum(self.peak, peak), self.mass + mass
+            norm = torch.hypot(self.norm, norm)
+        self.peak, self.mass, self.norm = peak, mass, norm
+        self.rows += grad.shape[0]
+
+    def columns(self, threshold: float, relative: bool) -> Tensor:
+        """Return the entries with a gradient above the threshold, ``(n,)``.
+
+        If ``relative`` it is one to the root mean square of the norms of rows. On a GPU this waits
+        for the device, since the number of columns decides shapes.
+        """
+        bound = threshold * self.norm / self.rows**0.5 if relative else threshold
+        # Not "above": a NaN is to be seen.
+        return (~(self.peak <= bound)).nonzero()[:, 0]
 
 
 def active(
-    grad: Tensor,
-    weight: Tensor,
-    weight_sum: Tensor,
-    survey: Survey,
-    threshold: float,
-    dtype: torch.dtype,
-) -> tuple[Active, Tensor]:
-    """Return the columns of ``grad`` with an entry above the threshold, and ``[mass, mass used]``.
+    grad: Tensor, weight: Tensor, weight_sum: Tensor, columns: Tensor, dtype: torch.dtype
+) -> Active:
+    """Return what the products need of ``grad`` if of its entries only ``columns`` are used.
 
-    ``weight_sum`` is the sum of the head's rows, mass a sum of absolute values, and ``dtype`` that
-    of the factors. On a GPU this waits for the device, since the number of columns decides the
-    shapes.
+    ``weight_sum`` is the sum of the head's rows and ``dtype`` that of the factors.
     """
-    assert survey.peak is not None
-    # Not "above": a NaN is to be seen.
-    columns = (~(survey.peak <= threshold)).nonzero()[:, 0]
     used, used_weight = grad.index_select(1, columns), weight.index_select(0, columns)
     left_out = max(1, grad.shape[1] - columns.shape[0])
-    part = Active(
+    sums = weight_sum.dtype
+    return Active(
         columns,
         used.to(dtype),
         used_weight,
-        rest=grad.sum(1, dtype=weight_sum.dtype) - used.sum(1, dtype=weight_sum.dtype),
-        rest_weight=(weight_sum - used_weight.sum(0, dtype=weight_sum.dtype)) / left_out,
+        rest=grad.sum(1, dtype=sums) - used.sum(1, dtype=sums),
+        rest_weight=(weight_sum - used_weight.sum(0, dtype=sums)) / left_out,
     )
-    # Summed as the survey does, so that what is used of all is all, to the last digits.
-    mass_used = used.abs().sum(dtype=weight_sum.dtype)
-    return part, torch.stack([torch.as_tensor(survey.mass, device=grad.device), mass_used])

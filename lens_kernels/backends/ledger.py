@@ -17,7 +17,7 @@ class Ledger:
     """
 
     def __init__(self, call: LossCall, compute: torch.dtype) -> None:
-        self.threshold = call.spec.grad_threshold
+        self.threshold, self.relative = call.spec.grad_threshold, call.spec.threshold_is_relative
         device = call.row_weight.device
         tokens = call.row_weight.shape[1]
         self.index = None if call.mask is None else call.mask.nonzero()[:, 0]
@@ -33,7 +33,7 @@ class Ledger:
             key: torch.zeros(x.shape, dtype=compute, device=device)
             for key, x in call.wanted().items()
         }
-        # The tiles of gradients in absolute sum: all, and what was used.
+        # The tiles of gradients in absolute sum: all, and what was left out.
         self.mass = torch.zeros(2, dtype=compute, device=device)
 
     def wanted(self, pair: int, normed: bool) -> set[int | str]:
@@ -68,9 +68,10 @@ class Ledger:
             if survey is None:
                 survey = head_products.Survey()
                 survey.add(grad)
-            known = weight_sum, survey
-            part, mass = head_products.active(grad, weight, *known, self.threshold, x.dtype)
-            self.mass += mass
+            used = survey.columns(self.threshold, self.relative)
+            part = head_products.active(grad, weight, weight_sum, used, x.dtype)
+            left_out = survey.mass.index_fill(0, used, 0.0)
+            self.mass += torch.stack([survey.mass.sum(), left_out.sum()])
         if "weight" in wanted:
             part.add_head_gradient(x, self.grads["weight"][columns])
         if not wanted - {"weight", "bias"}:
@@ -80,6 +81,6 @@ class Ledger:
     def result(self) -> Evaluation:
         """Return the rows, and the sums brought to scale."""
         grads = {key: grad.mul_(self.largest) for key, grad in self.grads.items()}
-        everything, used = self.mass
-        dropped = torch.where(everything > 0, 1 - used / everything, everything)
-        return Evaluation(self.rows, grads, dropped.clamp(min=0))
+        everything, left_out = self.mass
+        dropped = torch.where(everything > 0, left_out / everything, everything)
+        return Evaluation(self.rows, grads, dropped)

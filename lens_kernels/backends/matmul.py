@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -17,28 +19,57 @@ def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.d
     return pair and device.type == "cuda" and torch.version.hip is None
 
 
-def as_operand(x: Tensor, rounded_to: torch.dtype | None, operand: torch.dtype) -> Tensor:
-    """Return ``x`` as a factor: rounded as autocast asks, then in the dtype of the product."""
-    return (x if rounded_to is None else x.to(rounded_to)).to(operand)
+class Factors:
+    """A head's weight and rows of hidden states, as their product takes them.
+
+    Both are rounded to ``operand_dtype`` where autocast asks for it; float64 it leaves alone, as
+    everywhere in torch. A 16-bit weight stays one where the device cannot multiply it: it is
+    widened tile by tile.
+    """
+
+    def __init__(
+        self, weight: Tensor, operand_dtype: torch.dtype | None, compute: torch.dtype
+    ) -> None:
+        self.rounded_to = None if weight.dtype is torch.float64 else operand_dtype
+        self.weight = _rounded(weight, self.rounded_to)
+        native = multiplies_natively(self.weight.dtype, compute, weight.device)
+        self.dtype = self.weight.dtype if native else compute
+
+    def rows(self, x: Tensor) -> Tensor:
+        """Return hidden states as a factor."""
+        return _rounded(x, self.rounded_to).to(self.dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)
+
+
+def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    step = CPU_VOCAB_TILE if weight.device.type == "cpu" else max(1, weight.shape[0])
+    for start in range(0, weight.shape[0], step):
+        columns = slice(start, start + step)
+        yield columns, weight[columns].to(dtype)
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Set ``out = x @ weight.T``."""
+    """Set ``out = x @ weight.T``; ``x`` is in the dtype of the product."""
     if x.dtype in HALF:
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
-    elif x.device.type == "cpu":
-        for start in range(0, weight.shape[0], CPU_VOCAB_TILE):
-            columns = slice(start, start + CPU_VOCAB_TILE)
-            torch.mm(x, weight[columns].t(), out=out[:, columns])
-    else:
-        torch.mm(x, weight.t(), out=out)
+        return
+    for columns, part in _tiles(weight, x.dtype):
+        torch.mm(x, part.t(), out=out[:, columns])
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``; both are in the same dtype."""
-    if b.dtype in HALF:
+    """Return ``a @ b``; ``a`` is in the dtype of the product."""
+    if a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a, b)
+    if a.dtype is b.dtype:
+        return torch.mm(a, b)
+    out = a.new_zeros(a.shape[0], b.shape[1])
+    for rows, part in _tiles(b, a.dtype):
+        out.addmm_(a[:, rows], part)
+    return out
 
 
 def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:

@@ -47,18 +47,13 @@ def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -
 
 
 class _Side:
-    """One model's head, its weight ready to be multiplied."""
+    """One model's head."""
 
     def __init__(self, head: LensHead, call: LossCall, compute: torch.dtype) -> None:
         self.head = head.prefix(call.spec.vocab_size)
         self.compute = compute
-        # Autocast leaves float64 alone, as it does everywhere in torch.
-        fp64 = head.weight.dtype is torch.float64
-        self.rounded_to = None if fp64 else call.operand_dtype
-        dtype = self.rounded_to or head.weight.dtype
-        native = matmul.multiplies_natively(dtype, compute, head.weight.device)
-        self.operand = dtype if native else compute
-        self.weight = matmul.as_operand(self.head.weight, self.rounded_to, self.operand)
+        self.factors = matmul.Factors(self.head.weight, call.operand_dtype, compute)
+        self.weight = self.factors.weight
 
     def read(
         self, hidden: Tensor, rows: Tensor | slice, normed: bool
@@ -69,7 +64,7 @@ class _Side:
         if normed and self.head.norm is not None:
             x, *statistics = self.head.norm.forward(x)
             saved = (statistics[0], statistics[1])
-        return matmul.as_operand(x, self.rounded_to, self.operand), saved
+        return self.factors.rows(x), saved
 
 
 class _Run:
@@ -94,7 +89,7 @@ class _Run:
         vocab_size = call.spec.vocab_size
         self.compiled = tile_pass.is_compiled(self.device, pairs * self.tokens * vocab_size)
         tile = self.student.weight.new_empty(0, dtype=self.compute)
-        row = bytes_per_row(vocab_size, self.student.operand, self.compute)
+        row = bytes_per_row(vocab_size, self.student.factors.dtype, self.compute)
         self.chunk_rows = chunk_rows(self.tokens, row, call.spec.workspace_bytes)
         self.tiles = [tile.new_empty(self.chunk_rows, vocab_size) for _ in range(2)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ from lens_kernels.hf.cache.store import DTYPES
 from lens_kernels.hf.families import blocks_of
 from lens_kernels.hf.layers import uniform_layers
 from lens_kernels.spec import (
+    GRAD_THRESHOLDS,
     Divergence,
     check_beta,
     check_kd_ratio,
@@ -19,6 +21,7 @@ from lens_kernels.spec import (
     check_number,
     parse_name,
 )
+from lens_kernels.validation import threshold
 
 FINAL_NAMES = (*(x.value for x in Divergence), "akl")
 
@@ -46,6 +49,15 @@ def final_divergence(text: str) -> str | dict[str, float]:
             )
         weights[name] = value
     return weights
+
+
+def grad_threshold(given: str | float | None) -> str | float | None:
+    """Return what ``distillation_loss`` takes for a name, or for a number written out."""
+    value = given
+    if isinstance(given, str) and given not in GRAD_THRESHOLDS:
+        with contextlib.suppress(ValueError):
+            value = float(given)
+    return value
 
 
 @dataclass
@@ -98,6 +110,12 @@ class LensDistillConfig(TrainingArguments):
     lens_backend: str = option(
         "auto", "What computes the loss.", choices=["auto", "torch", "triton", "reference"]
     )
+    grad_threshold: str | None = option(
+        None,
+        "Leave vocabulary entries with less logit gradient than this out of the gradients of the"
+        " loss, which is faster: a number like 1e-6, or 'bf16' for an error below the rounding of"
+        " bfloat16. The logs then say what share was left out, as 'dropped'.",
+    )
     teacher_cache: str | None = option(
         None,
         "Folder for the teacher's hidden states: written once, after which the teacher never runs.",
@@ -117,6 +135,7 @@ class LensDistillConfig(TrainingArguments):
         check_number("distill_temperature", self.distill_temperature, 0.0)
         check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
         final_divergence(self.final_divergence)
+        threshold(grad_threshold(self.grad_threshold), self.lens_backend == "reference")
         self._check_layers()
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
@@ -159,6 +178,7 @@ class LensDistillConfig(TrainingArguments):
             "mse_coeff": self.mse_coeff,
             "vocab_size": self.vocab_size,
             "backend": self.lens_backend,
+            "grad_threshold": grad_threshold(self.grad_threshold),
         }
 
     def _check_layers(self) -> None:

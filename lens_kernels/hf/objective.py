@@ -32,7 +32,8 @@ class Outcome:
     ``loss`` carries gradients. ``sums`` are its terms before their weights, as sums over the
     ``num_tokens`` tokens that count: ``loss``, ``ce``, ``kd``, ``lens``, ``lens_<student depth>``,
     ``mse``, and for each depth that is compared an estimate of the entropies of both models, as
-    ``entropy_student_<depth>`` and ``entropy_teacher_<depth>``, where the last is ``final``.
+    ``entropy_student_<depth>`` and ``entropy_teacher_<depth>``, where the last is ``final``; and
+    with a ``grad_threshold``, while training, ``dropped``, the share that it left out.
     """
 
     loss: Tensor
@@ -185,6 +186,8 @@ class LensObjective:
             parts["mse"] = mse
         parts["loss"] = loss
         sums = {name: x.detach() * tokens for name, x in parts.items()}
+        if self.options.get("grad_threshold") is not None and loss.requires_grad:
+            sums["dropped"] = output.dropped * tokens
         sums |= self._entropies("student", self.student_layers, student_rows)
         sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
         return Outcome(loss, sums, output.num_tokens)
