@@ -249,3 +249,84 @@ def _speed_bars(axis: Any, rows: Sequence[Mapping[str, str]], handles: dict[str,
     axis.spines[["top", "right"]].set_visible(False)
     if rows:
         axis.set_title(f"models, {rows[0]['tokens']} tokens, 1 pair", fontsize=10)
+
+
+# A colour for each student, of Okabe and Ito.
+STATE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def active_vocabulary(
+    csv_path: Path, png_path: Path, small_error: float, wanted_ratio: float
+) -> bool:
+    """Draw time over the floor against error, a panel for each group; say if it could be done.
+
+    The error of a threshold is the larger of the hidden states' and the head's.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with csv_path.open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["median_ms"]]
+    runs = [*dict.fromkeys(row["run"] for row in rows)]
+    titles = {"lens": "lens pairs (JSD, through the norm)", "final": "final states (forward KL)"}
+    figure = Figure(figsize=(12, 5.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(titles), sharex=True, sharey=True)
+    handles: dict[str, Any] = {}
+    for axis, (group, title) in zip(panels, titles.items(), strict=True):
+        axis.set_xscale("log")
+        beside, marks = axis.get_yaxis_transform(), []
+        of_group = [row for row in rows if row["group"] == group]
+        states = [*dict.fromkeys((row["run"], row["state"]) for row in of_group)]
+        for run, state in states:
+            curve = {
+                row["threshold"]: (_error(row), float(row["ratio_to_floor"]))
+                for row in of_group
+                if (row["run"], row["state"]) == (run, state) and row["threshold"] != "floor"
+            }
+            exact = curve.pop("exact")[1]
+            style = {"color": STATE_COLOURS[runs.index(run) % len(STATE_COLOURS)]}
+            style["linestyle"] = "--" if state == "before" else "-"
+            # What has no error has no place on a logarithmic axis.
+            points = {name: point for name, point in curve.items() if point[0]}
+            x, y = ([point[i] for point in points.values()] for i in (0, 1))
+            (drawn,) = axis.plot(x, y, marker="o", ms=4.5, **style)
+            handles[f"{run}, {state} training"] = drawn
+            axis.plot([0, 0.05], [exact] * 2, transform=beside, lw=2.2, **style)
+            marks.append(exact)
+            if (run, state) == states[-1]:
+                look = {"textcoords": "offset points", "fontsize": 8, "color": style["color"]}
+                for name, point in points.items():
+                    axis.annotate(name, point, (0, -13), ha="center", **look)
+        axis.text(0.06, max(marks), "exact", transform=beside, va="center", fontsize=8)
+        axis.axhline(1, color="black", linestyle=":", linewidth=1)
+        axis.set_title(title, fontsize=11)
+        axis.set_xlabel("relative error of the gradients")
+        axis.grid(color="#DDDDDD", linewidth=0.7)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("time / time of the four products")
+    panels[0].set_ylim(bottom=0)
+    left, right = panels[0].get_xlim()
+    left /= 5  # room for the marks of the exact ones
+    for axis in panels:
+        axis.fill_between([left, small_error], wanted_ratio, color="#009E73", alpha=0.13, lw=0)
+        said = f"error < {small_error:g}, time < {wanted_ratio:g}"
+        axis.text(left * 1.3, 0.03, said, fontsize=9, color="#00684C")
+        axis.set_xlim(left, right)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
+    first = rows[0]
+    figure.suptitle(
+        "grad_threshold, loss + backward: thresholds along each curve\n"
+        f"{first['tokens']} tokens, {first['vocab_entries']} entries, widths"
+        f" {first['student_width']} and {first['teacher_width']}, {first['device']}"
+    )
+    png_path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(png_path, dpi=110)
+    return True
+
+
+def _error(row: Mapping[str, str]) -> float:
+    return max(float(row["hidden_error"]), float(row["head_error"]))
