@@ -290,7 +290,8 @@ def active_vocabulary(
             style = {"color": STATE_COLOURS[runs.index(run) % len(STATE_COLOURS)]}
             style["linestyle"] = "--" if state == "before" else "-"
             # What has no error has no place on a logarithmic axis.
-            points = {name: point for name, point in curve.items() if point[0]}
+            shown = [(name, point) for name, point in curve.items() if point[0]]
+            points = dict(sorted(shown, key=lambda item: item[1]))
             x, y = ([point[i] for point in points.values()] for i in (0, 1))
             (drawn,) = axis.plot(x, y, marker="o", ms=4.5, **style)
             handles[f"{run}, {state} training"] = drawn
