@@ -30,7 +30,7 @@ def _expm1(x: Tensor) -> Tensor:
     # series, to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        total = 1 + x / n * total
+        total = 1 + x * (1 / n) * total  # a division by n would stay one
     return x * total
 
 
@@ -42,14 +42,16 @@ def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
     # With m = beta p + (1 - beta) q: log m - log q = relu(d) + l and log p - log m = -relu(-d) - l,
-    # where l = log1p(k expm1(-|d|)). Relative accuracy holds from d = 0 to d = +-inf.
+    # where l = log1p(k expm1(-|d|)) and k = 1 - beta for d > 0, else beta. Relative accuracy holds
+    # from d = 0 to d = +-inf.
     d = lp - lq
-    k = torch.where(d > 0, d.new_full((), 1 - beta), d.new_full((), beta))  # not as float32
     # exp(-|d|) without an exponential; where both are 0 the terms are too, whatever l is.
     larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
     far = torch.minimum(p, q) / larger - 1
     near = -d.abs().clamp(max=NEAR)
-    l = torch.log1p(k * torch.where(near > -NEAR, _expm1(near), far))  # noqa: E741
+    e = torch.where(near > -NEAR, _expm1(near), far)
+    # No tensor is made of beta: torch 2.13 would compile the first beta of a process into it.
+    l = torch.log1p(torch.where(d > 0, (1 - beta) * e, beta * e))  # noqa: E741
     student = (1 - beta) * q * (d.clamp(min=0) + l)
     return beta * p * (d.clamp(max=0) - l) - student, -student
 

@@ -32,11 +32,17 @@ def compiled_graphs():
 
 
 def test_the_compiled_pass_gives_the_oracle_s_numbers(compiling):
-    """And is compiled once, whatever the temperature and the number of rows: 35 tokens in chunks
-    of 5, of 9 with a last one of 8, and all at once."""
+    """And is compiled once, whatever the numbers of a call: 35 tokens in chunks of 5, of 9 with a
+    last one of 8, and all at once; each float as compiled first, then others."""
     before = compiled_graphs()
-    for temperature, rows in ((2.0, 5), (1.3, 9), (0.7, 40)):
-        problem = make(BATCH, std=2.0, norm="layer", bias=True, temperature=temperature)
+    features = {"norm": "layer", "bias": True}
+    for temperature, beta, scale, softcap, rows in (
+        (2.0, 0.5, 0.7, 9.0, 5),
+        (1.3, 0.9, 1.4, 4.0, 9),
+        (0.7, 0.2, 0.4, 2.0, 40),
+    ):
+        features |= {"temperature": temperature, "beta": beta, "scale": scale, "softcap": softcap}
+        problem = make(BATCH, std=2.0, **features)
         expected, expected_grads = oracle(problem)
         loss, grads = ours(problem, workspace_bytes=several_chunks(BATCH, rows))
         assert_close(loss, expected, 1e-6)
