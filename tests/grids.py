@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lens_kernels.backends.torch_chunked import row_stride
+
 # Every backend that must agree with the oracle. A new one is added here.
 BACKENDS = ["torch", "triton"]
 # Those of them that compute in float64; the others refuse it.
@@ -84,4 +86,4 @@ FEATURES = {
 
 def several_chunks(shape: Shape, rows: int = 5) -> int:
     """Return the ``workspace_bytes`` with which a chunk holds ``rows`` fp32 rows of two tiles."""
-    return rows * shape.vocab * 2 * 4
+    return rows * row_stride(shape.vocab) * 2 * 4

@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import tile_pass, torch_chunked
-from tests.grids import DIVERGENCES, FEATURES, Shape
+from lens_kernels.backends.torch_chunked import row_stride
+from tests.grids import DIVERGENCES, FEATURES, Shape, several_chunks
 from tests.problems import capture_call, make
 
 TEMPORARIES, OTHER, SMALL = 16, 8, 8
@@ -91,10 +92,11 @@ def test_the_workspace_is_what_it_says(monkeypatch):
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
         peak = peak_bytes(evaluate(capture_call(monkeypatch, problem, workspace_bytes=workspace)))
-        most_rows = workspace // (8 * LARGE.vocab)
+        row = 8 * row_stride(LARGE.vocab)
+        most_rows = workspace // row
         rows = math.ceil(LARGE.tokens / math.ceil(LARGE.tokens / most_rows))
-        assert 0.75 * workspace <= 8 * LARGE.vocab * rows <= workspace
-        rest.append(peak - 8 * LARGE.vocab * rows)
+        assert 0.75 * workspace <= row * rows <= workspace
+        rest.append(peak - row * rows)
     assert max(rest) - min(rest) < MIB
 
 
@@ -176,10 +178,10 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, masked):
     shape = Shape((300,), 501, 8, 8, 2)
     problem = make(shape, **FEATURES["everything"])
     mask = torch.ones(300) if masked else None
-    call = capture_call(monkeypatch, problem, mask=mask, workspace_bytes=8 * 501 * 30)
+    call = capture_call(monkeypatch, problem, mask=mask, workspace_bytes=several_chunks(shape, 30))
     with Watch() as watch, torch.no_grad():
         torch_chunked.evaluate(call)
-    assert watch.largest == 30 * 501, "the tiles are the largest tensors"
+    assert watch.largest == 30 * row_stride(501), "the tiles are the largest tensors"
 
 
 SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_cpu"}
