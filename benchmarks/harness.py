@@ -186,6 +186,42 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, str]]:
+    """Return the rows that an earlier run left, whenever that was.
+
+    Raises:
+        RuntimeError: They were measured under other conditions.
+    """
+    rows = read_csv(path)
+    for row in rows:
+        for name, value in conditions.items():
+            if name != "date_utc" and row.get(name) != str(value):
+                raise RuntimeError(
+                    f"{path} was measured with {name} {row.get(name)!r}, and this run has"
+                    f" {str(value)!r}; move the file away, or pass another folder to --out"
+                )
+    return rows
+
+
+def replaced_between(text: str, begin: str, end: str, content: str) -> str:
+    """Return a document with what stands between two of its lines made anew.
+
+    Raises:
+        ValueError: It does not hold both lines in this order.
+    """
+    before, first, rest = text.partition(begin)
+    _, last, after = rest.partition(end)
+    if not first or not last:
+        raise ValueError(f"the README must hold the lines {begin!r} and {end!r} in this order")
+    return f"{before}{begin}\n\n{content}\n\n{end}{after}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table, the first column to the left and the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]

@@ -11,6 +11,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks import harness
+
 Row = Mapping[str, str]
 Where = tuple[int, int, int, float]  # tokens, vocabulary, pairs, share of masked tokens
 
@@ -136,22 +138,10 @@ BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "o
 
 def markdown(rows: Sequence[Row]) -> str:
     """Return both tables as they stand in the README."""
-    tables = []
-    for header, lines in ((BASE_TIMES, base_times(rows)), (VERDICT, verdict(rows))):
-        if lines:
-            shown = [header, ["---"] * len(header), *lines]
-            tables.append("\n".join(f"| {' | '.join(cells)} |" for cells in shown))
-    return "\n\n".join(tables)
+    tables = ((BASE_TIMES, base_times(rows)), (VERDICT, verdict(rows)))
+    return "\n\n".join(harness.markdown_table(*table) for table in tables if table[1])
 
 
 def with_tables(text: str, rows: Sequence[Row]) -> str:
-    """Return a README with its tables made anew.
-
-    Raises:
-        ValueError: There are no markers to put them between.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"the README must hold the lines {BEGIN!r} and {END!r} in this order")
-    return f"{before}{BEGIN}\n\n{markdown(rows)}\n\n{END}{after}"
+    """Return a README with its tables made anew; ValueError if it has no place for them."""
+    return harness.replaced_between(text, BEGIN, END, markdown(rows))

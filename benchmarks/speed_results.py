@@ -21,13 +21,7 @@ class Results:
         self.path = path
         self.environment = environment
         self._rows: dict[tuple[str, str], dict[str, str]] = {}
-        for row in harness.read_csv(path):
-            for name, value in environment.items():
-                if name != "date_utc" and row.get(name) != value:
-                    raise RuntimeError(
-                        f"{path} was measured with {name} {row.get(name)!r}, and this run has"
-                        f" {value!r}; move the file away, or pass another folder to --out"
-                    )
+        for row in harness.read_own_csv(path, environment):
             # Who is missing altogether, and what fits into memory, is found anew.
             if row["point"] and not row["note"].startswith("does not fit"):
                 self._rows[row["point"], row["contender"]] = row

@@ -78,17 +78,20 @@ def symmetric_lens_loss(
             data parallelism exact.
         vocab_size: Number of leading entries that both vocabularies share, over which both
             softmaxes are then taken. Needed only if the vocabularies differ in size.
-        backend: ``"auto"``, ``"torch"``, ``"triton"`` (NVIDIA and AMD GPUs; no tile of logits in
-            memory, more products), or ``"reference"`` (dense, float64, for checking).
+        backend: ``"torch"``, ``"triton"`` (NVIDIA and AMD GPUs; no tile of logits in memory, more
+            products), ``"reference"`` (dense, float64, for checking), or ``"auto"``: of the first
+            two the one for which ``lens_kernels.plan`` says less, ``"triton"`` only on GPUs on
+            which ``lens-kernels tune`` has run.
         workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
             1 GiB elsewhere.
         grad_threshold: An approximation, off by default: within a chunk of tokens, vocabulary
             entries at which no logit gradient exceeds this (before the weight of a token, so that
             1e-6 means the same at any batch size) are left out of both gradient products. The loss
-            is not affected. ``"bf16"`` measures it by the gradient itself, 2^-15 of the root mean
-            square of the norms of tokens, and so keeps the error below that of rounding gradients
-            to bfloat16, however near the models are; a fixed one does not.
-            ``distillation_loss`` reports how much gradient was left out.
+            is not affected. A fixed threshold leaves out a larger part the nearer the models are.
+            ``"bf16"`` does not: it is 2^-9 of the root mean square of the chunk's logit gradients,
+            so that what is left out is, in the 2-norm, no more than that part of them, as little as
+            rounding them to bfloat16 may change. ``distillation_loss`` reports how much was left
+            out.
 
     Returns:
         In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``.

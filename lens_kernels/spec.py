@@ -32,10 +32,9 @@ class Reduction(str, Enum):
     NONE = "none"
 
 
-# Relative to the root mean square of the norms of a chunk's rows. On SmolLM2's states the gradients
-# are then wrong by at most half of what rounding them to bfloat16 costs, near convergence as far
-# from it (benchmarks/active_vocabulary.py).
-GRAD_THRESHOLDS = {"bf16": 2.0**-15}
+# Relative to the root mean square of a chunk's logit gradients, of which no larger part, in the
+# 2-norm, can then be left out: bfloat16's unit roundoff.
+GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 ADAPTIVE = "akl"  # of the final hidden states alone: two divergences under a weight per token
 
 EnumT = TypeVar("EnumT", bound=Enum)
@@ -120,10 +119,10 @@ def check_lens_coeff(value: object) -> float:
     return check_number("lens_coeff", value, 0.0, inclusive=True)
 
 
-def check_grad_threshold(value: object) -> tuple[float, bool] | None:
+def check_grad_threshold(value: object) -> tuple[float | None, bool]:
     """Return the threshold, and whether it is relative: a number is not, a name is."""
     if value is None:
-        return None
+        return None, False
     if isinstance(value, str):
         return GRAD_THRESHOLDS[_known_name("grad_threshold", value, [*GRAD_THRESHOLDS])], True
     hint = f", or one of {', '.join(map(repr, GRAD_THRESHOLDS))}"

@@ -270,12 +270,10 @@ def workspace(value: Any, device: torch.device) -> int:
     return value
 
 
-def threshold(value: Any, exact: bool) -> tuple[float, bool] | tuple[None, bool]:
+def threshold(value: Any, exact: bool) -> tuple[float | None, bool]:
     """Return the gradient threshold, and if it is relative; a backend that is exact takes none."""
     checked = check_grad_threshold(value)
-    if checked is None:
-        return None, False
-    if exact:
+    if exact and value is not None:
         raise ValueError(
             "grad_threshold is an approximation, and backend='reference' is exact: use one of them"
         )

@@ -7,6 +7,7 @@ import torch
 
 from lens_kernels import LensHead, SymmetricLensLoss, distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import tile_pass
+from lens_kernels.backends.torch_chunked import row_stride
 
 N, V, D = 24, 600, 16
 
@@ -93,11 +94,11 @@ def test_what_was_dropped_is_reported():
 def test_everything_left_out_is_finite_and_chunks_and_masks_go_along():
     inputs = problem()
     mask = torch.rand(N) > 0.5
-    _, d_student, d_head = gradients(1e3, *inputs, mask=mask, workspace_bytes=5 * 8 * V)
+    _, d_student, d_head = gradients(1e3, *inputs, mask=mask, workspace_bytes=5 * 8 * row_stride(V))
     assert (d_head == 0).all() and d_student.isfinite().all()
     assert (d_student[~mask] == 0).all()
     exact = gradients(None, *inputs, mask=mask)
-    near = gradients(1e-6, *inputs, mask=mask, workspace_bytes=5 * 8 * V)
+    near = gradients(1e-6, *inputs, mask=mask, workspace_bytes=5 * 8 * row_stride(V))
     for a, b in zip(exact[1:], near[1:], strict=True):
         assert (a - b).norm() <= 1e-3 * a.norm()
 
@@ -174,11 +175,10 @@ def test_a_preset_is_relative_to_the_gradient(gap, rows):
     g = logit_gradients(*inputs)
     expected = torch.zeros(V, D, dtype=torch.float64)
     for chunk in torch.arange(N).split(-(-N // -(-N // rows))):
-        size = g[chunk].square().sum(1).mean().sqrt()
-        used = g[chunk].abs().amax(0) > size * 2.0**-15
+        used = g[chunk].abs().amax(0) > 2.0**-9 * g[chunk].square().mean().sqrt()
         assert 0.02 < used.double().mean() < 0.98
         expected[used] += g[chunk][:, used].T @ student[chunk].detach().double()
-    options = {"reduction": "sum", "workspace_bytes": rows * 8 * V}
+    options = {"reduction": "sum", "workspace_bytes": rows * 8 * row_stride(V)}
     _, d_student, d_head = gradients("bf16", *inputs, **options)
     assert (d_head - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert ((d_head == 0).all(1) == (expected == 0).all(1)).all()

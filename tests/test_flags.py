@@ -96,8 +96,8 @@ def test_the_backend_that_is_asked_for_computes_the_loss(files, tmp_path, monkey
     asked = []
     choose = dispatch.choose
 
-    def watched(name, *args):
-        chosen = choose(name, *args)
+    def watched(name, *args, **options):
+        chosen = choose(name, *args, **options)
         asked.append((name, chosen.name))
         return chosen
 
@@ -268,7 +268,10 @@ def test_a_gradient_threshold_is_used_and_says_what_it_left_out(files, tmp_path)
         return [entry["dropped"] for entry in logs if "dropped" in entry]
 
     assert dropped("exact") == []
-    assert dropped("all", grad_threshold=1000) == [1.0]
+    whole = {"grad_threshold": 1000}
+    assert (
+        dropped("all", **whole) == dropped("two", gradient_accumulation_steps=2, **whole) == [1.0]
+    )
     (few,), (some,) = dropped("few", grad_threshold="bf16"), dropped("some", grad_threshold=1e-2)
     assert 0.0 <= few < 1e-3 < some < 1.0
 

@@ -75,10 +75,12 @@ class Survey:
     def columns(self, threshold: float, relative: bool) -> Tensor:
         """Return the entries with a gradient above the threshold, ``(n,)``.
 
-        If ``relative`` it is one to the root mean square of the norms of rows. On a GPU this waits
-        for the device, since the number of columns decides shapes.
+        If ``relative`` it is one to the root mean square of the tile, so that all that is left out
+        is, in the 2-norm, no more than this part of the tile. On a GPU this waits for the device,
+        since the number of columns decides shapes.
         """
-        bound = threshold * self.norm / self.rows**0.5 if relative else threshold
+        entries = self.rows * self.peak.shape[0]
+        bound = threshold * self.norm / entries**0.5 if relative else threshold
         # Not "above": a NaN is to be seen.
         return (~(self.peak <= bound)).nonzero()[:, 0]
 

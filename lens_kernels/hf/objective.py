@@ -187,7 +187,7 @@ class LensObjective:
         parts["loss"] = loss
         sums = {name: x.detach() * tokens for name, x in parts.items()}
         if self.options.get("grad_threshold") is not None and loss.requires_grad:
-            sums["dropped"] = output.dropped * tokens
+            sums["dropped"] = output.dropped * output.num_tokens
         sums |= self._entropies("student", self.student_layers, student_rows)
         sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
         return Outcome(loss, sums, output.num_tokens)
