@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lens_kernels import adaptive, dispatch
 from lens_kernels import validation as check
 from lens_kernels.call import LossCall
 from lens_kernels.lens import LensHead
+from lens_kernels.plan import plan
 from lens_kernels.spec import Divergence, LossSpec, check_beta, check_number
 
 Head = LensHead | Tensor
@@ -67,7 +69,8 @@ class CallBuilder:
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a string, got {type(backend).__name__}")
         weights = self.student_head.weight.dtype, self.teacher_head.weight.dtype
-        self.backend = dispatch.choose(backend, self.device, torch.float64 in weights)
+        self._choose = partial(dispatch.choose, backend, self.device, torch.float64 in weights)
+        self.backend = self._choose()
         self.fp64 = self.backend.differentiable or torch.float64 in weights
         self.result_dtype = (
             torch.float64 if self.student_head.weight.dtype is torch.float64 else torch.float32
@@ -111,9 +114,9 @@ class CallBuilder:
         workspace_bytes: Any,
         grad_threshold: Any,
     ) -> LossSpec:
-        """Check all that is not a tensor."""
+        """Check all that is not a tensor, and choose the backend for good."""
         threshold, relative = check.threshold(grad_threshold, self.backend.differentiable)
-        return LossSpec(
+        spec = LossSpec(
             divergences=divergences,
             normed=self.normed,
             beta=check_beta(beta),
@@ -123,6 +126,27 @@ class CallBuilder:
             grad_threshold=threshold,
             threshold_is_relative=relative,
         )
+        self.backend = self._choose(cost=lambda name: self._cost(name, spec))
+        return spec
+
+    def _cost(self, backend: str, spec: LossSpec) -> float:
+        """Return what the call costs on a backend, as if no token were masked."""
+        head = self.student_head.weight
+        planned = (
+            plan(
+                max(1, self.shape.numel()),
+                spec.vocab_size,
+                head.shape[1],
+                self.teacher_head.weight.shape[1],
+                divergence=divergence.value,
+                dtype=self.operand_dtype or head.dtype,
+                head_grad=torch.is_grad_enabled() and head.requires_grad,
+                workspace_bytes=spec.workspace_bytes,
+                device=self.device.type,
+            )
+            for divergence in spec.divergences
+        )
+        return sum(each[backend].cost for each in planned)
 
     def head_share(self, spec: LossSpec) -> Tensor:
         """Return the adaptive KL's weight of the forward KL for each token, ``(N,)``."""

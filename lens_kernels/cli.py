@@ -177,11 +177,14 @@ def _env(args: argparse.Namespace) -> int:
         if device.type == "cuda":
             name = torch.cuda.get_device_name(device)
         print(f"\n{device} ({name})")
-        print(f"  backend='auto' uses {dispatch.choose('auto', device).name!r}")
+        used = [repr(backend.name) for backend in dispatch.automatic(device)]
+        which = f"the cheaper of {' and '.join(used)}" if used[1:] else used[0]
+        print(f"  backend='auto' uses {which}")
         for backend in dispatch.REGISTRY.values():
             reason = backend.objection(device, False)
             if reason is None:
-                reason = "can run" if backend.automatic else "can run; only if asked for by name"
+                reserved = backend.reservation(device)
+                reason = "can run" + (f"; {reserved}" if reserved else "")
             print(f"  {backend.name:<10} {reason}")
     return 0
 

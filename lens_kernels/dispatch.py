@@ -1,4 +1,4 @@
-"""The backends by name, and the choice among them, made for each call from its device."""
+"""The backends by name, and the choice among them, made for each call from its tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,28 @@ class Backend:
 
     ``module`` offers ``evaluate(call) -> Evaluation``; or, where ``differentiable``,
     ``rows(call) -> Tensor``, through which autograd differentiates. ``objection(device, fp64)``
-    says why the backend cannot serve such tensors, or returns None.
+    says why the backend cannot serve such tensors, or returns None; ``reservation(device)`` why
+    ``"auto"`` does not take it there, though it can.
     """
 
     name: str
     module: str
     objection: Callable[[torch.device, bool], str | None]
     differentiable: bool = False
-    automatic: bool = True
+    reservation: Callable[[torch.device], str | None] = lambda device: None
 
     def load(self) -> Any:
         """Import and return the backend's module."""
         return importlib.import_module(self.module)
 
 
+def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
+    """Do as ``torch.compiler.assume_constant_result``, which would load the compiler at import."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
 def _triton_objection(device: torch.device, fp64: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -50,6 +58,18 @@ def _triton_objection(device: torch.device, fp64: bool) -> str | None:
     return "its kernels are for NVIDIA and AMD GPUs"
 
 
+@_constant
+def _triton_reservation(device: torch.device) -> str | None:
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return "only if asked for by name"
+    from lens_kernels.backends.triton import tuned
+
+    # Unasked, kernels are not run that this kind of GPU has not been seen to run right.
+    if tuned.INTERPRETING or not tuned.tiles(device):
+        return "only if asked for by name, or once `lens-kernels tune` has run here"
+    return None
+
+
 def _reference_objection(device: torch.device, fp64: bool) -> str | None:
     if device.type == "mps":
         return "it computes in float64, which MPS does not have"
@@ -62,26 +82,46 @@ REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("torch", "lens_kernels.backends.torch_chunked", lambda device, fp64: None),
-        Backend("triton", "lens_kernels.backends.triton", _triton_objection, automatic=False),
+        Backend(
+            "triton",
+            "lens_kernels.backends.triton",
+            _triton_objection,
+            reservation=_triton_reservation,
+        ),
         Backend(
             "reference",
             "lens_kernels.backends.dense",
             _reference_objection,
             differentiable=True,
-            automatic=False,
+            reservation=lambda device: "only if asked for by name",
         ),
     )
 }
 
 
-def choose(name: str, device: torch.device, fp64: bool = False) -> Backend:
-    """Return the backend called ``name``, or for ``"auto"`` the first that can serve the tensors.
+def automatic(device: torch.device, fp64: bool = False) -> list[Backend]:
+    """Return the backends from which ``"auto"`` takes one for such tensors."""
+    unasked = [b for b in REGISTRY.values() if b.reservation(device) is None]
+    return [b for b in unasked if b.objection(device, fp64) is None]
 
-    ``device`` is theirs, and ``fp64`` says whether a head is in float64.
+
+def choose(
+    name: str,
+    device: torch.device,
+    fp64: bool = False,
+    cost: Callable[[str], float] | None = None,
+) -> Backend:
+    """Return the backend called ``name``, or for ``"auto"`` one that can serve the tensors.
+
+    ``device`` is theirs, and ``fp64`` says whether a head is in float64. Of several the one of the
+    least ``cost(name)`` is taken, or the first.
     """
     if name == "auto":
-        automatic = (b for b in REGISTRY.values() if b.automatic)
-        return next(b for b in automatic if b.objection(device, fp64) is None)
+        able = automatic(device, fp64)
+        if cost is None or len(able) == 1:
+            return able[0]
+        costs = [cost(backend.name) for backend in able]
+        return able[costs.index(min(costs))]
     if name not in REGISTRY:
         known = ", ".join(repr(n) for n in ("auto", *REGISTRY))
         raise ValueError(f"backend={name!r} is unknown; choose one of {known}")

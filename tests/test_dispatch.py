@@ -1,15 +1,19 @@
 """The choice of a backend: automatic, forced, ineligible, unknown."""
 
+import dataclasses
+import functools
 import importlib.util
+import json
 
 import pytest
 import torch
 
-from lens_kernels import dispatch, symmetric_lens_loss
+from lens_kernels import dispatch, plan, symmetric_lens_loss
 from lens_kernels.backends import torch_chunked
+from lens_kernels.backends.triton import tuned
 from lens_kernels.dispatch import Backend, choose
 from tests.compare import assert_close, assert_gradients
-from tests.grids import BATCH, FEATURES, ODD
+from tests.grids import BATCH, FEATURES, ODD, Shape, several_chunks
 from tests.problems import loss_of, make, oracle, ours
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -18,14 +22,91 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS, torch.device("xpu")])
 def test_auto_finds_a_backend_everywhere(device):
     backend = choose("auto", device)
-    assert backend.automatic and backend.objection(device, False) is None
+    assert backend.reservation(device) is None and backend.objection(device, False) is None
     if device is CPU:
         assert backend.name == "torch"
         assert backend.load() is torch_chunked
 
 
-def test_auto_never_means_the_reference():
-    assert not dispatch.REGISTRY["reference"].automatic
+@pytest.mark.parametrize("device", [CPU, CUDA, MPS])
+def test_auto_never_means_the_reference(device):
+    assert dispatch.REGISTRY["reference"].reservation(device)
+
+
+def test_auto_takes_the_kernels_once_tuning_has_run_them(monkeypatch):
+    """A GPU that is not there: only its file of tiles is asked, and no tensor is made on it."""
+    assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
+    monkeypatch.setattr(tuned, "INTERPRETING", False)
+    for found, names in (({}, ["torch"]), ({"a": "tile"}, ["torch", "triton"])):
+        monkeypatch.setattr(tuned, "tiles", lambda device, found=found: found)
+        assert [b.name for b in dispatch.automatic(CUDA)] == names
+    assert [b.name for b in dispatch.automatic(CUDA, fp64=True)] == ["torch"]
+    assert [b.name for b in dispatch.automatic(CPU)] == ["torch"]
+    monkeypatch.setattr(tuned, "INTERPRETING", True)
+    assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
+
+
+def test_a_compiled_graph_does_not_look_into_the_file_of_tiles(monkeypatch, tmp_path):
+    (tmp_path / "tiles.json").write_text('{"a": "tile"}')
+    tiles = functools.cache(lambda device: json.loads((tmp_path / "tiles.json").read_text()))
+    monkeypatch.setattr(tuned, "INTERPRETING", False)
+    monkeypatch.setattr(tuned, "tiles", tiles)
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def function(x):
+        return x + len(dispatch.automatic(CUDA))
+
+    assert function(torch.zeros(())) == 2
+
+
+@pytest.mark.parametrize("how", ["eager", "fullgraph"])
+def test_auto_takes_what_the_plan_says_is_cheaper(monkeypatch, how):
+    """With room for tiles of logits nothing is projected again; without, the head is read and its
+    gradient written anew for every few tokens."""
+    entry = dispatch.REGISTRY["triton"]
+    anywhere = dataclasses.replace(entry, reservation=lambda device: None)
+    monkeypatch.setitem(dispatch.REGISTRY, "triton", anywhere)
+    taken = []
+    for name in ("torch", "triton"):
+        module = dispatch.REGISTRY[name].load()
+
+        def evaluate(call, name=name, original=module.evaluate):
+            taken.append(name)
+            return original(call)
+
+        monkeypatch.setattr(module, "evaluate", evaluate)
+    problem = make(Shape((64,), ODD.vocab, 160, 200, 1), std=2.0)
+    torch._dynamo.reset()
+    for workspace in (several_chunks(ODD, 64), several_chunks(ODD, 1)):
+
+        def loss(workspace=workspace):
+            return loss_of(symmetric_lens_loss, problem, workspace_bytes=workspace)
+
+        if how == "fullgraph":
+            loss = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        assert_gradients(problem.gradients(loss()), oracle(problem)[1], 1e-5)
+    assert taken == ["torch", "triton"]
+    with torch.no_grad():
+        empty = torch.zeros(0, 4)
+        assert symmetric_lens_loss(empty, empty, torch.ones(5, 4), torch.ones(5, 4)) == 0
+
+
+def test_a_plan_of_a_call_is_made_of_its_own_sizes(monkeypatch):
+    problem = make(Shape((3, 7), 50, 8, 12, 2), divergence="reverse_kl")
+    problem.student_head.weight.requires_grad_(False)
+    asked = []
+
+    def choose(name, device, fp64, cost=None):
+        if cost is not None:
+            asked.append((cost("torch"), cost("triton")))
+        return dispatch.REGISTRY["torch"]
+
+    monkeypatch.setattr(dispatch, "choose", choose)
+    loss_of(symmetric_lens_loss, problem, workspace_bytes=3000)
+    options = {"dtype": torch.float32, "head_grad": False, "device": "cpu"}
+    planned = plan(21, 50, 8, 12, pairs=2, divergence="reverse_kl", workspace_bytes=3000, **options)
+    assert asked == [(planned["torch"].cost, planned["triton"].cost)]
 
 
 def test_auto_passes_over_a_backend_that_objects(monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import kernel_report
 from lens_kernels import functional
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,10 @@ def test_every_file_named_in_the_code_exists():
     for source in [*ROOT.glob("lens_kernels/**/*.py"), *ROOT.glob("tests/*.py")]:
         named = re.findall(r"``?((?:reference|tests|benchmarks)/[\w/]+\.py)", source.read_text())
         assert all((ROOT / p).exists() for p in named), (source, named)
+
+
+def test_the_table_of_plans_is_what_plan_says():
+    assert f"\n{kernel_report.readme_table()}\n" in (ROOT / "README.md").read_text()
 
 
 def test_changelog_and_version_agree():

@@ -24,9 +24,9 @@ FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
 def device(monkeypatch):
     """A GPU by its name alone."""
     monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
-    tuned._tiles.cache_clear()
+    tuned.tiles.cache_clear()
     yield
-    tuned._tiles.cache_clear()
+    tuned.tiles.cache_clear()
 
 
 def entry(tile=FAST, **changes):

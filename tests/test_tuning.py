@@ -50,9 +50,9 @@ class Clock:
 def device(monkeypatch):
     """A GPU by its name alone."""
     monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
-    tuned._tiles.cache_clear()
+    tuned.tiles.cache_clear()
     yield
-    tuned._tiles.cache_clear()
+    tuned.tiles.cache_clear()
 
 
 @pytest.fixture

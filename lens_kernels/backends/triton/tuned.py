@@ -46,12 +46,12 @@ class Entry:
 
 def lookup(sweep: Sweep, dtype: torch.dtype, width: int, device: torch.device) -> Tile | None:
     """Return the tile that tuning found on this device, or None."""
-    return None if INTERPRETING else _tiles(device).get((sweep, dtype, width))
+    return None if INTERPRETING else tiles(device).get((sweep, dtype, width))
 
 
 @functools.cache
-def _tiles(device: torch.device) -> dict[Key, Tile]:
-    """Read the file, once for each device."""
+def tiles(device: torch.device) -> dict[Key, Tile]:
+    """Return all tiles that tuning found on a device; the file is read once for each."""
     return load(default_path(), device_name(device), arch_of(device))
 
 
@@ -144,7 +144,7 @@ def save(path: Path, entry: Entry) -> None:
         except BaseException:
             os.unlink(temporary)
             raise
-    _tiles.cache_clear()
+    tiles.cache_clear()
 
 
 @contextlib.contextmanager
