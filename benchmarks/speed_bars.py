@@ -62,7 +62,8 @@ def _growth(what: str, larger: Where, smaller: Where, factor: float) -> Bar:
 
 BARS = (
     Bar("lens_kernels / four products", ("lens_kernels", BASE), ("floor", BASE), 1.10, True),
-    _against("dense", BASE, 2.4, "dense PyTorch / lens_kernels"),
+    _against("dense", BASE, 2.4, "dense PyTorch, as lean as can be / lens_kernels"),
+    _against("dense_kl_div", BASE, 2.4, "dense PyTorch, F.kl_div / lens_kernels"),
     _against("liger", BASE, 1.2, "Liger, compiled / lens_kernels"),
     _against("trl", BASE, 3.0, "TRL / lens_kernels"),
     _against(

@@ -52,7 +52,6 @@ CONTENDERS = {
     **{key: c for key, c in providers.CONTENDERS.items() if key != "lens_kernels"},
     **providers.SPEED_CONTENDERS,
 }
-DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]  # like dense, but slower
 RUN_AT_THE_LARGE_POINT = ("lens_kernels", "trl")
 README = harness.ROOT / "benchmarks" / "README.md"
 AVAILABLE = 0.9  # of main memory, that a contender may take
@@ -106,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, help="default 1024, with --quick 64")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument(
         "--readme", action="store_true", help="also write the tables into benchmarks/README.md"
     )
