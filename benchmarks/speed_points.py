@@ -64,9 +64,9 @@ def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point
     for key, each in {"tiny": TINY}.items() if quick else [(k, MODELS[k]) for k in SHOWN]:
         job = Job(tokens // 4, each.vocab, 1, each.student, each.teacher, device=device)
         plan.append(Point(("models",), key, job, ("dense_compiled", *SLOW)))
-    plan[1:] = [replace(each, left_out=(*each.left_out, ONCE)) for each in plan[1:]]
     large = 4 * TINY.vocab if quick else 131072
-    return [*plan, point("memory", tokens=2 * tokens, vocab=large, pairs=5)]
+    plan.append(point("memory", tokens=2 * tokens, vocab=large, pairs=5))
+    return plan[:1] + [replace(each, left_out=(*each.left_out, ONCE)) for each in plan[1:]]
 
 
 def takes_part(key: str, number: int) -> bool:

@@ -138,7 +138,7 @@ class Runner:
         for key, contender in contenders.items():
             if results.times(point, key):
                 continue
-            left_out = "left out here: takes too long" if key in point.left_out else None
+            left_out = "left out here, to save time" if key in point.left_out else None
             reason = results.reason(point, key) or left_out or too_large(contender, point.job)
             if reason:
                 self._leave_out(key, reason)
@@ -271,6 +271,8 @@ def large_point(
     for key, contender in contenders.items():
         if results.has(point, key):
             print(f"{point.key()}: {key} is there already", flush=True)
+            continue
+        if key in point.left_out:
             continue
         if key in RUN_AT_THE_LARGE_POINT:
             used, elapsed, seen = run_once(contender, point.job)

@@ -69,7 +69,9 @@ class CallBuilder:
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a string, got {type(backend).__name__}")
         weights = self.student_head.weight.dtype, self.teacher_head.weight.dtype
-        self._choose = partial(dispatch.choose, backend, self.device, torch.float64 in weights)
+        self.operand = self.operand_dtype or weights[0]
+        known = backend, self.device, torch.float64 in weights, self.operand
+        self._choose = partial(dispatch.choose, *known)
         self.backend = self._choose()
         self.fp64 = self.backend.differentiable or torch.float64 in weights
         self.result_dtype = (
@@ -131,7 +133,9 @@ class CallBuilder:
 
     def _cost(self, backend: str, spec: LossSpec) -> float:
         """Return what the call costs on a backend, as if no token were masked."""
-        head = self.student_head.weight
+        head, norm = self.student_head.weight, self.student_head.norm
+        before_head = [*self.students, *([norm.weight, norm.bias] if norm else [])]
+        grad_mode = torch.is_grad_enabled()
         planned = (
             plan(
                 max(1, self.shape.numel()),
@@ -139,8 +143,10 @@ class CallBuilder:
                 head.shape[1],
                 self.teacher_head.weight.shape[1],
                 divergence=divergence.value,
-                dtype=self.operand_dtype or head.dtype,
-                head_grad=torch.is_grad_enabled() and head.requires_grad,
+                dtype=self.operand,
+                head_grad=grad_mode and head.requires_grad,
+                hidden_grad=grad_mode
+                and any(x is not None and x.requires_grad for x in before_head),
                 workspace_bytes=spec.workspace_bytes,
                 device=self.device.type,
             )

@@ -183,7 +183,7 @@ def _env(args: argparse.Namespace) -> int:
         for backend in dispatch.REGISTRY.values():
             reason = backend.objection(device, False)
             if reason is None:
-                reserved = backend.reservation(device)
+                reserved = backend.reservation(device, None)
                 reason = "can run" + (f"; {reserved}" if reserved else "")
             print(f"  {backend.name:<10} {reason}")
     return 0
@@ -207,6 +207,9 @@ def _tune(args: argparse.Namespace) -> int:
         outcomes = tuning.tune(*sizes, getattr(torch, args.dtype), say=_say)
     except OSError as error:
         print(f"lens-kernels tune: results cannot be kept: {error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        print(f"lens-kernels tune: {error}", file=sys.stderr)
         return 1
     print()
     header = ("sweep", "width", "usual tile", "ms", "best tile", "ms", "tried", "skipped")

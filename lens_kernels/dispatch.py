@@ -17,15 +17,16 @@ class Backend:
 
     ``module`` offers ``evaluate(call) -> Evaluation``; or, where ``differentiable``,
     ``rows(call) -> Tensor``, through which autograd differentiates. ``objection(device, fp64)``
-    says why the backend cannot serve such tensors, or returns None; ``reservation(device)`` why
-    ``"auto"`` does not take it there, though it can.
+    says why the backend cannot serve such tensors, or returns None;
+    ``reservation(device, operand)`` why ``"auto"`` does not take it, though it can, for operands of
+    a dtype or, if None, of any.
     """
 
     name: str
     module: str
     objection: Callable[[torch.device, bool], str | None]
     differentiable: bool = False
-    reservation: Callable[[torch.device], str | None] = lambda device: None
+    reservation: Callable[[torch.device, torch.dtype | None], str | None] = lambda *args: None
 
     def load(self) -> Any:
         """Import and return the backend's module."""
@@ -59,15 +60,18 @@ def _triton_objection(device: torch.device, fp64: bool) -> str | None:
 
 
 @_constant
-def _triton_reservation(device: torch.device) -> str | None:
+def _triton_reservation(device: torch.device, operand: torch.dtype | None) -> str | None:
+    by_name = "only if asked for by name"
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
-        return "only if asked for by name"
-    from lens_kernels.backends.triton import tuned
+        return by_name
+    try:
+        from lens_kernels.backends.triton import tuned
 
-    # Unasked, kernels are not run that this kind of GPU has not been seen to run right.
-    if tuned.INTERPRETING or not tuned.tiles(device):
-        return "only if asked for by name, or once `lens-kernels tune` has run here"
-    return None
+        # Unasked, kernels are not run that this kind of GPU has not been seen to run right.
+        complete = not tuned.INTERPRETING and tuned.is_complete(operand, device)
+    except (ImportError, OSError, RuntimeError) as error:  # of Triton, or where there is no home
+        return f"{by_name}: {error}"
+    return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
 
 def _reference_objection(device: torch.device, fp64: bool) -> str | None:
@@ -93,15 +97,17 @@ REGISTRY: dict[str, Backend] = {
             "lens_kernels.backends.dense",
             _reference_objection,
             differentiable=True,
-            reservation=lambda device: "only if asked for by name",
+            reservation=lambda *args: "only if asked for by name",
         ),
     )
 }
 
 
-def automatic(device: torch.device, fp64: bool = False) -> list[Backend]:
+def automatic(
+    device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
+) -> list[Backend]:
     """Return the backends from which ``"auto"`` takes one for such tensors."""
-    unasked = [b for b in REGISTRY.values() if b.reservation(device) is None]
+    unasked = [b for b in REGISTRY.values() if b.reservation(device, operand) is None]
     return [b for b in unasked if b.objection(device, fp64) is None]
 
 
@@ -109,15 +115,16 @@ def choose(
     name: str,
     device: torch.device,
     fp64: bool = False,
+    operand: torch.dtype | None = None,
     cost: Callable[[str], float] | None = None,
 ) -> Backend:
     """Return the backend called ``name``, or for ``"auto"`` one that can serve the tensors.
 
-    ``device`` is theirs, and ``fp64`` says whether a head is in float64. Of several the one of the
-    least ``cost(name)`` is taken, or the first.
+    ``device`` is theirs, ``fp64`` says whether a head is in float64, and ``operand`` is the dtype
+    of the products' factors. Of several the one of the least ``cost(name)`` is taken, or the first.
     """
     if name == "auto":
-        able = automatic(device, fp64)
+        able = automatic(device, fp64, operand)
         if cost is None or len(able) == 1:
             return able[0]
         costs = [cost(backend.name) for backend in able]

@@ -33,7 +33,7 @@ class Reduction(str, Enum):
 
 
 # Relative to the root mean square of a chunk's logit gradients, of which no larger part, in the
-# 2-norm, can then be left out: bfloat16's unit roundoff.
+# 2-norm, can then be left out: half of bfloat16's unit roundoff.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 ADAPTIVE = "akl"  # of the final hidden states alone: two divergences under a weight per token
 

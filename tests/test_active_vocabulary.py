@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, SymmetricLensLoss, distillation_loss, symmetric_lens_loss
-from lens_kernels.backends import tile_pass
+from lens_kernels.backends import head_products, tile_pass
 from lens_kernels.backends.torch_chunked import row_stride
 
 N, V, D = 24, 600, 16
@@ -186,3 +186,38 @@ def test_a_preset_is_relative_to_the_gradient(gap, rows):
     for a, b in zip((d_student, d_head), exact, strict=True):
         rounding = (b.bfloat16().float() - b).norm()
         assert 0 < (a - b).norm() < rounding
+
+
+@pytest.mark.parametrize("large", [float("inf"), 1e25])
+def test_beside_an_infinite_norm_nothing_is_left_out(large):
+    """The squares of 1e25 are infinite already."""
+    survey = head_products.Survey()
+    survey.add(torch.tensor([[large, 1.0, 0.0]]))
+    assert survey.columns(2.0**-9, relative=True).tolist() == [0, 1, 2]
+    assert survey.columns(0.5, relative=False).tolist() == [0, 1]
+
+
+def test_a_token_counts_by_its_weight_relative_to_the_largest():
+    student, teacher, head, teacher_head = problem()
+    other = student.detach().clone().requires_grad_()
+    light, threshold = 1e-2, 1e-4
+    loss = symmetric_lens_loss(
+        [student, other],
+        [teacher, teacher],
+        head,
+        teacher_head,
+        reduction="sum",
+        layer_weights=[1.0, light],
+        grad_threshold=threshold,
+    )
+    g = logit_gradients(student, teacher, head, teacher_head)
+    rows = head.detach().double()
+    grads = torch.autograd.grad(loss, [student, other])
+    shares = []
+    for grad, weight in zip(grads, (1.0, light), strict=True):
+        used = weight * g.abs().amax(0) > threshold
+        shares.append(used.double().mean())
+        rest = torch.outer(g[:, ~used].sum(1), rows[~used].mean(0))
+        expected = weight * (g[:, used] @ rows[used] + rest)
+        assert (grad - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert shares[0] > 2 * shares[1] > 0

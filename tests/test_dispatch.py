@@ -1,5 +1,6 @@
 """The choice of a backend: automatic, forced, ineligible, unknown."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -11,6 +12,7 @@ import torch
 from lens_kernels import dispatch, plan, symmetric_lens_loss
 from lens_kernels.backends import torch_chunked
 from lens_kernels.backends.triton import tuned
+from lens_kernels.backends.triton.tiles import Sweep
 from lens_kernels.dispatch import Backend, choose
 from tests.compare import assert_close, assert_gradients
 from tests.grids import BATCH, FEATURES, ODD, Shape, several_chunks
@@ -22,7 +24,8 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS, torch.device("xpu")])
 def test_auto_finds_a_backend_everywhere(device):
     backend = choose("auto", device)
-    assert backend.reservation(device) is None and backend.objection(device, False) is None
+    assert backend.reservation(device, None) is None
+    assert backend.objection(device, False) is None
     if device is CPU:
         assert backend.name == "torch"
         assert backend.load() is torch_chunked
@@ -30,26 +33,53 @@ def test_auto_finds_a_backend_everywhere(device):
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
 def test_auto_never_means_the_reference(device):
-    assert dispatch.REGISTRY["reference"].reservation(device)
+    assert dispatch.REGISTRY["reference"].reservation(device, None)
 
 
-def test_auto_takes_the_kernels_once_tuning_has_run_them(monkeypatch):
+def tuned_for(monkeypatch, *keys):
     """A GPU that is not there: only its file of tiles is asked, and no tensor is made on it."""
-    assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
     monkeypatch.setattr(tuned, "INTERPRETING", False)
-    for found, names in (({}, ["torch"]), ({"a": "tile"}, ["torch", "triton"])):
-        monkeypatch.setattr(tuned, "tiles", lambda device, found=found: found)
-        assert [b.name for b in dispatch.automatic(CUDA)] == names
+    monkeypatch.setattr(tuned, "tiles", lambda device: dict.fromkeys(keys))
+
+
+def test_auto_takes_the_kernels_once_tuning_has_come_to_its_end(monkeypatch):
+    bf16, fp32 = torch.bfloat16, torch.float32
+    for done, operand, names in (
+        ([], bf16, ["torch"]),
+        ([(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)], bf16, ["torch"]),  # stopped
+        ([(Sweep.GRADIENTS, bf16, 64)], bf16, ["torch", "triton"]),
+        ([(Sweep.GRADIENTS, bf16, 64)], None, ["torch", "triton"]),
+        ([(Sweep.GRADIENTS, bf16, 64)], fp32, ["torch"]),
+    ):
+        tuned_for(monkeypatch, *done)
+        assert [b.name for b in dispatch.automatic(CUDA, operand=operand)] == names
+    tuned_for(monkeypatch, (Sweep.GRADIENTS, bf16, 64))
     assert [b.name for b in dispatch.automatic(CUDA, fp64=True)] == ["torch"]
     assert [b.name for b in dispatch.automatic(CPU)] == ["torch"]
     monkeypatch.setattr(tuned, "INTERPRETING", True)
     assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
 
 
+@pytest.mark.parametrize("error", [ImportError("libcuda"), RuntimeError("no home"), OSError("x")])
+def test_auto_is_torch_where_triton_is_broken(monkeypatch, error):
+    def fail(device):
+        raise error
+
+    tuned_for(monkeypatch)
+    monkeypatch.setattr(tuned, "tiles", fail)
+    assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
+    assert str(error) in dispatch.REGISTRY["triton"].reservation(CUDA, None)
+
+
 def test_a_compiled_graph_does_not_look_into_the_file_of_tiles(monkeypatch, tmp_path):
-    (tmp_path / "tiles.json").write_text('{"a": "tile"}')
-    tiles = functools.cache(lambda device: json.loads((tmp_path / "tiles.json").read_text()))
-    monkeypatch.setattr(tuned, "INTERPRETING", False)
+    (tmp_path / "tiles.json").write_text('["gradients"]')
+
+    @functools.cache
+    def tiles(device):
+        names = json.loads((tmp_path / "tiles.json").read_text())
+        return {(Sweep(name), torch.bfloat16, 64): None for name in names}
+
+    tuned_for(monkeypatch)
     monkeypatch.setattr(tuned, "tiles", tiles)
     torch._dynamo.reset()
 
@@ -65,7 +95,7 @@ def test_auto_takes_what_the_plan_says_is_cheaper(monkeypatch, how):
     """With room for tiles of logits nothing is projected again; without, the head is read and its
     gradient written anew for every few tokens."""
     entry = dispatch.REGISTRY["triton"]
-    anywhere = dataclasses.replace(entry, reservation=lambda device: None)
+    anywhere = dataclasses.replace(entry, reservation=lambda *args: None)
     monkeypatch.setitem(dispatch.REGISTRY, "triton", anywhere)
     taken = []
     for name in ("torch", "triton"):
@@ -92,21 +122,36 @@ def test_auto_takes_what_the_plan_says_is_cheaper(monkeypatch, how):
         assert symmetric_lens_loss(empty, empty, torch.ones(5, 4), torch.ones(5, 4)) == 0
 
 
-def test_a_plan_of_a_call_is_made_of_its_own_sizes(monkeypatch):
-    problem = make(Shape((3, 7), 50, 8, 12, 2), divergence="reverse_kl")
-    problem.student_head.weight.requires_grad_(False)
+@pytest.mark.parametrize(
+    ("frozen", "context", "planned_with"),
+    [
+        ((), contextlib.nullcontext, {}),
+        (("weight",), contextlib.nullcontext, {"head_grad": False}),
+        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),  # the norm's is left
+        (("hidden", "norm"), contextlib.nullcontext, {"hidden_grad": False}),
+        ((), torch.no_grad, {"head_grad": False, "hidden_grad": False}),
+        ((), lambda: torch.autocast("cpu", torch.bfloat16), {"dtype": torch.bfloat16}),
+    ],
+)
+def test_a_plan_of_a_call_is_made_of_its_own_sizes(monkeypatch, frozen, context, planned_with):
+    problem = make(Shape((3, 7), 50, 8, 12, 2), divergence="reverse_kl", norm="rms")
+    for name, x in problem.leaves().items():
+        if name.startswith(frozen):
+            x.requires_grad_(False)
     asked = []
 
-    def choose(name, device, fp64, cost=None):
+    def choose(name, device, fp64, operand, cost=None):
         if cost is not None:
-            asked.append((cost("torch"), cost("triton")))
+            asked.append((operand, cost("torch"), cost("triton")))
         return dispatch.REGISTRY["torch"]
 
     monkeypatch.setattr(dispatch, "choose", choose)
-    loss_of(symmetric_lens_loss, problem, workspace_bytes=3000)
-    options = {"dtype": torch.float32, "head_grad": False, "device": "cpu"}
-    planned = plan(21, 50, 8, 12, pairs=2, divergence="reverse_kl", workspace_bytes=3000, **options)
-    assert asked == [(planned["torch"].cost, planned["triton"].cost)]
+    with context():
+        loss_of(symmetric_lens_loss, problem, workspace_bytes=3000)
+    options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": 3000, **planned_with}
+    each = plan(21, 50, 8, 12, divergence="reverse_kl", **options)
+    costs = (2 * each[name].cost for name in ("torch", "triton"))
+    assert asked == [(options["dtype"], *costs)]
 
 
 def test_auto_passes_over_a_backend_that_objects(monkeypatch):

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import plan
-from lens_kernels.backends import tile_pass, torch_chunked
+from lens_kernels.backends import matmul, tile_pass, torch_chunked
 from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
 from tests.grids import Shape
 from tests.problems import capture_call, make
@@ -18,9 +18,10 @@ SIZES = (1536, 4096, 48, 64)
 
 
 class Products(TorchDispatchMode):
-    """Counts operations of matrix products; torch's own counter passes over in-place ones."""
+    """Counts operations and operands of matrix products; torch's own counter passes over in-place
+    ones, and does not see bytes."""
 
-    flops = 0
+    flops = bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().split("::")[1].split(".")[0].rstrip("_")
@@ -28,20 +29,52 @@ class Products(TorchDispatchMode):
         if name in ("mm", "addmm"):
             left, right = args[-2:]
             self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            results = (2 if name == "addmm" else 1) * left.shape[0] * right.shape[1]
+            self.bytes += 4 * (left.numel() + right.numel() + results)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("head_grad", [True, False])
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("workspace", [4 * MIB, 4096 * MIB])
-def test_operations_are_those_that_are_counted(monkeypatch, workspace, head_grad):
+def test_operations_and_operands_are_those_that_are_counted(monkeypatch, workspace, wanted):
     made = make(SHAPE)
-    if not head_grad:
-        made.student_head.weight.requires_grad_(False)
+    grads = dict(zip(("head_grad", "hidden_grad"), wanted, strict=True))
+    made.student_head.weight.requires_grad_(grads["head_grad"])
+    for h in made.student_hidden:
+        h.requires_grad_(grads["hidden_grad"])
     captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
+    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # tiles read the hidden states anew
     with torch.no_grad(), Products() as products:
         torch_chunked.evaluate(captured)
-    planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", head_grad=head_grad)
-    assert products.flops == planned["torch"].flops
+    options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": workspace, **grads}
+    planned = plan(*SIZES, pairs=2, **options)["torch"]
+    assert products.flops == planned.flops
+    multiplied = [step.bytes_moved for step in planned.steps if step.flops]
+    assert products.bytes == sum(multiplied) and len(multiplied) == 1 + any(wanted)
+
+
+def test_the_sweeps_pay_for_parts_of_the_vocabulary():
+    """8192 tokens of 16 bit: 2 MiB for 128 entries, which is the least that is held."""
+    sizes = (8192, 128 * 250, 64, 32)
+    whole, parts = (plan(*sizes, workspace_bytes=n)["triton"] for n in (10**9, 4 * MIB + 1))
+    assert whole.workspace_bytes == 8192 * 128 * 250 * 2
+    assert parts.workspace_bytes == 4 * MIB
+    assert plan(*sizes, workspace_bytes=1)["triton"].workspace_bytes == 2 * MIB
+    # Operands of sweep 3, the rows' gradient, and the factor of the head's.
+    more = 124 * 8192 * ((64 + 32) * 2 + 2 * 64 * 4 + 64 * 2)
+    assert parts.bytes_moved - whole.bytes_moved == more
+    no_gradient = plan(*sizes, head_grad=False, hidden_grad=False)["triton"]
+    assert no_gradient.workspace_bytes == 0
+    assert [step.name for step in no_gradient.steps] == ["log-sum-exps", "row sums"]
+
+
+def test_wide_factors_take_longer():
+    """In 16 bit a GPU multiplies ten times as fast; where it does not, torch takes wide copies."""
+    narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
+    emulated = plan(*SIZES, device="mps")["torch"]
+    costs = [p.steps[0].cost for p in (narrow, wide, emulated)]
+    assert costs[0] < costs[2] == pytest.approx(costs[1], rel=0.01)
+    assert emulated.steps[0].cost == 10 * emulated.steps[0].flops
 
 
 @pytest.mark.parametrize("workspace", [4 * MIB, 24 * MIB])
@@ -81,10 +114,12 @@ def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
     assert narrow.workspace_bytes == 1536 * 4096 * 8
 
 
-def test_pairs_multiply_work_but_not_the_workspace():
+def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
     one, five = (plan(*SIZES, pairs=n) for n in (1, 5))
     for name in ("torch", "triton"):
         assert five[name].flops == 5 * one[name].flops
+        begun = 3 * 4 * 4096 * 48
+        assert five[name].bytes_moved - begun == 5 * (one[name].bytes_moved - begun)
         assert five[name].workspace_bytes == one[name].workspace_bytes
     assert five["dense"].workspace_bytes == 5 * one["dense"].workspace_bytes
 
@@ -98,6 +133,7 @@ def test_pairs_multiply_work_but_not_the_workspace():
         ((5, 5, 5, 5), {"pairs": -1}, ValueError, "pairs must be at least 1, got -1"),
         ((5, 5, 5, 5), {"divergence": "kl"}, ValueError, "divergence='kl' is unknown"),
         ((5, 5, 5, 5), {"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive"),
+        ((5, 5, 5, 5), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32, "),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(sizes, options, error, message):

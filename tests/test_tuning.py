@@ -16,6 +16,7 @@ from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from lens_kernels import cli  # noqa: E402
 from lens_kernels.backends.triton import (  # noqa: E402
+    agreement,
     tiles,
     trials,
     tuned,
@@ -55,6 +56,14 @@ def device(monkeypatch):
     tuned.tiles.cache_clear()
 
 
+@pytest.fixture(autouse=True)
+def compared(monkeypatch):
+    """The comparison with the torch backend, which in the interpreter takes long, as done."""
+    asked = []
+    monkeypatch.setattr(agreement, "check", lambda *args: asked.append(args))
+    return asked
+
+
 @pytest.fixture
 def tune(monkeypatch, tmp_path):
     """Tune over the tiles given, and return the outcomes."""
@@ -85,6 +94,37 @@ def raising(error):
     return launch
 
 
+# Comparing
+
+
+def test_nothing_is_tuned_where_the_kernels_are_wrong(tune, monkeypatch, tmp_path, compared):
+    tune(FAST)
+    assert compared == [(*SIZES, torch.float32, CPU)]
+
+    def wrong(*args):
+        raise RuntimeError("the kernels do not compute here what the torch backend does")
+
+    monkeypatch.setattr(agreement, "check", wrong)
+    path = tmp_path / "another" / "tiles.json"
+    with pytest.raises(RuntimeError, match="do not compute here"):
+        tune(FAST, path=path)
+    assert not tuned.load(path, GPU, SM_90)
+
+
+def test_tuning_is_complete_with_its_last_sweep(tune, monkeypatch, tmp_path):
+    monkeypatch.setattr(tuned, "default_path", lambda: tmp_path / "cache" / "tiles.json")
+    monkeypatch.setattr(tuned, "arch_of", lambda device: SM_90)
+    assert not tuned.is_complete(None, CPU)
+    with monkeypatch.context() as patch:
+        instead(patch, "gradient_chunk", dict.fromkeys([HEURISTIC, FAST], raising(OSError())))
+        with pytest.raises(OSError):
+            tune(FAST)
+    assert tuned.tiles(CPU) and not tuned.is_complete(None, CPU)
+    tune(FAST)
+    assert tuned.is_complete(None, CPU) and tuned.is_complete(torch.float32, CPU)
+    assert not tuned.is_complete(torch.bfloat16, CPU)
+
+
 # Searching
 
 
@@ -98,7 +138,7 @@ def test_the_fastest_tile_of_every_sweep_is_kept_and_read_back(tune, tmp_path):
         assert outcome.row()[2:] == (
             "32x64x16, 4 warps, 1 stages", "2.000", "16x64x32, 4 warps, 2 stages", "1.000", "3", "0"
         )  # fmt: skip
-    assert len(lines) == 15 and "row_stats, width 24, 2 of 3: 32x64x32" in lines[1]
+    assert len(lines) == 16 and "row_stats, width 24, 2 of 3: 32x64x32" in lines[2]
     path = tmp_path / "cache" / "tiles.json"
     found = tuned.load(path, GPU, SM_90)
     assert found == {(sweep, torch.float32, width): FAST for sweep, width in KEYS}

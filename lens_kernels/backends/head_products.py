@@ -9,6 +9,7 @@ gradient's error at the price of one outer product.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +82,8 @@ class Survey:
         """
         entries = self.rows * self.peak.shape[0]
         bound = threshold * self.norm / entries**0.5 if relative else threshold
-        # Not "above": a NaN is to be seen.
-        return (~(self.peak <= bound)).nonzero()[:, 0]
+        # Not "above": a NaN is to be seen. Beside infinity everything is small.
+        return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
 
 
 def active(

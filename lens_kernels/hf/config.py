@@ -113,8 +113,9 @@ class LensDistillConfig(TrainingArguments):
     grad_threshold: str | None = option(
         None,
         "Leave vocabulary entries with less logit gradient than this out of the gradients of the"
-        " loss, which is faster: a number like 1e-6, or 'bf16' for an error below the rounding of"
-        " bfloat16. The logs then say what share was left out, as 'dropped'.",
+        " loss, which is faster: a number like 1e-6, or 'bf16' to leave out no more of the logits'"
+        " gradient than rounding to bfloat16 may change. The logs then say what share was left out,"
+        " as 'dropped'.",
     )
     teacher_cache: str | None = option(
         None,

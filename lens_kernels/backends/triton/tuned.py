@@ -49,6 +49,12 @@ def lookup(sweep: Sweep, dtype: torch.dtype, width: int, device: torch.device) -
     return None if INTERPRETING else tiles(device).get((sweep, dtype, width))
 
 
+def is_complete(dtype: torch.dtype | None, device: torch.device) -> bool:
+    """Say whether tuning has come to its end here, for operands of a dtype or of any."""
+    done = {of for sweep, of, _ in tiles(device) if sweep is Sweep.GRADIENTS}
+    return bool(done) if dtype is None else dtype in done
+
+
 @functools.cache
 def tiles(device: torch.device) -> dict[Key, Tile]:
     """Return all tiles that tuning found on a device; the file is read once for each."""

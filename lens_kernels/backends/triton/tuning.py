@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from lens_kernels.backends.triton import tiles, trials, tuned
+from lens_kernels.backends.triton import agreement, tiles, trials, tuned
 from lens_kernels.backends.triton.gradients import gradient_chunk
 from lens_kernels.backends.triton.interpreter import INTERPRETING
 from lens_kernels.backends.triton.online_kl import online_kl
@@ -88,6 +88,9 @@ def tune(
 ) -> list[Outcome]:
     """Find and store the fastest tile of every sweep for a problem of these sizes.
 
+    Before, the kernels are compared with the ``torch`` backend: tiles are compared with the usual
+    one. The gradients' tile is the last to be stored, and says that all went well.
+
     Args:
         student_width: Hidden size of the student.
         teacher_width: Hidden size of the teacher.
@@ -101,11 +104,17 @@ def tune(
 
     Returns:
         The outcome of each sweep, that of the row statistics for either width.
+
+    Raises:
+        RuntimeError: The kernels are wrong here, or no tile of a sweep runs.
+        OSError: Results could not be kept.
     """
     path = tuned.default_path() if path is None else path
     tuned.check_writable(path)
     device = torch.device("cuda", torch.cuda.current_device()) if device is None else device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        say("comparing the kernels with the torch backend")
+        agreement.check(student_width, teacher_width, vocab_size, tokens, dtype, device)
         generator = torch.Generator(device).manual_seed(0)
         student, teacher = (
             _side(tokens, vocab_size, width, dtype, generator)

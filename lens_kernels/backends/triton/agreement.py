@@ -1,0 +1,98 @@
+"""The kernels against the ``torch`` backend, on the device at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lens_kernels.backends import torch_chunked
+from lens_kernels.backends.triton import trials
+from lens_kernels.backends.triton.evaluate import evaluate
+from lens_kernels.backends.triton.operands import tf32_is_allowed
+from lens_kernels.call import Evaluation, LossCall
+from lens_kernels.lens import LensHead, LensNorm
+from lens_kernels.spec import Divergence, LossSpec
+
+TOKENS = 256  # of a comparison: some blocks of rows
+TF32_EPS = 2.0**-10
+
+
+def check(
+    student_width: int,
+    teacher_width: int,
+    vocab_size: int,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Compare losses and gradients of every divergence, for plain heads and for rich ones.
+
+    Raises:
+        RuntimeError: They differ by more than the rounding of the operands explains.
+    """
+    eps = torch.finfo(dtype).eps
+    if dtype is torch.float32 and tf32_is_allowed():
+        eps = TF32_EPS
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (student_width, teacher_width, vocab_size, min(tokens, TOKENS))
+    for rich in (False, True):
+        for divergence in Divergence:
+            call = _call(sizes, dtype, divergence, rich, generator)
+            mine, truth = (_tensors(f(call)) for f in (evaluate, torch_chunked.evaluate))
+            reason = trials.difference(mine, truth, max(1e-4, 4 * eps))
+            if reason is not None:
+                what = "a head with bias, norm and softcap" if rich else "plain heads"
+                raise RuntimeError(
+                    "the kernels do not compute here what the torch backend does:"
+                    f" {divergence.value} of {what} in {dtype}: {reason}. Use backend='torch', and"
+                    " please report this"
+                )
+
+
+def _tensors(result: Evaluation) -> list[Tensor]:
+    return [result.rows, *result.grads.values()]
+
+
+def _call(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    divergence: Divergence,
+    rich: bool,
+    generator: torch.Generator,
+) -> LossCall:
+    *widths, vocab_size, tokens = sizes
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        x = torch.randn(shape, generator=generator, device=generator.device)
+        return x.mul_(scale).to(dtype)
+
+    def head(width: int) -> LensHead:
+        weight = random(vocab_size, width, scale=1.5 / width**0.5)
+        if not rich:
+            return LensHead(weight)
+        norm = LensNorm("layer", 1 + random(width, scale=0.1), random(width, scale=0.1), eps=1e-5)
+        return LensHead(weight, random(vocab_size), norm, scale=0.9, softcap=10.0)
+
+    heads = [head(width) for width in widths]
+    student, teacher = ([random(tokens, width)] for width in widths)
+    labels = torch.arange(tokens, device=generator.device) % vocab_size if rich else None
+    weight = torch.ones(2 if rich else 1, tokens, device=generator.device)
+    return LossCall(
+        student_hidden=student,
+        teacher_hidden=teacher,
+        student_head=heads[0],
+        teacher_head=heads[1],
+        mask=None,
+        labels=labels,
+        row_weight=weight,
+        operand_dtype=None,
+        spec=LossSpec(
+            divergences=(divergence,),
+            normed=(rich,),
+            beta=0.3,
+            temperature=1.3 if rich else 1.0,
+            vocab_size=vocab_size,
+            workspace_bytes=1 << 28,
+        ),
+        needs_grad=[True] * (1 + len(heads[0].tensors())),
+    )
