@@ -17,8 +17,8 @@ from lens_kernels.backends.torch_chunked import bytes_per_row, chunk_rows
 from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence, parse_name
 
 # Operations in 16 bit that a GPU makes in the time that it takes to move a byte, and how much more
-# time others take, by the bytes of a factor. Data sheets give 295 and 15 (float32, H100 SXM), 153 and 16
-# (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
+# time others take, by the bytes of a factor. Data sheets give 295 and 15 (float32, H100 SXM), 153
+# and 16 (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
 OPERATIONS_PER_BYTE = 200
 SLOWER = {2: 1, 4: 10, 8: 20}
 # The least that the ``triton`` backend takes of the vocabulary at a time.
