@@ -174,7 +174,11 @@ def speed_vs_peers(csv_path: Path, png_path: Path) -> bool:
         _speed_lines(axis, [r for r in rows if sweep in r["sweeps"].split()], column, handles)
         axis.set_xlabel(label)
         axis.set_ylabel("seconds")
-    _speed_bars(bars, [r for r in rows if "models" in r["sweeps"].split()], handles)
+    of_models = [r for r in rows if "models" in r["sweeps"].split()]
+    if of_models:
+        _speed_bars(bars, of_models, handles)
+    else:
+        bars.axis("off")
     below.axis("off")
     below.legend(handles.values(), handles.keys(), loc="center", frameon=False)
     if rows:
