@@ -251,8 +251,7 @@ def _speed_bars(axis: Any, rows: Sequence[Mapping[str, str]], handles: dict[str,
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.7)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    if rows:
-        axis.set_title(f"models, {rows[0]['tokens']} tokens, 1 pair", fontsize=10)
+    axis.set_title(f"models, {rows[0]['tokens']} tokens, 1 pair", fontsize=10)
 
 
 # A colour for each student, of Okabe and Ito.
