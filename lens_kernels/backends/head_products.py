@@ -82,7 +82,7 @@ class Survey:
         """
         entries = self.rows * self.peak.shape[0]
         bound = threshold * self.norm / entries**0.5 if relative else threshold
-        # Not "above": a NaN is to be seen. Beside infinity everything is small.
+        # Not "above": a NaN is to be seen. An infinite bound would leave out infinities too.
         return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
 
 
