@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import distillation_loss, symmetric_lens_loss
-from lens_kernels.backends import tile_pass, torch_chunked
+from lens_kernels.backends import matmul, tile_pass, torch_chunked
 from lens_kernels.backends.torch_chunked import row_stride
 from tests.grids import DIVERGENCES, FEATURES, Shape, several_chunks
 from tests.problems import capture_call, make
@@ -68,6 +68,20 @@ def bound(shape, workspace):
         + OTHER * 4 * rows * (shape.student + shape.teacher)
         + SMALL * 4 * shape.pairs * shape.tokens
     )
+
+
+def test_rows_of_a_tile_begin_at_lines_of_the_cache(monkeypatch):
+    strides, project = [], matmul.project
+
+    def watched(x, weight, out):
+        strides.append(out.stride())
+        project(x, weight, out)
+
+    monkeypatch.setattr(matmul, "project", watched)
+    shape = Shape((30,), 501, 8, 8, 1)
+    call = capture_call(monkeypatch, make(shape))
+    torch_chunked.evaluate(call)
+    assert strides == 2 * [(512, 1)]  # 64 bytes are 16 logits
 
 
 LARGE = Shape((2048,), 4099, 32, 48, 2)  # one tile of all its logits would take 32 MiB, two 64
