@@ -17,8 +17,9 @@ from torch import Tensor
 from lens_kernels.spec import Divergence
 
 Pointwise = tuple[Tensor, Tensor]
-# Of log p, log q, p, q, which the caller has anyway, and beta.
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor, float], Pointwise]
+# Of log p, log q, p, q, which the caller has anyway, and beta, a number or a tensor of one.
+Number = float | Tensor
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Number], Pointwise]
 NEAR = 0.5  # |d| below which differences of p and q go through expm1
 
 
@@ -40,7 +41,7 @@ def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     return torch.where(near == d, q * _expm1(near), p - q)
 
 
-def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
     # With m = beta p + (1 - beta) q: log m - log q = relu(d) + l and log p - log m = -relu(-d) - l,
     # where l = log1p(k expm1(-|d|)) and k = 1 - beta for d > 0, else beta. Relative accuracy holds
     # from d = 0 to d = +-inf.
@@ -50,35 +51,34 @@ def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise
     far = torch.minimum(p, q) / larger - 1
     near = -d.abs().clamp(max=NEAR)
     e = torch.where(near > -NEAR, _expm1(near), far)
-    # No tensor is made of beta: torch 2.13 would compile the first beta of a process into it.
     l = torch.log1p(torch.where(d > 0, (1 - beta) * e, beta * e))  # noqa: E741
     student = (1 - beta) * q * (d.clamp(min=0) + l)
     return beta * p * (d.clamp(max=0) - l) - student, -student
 
 
-def _jeffreys(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+def _jeffreys(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
     d = lp - lq
     diff = _minus(p, q, d)
     return diff * d, -diff - q * d
 
 
-def _forward_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+def _forward_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
     d = lp - lq
     diff = _minus(p, q, d)
     return p * d - diff, -diff
 
 
-def _reverse_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+def _reverse_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
     d = lp - lq
     return _minus(p, q, d) - q * d, -q * d
 
 
-def _tvd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+def _tvd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
     diff = _minus(p, q, lp - lq)
     return diff.abs() / 2, -q * diff.sign() / 2
 
 
-def _hellinger(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: float) -> Pointwise:
+def _hellinger(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
     root_q = q.sqrt()
     diff = _minus(p.sqrt(), root_q, (lp - lq) / 2)
     return diff * diff / 2, -root_q * diff / 2

@@ -58,6 +58,25 @@ class LensNorm:
 
 
 @dataclass(frozen=True, eq=False)
+class LogitMap:
+    """From products to logits: ``slope * (z + bias)``, or ``cap * tanh(inner * (z + bias))``."""
+
+    bias: Tensor | None
+    slope: float | Tensor
+    inner: float | Tensor | None = None
+    cap: float | Tensor | None = None
+
+    def __call__(self, z: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return the logits and their derivative with respect to ``z``."""
+        if self.bias is not None:
+            z = z + self.bias.to(z.dtype)
+        if self.inner is None or self.cap is None:
+            return z * self.slope, self.slope
+        t = torch.tanh(z * self.inner)
+        return t * self.cap, (1 - t * t) * self.slope
+
+
+@dataclass(frozen=True, eq=False)
 class LensHead:
     """A vocabulary head: ``softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap)``.
 
@@ -116,12 +135,13 @@ class LensHead:
         bias = None if self.bias is None else self.bias[:vocab_size]
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
+    def logit_map(self, temperature: float) -> LogitMap:
+        """Return what makes tempered logits of products ``norm(h) @ weight.T``."""
+        slope = self.scale / temperature
+        if self.softcap is None:
+            return LogitMap(self.bias, slope)
+        return LogitMap(self.bias, slope, self.scale / self.softcap, self.softcap / temperature)
+
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
         """Map products ``norm(h) @ weight.T`` to tempered logits; return ``d logits / dz`` too."""
-        if self.bias is not None:
-            z = z + self.bias.to(z.dtype)
-        if self.softcap is None:
-            slope = self.scale / temperature
-            return z * slope, slope
-        t = torch.tanh(z * (self.scale / self.softcap))
-        return t * (self.softcap / temperature), (1 - t * t) * (self.scale / temperature)
+        return self.logit_map(temperature)(z)

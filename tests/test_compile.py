@@ -9,6 +9,7 @@ from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_l
 from lens_kernels import divergence as table
 from lens_kernels.autograd import _pack, lens_loss, scale_gradients
 from lens_kernels.backends import tile_pass
+from lens_kernels.lens import LogitMap
 from lens_kernels.spec import Divergence
 from tests.compare import assert_close, assert_gradients, relative_error
 from tests.grids import BATCH, DIVERGENCES, FEATURES, ODD, several_chunks
@@ -85,13 +86,15 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
     """Logits 1e-3 apart have a jsd of 1e-7, which ``exp(x) - 1`` would give to 10 %."""
     student = 3 * torch.randn(4, 5000)
     teacher = student + 1e-3 * torch.randn(4, 5000)
-    arguments = (table.pointwise(Divergence.JSD), 0.5, 1.0, True)
+    formula = table.pointwise(Divergence.JSD)
     results = []
     for dtype, compiled in ((torch.float32, True), (torch.float64, False)):
-        head = LensHead(torch.zeros(5000, 1, dtype=dtype))
+        half, one = torch.tensor([0.5, 1.0], dtype=dtype)
+        logits = LogitMap(None, one)
         zs, zt, weight = student.to(dtype), teacher.to(dtype), torch.ones(4, dtype=dtype)
         zs = zs.clone()
-        loss = tile_pass.run(compiled, tile_pass.tile_pass, zs, zt, weight, head, head, *arguments)
+        arguments = (zs, zt, weight, logits, logits, formula, half, True)
+        loss = tile_pass.run(compiled, tile_pass.tile_pass, *arguments)
         results.append((loss.double(), zs.double()))
     (loss, grad), (truth, true_grad) = results
     assert relative_error(loss, truth) <= 1e-3

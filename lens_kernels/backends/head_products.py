@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lens_kernels.backends import matmul
+from lens_kernels.backends import matmul, tile_pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,24 +53,29 @@ class Active:
         out.index_add_(0, self.columns, matmul.product(self.grad.t(), x))
 
 
+def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest, the sum and the sum of squares of every entry's absolute values."""
+    size = grad.abs()
+    return size.amax(0), size.sum(0), size.square().sum(0)
+
+
 class Survey:
     """What a tile of gradients holds, read block by block: ``add`` all before asking."""
 
-    def __init__(self) -> None:
+    def __init__(self, compiled: bool = False) -> None:
+        self.compiled = compiled
         self.rows = 0
         self.peak: Tensor  # (V,), the largest absolute value of every entry
         self.mass: Tensor  # (V,), the sum of absolute values of every entry
-        self.norm: Tensor  # the root of the sum of squares
+        self.squares: Tensor  # (V,), the sum of squares of every entry
 
     def add(self, grad: Tensor) -> None:
         """Survey a block of rows ``(R, V)``."""
-        size, dtype = grad.abs(), torch.promote_types(grad.dtype, torch.float32)
-        peak, mass = size.amax(0), size.sum(0, dtype=dtype)
-        norm = torch.linalg.vector_norm(grad, dtype=dtype)
+        peak, mass, squares = tile_pass.run(self.compiled, column_sums, grad)
         if self.rows:
-            peak, mass = torch.maximum(self.peak, peak), self.mass + mass
-            norm = torch.hypot(self.norm, norm)
-        self.peak, self.mass, self.norm = peak, mass, norm
+            peak = torch.maximum(self.peak, peak)
+            mass, squares = self.mass + mass, self.squares + squares
+        self.peak, self.mass, self.squares = peak, mass, squares
         self.rows += grad.shape[0]
 
     def columns(self, threshold: float, relative: bool) -> Tensor:
@@ -81,7 +86,7 @@ class Survey:
         since the number of columns decides shapes.
         """
         entries = self.rows * self.peak.shape[0]
-        bound = threshold * self.norm / entries**0.5 if relative else threshold
+        bound = threshold * (self.squares.sum() / entries).sqrt() if relative else threshold
         # Not "above": a NaN is to be seen. An infinite bound would leave out infinities too.
         return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
 
@@ -93,7 +98,8 @@ def active(
 
     ``weight_sum`` is the sum of the head's rows and ``dtype`` that of the factors.
     """
-    used, used_weight = grad.index_select(1, columns), weight.index_select(0, columns)
+    # Not index_select, which takes six times as long where rows have gaps.
+    used, used_weight = grad[:, columns], weight.index_select(0, columns)
     left_out = max(1, grad.shape[1] - columns.shape[0])
     sums = weight_sum.dtype
     return Active(
