@@ -9,6 +9,7 @@ from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_l
 from lens_kernels import divergence as table
 from lens_kernels.autograd import _pack, lens_loss, scale_gradients
 from lens_kernels.backends import tile_pass
+from lens_kernels.backends.head_products import Survey
 from lens_kernels.lens import LogitMap
 from lens_kernels.spec import Divergence
 from tests.compare import assert_close, assert_gradients, relative_error
@@ -99,6 +100,23 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
     (loss, grad), (truth, true_grad) = results
     assert relative_error(loss, truth) <= 1e-3
     assert relative_error(grad, true_grad) <= 1e-3
+
+
+def test_the_compiled_search_for_active_entries_finds_what_the_other_does(compiling):
+    """In blocks of several sizes, whose rows have gaps, compiled once."""
+    before = compiled_graphs()
+    grad = torch.randn(40, 520)[:, :501] * torch.logspace(-3, 0, 501)
+    truth, found = Survey(), Survey(compiled=True)
+    truth.add(grad)
+    for block in grad.split((17, 9, 14)):
+        found.add(block)
+    for name in ("peak", "mass", "squares"):
+        assert_close(getattr(found, name), getattr(truth, name), 1e-6, name)
+    for threshold, relative in ((0.1, False), (0.3, True)):
+        columns = found.columns(threshold, relative)
+        assert 50 < len(columns) < 450
+        assert columns.tolist() == truth.columns(threshold, relative).tolist()
+    assert compiled_graphs() == before + 1
 
 
 @pytest.mark.slow

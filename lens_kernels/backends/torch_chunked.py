@@ -166,7 +166,8 @@ class _Run:
         for start in range(0, zs.shape[0], step):
             block = slice(start, start + step)
             # A view that is all of its base would be compiled for that case alone.
-            args = (zs[block].data, zt[block].data, weight[block], *options)
+            grad = zs[block].data  # after the pass
+            args = (grad, zt[block].data, weight[block], *options)
             if labelled:
                 assert call.labels is not None
                 label_weight = self.ledger.weight[-1][rows][block]
@@ -179,7 +180,7 @@ class _Run:
                 loss = tile_pass.run(self.compiled, tile_pass.tile_pass, *args)
             losses.append(loss)
             if survey is not None:
-                survey.add(zs[block])
+                survey.add(grad)
         self.ledger.rows[pair, rows] = torch.cat(losses)
         if labelled:
             self.ledger.rows[-1, rows] = torch.cat(cross_entropies)
