@@ -45,10 +45,15 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    step = CPU_VOCAB_TILE if weight.device.type == "cpu" else max(1, weight.shape[0])
-    for start in range(0, weight.shape[0], step):
+    """Yield the tiles of a weight, each in the same memory where the dtype is another one."""
+    rows = weight.shape[0]
+    step = max(1, min(rows, CPU_VOCAB_TILE) if weight.device.type == "cpu" else rows)
+    # Memory that is new for each tile can cost several times the copy.
+    wide = None if weight.dtype is dtype else weight.new_empty(step, weight.shape[1], dtype=dtype)
+    for start in range(0, rows, step):
         columns = slice(start, start + step)
-        yield columns, weight[columns].to(dtype)
+        part = weight[columns]
+        yield columns, part if wide is None else wide[: part.shape[0]].copy_(part)
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
