@@ -83,6 +83,22 @@ def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(compiling, m
         assert_gradients(grads, truth_grads, 1e-5)
 
 
+def test_every_variant_of_the_pass_is_compiled(compiling, monkeypatch):
+    """More than the 8 at which torch gives up: each divergence, with gradients and without."""
+    monkeypatch.setattr(
+        tile_pass,
+        "_compile",
+        lambda function: torch.compile(function, dynamic=True, backend="eager"),
+    )
+    before = compiled_graphs()
+    for divergence in DIVERGENCES:
+        problem = make(BATCH, divergence=divergence)
+        ours(problem)
+        with torch.no_grad():
+            loss_of(symmetric_lens_loss, problem)
+    assert compiled_graphs() == before + 2 * len(DIVERGENCES)
+
+
 def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
     """Logits 1e-3 apart have a jsd of 1e-7, which ``exp(x) - 1`` would give to 10 %."""
     student = 3 * torch.randn(4, 5000)

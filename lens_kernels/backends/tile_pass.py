@@ -32,6 +32,9 @@ INDUCTOR: dict[str, Any] = {
     # A CPU multiplies and adds in one step, without rounding in between: 10 % of the pass.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
+# Variants of the pass that a process compiles: divergences, with gradient or without, bias, cap, a
+# single row. Past 8 torch would go on uncompiled.
+VARIANTS = 64
 FLOOR = -1e30  # stands for -inf logits, whose differences would be NaN
 
 
@@ -146,7 +149,8 @@ def run(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
         from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
         try:
-            return _compile(function)(*args)
+            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+                return _compile(function)(*args)
         except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
             _compiler_failed = True
             reason = str(error).strip().splitlines()[0]
