@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backends import head_products
+from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.call import Evaluation, LossCall
 
 
@@ -30,7 +31,7 @@ class Ledger:
         self.largest = torch.where(largest > 0, largest, 1.0).to(compute)
         self.weight = call.row_weight.to(compute) / self.largest
         self.grads = {
-            key: torch.zeros(x.shape, dtype=compute, device=device)
+            key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device)).zero_()
             for key, x in call.wanted().items()
         }
         # The tiles of gradients in absolute sum: all, and what was left out.

@@ -18,6 +18,7 @@ from lens_kernels import divergence as table
 from lens_kernels.backends import matmul, tile_pass
 from lens_kernels.backends.head_products import Survey
 from lens_kernels.backends.ledger import Ledger
+from lens_kernels.backends.pages import in_huge_pages, keep_freed_blocks
 from lens_kernels.call import Evaluation, LossCall
 from lens_kernels.lens import LensHead, LogitMap
 
@@ -105,10 +106,13 @@ class _Run:
         pairs = len(call.student_hidden)
         vocab_size = call.spec.vocab_size
         self.compiled = tile_pass.is_compiled(self.device, pairs * self.tokens * vocab_size)
+        if self.compiled:
+            keep_freed_blocks()
         tile = self.student.weight.new_empty(0, dtype=self.compute)
         row = bytes_per_row(vocab_size, self.student.factors.dtype, self.compute)
         self.chunk_rows = chunk_rows(self.tokens, row, call.spec.workspace_bytes)
-        padded = [tile.new_empty(self.chunk_rows, row_stride(vocab_size)) for _ in range(2)]
+        shape = self.chunk_rows, row_stride(vocab_size)
+        padded = [in_huge_pages(tile.new_empty(shape)) for _ in range(2)]
         self.tiles = [each[:, :vocab_size] for each in padded]
 
     def logit_map(self, side: _Side, temperature: float) -> LogitMap:
