@@ -15,11 +15,11 @@ from lens_kernels.divergence import Formula
 from lens_kernels.lens import LogitMap
 
 # A call over at least this many pairs of logits compiles the pass on a CPU. Measured on 2 cores:
-# once per process compiling takes 6 to 10 s, half of it if Inductor's cache on disk has the code,
-# and it then saves 10 ms per million pairs: in a run of 60 such steps as much as it took. On other
+# once per process compiling takes 6 to 10 s, 24 if Inductor's cache on disk lacks the code, and it
+# then saves 10 to 15 ms per million pairs: in a run of 120 such steps as much as it took. On other
 # devices the eager pass is bound by memory traffic, several times that of the compiled one, and the
 # pass is always compiled.
-CPU_COMPILE_LOGITS = 1 << 24
+CPU_COMPILE_LOGITS = 1 << 23
 # Logits of one eager or compiled step on a CPU, so that its temporaries, or its tiles, stay in
 # cache.
 CPU_EAGER_BLOCK = 1 << 17
