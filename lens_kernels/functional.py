@@ -105,7 +105,7 @@ def symmetric_lens_loss(
         RuntimeError: The backend asked for cannot serve these tensors.
 
     Logits, and all arithmetic on them, are in float32 whatever the inputs' dtype. Where a device
-    multiplies 16-bit matrices into float32 (CUDA; bfloat16 on a CPU with AMX, from PyTorch 2.9 on)
+    multiplies 16-bit matrices into float32 (CUDA; bfloat16 on a CPU with AMX, if torch can tell)
     the factors of a 16-bit head's products are rounded to its dtype: normed hidden states, and the
     logits' gradients. Results are the same bit for bit from run to run on one machine, except where
     the device's own matrix products are not.

@@ -20,6 +20,9 @@ SETTING = getattr(torch.backends.mkldnn, "matmul", None)
 pytestmark = pytest.mark.skipif(SETTING is None, reason="needs torch 2.9")
 
 
+has_amx = matmul._has_amx.__wrapped__
+
+
 @pytest.fixture(autouse=True)
 def amx(monkeypatch):
     """Have a CPU with AMX."""
@@ -91,6 +94,23 @@ def test_only_products_of_bfloat16_factors_are_made_so(settings, threshold):
     with torch.autocast("cpu", torch.bfloat16):
         assert settings(problem, grad_threshold=threshold) == {"bf16"}
     assert SETTING.fp32_precision == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_cpu_is_asked(monkeypatch, there):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": there}, raising=False)
+    assert has_amx() is there
+
+
+def test_a_torch_that_cannot_tell_multiplies_in_float32(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not has_amx()
+
+
+def test_a_torch_that_cannot_be_told_multiplies_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
+    assert not has_amx()
 
 
 def test_float16_has_no_such_unit():
