@@ -12,6 +12,12 @@ from lens_kernels.backends.torch_chunked import row_stride
 N, V, D = 24, 600, 16
 
 
+@pytest.fixture
+def always(monkeypatch):
+    """Leave entries out whatever their share: these problems are small, and use many of them."""
+    monkeypatch.setattr(head_products, "WORTHWHILE", 1.0)
+
+
 def problem():
     """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
     student = torch.randn(N, D, requires_grad=True)
@@ -45,7 +51,7 @@ def test_threshold_zero_is_exact():
 
 
 @pytest.mark.parametrize("weight", [1.0, 1e-4])
-def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(weight):
+def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(always, weight):
     inputs, threshold = problem(), 1e-4
     g = logit_gradients(*inputs)
     used = g.abs().amax(0) > threshold
@@ -66,7 +72,7 @@ def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(wei
     assert (d_student - exact[1]).norm() < 0.7 * (bare - exact[1]).norm()
 
 
-def test_what_was_dropped_is_reported():
+def test_what_was_dropped_is_reported(always):
     student, teacher, head, teacher_head = inputs = problem()
     g = logit_gradients(*inputs)
 
@@ -91,7 +97,7 @@ def test_what_was_dropped_is_reported():
     assert dropped(1e3) == 1.0
 
 
-def test_everything_left_out_is_finite_and_chunks_and_masks_go_along():
+def test_everything_left_out_is_finite_and_chunks_and_masks_go_along(always):
     inputs = problem()
     mask = torch.rand(N) > 0.5
     _, d_student, d_head = gradients(1e3, *inputs, mask=mask, workspace_bytes=5 * 8 * row_stride(V))
@@ -126,7 +132,7 @@ def test_bad_thresholds_and_the_exact_backend_are_refused():
         gradients(1e-6, *inputs, backend="reference")
 
 
-def test_torch_compile_takes_a_threshold():
+def test_torch_compile_takes_a_threshold(always):
     student, teacher, head, teacher_head = problem()
     compiled = torch.compile(
         lambda: symmetric_lens_loss(
@@ -149,7 +155,7 @@ def test_a_nan_is_not_taken_for_small():
 
 
 @pytest.mark.parametrize("threshold", [1e-4, "bf16"])
-def test_blocks_of_the_pointwise_pass_are_surveyed_together(monkeypatch, threshold):
+def test_blocks_of_the_pointwise_pass_are_surveyed_together(always, monkeypatch, threshold):
     student, teacher, head, teacher_head = problem()
 
     def run():
@@ -165,9 +171,54 @@ def test_blocks_of_the_pointwise_pass_are_surveyed_together(monkeypatch, thresho
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
+@pytest.mark.parametrize("tile", [7, 3072])
+@pytest.mark.parametrize("threshold", [3e-4, "bf16"])
+def test_each_group_of_rows_has_its_own_entries(always, monkeypatch, threshold, tile):
+    """250 rows in blocks of 30, of which four make a group; a preset goes by all of the rows."""
+    monkeypatch.setattr(tile_pass, "CPU_EAGER_BLOCK", 30 * V)
+    monkeypatch.setattr(head_products, "CPU_ACTIVE_TILE", tile)
+    _, _, head, teacher_head = problem()
+    student = torch.randn(250, D) * torch.linspace(3.0, 1.0, 250)[:, None]
+    teacher = student + 0.3 * torch.randn(250, D)
+    inputs = student.requires_grad_(), teacher, head, teacher_head
+    g = logit_gradients(*inputs)
+    bound = threshold if isinstance(threshold, float) else 2.0**-9 * g.square().mean().sqrt()
+    rows, weight = student.detach().double(), head.detach().double()
+    d_student, d_head, shares = torch.zeros_like(rows), torch.zeros_like(weight), []
+    for group in torch.arange(250).split(120):
+        used = g[group].abs().amax(0) > bound
+        shares.append(used.double().mean())
+        d_head[used] += g[group][:, used].T @ rows[group]
+        rest = torch.outer(g[group][:, ~used].sum(1), weight[~used].mean(0))
+        d_student[group] = g[group][:, used] @ weight[used] + rest
+    assert max(shares) < 1 and len({*shares}) == 3
+    _, *found = gradients(threshold, *inputs, reduction="sum")
+    for a, b in zip(found, (d_student, d_head), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    assert ((found[1] == 0).all(1) == (d_head == 0).all(1)).all()
+
+
+@pytest.mark.parametrize("above", [True, False])
+def test_where_most_entries_are_used_all_are(monkeypatch, above):
+    student, teacher, head, teacher_head = inputs = problem()
+    threshold = 1e-4
+    share = (logit_gradients(*inputs).abs().amax(0) > threshold).double().mean().item()
+    monkeypatch.setattr(head_products, "WORTHWHILE", share - 1e-3 if above else share)
+
+    def run(value):
+        finals = {"student_final": student, "teacher_final": teacher, "final_divergence": "jsd"}
+        out = distillation_loss([], [], head, teacher_head, **finals, grad_threshold=value)
+        return out.dropped, torch.autograd.grad(out.loss, [student, head])
+
+    dropped, found = run(threshold)
+    assert (dropped == 0) == above
+    for a, b in zip(found, run(None)[1], strict=True):
+        assert torch.equal(a, b) == above
+
+
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
-def test_a_preset_is_relative_to_the_gradient(gap, rows):
+def test_a_preset_is_relative_to_the_gradient(always, gap, rows):
     """Near the teacher, where a fixed threshold would drop everything, it drops no more."""
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
@@ -193,11 +244,11 @@ def test_beside_an_infinite_norm_nothing_is_left_out(large):
     """The squares of 1e25 are infinite already."""
     survey = head_products.Survey()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))
-    assert survey.columns(2.0**-9, relative=True).tolist() == [0, 1, 2]
-    assert survey.columns(0.5, relative=False).tolist() == [0, 1]
+    assert survey.columns(2.0**-9, relative=True)[0].tolist() == [0, 1, 2]
+    assert survey.columns(0.5, relative=False)[0].tolist() == [0, 1]
 
 
-def test_a_token_counts_by_its_weight_relative_to_the_largest():
+def test_a_token_counts_by_its_weight_relative_to_the_largest(always):
     student, teacher, head, teacher_head = problem()
     other = student.detach().clone().requires_grad_()
     light, threshold = 1e-2, 1e-4

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import distillation_loss, symmetric_lens_loss
-from lens_kernels.backends import matmul, tile_pass, torch_chunked
+from lens_kernels.backends import head_products, matmul, tile_pass, torch_chunked
 from lens_kernels.backends.torch_chunked import row_stride
 from tests.grids import DIVERGENCES, FEATURES, Shape, several_chunks
 from tests.problems import capture_call, make
@@ -170,6 +170,18 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
     assert full - frozen >= 0.95 * head_bytes
     assert frozen < head_bytes + bound(Shape((64,), 20011, 96, 96, 0), 16 * shape.vocab)
     assert nothing <= frozen
+
+
+def test_active_entries_are_gathered_few_at_a_time(monkeypatch):
+    """All of them, which is the most there can be, with their rows of the head take 15 MiB more."""
+    monkeypatch.setattr(head_products, "WORTHWHILE", 1.0)
+    shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
+    exact, active = (
+        peak_bytes(evaluate(capture_call(monkeypatch, make(shape), grad_threshold=threshold)))
+        for threshold in (None, 0.0)
+    )
+    survey = 4 * shape.vocab * 8
+    assert 0 < active - exact <= 4 * entries * 2 * (64 + 96) + survey < 6 * MIB
 
 
 class Watch(TorchDispatchMode):

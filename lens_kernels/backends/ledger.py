@@ -60,24 +60,47 @@ class Ledger:
         """
         if "bias" in wanted:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
-        part: head_products.Whole | head_products.Active
+        head_grad = self.grads["weight"][columns] if "weight" in wanted else None
+        products = weight, x, head_grad, bool(wanted - {"weight", "bias"})
         if self.threshold is None:
-            part = head_products.Whole(grad.to(x.dtype), weight)
+            hidden = head_products.whole(grad, *products)
         else:
             if weight_sum is None:
                 weight_sum = weight.sum(0, dtype=self.mass.dtype)
             if survey is None:
                 survey = head_products.Survey()
                 survey.add(grad)
-            used = survey.columns(self.threshold, self.relative)
-            part = head_products.active(grad, weight, weight_sum, used, x.dtype)
-            left_out = survey.mass.index_fill(0, used, 0.0)
-            self.mass += torch.stack([survey.mass.sum(), left_out.sum()])
-        if "weight" in wanted:
-            part.add_head_gradient(x, self.grads["weight"][columns])
-        if not wanted - {"weight", "bias"}:
-            return None
-        return part.hidden_gradient().to(self.mass.dtype)
+            hidden = self._approximate(grad, survey, weight_sum, *products)
+        return None if hidden is None else hidden.to(self.mass.dtype)
+
+    def _approximate(
+        self,
+        grad: Tensor,
+        survey: head_products.Survey,
+        weight_sum: Tensor,
+        weight: Tensor,
+        x: Tensor,
+        head_grad: Tensor | None,
+        want_hidden: bool,
+    ) -> Tensor | None:
+        """Make the products of what is above the threshold, and count what is left out."""
+        assert self.threshold is not None
+        groups = survey.groups
+        self.mass[0] += torch.stack([group.mass.sum() for group in groups]).sum()
+        used = survey.columns(self.threshold, self.relative)
+        share = sum(each.shape[0] for each in used) / (len(groups) * grad.shape[1])
+        if share > head_products.WORTHWHILE:
+            return head_products.whole(grad, weight, x, head_grad, want_hidden)
+        hidden = []
+        for group, each in zip(groups, used, strict=True):
+            self.mass[1] += group.mass.index_fill(0, each, 0.0).sum()
+            rows = group.rows
+            hidden.append(
+                head_products.active(
+                    grad[rows], each, weight, weight_sum, x[rows], head_grad, want_hidden
+                )
+            )
+        return torch.cat([each for each in hidden if each is not None]) if want_hidden else None
 
     def result(self) -> Evaluation:
         """Return the rows, and the sums brought to scale."""
