@@ -85,17 +85,16 @@ def symmetric_lens_loss(
         workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
             1 GiB elsewhere.
         grad_threshold: An approximation, off by default: vocabulary entries at which no logit
-            gradient of a group of tokens exceeds this are left out of both gradient products,
-            unless so many are used that all take less time. The loss is not affected. A logit
-            gradient counts by its token's weight relative to the largest one of the call, so that
-            1e-6 means the same at any batch size. A group is about a hundred tokens of a chunk on a
-            CPU and a whole chunk elsewhere; the ``triton`` backend makes chunks of the vocabulary,
-            which have all tokens. A fixed threshold leaves out a larger part the nearer the models
-            are. ``"bf16"`` does not: it is 2^-9 of the root mean square of the chunk's logit
-            gradients, so that what is left out of them is, in the 2-norm, no more than that part,
-            as little as rounding them to bfloat16 may change. That bounds the logit gradients; what
-            it makes of those of hidden states and head is in ``benchmarks/README.md`` for some
-            models. ``distillation_loss`` reports how much was left out.
+            gradient of a chunk exceeds this are left out of both gradient products, unless they are
+            so few that all together take less time. The loss is not affected. A logit gradient
+            counts by its token's weight relative to the largest one of the call, so that 1e-6 means
+            the same at any batch size; a chunk is one of tokens, of the ``triton`` backend one of
+            the vocabulary. A fixed threshold leaves out a larger part the nearer the models are.
+            ``"bf16"`` does not: it is 2^-9 of the root mean square of the chunk's logit gradients,
+            so that what is left out of them is, in the 2-norm, no more than that part, as little as
+            rounding them to bfloat16 may change. That bounds the logit gradients; what it makes of
+            those of hidden states and head is in ``benchmarks/README.md`` for some models.
+            ``distillation_loss`` reports how much was left out.
 
     Returns:
         In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``.

@@ -127,11 +127,11 @@ def test_the_compiled_search_for_active_entries_finds_what_the_other_does(compil
     for block in grad.split((17, 9, 14)):
         found.add(block)
     for name in ("peak", "mass", "squares"):
-        assert_close(getattr(found.groups[0], name), getattr(truth.groups[0], name), 1e-6, name)
+        assert_close(getattr(found, name), getattr(truth, name), 1e-6, name)
     for threshold, relative in ((0.1, False), (0.3, True)):
-        (columns,), (expected,) = (each.columns(threshold, relative) for each in (found, truth))
+        columns = found.columns(threshold, relative)
         assert 50 < len(columns) < 450
-        assert columns.tolist() == expected.tolist()
+        assert columns.tolist() == truth.columns(threshold, relative).tolist()
     assert compiled_graphs() == before + 1
 
 

@@ -70,37 +70,14 @@ class Ledger:
             if survey is None:
                 survey = head_products.Survey()
                 survey.add(grad)
-            hidden = self._approximate(grad, survey, weight_sum, *products)
+            used = survey.columns(self.threshold, self.relative)
+            left_out = survey.mass.index_fill(0, used, 0.0)
+            if used.shape[0] > head_products.WORTHWHILE * grad.shape[1]:
+                left_out, hidden = left_out.zero_(), head_products.whole(grad, *products)
+            else:
+                hidden = head_products.active(grad, used, weight_sum, *products)
+            self.mass += torch.stack([survey.mass.sum(), left_out.sum()])
         return None if hidden is None else hidden.to(self.mass.dtype)
-
-    def _approximate(
-        self,
-        grad: Tensor,
-        survey: head_products.Survey,
-        weight_sum: Tensor,
-        weight: Tensor,
-        x: Tensor,
-        head_grad: Tensor | None,
-        want_hidden: bool,
-    ) -> Tensor | None:
-        """Make the products of what is above the threshold, and count what is left out."""
-        assert self.threshold is not None
-        groups = survey.groups
-        self.mass[0] += torch.stack([group.mass.sum() for group in groups]).sum()
-        used = survey.columns(self.threshold, self.relative)
-        share = sum(each.shape[0] for each in used) / (len(groups) * grad.shape[1])
-        if share > head_products.WORTHWHILE:
-            return head_products.whole(grad, weight, x, head_grad, want_hidden)
-        hidden = []
-        for group, each in zip(groups, used, strict=True):
-            self.mass[1] += group.mass.index_fill(0, each, 0.0).sum()
-            rows = group.rows
-            hidden.append(
-                head_products.active(
-                    grad[rows], each, weight, weight_sum, x[rows], head_grad, want_hidden
-                )
-            )
-        return torch.cat([each for each in hidden if each is not None]) if want_hidden else None
 
     def result(self) -> Evaluation:
         """Return the rows, and the sums brought to scale."""
