@@ -12,12 +12,6 @@ from lens_kernels.backends.torch_chunked import row_stride
 N, V, D = 24, 600, 16
 
 
-@pytest.fixture
-def always(monkeypatch):
-    """Leave entries out whatever their share: these problems are small, and use many of them."""
-    monkeypatch.setattr(head_products, "WORTHWHILE", 1.0)
-
-
 def problem():
     """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
     student = torch.randn(N, D, requires_grad=True)
@@ -53,7 +47,7 @@ def test_threshold_zero_is_exact():
 @pytest.mark.parametrize("tile", [7, 3072])
 @pytest.mark.parametrize("weight", [1.0, 1e-4])
 def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
-    always, monkeypatch, weight, tile
+    always_active, monkeypatch, weight, tile
 ):
     monkeypatch.setattr(head_products, "CPU_ACTIVE_TILE", tile)
     inputs, threshold = problem(), 1e-4
@@ -76,7 +70,7 @@ def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
     assert (d_student - exact[1]).norm() < 0.7 * (bare - exact[1]).norm()
 
 
-def test_what_was_dropped_is_reported(always):
+def test_what_was_dropped_is_reported(always_active):
     student, teacher, head, teacher_head = inputs = problem()
     g = logit_gradients(*inputs)
 
@@ -101,7 +95,7 @@ def test_what_was_dropped_is_reported(always):
     assert dropped(1e3) == 1.0
 
 
-def test_everything_left_out_is_finite_and_chunks_and_masks_go_along(always):
+def test_everything_left_out_is_finite_and_chunks_and_masks_go_along(always_active):
     inputs = problem()
     mask = torch.rand(N) > 0.5
     _, d_student, d_head = gradients(1e3, *inputs, mask=mask, workspace_bytes=5 * 8 * row_stride(V))
@@ -136,7 +130,7 @@ def test_bad_thresholds_and_the_exact_backend_are_refused():
         gradients(1e-6, *inputs, backend="reference")
 
 
-def test_torch_compile_takes_a_threshold(always):
+def test_torch_compile_takes_a_threshold(always_active):
     student, teacher, head, teacher_head = problem()
     compiled = torch.compile(
         lambda: symmetric_lens_loss(
@@ -159,7 +153,7 @@ def test_a_nan_is_not_taken_for_small():
 
 
 @pytest.mark.parametrize("threshold", [1e-4, "bf16"])
-def test_blocks_of_the_pointwise_pass_are_surveyed_together(always, monkeypatch, threshold):
+def test_blocks_of_the_pointwise_pass_are_surveyed_together(always_active, monkeypatch, threshold):
     student, teacher, head, teacher_head = problem()
 
     def run():
@@ -195,7 +189,7 @@ def test_where_most_entries_are_used_all_are(monkeypatch, above):
 
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
-def test_a_preset_is_relative_to_the_gradient(always, gap, rows):
+def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
     """Near the teacher, where a fixed threshold would drop everything, it drops no more."""
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
@@ -225,7 +219,7 @@ def test_beside_an_infinite_norm_nothing_is_left_out(large):
     assert survey.columns(0.5, relative=False).tolist() == [0, 1]
 
 
-def test_a_token_counts_by_its_weight_relative_to_the_largest(always):
+def test_a_token_counts_by_its_weight_relative_to_the_largest(always_active):
     student, teacher, head, teacher_head = problem()
     other = student.detach().clone().requires_grad_()
     light, threshold = 1e-2, 1e-4

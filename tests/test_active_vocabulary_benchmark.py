@@ -178,8 +178,7 @@ def by_hand(group, threshold):
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
-def test_errors_and_shares_are_those_of_a_dense_gradient(monkeypatch, group):
-    monkeypatch.setattr(bench.head_products, "WORTHWHILE", 1.0)
+def test_errors_and_shares_are_those_of_a_dense_gradient(always_active, group):
     chosen = problem(group)
     thresholds = [1e-5, 1e-4, 1e-3]
     rows = bench.judge(chosen, thresholds)

@@ -59,7 +59,9 @@ def settings(monkeypatch):
 @pytest.mark.parametrize("threshold", [None, 1e-7])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("feature", ["plain", "bias", "softcap"])
-def test_loss_is_exact_and_gradients_bear_one_rounding(feature, divergence, threshold):
+def test_loss_is_exact_and_gradients_bear_one_rounding(
+    always_active, feature, divergence, threshold
+):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(torch.bfloat16)
     options = {"workspace_bytes": several_chunks(BATCH), "grad_threshold": threshold}
     loss, grads = ours(problem, **options)
@@ -82,7 +84,7 @@ def test_with_a_norm_its_result_is_rounded_as_models_do(norm):
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-7])
-def test_only_products_of_bfloat16_factors_are_made_so(settings, threshold):
+def test_only_products_of_bfloat16_factors_are_made_so(always_active, settings, threshold):
     problem = make(ODD, norm="rms")
     before = SETTING.fp32_precision
     assert settings(problem.to(torch.bfloat16), grad_threshold=threshold) == {"bf16"}

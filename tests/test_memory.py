@@ -172,9 +172,8 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
     assert nothing <= frozen
 
 
-def test_active_entries_are_gathered_few_at_a_time(monkeypatch):
+def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
     """All of them, which is the most there can be, with their rows of the head take 15 MiB more."""
-    monkeypatch.setattr(head_products, "WORTHWHILE", 1.0)
     shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
     exact, active = (
         peak_bytes(evaluate(capture_call(monkeypatch, make(shape), grad_threshold=threshold)))

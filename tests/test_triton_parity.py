@@ -143,7 +143,7 @@ def active_problem():
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 1e-5, 1e-4, 1e-3, 1e3])
-def test_the_active_vocabulary_of_one_chunk(threshold, masked):
+def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
     """Columns left out are those of a chunk of tokens there and of the vocabulary here; with one
     chunk they are the same.
     """
@@ -172,7 +172,7 @@ def test_the_active_vocabulary_of_one_chunk(threshold, masked):
     assert_gradients(grads, expected_grads, 1e-5)
 
 
-def test_the_active_vocabulary_of_several_chunks_is_near():
+def test_the_active_vocabulary_of_several_chunks_is_near(always_active):
     """A chunk of the vocabulary gives what it leaves out to its own mean."""
     problem = active_problem()
     _, exact = ours(problem, backend="triton")
