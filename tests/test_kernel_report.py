@@ -42,7 +42,8 @@ def run(tmp_path, *command):
     )
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
+# One GPU of either maker; the slow test below takes all of them.
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
 def test_no_shipped_tile_spills_and_all_use_the_matrix_units(tmp_path, arch):
     result = run(tmp_path, "-c", SCRIPT, arch)
     assert result.returncode == 0, result.stderr[-2000:]
@@ -57,6 +58,7 @@ def test_a_tile_that_is_too_large_is_reported(tmp_path):
         .replace("seen = set()", "seen = set(); tile = Tile(128, 256, 64, 8, 3)")
         .replace("import sys", "from lens_kernels.backends.triton.tiles import Tile\nimport sys")
         .replace("(576, 8192)", "(576,)")
+        .replace("in seen]", "in seen if 'gradients' in str(launch.kernel)]")  # they take long
     )
     result = run(tmp_path, "-c", script, "sm_90")
     assert result.returncode == 0, result.stderr[-2000:]
