@@ -42,8 +42,7 @@ def run(tmp_path, *command):
     )
 
 
-# One GPU of either maker; the slow test below takes all of them.
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_no_shipped_tile_spills_and_all_use_the_matrix_units(tmp_path, arch):
     result = run(tmp_path, "-c", SCRIPT, arch)
     assert result.returncode == 0, result.stderr[-2000:]
