@@ -176,7 +176,8 @@ class Runner:
     def _leave_out(self, key: str, reason: str) -> None:
         title = self.contenders.pop(key).label()
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
-        self.results.put(self.point, key, title, note=reason)
+        if self.results.reason(self.point, key) != reason:  # else it keeps the date it was found at
+            self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:
         return [key for key in (FLOOR, *self.contenders) if takes_part(key, number)]

@@ -194,6 +194,10 @@ def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(
 ):
     clock = itertools.count(1)
     monkeypatch.setattr(harness, "seconds", lambda function, device: function() or next(clock))
+    environment = harness.environment(CPU)  # of runs that are minutes apart
+    monkeypatch.setattr(
+        harness, "environment", lambda device: environment | {"date_utc": str(next(clock))}
+    )
     options = "--sweep", "mask", "--rounds", "1"
     before = run(tmp_path, *options, contenders=("lens_kernels",))
     wrong("dense", larger_than_checked)
