@@ -55,7 +55,7 @@ gpu:
 	  || { echo "There is no NVIDIA GPU here: nvidia-smi is not on the path" >&2; exit 1; }
 
 test-gpu: gpu $(VENV)/dev.stamp
-	$(BIN)/python -m tests.gpu_report
+	$(BIN)/python -m tests.support.gpu_report
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ release of the CPU allocator, wherever it happens: in C++, in custom operators, 
 What a BLAS library packs in memory of its own is not among them. On a GPU CUDA's counters say it.
 
 A fake run allocates nothing, so there ``StorageTracker`` adds up the storages that operators create
-and notices when they die. ``tests/test_benchmarks.py`` holds the two together.
+and notices when they die. ``tests/benchmarks/test_memory_and_speed.py`` holds the two together.
 """
 
 from __future__ import annotations

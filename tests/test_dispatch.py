@@ -14,9 +14,9 @@ from lens_kernels.backends import torch_chunked
 from lens_kernels.backends.triton import tuned
 from lens_kernels.backends.triton.tiles import Sweep
 from lens_kernels.dispatch import Backend, choose
-from tests.compare import assert_close, assert_gradients
-from tests.grids import BATCH, FEATURES, ODD, Shape, several_chunks
-from tests.problems import loss_of, make, oracle, ours
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BATCH, FEATURES, ODD, Shape, several_chunks
+from tests.support.problems import loss_of, make, oracle, ours
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 

@@ -8,9 +8,9 @@ from lens_kernels import DistillationLoss, SymmetricLensLoss, distillation_loss
 from lens_kernels import symmetric_lens_loss as lens_loss
 from lens_kernels.backends import torch_chunked
 from reference import dense
-from tests.compare import assert_close, assert_gradients
-from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
-from tests.problems import Problem, capture_call, make, objective
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
+from tests.support.problems import Problem, capture_call, make, objective
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import doctest
 import re
-from pathlib import Path
 
 import pytest
 
 from benchmarks import kernel_report
 from lens_kernels import functional
+from tests.support import ROOT
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 
 
@@ -43,7 +42,7 @@ def test_every_file_named_in_a_document_exists(document):
 
 
 def test_every_file_named_in_the_code_exists():
-    for source in [*ROOT.glob("lens_kernels/**/*.py"), *ROOT.glob("tests/*.py")]:
+    for source in [*ROOT.glob("lens_kernels/**/*.py"), *ROOT.glob("tests/**/*.py")]:
         named = re.findall(r"``?((?:reference|tests|benchmarks)/[\w/]+\.py)", source.read_text())
         assert all((ROOT / p).exists() for p in named), (source, named)
 

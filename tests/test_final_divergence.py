@@ -8,9 +8,9 @@ import torch
 from lens_kernels import DistillationLoss, LensHead, adaptive, distillation_loss
 from reference import adaptive as oracle
 from reference import dense
-from tests.compare import assert_close, assert_gradients
-from tests.grids import BACKENDS, BATCH, FEATURES, SHAPES, Shape, several_chunks
-from tests.problems import capture_call
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BACKENDS, BATCH, FEATURES, SHAPES, Shape, several_chunks
+from tests.support.problems import capture_call
 from tests.test_distillation import Distillation, expected_terms
 from tests.test_memory import peak_bytes
 from tests.test_validation import INF, NAN, objective, refused

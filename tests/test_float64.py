@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
-from tests.compare import assert_close, assert_gradients
-from tests.grids import (
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import (
     BACKENDS,
     DIVERGENCES,
     FEATURES,
@@ -15,7 +15,7 @@ from tests.grids import (
     Shape,
     several_chunks,
 )
-from tests.problems import loss_of, make, oracle, ours
+from tests.support.problems import loss_of, make, oracle, ours
 
 backends = pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 

@@ -7,9 +7,18 @@ import torch
 
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends.torch_chunked import row_stride
-from tests.compare import assert_close, assert_gradients, relative_error
-from tests.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, ODD, SHAPES, Shape, several_chunks
-from tests.problems import loss_of, make, oracle, ours, plain_torch, related
+from tests.support.compare import assert_close, assert_gradients, relative_error
+from tests.support.grids import (
+    BACKENDS,
+    BATCH,
+    DIVERGENCES,
+    FEATURES,
+    ODD,
+    SHAPES,
+    Shape,
+    several_chunks,
+)
+from tests.support.problems import loss_of, make, oracle, ours, plain_torch, related
 
 LOSS, GRADIENT = 1e-6, 1e-5
 

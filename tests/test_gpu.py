@@ -9,17 +9,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests import gpu_checks as check
-from tests import recompilation
-from tests.gpu_checks import BACKENDS, CPU, DTYPES, GPU, HALF, LARGE, WIDE
-from tests.grids import BATCH, DIVERGENCES, FEATURES, ODD, Shape, several_chunks
-
-ROOT = Path(__file__).parents[1]
+from tests.support import ROOT, recompilation
+from tests.support import gpu_checks as check
+from tests.support.gpu_checks import BACKENDS, CPU, DTYPES, GPU, HALF, LARGE, WIDE
+from tests.support.grids import BATCH, DIVERGENCES, FEATURES, ODD, Shape, several_chunks
 
 
 def gpu(test):
@@ -171,7 +168,7 @@ def test_no_call_but_the_first_has_a_new_key():
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.recompilation"],
+        [sys.executable, "-m", "tests.support.recompilation"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -8,9 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import symmetric_lens_loss
 from lens_kernels.backends import torch_chunked
-from tests.compare import assert_close, assert_gradients
-from tests.grids import BACKENDS, BATCH, FEATURES, ODD, Shape, several_chunks
-from tests.problems import capture_call, loss_of, make, map_head, oracle, ours
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BACKENDS, BATCH, FEATURES, ODD, Shape, several_chunks
+from tests.support.problems import capture_call, loss_of, make, map_head, oracle, ours
 
 LEAVES = ["hidden0", "hidden1", "weight", "bias", "norm_weight", "norm_bias"]
 

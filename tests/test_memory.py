@@ -21,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lens_kernels import distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import head_products, matmul, tile_pass, torch_chunked
 from lens_kernels.backends.torch_chunked import row_stride
-from tests.grids import DIVERGENCES, FEATURES, Shape, several_chunks
-from tests.problems import capture_call, make
+from tests.support.grids import DIVERGENCES, FEATURES, Shape, several_chunks
+from tests.support.problems import capture_call, make
 
 TEMPORARIES, OTHER, SMALL = 16, 8, 8
 MIB = 2**20

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_loss
-from tests.grids import PRECISIONS
-from tests.problems import map_head
+from tests.support.grids import PRECISIONS
+from tests.support.problems import map_head
 
 P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 

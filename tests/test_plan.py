@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lens_kernels import plan
 from lens_kernels.backends import matmul, tile_pass, torch_chunked
 from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
-from tests.grids import Shape
-from tests.problems import capture_call, make
+from tests.support.grids import Shape
+from tests.support.problems import capture_call, make
 from tests.test_memory import MIB, evaluate, peak_bytes
 
 SHAPE = Shape((1536,), 4096, 48, 64, 2)

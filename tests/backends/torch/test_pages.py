@@ -1,0 +1,127 @@
+"""The price of new memory on a CPU: what is asked of Linux and of glibc, and that it helps."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from lens_kernels.backends import ledger, pages, tile_pass, torch_chunked
+from lens_kernels.backends.pages import HUGE_PAGE, in_huge_pages
+from tests.support.grids import Shape
+from tests.support.problems import make, ours
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+linux = pytest.mark.skipif(not THP.exists(), reason="needs Linux with transparent huge pages")
+glibc = pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ),
+    reason="needs glibc's malloc with its own settings",
+)
+
+
+def asked_for_huge_pages(address):
+    """Say whether the mapping that holds an address is marked so."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if first == "VmFlags:":
+            if inside:
+                return "hg" in rest
+        elif not first.endswith(":"):
+            start, end = (int(x, 16) for x in first.split("-"))
+            inside = start <= address < end
+    raise AssertionError(f"{address:#x} is not mapped")
+
+
+@linux
+def test_whole_huge_pages_of_a_tensor_are_asked_for_and_no_others():
+    # Larger than what malloc keeps, where an earlier tensor may have asked for the pages around it.
+    x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
+    edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE  # last byte of a page it shares
+    assert in_huge_pages(x) is x
+    assert asked_for_huge_pages(x.data_ptr() + 8 * HUGE_PAGE)
+    if edge >= x.data_ptr():
+        assert not asked_for_huge_pages(edge)
+
+
+def test_what_has_no_memory_of_that_kind_is_left_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(pages, "_madvise", lambda: lambda *args: asked.append(args))
+    with FakeTensorMode():
+        in_huge_pages(torch.empty(1 << 30))
+    for x in (
+        torch.empty(1 << 30, device="meta"),
+        torch.empty(0),
+        torch.empty(HUGE_PAGE - 1, dtype=torch.uint8),
+        torch.nn.Parameter(torch.empty(HUGE_PAGE)),
+    ):
+        assert in_huge_pages(x) is x
+    assert asked == []
+    x = in_huge_pages(torch.empty(HUGE_PAGE))  # four pages long
+    ((start, length, _),) = asked
+    assert start % HUGE_PAGE == 0 and length == (3 if x.data_ptr() % HUGE_PAGE else 4) * HUGE_PAGE
+
+
+def test_systems_without_the_request(monkeypatch):
+    monkeypatch.delattr(pages.mmap, "MADV_HUGEPAGE", raising=False)
+    pages._madvise.cache_clear()
+    x = torch.empty(HUGE_PAGE)
+    assert in_huge_pages(x) is x
+    pages._madvise.cache_clear()
+
+
+def test_the_tiles_and_the_gradients_are_in_huge_pages(monkeypatch):
+    seen = []
+
+    def note(x):
+        seen.append(x.shape)
+        return in_huge_pages(x)
+
+    monkeypatch.setattr(torch_chunked, "in_huge_pages", note)
+    monkeypatch.setattr(ledger, "in_huge_pages", note)
+    shape = Shape((24,), 1000, 8, 16, 1)
+    ours(make(shape))
+    tile = (24, torch_chunked.row_stride(shape.vocab))
+    assert sorted(map(tuple, seen)) == sorted([tile, tile, (24, 8), (1000, 8)])
+
+
+FAULTS = """
+import resource, torch
+from lens_kernels.backends.pages import keep_freed_blocks
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        blocks = [torch.empty(1 << 20).zero_() for _ in range(12)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+if {keep}:
+    keep_freed_blocks()
+faults()
+print(faults())
+"""
+
+
+@glibc
+def test_freed_blocks_are_kept():
+    """Twelve of 4 MiB, 5 times: 60 thousand pages if they are given back."""
+    program = FAULTS.format(keep=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 2000
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_call_whose_pass_is_compiled_asks_for_that(monkeypatch, compiled):
+    asked = []
+    monkeypatch.setattr(tile_pass, "is_compiled", lambda *args: compiled)
+    monkeypatch.setattr(tile_pass, "_compile", lambda function: function)
+    monkeypatch.setattr(torch_chunked, "keep_freed_blocks", lambda: asked.append(True))
+    ours(make(Shape((24,), 1000, 8, 16, 1)))
+    assert bool(asked) is compiled

@@ -1,0 +1,188 @@
+"""What the kernels read and write: odd sizes, strides, offsets, and nothing beyond the tensors."""
+
+import pytest
+import torch
+
+from lens_kernels.backends.triton.operands import ALIGNED, aligned, padded
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BATCH, FEATURES, Shape
+from tests.support.problems import make, map_head, objective, oracle, ours
+
+NAN = float("nan")
+# A width that rows can be read in as they lie, and one that has to be padded.
+WIDTHS = [32, 33]
+
+
+def check(problem, truth=None, **options):
+    expected, expected_grads = oracle(truth or problem, **options)
+    loss, grads = ours(problem, backend="triton", **options)
+    assert_close(loss, expected, 1e-6, "loss")
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+@pytest.fixture
+def garbage(monkeypatch):
+    """Memory that nobody has written holds NaN."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def filled(x):
+        return x.fill_(NAN) if x.is_floating_point() else x
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: filled(empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: filled(new_empty(*a, **k)))
+
+
+def rows_inside(x, before, after):
+    """Return a view like ``x`` of rows inside a buffer whose other numbers are NaN."""
+    tokens, width = x.shape[:-1].numel(), x.shape[-1]
+    rows = torch.full((tokens + 2, before + width + after), NAN)
+    return rows[1:-1, before : before + width].unflatten(0, x.shape[:-1])
+
+
+def padded_rows(x):
+    """Rows that a vector load may read as they lie, if their width suits it."""
+    return rows_inside(x, 16, 16)
+
+
+def far_rows(x):
+    """Rows at a stride and an offset that suit no vector load."""
+    return rows_inside(x, 3, 20)
+
+
+def transposed(x):
+    """The first axis is the one with stride 1."""
+    return torch.empty(x.shape[::-1]).permute(*reversed(range(x.dim())))
+
+
+def every_other(x):
+    """No axis has stride 1, and NaN lies between."""
+    return torch.full((*x.shape[:-1], 2 * x.shape[-1]), NAN)[..., ::2]
+
+
+def offset(x):
+    """Contiguous, and begins in the middle of a NaN-filled buffer."""
+    return torch.full((x.numel() + 7,), NAN)[5:-2].view(x.shape)
+
+
+def laid_out(problem, layout):
+    """Return the problem with every tensor of two or more axes in another layout."""
+
+    def move(x):
+        if x.dim() == 1:
+            view = every_other(x) if layout is not offset else offset(x)
+        else:
+            view = layout(x)
+        view.copy_(x.detach())
+        return view.requires_grad_(x.requires_grad)
+
+    moved = problem.to(torch.float32)
+    moved.student_hidden = [move(h) for h in problem.student_hidden]
+    moved.teacher_hidden = [move(h) for h in problem.teacher_hidden]
+    moved.student_head = map_head(problem.student_head, move)
+    moved.teacher_head = map_head(problem.teacher_head, move)
+    return moved
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("feature", ["bias", "everything"])
+@pytest.mark.parametrize("layout", [padded_rows, far_rows, transposed, every_other, offset])
+def test_layouts(garbage, layout, feature, masked, width):
+    """Hidden states, heads, biases and norm weights, wherever and however they lie."""
+    problem = make(Shape((5, 7), 97, width, 48, 1), std=2.0, **FEATURES[feature])
+    options = {"mask": torch.rand(5, 7) < 0.5} if masked else {}
+    moved = laid_out(problem, layout)
+    assert layout is offset or not moved.student_head.weight.is_contiguous()
+    check(moved, problem, **options)
+
+
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 32])
+@pytest.mark.parametrize("layout", [padded_rows, far_rows, transposed, every_other, offset, None])
+def test_aligned_rows_are_what_operands_promise(layout, width):
+    x = torch.randn(5, width)
+    view = x if layout is None else layout(x).copy_(x)
+    rows = aligned(view)
+    assert torch.equal(rows, x)
+    assert rows.stride(1) == 1 and rows.stride(0) % ALIGNED == 0
+    whole = rows.as_strided((5, padded(width)), rows.stride())
+    assert not whole[:, width:].any()
+    if width % ALIGNED == 0 and layout in (padded_rows, None):
+        assert rows.data_ptr() == view.data_ptr(), "a copy that was not needed"
+
+
+def test_a_row_repeated_by_a_stride_of_zero():
+    problem = make(Shape((6,), 61, 32, 48, 1))
+    row = problem.teacher_hidden[0][:1].expand(6, 48)
+    assert row.stride(0) == 0
+    problem.teacher_hidden = [row]
+    check(problem)
+
+
+SIZES = {
+    "one token": Shape((1,), 97, 33, 48, 1),
+    "one entry": Shape((5,), 1, 33, 48, 1),
+    "two entries": Shape((5,), 2, 33, 48, 1),
+    "less than a tile": Shape((5,), 7, 33, 48, 1),
+    "a tile": Shape((32,), 64, 16, 16, 1),
+    "a tile and one": Shape((33,), 65, 17, 17, 1),
+    "two tiles less one": Shape((63,), 127, 31, 31, 1),
+    "width 1": Shape((5,), 9, 1, 2, 1),
+    "narrow": Shape((5,), 9, 8, 3, 1),
+    "wide": Shape((3,), 9, 300, 257, 1),
+}
+
+
+@pytest.mark.parametrize("norm", [None, "rms", "layer"])
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes(garbage, size, divergence, norm):
+    """Nothing is read that was not written, at the edge of any block."""
+    problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
+    if size == "one entry":
+        loss, grads = ours(problem, backend="triton")
+        assert loss == 0 and not any(g.any() for g in grads.values())
+    elif size == "width 1" and norm == "layer":
+        # A row of one number, less its mean: the norm gives 0 and takes no gradient.
+        expected, expected_grads = oracle(problem)
+        loss, grads = ours(problem, backend="triton")
+        assert_close(loss, expected, 1e-6)
+        zero = ("hidden0", "weight", "norm_weight")
+        assert all(not expected_grads[name].any() for name in zero)
+        assert_gradients(grads, expected_grads, 1e-5, zero)
+    else:
+        check(problem)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
+def test_an_upstream_gradient_in_any_layout(divergence):
+    """Of per-token losses one takes the transpose, or every other one."""
+    problem = make(BATCH, divergence=divergence)
+    for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
+        assert upstream.shape == (BATCH.pairs, *BATCH.leading)
+        flat = upstream.reshape(BATCH.pairs, -1)  # as the op does
+        assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
+        expected, expected_grads = oracle(problem, upstream, reduction="none")
+        rows, grads = ours(problem, upstream=upstream, reduction="none", backend="triton")
+        assert_close(rows, expected, 1e-6)
+        assert_gradients(grads, expected_grads, 1e-5)
+
+
+def test_labels_and_mask_in_any_layout():
+    problem = make(BATCH, std=2.0)
+    labels = torch.randint(BATCH.vocab, BATCH.leading)
+    mask = torch.rand(BATCH.leading) < 0.5
+
+    def loss(labels, mask):
+        out = objective(problem, labels=labels, mask=mask, kd_ratio=0.5, backend="triton")
+        return out.loss, problem.gradients(out.loss)
+
+    expected, expected_grads = loss(labels, mask)
+    for spread in (
+        lambda x: torch.stack([x, torch.zeros_like(x)], -1)[..., 0],
+        lambda x: x.t().contiguous().t(),
+    ):
+        moved = spread(labels), spread(mask)
+        assert not any(x.is_contiguous() for x in moved)
+        got, grads = loss(*moved)
+        assert torch.equal(got, expected)
+        assert all(torch.equal(grads[name], g) for name, g in expected_grads.items())

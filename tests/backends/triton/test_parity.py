@@ -1,0 +1,205 @@
+"""The triton and the torch backend give the same, option by option and dtype by dtype.
+
+Each is held to the oracle in float32 by the functional tests. Here they are held to each other in
+16 bit, under autocast, with an active vocabulary, and over chunks of any size.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from lens_kernels import symmetric_lens_loss
+from lens_kernels.backends.triton.tiles import ARCHS, Sweep, choose
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
+from tests.support.problems import loss_of, make, objective, ours
+
+BACKENDS = ("torch", "triton")
+# Of a dtype: what the loss bears, what it bears where the norm's result is rounded before a product
+# and not after it, and what gradients bear, whose logits' part is rounded.
+BEARS = {
+    torch.float32: (1e-6, 1e-6, 1e-5),
+    torch.float16: (1e-5, 5e-4, 2e-3),
+    torch.bfloat16: (1e-5, 4e-3, 2e-2),
+}
+
+
+def both(problem, **options):
+    """Return ``(loss, gradients)`` of the torch backend and of the triton backend."""
+    return [ours(problem, backend=backend, **options) for backend in BACKENDS]
+
+
+def check(problem, dtype, normed, **options):
+    exact, rounded, gradient = BEARS[dtype]
+    (expected, expected_grads), (loss, grads) = both(problem, **options)
+    assert loss.dtype is expected.dtype
+    assert_close(loss, expected, rounded if normed else exact, "loss")
+    assert_gradients(grads, expected_grads, gradient)
+    for name, grad in grads.items():
+        assert grad.dtype is expected_grads[name].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("feature", "divergence"),
+    [
+        (feature, divergence)
+        for feature, divergence in itertools.product(FEATURES, DIVERGENCES)
+        # Rounding the norm's result moves entries across p = q, where the slope of tvd jumps.
+        if not (divergence == "tvd" and "norm" in FEATURES[feature])
+    ],
+)
+def test_16_bit_with_everything_a_call_may_ask_for(feature, divergence, dtype):
+    """A mask, a vocabulary prefix, two pairs with weights, two widths, a sum: all at once."""
+    problem = make(BATCH, std=2.0, **FEATURES[feature], divergence=divergence).to(dtype)
+    options = {
+        "mask": torch.rand(BATCH.leading) < 0.5,
+        "vocab_size": 90,
+        "layer_weights": [0.3, 1.2],
+        "reduction": "sum",
+        "beta": 0.3,
+    }
+    check(problem, dtype, "norm" in FEATURES[feature], **options)
+
+
+@pytest.mark.parametrize("dtype", BEARS)
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_a_loss_for_each_token(feature, dtype):
+    problem = make(BATCH, std=2.0, **FEATURES[feature]).to(dtype)
+    options = {"reduction": "none", "upstream": torch.rand(BATCH.pairs, *BATCH.leading)}
+    check(problem, dtype, "norm" in FEATURES[feature], **options)
+
+
+@pytest.mark.parametrize("dtype", BEARS)
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+@pytest.mark.parametrize("final_divergence", ["reverse_kl", "jsd"])
+def test_the_whole_objective(final_divergence, feature, dtype):
+    problem = make(BATCH, std=2.0, **FEATURES[feature]).to(dtype)
+    labels = torch.randint(BATCH.vocab, BATCH.leading)
+    labels[torch.rand(BATCH.leading) < 0.3] = -100
+    options = {"labels": labels, "kd_ratio": 0.6, "temperature": 1.7}
+    options["final_divergence"] = final_divergence
+    results = []
+    for backend in BACKENDS:
+        out = objective(problem, backend=backend, **options)
+        results.append((out, problem.gradients(out.loss)))
+    (expected, expected_grads), (got, grads) = results
+    exact, rounded, gradient = BEARS[dtype]
+    for name in ("ce", "kd"):  # of the final states, which are normed already
+        assert_close(getattr(got, name), getattr(expected, name), exact, name)
+    for name in ("loss", "lens", "per_layer"):
+        assert_close(getattr(got, name), getattr(expected, name), rounded, name)
+    assert got.num_tokens == expected.num_tokens
+    assert_gradients(grads, expected_grads, gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("feature", ["bias", "everything"])
+def test_autocast(feature, dtype):
+    problem = make(BATCH, std=2.0, **FEATURES[feature])
+    with torch.autocast("cpu", dtype):
+        check(problem, dtype, "norm" in FEATURES[feature])
+    (_, plain), (loss, grads) = both(problem)
+    with torch.autocast("cpu", dtype):
+        cast, cast_grads = ours(problem, backend="triton")
+    assert loss != cast and not torch.equal(grads["weight"], cast_grads["weight"])
+
+
+@pytest.mark.parametrize("narrow", ["student", "teacher"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_different_dtypes(dtype, narrow):
+    """A 16-bit teacher beside a float32 student, as one loads them; and the other way round."""
+    problem = make(BATCH, std=2.0, bias=True)
+    half = problem.to(dtype)
+    for part in ("hidden", "head"):
+        setattr(problem, f"{narrow}_{part}", getattr(half, f"{narrow}_{part}"))
+    check(problem, dtype if narrow == "student" else torch.float32, normed=False)
+
+
+@pytest.mark.parametrize("rounded", ["bias", "norm"])
+def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
+    """Some models keep them so."""
+    problem = make(BATCH, std=2.0, bias=True, norm="layer", norm_bias=True)
+    half = problem.to(torch.bfloat16)
+    for side in ("student_head", "teacher_head"):
+        head, wide = getattr(half, side), getattr(problem, side)
+        parts = {"bias": (head.bias, wide.norm), "norm": (wide.bias, head.norm)}[rounded]
+        setattr(half, side, type(head)(head.weight, *parts))
+    check(half, torch.bfloat16, normed=True)
+
+
+def active_problem():
+    """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
+    problem = make(Shape((24,), 400, 16, 16, 1))
+    weight = 2.0 * torch.randn(400, 16) + 3.0
+    head = type(problem.student_head)
+    problem.student_head = head(weight.requires_grad_())
+    problem.teacher_head = head(weight.detach().clone())
+    noise = 0.3 * torch.randn(24, 16)
+    problem.teacher_hidden = [problem.student_hidden[0].detach() + noise]
+    return problem
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("threshold", [0.0, 1e-5, 1e-4, 1e-3, 1e3])
+def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
+    """Columns left out are those of a chunk of tokens there and of the vocabulary here; with one
+    chunk they are the same.
+    """
+    problem = active_problem()
+    mask = torch.rand(24) < 0.7 if masked else None
+    results = []
+    for backend in BACKENDS:
+        options = {"final_divergence": "jsd", "grad_threshold": threshold, "mask": mask}
+        out = objective(problem, backend=backend, **options)
+        results.append((out, problem.gradients(out.loss)))
+    (expected, expected_grads), (got, grads) = results
+    assert_close(got.loss, expected.loss, 1e-6)
+    if threshold == 0.0:
+        # Entries whose gradient is 0 in one backend and 1e-12 in the other: none is seen.
+        assert abs(got.dropped) < 1e-6 and abs(expected.dropped) < 1e-6
+    else:
+        assert_close(got.dropped, expected.dropped, 1e-4, "dropped")
+        assert 0 < got.dropped <= 1
+    if threshold == 1e3:
+        # It sums to 0 for every row, and so does what the head's mean makes of it.
+        assert got.dropped == 1 and not grads["weight"].any()
+        assert grads["hidden0"].abs().max() < 1e-6
+        return
+    same = grads["weight"].any(1) == expected_grads["weight"].any(1)
+    assert threshold == 0.0 or bool(same.all())
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+def test_the_active_vocabulary_of_several_chunks_is_near(always_active):
+    """A chunk of the vocabulary gives what it leaves out to its own mean."""
+    problem = active_problem()
+    _, exact = ours(problem, backend="triton")
+    one_tile = {"backend": "triton", "workspace_bytes": 1}
+    loss, grads = ours(problem, grad_threshold=1e-5, **one_tile)
+    assert torch.equal(loss, ours(problem, **one_tile)[0])
+    for name, grad in grads.items():
+        assert not torch.equal(grad, exact[name])
+        assert (grad - exact[name]).norm() <= 1e-3 * exact[name].norm()
+
+
+def test_chunks_of_any_size():
+    """Of seven tiles: each alone, in twos, in threes, in fours; all at once to compare with."""
+    problem = make(Shape((20,), 420, 24, 40, 1), **FEATURES["everything"])
+    tile = choose(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
+    assert tile.block_v == 64
+    loss, grads = ours(problem, backend="triton")
+    one_tile = 20 * tile.block_v * 4
+    for room in (1, 3 * one_tile - 1, 3 * one_tile, 7 * one_tile - 1):
+        again, grads_again = ours(problem, backend="triton", workspace_bytes=room)
+        assert torch.equal(again, loss)
+        assert_gradients(grads_again, grads, 1e-6)
+
+
+def test_without_gradients():
+    problem = make(BATCH, **FEATURES["everything"])
+    expected = loss_of(symmetric_lens_loss, problem, backend="triton")
+    with torch.no_grad():
+        loss = loss_of(symmetric_lens_loss, problem, backend="triton")
+    assert not loss.requires_grad and torch.equal(loss, expected)

@@ -1,0 +1,192 @@
+"""Sums over the vocabulary, made tile by tile and split by split: exact, repeatable, row by row."""
+
+import importlib
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, symmetric_lens_loss
+from lens_kernels.backends.triton import launch, tiles
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
+from tests.support.problems import loss_of, make, oracle, ours
+
+# Two blocks of rows by four splits: of two tiles, and the last of one. The last tile is not full.
+SPLITS = Shape((33,), 420, 24, 40, 1)
+# One with two sweeps for its sums, and the two sums that one sweep makes.
+KINDS = ["jsd", "forward_kl", "reverse_kl"]
+INFINITY = float("inf")
+
+
+@pytest.fixture
+def layout():
+    """What the shape is there for, which a change of the interpreter's tiles would undo."""
+    tile = tiles.choose(tiles.Sweep.ONLINE_KL, tiles.ARCHS["interpreter"], torch.float32, 24)
+    grid = launch.Splits(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
+    assert grid.shape == (2, 4) and grid.tiles_per_split == 2
+    assert (tile.block_n, tile.block_v) == (32, 64)
+
+
+def rows(problem, **options):
+    return loss_of(symmetric_lens_loss, problem, reduction="none", backend="triton", **options)
+
+
+@pytest.mark.parametrize("offset", [0.0, 50.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_near_convergence(layout, divergence, offset):
+    """All logits are multiples of 2^-16 below 64, which float32 holds without rounding, the offset
+    of a model's logits as well: what is lost is lost by the sums.
+    """
+    fine, coarse = 2.0**-12, 2.0**-4
+    student = (torch.randn(SPLITS.tokens, 16) / fine).round() * fine
+    teacher = student + (3 * torch.randn(SPLITS.tokens, 16)).round() * fine
+    weight = (torch.rand(SPLITS.vocab, 16) / coarse).round() * coarse
+    bias = torch.full((SPLITS.vocab,), offset)
+    problem = make(SPLITS, divergence=divergence)
+    problem.student_hidden, problem.teacher_hidden = [student.requires_grad_()], [teacher]
+    problem.student_head, problem.teacher_head = LensHead(weight), LensHead(weight, bias)
+    expected, _ = oracle(problem, reduction="none")
+    got = rows(problem)
+    if divergence in ("forward_kl", "reverse_kl"):
+        assert 1e-7 < expected.mean() < 5e-7
+    assert_close(got.mean(), expected.mean(), 1e-4)
+    assert_close(got, expected, 1e-3)
+    assert bool((got > 0).all())
+
+
+CLOSED = {
+    "the first split": range(0, 128),
+    "the last split": range(384, 420),
+    "the first and the last": [*range(0, 128), *range(384, 420)],
+    "the first tile of a split": range(128, 192),
+    "the last tile of a split": range(192, 256),
+    "all but one tile": [*range(0, 192), *range(256, 420)],
+    "all but the last entry": range(0, 419),
+}
+
+
+@pytest.mark.parametrize("divergence", KINDS)
+@pytest.mark.parametrize("where", CLOSED)
+def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
+    """The truth is the problem without those columns."""
+    closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
+    closed[list(CLOSED[where])] = True
+    problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
+    small = make(SPLITS, **problem.options)
+    small.student_hidden, small.teacher_hidden = problem.student_hidden, problem.teacher_hidden
+    reduced, grown = [], []
+    for head in problem.args()[2:]:
+        bias = head.bias.detach().masked_fill(closed, -INFINITY)
+        grown.append(LensHead(head.weight.detach(), bias))
+        reduced.append(LensHead(head.weight.detach()[~closed], bias[~closed]))
+    problem.student_head, problem.teacher_head = grown
+    small.student_head, small.teacher_head = reduced
+    expected, expected_grads = oracle(small)
+    loss, grads = ours(problem, backend="triton")
+    if where == "all but the last entry":
+        assert loss == 0 and not grads["hidden0"].any()
+        return
+    assert_close(loss, expected, 1e-6)
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("peaks", [(5, 419), (419, 5), (140, 250), (63, 64)])
+def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
+    """Maxima come late or early, in one split or another, and never in the same tile."""
+    problem = make(SPLITS, std=1.0, bias=True, divergence=divergence)
+    heads = problem.student_head, problem.teacher_head
+
+    def peak(*heights):
+        with torch.no_grad():
+            for head, at, height in zip(heads, peaks, heights, strict=True):
+                head.bias[at] = height
+
+    peak(6.0, 7.0)
+    expected, expected_grads = oracle(problem)
+    loss, grads = ours(problem, backend="triton")
+    assert_close(loss, expected, 1e-6)
+    assert_gradients(grads, expected_grads, 1e-5)
+    peak(30.0, 35.0)  # where no gradient is left
+    expected, _ = oracle(problem)
+    assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
+@pytest.mark.parametrize("processors", [1, 2, 100])
+def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergence):
+    """One split of seven tiles; two of four and three; one for each tile."""
+    problem = make(SPLITS, std=3.0, **FEATURES["everything"], divergence=divergence)
+    expected, expected_grads = oracle(problem)
+    monkeypatch.setattr(launch, "processors", lambda device: processors)
+    loss, grads = ours(problem, backend="triton")
+    assert_close(loss, expected, 1e-6)
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
+@pytest.mark.parametrize("sizes", [(16, 32, 64), (64, 16, 32), (128, 128, 16)])
+def test_the_tile_does_not_matter(monkeypatch, sizes, divergence):
+    """Widths of 33 and 17 are read as 48 and 32: a step of 64 goes past both, of 32 past one."""
+    problem = make(BATCH, std=3.0, **FEATURES["everything"], divergence=divergence)
+    expected, expected_grads = oracle(problem)
+    module = importlib.import_module("lens_kernels.backends.triton.evaluate")
+    monkeypatch.setattr(module._Run, "tile", lambda *a, **k: tiles.Tile(*sizes, 4, 1))
+    loss, grads = ours(problem, backend="triton")
+    assert_close(loss, expected, 1e-6)
+    assert_gradients(grads, expected_grads, 1e-5)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
+def test_results_repeat_bit_for_bit_whatever_memory_held(monkeypatch, divergence):
+    problem = make(SPLITS, **FEATURES["everything"], divergence=divergence)
+    options = {"backend": "triton", "workspace_bytes": 33 * 64 * 4 * 3}  # chunks of 3, 3 and 1
+    loss, grads = ours(problem, **options)
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+    for garbage in (1e30, float("nan")):
+
+        def filled(x, garbage=garbage):
+            return x.fill_(garbage) if x.is_floating_point() else x
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", lambda *a, f=filled, **k: f(empty(*a, **k)))
+            patch.setattr(
+                torch.Tensor, "new_empty", lambda *a, f=filled, **k: f(new_empty(*a, **k))
+            )
+            again, grads_again = ours(problem, **options)
+        assert torch.equal(loss, again)
+        for name, grad in grads.items():
+            assert grad.any() and torch.equal(grad, grads_again[name]), name
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_nan_stays_in_its_row(divergence, feature, side):
+    """A row that counts and holds NaN has a loss of NaN, and no other row has."""
+    problem = make(Shape((40,), 97, 33, 17, 1), **FEATURES[feature], divergence=divergence)
+    clean = rows(problem).detach()
+    bad = torch.zeros(40, dtype=torch.bool)
+    bad[[0, 13, 39]] = True
+    with torch.no_grad():
+        getattr(problem, f"{side}_hidden")[0][bad, 5] = float("nan")
+    got = rows(problem)
+    grad = problem.gradients(got.sum())["hidden0"]
+    assert bool(got[0, bad].isnan().all())
+    assert torch.equal(got[0, ~bad], clean[0, ~bad])
+    assert bool(grad[~bad].isfinite().all()) and bool(grad[~bad].any())
+    if side == "student":
+        assert bool(grad[bad].isnan().any(-1).all())
+
+
+@pytest.mark.parametrize("infinite", [INFINITY, -INFINITY])
+def test_an_infinite_logit_that_is_no_probability_is_nan(infinite):
+    """+inf in a row makes its softmax NaN, as torch does."""
+    problem = make(BATCH)
+    with torch.no_grad():
+        problem.student_hidden[0][2, 3] = infinite
+    for backend in ("torch", "triton"):
+        loss = loss_of(symmetric_lens_loss, problem, reduction="none", backend=backend)
+        wrong = torch.zeros(loss.shape, dtype=torch.bool)
+        wrong[0, 2, 3] = True
+        assert torch.equal(loss.isnan(), wrong), backend

@@ -1,0 +1,272 @@
+"""The key of a teacher cache changes with what the states depend on, and with nothing else."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import tiny
+
+pytest.importorskip("transformers")
+from lens_kernels.hf.cache import key as cache_key  # noqa: E402
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
+
+pytestmark = pytest.mark.hf
+EXAMPLES = [
+    {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
+    {"input_ids": [7, 8], "labels": [7, 8]},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model(layers=2)
+
+
+def key_of(model, examples=EXAMPLES, layers=(1,), tokenizer=None, dtype="float32"):
+    return CacheKey.of(model, examples, layers, tokenizer, dtype)
+
+
+def test_equal_models_have_one_key_wherever_they_lie(model):
+    other = tiny.model(layers=2)
+    other.config._name_or_path, other.config.transformers_version = "elsewhere", "0"
+    assert key_of(other) == key_of(model)
+
+
+def test_the_key_reads_large_and_strided_weights_piece_by_piece(model, monkeypatch):
+    whole = key_of(model)
+    monkeypatch.setattr(cache_key, "CHUNK", 24)
+    assert key_of(model) == whole
+    strided = copy.deepcopy(model)
+    weight = strided.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.T.contiguous().T
+    assert not weight.is_contiguous() and key_of(strided) == whole
+
+
+def test_dtype_and_shape_of_weights_belong_to_the_key(model):
+    for change in (lambda w: w.view(torch.int32), lambda w: w.flatten()):
+        changed = copy.deepcopy(model)
+        changed.register_buffer("extra", torch.ones(2, 3))
+        before = key_of(changed)
+        changed.extra = change(changed.extra)
+        assert key_of(changed).model != before.model
+
+
+def test_weights_that_are_not_there_are_refused(model):
+    with pytest.raises(
+        ValueError, match="model must hold its weights, but .* meta device: load it"
+    ):
+        key_of(copy.deepcopy(model).to("meta"))
+
+
+def test_tokens_may_be_lists_arrays_or_tensors(model):
+    want = key_of(model)
+    for kind in (torch.tensor, np.array):
+        assert key_of(model, [{k: kind(v) for k, v in x.items()} for x in EXAMPLES]) == want
+
+
+def test_where_one_example_ends_belongs_to_the_key(model):
+    both = {k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}
+    moved = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}]
+    moved.append({"input_ids": [6, 7, 8], "labels": [6, 7, 8]})
+    keys = {key_of(model, examples).data for examples in (EXAMPLES, [both], moved, EXAMPLES[:1])}
+    assert len(keys) == 4
+    one = [{"input_ids": [1, 2], "labels": [1, 2]}]
+    two = [{"input_ids": [1], "labels": [2]}] * 2  # the same numbers one after the other
+    assert key_of(model, one) != key_of(model, two)
+
+
+def test_the_order_of_layers_does_not_matter(model):
+    assert key_of(model, layers=[2, 1, 2]) == key_of(model, layers=(1, 2))
+    assert key_of(model, layers=[2, 1]).names == ["layer_1", "layer_2", "final"]
+
+
+def test_dtypes_of_storage_by_value_or_name(model):
+    assert key_of(model, dtype=torch.bfloat16) == key_of(model, dtype="bfloat16")
+    with pytest.raises(
+        TypeError, match="dtype must be one of float32, bfloat16, float16, got int8"
+    ):
+        key_of(model, dtype="int8")
+
+
+def test_using_a_tokenizer_does_not_change_its_digest(model):
+    tokenizer = tiny.tokenizer()
+    before = key_of(model, tokenizer=tokenizer)
+    tokenizer(["abc", "d"], padding=True, truncation=True, max_length=2)
+    assert key_of(model, tokenizer=tokenizer) == before
+    tokenizer.eos_token = "a"
+    assert key_of(model, tokenizer=tokenizer) != before
+
+
+def test_a_slow_tokenizer_is_its_vocabulary_and_special_tokens(model):
+    def slow(vocabulary, **special):
+        return SimpleNamespace(
+            is_fast=False, get_vocab=lambda: vocabulary, special_tokens_map=special
+        )
+
+    tokenizers = [
+        slow({"a": 0, "b": 1}, eos_token="a"),
+        slow({"b": 1, "a": 0}, eos_token="a"),
+        slow({"a": 1, "b": 0}, eos_token="a"),
+        slow({"a": 0, "b": 1}, eos_token="b"),
+    ]
+    first, same, *others = [key_of(model, tokenizer=t).tokenizer for t in tokenizers]
+    assert first == same and first not in others
+
+
+def test_adapters_belong_to_the_key():
+    peft = pytest.importorskip("peft")
+
+    def adapted(**options):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=2, target_modules=["v_proj", "q_proj"], init_lora_weights=False, **options
+        )
+        return peft.get_peft_model(tiny.model(layers=2), config)
+
+    model = adapted(lora_alpha=4)
+    want = key_of(model)
+    assert key_of(adapted(lora_alpha=4)) == want
+    assert key_of(adapted(lora_alpha=8)).model != want.model  # the same weights, scaled otherwise
+    with model.disable_adapter():
+        assert key_of(model).model != want.model
+    model.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data[0, 0] += 1
+    assert key_of(model).model != want.model
+
+
+def states(batch):
+    """Return random states of the right shapes."""
+    return [
+        {name: torch.randn(len(counted_positions(x["labels"])), 3) for name in ("layer_1", "final")}
+        for x in batch
+    ]
+
+
+def changed(**change):
+    """Return a run whose second example has something else in it."""
+
+    def run(batch):
+        results = states(batch)
+        results[1].update(change)
+        return results
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("run", "dtype", "error", "match"),
+    [
+        (
+            lambda b: states(b)[:1],
+            "float32",
+            ValueError,
+            "one mapping for each of 2 examples, got 1",
+        ),
+        (
+            changed(layer_2=0),
+            "float32",
+            ValueError,
+            r"\['layer_1', 'final'\], got .*'layer_2'.*: name",
+        ),
+        (changed(final=[1]), "float32", TypeError, r"final as a tensor \(counted, D\), got list"),
+        (changed(final=torch.ones(3)), "float32", TypeError, r"\(counted, D\), got \(3,\)"),
+        (
+            changed(final=torch.ones(2, 3)),
+            "float32",
+            ValueError,
+            r"final of shape \(1, 3\) for example 1, got \(2, 3\): take the rows",
+        ),
+        (changed(layer_1=torch.ones(1, 4)), "float32", ValueError, r"layer_1 .*got \(1, 4\)"),
+        (
+            changed(final=torch.full((1, 3), 1e5)),
+            "float16",
+            ValueError,
+            "final for example 1 with values not finite in float16: store bfloat16",
+        ),
+        (changed(final=torch.full((1, 3), torch.nan)), "float32", ValueError, "NaN in the teacher"),
+    ],
+)
+def test_results_that_do_not_fit_are_refused(tmp_path, model, run, dtype, error, match):
+    key = key_of(model, dtype=dtype)
+    with pytest.raises(error, match=f"run .*{match}"):
+        TeacherCache.build(tmp_path, key, EXAMPLES, run, batch_size=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "match"),
+    [
+        (EXAMPLES, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        (EXAMPLES, {"shard_examples": 0}, "shard_examples must be at least 1, got 0"),
+        (EXAMPLES, {"shard_bytes": -1}, "shard_bytes must be at least 1, got -1"),
+        ([], {}, "examples is empty: pass at least one"),
+        (EXAMPLES[:1], {}, "examples are not those of key: make the key"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(tmp_path, model, examples, options, match):
+    with pytest.raises(ValueError, match=match):
+        TeacherCache.build(
+            tmp_path / "new", key_of(model), examples, states, **{"batch_size": 2} | options
+        )
+    assert not (tmp_path / "new").exists()
+
+
+def test_labels_of_a_batch_are_refused():
+    with pytest.raises(ValueError, match=r"labels must be .* got shape \(2, 3\): pass one row"):
+        counted_positions(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize(("free", "fits"), [(4 * 24, True), (4 * 24 - 1, False)])
+def test_too_small_a_disk_is_refused_before_anything_is_written(
+    tmp_path, model, monkeypatch, free, fits
+):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    calls = []
+
+    def run(batch):
+        calls.append(len(batch))
+        return states(batch)
+
+    def build():
+        return TeacherCache.build(tmp_path, key_of(model), EXAMPLES, run, batch_size=1)
+
+    if fits:
+        build()
+        assert calls == [1, 1]
+        return
+    with pytest.raises(
+        RuntimeError, match="not enough space: 4 rows of 24 bytes need .* pass anot"
+    ):
+        build()
+    assert calls == [1] and not list(tmp_path.iterdir())
+
+
+def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys):
+    for shown in (True, False):
+        folder = tmp_path / str(shown)
+        for _ in range(2):  # made, then found
+            TeacherCache.build(
+                folder, key_of(model), EXAMPLES, states, batch_size=1, progress=shown
+            )
+            printed = capsys.readouterr().err
+            assert ("teacher cache: 100%" in printed and "2/2" in printed) == shown
+            assert bool(printed) == shown
+
+
+def test_the_teacher_runs_without_gradients(tmp_path, model):
+    def run(batch):
+        assert not torch.is_grad_enabled()
+        return states(batch)
+
+    TeacherCache.build(tmp_path, key_of(model), EXAMPLES, run, batch_size=2, progress=False)
+
+
+def test_size_and_summary(tmp_path, model):
+    cache = TeacherCache.build(
+        tmp_path, key_of(model), EXAMPLES, states, batch_size=2, progress=False
+    )
+    assert cache.nbytes == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
+    assert cache.summary() == f"teacher cache: 2 examples, 4 rows, 0.0 MiB, float32, {tmp_path}"

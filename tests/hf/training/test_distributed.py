@@ -1,0 +1,146 @@
+"""Two processes train as one: equal steps, equal logs, and nothing that waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from tests.support import ROOT, tiny
+
+pytest.importorskip("transformers")
+from lens_kernels.hf.objective import LensObjective  # noqa: E402
+from tests.hf.training.test_trainer import assert_same_step, uneven_data  # noqa: E402
+from tests.support.distributed_run import Result, run_case  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+TIMING = ("second", "runtime", "preparation_time", "epoch")
+
+
+def two_ranks(folder, cases, timeout=400):
+    """Run the cases on two ranks in one launch; return both ranks' results of each."""
+    folder.mkdir()
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    process = subprocess.Popen(
+        [*command, "-m", "tests.support.distributed_run", str(file), str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: the launcher ends its ranks
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
+    assert process.returncode == 0, output[-6000:]
+    return {name: [Result.load(folder / f"{name}-{rank}") for rank in (0, 1)] for name in cases}
+
+
+def assert_same_logs(one, other, name, relative=1e-4):
+    assert len(one) == len(other) > 1
+    for a, b in zip(one, other, strict=True):
+        assert a.keys() == b.keys(), name
+        for key, value in a.items():
+            if not any(word in key for word in TIMING):
+                assert b[key] == pytest.approx(value, rel=relative, abs=1e-6), (name, key)
+
+
+def check(tmp_path, cases, relative=1e-5):
+    """Compare two ranks with one process, in each case; return the ranks' results."""
+    results = two_ranks(tmp_path / "ranks", cases)
+    for name, ranks in results.items():
+        whole = run_case(tmp_path / name, **cases[name])
+        for result in ranks:
+            assert_same_step(whole.start, whole.end, result.end, relative)
+            assert_same_logs(whole.logs, result.logs, name)
+    return results
+
+
+# One rank has no labelled token in the first step, all have none in the second.
+EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
+# Nine tokens on each rank, so that the mean of the ranks' means is the mean over tokens.
+LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
+# SGD has no state, and FSDP cannot read one that is empty.
+RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
+RESUMED |= {"learning_rate": 0.02}
+FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
+
+
+def test_two_ranks_are_one_process(tmp_path):
+    cases = {
+        "plain": {"per_device_eval_batch_size": 1},
+        "accumulated": {"accumulate": 2, "per_device_eval_batch_size": 2},
+        "empty": EMPTY,
+        "local": LOCAL,
+        "checkpointing": {"gradient_checkpointing": True},
+        "resumed": {"resumed": True},
+        "evaluated": {"evaluate_first": True},
+        "fine_tuning": FINE_TUNING,
+        "fine_tuning_local": FINE_TUNING | LOCAL,
+    }
+    check(tmp_path, cases)
+
+
+@pytest.mark.slow
+def test_two_ranks_with_a_teacher_cache_and_adapters(tmp_path):
+    cases = {
+        "cache": {"cache": True, "per_device_eval_batch_size": 2},
+        "shared_disk": {"cache": True, "one_node_each": True, "accumulate": 2},
+        "lora": {"lora": True},
+        "lora_checkpointing": {"lora": True, "gradient_checkpointing": True},
+    }
+    results = check(tmp_path, cases)
+    for name in ("cache", "shared_disk"):
+        # Eight examples to train on and three for evaluation.
+        assert sum(result.teacher_ran for result in results[name]) == 11, name
+    assert sum(result.teacher_ran for result in results["lora"]) > 11
+
+
+@pytest.mark.slow
+def test_two_ranks_with_sharded_parameters(tmp_path):
+    cases = {
+        "fsdp": {"fsdp": True},
+        "accumulated": {"fsdp": True, "accumulate": 2},
+        "empty": EMPTY | {"fsdp": True},
+        "clipped": {"fsdp": True, "max_grad_norm": 3.0},
+        "tied": {"fsdp": True, "student": {"tie_word_embeddings": True}},
+        "cache": {"fsdp": True, "cache": True},
+        "lora": {"fsdp": True, "lora": True},
+        "resumed": RESUMED,
+        "lora_resumed": RESUMED | {"lora": True},  # FSDP's own checkpoint holds adapters alone
+    }
+    check(tmp_path, cases, relative=1e-4)  # a second step magnifies rounding: 5e-5 was seen
+
+
+@pytest.fixture
+def mesh():
+    """Yield a mesh of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("part", ["head", "final norm"])
+def test_a_weight_that_stays_sharded_is_refused(mesh, part):
+    student = tiny.model(layers=3, seed=1)
+    objective = LensObjective(student, tiny.model(layers=4, width=24, seed=2), [1], [2])
+    batch = {name: x[None] for name, x in uneven_data()[1].items()}
+    assert objective(batch).loss.isfinite()
+    module = student.lm_head if part == "head" else student.model.norm
+    module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
+    module.forward = lambda x: x  # a norm's own call would refuse it first
+    with pytest.raises(TypeError, match=f"{part} must be a dense .*, got a DTensor.*gather it"):
+        objective(batch)

@@ -1,0 +1,119 @@
+"""The objective of two models on a batch, and what capturing their states leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lens_kernels import distillation_loss
+from tests.support import tiny
+
+pytest.importorskip("transformers")
+from lens_kernels.hf import (  # noqa: E402
+    LensObjective,
+    capture,
+    lens_head_from,
+)
+from lens_kernels.hf.capture import replaced_forward  # noqa: E402
+from lens_kernels.hf.evaluation.held_out import evaluate  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+
+def tokens(batch=3, length=10, vocab=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(2, vocab, (batch, length), generator=generator)
+
+
+def test_hooks_are_gone_after_capture_even_after_an_error():
+    model = tiny.model()
+    with pytest.raises(RuntimeError, match="boom"), capture(model, [1, 2]):
+        raise RuntimeError("boom")
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_a_forward_that_was_set_on_the_instance_comes_back_even_after_an_error():
+    model = tiny.model()
+    for before in (None, lambda **_: "earlier"):
+        if before is not None:
+            model.forward = before
+        with pytest.raises(RuntimeError, match="boom"), replaced_forward(model, lambda **_: "now"):
+            assert model(input_ids=1) == "now"
+            raise RuntimeError("boom")
+        assert vars(model).get("forward") is before
+
+
+def test_layers_that_are_no_lens_are_refused():
+    student, teacher = tiny.model(layers=4), tiny.model(layers=6)
+    for layers in ([4], [0], [7]):
+        with pytest.raises(ValueError, match=r"student_layers must lie in \[1, 3\]"):
+            LensObjective(student, teacher, layers, [1])
+    with pytest.raises(ValueError, match="pair up"):
+        LensObjective(student, teacher, [1, 2], [1])
+
+
+def objective(**options):
+    student, teacher = tiny.model(layers=3, seed=1), tiny.model(layers=4, width=24, seed=2)
+    return LensObjective(student, teacher, [1, 2], [1, 3], **options)
+
+
+def test_objective_is_the_function_on_output_hidden_states():
+    """Labels are shifted here, and the intermediate states go through the norm."""
+    goal = objective(kd_ratio=0.5, lens_coeff=0.3)
+    ids = tokens()
+    labels = ids.clone()
+    labels[0, :4] = -100
+    labels[2, 7:] = -100
+    out = goal({"input_ids": ids, "labels": labels})
+    with torch.no_grad():
+        hs = goal.student(ids, output_hidden_states=True).hidden_states
+        result = goal.teacher(ids, output_hidden_states=True)
+        logits = goal.student(ids).logits
+    ht = result.hidden_states
+    cut = slice(None, -1)
+    expected = distillation_loss(
+        [hs[1][:, cut], hs[2][:, cut]],
+        [ht[1][:, cut], ht[3][:, cut]],
+        lens_head_from(goal.student),
+        lens_head_from(goal.teacher),
+        student_final=hs[-1][:, cut],
+        teacher_final=ht[-1][:, cut],
+        labels=labels[:, 1:],
+        kd_ratio=0.5,
+        lens_coeff=0.3,
+    )
+    torch.testing.assert_close(out.loss, expected.loss)
+    ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.sums["ce"] / out.num_tokens, ce, rtol=1e-5, atol=1e-6)
+    assert out.num_tokens == (labels[:, 1:] != -100).sum()
+
+
+def test_right_padding_changes_nothing():
+    goal = objective()
+    ids = tokens(batch=2)
+    out = goal({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)})
+    pad = torch.ones(2, 3, dtype=torch.long)
+    padded = goal(
+        {
+            "input_ids": torch.cat([ids, pad], 1),
+            "labels": torch.cat([ids, -100 * pad], 1),
+            "attention_mask": torch.cat([torch.ones_like(ids), 0 * pad], 1),
+        }
+    )
+    torch.testing.assert_close(out.loss, padded.loss)
+
+
+def test_evaluation_weighs_batches_by_their_tokens():
+    goal = objective()
+    ids = tokens(batch=4)
+    labels = ids.clone()
+    labels[3, 2:] = -100
+    whole = evaluate(goal, [{"input_ids": ids, "labels": labels}])
+    parts = [
+        {"input_ids": i, "labels": x} for i, x in zip(ids.split(3), labels.split(3), strict=True)
+    ]
+    split = evaluate(goal, parts)
+    for key in ("loss", "ce", "kd", "lens", "lens_1", "lens_2"):
+        assert split[key] == pytest.approx(whole[key], rel=1e-5), key
+    with pytest.raises(ValueError, match="no labelled token"):
+        evaluate(goal, [])

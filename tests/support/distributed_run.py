@@ -1,0 +1,158 @@
+"""What every rank of tests/hf/training/test_distributed.py runs, and its single process too.
+
+``python -m torch.distributed.run ... -m tests.support.distributed_run CASES FOLDER``, where the
+file CASES holds ``{name: arguments of run_case}``. Each rank writes what came out into FOLDER.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from lens_kernels.hf import LensDistillTrainer, objective
+from tests.hf.training.test_trainer import trainer, uneven_data
+from tests.support import tiny
+
+FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+
+
+@dataclasses.dataclass
+class Result:
+    """The parameters before and after, all that was logged, and the examples the teacher ran on."""
+
+    start: dict[str, torch.Tensor]
+    end: dict[str, torch.Tensor]
+    logs: list[dict[str, float]]
+    teacher_ran: int
+
+    def save(self, stem: Path) -> None:
+        parts = {"start": self.start, "end": self.end}
+        flat = {f"{part}/{name}": x for part, xs in parts.items() for name, x in xs.items()}
+        save_file(flat, stem.with_suffix(".safetensors"))
+        stem.with_suffix(".json").write_text(json.dumps([self.logs, self.teacher_ran]))
+
+    @classmethod
+    def load(cls, stem: Path) -> Result:
+        logs, teacher_ran = json.loads(stem.with_suffix(".json").read_text())
+        parts: dict[str, dict[str, torch.Tensor]] = {"start": {}, "end": {}}
+        for key, x in load_file(stem.with_suffix(".safetensors")).items():
+            part, name = key.split("/", 1)
+            parts[part][name] = x
+        return cls(parts["start"], parts["end"], logs, teacher_ran)
+
+
+def run_case(
+    folder: Path,
+    rows: int = 4,
+    accumulate: int = 1,
+    unlabelled: tuple[int, ...] = (),
+    student: dict[str, Any] | None = None,
+    lora: bool = False,
+    cache: bool = False,
+    one_node_each: bool = False,
+    fsdp: bool = False,
+    resumed: bool = False,
+    evaluate_first: bool = False,
+    **options: Any,
+) -> Result:
+    """Train a tiny student on ``rows`` examples a step, however many processes share them."""
+    processes = accelerate.PartialState(cpu=True).num_processes
+    ran = []
+
+    def counting(self: Any, inputs: Any, counted: torch.Tensor) -> list[torch.Tensor]:
+        ran.append(len(inputs["input_ids"]))
+        return teacher_rows(self, inputs, counted)
+
+    teacher_rows = objective.LensObjective.teacher_rows
+    data = uneven_data()
+    for row in unlabelled:
+        data[row]["labels"] = torch.full_like(data[row]["labels"], -100)
+    if cache:
+        options["teacher_cache"] = str(folder / "cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objective.LensObjective, "teacher_rows", counting)
+        patch.setattr(objective, "ENTROPY_STRIDE", 1)  # every token: a sample depends on the batch
+        if processes > 1 and one_node_each:  # as on two machines with one disk
+            patch.setenv("LOCAL_RANK", "0")
+        if processes > 1 and fsdp:
+            options |= {"fsdp": True, "fsdp_config": FSDP}
+            _let_accelerate_shard(patch)
+        if resumed:
+            options |= {"save_strategy": "steps", "save_steps": 1}
+
+        def make() -> LensDistillTrainer:
+            return trainer(
+                folder,
+                batch=rows // accumulate // processes,
+                accumulate=accumulate,
+                data=data,
+                student=_student({"layers": 3, **(student or {})}, lora),
+                **{"kd_ratio": 0.5, "mse_coeff": 0.01, **options},
+                ddp_timeout=120,
+            )
+
+        run = make()
+        start = _whole(run)
+        if evaluate_first:
+            run.evaluate()
+        run.train()
+        if resumed:
+            run = make()
+            run.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        run.evaluate()
+    sharded = any(isinstance(x, DTensor) for x in run.model.state_dict().values())
+    assert sharded == (processes > 1 and fsdp)
+    return Result(start, _whole(run), run.state.log_history, sum(ran))
+
+
+def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
+    """Have FSDP on a CPU, where accelerate leaves it out without a word and trains by DDP."""
+    make = LensDistillTrainer.create_accelerator_and_postprocess
+
+    def make_sharding(self: Any) -> None:
+        accelerate.PartialState().distributed_type = accelerate.DistributedType.MULTI_GPU
+        make(self)
+
+    patch.setattr(LensDistillTrainer, "create_accelerator_and_postprocess", make_sharding)
+
+
+def _student(options: dict[str, Any], lora: bool) -> Any:
+    student = tiny.model(seed=7, **options)
+    if not lora:
+        return student
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    return get_peft_model(student, config)
+
+
+def _whole(run: Any) -> dict[str, torch.Tensor]:
+    """Return the student's parameters, and what MSE has learnt."""
+    state = dict(run.model.state_dict())
+    if run.objective is not None:
+        state |= run.objective.projections.state_dict(prefix="learnt.")
+    whole = {}
+    for name, x in state.items():
+        whole[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
+    return whole
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    rank = accelerate.PartialState(cpu=True).process_index
+    for name, arguments in cases.items():
+        run_case(folder / name, **arguments).save(folder / f"{name}-{rank}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,302 @@
+"""What only a GPU can show, as functions of a device: compiled kernels against the fp64 oracle.
+
+``test_gpu.py`` calls them on a GPU at full size, and on the CPU at tiny sizes.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, symmetric_lens_loss
+from tests.support import recompilation
+from tests.support.compare import assert_close, assert_gradients, relative_error
+from tests.support.grids import FEATURES, Shape, several_chunks
+from tests.support.problems import (
+    Problem,
+    make,
+    map_head,
+    objective,
+    oracle,
+    plain_torch,
+    related,
+    solve,
+)
+from tests.test_functional import GRADIENT, LOSS
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+BACKENDS = ["torch", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = DTYPES[1:]
+GIB = 1 << 30
+
+# More than a tile of every heuristic, both ways, and sizes that no block divides.
+LARGE = Shape((3, 131), 1531, 197, 331, 1)
+# Wide enough for the tiles of wide models.
+WIDE = Shape((150,), 521, 2049, 2600, 1)
+
+
+def on(problem: Problem, device: torch.device) -> Problem:
+    """Return the same numbers on a device, on fresh leaves."""
+
+    def leaf(x):
+        return x.detach().to(device, copy=True).requires_grad_(x.requires_grad)
+
+    heads = (map_head(head, leaf) for head in (problem.student_head, problem.teacher_head))
+    hidden = ([leaf(h) for h in side] for side in problem.args()[:2])
+    return Problem(*hidden, *heads, moved(problem.options, device))
+
+
+def moved(options, device):
+    """Return options with their tensors on a device."""
+    return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
+
+
+def solve_on(device, problem, backend, **options):
+    """Solve on a device; return loss and gradients on the CPU."""
+    options = moved({**options, "backend": backend}, device)
+    loss, grads = solve(symmetric_lens_loss, on(problem, device), **options)
+    for grad in grads.values():
+        assert grad is not None and grad.device.type == device.type
+    return loss.detach().cpu(), {name: grad.cpu() for name, grad in grads.items()}
+
+
+def agree(first, second, loss_tolerance, tolerance):
+    """Compare two results of ``solve_on``."""
+    assert_close(first[0], second[0], loss_tolerance, "loss")
+    for name, grad in second[1].items():
+        assert_close(first[1][name], grad, tolerance, name)
+
+
+# Parity
+
+
+def float32(device, backend, shape, feature, divergence, **options):
+    problem = make(shape, std=2.0, **FEATURES[feature], divergence=divergence)
+    expected, expected_grads = oracle(problem, **options)
+    loss, grads = solve_on(device, problem, backend, **options)
+    assert loss.dtype is torch.float32
+    assert_close(loss, expected, LOSS, "loss")
+    assert_gradients(grads, expected_grads, GRADIENT)
+
+
+def half(device, backend, dtype, shape, feature, divergence, **options):
+    """Without a norm logits are exact; with one, its result is rounded as models round it."""
+    normed = "norm" in FEATURES[feature]
+    problem = make(shape, std=2.0 if normed else 3.0, **FEATURES[feature], divergence=divergence)
+    problem = problem.to(dtype)
+    expected, expected_grads = oracle(problem, **options)
+    loss, grads = solve_on(device, problem, backend, **options)
+    assert loss.dtype is torch.float32 and all(g.dtype is dtype for g in grads.values())
+    if not normed:
+        assert_close(loss, expected, 1e-5, "loss")
+        assert_gradients(grads, expected_grads, 1e-2)
+        return
+    rounded, rounded_grads = plain_torch(problem)
+    ulp = torch.finfo(dtype).eps
+    assert relative_error(loss, expected) <= relative_error(rounded, expected) + ulp / 4
+    for name, truth in expected_grads.items():
+        if divergence == "tvd":  # rounding decides at which entries its slope jumps
+            cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
+            assert cosine > 0.99, name
+            continue
+        baseline = relative_error(rounded_grads[name], truth)
+        assert relative_error(grads[name], truth) <= baseline + max(1e-3, ulp), name
+
+
+def parity(device, backend, dtype, shape, feature, divergence, **options):
+    if dtype is torch.float32:
+        float32(device, backend, shape, feature, divergence, **options)
+    else:
+        half(device, backend, dtype, shape, feature, divergence, **options)
+
+
+def large(device, backend, dtype, shape, divergence, mask=False):
+    """The longer the sums, the more rounding: float32 torch is the measure where it errs more.
+
+    tvd has a slope that jumps at ties, of which so many entries have some: its gradient is only
+    compared as 16-bit ones are.
+    """
+    problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
+    options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}
+    expected, expected_grads = oracle(problem, **options)
+    loss, grads = solve_on(device, problem, backend, **options)
+    exact = dtype is torch.float32 and divergence != "tvd"
+    reference, reference_grads = (
+        (expected, expected_grads) if mask else plain_torch(problem.to(torch.float32))
+    )
+    assert_close(loss, expected, max(1e-5, 2 * relative_error(reference, expected)), "loss")
+    for name, truth in expected_grads.items():
+        limit = max(GRADIENT * 10, 2 * relative_error(reference_grads[name], truth))
+        assert_gradients({name: grads[name]}, {name: truth}, limit if exact else 2e-2)
+
+
+def masked_rows_are_inert(device, backend, dtype, shape):
+    clean = make(shape, norm="rms", bias=True).to(dtype)
+    mask = torch.rand(shape.leading) < 0.6
+    dirty = clean.to(dtype)
+    with torch.no_grad():
+        for h in (*dirty.student_hidden, *dirty.teacher_hidden):
+            h[~mask] = float("nan")
+    loss, grads = solve_on(device, clean, backend, mask=mask)
+    dirty_loss, dirty_grads = solve_on(device, dirty, backend, mask=mask)
+    assert torch.equal(loss, dirty_loss) and bool(loss > 0)
+    for name, grad in grads.items():
+        assert torch.equal(grad, dirty_grads[name]), name
+    assert not grads["hidden0"][~mask].any() and bool(grads["hidden0"][mask].any())
+
+
+def whole_objective(device, backend, dtype, shape):
+    """The whole objective with labels, some of them missing."""
+    problem = make(shape, std=2.0, temperature=2.0, bias=True).to(dtype)
+    labels = torch.randint(shape.vocab, shape.leading)
+    labels[torch.rand(shape.leading) < 0.3] = -100
+
+    def solved(problem, backend):
+        moved = labels.to(problem.student_head.weight.device)
+        output = objective(problem, labels=moved, kd_ratio=0.5, backend=backend)
+        grads = problem.gradients(output.loss)
+        return output, {name: grad.cpu() for name, grad in grads.items()}
+
+    expected, expected_grads = solved(problem.to(torch.float64), "reference")
+    output, grads = solved(on(problem, device), backend)
+    exact = dtype is torch.float32
+    for name in ("loss", "ce", "kd", "lens", "per_layer"):
+        actual, truth = getattr(output, name).cpu(), getattr(expected, name)
+        assert_close(actual, truth, 2e-6 if exact else 2e-5, name)
+    assert output.num_tokens.item() == (labels >= 0).sum()
+    assert_gradients(grads, expected_grads, 2e-5 if exact else 1e-2)
+
+
+def near_convergence(device, backend, divergence, tokens=64, vocab=1024):
+    """A jsd near 1e-7. Rounding of the logits themselves is kept out by an exact head."""
+    grid = 2.0**-12
+    z_t = (torch.randn(tokens, vocab) / grid).round() * grid
+    z_s = z_t + (torch.randn(tokens, vocab) * 4).round() * grid
+    head = LensHead(torch.eye(vocab))
+    problem = Problem([z_s.requires_grad_()], [z_t], head, head, {"divergence": divergence})
+    expected, expected_grads = oracle(problem)
+    if divergence == "jsd":
+        assert 5e-8 < expected < 5e-7
+    loss, grads = solve_on(device, problem, backend)
+    assert_close(loss, expected, 1e-4, "loss")
+    assert_gradients(grads, expected_grads, 1e-3)
+    rows, _ = solve_on(device, problem, backend, reduction="none", upstream=torch.ones(1, tokens))
+    assert bool((rows > 0).all()), "a divergence of different models is positive"
+
+
+def identical(device, backend, dtype, divergence, shape):
+    problem = make(shape, std=5.0, **FEATURES["everything"], divergence=divergence).to(dtype)
+    problem.teacher_hidden = [h.detach().clone() for h in problem.student_hidden]
+    problem.teacher_head = problem.student_head
+    loss, grads = solve_on(device, problem, backend, workspace_bytes=several_chunks(shape))
+    assert loss.item() == 0.0
+    for name, grad in grads.items():
+        assert not grad.any(), name
+
+
+def peaked(device, backend, divergence, std, shape):
+    problem = related(shape, std, norm="rms", divergence=divergence)
+    expected, expected_grads = oracle(problem)
+    loss, grads = solve_on(device, problem, backend)
+    plain, plain_grads = plain_torch(problem)
+    ulp = torch.finfo(torch.float32).eps * std  # of such a logit
+    assert_close(loss, expected, max(ulp, 2 * relative_error(plain, expected)), "loss")
+    for name, truth in expected_grads.items():
+        limit = max(1e-5, 2 * relative_error(plain_grads[name], truth))
+        assert_gradients({name: grads[name]}, {name: truth}, limit)
+
+
+def agreement(device, dtype, divergence, shape):
+    """Both backends on the device, beyond what the oracle could be asked for.
+
+    16-bit rows are not normed: the two round the result of the norm apart, where float32 ends.
+    """
+    features = FEATURES["everything" if dtype is torch.float32 else "bias"]
+    problem = make(shape, std=2.0, **features, divergence=divergence).to(dtype)
+    results = [solve_on(device, problem, backend) for backend in BACKENDS]
+    exact = dtype is torch.float32 and divergence != "tvd"
+    agree(*results, 1e-5, 1e-4 if exact else 2e-2)
+
+
+# What a device's arithmetic, addresses and caches could break
+
+
+def determinism(device, backend, dtype, divergence, shape, runs):
+    problem = on(make(shape, std=2.0, **FEATURES["everything"], divergence=divergence), device)
+    problem = problem.to(dtype)
+    mask = (torch.rand(shape.leading) < 0.7).to(device)
+    first = None
+    for _ in range(runs):
+        loss, grads = solve(symmetric_lens_loss, problem, backend=backend, mask=mask)
+        again = {"loss": loss.detach(), **grads}
+        first = first or again
+        for name, x in again.items():
+            assert torch.equal(x, first[name]), name
+
+
+def need(device, size):
+    """Skip if the device has less free memory."""
+    if device.type != "cuda":
+        return
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < size:
+        pytest.skip(f"needs {size / GIB:.0f} GiB of free memory, {free / GIB:.0f} there are")
+
+
+def random_problem(device, tokens, vocab, widths, dtype, head_grad):
+    """Return a problem made on the device; copies of its heads would not fit everywhere."""
+    torch.manual_seed(0)
+
+    def random(*shape, scale=1.0):
+        return torch.randn(shape, device=device, dtype=dtype).mul_(scale)
+
+    heads = [LensHead(random(vocab, width, scale=2 / width**0.5)) for width in widths]
+    heads[0].weight.requires_grad_(head_grad)
+    hidden = [random(tokens, width) for width in widths]
+    return Problem([hidden[0].requires_grad_()], [hidden[1]], *heads, {})
+
+
+def same(problem, options, others):
+    """The triton backend gives the same under two sets of options, and the torch backend too."""
+    truth = solve(symmetric_lens_loss, problem, backend="torch")
+    for each in (options, others):
+        result = solve(symmetric_lens_loss, problem, backend="triton", **each)
+        agree(result, truth, 1e-4, 2e-2)
+
+
+def large_gradient(device, tokens, vocab, width, dtype):
+    """More than 2^31 entries of the logits' gradient at once, against a workspace for few."""
+    everything = tokens * vocab * dtype.itemsize
+    need(device, 2 * everything)
+    problem = random_problem(device, tokens, vocab, (width, width), dtype, head_grad=True)
+    whole = {"workspace_bytes": 2 * everything}
+    same(problem, whole, {"workspace_bytes": everything // 16})
+
+
+def large_head(device, tokens, vocab, width, other_width, dtype):
+    """More than 2^31 entries of a head: the student's, then the teacher's."""
+    need(device, 3 * vocab * width * dtype.itemsize)
+    for widths in ((width, other_width), (other_width, width)):
+        problem = random_problem(device, tokens, vocab, widths, dtype, head_grad=False)
+        same(problem, {}, {"workspace_bytes": tokens * vocab})
+
+
+def kernels():
+    """Return every kernel of the triton backend."""
+    from lens_kernels.backends.triton import gradients, norm, online_kl, row_stats, row_sums
+
+    modules = gradients, norm, online_kl, row_stats, row_sums
+    named = {name: x for module in modules for name, x in vars(module).items()}
+    return [x for name, x in named.items() if name.endswith("_kernel")]
+
+
+def compiled_again(device, calls):
+    """Only the first call compiles, whatever sizes and numbers the next have."""
+    compiled = []
+    for call in calls:
+        recompilation.run(device, **call)
+        caches = [cache[0] for k in kernels() for cache in getattr(k, "device_caches", {}).values()]
+        compiled.append(sum(map(len, caches)))
+    assert compiled == [compiled[0]] * len(calls)
+    return compiled[0]

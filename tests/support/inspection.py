@@ -1,0 +1,40 @@
+"""An inspection of two tiny models, with tokens that are hard to draw and to put on a page."""
+
+from __future__ import annotations
+
+from tests.support import tiny
+
+ODD = [
+    "$a$",
+    "<script>alert(1)</script>",
+    '"&',
+    "日本",
+    "",
+    " x",
+    "\n",
+    "\x07",
+    "Supercalifragilistic",
+]
+TEXT = [9, 4, 1, 5, 0, 7, 2, 6]
+
+
+class OddTokenizer:
+    """Reads a text as numbers of tokens, whose texts are hard to draw and to put on a page."""
+
+    def __call__(self, text):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+    def decode(self, ids):
+        return ODD[ids[0]] if ids[0] < len(ODD) else f"w{ids[0]}"
+
+    def convert_ids_to_tokens(self, token):
+        return self.decode([token])
+
+
+def inspected(output):
+    """Return what ``inspect`` made of ``TEXT`` and two models in the folder ``output``."""
+    from lens_kernels.hf.inspection.reading import inspect
+
+    models = tiny.model(layers=3, seed=1), tiny.model(layers=5, width=24, seed=2)
+    text = " ".join(map(str, TEXT))
+    return inspect(*models, OddTokenizer(), text, output, pairs=([1, 2], [1, 3]), top_k=4)

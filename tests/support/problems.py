@@ -1,0 +1,253 @@
+"""Random problems, and the three ways to solve them: the library, the oracle, and dense torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lens_kernels import (
+    LensHead,
+    LensNorm,
+    distillation_loss,
+    functional,
+    symmetric_lens_loss,
+)
+from lens_kernels.call import LossCall
+from reference import dense
+from tests.support.grids import Shape
+
+Gradients = dict[str, Tensor | None]
+
+
+@dataclass
+class Problem:
+    """Hidden states, heads, and the options of a call."""
+
+    student_hidden: list[Tensor]
+    teacher_hidden: list[Tensor]
+    student_head: LensHead
+    teacher_head: LensHead
+    options: dict[str, Any]
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Return the tensors that take a gradient, by name."""
+        hidden = {f"hidden{i}": h for i, h in enumerate(self.student_hidden)}
+        return {**hidden, **self.student_head.tensors()}
+
+    def args(self) -> tuple[list[Tensor], list[Tensor], LensHead, LensHead]:
+        """Return the positional arguments of the op."""
+        return self.student_hidden, self.teacher_hidden, self.student_head, self.teacher_head
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        """Return the same numbers in ``dtype``, on fresh leaves."""
+
+        def leaf(x: Tensor) -> Tensor:
+            return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad)
+
+        return Problem(
+            [leaf(h) for h in self.student_hidden],
+            [leaf(h) for h in self.teacher_hidden],
+            map_head(self.student_head, leaf),
+            map_head(self.teacher_head, leaf),
+            dict(self.options),
+        )
+
+    def gradients(self, loss: Tensor, **backward: Any) -> Gradients:
+        """Return the gradient of ``loss`` for every leaf that asks for one."""
+        wanted = {name: x for name, x in self.leaves().items() if x.requires_grad}
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, **backward)
+        return dict(zip(wanted, grads, strict=True))
+
+
+def map_head(head: LensHead, function: Callable[[Tensor], Tensor]) -> LensHead:
+    """Return the head with every tensor replaced."""
+
+    def maybe(x: Tensor | None) -> Tensor | None:
+        return None if x is None else function(x)
+
+    norm = head.norm
+    if norm is not None:
+        norm = replace(norm, weight=maybe(norm.weight), bias=maybe(norm.bias))
+    return replace(head, weight=function(head.weight), bias=maybe(head.bias), norm=norm)
+
+
+def random_head(
+    vocab: int,
+    width: int,
+    std: float = 1.0,
+    *,
+    bias: bool = False,
+    norm: str | None = None,
+    norm_weight: bool = True,
+    norm_bias: bool = False,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    requires_grad: bool = True,
+) -> LensHead:
+    """Return a head whose logits have standard deviation ``std`` on unit normal rows."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.requires_grad_(requires_grad)
+
+    lens_norm = None
+    if norm is not None:
+        lens_norm = LensNorm(
+            norm,
+            leaf(1 - offset + 0.3 * torch.randn(width)) if norm_weight else None,
+            leaf(0.3 * torch.randn(width)) if norm_bias else None,
+            eps=1e-3,
+            offset=offset,
+        )
+    weight = leaf(torch.randn(vocab, width) * (std / width**0.5))
+    return LensHead(weight, leaf(torch.randn(vocab)) if bias else None, lens_norm, scale, softcap)
+
+
+def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
+    """Return a random problem; ``features`` are those of a head, or options of the call."""
+    head = {
+        k: features.pop(k)
+        for k in ("bias", "norm", "norm_weight", "norm_bias", "offset", "scale", "softcap")
+        if k in features
+    }
+
+    def hidden(width: int, grad: bool) -> list[Tensor]:
+        each = [torch.randn(*shape.leading, width) for _ in range(shape.pairs)]
+        return [x.requires_grad_(grad) for x in each]
+
+    return Problem(
+        hidden(shape.student, True),
+        hidden(shape.teacher, False),
+        random_head(shape.vocab, shape.student, std, **head),
+        random_head(shape.vocab, shape.teacher, std, requires_grad=False, **head),
+        features,
+    )
+
+
+def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -> Problem:
+    """Return a problem whose teacher is near the student.
+
+    Unrelated peaked distributions saturate every divergence, and their gradients are noise.
+    """
+    problem = make(replace(shape, teacher=shape.student), std, **features)
+
+    def near(x: Tensor) -> Tensor:
+        return x.detach() + distance * x.detach().std() * torch.randn_like(x)
+
+    problem.teacher_hidden = [near(h) for h in problem.student_hidden]
+    problem.teacher_head = map_head(problem.student_head, near)
+    return problem
+
+
+def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:
+    """Return the loss of a problem by a solver with the op's signature."""
+    return solver(*problem.args(), **{**problem.options, **options})
+
+
+def solve(
+    solver: Callable[..., Tensor], problem: Problem, upstream: Tensor | None = None, **options: Any
+) -> tuple[Tensor, Gradients]:
+    """Return ``(loss, gradients)``; ``upstream`` weighs a loss that is not a scalar."""
+    loss = loss_of(solver, problem, **options)
+    return loss, problem.gradients(loss, grad_outputs=upstream)
+
+
+def objective(
+    problem: Problem, function: Callable[..., Any] = distillation_loss, **options: Any
+) -> Any:
+    """Return the whole objective, in which the last pair of hidden states is the final one."""
+    return function(
+        problem.student_hidden[:-1],
+        problem.teacher_hidden[:-1],
+        problem.student_head,
+        problem.teacher_head,
+        student_final=problem.student_hidden[-1],
+        teacher_final=problem.teacher_hidden[-1],
+        **{**problem.options, **options},
+    )
+
+
+def ours(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
+    """Solve with the library."""
+    return solve(symmetric_lens_loss, problem, **options)
+
+
+def oracle(problem: Problem, upstream: Tensor | None = None, **options: Any) -> Any:
+    """Solve with the dense fp64 oracle, on copies in float64 of the numbers given."""
+    for name in ("backend", "workspace_bytes"):
+        options.pop(name, None)
+    if upstream is None and options.get("reduction") == "none":
+        upstream = torch.ones(len(problem.student_hidden), *problem.student_hidden[0].shape[:-1])
+    upstream = None if upstream is None else upstream.double()
+    return solve(dense.lens_loss, problem.to(torch.float64), upstream, **options)
+
+
+def plain_torch(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
+    """Solve as one writes it in torch: logits in the inputs' dtype, log-softmax in float32."""
+    return solve(_plain_torch, problem, **options)
+
+
+def _plain_torch(
+    student_hidden: list[Tensor],
+    teacher_hidden: list[Tensor],
+    student_head: LensHead,
+    teacher_head: LensHead,
+    *,
+    divergence: str = "jsd",
+    temperature: float = 1.0,
+) -> Tensor:
+    def log_probs(h: Tensor, head: LensHead) -> Tensor:
+        x = h if head.norm is None else head.norm.forward(h)[0]
+        z = F.linear(x, head.weight, head.bias) * head.scale
+        z = z if head.softcap is None else head.softcap * torch.tanh(z / head.softcap)
+        return torch.log_softmax(z.float() / temperature, -1)
+
+    total = torch.zeros(())
+    for h_s, h_t in zip(student_hidden, teacher_hidden, strict=True):
+        lq, lp = log_probs(h_s, student_head), log_probs(h_t, teacher_head).detach()
+        total = total + _pointwise(divergence, lp, lq).sum(-1).mean() / len(student_hidden)
+    return total
+
+
+def _pointwise(divergence: str, lp: Tensor, lq: Tensor) -> Tensor:
+    p, q, d = lp.exp(), lq.exp(), lp - lq
+    if divergence == "jsd":
+        lm = torch.logaddexp(lp, lq) - torch.log(torch.tensor(2.0))
+        return (p * (lp - lm) + q * (lq - lm)) / 2
+    return {
+        "jeffreys": (p - q) * d,
+        "forward_kl": p * d,
+        "reverse_kl": -q * d,
+        "tvd": (p - q).abs() / 2,
+        "hellinger": ((lp / 2).exp() - (lq / 2).exp()) ** 2 / 2,
+    }[divergence]
+
+
+class _Captured(Exception):
+    pass
+
+
+def capture_call(
+    monkeypatch: Any, problem: Problem, function: Any = None, **options: Any
+) -> LossCall:
+    """Return the LossCall that the op would hand to its backend, without running it."""
+    calls = []
+
+    def stop(call: LossCall, backend: Any, deferred: bool) -> None:
+        calls.append(call)
+        raise _Captured
+
+    function = symmetric_lens_loss if function is None else function
+    with monkeypatch.context() as patch:
+        patch.setattr(functional.autograd, "apply", stop)
+        try:
+            function(*problem.args(), **{**problem.options, **options})
+        except _Captured:
+            pass
+    (call,) = calls
+    return call
