@@ -5,7 +5,7 @@ from typing import Any, List, Optional, Tuple  # noqa: UP035  torch infers the s
 import torch
 from torch import Tensor
 
-from lens_kernels import dispatch
+from lens_kernels import compat, dispatch
 from lens_kernels.call import LossCall
 from lens_kernels.lens import LensHead
 from lens_kernels.spec import Divergence, LossSpec
@@ -204,7 +204,7 @@ def _backward(ctx, grad_loss, grad_rows, grad_dropped, grad_grads):
         grads, wanting = saved[: len(saved) // 2], saved[len(saved) // 2 :]
         if ctx.needs_input_grad[ROW_WEIGHT]:
             (result[ROW_WEIGHT],) = scale_gradients([rows], grad_loss, [row_weight])
-    if torch._C._autograd._get_current_graph_task_keep_graph() or torch.is_grad_enabled():
+    if compat.backward_keeps_graph() or torch.is_grad_enabled():
         scaled = scale_gradients(grads, upstream, wanting)
     else:
         # Nobody will ask again: in place, or the head gradient would exist twice.

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from lens_kernels import compat
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -33,13 +35,7 @@ class Backend:
         return importlib.import_module(self.module)
 
 
-def _constant(function: Callable[..., str | None]) -> Callable[..., str | None]:
-    """Do as ``torch.compiler.assume_constant_result``, which would load the compiler at import."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant
+@compat.constant_in_graphs
 def _triton_objection(device: torch.device, fp64: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
@@ -59,7 +55,7 @@ def _triton_objection(device: torch.device, fp64: bool) -> str | None:
     return "its kernels are for NVIDIA and AMD GPUs"
 
 
-@_constant
+@compat.constant_in_graphs
 def _triton_reservation(device: torch.device, operand: torch.dtype | None) -> str | None:
     by_name = "only if asked for by name"
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_kernels import compat
 from lens_kernels.lens import LensHead
 from lens_kernels.spec import check_grad_threshold, check_number
 
@@ -184,7 +185,7 @@ def token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_siz
 def check_values(name: str, valid: Tensor, requirement: str) -> None:
     """Check a condition on the values of a tensor without making the host wait for a GPU."""
     if torch.compiler.is_compiling() or valid.device.type in ("cuda", "meta"):
-        torch._assert_async(valid.all(), f"{name} {requirement}")
+        compat.assert_on_device(valid.all(), f"{name} {requirement}")
     elif not bool(valid.all()):
         wrong = int((~valid).sum())
         raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_kernels import compat
 from lens_kernels.divergence import Formula
 from lens_kernels.lens import LogitMap
 
@@ -145,13 +146,10 @@ def run(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function``, compiled if asked for and if the machine can, else as it stands."""
     global _compiler_failed
     if compiled and not _compiler_failed:
-        from torch._dynamo.exc import TorchDynamoException
-        from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-
         try:
-            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
+            with compat.recompile_limit(VARIANTS):
                 return _compile(function)(*args)
-        except (TorchDynamoException, CppCompileError, InvalidCxxCompiler) as error:
+        except compat.compiler_errors() as error:
             _compiler_failed = True
             reason = str(error).strip().splitlines()[0]
             warnings.warn(
