@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import json
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from lens_kernels import dispatch, plan, symmetric_lens_loss
-from lens_kernels.backends import torch_chunked
+from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.triton import tuned
 from lens_kernels.backends.triton.tiles import Sweep
 from lens_kernels.dispatch import Backend, choose
@@ -24,16 +25,16 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS, torch.device("xpu")])
 def test_auto_finds_a_backend_everywhere(device):
     backend = choose("auto", device)
-    assert backend.reservation(device, None) is None
-    assert backend.objection(device, False) is None
+    assert backend.auto_excluded_reason(device, None) is None
+    assert backend.unsupported_reason(device, False) is None
     if device is CPU:
         assert backend.name == "torch"
-        assert backend.load() is torch_chunked
+        assert backend.module == row_chunks.__name__
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA, MPS])
 def test_auto_never_means_the_reference(device):
-    assert dispatch.REGISTRY["reference"].reservation(device, None)
+    assert dispatch.REGISTRY["reference"].auto_excluded_reason(device, None)
 
 
 def tuned_for(monkeypatch, *keys):
@@ -68,7 +69,7 @@ def test_auto_is_torch_where_triton_is_broken(monkeypatch, error):
     tuned_for(monkeypatch)
     monkeypatch.setattr(tuned, "tiles", fail)
     assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
-    assert str(error) in dispatch.REGISTRY["triton"].reservation(CUDA, None)
+    assert str(error) in dispatch.REGISTRY["triton"].auto_excluded_reason(CUDA, None)
 
 
 def test_a_compiled_graph_does_not_look_into_the_file_of_tiles(monkeypatch, tmp_path):
@@ -99,7 +100,7 @@ def test_auto_takes_what_the_plan_says_is_cheaper(monkeypatch, how):
     monkeypatch.setitem(dispatch.REGISTRY, "triton", anywhere)
     taken = []
     for name in ("torch", "triton"):
-        module = dispatch.REGISTRY[name].load()
+        module = importlib.import_module(dispatch.REGISTRY[name].module)
 
         def evaluate(call, name=name, original=module.evaluate):
             taken.append(name)
@@ -195,7 +196,7 @@ def test_auto_is_the_torch_backend_on_a_cpu(monkeypatch):
     problem = make(ODD)
     expected = loss_of(symmetric_lens_loss, problem, backend="torch")
     assert torch.equal(loss_of(symmetric_lens_loss, problem), expected)
-    monkeypatch.setattr(torch_chunked, "evaluate", lambda call: 1 / 0)
+    monkeypatch.setattr(row_chunks, "evaluate", lambda call: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         loss_of(symmetric_lens_loss, problem)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, symmetric_lens_loss
-from lens_kernels.backends.torch_chunked import row_stride
+from lens_kernels.backends.torch.layout import row_stride
 from tests.support.compare import assert_close, assert_gradients, relative_error
 from tests.support.grids import (
     BACKENDS,

@@ -244,7 +244,7 @@ def capture_call(
 
     function = symmetric_lens_loss if function is None else function
     with monkeypatch.context() as patch:
-        patch.setattr(functional.autograd, "apply", stop)
+        patch.setattr(functional.operator, "apply", stop)
         try:
             function(*problem.args(), **{**problem.options, **options})
         except _Captured:

@@ -50,7 +50,7 @@ def settings(monkeypatch):
         options["workspace_bytes"] = several_chunks(ODD)
         call = capture_call(monkeypatch, problem, **options)
         with Products() as products, torch.no_grad():
-            dispatch.REGISTRY["torch"].load().evaluate(call)
+            dispatch.REGISTRY["torch"].evaluate(call)
         return set(products.settings)
 
     return run

@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from lens_kernels.backends.triton import agreement  # noqa: E402
 from lens_kernels.spec import Divergence  # noqa: E402
+
+from lens_kernels.backends.triton import agreement  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 300)  # widths, vocabulary, tokens

@@ -4,12 +4,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from lens_kernels.spec import Divergence
 
 from lens_kernels import divergence as table
 from lens_kernels.backends.triton import device_fns
 from lens_kernels.backends.triton.device_fns import minus
 from lens_kernels.backends.triton.pointwise import pointwise
-from lens_kernels.spec import Divergence
 from tests.support.grids import DIVERGENCES
 
 CASES = [(divergence, 0.5) for divergence in DIVERGENCES] + [("jsd", 0.01), ("jsd", 0.99)]

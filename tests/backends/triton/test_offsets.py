@@ -10,12 +10,12 @@ import mmap
 import pytest
 import torch
 import triton
+from lens_kernels.spec import Divergence
 
 from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
 from lens_kernels.backends.triton import norm, tiles
 from lens_kernels.backends.triton.gradients import gradient_chunk
 from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
-from lens_kernels.spec import Divergence
 from tests.support.compare import assert_close
 
 STRIDE = 1 << 30

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import plan
-from lens_kernels.backends import matmul, tile_pass, torch_chunked
-from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
+from lens_kernels.backends import matmul
+from lens_kernels.backends.torch import pointwise_pass, row_chunks
+from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 from tests.support.grids import Shape
 from tests.support.problems import capture_call, make
 from tests.test_memory import MIB, evaluate, peak_bytes
@@ -45,7 +46,7 @@ def test_operations_and_operands_are_those_that_are_counted(monkeypatch, workspa
     captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
     monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # tiles read the hidden states anew
     with torch.no_grad(), Products() as products:
-        torch_chunked.evaluate(captured)
+        row_chunks.evaluate(captured)
     options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": workspace, **grads}
     planned = plan(*SIZES, pairs=2, **options)["torch"]
     assert products.flops == planned.flops
@@ -79,7 +80,7 @@ def test_wide_factors_take_longer():
 
 @pytest.mark.parametrize("workspace", [4 * MIB, 25 * MIB])
 def test_workspace_is_what_is_allocated_beside_the_gradients(monkeypatch, workspace):
-    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     captured = capture_call(monkeypatch, make(SHAPE), workspace_bytes=workspace)
     planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
     gradients = 4 * (2 * 1536 * 48 + 4096 * 48)
