@@ -61,10 +61,10 @@ def _triton_reservation(device: torch.device, operand: torch.dtype | None) -> st
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return by_name
     try:
-        from lens_kernels.backends.triton import tuned
+        from lens_kernels.backends.triton.tiles import store
 
         # Unasked, kernels are not run that this kind of GPU has not been seen to run right.
-        complete = not tuned.INTERPRETING and tuned.is_complete(operand, device)
+        complete = store.is_tuned(operand, device)
     except (ImportError, OSError, RuntimeError) as error:  # of Triton, or where there is no home
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
