@@ -23,8 +23,9 @@ from triton.runtime.jit import JITFunction
 
 from lens_kernels import LensHead, LensNorm
 from lens_kernels.backends import triton as backend
-from lens_kernels.backends.triton import tiles, tuned
-from lens_kernels.backends.triton.operands import Operand
+from lens_kernels.backends.triton.kernels.launch import Tile
+from lens_kernels.backends.triton.kernels.operands import Operand
+from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
 from lens_kernels.spec import Divergence, LossSpec
 
@@ -80,7 +81,7 @@ class Launch:
             words.append("layer" if fixed["LAYER"] else "rms")
         if "DIVERGENCE" in fixed:
             words.append(fixed["DIVERGENCE"])
-        _, _, bias, *_, cap = types.get("side") or types.get("student") or [CONSTANT] * 8
+        _, _, bias, *_, cap = types.get("operand") or types.get("student") or [CONSTANT] * 8
         optional = {"bias": types.get("bias_ptr", bias), "softcap": cap}
         optional |= {"labels": types.get("labels"), "mask": types.get("index_ptr")}
         return " ".join(words + [k for k, v in optional.items() if v not in (None, CONSTANT)])
@@ -129,7 +130,7 @@ def record(
     widths: tuple[int, int],
     divergence: Divergence,
     features: frozenset[str],
-    tile: tiles.Tile | None = None,
+    tile: Tile | None = None,
     tf32: bool = False,
 ) -> list[Launch]:
     """Return the launches of one loss with its gradients, every kernel variant once."""
@@ -155,21 +156,19 @@ def record(
 
 
 @contextmanager
-def recorder(
-    arch: str, tile: tiles.Tile | None = None, tf32: bool = False
-) -> Iterator[list[Launch]]:
+def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterator[list[Launch]]:
     """Collect launches instead of making them, as if the device were of this architecture."""
     launches: list[Launch] = []
 
     def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(_launch(kernel, args, kwargs))
 
-    patches = {(JITFunction, "run"): run, (tiles, "arch_of"): lambda device: tiles.ARCHS[arch]}
-    patches[tuned, "lookup"] = lambda *args: None
+    patches = {(JITFunction, "run"): run, (sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
+    patches[store, "lookup"] = lambda *args: None
     if tf32:
         patches[Operand, "precision"] = property(lambda operand: "tf32")
     if tile is not None:
-        patches[tiles, "choose"] = lambda *args: tile
+        patches[sizes, "default"] = lambda *args: tile
     originals = {(owner, name): vars(owner)[name] for owner, name in patches}
     try:
         for (owner, name), patch in patches.items():
@@ -264,7 +263,7 @@ def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
     spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
     threads = 32 * compiled.metadata.num_warps
     by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
-    by_shared = tiles.ARCHS[f"sm_{compiled.metadata.target.arch}"].shared_memory // (shared + 1024)
+    by_shared = sizes.ARCHS[f"sm_{compiled.metadata.target.arch}"].shared_memory // (shared + 1024)
     return code, registers, spilled, min(by_registers, by_shared, THREADS // threads, BLOCKS)
 
 
@@ -276,7 +275,7 @@ def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
 
     # Waves of one of the four SIMD units; a program needs its warps at the same time.
     waves = 4 * figure("; Occupancy:")
-    by_shared = tiles.ARCHS["gfx942"].shared_memory // max(1, shared)
+    by_shared = sizes.ARCHS["gfx942"].shared_memory // max(1, shared)
     programs = min(waves // compiled.metadata.num_warps, by_shared)
     return code, figure(r"\.vgpr_count:"), figure("; ScratchSize:"), programs
 

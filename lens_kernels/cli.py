@@ -196,26 +196,27 @@ def _tune(args: argparse.Namespace) -> int:
 
     reason = dispatch.REGISTRY["triton"].objection(torch.device("cuda"), False)
     if reason is None:
-        from lens_kernels.backends.triton import tuned, tuning
+        from lens_kernels.backends.triton import tune
+        from lens_kernels.backends.triton.tiles import store
 
-        reason = tuning.objection()
+        reason = tune.unsupported_reason()
     if reason is not None:
         print(f"lens-kernels tune: {reason}", file=sys.stderr)
         return 1
     sizes = (args.student_width, args.teacher_width, args.vocab, args.tokens)
     try:
-        outcomes = tuning.tune(*sizes, getattr(torch, args.dtype), say=_say)
+        outcomes = tune.tune(*sizes, getattr(torch, args.dtype), say=_say)
     except OSError as error:
-        print(f"lens-kernels tune: results cannot be kept: {error}", file=sys.stderr)
+        print(f"lens-kernels tune: results cannot be stored: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:
         print(f"lens-kernels tune: {error}", file=sys.stderr)
         return 1
     print()
-    header = ("sweep", "width", "usual tile", "ms", "best tile", "ms", "tried", "skipped")
+    header = ("sweep", "width", "default tile", "ms", "best tile", "ms", "tried", "skipped")
     rows = [header, *(outcome.row() for outcome in outcomes)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
-    print(f"\nkept in {tuned.default_path()}, for calls on this kind of device from now on")
+    print(f"\nstored in {store.path()}, for calls on this kind of device from now on")
     return 0

@@ -64,10 +64,10 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return by_name
     try:
-        from lens_kernels.backends.triton import tuned
+        from lens_kernels.backends.triton.tiles import store
 
         # Kernels run unrequested only on a kind of GPU on which they were seen to be right.
-        complete = not tuned.INTERPRETING and tuned.is_complete(operand, device)
+        complete = store.is_tuned(operand, device)
     except (ImportError, OSError, RuntimeError) as error:  # from Triton, or without a home folder
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"

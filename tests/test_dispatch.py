@@ -12,8 +12,8 @@ import torch
 
 from lens_kernels import dispatch, plan, symmetric_lens_loss
 from lens_kernels.backends.torch import row_chunks
-from lens_kernels.backends.triton import tuned
-from lens_kernels.backends.triton.tiles import Sweep
+from lens_kernels.backends.triton.tiles import store
+from lens_kernels.backends.triton.tiles.sizes import Sweep
 from lens_kernels.dispatch import Backend, choose
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, FEATURES, ODD, Shape, several_chunks
@@ -39,8 +39,8 @@ def test_auto_never_means_the_reference(device):
 
 def tuned_for(monkeypatch, *keys):
     """A GPU that is not there: only its file of tiles is asked, and no tensor is made on it."""
-    monkeypatch.setattr(tuned, "INTERPRETING", False)
-    monkeypatch.setattr(tuned, "tiles", lambda device: dict.fromkeys(keys))
+    monkeypatch.setattr(store, "INTERPRETING", False)
+    monkeypatch.setattr(store, "tiles", lambda device: dict.fromkeys(keys))
 
 
 def test_auto_takes_the_kernels_once_tuning_has_come_to_its_end(monkeypatch):
@@ -57,7 +57,7 @@ def test_auto_takes_the_kernels_once_tuning_has_come_to_its_end(monkeypatch):
     tuned_for(monkeypatch, (Sweep.GRADIENTS, bf16, 64))
     assert [b.name for b in dispatch.automatic(CUDA, fp64=True)] == ["torch"]
     assert [b.name for b in dispatch.automatic(CPU)] == ["torch"]
-    monkeypatch.setattr(tuned, "INTERPRETING", True)
+    monkeypatch.setattr(store, "INTERPRETING", True)
     assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
 
 
@@ -67,7 +67,7 @@ def test_auto_is_torch_where_triton_is_broken(monkeypatch, error):
         raise error
 
     tuned_for(monkeypatch)
-    monkeypatch.setattr(tuned, "tiles", fail)
+    monkeypatch.setattr(store, "tiles", fail)
     assert [b.name for b in dispatch.automatic(CUDA)] == ["torch"]
     assert str(error) in dispatch.REGISTRY["triton"].auto_excluded_reason(CUDA, None)
 
@@ -81,7 +81,7 @@ def test_a_compiled_graph_does_not_look_into_the_file_of_tiles(monkeypatch, tmp_
         return {(Sweep(name), torch.bfloat16, 64): None for name in names}
 
     tuned_for(monkeypatch)
-    monkeypatch.setattr(tuned, "tiles", tiles)
+    monkeypatch.setattr(store, "tiles", tiles)
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, backend="eager")

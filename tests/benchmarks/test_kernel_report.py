@@ -55,7 +55,9 @@ def test_a_tile_that_is_too_large_is_reported(tmp_path):
     script = (
         SCRIPT.replace("features))", "features, tile))")
         .replace("seen = set()", "seen = set(); tile = Tile(128, 256, 64, 8, 3)")
-        .replace("import sys", "from lens_kernels.backends.triton.tiles import Tile\nimport sys")
+        .replace(
+            "import sys", "from lens_kernels.backends.triton.kernels.launch import Tile\nimport sys"
+        )
         .replace("(576, 8192)", "(576,)")
         .replace("in seen]", "in seen if 'gradients' in str(launch.kernel)]")  # they take long
     )

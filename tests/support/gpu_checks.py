@@ -284,7 +284,13 @@ def large_head(device, tokens, vocab, width, other_width, dtype):
 
 def kernels():
     """Return every kernel of the triton backend."""
-    from lens_kernels.backends.triton import gradients, norm, online_kl, row_stats, row_sums
+    from lens_kernels.backends.triton.kernels import (
+        gradients,
+        norm,
+        online_kl,
+        row_stats,
+        row_sums,
+    )
 
     modules = gradients, norm, online_kl, row_stats, row_sums
     named = {name: x for module in modules for name, x in vars(module).items()}

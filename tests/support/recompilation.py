@@ -74,7 +74,7 @@ def main() -> None:
     from triton.runtime import jit
 
     from lens_kernels import dispatch
-    from lens_kernels.backends.triton import tiles, tuned
+    from lens_kernels.backends.triton.tiles import sizes, store
 
     backend = make_backend(GPUTarget("cuda", 90, 32))
     keys = set()
@@ -85,8 +85,8 @@ def main() -> None:
         keys.add((self.fn.__name__, str(specialization), str(chosen)))
 
     jit.JITFunction.run = bind
-    tiles.arch_of = lambda device: tiles.ARCHS["sm_90"]
-    tuned.lookup = lambda *args: None
+    sizes.arch_of = lambda device: sizes.ARCHS["sm_90"]
+    store.lookup = lambda *args: None
     entry = dispatch.REGISTRY["triton"]
     dispatch.REGISTRY["triton"] = dataclasses.replace(entry, objection=lambda *args: None)
     for call in CALLS:

@@ -1,9 +1,12 @@
-"""The ``triton`` backend: tiles of the vocabulary, whose logits never leave the chip.
+"""The ``triton`` backend: logits are computed tile by tile, and never leave the chip.
 
-Rows are normalised once. Sweep 1 makes the log-sum-exp of every row, for each model; sweep 2 the
-row sums of a divergence's ``f`` and ``h``; sweep 3 the logits' gradient, a chunk of the vocabulary
-at a time, from which two products make the gradients of hidden states and head. No kernel uses an
-atomic or a lock, and sums are in a fixed order: results are the same bit for bit from run to run.
+Rows are normalised once. Sweep 1 computes the log-sum-exp of every row, for each model. Sweep 2
+computes the row sums of ``f`` and ``h`` of a divergence. Sweep 3 writes the gradient of the logits,
+a chunk of the vocabulary at a time, and two GEMMs turn it into the gradients of hidden states and
+head. No kernel uses an atomic or a lock, and sums have a fixed order: results are bitwise
+reproducible.
+
+Imports go one way: ``interpreter``, ``kernels``, ``tiles``, ``evaluate``, ``agreement``, ``tune``.
 """
 
 from lens_kernels.backends.triton.evaluate import evaluate

@@ -1,4 +1,4 @@
-"""The kernels against the ``torch`` backend, on the device at hand."""
+"""The comparison of the kernels with the ``torch`` backend on one device."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backends import torch_chunked
-from lens_kernels.backends.triton import trials
 from lens_kernels.backends.triton.evaluate import evaluate
-from lens_kernels.backends.triton.operands import tf32_is_allowed
+from lens_kernels.backends.triton.kernels.operands import tf32_is_allowed
+from lens_kernels.backends.triton.tiles.search import difference
 from lens_kernels.call import Evaluation, LossCall
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.spec import Divergence, LossSpec
 
-TOKENS = 256  # of a comparison: some blocks of rows
+TOKENS = 256  # at most, which are several blocks of rows
 TF32_EPS = 2.0**-10
 
 
@@ -25,7 +25,7 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Compare losses and gradients of every divergence, for plain heads and for rich ones.
+    """Compare losses and gradients of every divergence, for plain heads and heads with extras.
 
     Raises:
         RuntimeError: They differ by more than the rounding of the operands explains.
@@ -35,15 +35,15 @@ def check(
         eps = TF32_EPS
     generator = torch.Generator(device).manual_seed(0)
     sizes = (student_width, teacher_width, vocab_size, min(tokens, TOKENS))
-    for rich in (False, True):
+    for extras in (False, True):
         for divergence in Divergence:
-            call = _call(sizes, dtype, divergence, rich, generator)
-            mine, truth = (_tensors(f(call)) for f in (evaluate, torch_chunked.evaluate))
-            reason = trials.difference(mine, truth, max(1e-4, 4 * eps))
+            call = _call(sizes, dtype, divergence, extras, generator)
+            results, truth = (_tensors(f(call)) for f in (evaluate, torch_chunked.evaluate))
+            reason = difference(results, truth, max(1e-4, 4 * eps))
             if reason is not None:
-                what = "a head with bias, norm and softcap" if rich else "plain heads"
+                what = "a head with bias, norm and softcap" if extras else "plain heads"
                 raise RuntimeError(
-                    "the kernels do not compute here what the torch backend does:"
+                    "on this device the kernels disagree with the torch backend:"
                     f" {divergence.value} of {what} in {dtype}: {reason}. Use backend='torch', and"
                     " please report this"
                 )
@@ -57,7 +57,7 @@ def _call(
     sizes: tuple[int, int, int, int],
     dtype: torch.dtype,
     divergence: Divergence,
-    rich: bool,
+    extras: bool,
     generator: torch.Generator,
 ) -> LossCall:
     *widths, vocab_size, tokens = sizes
@@ -68,15 +68,15 @@ def _call(
 
     def head(width: int) -> LensHead:
         weight = random(vocab_size, width, scale=1.5 / width**0.5)
-        if not rich:
+        if not extras:
             return LensHead(weight)
         norm = LensNorm("layer", 1 + random(width, scale=0.1), random(width, scale=0.1), eps=1e-5)
         return LensHead(weight, random(vocab_size), norm, scale=0.9, softcap=10.0)
 
     heads = [head(width) for width in widths]
     student, teacher = ([random(tokens, width)] for width in widths)
-    labels = torch.arange(tokens, device=generator.device) % vocab_size if rich else None
-    weight = torch.ones(2 if rich else 1, tokens, device=generator.device)
+    labels = torch.arange(tokens, device=generator.device) % vocab_size if extras else None
+    weight = torch.ones(2 if extras else 1, tokens, device=generator.device)
     return LossCall(
         student_hidden=student,
         teacher_hidden=teacher,
@@ -88,9 +88,9 @@ def _call(
         operand_dtype=None,
         spec=LossSpec(
             divergences=(divergence,),
-            normed=(rich,),
+            normed=(extras,),
             beta=0.3,
-            temperature=1.3 if rich else 1.0,
+            temperature=1.3 if extras else 1.0,
             vocab_size=vocab_size,
             workspace_bytes=1 << 28,
         ),

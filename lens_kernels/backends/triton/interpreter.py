@@ -1,8 +1,8 @@
-"""Triton's interpreter, which stands for a GPU where there is none, with its bfloat16 mended.
+"""Triton's interpreter, which runs kernels without a GPU, and corrections of its bfloat16.
 
-The interpreter (numpy; tritons 3.6 to 3.9) holds bfloat16 as the integers of its bit patterns. It
-multiplies those as integers in ``dot``, and rounds to bfloat16 by cutting digits off. Here ``dot``
-gets what the integers mean, and rounding goes to nearest even, as on a GPU.
+The interpreter of Triton 3.6 to 3.9 holds bfloat16 as the integers of its bit patterns. Its ``dot``
+multiplies these integers, and its rounding to bfloat16 truncates. Here ``dot`` gets the numbers as
+fp32, and rounding is to nearest even, as on a GPU.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
-# Whether kernels are interpreted rather than compiled: by TRITON_INTERPRET=1 at import, which is
-# when the kernels themselves take one form or the other.
+# Whether kernels are interpreted rather than compiled. TRITON_INTERPRET=1 decides this when the
+# kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
 
@@ -31,7 +31,7 @@ def _to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def mend_bfloat16() -> None:
-    """Replace the two operations of the interpreter that get bfloat16 wrong."""
+    """Replace the two operations of the interpreter that are wrong for bfloat16."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl

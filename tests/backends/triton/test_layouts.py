@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lens_kernels.backends.triton.operands import ALIGNED, aligned, padded
+from lens_kernels.backends.triton.kernels.operands import ALIGNMENT, aligned, padded
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, FEATURES, Shape
 from tests.support.problems import make, map_head, objective, oracle, ours
@@ -103,10 +103,10 @@ def test_aligned_rows_are_what_operands_promise(layout, width):
     view = x if layout is None else layout(x).copy_(x)
     rows = aligned(view)
     assert torch.equal(rows, x)
-    assert rows.stride(1) == 1 and rows.stride(0) % ALIGNED == 0
+    assert rows.stride(1) == 1 and rows.stride(0) % ALIGNMENT == 0
     whole = rows.as_strided((5, padded(width)), rows.stride())
     assert not whole[:, width:].any()
-    if width % ALIGNED == 0 and layout in (padded_rows, None):
+    if width % ALIGNMENT == 0 and layout in (padded_rows, None):
         assert rows.data_ptr() == view.data_ptr(), "a copy that was not needed"
 
 

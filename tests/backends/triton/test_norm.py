@@ -5,7 +5,8 @@ import torch
 import triton
 
 from lens_kernels import LensNorm
-from lens_kernels.backends.triton import interpreter, launch, norm
+from lens_kernels.backends.triton import interpreter
+from lens_kernels.backends.triton.kernels import launch, norm
 from tests.support.compare import assert_close, assert_gradients
 
 KINDS = {

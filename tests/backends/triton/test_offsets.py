@@ -10,12 +10,12 @@ import mmap
 import pytest
 import torch
 import triton
-from lens_kernels.spec import Divergence
 
 from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
-from lens_kernels.backends.triton import norm, tiles
-from lens_kernels.backends.triton.gradients import gradient_chunk
-from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
+from lens_kernels.backends.triton.kernels import launch, norm
+from lens_kernels.backends.triton.kernels.gradients import gradient_chunk
+from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
+from lens_kernels.spec import Divergence
 from tests.support.compare import assert_close
 
 STRIDE = 1 << 30
@@ -70,7 +70,7 @@ def test_the_gradient_s_rows_may_be_far_apart():
 
     student, teacher = operand(32), operand(16)
     sums = RowSums(torch.zeros(ROWS), torch.zeros(ROWS), stats(student), stats(teacher))
-    tile = tiles.Tile(16, 32, 16, 4, 1)
+    tile = launch.Tile(16, 32, 16, 4, 1)
     z_s, z_t = (side.x @ side.weight.t() for side in (student, teacher))
     expected = z_s.softmax(-1) - z_t.softmax(-1)
     out = far_apart(torch.full((ROWS, 64), float("nan")))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lens_kernels import symmetric_lens_loss
-from lens_kernels.backends.triton.tiles import ARCHS, Sweep, choose
+from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep, default
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.problems import loss_of, make, objective, ours
@@ -187,7 +187,7 @@ def test_the_active_vocabulary_of_several_chunks_is_near(always_active):
 def test_chunks_of_any_size():
     """Of seven tiles: each alone, in twos, in threes, in fours; all at once to compare with."""
     problem = make(Shape((20,), 420, 24, 40, 1), **FEATURES["everything"])
-    tile = choose(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
+    tile = default(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
     assert tile.block_v == 64
     loss, grads = ours(problem, backend="triton")
     one_tile = 20 * tile.block_v * 4

@@ -61,7 +61,7 @@ def test_on_a_cpu_it_names_the_interpreter_and_the_torch_backend():
 )
 def test_tf32_is_torch_s_choice_by_either_switch(setting, allowed):
     """The older switch refuses to be read once the newer one is set."""
-    operands = "from lens_kernels.backends.triton.operands import tf32_is_allowed"
+    operands = "from lens_kernels.backends.triton.kernels.operands import tf32_is_allowed"
     result = run_compiled(f"import torch\n{operands}\n{setting}\nprint(tf32_is_allowed())")
     assert result.stdout.strip() == str(allowed), result.stderr
 
@@ -95,7 +95,7 @@ def test_without_triton_it_says_how_to_get_it(monkeypatch):
 INSPECT = """
 import importlib, json, pkgutil
 from triton.runtime.jit import JITFunction
-import lens_kernels.backends.triton as package
+import lens_kernels.backends.triton.kernels as package
 kernels = {}
 for module in pkgutil.iter_modules(package.__path__):
     module = importlib.import_module(f"{package.__name__}.{module.name}")
@@ -115,7 +115,16 @@ CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K",
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "first_column"}
 # Floats, for no value of which anything is ever compiled, unless they were constants. Slope and cap
 # are parts of a side.
-NUMBERS = {"side", "student", "teacher", "beta", "temperature", "eps", "offset"}
+NUMBERS = {
+    "operand",
+    "student",
+    "teacher",
+    "beta",
+    "one_minus_beta",
+    "temperature",
+    "eps",
+    "offset",
+}
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +162,6 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     head = call.student_head
     numbers = [call.spec.temperature, call.spec.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
-    side = module._Side(head, call).operand(call.student_hidden[0], None, head.norm)
+    side = module._Head(head, call).operand(call.student_hidden[0], None, head.norm)
     numbers += side.arguments()[-2:]  # slope and cap
     assert all(type(x) is float for x in numbers), numbers

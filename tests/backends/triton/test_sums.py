@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, symmetric_lens_loss
-from lens_kernels.backends.triton import launch, tiles
+from lens_kernels.backends.triton.kernels import launch
+from lens_kernels.backends.triton.tiles import sizes
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.problems import loss_of, make, oracle, ours
@@ -21,8 +22,8 @@ INFINITY = float("inf")
 @pytest.fixture
 def layout():
     """What the shape is there for, which a change of the interpreter's tiles would undo."""
-    tile = tiles.choose(tiles.Sweep.ONLINE_KL, tiles.ARCHS["interpreter"], torch.float32, 24)
-    grid = launch.Splits(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
+    tile = sizes.default(sizes.Sweep.ONLINE_KL, sizes.ARCHS["interpreter"], torch.float32, 24)
+    grid = launch.SplitGrid(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
     assert grid.shape == (2, 4) and grid.tiles_per_split == 2
     assert (tile.block_n, tile.block_v) == (32, 64)
 
@@ -131,7 +132,7 @@ def test_the_tile_does_not_matter(monkeypatch, sizes, divergence):
     problem = make(BATCH, std=3.0, **FEATURES["everything"], divergence=divergence)
     expected, expected_grads = oracle(problem)
     module = importlib.import_module("lens_kernels.backends.triton.evaluate")
-    monkeypatch.setattr(module._Run, "tile", lambda *a, **k: tiles.Tile(*sizes, 4, 1))
+    monkeypatch.setattr(module, "tile_for", lambda *a, **k: launch.Tile(*sizes, 4, 1))
     loss, grads = ours(problem, backend="triton")
     assert_close(loss, expected, 1e-6)
     assert_gradients(grads, expected_grads, 1e-5)

@@ -1,23 +1,23 @@
-"""The tile that all sweeps share: a block of tokens against a block of the vocabulary."""
+"""A tile of logits, which all sweeps share: a block of rows by a block of the vocabulary."""
 
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.device_fns import FLOOR, tanh
+from lens_kernels.backends.triton.kernels.device_fns import FLOOR, tanh
 
 
 @triton.jit
 def block_of_rows(tokens, BLOCK_N: tl.constexpr):
-    """Return this program's rows, and which of them exist; the others repeat the last one."""
+    """Return the rows of this program and which are valid. Others repeat the last row."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     return tl.minimum(rows, tokens - 1), rows < tokens
 
 
 @triton.jit
 def tiles_of_split(vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
-    """Return the first tile of this program's split of the vocabulary, and the one after its last.
+    """Return the range of tiles of this program's split of the vocabulary.
 
-    Every split has a tile, and every tile a column of the vocabulary.
+    Every split has a tile, and every tile has a column of the vocabulary.
     """
     first = tl.program_id(1) * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
@@ -32,7 +32,7 @@ def load_stats(stats, rows):
 
 @triton.jit
 def logits_tile(
-    side,
+    operand,
     rows,
     columns,
     vocab_size,
@@ -44,14 +44,15 @@ def logits_tile(
 ):
     """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
 
-    ``side`` is ``Operand.arguments()``. Columns beyond the vocabulary are ``FLOOR`` if ``MASKED``,
-    for sums over columns, and else repeat the last one. Logits of -inf are ``FLOOR`` too.
+    ``operand`` is ``Operand.arguments()``. Columns beyond the vocabulary are ``FLOOR`` if
+    ``MASKED``, as sums over columns need, and else repeat the last column. Logits of -inf become
+    ``FLOOR`` too.
     """
-    x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap = side
-    inside = tl.minimum(columns, vocab_size - 1)
+    x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap = operand
+    column = tl.minimum(columns, vocab_size - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
-    w_ptrs = w_ptr + inside.to(tl.int64)[None, :] * w_stride + k[:, None]
+    w_ptrs = w_ptr + column.to(tl.int64)[None, :] * w_stride + k[:, None]
     z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in range(0, width, BLOCK_K):
         fits = start + k < width
@@ -61,7 +62,7 @@ def logits_tile(
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + inside).to(tl.float32)[None, :]
+        z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     u = z * slope
     if cap is not None:
         u = tanh(u * (1.0 / cap)) * cap

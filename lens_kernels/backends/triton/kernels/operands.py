@@ -1,4 +1,4 @@
-"""What the sweeps read: one model's rows and head, and the statistics of its rows."""
+"""What the sweeps read: rows and head of one model, and the statistics of its rows."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from torch.nn import functional as F  # noqa: N812
 
 from lens_kernels.lens import LensHead
 
-# Loads are vectorised where widths and strides are multiples of this many elements.
-ALIGNED = 16
+# Triton vectorises loads if widths and strides are multiples of this many elements.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Operand:
     """Rows ``x`` ``(N, D)`` and head ``weight`` ``(V, D)`` in one dtype, and the map to logits.
 
-    Rows of both are zeros from their width up to the next multiple of 16, and a stride apart that
-    is one.
+    Rows of both are padded with zeros to a multiple of 16 elements, and so are their strides.
     """
 
     x: Tensor
@@ -37,19 +36,19 @@ class Operand:
 
     @property
     def precision(self) -> str:
-        """Return how fp32 operands are multiplied: as torch has been told to."""
+        """Return how fp32 operands are multiplied, which follows torch's settings."""
         nvidia = self.x.device.type == "cuda" and torch.version.hip is None
         return "tf32" if nvidia and tf32_is_allowed() else "ieee"
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return what kernels take for a side."""
+        """Return the kernel argument that ``logits_tile`` reads."""
         slope = self.scale / self.temperature
         cap = None if self.softcap is None else self.softcap / self.temperature
         x, w = self.x, self.weight
         return x, w, self.bias, padded(x.shape[1]), x.stride(0), w.stride(0), slope, cap
 
     def logits_at(self, columns: Tensor) -> Tensor:
-        """Return one logit of every row, in fp32."""
+        """Return one logit of each row, ``(N,)`` in fp32."""
         pieces = zip(self.x.split(1024), columns.split(1024), strict=True)
         z = torch.cat([(x.float() * self.weight[at].float()).sum(-1) for x, at in pieces])
         if self.bias is not None:
@@ -64,22 +63,28 @@ class Operand:
 
 @dataclass(frozen=True, eq=False)
 class RowStats:
-    """The log-sum-exp of rows in two parts, ``(N,)`` each.
+    """The log-sum-exp of each row in two parts, ``(N,)`` each.
 
-    One fp32 number near 60 would put an error of 4e-6 into every probability.
+    A single fp32 number near 60 would put an error of 4e-6 into every probability.
     """
 
     maximum: Tensor
     log_sum: Tensor
 
+    @classmethod
+    def merged(cls, maximum: Tensor, total: Tensor) -> RowStats:
+        """Merge the maxima and sums of exponentials of splits, ``(S, N)`` each."""
+        highest = maximum.amax(0)
+        return cls(highest, (total * torch.exp(maximum - highest)).sum(0).log())
+
     def arguments(self) -> tuple[Tensor, Tensor]:
-        """Return what kernels take for statistics."""
+        """Return the kernel argument that ``load_stats`` reads."""
         return self.maximum, self.log_sum
 
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """What sweeps 1 and 2 find of every row, ``(N,)`` each: sums of f and of h, and statistics."""
+    """Sums of ``f`` and ``h`` over the vocabulary, ``(N,)`` each, and both models' statistics."""
 
     f: Tensor
     h: Tensor
@@ -88,9 +93,9 @@ class RowSums:
 
 
 def tf32_is_allowed() -> bool:
-    """Say whether torch may round the factors of fp32 products, by either of its two switches.
+    """Say whether torch may round factors of fp32 products to TF32.
 
-    The older one, the only one before torch 2.9, refuses to be read once the newer one is set.
+    torch 2.9 added a second switch. Once it is set, reading the older one raises.
     """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
@@ -98,13 +103,13 @@ def tf32_is_allowed() -> bool:
 
 
 def padded(width: int) -> int:
-    """Return the width up to which rows are read."""
-    return -(-width // ALIGNED) * ALIGNED
+    """Return the width up to which kernels read rows."""
+    return -(-width // ALIGNMENT) * ALIGNMENT
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return ``x`` with rows that lie as ``Operand`` wants them, copied only if they do not."""
+    """Return ``x`` with the padding and strides of an ``Operand``, copied only if necessary."""
     width = x.shape[1]
-    if width % ALIGNED:
+    if width % ALIGNMENT:
         return F.pad(x, (0, padded(width) - width))[:, :width]
-    return x if x.stride(1) == 1 and x.stride(0) % ALIGNED == 0 else x.contiguous()
+    return x if x.stride(1) == 1 and x.stride(0) % ALIGNMENT == 0 else x.contiguous()

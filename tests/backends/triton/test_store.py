@@ -1,4 +1,4 @@
-"""Tiles that tuning found: kept in a file, read back, and used; and what the file may hold."""
+"""Tiles that tuning found: stored in a file, read back, and used."""
 
 import functools
 import json
@@ -11,48 +11,41 @@ import torch
 triton = pytest.importorskip("triton")
 
 from lens_kernels import LensHead, cache, symmetric_lens_loss  # noqa: E402
-from lens_kernels.backends.triton import evaluate, tuned  # noqa: E402
-from lens_kernels.backends.triton.tiles import ARCHS, Sweep, Tile  # noqa: E402
+from lens_kernels.backends.triton import evaluate  # noqa: E402
+from lens_kernels.backends.triton.kernels.launch import Tile  # noqa: E402
+from lens_kernels.backends.triton.tiles import store  # noqa: E402
+from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep  # noqa: E402
 
 CPU = torch.device("cpu")
 GPU = "Some GPU"
 SM_90 = ARCHS["sm_90"]
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
+KEY = {"sweep": Sweep.ROW_SUMS, "dtype": torch.bfloat16, "width": 768}
+RECORD = store.record_of(GPU, tuple(KEY.values()), FAST)
 
 
-@pytest.fixture(autouse=True)
-def device(monkeypatch):
-    """A GPU by its name alone."""
-    monkeypatch.setattr(tuned, "device_name", lambda device: GPU)
-    tuned.tiles.cache_clear()
-    yield
-    tuned.tiles.cache_clear()
-
-
-def entry(tile=FAST, **changes):
-    name = {"device": GPU, "triton": triton.__version__, "sweep": Sweep.ROW_SUMS}
-    return tuned.Entry(**{**name, "dtype": torch.bfloat16, "width": 768, "tile": tile, **changes})
+def save(tile=FAST, device=GPU, **changes):
+    store.save(device, tuple({**KEY, **changes}.values()), tile)
 
 
 @pytest.fixture
-def compiled(monkeypatch, tmp_path):
-    """Let lookups believe that kernels are compiled, for an H100; return the file they read."""
+def compiled(monkeypatch, tmp_path, some_gpu):
+    """Let lookups believe that kernels are compiled, for an H100. Return the file they read."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(tuned, "INTERPRETING", False)
-    monkeypatch.setattr(tuned, "arch_of", lambda device: SM_90)
+    monkeypatch.setattr(store, "INTERPRETING", False)
+    monkeypatch.setattr(store, "arch_of", lambda device: SM_90)
     return tmp_path / "lens_kernels" / "tiles.json"
 
 
 def look(**changes):
-    key = {"sweep": Sweep.ROW_SUMS, "dtype": torch.bfloat16, "width": 768, **changes}
-    return tuned.lookup(**key, device=CPU)
+    return store.lookup(**{**KEY, **changes}, device=CPU)
 
 
-def test_lookup_knows_sweep_dtype_and_width(compiled):
-    assert tuned.default_path() == compiled and look() is None
-    tuned.save(compiled, entry(SLOW))
-    tuned.save(compiled, entry(FAST))
-    tuned.save(compiled, entry(SLOW, sweep=Sweep.GRADIENTS))
+def test_lookup_is_by_sweep_dtype_and_width(compiled):
+    assert store.path() == compiled and look() is None
+    save(SLOW)
+    save(FAST)
+    save(SLOW, sweep=Sweep.GRADIENTS)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert look() == FAST
@@ -62,22 +55,22 @@ def test_lookup_knows_sweep_dtype_and_width(compiled):
 
 
 def test_the_file_is_read_once(compiled, monkeypatch):
-    tuned.save(compiled, entry())
+    save()
     assert look() == FAST
-    monkeypatch.setattr(tuned, "load", None)
+    monkeypatch.setattr(store, "load", None)
     compiled.unlink()
     assert look() == FAST and look(width=1) is None
 
 
 def test_the_interpreter_never_looks(compiled, monkeypatch):
-    tuned.save(compiled, entry())
-    monkeypatch.setattr(tuned, "INTERPRETING", True)
-    monkeypatch.setattr(tuned, "load", None)
+    save()
+    monkeypatch.setattr(store, "INTERPRETING", True)
+    monkeypatch.setattr(store, "load", None)
     assert look() is None
 
 
 def test_a_call_uses_what_was_found(compiled, monkeypatch):
-    """Every sweep asks, by the narrower width."""
+    """Every sweep looks up the narrower width."""
     asked = []
 
     def lookup(sweep, dtype, width, device):
@@ -86,7 +79,7 @@ def test_a_call_uses_what_was_found(compiled, monkeypatch):
 
     used = []
     gradient_chunk = evaluate.__globals__["gradient_chunk"]
-    monkeypatch.setattr(tuned, "lookup", lookup)
+    monkeypatch.setattr(store, "lookup", lookup)
     monkeypatch.setitem(
         evaluate.__globals__,
         "gradient_chunk",
@@ -104,24 +97,23 @@ def test_a_call_uses_what_was_found(compiled, monkeypatch):
     assert used == [FAST]
 
 
-@pytest.mark.parametrize("rich", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
-def test_what_was_tuned_without_bias_and_softcap_is_not_used_with_them(monkeypatch, rich):
+@pytest.mark.parametrize("extra", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
+def test_what_was_tuned_without_bias_and_softcap_is_not_used_with_them(monkeypatch, extra):
     """They take registers, for which the tile may be too large."""
-    monkeypatch.setattr(tuned, "lookup", None)
+    monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)
-    heads = LensHead(torch.randn(70, 24), **rich), LensHead(torch.randn(70, 24))
+    heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))
     call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
     with pytest.raises(TypeError, match="not callable"):
         call(*heads, divergence="jsd")  # the teacher's own sweep is plain
     call(heads[0], heads[0], divergence="jsd").backward()
 
 
-def damage(**changes):
-    record = entry().record()
-    return {**record, **changes}
+def damaged(**changes):
+    return [{**RECORD, **changes}]
 
 
-TILE = entry().record()["tile"]
+TILE = RECORD["tile"]
 INVALID = {
     "not json": "{",
     "binary": b"\xff\xfe\x00",
@@ -129,24 +121,24 @@ INVALID = {
     "a list": [],
     "no tiles": {"format": 1, "tiles": {}},
     "not a record": {"format": 1, "tiles": ["x"]},
-    "no sweep": [{k: v for k, v in entry().record().items() if k != "sweep"}],
-    "unknown sweep": [damage(sweep="row_something")],
-    "unknown dtype": [damage(dtype="int8")],
-    "no tile": [damage(tile=None)],
-    "a field too few": [damage(tile={k: v for k, v in TILE.items() if k != "warps"})],
-    "a field too many": [damage(tile={**TILE, "clusters": 2})],
-    "a text": [damage(tile={**TILE, "warps": "4"})],
-    "a truth value": [damage(tile={**TILE, "stages": True})],
-    "width is a text": [damage(width="768")],
-    "no power of two": [damage(tile={**TILE, "block_v": 96})],
-    "too much shared memory": [damage(tile={**TILE, "block_k": 2048})],
-    "too many registers": [damage(tile={**TILE, "block_n": 256, "block_v": 256, "block_k": 16})],
-    "other triton": [damage(triton="1.0")],
+    "no sweep": [{k: v for k, v in RECORD.items() if k != "sweep"}],
+    "unknown sweep": damaged(sweep="row_something"),
+    "unknown dtype": damaged(dtype="int8"),
+    "no tile": damaged(tile=None),
+    "a field too few": damaged(tile={k: v for k, v in TILE.items() if k != "warps"}),
+    "a field too many": damaged(tile={**TILE, "clusters": 2}),
+    "a text": damaged(tile={**TILE, "warps": "4"}),
+    "a truth value": damaged(tile={**TILE, "stages": True}),
+    "width is a text": damaged(width="768"),
+    "no power of two": damaged(tile={**TILE, "block_v": 96}),
+    "too much shared memory": damaged(tile={**TILE, "block_k": 2048}),
+    "too many registers": damaged(tile={**TILE, "block_n": 256, "block_v": 256, "block_k": 16}),
+    "other triton": damaged(triton="1.0"),
 }
 
 
 @pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
-def test_what_makes_no_sense_is_ignored_with_one_warning_that_names_the_file(compiled, content):
+def test_an_invalid_file_is_ignored_with_one_warning_that_names_it(compiled, content):
     compiled.parent.mkdir()
     if isinstance(content, list) and content:
         content = {"format": 1, "tiles": content}
@@ -158,26 +150,28 @@ def test_what_makes_no_sense_is_ignored_with_one_warning_that_names_the_file(com
         assert look() is None
         assert look() is None
     assert len(caught) == 1 and str(compiled) in str(caught[0].message)
-    # A new result makes it whole again.
+    # A new result repairs it.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tuned.save(compiled, entry(SLOW))
+        save(SLOW)
         assert look() == SLOW
 
 
 def test_valid_entries_beside_invalid_ones_are_used(compiled):
-    tuned.save(compiled, entry(FAST))
-    tuned.save(compiled, entry(Tile(96, 64, 32, 4, 2), width=1024))
-    tuned.save(compiled, entry(Tile(96, 64, 32, 4, 2), width=2048))
+    save(FAST)
+    save(Tile(96, 64, 32, 4, 2), width=1024)
+    save(Tile(96, 64, 32, 4, 2), width=2048)
     with pytest.warns(UserWarning, match="powers of two.*and 1 more"):
         assert look() == FAST
     assert look(width=1024) is None
 
 
-def test_entries_of_other_devices_and_tritons_are_kept_but_not_used(compiled):
-    tuned.save(compiled, entry(SLOW, device="Another GPU"))
-    tuned.save(compiled, entry(SLOW, triton="1.0"))
-    tuned.save(compiled, entry(FAST))
+def test_entries_of_other_devices_and_tritons_are_kept_but_not_used(compiled, monkeypatch):
+    save(SLOW, device="Another GPU")
+    with monkeypatch.context() as patch:
+        patch.setattr(triton, "__version__", "1.0")
+        save(SLOW)
+    save(FAST)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert look() == FAST
@@ -188,40 +182,40 @@ def test_a_file_that_cannot_be_read_is_replaced_with_a_warning(compiled):
     compiled.parent.mkdir()
     compiled.write_text("{")
     with pytest.warns(UserWarning, match="is replaced"):
-        tuned.save(compiled, entry())
+        save()
     assert look() == FAST
 
 
 def test_a_write_that_fails_leaves_the_file_as_it_was(compiled, monkeypatch):
-    tuned.save(compiled, entry(SLOW))
+    save(SLOW)
 
     def full(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(tuned.os, "replace", full)
+    monkeypatch.setattr(store.os, "replace", full)
     with pytest.raises(OSError, match="disk full"):
-        tuned.save(compiled, entry(FAST))
+        save(FAST)
     assert look() == SLOW
     assert sorted(p.name for p in compiled.parent.iterdir()) == ["tiles.json", "tiles.lock"]
 
 
-def write(path, start):
+def write(start):
     for width in range(start, start + 5):
-        tuned.save(path, entry(width=width))
+        save(width=width)
 
 
 def test_processes_that_write_at_once_lose_nothing(compiled):
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=write, args=(compiled, 10 * i)) for i in range(4)]
+    writers = [context.Process(target=write, args=(10 * i,)) for i in range(4)]
     for process in writers:
         process.start()
     while any(process.is_alive() for process in writers):
         if compiled.exists():
-            json.loads(compiled.read_text())  # always whole
+            json.loads(compiled.read_text())  # always complete
     for process in writers:
         process.join()
         assert process.exitcode == 0
-    assert len(tuned.load(compiled, GPU, SM_90)) == 20
+    assert len(store.load(GPU, SM_90)) == 20
 
 
 def test_the_cache_folder(monkeypatch, tmp_path):

@@ -1,9 +1,9 @@
-"""Elementary functions of the kernels, accurate relative to their own size.
+"""Elementary functions of the kernels. Errors are relative to the value of the function.
 
 Triton has ``expm1``, ``log1p`` and ``tanh`` only in vendors' device libraries, which its
-interpreter lacks. ``exp`` and ``log`` are its own, but of more instructions (5 and 26 on sm_90,
-here 2 and 17), and these functions are most of what a sweep does beside its products. Polynomials
-go through the function's values at Chebyshev points; errors are those of the polynomial.
+interpreter lacks. Its ``exp`` and ``log`` take more instructions: 5 and 26 on sm_90, against 2 and
+17 here. These functions are most of the work of a sweep beside its products. Polynomials
+interpolate the function at Chebyshev points, and the errors given are those of the polynomial.
 """
 
 import triton
@@ -36,13 +36,13 @@ def expm1_near(x):
 
 
 @triton.jit
-def log1p(x):
-    """``log(1 + x)`` for ``x > -1``, to 6e-8.
+def log_sum(total, x):
+    """``log(total)`` for ``total = 1 + x > 0``, to 6e-8 of itself if both arguments are exact.
 
-    The sum is split into ``2^e`` and a factor between the roots of 1/2 and 2. Where ``e`` is 0, the
-    factor is ``1 + x`` itself, and ``x`` has more digits.
+    ``total`` is split into ``2^e`` and a factor between the roots of 1/2 and 2. Where ``e`` is 0,
+    the factor is ``total`` itself, and ``x`` has more digits than ``total - 1``.
     """
-    bits = (1.0 + x).to(tl.int32, bitcast=True)
+    bits = total.to(tl.int32, bitcast=True)
     e = (bits - ROOT_HALF_BITS) >> 23
     factor = (bits - (e << 23)).to(tl.float32, bitcast=True)
     x = tl.where(e == 0, x, factor - 1.0)
@@ -57,14 +57,15 @@ def log1p(x):
 
 
 @triton.jit
-def log_mixture(d, beta):
-    """``log(1 - beta + beta exp(d))``, which is ``log(m / q)``.
+def log_mixture(d, beta, one_minus_beta):
+    """``log(1 - beta + beta exp(d))``.
 
-    Near 0 by its series, whose coefficients are the cumulants of a coin that falls with
-    probability ``beta``, over factorials; the rest is below 3e-8 of the sum.
+    Near ``d = 0`` a series is used: the cumulants of a Bernoulli variable of probability ``beta``,
+    over factorials. Its remainder is below 3e-8 of the sum. Elsewhere both arguments of ``log_sum``
+    keep their digits: the terms of the sum are positive, and ``exp(d)`` is not near 1.
     """
-    v = beta * (1.0 - beta)
-    s = 1.0 - 2.0 * beta
+    v = beta * one_minus_beta
+    s = one_minus_beta - beta
     y = d * (v * (1.0 - v * (126.0 - v * (1680.0 - v * 5040.0))) * (1 / 40320))
     y = (y + v * s * (1.0 - v * (60.0 - v * 360.0)) * (1 / 5040)) * d
     y = (y + v * (1.0 - v * (30.0 - v * 120.0)) * (1 / 720)) * d
@@ -73,7 +74,9 @@ def log_mixture(d, beta):
     y = (y + v * s * (1 / 6)) * d
     y = (y + v * 0.5) * d
     y = (y + beta) * d
-    return tl.where(tl.abs(d) < NEAR, y, log1p(beta * (exp(d) - 1.0)))
+    scaled = beta * exp(d)
+    far = log_sum(one_minus_beta + scaled, scaled - beta)
+    return tl.where(tl.abs(d) < NEAR, y, far)
 
 
 @triton.jit

@@ -1,20 +1,20 @@
-"""Sweep 2: the sums over the vocabulary of a divergence's ``f`` and ``h``, for every row."""
+"""Sweep 2: the sums of ``f`` and ``h`` of a divergence over the vocabulary, for every row."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton import launch
-from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
-from lens_kernels.backends.triton.pointwise import pointwise
-from lens_kernels.backends.triton.tile import (
+from lens_kernels.backends.triton.kernels import launch
+from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
+from lens_kernels.backends.triton.kernels.logits import (
     block_of_rows,
     load_stats,
     logits_tile,
     tiles_of_split,
 )
-from lens_kernels.backends.triton.tiles import Tile
+from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
+from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.spec import Divergence
 
 
@@ -30,14 +30,15 @@ def row_sums_kernel(
     vocab_size,
     tiles_per_split,
     beta,
+    one_minus_beta,
     DIVERGENCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the sums of f and h of this program's rows over one split."""
-    rows, exist = block_of_rows(tokens, BLOCK_N)
+    """Write the sums of f and h of a block of rows over one split."""
+    rows, valid = block_of_rows(tokens, BLOCK_N)
     maximum_s, log_sum_s = load_stats(student_stats, rows)
     maximum_t, log_sum_t = load_stats(teacher_stats, rows)
     f_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -53,12 +54,12 @@ def row_sums_kernel(
         )
         lq = (us - maximum_s) - log_sum_s
         lp = (ut - maximum_t) - log_sum_t
-        f, h = pointwise(lp, lq, beta, DIVERGENCE)
+        f, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
         f_sum += tl.sum(f, 1)
         h_sum += tl.sum(h, 1)
-    at = tl.program_id(1).to(tl.int64) * tokens + rows
-    tl.store(f_ptr + at, f_sum, mask=exist)
-    tl.store(h_ptr + at, h_sum, mask=exist)
+    offsets = tl.program_id(1).to(tl.int64) * tokens + rows
+    tl.store(f_ptr + offsets, f_sum, mask=valid)
+    tl.store(h_ptr + offsets, h_sum, mask=valid)
 
 
 def row_sums(
@@ -71,13 +72,13 @@ def row_sums(
     vocab_size: int,
     tile: Tile,
 ) -> RowSums:
-    """Return the sums of f and of h of every row, with the statistics they were made from."""
-    grid = launch.Splits(student.tokens, vocab_size, tile, student.x.device)
+    """Return the sums of f and h of every row, with the given statistics."""
+    grid = SplitGrid(student.tokens, vocab_size, tile, student.x.device)
     f, h = grid.partials(2)
     row_sums_kernel[grid.shape](
         student.arguments(), teacher.arguments(),
         student_stats.arguments(), teacher_stats.arguments(), f, h,
-        student.tokens, vocab_size, grid.tiles_per_split, beta,
+        student.tokens, vocab_size, grid.tiles_per_split, beta, 1.0 - beta,
         DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
         **tile.options(),
     )  # fmt: skip

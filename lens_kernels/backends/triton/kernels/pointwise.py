@@ -1,16 +1,22 @@
 """The table of ``lens_kernels/divergence.py`` on the device: each divergence as a pair ``(f, h)``.
 
-The parity grid of the tests holds the two tables together.
+The derivation is there, and tests compare the two tables. For ``jsd``, with the mixture
+``m = beta p + (1 - beta) q`` and ``d = log p - log q``::
+
+    log(m / q) = log(1 - beta + beta exp(d)),   log(m / p) = log(beta + (1 - beta) exp(-d))
+    h = -(1 - beta) q log(m / q),               f = h - beta p log(m / p)
+
+Callers pass ``1 - beta`` as well, rounded from float64: in fp32 it would lose its digits near 1.
 """
 
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.device_fns import exp, log_mixture, minus
+from lens_kernels.backends.triton.kernels.device_fns import exp, log_mixture, minus
 
 
 @triton.jit
-def pointwise(lp, lq, beta, DIVERGENCE: tl.constexpr):
+def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
     """Return ``(f, h)`` from the log-probabilities of teacher and student."""
     d = lp - lq
     if DIVERGENCE == "hellinger":
@@ -19,12 +25,12 @@ def pointwise(lp, lq, beta, DIVERGENCE: tl.constexpr):
         f = diff * diff * 0.5
         h = -root_q * diff * 0.5
     elif DIVERGENCE == "jsd":
-        # Where p / q leaves this range, the smaller of the two adds nothing.
+        # Outside this range the smaller of p and q adds nothing.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
-        # log(m / q) and log(m / p): one as the other less d would lose the digits of a large d.
-        h = (beta - 1.0) * exp(lq) * log_mixture(d, beta)
-        f = h - beta * exp(lp) * log_mixture(-d, 1.0 - beta)
+        # log(m / p) is log(m / q) - d too, but that cancels where d is large.
+        h = -one_minus_beta * exp(lq) * log_mixture(d, beta, one_minus_beta)
+        f = h - beta * exp(lp) * log_mixture(-d, one_minus_beta, beta)
     else:
         p = exp(lp)
         q = exp(lq)

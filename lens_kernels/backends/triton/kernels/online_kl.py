@@ -4,9 +4,9 @@ Split the vocabulary into parts. By the chain rule of relative entropy::
 
     KL(p, q) = sum_parts P KL(p | part, q | part) + KL(P, Q)
 
-with ``P`` and ``Q`` the probabilities of the parts. So what is known of two parts merges into what
-is known of their union, as running variances do, and every term keeps the relative accuracy of the
-pointwise formulas. No projection is made twice.
+where ``P`` and ``Q`` are the probabilities of the parts. Results of two parts merge into those of
+their union, as running variances do. Every term keeps the relative accuracy of the pointwise
+formulas, and no projection is computed twice.
 """
 
 from __future__ import annotations
@@ -17,25 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 from lens_kernels import divergence as table
-from lens_kernels.backends.triton import launch
-from lens_kernels.backends.triton.device_fns import FLOOR, exp
-from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
-from lens_kernels.backends.triton.pointwise import pointwise
-from lens_kernels.backends.triton.row_stats import merge as merge_stats
-from lens_kernels.backends.triton.tile import block_of_rows, logits_tile, tiles_of_split
-from lens_kernels.backends.triton.tiles import Tile
+from lens_kernels.backends.triton.kernels import launch
+from lens_kernels.backends.triton.kernels.device_fns import FLOOR, exp
+from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
+from lens_kernels.backends.triton.kernels.logits import block_of_rows, logits_tile, tiles_of_split
+from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
+from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
 
 
 @triton.jit
 def union(maximum, total, other_maximum, other_total):
-    """Return maximum and total of two parts together, and the logarithms of their shares."""
+    """Return maximum and total of the union of two parts, and the log-probability of each part."""
     higher = tl.maximum(maximum, other_maximum)
     here = maximum - higher
     there = other_maximum - higher
     both = total * exp(here) + other_total * exp(there)
     log_sum = tl.log(both)
-    # A part without mass has log-share FLOOR, not -inf.
+    # The log-probability of an empty part is FLOOR, not -inf.
     has_mass = total > 0
     here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
     return higher, both, here, there + tl.log(other_total) - log_sum
@@ -59,8 +58,8 @@ def online_kl_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write both models' statistics and relative entropies of some rows over one split."""
-    rows, exist = block_of_rows(tokens, BLOCK_N)
+    """Write both models' statistics and relative entropies of a block of rows over one split."""
+    rows, valid = block_of_rows(tokens, BLOCK_N)
     maximum_s = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     maximum_t = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total_s = tl.zeros((BLOCK_N,), dtype=tl.float32)
@@ -76,7 +75,7 @@ def online_kl_kernel(
         ut = logits_tile(
             teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
         )
-        # This tile by itself.
+        # The conditional distributions of this tile.
         tile_maximum_s = tl.max(us, 1)
         tile_maximum_t = tl.max(ut, 1)
         us -= tile_maximum_s[:, None]
@@ -85,24 +84,24 @@ def online_kl_kernel(
         tile_total_t = tl.sum(exp(ut), 1)
         lq = us - tl.log(tile_total_s)[:, None]
         lp = ut - tl.log(tile_total_t)[:, None]
-        forward_f, _ = pointwise(lp, lq, 0.0, "forward_kl")
-        reverse_f, _ = pointwise(lp, lq, 0.0, "reverse_kl")
-        # Merged with those before it.
+        forward_f, _ = pointwise(lp, lq, 0.5, 0.5, "forward_kl")
+        reverse_f, _ = pointwise(lp, lq, 0.5, 0.5, "reverse_kl")
+        # Merge it with the tiles before it.
         maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, tile_maximum_s, tile_total_s)
         maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, tile_maximum_t, tile_total_t)
-        old, _ = pointwise(lp_old, lq_old, 0.0, "forward_kl")
-        new, _ = pointwise(lp_new, lq_new, 0.0, "forward_kl")
+        old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "forward_kl")
+        new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, "forward_kl")
         forward = exp(lp_old) * forward + exp(lp_new) * tl.sum(forward_f, 1) + old + new
-        old, _ = pointwise(lp_old, lq_old, 0.0, "reverse_kl")
-        new, _ = pointwise(lp_new, lq_new, 0.0, "reverse_kl")
+        old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "reverse_kl")
+        new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, "reverse_kl")
         reverse = exp(lq_old) * reverse + exp(lq_new) * tl.sum(reverse_f, 1) + old + new
-    at = tl.program_id(1).to(tl.int64) * tokens + rows
-    tl.store(maximum_s_ptr + at, maximum_s, mask=exist)
-    tl.store(total_s_ptr + at, total_s, mask=exist)
-    tl.store(maximum_t_ptr + at, maximum_t, mask=exist)
-    tl.store(total_t_ptr + at, total_t, mask=exist)
-    tl.store(forward_ptr + at, forward, mask=exist)
-    tl.store(reverse_ptr + at, reverse, mask=exist)
+    offsets = tl.program_id(1).to(tl.int64) * tokens + rows
+    tl.store(maximum_s_ptr + offsets, maximum_s, mask=valid)
+    tl.store(total_s_ptr + offsets, total_s, mask=valid)
+    tl.store(maximum_t_ptr + offsets, maximum_t, mask=valid)
+    tl.store(total_t_ptr + offsets, total_t, mask=valid)
+    tl.store(forward_ptr + offsets, forward, mask=valid)
+    tl.store(reverse_ptr + offsets, reverse, mask=valid)
 
 
 def online_kl(
@@ -112,8 +111,8 @@ def online_kl(
     vocab_size: int,
     tile: Tile,
 ) -> RowSums:
-    """Return the sums of f and of h of every row, with both models' statistics."""
-    grid = launch.Splits(student.tokens, vocab_size, tile, student.x.device)
+    """Return the sums of f and h of every row, with both models' statistics."""
+    grid = SplitGrid(student.tokens, vocab_size, tile, student.x.device)
     partials = grid.partials(6)
     online_kl_kernel[grid.shape](
         student.arguments(), teacher.arguments(), *partials,
@@ -121,10 +120,10 @@ def online_kl(
         **tile.blocks(), PRECISION=student.precision, **tile.options(),
     )  # fmt: skip
     maximum_s, total_s, maximum_t, total_t, forward, reverse = partials
-    student_stats = merge_stats(maximum_s, total_s)
-    teacher_stats = merge_stats(maximum_t, total_t)
-    lq = _log_shares(maximum_s, total_s, student_stats)
-    lp = _log_shares(maximum_t, total_t, teacher_stats)
+    student_stats = RowStats.merged(maximum_s, total_s)
+    teacher_stats = RowStats.merged(maximum_t, total_t)
+    lq = _log_probabilities(maximum_s, total_s, student_stats)
+    lp = _log_probabilities(maximum_t, total_t, teacher_stats)
     p, q = lp.exp(), lq.exp()
     between = [table.pointwise(kind)(lp, lq, p, q, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
     forward = (p * forward + between[0]).sum(0)
@@ -136,8 +135,8 @@ def online_kl(
     return RowSums(f, reverse, student_stats, teacher_stats)
 
 
-def _log_shares(maximum: Tensor, total: Tensor, whole: RowStats) -> Tensor:
-    """Return the logarithm of each split's share in the whole vocabulary, ``(S, N)``."""
+def _log_probabilities(maximum: Tensor, total: Tensor, stats: RowStats) -> Tensor:
+    """Return the log-probability of each split, ``(S, N)``."""
     return torch.where(
-        total > 0, maximum - whole.maximum + total.log() - whole.log_sum, FLOOR.value
+        total > 0, maximum - stats.maximum + total.log() - stats.log_sum, FLOOR.value
     )

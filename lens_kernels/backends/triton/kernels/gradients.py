@@ -1,4 +1,4 @@
-"""Sweep 3: the gradient of a chunk of the vocabulary's logits."""
+"""Sweep 3: the gradient with respect to the logits of a chunk of the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lens_kernels.backends.triton import launch
-from lens_kernels.backends.triton.device_fns import exp
-from lens_kernels.backends.triton.operands import Operand, RowStats, RowSums
-from lens_kernels.backends.triton.pointwise import pointwise
-from lens_kernels.backends.triton.tile import block_of_rows, load_stats, logits_tile
-from lens_kernels.backends.triton.tiles import Tile
+from lens_kernels.backends.triton.kernels import launch
+from lens_kernels.backends.triton.kernels.device_fns import exp
+from lens_kernels.backends.triton.kernels.launch import Tile
+from lens_kernels.backends.triton.kernels.logits import block_of_rows, load_stats, logits_tile
+from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
+from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.spec import Divergence
 
 
@@ -33,6 +33,7 @@ def gradients_kernel(
     vocab_size,
     first_column,
     beta,
+    one_minus_beta,
     temperature,
     DIVERGENCE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -42,10 +43,10 @@ def gradients_kernel(
 ):
     """Write the gradient with respect to the raw products of one tile.
 
-    Columns of the tile beyond the vocabulary are written too, and repeat the last one: a mask over
-    columns would turn 16-byte stores into 2-byte ones.
+    Columns beyond the vocabulary are written too and repeat the last column. A mask over columns
+    would turn 16-byte stores into 2-byte ones.
     """
-    rows, exist = block_of_rows(tokens, BLOCK_N)
+    rows, valid = block_of_rows(tokens, BLOCK_N)
     local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     columns = first_column + local
     us = logits_tile(
@@ -62,11 +63,11 @@ def gradients_kernel(
     maximum_t, log_sum_t = load_stats(teacher_stats, rows)
     lq = (us - maximum_s) - log_sum_s
     lp = (ut - maximum_t) - log_sum_t
-    _, h = pointwise(lp, lq, beta, DIVERGENCE)
+    _, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
     grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
     grad *= tl.load(weight_ptr + rows)[:, None]
     if labels is not None:
-        # Cross entropy knows no temperature.
+        # Cross entropy is at temperature 1.
         labels_ptr, label_stats, label_weight_ptr = labels
         maximum, log_sum = load_stats(label_stats, rows)
         log_q = (us * temperature - maximum) - log_sum
@@ -74,20 +75,20 @@ def gradients_kernel(
         residual = exp(log_q) - tl.where(hit, 1.0, 0.0)
         grad += residual * (tl.load(label_weight_ptr + rows) * temperature)[:, None]
     grad *= slope
-    at = rows.to(tl.int64)[:, None] * grad_stride + local[None, :]
-    tl.store(grad_ptr + at, grad.to(grad_ptr.dtype.element_ty), mask=exist[:, None])
+    offsets = rows.to(tl.int64)[:, None] * grad_stride + local[None, :]
+    tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=valid[:, None])
 
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The label of each row, the student's statistics at temperature 1, the weight of a row."""
+    """The labels of rows, the student's statistics at temperature 1, and the weights of rows."""
 
     labels: Tensor
     stats: RowStats
     weight: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return what the kernel takes for ``labels``."""
+        """Return the kernel argument ``labels``."""
         return self.labels, self.stats.arguments(), self.weight
 
 
@@ -104,9 +105,9 @@ def gradient_chunk(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Write into ``out`` ``(N, C)`` the gradient of columns ``first_column`` and on.
+    """Write the gradient of the columns from ``first_column`` on into ``out`` ``(N, C)``.
 
-    ``C`` is a multiple of the tile's. Rows count by ``weight``.
+    ``C`` is a multiple of the tile's block. ``weight`` holds the weights of rows.
     """
     columns = min(out.shape[1], vocab_size - first_column)
     grid = triton.cdiv(student.tokens, tile.block_n), triton.cdiv(columns, tile.block_v)
@@ -114,7 +115,7 @@ def gradient_chunk(
         student.arguments(), teacher.arguments(),
         sums.student.arguments(), sums.teacher.arguments(), sums.h, weight,
         None if labels is None else labels.arguments(), out, out.stride(0),
-        student.tokens, vocab_size, first_column, beta, student.temperature,
+        student.tokens, vocab_size, first_column, beta, 1.0 - beta, student.temperature,
         DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
         **tile.options(),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The final norm of a lens: rows gathered, normalised and rounded once; and its backward."""
+"""The final norm of a lens: rows are gathered, normalised and rounded once. And its backward."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lens_kernels.backends.triton import launch
-from lens_kernels.backends.triton.operands import padded
+from lens_kernels.backends.triton.kernels import launch
+from lens_kernels.backends.triton.kernels.operands import padded
 from lens_kernels.lens import LensNorm
 
-# Numbers that one step of a program holds in registers.
+# Elements that one step of a program holds in registers.
 BLOCK = 4096
 
 
@@ -20,21 +20,21 @@ def normalised_rows(
     x_ptr, index_ptr, x_stride, first, tokens, width, eps,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return ``(x_hat, rstd, source, exist)`` of a block of rows, zeros beyond the width."""
+    """Return ``(x_hat, rstd, source, valid)`` of a block of rows, zero beyond the width."""
     rows = first + tl.arange(0, BLOCK_N)
-    exist = rows < tokens
+    valid = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
     source = rows
     if index_ptr is not None:
         source = tl.load(index_ptr + rows)
     columns = tl.arange(0, BLOCK_D)
     inside = (columns < width)[None, :]
-    at = source.to(tl.int64)[:, None] * x_stride + columns[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    offsets = source.to(tl.int64)[:, None] * x_stride + columns[None, :]
+    x = tl.load(x_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if LAYER:
         x = tl.where(inside, x - (tl.sum(x, 1) / width)[:, None], 0.0)
     rstd = tl.rsqrt(tl.sum(x * x, 1) / width + eps)
-    return x * rstd[:, None], rstd, source, exist
+    return x * rstd[:, None], rstd, source, valid
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -43,9 +43,9 @@ def norm_kernel(
     x_stride, out_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write ``x_hat (weight + offset) + bias`` of the indexed rows, zeros up to the stride."""
+    """Write ``x_hat (weight + offset) + bias`` of the indexed rows, and zeros up to the stride."""
     first = tl.program_id(0) * BLOCK_N
-    y, _, _, exist = normalised_rows(
+    y, _, _, valid = normalised_rows(
         x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D
     )
     columns = tl.arange(0, BLOCK_D)
@@ -56,9 +56,9 @@ def norm_kernel(
         bias = tl.load(bias_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
         y += bias[None, :]
     rows = first + tl.arange(0, BLOCK_N)
-    at = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    mask = exist[:, None] & (columns < out_stride)[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    offsets = rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+    mask = valid[:, None] & (columns < out_stride)[None, :]
+    tl.store(out_ptr + offsets, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -70,19 +70,19 @@ def norm_backward_kernel(
 ):  # fmt: skip
     """Write the gradient of the indexed rows, and this program's part of the norm's own gradients.
 
-    A program takes every ``num_programs``-th block of rows: the sums are in a fixed order.
+    A program takes every ``num_programs``-th block of rows, so that sums have a fixed order.
     """
     columns = tl.arange(0, BLOCK_D)
     inside = (columns < width)[None, :]
     d_weight = tl.zeros((BLOCK_D,), dtype=tl.float32)
     d_bias = tl.zeros((BLOCK_D,), dtype=tl.float32)
     for first in range(tl.program_id(0) * BLOCK_N, tokens, tl.num_programs(0) * BLOCK_N):
-        x_hat, rstd, source, exist = normalised_rows(
+        x_hat, rstd, source, valid = normalised_rows(
             x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D
         )
         rows = first + tl.arange(0, BLOCK_N)
-        at = rows.to(tl.int64)[:, None] * grad_stride + columns[None, :]
-        grad = tl.load(grad_ptr + at, mask=exist[:, None] & inside, other=0.0)
+        offsets = rows.to(tl.int64)[:, None] * grad_stride + columns[None, :]
+        grad = tl.load(grad_ptr + offsets, mask=valid[:, None] & inside, other=0.0)
         if d_weight_ptr is not None:
             d_weight += tl.sum(grad * x_hat, 0)
         if d_bias_ptr is not None:
@@ -94,17 +94,17 @@ def norm_backward_kernel(
             inner = grad - x_hat * (tl.sum(grad * x_hat, 1) / width)[:, None]
             if LAYER:
                 inner -= (tl.sum(grad, 1) / width)[:, None]
-            at = source.to(tl.int64)[:, None] * d_x_stride + columns[None, :]
-            tl.store(d_x_ptr + at, inner * rstd[:, None], mask=exist[:, None] & inside)
-    at = tl.program_id(0).to(tl.int64) * width + columns
+            offsets = source.to(tl.int64)[:, None] * d_x_stride + columns[None, :]
+            tl.store(d_x_ptr + offsets, inner * rstd[:, None], mask=valid[:, None] & inside)
+    offsets = tl.program_id(0).to(tl.int64) * width + columns
     if d_weight_ptr is not None:
-        tl.store(d_weight_ptr + at, d_weight, mask=columns < width)
+        tl.store(d_weight_ptr + offsets, d_weight, mask=columns < width)
     if d_bias_ptr is not None:
-        tl.store(d_bias_ptr + at, d_bias, mask=columns < width)
+        tl.store(d_bias_ptr + offsets, d_bias, mask=columns < width)
 
 
 def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
-    # All of a padded row, which is wider than the power of two of a width below 9.
+    # From the padded width: below a width of 9, the next power of two is smaller.
     block_d = triton.next_power_of_2(padded(width))
     block_n = max(1, BLOCK // block_d)
     return {
@@ -115,7 +115,7 @@ def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
     }
 
 
-def _dense(x: Tensor | None) -> Tensor | None:
+def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
@@ -131,7 +131,7 @@ def norm_rows(hidden: Tensor, index: Tensor | None, norm: LensNorm, dtype: torch
     hidden = _unit_stride(hidden)
     out = torch.empty(tokens, padded(width), dtype=dtype, device=hidden.device)
     norm_kernel[(triton.cdiv(tokens, options["BLOCK_N"]),)](
-        hidden, index, _dense(norm.weight), _dense(norm.bias), out,
+        hidden, index, _contiguous(norm.weight), _contiguous(norm.bias), out,
         hidden.stride(0), out.stride(0), tokens, width, norm.eps, norm.offset, **options,
     )  # fmt: skip
     return out[:, :width]
@@ -146,24 +146,24 @@ def norm_backward(
     d_weight: Tensor | None,
     d_bias: Tensor | None,
 ) -> None:
-    """Carry ``grad`` ``(n, D)`` back through the norm.
+    """Propagate ``grad`` ``(n, D)`` back through the norm.
 
-    The rows of ``d_hidden`` at ``index`` are set; ``d_weight`` and ``d_bias`` are added to.
+    It sets the rows of ``d_hidden`` at ``index``, and adds to ``d_weight`` and ``d_bias``.
     """
     tokens, width = grad.shape
     options = _options(norm, width)
     hidden = _unit_stride(hidden)
     programs = min(triton.cdiv(tokens, options["BLOCK_N"]), 2 * launch.processors(grad.device))
 
-    def part(total: Tensor | None) -> Tensor | None:
+    def partial(total: Tensor | None) -> Tensor | None:
         return None if total is None else torch.empty(programs, width, device=grad.device)
 
-    d_weights, d_biases = part(d_weight), part(d_bias)
+    d_weights, d_biases = partial(d_weight), partial(d_bias)
     norm_backward_kernel[(programs,)](
-        grad, hidden, index, _dense(norm.weight), d_hidden, d_weights, d_biases,
+        grad, hidden, index, _contiguous(norm.weight), d_hidden, d_weights, d_biases,
         grad.stride(0), hidden.stride(0), 0 if d_hidden is None else d_hidden.stride(0),
         tokens, width, norm.eps, norm.offset, **options,
     )  # fmt: skip
-    for total, parts in ((d_weight, d_weights), (d_bias, d_biases)):
-        if total is not None and parts is not None:
-            total += parts.sum(0)
+    for total, partials in ((d_weight, d_weights), (d_bias, d_biases)):
+        if total is not None and partials is not None:
+            total += partials.sum(0)

@@ -1,0 +1,1 @@
+"""Tiles of the sweeps: ``sizes`` (defaults and limits), ``search`` (tuning), ``store`` (disk)."""

@@ -1,0 +1,108 @@
+"""The default tile of every sweep on every kind of GPU, and the limits of a tile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from lens_kernels.backends.triton.interpreter import INTERPRETING
+from lens_kernels.backends.triton.kernels.launch import Tile
+
+
+class Sweep(str, Enum):
+    """The kernels that have a tile."""
+
+    ROW_STATS = "row_stats"
+    ONLINE_KL = "online_kl"
+    ROW_SUMS = "row_sums"
+    GRADIENTS = "gradients"
+
+    @property
+    def accumulators(self) -> int:
+        """Return the number of fp32 tiles of logits that a program holds at a time."""
+        return 1 if self is Sweep.ROW_STATS else 2
+
+
+@dataclass(frozen=True)
+class Arch:
+    """The limits of a tile on one kind of GPU: bytes of shared memory, and registers."""
+
+    name: str
+    shared_memory: int
+    threads_per_warp: int = 32
+    # fp32 accumulators that a thread can hold beside its other values.
+    accumulators_per_thread: int = 128
+
+
+ARCHS = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", 166912),
+        Arch("sm_89", 101376),  # also sm_86 and sm_120
+        Arch("sm_90", 232448),
+        Arch("sm_100", 232448),
+        Arch("gfx942", 65536, threads_per_warp=64),
+        Arch("interpreter", 1 << 40, accumulators_per_thread=1 << 40),
+    )
+}
+
+# Hidden size from which the GEMM bounds a sweep even with one program per processor.
+WIDE = 2048
+
+
+def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bool = False) -> Tile:
+    """Return the default tile of a sweep over operands of ``dtype``, the narrower ``width`` wide.
+
+    ``extras`` says whether there is a bias, a softcap or labels, each of which takes registers.
+    ``benchmarks/kernel_report.py`` shows that none of these tiles spills.
+    """
+    stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS
+    wide, name = width >= WIDE, arch.name
+    if name == "interpreter":
+        # Wide operands would take minutes in small steps.
+        return Tile(32, 64, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
+    if dtype.itemsize == 4:
+        # NVIDIA has no matrix instruction for exact fp32 products, which take many registers.
+        return Tile(64, 32, 32, 8, 3) if sums else Tile(128 if stats else 64, 64, 16, 8, 3)
+    if name in ("sm_80", "sm_89"):
+        narrow = sums or sweep is Sweep.ONLINE_KL or (extras and not stats)
+        return Tile(64 if narrow else 128, 128, 32, 8, 4 if name == "sm_80" else 3)
+    if name == "gfx942":
+        return Tile(128, 128, 32, 8, 2) if stats else Tile(128, 64, 32, 8, 2)
+    if name == "sm_100":
+        return Tile(64 if sums and extras else 128, 128 if stats else 64, 64, 8, 3)
+    if stats:
+        return Tile(128, 256 if wide and not extras else 128, 64, 8, 3)
+    if wide and not sums and not extras:
+        return Tile(128, 128, 64, 8, 3)
+    return Tile(64, 128, 64, 8, 3)
+
+
+def invalid_reason(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str | None:
+    """Return why a tile cannot be used, or None. The compiler may still reject the tile."""
+    sizes = (tile.block_n, tile.block_v, tile.block_k)
+    if any(size < 16 or size & (size - 1) for size in sizes):
+        return f"block sizes must be powers of two from 16, got {sizes}"
+    if tile.warps not in (1, 2, 4, 8, 16) or tile.stages < 1:
+        return f"warps must be a power of two up to 16 and stages at least 1, got {tile}"
+    shared = tile.stages * (tile.block_n + tile.block_v) * tile.block_k * itemsize
+    if shared > arch.shared_memory:
+        return f"it needs {shared} bytes of shared memory, {arch.name} has {arch.shared_memory}"
+    threads = tile.warps * arch.threads_per_warp
+    per_thread = sweep.accumulators * tile.block_n * tile.block_v // threads
+    if per_thread > arch.accumulators_per_thread:
+        return f"{per_thread} accumulators a thread would not fit into its registers"
+    return None
+
+
+def arch_of(device: torch.device) -> Arch:
+    """Return the limits of tiles on a device."""
+    if INTERPRETING:
+        return ARCHS["interpreter"]
+    if torch.version.hip is not None:
+        return ARCHS["gfx942"]
+    major, minor = torch.cuda.get_device_capability(device)
+    name = {8: "sm_89" if minor else "sm_80", 9: "sm_90", 10: "sm_100"}.get(major, "sm_89")
+    return ARCHS[name]

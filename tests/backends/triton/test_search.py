@@ -1,0 +1,301 @@
+"""Tuning, with a timer that makes times up, and tiles that fail as a compiler's would."""
+
+import importlib.util
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.compiler.errors import (  # noqa: E402
+    CompilationError,
+    CompileTimeAssertionFailure,
+    UnsupportedLanguageConstruct,
+)
+from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
+
+from lens_kernels import cli  # noqa: E402
+from lens_kernels.backends.triton import agreement  # noqa: E402
+from lens_kernels.backends.triton import tune as tuning  # noqa: E402
+from lens_kernels.backends.triton.kernels.launch import Tile  # noqa: E402
+from lens_kernels.backends.triton.tiles import search, sizes, store  # noqa: E402
+from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep  # noqa: E402
+
+CPU = torch.device("cpu")
+SIZES = (24, 40, 90, 6)  # hidden sizes, vocabulary size, tokens
+DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
+FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
+# Faster than all others, and wrong or rejected.
+BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 8)]
+KEYS = [
+    (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
+    (Sweep.GRADIENTS, 24),
+]  # fmt: skip
+COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
+LAUNCHES = {
+    "row_stats": Sweep.ROW_STATS,
+    "online_kl": Sweep.ONLINE_KL,
+    "row_sums": Sweep.ROW_SUMS,
+    "gradient_chunk": Sweep.GRADIENTS,
+}
+
+
+def clock(function):
+    """A timer that knows the time of each tile."""
+    return COST[function.args[-1]]
+
+
+@pytest.fixture(autouse=True)
+def compared(monkeypatch, tmp_path, some_gpu):
+    """Record the comparison with the torch backend instead of making it."""
+    asked = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(agreement, "check", lambda *args: asked.append(args))
+    return asked
+
+
+@pytest.fixture
+def tune(monkeypatch):
+    """Tune over the tiles given, and return the outcomes."""
+
+    def run(*others, sizes=SIZES, **options):
+        monkeypatch.setattr(search, "candidates", lambda *args: list(others))
+        return tuning.tune(*sizes, torch.float32, device=CPU, timer=clock, **options)
+
+    return run
+
+
+def stored():
+    return store.load("Some GPU", ARCHS["sm_90"])
+
+
+def instead(monkeypatch, name, replacements):
+    """Replace a sweep's launch for some tiles."""
+    original = getattr(search, name)
+
+    def launch(*args):
+        replacement = replacements.get(args[-1])
+        return original(*args) if replacement is None else replacement(original, *args)
+
+    monkeypatch.setattr(search, name, launch)
+
+
+def raising(error):
+    def launch(*args):
+        raise error
+
+    return launch
+
+
+# Comparing
+
+
+def test_nothing_is_tuned_where_the_kernels_are_wrong(tune, monkeypatch, compared):
+    def wrong(*args):
+        compared.append(args)
+        raise RuntimeError("the kernels disagree")
+
+    monkeypatch.setattr(agreement, "check", wrong)
+    with pytest.raises(RuntimeError, match="disagree"):
+        tune(FAST)
+    assert compared == [(*SIZES, torch.float32, CPU)] and not stored()
+
+
+def test_tuning_has_finished_with_its_last_sweep(tune, monkeypatch):
+    monkeypatch.setattr(store, "INTERPRETING", False)
+    with monkeypatch.context() as patch:
+        instead(patch, "gradient_chunk", dict.fromkeys([DEFAULT, FAST], raising(OSError())))
+        with pytest.raises(OSError):
+            tune(FAST)
+    assert store.tiles(CPU) and not store.is_tuned(None, CPU)
+    tune(FAST)
+    assert store.is_tuned(None, CPU) and store.is_tuned(torch.float32, CPU)
+    assert not store.is_tuned(torch.bfloat16, CPU)
+    monkeypatch.setattr(store, "INTERPRETING", True)
+    assert not store.is_tuned(None, CPU)
+
+
+# Searching
+
+
+def test_the_fastest_tile_of_every_sweep_is_stored_and_read_back(tune):
+    lines = []
+    outcomes = tune(SLOW, FAST, say=lines.append)
+    assert [(o.sweep, o.width) for o in outcomes] == KEYS
+    for outcome in outcomes:
+        assert outcome.default == DEFAULT and outcome.best == FAST
+        assert outcome.times == {DEFAULT: 2.0, SLOW: 3.0, FAST: 1.0} and not outcome.rejected
+        assert outcome.row()[2:] == (
+            str(DEFAULT), "2.000", "16x64x32, 4 warps, 2 stages", "1.000", "3", "0"
+        )  # fmt: skip
+    assert len(lines) == 16 and f"row_stats, width 24, 2 of 3: {SLOW}: 3.000 ms" in lines
+    assert stored() == {(sweep, torch.float32, width): FAST for sweep, width in KEYS}
+    assert sorted(p.name for p in store.path().parent.iterdir()) == ["tiles.json", "tiles.lock"]
+
+
+def test_equal_widths_share_row_statistics_and_the_default_wins_where_it_is_faster(tune):
+    outcomes = tune(SLOW, DEFAULT, sizes=(24, 24, 90, 6))
+    assert [o.sweep for o in outcomes] == list(Sweep)
+    assert all(o.best == DEFAULT for o in outcomes)
+
+
+REJECTED = [
+    OutOfResources(300000, 232448, "shared memory"),
+    PTXASError("Internal Triton PTX codegen error\nptxas fatal: too much of it"),
+    CompilationError(None, None, "cannot be compiled"),
+    CompileTimeAssertionFailure(None, None, "an assertion"),
+    UnsupportedLanguageConstruct(None, None, "unsupported"),
+    RuntimeError("PassManager::run failed"),
+    RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
+]
+
+
+def test_rejected_tiles_are_passed_over(tune, monkeypatch):
+    errors = dict(zip(BROKEN, REJECTED, strict=True))
+    for launch in LAUNCHES:
+        instead(monkeypatch, launch, {tile: raising(error) for tile, error in errors.items()})
+    lines = []
+    for outcome in tune(*BROKEN, FAST, say=lines.append):
+        assert outcome.best == FAST and outcome.row()[-2:] == ("9", "7")
+        for tile, error in errors.items():
+            reason = outcome.rejected[tile]
+            assert str(error).strip().splitlines()[-1].strip() in reason
+            assert any(f"{tile}: rejected, {reason}" in line for line in lines)
+
+
+OTHER_ERRORS = [
+    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory"),
+    ValueError("a bug"),
+]
+
+
+def test_other_errors_end_the_search_and_leave_what_was_found(tune, monkeypatch):
+    assert [search.rejection(error) for error in OTHER_ERRORS] == [None] * 3
+    instead(monkeypatch, "row_sums", {FAST: raising(OTHER_ERRORS[0])})
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        tune(FAST)
+    assert [key[0] for key in stored()] == [Sweep.ROW_STATS, Sweep.ROW_STATS, Sweep.ONLINE_KL]
+
+
+def test_the_default_tile_may_be_rejected_too(tune, monkeypatch):
+    monkeypatch.setattr(sizes, "default", lambda *args: BROKEN[3])
+    error = OutOfResources(2, 1, "shared memory")
+    instead(monkeypatch, "row_stats", {BROKEN[3]: raising(error)})
+    outcome = tune(FAST)[0]
+    assert outcome.best == FAST and outcome.row()[2:4] == (str(BROKEN[3]), "rejected")
+    with pytest.raises(RuntimeError, match="no tile of row_stats runs here.*shared memory"):
+        tune()
+
+
+def wrong_by(factor):
+    def launch(original, *args):
+        result = original(*args)
+        # Sweep 3 writes into its last argument but one.
+        tensor = args[-2] if result is None else getattr(result, "log_sum", getattr(result, "f", 0))
+        tensor[3] *= factor
+        return result
+
+    return launch
+
+
+def test_tiles_with_other_results_do_not_win(tune, monkeypatch):
+    factors = 0.0, -1.0, float("nan"), float("inf"), 1.01
+    wrong = dict(zip(BROKEN, map(wrong_by, factors), strict=False))
+    for launch in LAUNCHES:
+        instead(monkeypatch, launch, wrong)
+    for outcome in tune(*wrong, FAST):
+        assert outcome.best == FAST
+        for tile in wrong:
+            assert "its results are off by" in outcome.rejected[tile]
+
+
+def test_a_tile_that_writes_nothing_does_not_win_by_what_memory_holds(tune, monkeypatch):
+    instead(monkeypatch, "gradient_chunk", {FAST: lambda original, *args: None})
+    assert tune(FAST)[-1].rejected == {FAST: "its results are off by nan of the largest"}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("sweep", Sweep)
+def test_candidates_and_defaults_are_valid(arch, dtype, sweep):
+    found = search.candidates(sweep, arch, dtype.itemsize)
+    assert 0 < len(found) < 80
+    assert all(max(v for _, v in search.BLOCKS_NV) % tile.block_v == 0 for tile in found)
+    for width in (576, 1024, 2048, 8192):
+        found += [sizes.default(sweep, arch, dtype, width, extras) for extras in (False, True)]
+    for tile in found:
+        assert sizes.invalid_reason(tile, sweep, arch, dtype.itemsize) is None
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_the_search(tune, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(agreement, "check", None)
+    with pytest.raises(OSError):
+        tune()
+
+
+# The command
+
+COMMAND = ["tune", "--student-width", "24", "--teacher-width", "40", "--vocab", "90"]
+COMMAND += ["--tokens", "6", "--dtype", "float32"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_command_says_so(capsys):
+    assert cli.main(COMMAND) == 1
+    shown = capsys.readouterr()
+    assert shown.out == "" and len(shown.err.splitlines()) == 1
+    assert shown.err.startswith("lens-kernels tune: tiles are timed on a GPU, and torch ")
+
+
+def test_without_triton_the_command_says_so(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
+    )
+    assert cli.main(COMMAND) == 1
+    assert "triton is not installed: pip install triton" in capsys.readouterr().err
+
+
+def test_interpreted_kernels_are_not_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tuning, "INTERPRETING", True)
+    assert "TRITON_INTERPRET" in tuning.unsupported_reason()
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Let the command tune on the CPU."""
+    monkeypatch.setattr(tuning, "unsupported_reason", lambda: None)
+    monkeypatch.setattr(search, "candidates", lambda *args: [FAST])
+    tune = tuning.tune
+    options = {"device": CPU, "timer": clock}
+    monkeypatch.setattr(tuning, "tune", lambda *args, **more: tune(*args, **more, **options))
+
+
+def test_the_command_prints_a_table_and_the_path(command, capsys):
+    assert cli.main(COMMAND) == 0
+    shown = capsys.readouterr().out
+    assert "row_sums, width 24, 1 of 2: " in shown
+    table = shown.split("\n\n")[1].splitlines()
+    assert table[0].split()[:2] == ["sweep", "width"] and len(table) == 6
+    assert [line.split()[:2] for line in table[1:]] == [[s.value, str(w)] for s, w in KEYS]
+    assert f"stored in {store.path()}" in shown
+    assert len(stored()) == 5
+
+
+def test_the_command_says_if_nothing_can_be_stored(command, capsys, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.main(COMMAND) == 1
+    assert "results cannot be stored: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("change", [["--vocab", "0"], ["--dtype", "float64"], ["--tokens", "-1"]])
+def test_bad_arguments_end_with_usage(change, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*COMMAND, *change])
+    assert stop.value.code == 2
