@@ -59,3 +59,14 @@ def compiler_errors() -> tuple[type[Exception], ...]:
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     return TorchDynamoException, CppCompileError, InvalidCxxCompiler
+
+
+def triton_interpreter() -> Any:
+    """Return the module of Triton's interpreter, parts of which the ``triton`` backend replaces.
+
+    These are ``InterpreterBuilder.create_dot`` and ``cast_impl``, ``TensorHandle`` and
+    ``_patch_lang``. Seen in Triton 3.6 to 3.9. Without them kernels cannot be interpreted.
+    """
+    from triton.runtime import interpreter
+
+    return interpreter

@@ -51,8 +51,8 @@ SHAPES = {
     "aligned": Shape((4,), 64, 16, 16, 3),
     # One token: means, sums and chunk arithmetic degenerate.
     "one_row": Shape((1,), 53, 8, 9, 1),
-    # Three blocks of rows by three splits of four, four and three tiles of the vocabulary: kernels
-    # go over tiles inside a split, and merge splits.
+    # For the kernels two blocks of rows by three splits of two tiles of the vocabulary: they loop
+    # over tiles inside a split, and merge splits.
     "splits": Shape((70,), 680, 24, 40, 1),
     # The smallest softmax and the narrowest states.
     "smallest": Shape((4, 3), 2, 2, 1, 2),

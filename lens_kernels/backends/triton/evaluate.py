@@ -28,7 +28,7 @@ from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
 def evaluate(call: LossCall) -> Evaluation:
     """Return the rows of the call and the gradients of its loss."""
     if interpreter.INTERPRETING:
-        interpreter.mend_bfloat16()
+        interpreter.prepare()
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device_of(call.row_weight):
         sweeps = _Sweeps(call)

@@ -14,6 +14,8 @@ import numpy as np
 import triton
 import triton.language as tl
 
+from lens_kernels import compat
+
 # Whether kernels are interpreted rather than compiled. TRITON_INTERPRET=1 decides this when the
 # kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
@@ -30,23 +32,31 @@ def _to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def mend_bfloat16() -> None:
-    """Replace the two operations of the interpreter that are wrong for bfloat16."""
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+def prepare() -> None:
+    """Correct the interpreter's bfloat16, and save a third of its time, once per process."""
+    interpreter = compat.triton_interpreter()
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang
 
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         def widened(x: Any) -> Any:
-            if x.dtype.scalar != tl.bfloat16:
-                return x
-            return TensorHandle(_to_float(x.data), tl.float32)
+            return handle(_to_float(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
 
         return dot(self, widened(a), widened(b), *args)
 
     def cast_impl(self: Any, src: Any, dst_type: Any) -> Any:
         if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
-            return TensorHandle(_to_bfloat16(src.data), tl.bfloat16)
+            return handle(_to_bfloat16(src.data), tl.bfloat16)
         return cast(self, src, dst_type)
 
-    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    @functools.cache
+    def languages(function: Any) -> list[Any]:
+        return [x for x in function.__globals__.values() if x is tl or x is tl.core]
+
+    def patch_lang(function: Any) -> Any:
+        # Every call of a device function patches the language again, which changes nothing.
+        patched = not any(tl.core.is_builtin(language.load) for language in languages(function))
+        return None if patched else patch(function)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    interpreter._patch_lang = patch_lang

@@ -11,7 +11,7 @@ from tests.support.compare import assert_close
 
 @pytest.fixture(autouse=True, scope="module")
 def _mended():
-    interpreter.mend_bfloat16()
+    interpreter.prepare()
 
 
 @triton.jit
@@ -84,5 +84,5 @@ def test_mending_twice_is_mending_once():
     from triton.runtime.interpreter import InterpreterBuilder
 
     before = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-    interpreter.mend_bfloat16()
+    interpreter.prepare()
     assert (InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl) == before

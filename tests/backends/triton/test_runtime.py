@@ -1,6 +1,6 @@
 """When the triton backend runs and when it refuses, and what its kernels are compiled for.
 
-Here the kernels are interpreted: what they are otherwise is asked of a fresh Python.
+The kernels are interpreted here. A fresh Python says what they are otherwise.
 """
 
 import importlib.util
@@ -21,12 +21,12 @@ from tests.support.problems import loss_of, make
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
-def run_compiled(code):
+def run_compiled(code, stdin=""):
     """Run a program in a fresh Python, whose kernels are not interpreted."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return subprocess.run(command, env=environment, input=stdin, capture_output=True, text=True)
 
 
 def test_auto_never_means_the_interpreter():
@@ -48,22 +48,30 @@ def test_on_a_cpu_it_names_the_interpreter_and_the_torch_backend():
         assert part in result.stdout
 
 
-@pytest.mark.parametrize(
-    ("setting", "allowed"),
-    [
-        ("pass", False),
-        ("torch.set_float32_matmul_precision('high')", True),
-        ("torch.backends.cuda.matmul.allow_tf32 = True", True),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", True),
-        ("torch.backends.fp32_precision = 'tf32'", True),
-        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", False),
-    ],
-)
-def test_tf32_is_torch_s_choice_by_either_switch(setting, allowed):
-    """The older switch refuses to be read once the newer one is set."""
-    operands = "from lens_kernels.backends.triton.kernels.operands import tf32_is_allowed"
-    result = run_compiled(f"import torch\n{operands}\n{setting}\nprint(tf32_is_allowed())")
-    assert result.stdout.strip() == str(allowed), result.stderr
+TF32 = """
+import os, sys, torch
+from lens_kernels.backends.triton.kernels.operands import tf32_is_allowed
+for setting in sys.stdin.read().splitlines():
+    if os.fork() == 0:
+        exec(setting)
+        print(tf32_is_allowed(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+SETTINGS = {
+    "pass": False,
+    "torch.set_float32_matmul_precision('high')": True,
+    "torch.backends.cuda.matmul.allow_tf32 = True": True,
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": True,
+    "torch.backends.fp32_precision = 'tf32'": True,
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
+}
+
+
+def test_tf32_is_torch_s_choice_by_either_switch():
+    """Each in a process of its own: once the newer switch is set, the older one cannot be read."""
+    result = run_compiled(TF32, "\n".join(SETTINGS))
+    assert result.stdout.split() == [str(allowed) for allowed in SETTINGS.values()], result.stderr
 
 
 def test_on_another_device_it_says_what_it_is_for():
@@ -108,13 +116,12 @@ for module in pkgutil.iter_modules(package.__path__):
 print(json.dumps(kernels))
 """
 
-# Of a call, what a kernel may be compiled for: what selects formulas, and the tile.
+# What a kernel may be compiled for: the choice of formulas, and the tile.
 CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D"}
-# Numbers that differ from call to call: none of their values, 1 and multiples of 16 included, is
-# compiled for.
+# Numbers that differ from call to call. Triton must not specialise on 1 or multiples of 16.
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "first_column"}
-# Floats, for no value of which anything is ever compiled, unless they were constants. Slope and cap
-# are parts of a side.
+# Floats, on whose values Triton specialises only if they are constants. ``operand`` contains slope
+# and cap.
 NUMBERS = {
     "operand",
     "student",

@@ -61,8 +61,8 @@ def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bo
     stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS
     wide, name = width >= WIDE, arch.name
     if name == "interpreter":
-        # Wide operands would take minutes in small steps.
-        return Tile(32, 64, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
+        # An operation takes the same time for any block. Small problems still have several tiles.
+        return Tile(64, 128, 32, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
     if dtype.itemsize == 4:
         # NVIDIA has no matrix instruction for exact fp32 products, which take many registers.
         return Tile(64, 32, 32, 8, 3) if sums else Tile(128 if stats else 64, 64, 16, 8, 3)
