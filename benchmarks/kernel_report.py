@@ -52,7 +52,7 @@ END = "<!-- end of what kernel_report.py made -->"
 def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
     """Compile every kernel variant for every architecture, two at a time or more."""
     from benchmarks import offline
-    from lens_kernels.spec import Divergence
+    from lens_kernels.options import Divergence
 
     jobs = dict.fromkeys(
         (arch, launch)

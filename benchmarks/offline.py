@@ -27,7 +27,7 @@ from lens_kernels.backends.triton.kernels.launch import Tile
 from lens_kernels.backends.triton.kernels.operands import Operand
 from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
-from lens_kernels.spec import Divergence, LossSpec
+from lens_kernels.options import Divergence, LossSpec
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -181,9 +181,9 @@ def _env(args: argparse.Namespace) -> int:
         which = f"the cheaper of {' and '.join(used)}" if used[1:] else used[0]
         print(f"  backend='auto' uses {which}")
         for backend in dispatch.REGISTRY.values():
-            reason = backend.objection(device, False)
+            reason = backend.unsupported_reason(device, False)
             if reason is None:
-                reserved = backend.reservation(device, None)
+                reserved = backend.auto_excluded_reason(device, None)
                 reason = "can run" + (f"; {reserved}" if reserved else "")
             print(f"  {backend.name:<10} {reason}")
     return 0
@@ -194,7 +194,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     from lens_kernels import dispatch
 
-    reason = dispatch.REGISTRY["triton"].objection(torch.device("cuda"), False)
+    reason = dispatch.REGISTRY["triton"].unsupported_reason(torch.device("cuda"), False)
     if reason is None:
         from lens_kernels.backends.triton import tune
         from lens_kernels.backends.triton.tiles import store

@@ -100,11 +100,10 @@ def automatic(
     ]
 
 
-def choose(name: str, call: LossCall) -> Backend:
+def choose(name: str, shape: cost.CallShape) -> Backend:
     """Return the backend called ``name``, or for ``"auto"`` the cheapest that serves the call."""
-    device, fp64 = call.row_weight.device, call.compute_dtype is torch.float64
+    device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
-        shape = cost.CallShape.of(call)
         able = automatic(device, fp64, shape.dtype)
         if len(able) == 1:
             return able[0]

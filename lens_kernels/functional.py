@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lens_kernels import adaptive, dispatch, operator
 from lens_kernels.call import LossCall, Term
+from lens_kernels.cost import CallShape
 from lens_kernels.inputs import (
     Head,
     Hidden,
@@ -147,7 +148,7 @@ def symmetric_lens_loss(
     terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
     counted = inputs.counted()
     call = LossCall.of(inputs, terms, options, counted)
-    backend = dispatch.choose(options.backend, call).name
+    backend = dispatch.choose(options.backend, CallShape.of(call)).name
     weights = pair_weights(layer_weights, student.lenses, inputs)
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
@@ -283,7 +284,7 @@ def distillation_loss(
     inputs = check_inputs(student, teacher, mask=mask, labels=labels, vocab_size=vocab_size)
     counted, labelled = inputs.counted(), inputs.labelled()
     call = LossCall.of(inputs, terms, options, counted)
-    backend = dispatch.choose(options.backend, call).name
+    backend = dispatch.choose(options.backend, CallShape.of(call)).name
     tokens = token_denominator(denominator, counted)
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = """
 import sys, torch
 from benchmarks import offline
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 arch = sys.argv[1]
 seen = set()
 for width in (576, 8192):

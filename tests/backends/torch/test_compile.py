@@ -37,8 +37,9 @@ def compiled_graphs():
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_compiled_pass_gives_the_oracle_s_numbers(compiling, capped):
-    """It is compiled once for beta 1/2 and once for all other numbers of a call: 35 tokens in chunks
-    of 5, of 9 with a last one of 8, and all at once; each float as compiled first, then others."""
+    """It is compiled once for beta 1/2 and once for all other numbers of a call: 35 tokens in
+    chunks of 5, of 9 with a last one of 8, and all at once; each float as compiled first, then
+    others."""
     before = compiled_graphs()
     for temperature, beta, scale, softcap, rows in (
         (2.0, 0.5, 0.7, 9.0, 5),

@@ -12,7 +12,13 @@ Callers pass ``1 - beta`` as well, rounded from float64: in fp32 it would lose i
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.kernels.device_fns import exp, log_mixture, minus
+from lens_kernels.backends.triton.kernels.device_fns import NO_MASS, exp, log_mixture, minus
+
+
+@triton.jit
+def infinite_without(log_mass, weight, value):
+    """``value``, but ``inf`` where ``weight`` is not 0 and ``log_mass`` is that of no mass."""
+    return tl.where((log_mass < NO_MASS) & (weight > 0), float("inf"), value)
 
 
 @triton.jit
@@ -36,14 +42,14 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         q = exp(lq)
         diff = minus(p, q, d)
         if DIVERGENCE == "jeffreys":
-            f = diff * d
-            h = -diff - q * d
+            f = infinite_without(lq, p, infinite_without(lp, q, diff * d))
+            h = infinite_without(lp, q, -diff - q * d)
         elif DIVERGENCE == "forward_kl":
-            f = p * d - diff
+            f = infinite_without(lq, p, p * d - diff)
             h = -diff
         elif DIVERGENCE == "reverse_kl":
-            f = diff - q * d
-            h = -q * d
+            f = infinite_without(lp, q, diff - q * d)
+            h = infinite_without(lp, q, -q * d)
         else:
             tl.static_assert(DIVERGENCE == "tvd")
             f = tl.abs(diff) * 0.5
