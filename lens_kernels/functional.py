@@ -106,7 +106,7 @@ def symmetric_lens_loss(
     Returns:
         In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``. A
         KL divergence is ``inf`` if a logit of -inf takes all mass from an entry where the other
-        distribution has some. Its gradients are then not finite, but for those of ``forward_kl``.
+        distribution has some. If that is the teacher's logit, gradients are not finite either.
 
     Raises:
         TypeError: A dtype or kind of argument that is not supported.

@@ -25,7 +25,8 @@ def gradients(threshold, student, teacher, head, teacher_head, **options):
     loss = symmetric_lens_loss(
         student, teacher, head, teacher_head, grad_threshold=threshold, **options
     )
-    return loss.detach(), *torch.autograd.grad(loss, [student, head])
+    weight = head.weight if isinstance(head, LensHead) else head
+    return loss.detach(), *torch.autograd.grad(loss, [student, weight])
 
 
 def logit_gradients(student, teacher, head, teacher_head):
@@ -69,6 +70,29 @@ def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
     assert (d_student - expected).abs().max() <= 1e-5 * expected.abs().max()
     bare = weight * (g[:, used] @ head[used])
     assert (d_student - exact[1]).norm() < 0.7 * (bare - exact[1]).norm()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("scale", "temperature"), [(1 / 64, 10.0), (4.0, 0.5)])
+def test_the_threshold_is_that_of_the_logits_at_any_scale(
+    always_active, backend, scale, temperature
+):
+    """At scale 1/64 and temperature 10 the products' own gradients are 640 times smaller."""
+    student, teacher, weight, teacher_weight = problem()
+    with torch.no_grad():
+        weight *= temperature / scale
+        teacher_weight *= temperature / scale
+    heads = LensHead(weight, scale=scale), LensHead(teacher_weight, scale=scale)
+    options = {"temperature": temperature, "reduction": "sum", "backend": backend}
+    factor = scale / temperature
+    g = logit_gradients(student, teacher, factor * weight, factor * teacher_weight)
+    exact = gradients(None, student, teacher, *heads, **options)[2]
+    threshold = 1e-4
+    used = g.abs().amax(0) > threshold
+    assert 0.05 < used.double().mean() < 0.6
+    d_head = gradients(threshold, student, teacher, *heads, **options)[2]
+    assert (d_head[~used] == 0).all()
+    assert (d_head[used] - exact[used]).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_what_was_dropped_is_reported(always_active):
