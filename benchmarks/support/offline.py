@@ -10,10 +10,11 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -28,20 +29,13 @@ from lens_kernels.backends.triton.operands import Operand
 from lens_kernels.call import LossCall
 from lens_kernels.spec import Divergence, LossSpec
 
+# A target, and its best instruction that multiplies matrices, as disassemblers write it.
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-# The instruction that multiplies matrices, as disassemblers write it, on the device's best path.
-MATRIX = {
-    "sm_80": "HMMA",
-    "sm_89": "HMMA",
-    "sm_90": "HGMMA",
-    "sm_100": "UTCHMMA",
-    "gfx942": "v_mfma",
+    "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
+    "sm_89": (GPUTarget("cuda", 89, 32), "HMMA"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "HGMMA"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "UTCHMMA"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 TYPES = {
@@ -104,7 +98,13 @@ class Compiled:
     matrix: str
     matrix_count: int
     instructions: int
-    programs: int  # that a processor can hold at a time, an estimate
+    programs_per_processor: int  # an estimate
+
+    def columns(self) -> dict[str, Any]:
+        """Return one line of the CSV."""
+        kernel = self.launch.kernel.removesuffix("_kernel")
+        names = {"kernel": kernel, "variant": self.launch.variant(), "tile": self.launch.tile()}
+        return {"arch": self.arch, **names} | {k: v for k, v in vars(self).items() if k != "launch"}
 
 
 FEATURES: dict[str, frozenset[str]] = {
@@ -170,14 +170,10 @@ def recorder(
         patches[Operand, "precision"] = property(lambda operand: "tf32")
     if tile is not None:
         patches[tiles, "choose"] = lambda *args: tile
-    originals = {(owner, name): vars(owner)[name] for owner, name in patches}
-    try:
+    with ExitStack() as stack:
         for (owner, name), patch in patches.items():
-            setattr(owner, name, patch)
+            stack.enter_context(mock.patch.object(owner, name, patch))
         yield launches
-    finally:
-        for (owner, name), original in originals.items():
-            setattr(owner, name, original)
 
 
 def _launch(kernel: JITFunction, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
@@ -230,7 +226,7 @@ def compile_for(arch: str, launch: Launch) -> Compiled:
         constexprs=dict(launch.constants),
         attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
     )
-    compiled = triton.compile(source, target=TARGETS[arch], options=dict(launch.options))
+    compiled = triton.compile(source, target=TARGETS[arch][0], options=dict(launch.options))
     shared = compiled.metadata.shared
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     code, registers, spilled, programs = read(compiled, shared)
@@ -292,8 +288,8 @@ def fault(compiled: Compiled, dtype: str) -> str | None:
     if compiled.spilled_bytes:
         return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
     # Exact fp32 products have no matrix instruction on NVIDIA.
-    if compiled.launch.kernel.startswith("norm") or dtype == "float32":
+    best = TARGETS[compiled.arch][1]
+    exempt = compiled.launch.kernel.startswith("norm") or dtype == "float32"
+    if exempt or compiled.matrix == best:
         return None
-    if compiled.matrix != MATRIX[compiled.arch]:
-        return f"{name} multiplies by {compiled.matrix}, not {MATRIX[compiled.arch]}"
-    return None
+    return f"{name} multiplies by {compiled.matrix}, not {best}"

@@ -1,7 +1,7 @@
-"""What the figures of ``speed_vs_peers.py`` must be, and what they are, from its CSV alone.
+"""Bounds on the figures of ``speed_vs_peers.py``, and the figures, from its CSV alone.
 
-A ratio of times is taken within each round, where both were timed shortly after one another; what
-counts is the median over the rounds, with the lowest and the highest beside it.
+A ratio of times is taken within each round, where both were timed shortly after one another. The
+median over the rounds counts; the lowest and the highest stand beside it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from benchmarks import harness
+from benchmarks.support import tables
+from benchmarks.support.timing import Timing
 
 Row = Mapping[str, str]
 Where = tuple[int, int, int, float]  # tokens, vocabulary, pairs, share of masked tokens
@@ -41,7 +43,7 @@ class Bar:
         if top is None or bottom is None:
             return []
         if self.quantity == "times_ms":
-            return ratios(top, bottom)
+            return Timing.read(top["times_ms"]).ratios(Timing.read(bottom["times_ms"]))
         sizes = top[self.quantity], bottom[self.quantity]
         return [float(sizes[0]) / float(sizes[1])] if all(sizes) else []
 
@@ -90,18 +92,6 @@ def _find(rows: Sequence[Row], contender: str, where: Where) -> Row | None:
     return None
 
 
-def times(row: Row) -> dict[int, float]:
-    """Return the times of a row in ms, by round."""
-    pairs = (each.split(":") for each in row.get("times_ms", "").split())
-    return {int(number): float(ms) for number, ms in pairs}
-
-
-def ratios(top: Row, bottom: Row) -> list[float]:
-    """Return the ratios of two rows' times, for each round that both have."""
-    above, below = times(top), times(bottom)
-    return [above[number] / below[number] for number in sorted(above.keys() & below.keys())]
-
-
 def verdict(rows: Sequence[Row]) -> list[list[str]]:
     """Return a line of cells for each bar: what, the bound, the ratio with its range, the end."""
     lines = []
@@ -137,12 +127,12 @@ def base_times(rows: Sequence[Row]) -> list[list[str]]:
 BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "of the products")
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """Return both tables as they stand in the README."""
-    tables = ((BASE_TIMES, base_times(rows)), (VERDICT, verdict(rows)))
-    return "\n\n".join(harness.markdown_table(*table) for table in tables if table[1])
+def both_tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], list[list[str]]]]:
+    """Return header and lines of the times and of the verdict."""
+    return [(BASE_TIMES, base_times(rows)), (VERDICT, verdict(rows))]
 
 
-def with_tables(text: str, rows: Sequence[Row]) -> str:
-    """Return a README with its tables made anew; ValueError if it has no place for them."""
-    return harness.replaced_between(text, BEGIN, END, markdown(rows))
+def write_tables(path: Path, rows: Sequence[Row]) -> None:
+    """Write the tables of a README anew; ValueError if it has no place for them."""
+    made = [tables.markdown_table(*table) for table in both_tables(rows) if table[1]]
+    tables.rewrite(path, BEGIN, END, "\n\n".join(made))
