@@ -38,14 +38,21 @@ def figure(draw: Callable[..., Any]) -> Callable[..., str]:
 
     @functools.wraps(draw)
     def written(csv: Path, *args: Any, png: Path | None = None) -> str:
-        if importlib.util.find_spec("matplotlib") is None:
-            return "no picture: matplotlib is not installed; pip install matplotlib"
+        if reason := no_matplotlib():
+            return reason
         png = png or csv.with_suffix(".png")
         png.parent.mkdir(parents=True, exist_ok=True)
         draw(tables.read_csv(csv), *args).savefig(png)
         return str(png)
 
     return written
+
+
+def no_matplotlib() -> str | None:
+    """Say that there can be no figure, or return None."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return None
+    return "no picture: matplotlib is not installed; pip install matplotlib"
 
 
 def _canvas(width: float, height: float, dpi: int = 110) -> Any:

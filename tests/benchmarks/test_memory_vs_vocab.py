@@ -1,0 +1,103 @@
+"""``memory_vs_vocab.py`` and ``speed_vs_floor.py`` from end to end, at small sizes."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import memory_vs_vocab, speed_vs_floor
+from benchmarks.support import tables
+from benchmarks.support.providers import CONTENDERS
+from benchmarks.support.shapes import Job
+from tests.support import ROOT
+
+
+def quick(out, *contenders, options=("--vocab", "512")):
+    command = ["--quick", "--device", "cpu", "--out", str(out), *options]
+    memory_vs_vocab.main([*command, "--contenders", *contenders])
+    return tables.read_csv(out / "memory_vs_vocab.csv")
+
+
+def test_quick_run_writes_table_and_picture(tmp_path, figures, capsys):
+    rows = quick(tmp_path, "lens_kernels", "dense", options=())
+    assert {(row["contender"], row["pairs"], row["vocab_entries"]) for row in rows} == {
+        (contender, pairs, vocab)
+        for contender in ("lens_kernels", "dense")
+        for pairs in "12"
+        for vocab in ("2048", "8192")
+    }
+    for row in rows:
+        assert row["method"] == "measured"
+        assert float(row["peak_with_gradients_mib"]) > float(row["gradients_mib"]) > 6
+        assert float(row["fake_peak_with_gradients_mib"]) > 0
+        for column in ("device", "torch", "liger_kernel", "trl", "commit", "date_utc"):
+            assert row[column] or column in ("liger_kernel", "trl")
+    assert (tmp_path / "memory_vs_vocab.png").stat().st_size < 200_000
+    last = rows[-1]
+    line = next(x for x in reversed(capsys.readouterr().out.splitlines()) if last["label"] in x)
+    assert line.endswith(f" {float(last['peak_with_gradients_mib']):.0f}")
+
+
+def test_without_matplotlib_the_rest_still_runs(tmp_path, figures, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert quick(tmp_path, "dense")
+    assert "no picture: matplotlib is not installed; pip install" in capsys.readouterr().out
+    assert not (tmp_path / "memory_vs_vocab.png").exists()
+
+
+@pytest.mark.parametrize(("rate", "method"), [(1e15, "measured"), (1.0, "fake")])
+def test_points_that_take_too_long_come_from_fake_tensors(rate, method):
+    job = Job(tokens=128, vocab=8192)
+    (row,) = memory_vs_vocab.points([job], [CONTENDERS["dense"]], rate, gemm_seconds=1.0)
+    assert row["method"] == method
+    assert bool(row["note"]) == (method == "fake")
+
+
+def test_absent_peers_are_listed_with_the_command_that_installs_them(tmp_path, monkeypatch, capsys):
+    for module in ("liger_kernel", "trl"):
+        monkeypatch.setitem(sys.modules, module, None)
+    rows = quick(tmp_path, "dense", "liger", "liger_uncompiled", "trl")
+    absent = {row["contender"]: row["note"] for row in rows if row["method"] == "absent"}
+    liger = "not installed; pip install liger-kernel==0.8.5"
+    trl = "not installed; pip install trl==1.16.0"
+    assert absent == {"liger": liger, "liger_uncompiled": liger, "trl": trl}
+    last = capsys.readouterr().out.split("* counted over fake tensors")[1]
+    assert liger in last and trl in last
+    assert sum(row["method"] == "measured" for row in rows) == 2
+
+
+def test_speed_is_related_to_the_floor_of_the_same_dtype(tmp_path, clock):
+    sizes = ["--tokens", "64", "--vocab", "2000", "--student-width", "64", "--teacher-width", "96"]
+    options = ["--device", "cpu", "--rounds", "2", "--uncompiled", "--bf16"]
+    speed_vs_floor.main([*sizes, *options, "--out", str(tmp_path)])
+    rows = tables.read_csv(tmp_path / "speed_vs_floor.csv")
+    assert [row["dtype"] for row in rows] == ["float32"] * 6 + ["bfloat16"] * 6
+    # The clock adds a second with each call: 6 to warm up, then two rounds of 6, each rotated.
+    times = [(7 + (i - 1) % 6, 13 + (i - 2) % 6) for i in range(6)]
+    times += [(a + 18, b + 18) for a, b in times]
+    for number, (row, (low, high)) in enumerate(zip(rows, times, strict=True)):
+        floor = times[number // 6 * 6]
+        low, high = min(low, high), max(low, high)
+        found = [float(row[f"{name}_ms"]) for name in ("min", "median", "max")]
+        assert found == [1e3 * low, 500 * (low + high), 1e3 * high]
+        ratio, best = (low + high) / sum(floor), low / min(floor)
+        assert (row["ratio_to_floor"], row["best_ratio_to_floor"]) == (
+            f"{ratio:.2f}",
+            f"{best:.2f}",
+        )
+
+
+def test_scripts_run_by_their_path_and_use_their_own_checkout(tmp_path):
+    for package in ("benchmarks", "lens_kernels", "reference"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise ImportError('another one')")
+    scripts = [x for x in (ROOT / "benchmarks").glob("*.py") if "__main__" in x.read_text()]
+    assert len(scripts) == 8
+    for script in scripts:
+        first = script.read_text().partition("\nfrom benchmarks")[0]
+        assert first.endswith("if not __package__:\n    import checkout  # noqa: F401\n"), script
+    command = [sys.executable, ROOT / "benchmarks" / "memory_vs_vocab.py", "--help"]
+    env = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert result.returncode == 0 and "--gemm-seconds" in result.stdout, result.stderr
