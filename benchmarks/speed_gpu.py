@@ -15,10 +15,10 @@ stopped run leaves the results that it had.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,8 +86,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def row(key: str, *parts: Mapping[str, Any], **more: str) -> dict[str, Any]:
     """Return one line of the CSV."""
     label = "matrix products alone" if key == FLOOR else CONTENDERS[key].label()
-    none = {"rounds": 0}
-    return tables.row(COLUMNS, none, *parts, {"contender": key, "label": label, **more})
+    names = {"contender": key, "label": label, "rounds": 0, **more}
+    return tables.row(COLUMNS, names, *parts)
 
 
 def job_rows(
@@ -116,11 +116,8 @@ def job_rows(
             timings = timing.time_interleaved(timed, rounds, job.device, progress=False)
         inputs.clear()
         for key, times in timings.items():
-            ratio = ""
-            if FLOOR in timings:
-                ratio = f"{times.median_ms / timings[FLOOR].median_ms:.2f}"
-            columns = times.columns(3) | used[key] | {"ratio_to_floor": ratio}
-            rows.append(row(key, sizes, columns, mode=mode))
+            columns = times.columns(3, timings.get(FLOOR))
+            rows.append(row(key, sizes, columns, used[key], mode=mode))
         rows += [row(key, sizes, mode=mode, note=note) for key, note in failed.items()]
         show(mode, rows)
     return rows
@@ -130,16 +127,10 @@ def functions(
     inputs: shapes.Inputs, contenders: Mapping[str, Contender], backward: bool
 ) -> dict[str, Callable[[], Any]]:
     """Return what is measured, by key, on shared inputs."""
-
-    def call(loss: Callable[[shapes.Inputs], torch.Tensor]) -> Callable[[], Any]:
-        def forward_and_backward() -> Any:
-            inputs.clear()
-            return step(loss, inputs)
-
-        return forward_and_backward if backward else torch.no_grad()(lambda: loss(inputs))
-
-    floor = functools.partial(products.products, inputs, backward)
-    return {FLOOR: floor} | {key: call(each.load()) for key, each in contenders.items()}
+    forward = torch.no_grad()(lambda loss, inputs: loss(inputs))
+    call = step if backward else forward
+    calls = {key: partial(call, each.load(), inputs) for key, each in contenders.items()}
+    return {FLOOR: partial(products.products, inputs, backward), **calls}
 
 
 def measured_memory(

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 from benchmarks.support import environment, products, providers, tables, timing
-from benchmarks.support.contenders import Loss, check, step
+from benchmarks.support.contenders import check, step
 from benchmarks.support.shapes import Job
 
 COLUMNS = (
@@ -48,7 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         job = Job(args.tokens, args.vocab, args.pairs, *widths, dtype, device)
         print(f"{job.tokens} tokens, {job.vocab} entries, {job.columns()['dtype']}")
         timings = timing.time_interleaved(functions(job, args.uncompiled), args.rounds, device)
-        rows += rows_of(job, timings)
+        floor = timings["floor"]
+        for name, times in timings.items():
+            best = min(times.by_round.values()) / min(floor.by_round.values())
+            names = {"contender": name, "best_ratio_to_floor": f"{best:.2f}"}
+            rows.append(tables.row(COLUMNS, names, job.columns(), times.columns(1, floor)))
     path = args.out / "speed_vs_floor.csv"
     where = environment.environment(device)
     tables.write_csv(path, [row | where for row in rows])
@@ -75,39 +80,20 @@ def functions(job: Job, uncompiled: bool) -> dict[str, Callable[[], Any]]:
     """Return what is timed, by name, on shared inputs."""
     inputs = job.make()
 
-    def fresh_step(loss: Loss) -> Callable[[], Any]:
-        def run() -> None:
-            inputs.clear()
-            step(loss, inputs)
-
-        return run
-
-    def without_compiler() -> None:
+    def uncompiled_step() -> None:
         with providers.uncompiled():
-            fresh_step(providers.ours)()
+            step(providers.ours, inputs)
 
     chosen: dict[str, Callable[[], Any]] = {
-        "floor": lambda: products.products(inputs),
-        "floor_tiled": lambda: products.tiled_products(inputs),
-        "lens_kernels": fresh_step(providers.ours),
+        "floor": partial(products.products, inputs),
+        "floor_tiled": partial(products.tiled_products, inputs),
+        "lens_kernels": partial(step, providers.ours, inputs),
     }
     if uncompiled:
-        chosen["lens_kernels_uncompiled"] = without_compiler
-    chosen["dense"] = fresh_step(providers.dense)
-    chosen["dense_kl_div"] = fresh_step(providers.dense_kl_div)
+        chosen["lens_kernels_uncompiled"] = uncompiled_step
+    chosen["dense"] = partial(step, providers.dense, inputs)
+    chosen["dense_kl_div"] = partial(step, providers.dense_kl_div, inputs)
     return chosen
-
-
-def rows_of(job: Job, timings: Mapping[str, timing.Timing]) -> list[dict[str, Any]]:
-    """Return the lines of the CSV."""
-    floor, rows = timings["floor"], []
-    for name, times in timings.items():
-        ratio = times.median_ms / floor.median_ms
-        best = min(times.by_round.values()) / min(floor.by_round.values())
-        ratios = {"ratio_to_floor": f"{ratio:.2f}", "best_ratio_to_floor": f"{best:.2f}"}
-        columns = {"contender": name} | times.columns(1) | ratios
-        rows.append(tables.row(COLUMNS, job.columns(), columns))
-    return rows
 
 
 if __name__ == "__main__":

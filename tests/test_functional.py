@@ -20,7 +20,6 @@ from tests.support.grids import (
 )
 from tests.support.problems import loss_of, make, oracle, ours, plain_torch, related
 
-
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
 

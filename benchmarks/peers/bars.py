@@ -12,84 +12,83 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.peers.points import FLOOR, Point
 from benchmarks.support import tables
+from benchmarks.support.shapes import Job
 from benchmarks.support.timing import Timing
 
 Row = Mapping[str, str]
-Where = tuple[int, int, int, float]  # tokens, vocabulary, pairs, share of masked tokens
 
-BASE: Where = (1024, 50257, 1, 0.0)
-HALF: Where = (512, 50257, 1, 0.0)
-FIVE: Where = (1024, 50257, 5, 0.5)
-LARGE: Where = (2048, 131072, 5, 0.0)
+
+def at(tokens: int = 1024, vocab: int = 50257, pairs: int = 1, masked: float = 0.0) -> str:
+    """Return the name of a point of GPT-2's widths."""
+    return Point((), "gpt2", Job(tokens, vocab, pairs, masked=masked)).key()
+
+
+BASE, HALF, FIVE = at(), at(512), at(pairs=5, masked=0.5)
+LARGE = at(2048, 131072, 5)
 BEGIN = "<!-- made by speed_vs_peers.py --readme from data/cpu/speed_vs_peers.csv -->"
 END = "<!-- end of what speed_vs_peers.py made -->"
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound on what ``top`` takes, divided by what ``bottom`` takes; both at GPT-2's widths."""
+    """A bound on a ratio: of what is measured for ``top`` to the same for ``bottom``.
+
+    Each is a point and a contender; what is measured is a column of the CSV.
+    """
 
     what: str
-    top: tuple[str, Where]
-    bottom: tuple[str, Where]
+    top: tuple[str, str]
+    bottom: tuple[str, str]
     limit: float
     at_most: bool = False
     quantity: str = "times_ms"
 
     def ratios(self, rows: Sequence[Row]) -> list[float]:
         """Return the ratio in every round that both have, or none if one is missing."""
-        top, bottom = (_find(rows, *side) for side in (self.top, self.bottom))
-        if top is None or bottom is None:
+        found = {(row["point"], row["contender"]): row[self.quantity] for row in rows}
+        top, bottom = found.get(self.top), found.get(self.bottom)
+        if not top or not bottom:
             return []
         if self.quantity == "times_ms":
-            return Timing.read(top["times_ms"]).ratios(Timing.read(bottom["times_ms"]))
-        sizes = top[self.quantity], bottom[self.quantity]
-        return [float(sizes[0]) / float(sizes[1])] if all(sizes) else []
+            return Timing.read(top).ratios(Timing.read(bottom))
+        return [float(top) / float(bottom)]
 
     def is_met(self, ratio: float) -> bool:
         """Say whether a ratio is within the bound."""
         return ratio <= self.limit if self.at_most else ratio >= self.limit
 
 
-def _against(peer: str, where: Where, limit: float, name: str, quantity: str = "times_ms") -> Bar:
-    return Bar(name, (peer, where), ("lens_kernels", where), limit, quantity=quantity)
+def _against(peer: str, point: str, limit: float, name: str, quantity: str = "times_ms") -> Bar:
+    return Bar(name, (point, peer), (point, "lens_kernels"), limit, quantity=quantity)
 
 
-def _growth(what: str, larger: Where, smaller: Where, factor: float) -> Bar:
+def _growth(what: str, larger: str, smaller: str, factor: float = 2) -> Bar:
     """Return the bound of 2.1 for each doubling."""
-    sides = ("lens_kernels", larger), ("lens_kernels", smaller)
+    sides = (larger, "lens_kernels"), (smaller, "lens_kernels")
     return Bar(f"lens_kernels, {what}", *sides, 2.1 ** math.log2(factor), at_most=True)
 
 
+PUBLISHED = "DistillLens as published / lens_kernels, 5 pairs, half masked"
 BARS = (
-    Bar("lens_kernels / four products", ("lens_kernels", BASE), ("floor", BASE), 1.10, True),
+    Bar("lens_kernels / four products", (BASE, "lens_kernels"), (BASE, FLOOR), 1.10, True),
     _against("dense", BASE, 2.4, "dense PyTorch, as lean as can be / lens_kernels"),
     _against("dense_kl_div", BASE, 2.4, "dense PyTorch, F.kl_div / lens_kernels"),
     _against("liger", BASE, 1.2, "Liger, compiled / lens_kernels"),
     _against("trl", BASE, 3.0, "TRL / lens_kernels"),
-    _against(
-        "published", FIVE, 4.5, "DistillLens as published / lens_kernels, 5 pairs, half masked"
-    ),
-    _growth("1024 / 512 tokens", BASE, HALF, 2),
-    _growth("2048 / 1024 tokens", (2048, *BASE[1:]), BASE, 2),
-    _growth("50k / 25k entries", HALF, (512, 25128, 1, 0.0), 2),
-    _growth("100k / 50k entries", (512, 100514, 1, 0.0), HALF, 2),
-    _growth("5 pairs / 1, half masked", FIVE, (1024, 50257, 1, 0.5), 5),
+    _against("published", FIVE, 4.5, PUBLISHED),
+    _growth("1024 / 512 tokens", BASE, HALF),
+    _growth("2048 / 1024 tokens", at(2048), BASE),
+    _growth("50k / 25k entries", HALF, at(512, 25128)),
+    _growth("100k / 50k entries", at(512, 100514), HALF),
+    _growth("5 pairs / 1, half masked", FIVE, at(masked=0.5), 5),
     _against("dense", LARGE, 50, "temporaries: dense PyTorch / lens_kernels", "temporaries_mib"),
     _against("trl", LARGE, 4, "temporaries: TRL / lens_kernels", "temporaries_mib"),
     _against("trl", LARGE, 1, "time there: TRL / lens_kernels"),
 )
-
-
-def _find(rows: Sequence[Row], contender: str, where: Where) -> Row | None:
-    """Return the row of a contender at a point of GPT-2's widths."""
-    for row in rows:
-        if row["contender"] == contender and row["model"] == "gpt2":
-            place = int(row["tokens"]), int(row["vocab_entries"]), int(row["pairs"])
-            if (*place, float(row["masked"])) == where:
-                return row
-    return None
+VERDICT = ("ratio", "bound", "measured", "range", "")
+BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "of the products")
 
 
 def verdict(rows: Sequence[Row]) -> list[list[str]]:
@@ -108,23 +107,15 @@ def verdict(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-VERDICT = ("ratio", "bound", "measured", "range", "")
-
-
 def base_times(rows: Sequence[Row]) -> list[list[str]]:
     """Return a line of cells for each contender at the point that most bars are about."""
-    lines = []
-    for key in dict.fromkeys(row["contender"] for row in rows):
-        row = _find(rows, key, BASE)
-        if row is None or not row["median_ms"]:
-            continue
-        spread = f"{float(row['min_ms']) / 1e3:.2f} to {float(row['max_ms']) / 1e3:.2f}"
-        cells = [row["label"], f"{float(row['median_ms']) / 1e3:.2f}", spread]
-        lines.append([*cells, row["rounds"], row["ratio_to_floor"]])
+    lines, order = [], [*dict.fromkeys(row["contender"] for row in rows)]
+    for row in sorted(rows, key=lambda row: order.index(row["contender"])):
+        if row["point"] == BASE and row["median_ms"]:
+            median, low, high = (float(row[f"{x}_ms"]) / 1e3 for x in ("median", "min", "max"))
+            cells = [row["label"], f"{median:.2f}", f"{low:.2f} to {high:.2f}"]
+            lines.append([*cells, row["rounds"], row["ratio_to_floor"]])
     return lines
-
-
-BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "of the products")
 
 
 def both_tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], list[list[str]]]]:

@@ -79,7 +79,7 @@ class Contender:
     ) -> tuple[T, tuple[float, ...]]:
         """Return what an instrument says of one step, and the step's loss and gradient norms."""
         loss, values = self.load(), []
-        inputs.clear()
+        inputs.clear()  # before the instrument looks
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())
@@ -98,7 +98,8 @@ class Contender:
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:
-    """Compute the loss and its gradients; the value is returned without its graph."""
+    """Compute the loss and its gradients anew; the value is returned without its graph."""
+    inputs.clear()
     value = loss(inputs)
     # A constant, because Liger reads the upstream gradient on the host, where a fake has no value.
     value.backward(gradient=torch.tensor(1.0, device=value.device))

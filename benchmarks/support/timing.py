@@ -36,12 +36,17 @@ class Timing:
         both = sorted(self.by_round.keys() & other.by_round.keys())
         return [self.by_round[number] / other.by_round[number] for number in both]
 
-    def columns(self, digits: int = 2) -> dict[str, Any]:
-        """Return what a CSV says of the times, nothing but ``rounds`` if there are none."""
+    def columns(self, digits: int = 2, floor: Timing | None = None) -> dict[str, Any]:
+        """Return what a CSV says of the times, nothing but ``rounds`` if there are none.
+
+        The ratio to a floor is that of the medians.
+        """
         columns: dict[str, Any] = {"rounds": len(self.by_round)}
         if times := self.by_round.values():
             ends = {"median": self.median_ms, "min": min(times), "max": max(times)}
             columns |= {f"{name}_ms": f"{ms:.{digits}f}" for name, ms in ends.items()}
+        if floor is not None:
+            columns["ratio_to_floor"] = f"{self.median_ms / floor.median_ms:.2f}"
         return columns
 
 

@@ -11,36 +11,29 @@ from benchmarks.support.timing import Timing
 
 
 def test_the_default_run_measures_every_bar():
-    plan = points(1024, CPU)
+    plan = {point.key(): point for point in points(1024, CPU)}
     chosen = speed_vs_peers.parse([])
     for bar in bars.BARS:
-        for key, where in (bar.top, bar.bottom):
-            (point,) = [
-                p
-                for p in plan
-                if p.model == "gpt2"
-                and (p.job.tokens, p.job.vocab, p.job.pairs, p.job.masked) == where
-            ]
+        for where, key in (bar.top, bar.bottom):
+            point = plan[where]
             assert {*point.sweeps} & {*chosen.sweep}
             assert key not in point.left_out and key in (FLOOR, *chosen.contenders)
             assert (point.job.student_width, point.job.teacher_width) == (768, 1600)
-    assert {sweep for p in plan for sweep in p.sweeps} == {*SWEEPS}
-    assert len({p.key() for p in plan}) == len(plan)
+    assert {sweep for p in plan.values() for sweep in p.sweeps} == {*SWEEPS}
+    assert len(plan) == len(points(1024, CPU))
 
 
-def made(contender, where, times="", temporaries="", model="gpt2"):
+def made(contender, point, times="", temporaries=""):
     """A row as the verdict reads it."""
-    sizes = zip(("tokens", "vocab_entries", "pairs", "masked"), map(str, where), strict=True)
     timing = {"median_ms": "", **Timing.read(times).columns()}
     return {
         "contender": contender,
         "label": contender.upper(),
-        "model": model,
+        "point": point,
         "times_ms": times,
         "temporaries_mib": temporaries,
         "ratio_to_floor": "1.25",
         **{name: str(value) for name, value in timing.items()},
-        **dict(sizes),
     }
 
 
@@ -56,7 +49,7 @@ def test_verdict():
         made("lens_kernels", bars.LARGE, "1:9000", "100"),
         made("dense", bars.LARGE, "", "4990"),
         made("trl", bars.LARGE, "1:8000", "500"),
-        made("liger", base, "1:9999", model="tiny"),
+        made("liger", base.replace("gpt2", "tiny"), "1:9999"),
     ]
     lines = bars.verdict(rows)
     assert [line[0] for line in lines] == [bar.what for bar in bars.BARS]
@@ -74,7 +67,7 @@ def test_verdict():
 
 @pytest.mark.parametrize(("ms", "end"), [(5590, "met"), (5610, "missed")])
 def test_five_pairs_may_cost_as_much_as_doublings_of_them_may(ms, end):
-    one = (1024, 50257, 1, 0.5)
+    one = "gpt2 N1024 V50257 L1 masked 0.5"
     rows = [made("lens_kernels", one, "1:1000"), made("lens_kernels", bars.FIVE, f"1:{ms}")]
     ends = {line[0]: line[-1] for line in bars.verdict(rows)}
     assert ends["lens_kernels, 5 pairs / 1, half masked"] == end
