@@ -36,7 +36,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 from benchmarks.support import environment, plot, products, tables, timing
-from benchmarks.support.shapes import Inputs
+from benchmarks.support.shapes import Inputs, Job
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends import head_products
 from lens_kernels.hf import run as command
@@ -303,19 +303,17 @@ def _errors(hidden: float, head: float) -> Row:
 def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[str, Row]:
     """Return times and ratios to the floor, by threshold."""
     functions: dict[str, Callable[[], Any]] = {
-        "floor": lambda: products.products(group.inputs),
-        "exact": lambda: group.gradients(None),
+        "floor": partial(products.products, group.inputs),
+        "exact": partial(group.gradients, None),
+        **{str(t): partial(group.gradients, t) for t in thresholds},
     }
-    functions |= {str(t): partial(group.gradients, t) for t in thresholds}
     timings = timing.time_interleaved(functions, rounds, environment.CPU)
     rows = {}
     for name, times in timings.items():
         ratios = times.ratios(timings["floor"])
-        rows[name] = times.columns() | {
-            "ratio_to_floor": f"{statistics.median(ratios):.3f}",
-            "min_ratio_to_floor": f"{min(ratios):.3f}",
-            "max_ratio_to_floor": f"{max(ratios):.3f}",
-        }
+        ends = {"": statistics.median(ratios), "min_": min(ratios), "max_": max(ratios)}
+        columns = {f"{end}ratio_to_floor": f"{ratio:.3f}" for end, ratio in ends.items()}
+        rows[name] = times.columns() | columns
     return rows
 
 
@@ -323,18 +321,11 @@ def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: R
     """Return the rows of a group; nothing is timed that is wrong."""
     judged = judge(group, thresholds)
     times = timed(group, thresholds, rounds)
-    heads = group.inputs.student_head.shape, group.inputs.teacher_head.shape
-    sizes = {
-        "divergence": group.divergence,
-        "pairs": len(group.inputs.student_hidden),
-        "vocab_entries": heads[0][0],
-        "student_width": heads[0][1],
-        "teacher_width": heads[1][1],
-    }
+    (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
+    job = Job(0, vocab, len(group.inputs.student_hidden), width, teacher_width)
+    same = job.columns() | names | {"divergence": group.divergence}
     return [
-        tables.row(
-            COLUMNS, names | {"threshold": name}, judged.get(name, {}), times.get(name, {}), sizes
-        )
+        tables.row(COLUMNS, same, {"threshold": name}, judged.get(name, {}), times.get(name, {}))
         for name in ("floor", *judged)
     ]
 

@@ -97,9 +97,9 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> float:
     }
     if arm != "SFT":
         given |= {"teacher": args.model, "teacher_cache": args.output / "teacher"}
-    argv: list[str] = []
-    for name, value in {**given, **ARMS[arm]}.items():
-        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    given |= ARMS[arm]
+    values = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+    argv = [str(each) for option in values for each in option]
     started = time.perf_counter()
     run.train(*run.parse(argv), lambda text: print(text, flush=True))
     return time.perf_counter() - started

@@ -70,13 +70,15 @@ def _finish(axis: Any, title: str, size: int = 10, grid: str = "both", **labels:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _log2(axis: Any, ticks: Mapping[float, str] | None, said: Callable[[float], str]) -> None:
-    """Make both axes logarithmic, or only the vertical one if there are no ticks for the other."""
+def _log2(
+    axis: Any, ticks: Mapping[float, str], said: Callable[[float], str], x_too: bool = True
+) -> None:
+    """Make the vertical axis logarithmic, or both axes."""
+    if x_too:
+        axis.set_xscale("log", base=2)
+    axis.set_xticks([*ticks], [*ticks.values()])
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
-    if ticks is not None:
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([*ticks], [*ticks.values()])
     axis.minorticks_off()
 
 
@@ -214,9 +216,7 @@ def _speed_lines(axis: Any, rows: Rows, column: str) -> dict[str, Any]:
         label = own[0]["label"]
         lines[label] = axis.errorbar(x, y, spread, capsize=3, zorder=3 + front, **style)
     ticks = {value: f"{value:g}" for value in sorted({float(row[column]) for row in rows})}
-    _log2(axis, None if column == "masked" else ticks, lambda seconds: f"{seconds:g}")
-    if column == "masked":
-        axis.set_xticks([*ticks], [*ticks.values()])
+    _log2(axis, ticks, lambda seconds: f"{seconds:g}", x_too=column != "masked")
     fixed = {name: {row[name] for row in rows} for name in FIXED if name != column}
     said = (FIXED[name].format(*values) for name, values in fixed.items() if len(values) == 1)
     _finish(axis, ", ".join(said))
