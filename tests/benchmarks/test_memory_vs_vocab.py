@@ -74,18 +74,15 @@ def test_speed_is_related_to_the_floor_of_the_same_dtype(tmp_path, clock):
     rows = tables.read_csv(tmp_path / "speed_vs_floor.csv")
     assert [row["dtype"] for row in rows] == ["float32"] * 6 + ["bfloat16"] * 6
     # The clock adds a second with each call: 6 to warm up, then two rounds of 6, each rotated.
-    times = [(7 + (i - 1) % 6, 13 + (i - 2) % 6) for i in range(6)]
-    times += [(a + 18, b + 18) for a, b in times]
-    for number, (row, (low, high)) in enumerate(zip(rows, times, strict=True)):
-        floor = times[number // 6 * 6]
-        low, high = min(low, high), max(low, high)
-        found = [float(row[f"{name}_ms"]) for name in ("min", "median", "max")]
-        assert found == [1e3 * low, 500 * (low + high), 1e3 * high]
-        ratio, best = (low + high) / sum(floor), low / min(floor)
-        assert (row["ratio_to_floor"], row["best_ratio_to_floor"]) == (
-            f"{ratio:.2f}",
-            f"{best:.2f}",
-        )
+    columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor", "best_ratio_to_floor")
+    found = [" ".join(row[name] for name in columns) for row in rows]
+    assert found[:3] == [
+        "12000.0 14500.0 17000.0 1.00 1.00",
+        "7000.0 12500.0 18000.0 0.86 0.58",
+        "8000.0 10500.0 13000.0 0.72 0.67",
+    ]
+    assert found[6] == "30000.0 32500.0 35000.0 1.00 1.00"
+    assert found[7] == "25000.0 30500.0 36000.0 0.94 0.83"
 
 
 def test_scripts_run_by_their_path_and_use_their_own_checkout(tmp_path):
@@ -94,9 +91,8 @@ def test_scripts_run_by_their_path_and_use_their_own_checkout(tmp_path):
         (tmp_path / package / "__init__.py").write_text("raise ImportError('another one')")
     scripts = [x for x in (ROOT / "benchmarks").glob("*.py") if "__main__" in x.read_text()]
     assert len(scripts) == 8
-    for script in scripts:
-        first = script.read_text().partition("\nfrom benchmarks")[0]
-        assert first.endswith("if not __package__:\n    import checkout  # noqa: F401\n"), script
+    way = "\n\nif not __package__:\n    import checkout  # noqa: F401\n\nfrom benchmarks."
+    assert [x.name for x in scripts if way not in x.read_text()] == []
     command = [sys.executable, ROOT / "benchmarks" / "memory_vs_vocab.py", "--help"]
     env = os.environ | {"PYTHONPATH": str(tmp_path)}
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
