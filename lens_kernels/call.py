@@ -50,13 +50,13 @@ class LossCall:
     divergences: tuple[Divergence, ...]
     normed: tuple[bool, ...]
     needs_grad: list[bool]
-    operand_dtype: torch.dtype | None
     beta: float
     temperature: float
     vocab_size: int
     workspace_bytes: int
-    grad_threshold: float | None
-    threshold_is_relative: bool
+    operand_dtype: torch.dtype | None = None
+    grad_threshold: float | None = None
+    threshold_is_relative: bool = False
 
     @staticmethod
     def of(inputs: Inputs, terms: list[Term], options: LossOptions, row_weight: Tensor) -> LossCall:

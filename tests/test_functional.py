@@ -8,7 +8,7 @@ import torch
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends.torch.layout import row_stride
 from reference import dense
-from tests.support.compare import assert_close, assert_gradients, relative_error
+from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients, relative_error
 from tests.support.grids import (
     BACKENDS,
     BATCH,
@@ -20,8 +20,6 @@ from tests.support.grids import (
     several_chunks,
 )
 from tests.support.problems import loss_of, make, oracle, ours, plain_torch, related
-
-LOSS, GRADIENT = 1e-6, 1e-5
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 

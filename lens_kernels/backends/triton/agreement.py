@@ -88,11 +88,8 @@ def _call(
         divergences=(divergence,),
         normed=(extras,),
         needs_grad=[True] * (1 + len(heads[0].tensors())),
-        operand_dtype=None,
         beta=0.3,
         temperature=1.3 if extras else 1.0,
         vocab_size=vocab_size,
         workspace_bytes=1 << 28,
-        grad_threshold=None,
-        threshold_is_relative=False,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ class Model:
     student: int
     teacher: int
     vocab: int
+
+    def job(self, tokens: int, **options: Any) -> Job:
+        """Return a job of these sizes."""
+        widths = {"student_width": self.student, "teacher_width": self.teacher}
+        return Job(tokens, **{"vocab": self.vocab, **widths, **options})
 
 
 # From the models' configurations.
@@ -44,6 +50,18 @@ class Job:
     device: torch.device = torch.device("cpu")
     masked: float = 0.0
 
+    def columns(self) -> dict[str, Any]:
+        """Return the sizes by their names in a CSV."""
+        return {
+            "tokens": self.tokens,
+            "vocab_entries": self.vocab,
+            "pairs": self.pairs,
+            "masked": f"{self.masked:g}",
+            "student_width": self.student_width,
+            "teacher_width": self.teacher_width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
     def gemm_flops(self) -> int:
         """Return the floor: two projections and two gradients for each pair."""
         width = 3 * self.student_width + self.teacher_width
@@ -54,7 +72,7 @@ class Job:
         return round(self.masked * self.tokens)
 
     def make(self) -> Inputs:
-        """Return inputs whose lenses are neither flat nor one-hot; fakes under ``fake_tensors``."""
+        """Return inputs whose lenses are neither flat nor one-hot."""
         torch.manual_seed(0)
 
         def random(rows: int, width: int, scale: float) -> Tensor:
@@ -97,11 +115,8 @@ class Inputs:
 
     def pairs(self, count: int) -> Inputs:
         """Return the first ``count`` pairs."""
-        return replace(
-            self,
-            student_hidden=self.student_hidden[:count],
-            teacher_hidden=self.teacher_hidden[:count],
-        )
+        first = {name: getattr(self, name)[:count] for name in ("student_hidden", "teacher_hidden")}
+        return replace(self, **first)
 
     def counted(self, hidden: Tensor) -> Tensor:
         """Return the rows of the tokens that count."""

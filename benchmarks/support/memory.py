@@ -2,26 +2,27 @@
 
 A real run on a CPU is watched through the records that the profiler takes of every allocation and
 release of the CPU allocator, wherever it happens: in C++, in custom operators, in compiled code.
-What a BLAS library packs in memory of its own is not among them. On a GPU CUDA's counters say it.
+It misses what a BLAS library packs in memory of its own. On a GPU CUDA's own counters are read.
 
 A fake run allocates nothing, so there ``StorageTracker`` adds up the storages that operators create
-and notices when they die. ``tests/benchmarks/test_memory_and_speed.py`` holds the two together.
+and notices when they die. The tests compare the two.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -41,6 +42,15 @@ class Memory:
     peak: int
     kept: int
 
+    def columns(self) -> dict[str, str]:
+        """Return both sizes by their names in a CSV."""
+        return {"peak_with_gradients_mib": mib(self.peak), "gradients_mib": mib(self.kept)}
+
+
+def mib(size: float) -> str:
+    """Return a size in bytes as MiB."""
+    return f"{size / MIB:.2f}"
+
 
 def measure(function: Callable[[], Any], device: torch.device) -> Memory:
     """Run ``function`` and measure it; its result counts as kept."""
@@ -48,10 +58,8 @@ def measure(function: Callable[[], Any], device: torch.device) -> Memory:
         return _measure_cuda(function, device)
     if device.type != "cpu":
         raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
-    with (
-        _no_collection(),
-        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
-    ):
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _no_collection(), profiler:
         result = function()
     # The timeline of single records is only offered by the profiler's raw results.
     results = profiler.profiler.kineto_results  # type: ignore[union-attr]
@@ -114,13 +122,13 @@ class StorageTracker(TorchDispatchMode):
             if isinstance(x, Tensor):
                 storage = x.untyped_storage()
                 size = storage.nbytes() if created else 0
-                key = id(storage)
-                if key not in self._sizes:
-                    self._sizes[key] = size
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    # torch keeps one Python object per storage alive as long as the storage itself.
-                    weakref.finalize(storage, self._release, key)
+                if (key := id(storage)) in self._sizes:
+                    continue
+                self._sizes[key] = size
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                # torch keeps one Python object per storage alive as long as the storage itself.
+                weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
@@ -137,7 +145,7 @@ def track(function: Callable[[], Any]) -> Memory:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out: what it frees, and when, is chance."""
+    """Keep the garbage collector out: nobody can tell what it frees, and when."""
     gc.disable()
     try:
         yield
@@ -145,20 +153,13 @@ def _no_collection() -> Iterator[None]:
         gc.enable()
 
 
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Make every tensor created in the block a fake: it has a shape and a size but no memory."""
-    with FakeTensorMode():
-        yield
-
-
 def available() -> int:
     """Return the bytes of main memory that can still be used."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:
-        pass
+        text = ""
+    found = re.search(r"^MemAvailable:\s*(\d+)", text, re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
-from benchmarks.shapes import MODELS, Job, Model
+from benchmarks.support.shapes import MODELS, Job, Model
 
 FLOOR = "floor"
 SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
@@ -31,25 +32,23 @@ class Point:
         job = self.job
         return f"{self.model} N{job.tokens} V{job.vocab} L{job.pairs} masked {job.masked:g}"
 
+    def columns(self) -> dict[str, Any]:
+        """Return what the CSV says of it."""
+        names = {"point": self.key(), "sweeps": " ".join(self.sweeps), "model": self.model}
+        return names | self.job.columns()
+
 
 def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point]:
     """Return every point; one that belongs to several sweeps is there once.
 
     The sweep of the vocabulary takes half of the tokens, those of other models a quarter.
     """
-    name, model = ("tiny", TINY) if quick else ("gpt2", MODELS["gpt2"])
+    models = {"tiny": TINY} if quick else {name: MODELS[name] for name in SHOWN}
+    first, model = next(iter(models.items()))
 
-    def point(
-        sweeps: str,
-        *left_out: str,
-        tokens: int = tokens,
-        vocab: int = model.vocab,
-        pairs: int = 1,
-        masked: float = 0.0,
-    ) -> Point:
-        widths = model.student, model.teacher
-        job = Job(tokens, vocab, pairs, *widths, device=device, masked=masked)
-        return Point(tuple(sweeps.split()), name, job, left_out)
+    def point(sweeps: str, *left_out: str, tokens: int = tokens, **sizes: Any) -> Point:
+        job = model.job(tokens, device=device, **sizes)
+        return Point(tuple(sweeps.split()), first, job, left_out)
 
     few, half = ("dense_compiled", "liger", *SLOW), tokens // 2
     plan = [
@@ -61,9 +60,9 @@ def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point
         point("mask pairs", "liger_uncompiled", "dense_compiled", masked=0.5),
         point("pairs", "dense", "liger_uncompiled", "trl", *few[:2], pairs=5, masked=0.5),
     ]
-    for key, each in {"tiny": TINY}.items() if quick else [(k, MODELS[k]) for k in SHOWN]:
-        job = Job(tokens // 4, each.vocab, 1, each.student, each.teacher, device=device)
-        plan.append(Point(("models",), key, job, ("dense_compiled", *SLOW)))
+    for name, each in models.items():
+        job = each.job(tokens // 4, device=device)
+        plan.append(Point(("models",), name, job, ("dense_compiled", *SLOW)))
     large = 4 * TINY.vocab if quick else 131072
     plan.append(point("memory", tokens=2 * tokens, vocab=large, pairs=5))
     return plan[:1] + [replace(each, left_out=(*each.left_out, ONCE)) for each in plan[1:]]
