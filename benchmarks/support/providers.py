@@ -168,20 +168,20 @@ def uncompiled() -> AbstractContextManager[Any]:
 def _backend_on_fakes() -> Iterator[None]:
     """Let fake tensors through the ``torch`` backend on a CPU.
 
-    Its compiled pass takes real tensors only. It returns one loss per row, overwrites the student's
+    Its compiled pass takes real tensors only. It returns one loss for each row, overwrites the student's
     logits, and meanwhile holds three blocks of their size (measured, torch 2.13). The products are
     made in one piece: they write into what exists, whatever the size of the piece.
     """
     original = compiled.call
 
-    def run(compiled: bool, function: Callable[..., Any], zs: Tensor, *args: Any) -> Any:
-        if not compiled:
+    def call(compile_it: bool, function: Callable[..., Any], zs: Tensor, *args: Any) -> Any:
+        if not compile_it:
             return original(False, function, zs, *args)
         blocks = [torch.empty_like(zs) for _ in range(3)]
-        return blocks[0].new_empty(zs.shape[0])
+        return [blocks[0].new_empty(zs.shape[0])]
 
     with (
-        mock.patch.object(compiled, "call", run),
+        mock.patch.object(compiled, "call", call),
         mock.patch.object(matmul, "CPU_VOCAB_TILE", 1 << 62),
     ):
         yield
