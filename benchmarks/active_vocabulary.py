@@ -39,13 +39,13 @@ from benchmarks import harness, memory_vs_vocab, plot, speed_vs_floor  # noqa: E
 from benchmarks.shapes import Inputs  # noqa: E402
 from lens_kernels import LensHead, symmetric_lens_loss  # noqa: E402
 from lens_kernels.backends import head_products  # noqa: E402
-from lens_kernels.hf import run as command  # noqa: E402
-from lens_kernels.hf.capture import hidden_states  # noqa: E402
-from lens_kernels.hf.config import LensDistillConfig  # noqa: E402
-from lens_kernels.hf.data import Collator, Example, load_examples, padding_id  # noqa: E402
-from lens_kernels.hf.families import lens_head_from  # noqa: E402
-from lens_kernels.hf.loading import load_model, load_tokenizer  # noqa: E402
-from lens_kernels.hf.student import shallow_copy  # noqa: E402
+from lens_kernels.hf.model.capture import hidden_states  # noqa: E402
+from lens_kernels.hf.model.families import lens_head_from  # noqa: E402
+from lens_kernels.hf.model.loading import load_model, load_tokenizer  # noqa: E402
+from lens_kernels.hf.model.student import shallow_copy  # noqa: E402
+from lens_kernels.hf.training import command  # noqa: E402
+from lens_kernels.hf.training.config import LensDistillConfig  # noqa: E402
+from lens_kernels.hf.training.data import Collator, Example, load_examples, padding_id  # noqa: E402
 from lens_kernels.validation import IGNORE_INDEX  # noqa: E402
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ if __package__ in (None, ""):
 from benchmarks import harness
 from lens_kernels import distillation_loss
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
-from lens_kernels.hf.capture import hidden_states
+from lens_kernels.hf.model.capture import hidden_states
 
 ENDS = (("low", min), ("high", max))
 DATA = harness.ROOT / "benchmarks" / "data" / "cpu"

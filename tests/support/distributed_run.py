@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from lens_kernels.hf import LensDistillTrainer, objective
+from lens_kernels.hf import LensDistillTrainer
+from lens_kernels.hf.training import objective
 from tests.hf.training.test_trainer import trainer, uneven_data
 from tests.support import tiny
 

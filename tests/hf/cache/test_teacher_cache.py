@@ -317,12 +317,12 @@ OTHERS = {
         lambda m, x: (m, [{**e, "attention_mask": [1] * len(e["labels"])} for e in x], LAYERS),
         "made from other data",
     ),
-    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: \[1, 3\] there, \[2\] wanted"),
+    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: found \[1, 3\], expected \[2\]"),
 }
 MORE = {
     "tokenizer": ({"tokenizer": other_tokenizer()}, "made with another tokenizer"),
     "no tokenizer": ({"tokenizer": None}, "made with another tokenizer"),
-    "dtype": ({"dtype": torch.bfloat16}, "another dtype: float32 there, bfloat16 wanted"),
+    "dtype": ({"dtype": torch.bfloat16}, "another dtype: found float32, expected bfloat16"),
 }
 
 
@@ -354,14 +354,14 @@ def test_a_cache_made_otherwise_is_refused_and_left(built, model, examples, othe
 def test_another_format_is_all_that_is_said(built, key):
     other = CacheKey("", "", (), None, "float16", format=3)
     with pytest.raises(
-        ValueError, match="refused: written in another format: 2 there, 3 wanted; d"
+        ValueError, match="refused: written in another format: found 2, expected 3; d"
     ):
         TeacherCache.open(built, other)
 
 
 def test_every_difference_is_named(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
-    with pytest.raises(ValueError, match="another model: .*; made for other layers: .* wanted; de"):
+    with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
 
 

@@ -13,8 +13,8 @@ import torch
 from tests.support import tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import loading  # noqa: E402
-from lens_kernels.hf.loading import check_tokenizers, load_model, load_tokenizer  # noqa: E402
+from lens_kernels.hf.model import loading  # noqa: E402
+from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.hf
 IDS = torch.tensor([[5, 6, 7]])
@@ -180,7 +180,7 @@ def test_the_hub_is_asked_only_if_allowed(files, monkeypatch, download):
         monkeypatch.setattr(loading, "find_adapter_config_file", record("find", found))
         monkeypatch.setattr(loading, "cached_file", record("file", where))
         for kind in ("AutoModelForCausalLM", "AutoTokenizer", "peft.AutoPeftModelForCausalLM"):
-            module = "" if "." in kind else "lens_kernels.hf.loading."
+            module = "" if "." in kind else "lens_kernels.hf.model.loading."
             monkeypatch.setattr(f"{module}{kind}.from_pretrained", record(kind, Mock()))
         load_model("some/name", "auto", download)
         load_tokenizer("some/name", download)

@@ -13,7 +13,8 @@ from tests.support import tiny
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import demo, report, smollm2  # noqa: E402
+from lens_kernels.hf.model import smollm2  # noqa: E402
+from lens_kernels.hf.training import demo, report  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.support import ROOT, tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf.objective import LensObjective  # noqa: E402
+from lens_kernels.hf.training.objective import LensObjective  # noqa: E402
 from tests.hf.training.test_trainer import assert_same_step, uneven_data  # noqa: E402
 from tests.support.distributed_run import Result, run_case  # noqa: E402
 

@@ -11,9 +11,9 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 from lens_kernels import cli, dispatch  # noqa: E402
-from lens_kernels.hf import run as command  # noqa: E402
-from lens_kernels.hf.config import FINAL_NAMES, LensDistillConfig  # noqa: E402
-from lens_kernels.hf.loading import load_model  # noqa: E402
+from lens_kernels.hf.model.loading import load_model  # noqa: E402
+from lens_kernels.hf.training import command  # noqa: E402
+from lens_kernels.hf.training.config import FINAL_NAMES, LensDistillConfig  # noqa: E402
 from tests.hf.training.test_run import arguments, files, weights  # noqa: E402, F401
 
 pytestmark = pytest.mark.hf

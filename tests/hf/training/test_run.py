@@ -12,10 +12,10 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import run as command  # noqa: E402
 from lens_kernels.hf import uniform_layers  # noqa: E402
-from lens_kernels.hf.loading import load_model  # noqa: E402
-from lens_kernels.hf.trainer import LensDistillTrainer  # noqa: E402
+from lens_kernels.hf.model.loading import load_model  # noqa: E402
+from lens_kernels.hf.training import command  # noqa: E402
+from lens_kernels.hf.training.trainer import LensDistillTrainer  # noqa: E402
 
 pytestmark = pytest.mark.hf
 WORDS = ["a cat sat", "the dog ran off", "no", "an old hat", "we sing at noon", "fish swim", "up"]
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(files, tmp_path, monkeypatch
     interrupted(monkeypatch, argv, before_step=10)
     capsys.readouterr()
     assert cli.main(argv) == 0
-    assert f"going on from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
+    assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     start = weights(files / "student")
     for name in whole:
@@ -173,7 +173,7 @@ def test_without_the_optimisers_state_a_run_begins_anew(files, tmp_path, monkeyp
     interrupted(monkeypatch, argv, before_step=4)
     assert command.last_checkpoint(tmp_path / "cut").name == "checkpoint-2"
     assert cli.main(argv) == 0
-    assert "going on" not in capsys.readouterr().out
+    assert "resuming" not in capsys.readouterr().out
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
 
@@ -201,7 +201,7 @@ def test_a_run_does_not_go_on_with_data_that_have_changed(
     data.write_text(before.replace("fish swim", "fish swam"))
     assert cli.main(argv) == 1
     message = (
-        f"{name} file {data} has changed since the run in {tmp_path / 'out'} was begun: give it"
+        f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore it"
     )
     assert message in capsys.readouterr().err
     data.write_text(before)
@@ -261,7 +261,7 @@ def test_an_adapter_can_be_the_student_and_is_trained_on(files, tmp_path, capsys
     moved = [name for name in before if not torch.equal(before[name], after[name])]
     assert moved and all("lora_" in name for name in moved)
     assert cli.main(arguments(files, tmp_path / "three", lora_r=2, **again)) == 1
-    assert "lora_r=2 would put an adapter upon that of" in capsys.readouterr().err
+    assert "lora_r=2 would put a second adapter on" in capsys.readouterr().err
 
 
 def test_an_adapter_can_be_the_teacher(files, tmp_path, capsys):
@@ -323,7 +323,7 @@ def test_the_record_holds_plain_values_and_no_secret(files, tmp_path):
     [
         (["--conf", "run.yaml"], "--conf run.yaml"),
         (["--pres", "gpt2"], "--pres gpt2"),
-        (["--resume_from_checkpoint", "x"], "goes on from the last whole checkpoint of its output"),
+        (["--resume_from_checkpoint", "x"], "resumes from the last complete checkpoint"),
     ],
 )
 def test_options_without_effect_are_refused(files, tmp_path, capsys, more, message):

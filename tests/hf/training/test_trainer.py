@@ -12,7 +12,7 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer, lens_head_from  # noqa: E402
-from lens_kernels.hf.config import final_divergence  # noqa: E402
+from lens_kernels.hf.training.config import final_divergence  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -259,7 +259,7 @@ def test_evaluation_reports_every_part_over_tokens_not_batches(tmp_path):
 
 
 def test_logged_entropies_are_of_the_models_distributions(tmp_path, monkeypatch):
-    monkeypatch.setattr("lens_kernels.hf.objective.ENTROPY_STRIDE", 1)
+    monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
     run = trainer(tmp_path, max_steps=1)
     run.train()
     data = uneven_data()[:4]

@@ -16,9 +16,9 @@ pytest.importorskip("transformers")
 from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
 from accelerate.state import AcceleratorState  # noqa: E402
 
-from lens_kernels.hf import report  # noqa: E402
-from lens_kernels.hf import trainer as module  # noqa: E402
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache  # noqa: E402
+from lens_kernels.hf.training import report  # noqa: E402
+from lens_kernels.hf.training import trainer as module  # noqa: E402
 from tests.hf.training.test_trainer import logged, trainer, uneven_data  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -41,7 +41,7 @@ def test_a_cache_made_in_mixed_precision_serves_no_other(tmp_path):
     plain = trainer(tmp_path / "b", max_steps=1, bf16=True)
     plain.train()
     assert logged(run) == pytest.approx(logged(plain), rel=1e-4)
-    with pytest.raises(ValueError, match="another mixed precision: bf16 there, no wanted"):
+    with pytest.raises(ValueError, match="another mixed precision: found bf16, expected no"):
         trainer(tmp_path / "c", **cache)
 
 

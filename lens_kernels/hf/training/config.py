@@ -10,8 +10,8 @@ from typing import Any
 from transformers import TrainingArguments
 
 from lens_kernels.hf.cache.store import DTYPES
-from lens_kernels.hf.families import blocks_of
-from lens_kernels.hf.layers import uniform_layers
+from lens_kernels.hf.model.families import blocks_of
+from lens_kernels.hf.model.layers import uniform_layers
 from lens_kernels.spec import (
     GRAD_THRESHOLDS,
     Divergence,
