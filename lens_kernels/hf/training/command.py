@@ -181,7 +181,7 @@ def train(
         check_tokenizers(tokenizer, load_tokenizer(config.teacher, config.allow_download))
     set_seed(args.seed)
     trainer = LensDistillTrainer(
-        _student(config), _teacher(config), args, **datasets, processing_class=tokenizer
+        load_student(config), load_teacher(config), args, **datasets, processing_class=tokenizer
     )
     if args.should_save:
         output.mkdir(parents=True, exist_ok=True)
@@ -253,7 +253,8 @@ def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, st
             )
 
 
-def _student(config: RunConfig) -> Any:
+def load_student(config: RunConfig) -> Any:
+    """Return the student, of some of its blocks and with a new adapter where that is asked."""
     student = load_model(config.student, config.student_dtype, config.allow_download)
     if config.student_blocks is not None:
         student = shallow_copy(student, config.student_blocks)
@@ -278,7 +279,8 @@ def _student(config: RunConfig) -> Any:
     return student
 
 
-def _teacher(config: RunConfig) -> Any:
+def load_teacher(config: RunConfig) -> Any:
+    """Return the teacher, or None where there is none."""
     if config.teacher is None:
         return None
     return load_model(config.teacher, config.teacher_dtype, config.allow_download)

@@ -151,7 +151,7 @@ def sample(folder: Path) -> str:
     """Return a greedy continuation of the prompt by the model saved in ``folder``."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    prompt = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(
         **prompt,
         max_new_tokens=40,

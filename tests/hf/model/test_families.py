@@ -298,7 +298,8 @@ def test_modules_that_are_not_plain_are_refused():
     nn.utils.parametrize.register_parametrization(model.model.norm, "weight", nn.Identity())
     with pytest.raises(TypeError, match="final norm is a .*not a plain norm with a weight: merge"):
         lens_head_from(model)
-    model = tiny.model("opt", layer_norm_elementwise_affine=False)
+    model = tiny.model("opt")
+    model.model.decoder.final_layer_norm = nn.LayerNorm(16, elementwise_affine=False)
     with pytest.raises(TypeError, match="LayerNorm, not a plain norm with a weight"):
         lens_head_from(model)
     model = tiny.model()

@@ -52,8 +52,11 @@ def hub(tmp_path, monkeypatch):
     """Return a function that puts a folder into the Hub's cache under a name."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache = str(tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # transformers before 5 keeps a copy.
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"

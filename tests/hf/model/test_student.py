@@ -46,7 +46,8 @@ def skipping(model, blocks, ids):
     """Return the logits of the model where only ``blocks`` run."""
 
     def skip(module, args, kwargs, output):
-        return args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     hooks = [
         block.register_forward_hook(skip, with_kwargs=True)
