@@ -39,13 +39,13 @@ from benchmarks.support import environment, plot, products, tables, timing
 from benchmarks.support.shapes import Inputs, Job
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends import head_products
-from lens_kernels.hf import run as command
-from lens_kernels.hf.capture import hidden_states
-from lens_kernels.hf.config import LensDistillConfig
-from lens_kernels.hf.data import Collator, Example, load_examples, padding_id
-from lens_kernels.hf.families import lens_head_from
-from lens_kernels.hf.loading import load_model, load_tokenizer
-from lens_kernels.hf.student import shallow_copy
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.families import lens_head_from
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.training import command
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.data import Collator, Example, load_examples, padding_id
 from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]

@@ -73,7 +73,7 @@ def folder_of(args: argparse.Namespace, arm: str, seed: int) -> Path:
 
 def train(args: argparse.Namespace, arm: str, seed: int) -> float:
     """Train one student as a user would, and return the seconds that took."""
-    from lens_kernels.hf import run
+    from lens_kernels.hf.training import command
 
     given = {
         "student": args.model,
@@ -101,17 +101,17 @@ def train(args: argparse.Namespace, arm: str, seed: int) -> float:
     values = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
     argv = [str(each) for option in values for each in option]
     started = time.perf_counter()
-    run.train(*run.parse(argv), lambda text: print(text, flush=True))
+    command.train(*command.parse(argv), lambda text: print(text, flush=True))
     return time.perf_counter() - started
 
 
 def judge(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return the metrics of a student: the same for all, whatever it was trained by."""
-    from lens_kernels.hf.data import Collator, load_examples, padding_id, read_rows
     from lens_kernels.hf.evaluation.generation import evaluate_rouge
-    from lens_kernels.hf.evaluation.held_out import evaluate
-    from lens_kernels.hf.loading import load_model, load_tokenizer
-    from lens_kernels.hf.objective import LensObjective
+    from lens_kernels.hf.model.loading import load_model, load_tokenizer
+    from lens_kernels.hf.training.data import Collator, load_examples, padding_id, read_rows
+    from lens_kernels.hf.training.meter import evaluate
+    from lens_kernels.hf.training.objective import LensObjective
 
     student, teacher = load_model(str(folder), "float32"), load_model(args.model, "float32")
     tokenizer = load_tokenizer(str(folder))

@@ -21,7 +21,7 @@ if not __package__:
 from benchmarks.support import environment, tables, timing
 from lens_kernels import distillation_loss
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
-from lens_kernels.hf.capture import hidden_states
+from lens_kernels.hf.model.capture import hidden_states
 
 States = list[torch.Tensor]
 

@@ -168,9 +168,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def _backend_on_fakes() -> Iterator[None]:
     """Let fake tensors through the ``torch`` backend on a CPU.
 
-    Its compiled pass takes real tensors only. It returns one loss for each row, overwrites the student's
-    logits, and meanwhile holds three blocks of their size (measured, torch 2.13). The products are
-    made in one piece: they write into what exists, whatever the size of the piece.
+    Its compiled pass takes real tensors only. It returns one loss for each row, overwrites the
+    student's logits, and meanwhile holds three blocks of their size (measured, torch 2.13). The
+    products are made in one piece: they write into what exists, whatever the size of the piece.
     """
     original = compiled.call
 

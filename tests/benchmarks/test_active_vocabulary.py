@@ -17,7 +17,7 @@ from benchmarks import active_vocabulary as bench  # noqa: E402
 from benchmarks.support import environment, plot, tables, timing  # noqa: E402
 from benchmarks.support.shapes import Inputs  # noqa: E402
 from lens_kernels import LensHead, LensNorm, cli  # noqa: E402
-from lens_kernels.hf.loading import load_model  # noqa: E402
+from lens_kernels.hf.model.loading import load_model  # noqa: E402
 
 pytestmark = pytest.mark.hf
 WORDS = ["a cat sat", "the dog ran off", "no", "an old hat", "we sing at noon", "fish swim", "up"]

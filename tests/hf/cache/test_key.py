@@ -192,7 +192,7 @@ def changed(**change):
 )
 def test_results_that_do_not_fit_are_refused(tmp_path, model, run, dtype, error, match):
     key = key_of(model, dtype=dtype)
-    with pytest.raises(error, match=f"run .*{match}"):
+    with pytest.raises(error, match=f"run_teacher .*{match}"):
         TeacherCache.build(tmp_path, key, EXAMPLES, run, batch_size=2, progress=False)
 
 

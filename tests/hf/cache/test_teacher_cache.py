@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import shutil
+import threading
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 pytestmark = pytest.mark.hf
 LAYERS = (1, 3)
 BATCH, SHARD = 2, 4  # three shards of nine examples
+HANG = 600  # seconds after which a thread is taken for hung, on any machine
 
 
 def make_examples():
@@ -317,12 +319,12 @@ OTHERS = {
         lambda m, x: (m, [{**e, "attention_mask": [1] * len(e["labels"])} for e in x], LAYERS),
         "made from other data",
     ),
-    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: \[1, 3\] there, \[2\] wanted"),
+    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: found \[1, 3\], expected \[2\]"),
 }
 MORE = {
     "tokenizer": ({"tokenizer": other_tokenizer()}, "made with another tokenizer"),
     "no tokenizer": ({"tokenizer": None}, "made with another tokenizer"),
-    "dtype": ({"dtype": torch.bfloat16}, "another dtype: float32 there, bfloat16 wanted"),
+    "dtype": ({"dtype": torch.bfloat16}, "another dtype: found float32, expected bfloat16"),
 }
 
 
@@ -354,14 +356,14 @@ def test_a_cache_made_otherwise_is_refused_and_left(built, model, examples, othe
 def test_another_format_is_all_that_is_said(built, key):
     other = CacheKey("", "", (), None, "float16", format=3)
     with pytest.raises(
-        ValueError, match="refused: written in another format: 2 there, 3 wanted; d"
+        ValueError, match="refused: written in another format: found 2, expected 3; d"
     ):
         TeacherCache.open(built, other)
 
 
 def test_every_difference_is_named(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
-    with pytest.raises(ValueError, match="another model: .*; made for other layers: .* wanted; de"):
+    with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
 
 
@@ -373,3 +375,35 @@ def test_a_folder_of_something_else_is_refused_and_left(tmp_path, model, example
     with pytest.raises(ValueError, match="nothing holds no teacher cache.* build one"):
         TeacherCache.open(tmp_path / "nothing", key)
     assert list(files(tmp_path)) == ["thesis.txt"]
+
+
+def test_of_two_that_want_a_cache_at_once_one_makes_it_and_one_says_that_it_waits(
+    tmp_path, model, examples, key, monkeypatch
+):
+    """The clock has no part in this: the maker goes on once the other has said that it waits."""
+    folder, teachers, caches, said = tmp_path / "cache", [Teacher(model), Teacher(model)], {}, []
+    begun, waits = threading.Event(), threading.Event()
+
+    def warn(*message):
+        said.append(message[0] % message[1:])
+        waits.set()
+
+    monkeypatch.setattr(teacher_cache._log, "warning", warn)
+
+    def make(i):
+        def run_teacher(batch):
+            begun.set()
+            assert waits.wait(HANG)
+            return teachers[i](batch)
+
+        caches[i] = build(folder, key, examples, run_teacher, make=TeacherCache.open_or_build)
+
+    threads = [threading.Thread(target=make, args=(i,)) for i in (0, 1)]
+    threads[0].start()
+    assert begun.wait(HANG) and not said
+    threads[1].start()
+    for thread in threads:
+        thread.join(HANG)
+    assert sum(teachers[0].calls) == 9 and not teachers[1].calls
+    assert said == [f"another process makes the teacher cache {folder}: waiting for it"]
+    assert_same(caches[1].rows(range(9)), caches[0].rows(range(9)))

@@ -11,7 +11,6 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
-from lens_kernels.hf.data import Collator, load_examples, read_rows  # noqa: E402
 from lens_kernels.hf.evaluation import generation  # noqa: E402
 from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     evaluate_model,
@@ -20,6 +19,7 @@ from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     table,
 )
 from lens_kernels.hf.evaluation.sampling import generate  # noqa: E402
+from lens_kernels.hf.training.data import Collator, load_examples, read_rows  # noqa: E402
 from lens_kernels.version import __version__  # noqa: E402
 
 pytestmark = pytest.mark.hf

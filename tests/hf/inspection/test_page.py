@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from lens_kernels.hf.inspection import figures  # noqa: E402
 from lens_kernels.hf.inspection import page as inspect_page  # noqa: E402
-from lens_kernels.hf.inspection import reading as ins  # noqa: E402
+from lens_kernels.hf.inspection.inspect import token_text  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -39,7 +40,7 @@ def test_data_holds_every_number(inspected, output):
         for key in ("top_ids", "top_probs", "entropy", "next_prob"):
             assert torch.equal(torch.tensor(side[key]), getattr(reading, key))
         first = side["top_ids"][1][2][0]
-        assert side["top_tokens"][1][2][0] == ins.token_text(OddTokenizer(), first)
+        assert side["top_tokens"][1][2][0] == token_text(OddTokenizer(), first)
     for entry, c in zip(data["comparisons"], inspected.comparisons, strict=True):
         assert entry == vars(c) | {"divergence": c.divergence.tolist(), "mean": c.mean}
 
@@ -91,14 +92,14 @@ def test_page_shows_every_depth_and_position(inspected, output):
             assert len(table[str(depth)]) == len(TEXT)
             for x, (shown, classes, detail) in enumerate(table[str(depth)]):
                 token = int(model_top[depth - 1, x])
-                assert shown == ins.token_text(OddTokenizer(), token)
+                assert shown == token_text(OddTokenizer(), token)
                 right = x + 1 < len(TEXT) and token == TEXT[x + 1]
                 assert ("right" in classes.split()) == right
                 assert detail.startswith(f"{role}, block {depth} of {reading.depths}, after token")
                 assert f"entropy {reading.entropy[depth - 1, x]:.3f} nats" in detail
                 for k, token in enumerate(reading.top_ids[depth - 1, x].tolist()):
                     share = 100 * reading.top_probs[depth - 1, x, k]
-                    line = f"{share:7.2f} %  {ins.token_text(OddTokenizer(), token)}"
+                    line = f"{share:7.2f} %  {token_text(OddTokenizer(), token)}"
                     assert line in detail.splitlines()
                 if x + 1 < len(TEXT):
                     assert f"has {100 * reading.next_prob[depth - 1, x]:.2f} %" in detail
@@ -130,8 +131,8 @@ def test_page_is_one_file_and_escapes_tokens(inspected, output):
 
 
 def test_page_escapes_text_and_names(inspected):
-    student = ins.replace(inspected.student, name="<b>&")
-    page = inspect_page.page(ins.replace(inspected, text="</blockquote>", student=student), "")
+    student = replace(inspected.student, name="<b>&")
+    page = inspect_page.page(replace(inspected, text="</blockquote>", student=student), "")
     assert "&lt;b&gt;&amp;" in page and "<blockquote>&lt;/blockquote&gt;</blockquote>" in page
 
 
@@ -179,7 +180,7 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
 
 def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
     relative = [c for c in inspected.comparisons if not c.trained]
-    figures.depth_figure(ins.replace(inspected, comparisons=relative), tmp_path / "untrained")
+    figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
     legend = drawn["untrained"].axes[0].get_legend()
     assert [t.get_text() for t in legend.get_texts()] == ["equal relative depth"]
 
@@ -191,7 +192,7 @@ def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
         assert len(cells) == reading.depths * len(TEXT)
         for (x, y), cell in cells.items():
             token = int(reading.top_ids[y, x, 0])
-            assert cell.get_text() == figures.fit(ins.token_text(OddTokenizer(), token))
+            assert cell.get_text() == figures.fit(token_text(OddTokenizer(), token))
             right = [token] == TEXT[x + 1 : x + 2]
             assert cell.get_weight() == ("bold" if right else "normal")
         assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block on top
@@ -205,11 +206,11 @@ def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
 
 
 def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
-    result = ins.replace(inspected, tokens=["a"] * 30, ids=[3] * 30, total_tokens=35)
+    result = replace(inspected, tokens=["a"] * 30, ids=[3] * 30, total_tokens=35)
     top_ids = torch.arange(40)[:, None, None].expand(40, 30, 1)
     many = {"top_ids": top_ids, "entropy": torch.rand(40, 30)}
-    deep = ins.replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
-    result = ins.replace(result, top_tokens={i: f"w{i}" for i in range(40)})
+    deep = replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
+    result = replace(result, top_tokens={i: f"w{i}" for i in range(40)})
     figures.lens_figure(result, "deep", deep, tmp_path / "deep")
     axes = drawn["deep"].axes[0]
     depths = [int(label.get_text()) for label in axes.get_yticklabels()]
@@ -230,10 +231,10 @@ def test_cells_hold_what_fits_and_what_the_font_has():
 
 def test_models_that_are_sure_of_everything_have_a_scale(drawn, inspected, tmp_path):
     sides = {
-        role: ins.replace(reading, entropy=torch.zeros_like(reading.entropy))
+        role: replace(reading, entropy=torch.zeros_like(reading.entropy))
         for role, reading in inspected.sides
     }
-    sure = ins.replace(inspected, **sides)
+    sure = replace(inspected, **sides)
     figures.draw(sure, tmp_path)
     assert drawn["lens_student.png"].axes[0].images[0].get_clim() == (0, 1)
     assert "--h:0" in inspect_page.page(sure, "")

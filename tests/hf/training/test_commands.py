@@ -225,8 +225,8 @@ def test_inspect_writes_its_files(files, tmp_path, capsys):
 
 @pytest.mark.hf
 def test_every_option_of_inspect_reaches_the_function(files, monkeypatch):
-    from lens_kernels.hf import loading
-    from lens_kernels.hf.inspection import reading as module
+    from lens_kernels.hf.inspection import inspect as module
+    from lens_kernels.hf.model import loading
 
     asked = []
     for name in ("load_model", "load_tokenizer"):
@@ -240,7 +240,7 @@ def test_every_option_of_inspect_reaches_the_function(files, monkeypatch):
     assert INSPECT.keys() == parameters.keys() - {"student", "teacher", "tokenizer", "pairs"}
     argv = ["inspect", "--student", files / "student", "--teacher", files / "teacher"]
     argv = [*map(str, argv), *as_arguments(INSPECT), "--allow-download"]
-    target = "lens_kernels.hf.inspection.reading.inspect"
+    target = "lens_kernels.hf.inspection.inspect.inspect"
     got = received(monkeypatch, target, [*argv, "--layers", "1:2", "2:3"])
     models = got.pop("student"), got.pop("teacher")
     assert [len(model.model.layers) for model in models] == [3, 4]
@@ -257,10 +257,10 @@ def test_every_option_of_inspect_reaches_the_function(files, monkeypatch):
 
 @pytest.mark.hf
 def test_inspect_leaves_what_was_not_given_to_the_function(files, monkeypatch, tmp_path):
-    from lens_kernels.hf.inspection import reading as module
+    from lens_kernels.hf.inspection import inspect as module
 
     parameters = signature(module.inspect).parameters
-    target = "lens_kernels.hf.inspection.reading.inspect"
+    target = "lens_kernels.hf.inspection.inspect.inspect"
     got = received(monkeypatch, target, inspection(files, tmp_path))
     for name in ("divergence", "beta", "lens_norm", "top_k", "max_tokens", "vocab_size"):
         assert got[name] == parameters[name].default
@@ -308,7 +308,7 @@ def test_options_of_inspect_are_written_out(files, tmp_path, capsys):
 @pytest.mark.parametrize("name", ["eval", "inspect"])
 def test_help_shows_every_text_once_and_the_default(name, capsys, monkeypatch):
     from lens_kernels.hf.evaluation.generation import evaluate_model
-    from lens_kernels.hf.inspection.reading import inspect
+    from lens_kernels.hf.inspection.inspect import inspect
 
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as stop:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import data, smollm2  # noqa: E402
-from lens_kernels.hf.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
+from lens_kernels.hf.model import smollm2  # noqa: E402
+from lens_kernels.hf.training import data  # noqa: E402
+from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

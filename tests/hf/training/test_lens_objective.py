@@ -14,8 +14,8 @@ from lens_kernels.hf import (  # noqa: E402
     capture,
     lens_head_from,
 )
-from lens_kernels.hf.capture import replaced_forward  # noqa: E402
-from lens_kernels.hf.evaluation.held_out import evaluate  # noqa: E402
+from lens_kernels.hf.model.capture import replaced_forward  # noqa: E402
+from lens_kernels.hf.training.meter import evaluate  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

@@ -4,26 +4,32 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
 
+from lens_kernels import dispatch
 from lens_kernels.hf.cache.store import DTYPES
-from lens_kernels.hf.families import blocks_of
-from lens_kernels.hf.layers import uniform_layers
-from lens_kernels.spec import (
+from lens_kernels.hf.model.families import blocks_of
+from lens_kernels.hf.model.layers import uniform_layers
+from lens_kernels.options import (
+    ADAPTIVE,
+    CHECKS,
     GRAD_THRESHOLDS,
+    DistillationOptions,
     Divergence,
-    check_beta,
-    check_kd_ratio,
-    check_lens_coeff,
     check_number,
-    parse_name,
+    check_option,
 )
-from lens_kernels.validation import threshold
 
-FINAL_NAMES = (*(x.value for x in Divergence), "akl")
+FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
+# Options of ``distillation_loss`` that have another name among those of the Trainer.
+TRAINER_NAMES = {
+    "divergence": "lens_divergence",
+    "temperature": "distill_temperature",
+    "backend": "lens_backend",
+}
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
@@ -79,25 +85,29 @@ class LensDistillConfig(TrainingArguments):
         4, "Number of lens pairs where no depths are given; 0 for distillation without lenses."
     )
     lens_divergence: str = option(
-        "jsd", "Divergence of the lens pairs.", choices=[x.value for x in Divergence]
+        DistillationOptions.divergence,
+        "Divergence of the lens pairs.",
+        choices=[x.value for x in Divergence],
     )
-    lens_coeff: float = option(1.0, "Weight of the lens term.")
+    lens_coeff: float = option(DistillationOptions.lens_coeff, "Weight of the lens term.")
     lens_norm: bool = option(
         True,
         "Read intermediate states through the model's final norm. False is what the published"
         " code does.",
     )
     final_divergence: str = option(
-        "reverse_kl",
+        DistillationOptions.final_divergence,
         "Divergence of the final outputs: a name, 'akl', or a weighted sum like"
         " '0.5*forward_kl+reverse_kl'.",
     )
-    beta: float = option(0.5, "Weight of the teacher in jsd, in (0, 1).")
+    beta: float = option(DistillationOptions.beta, "Weight of the teacher in jsd, in (0, 1).")
     distill_temperature: float = option(
-        1.0, "Divides both models' logits in every divergence; no factor of its square."
+        DistillationOptions.temperature,
+        "Divides both models' logits in every divergence; no factor of its square.",
     )
     kd_ratio: float = option(
-        1.0, "Weight of distillation against cross entropy; 0 needs no teacher."
+        DistillationOptions.kd_ratio,
+        "Weight of distillation against cross entropy; 0 needs no teacher.",
     )
     mse_coeff: float = option(
         0.0,
@@ -108,7 +118,9 @@ class LensDistillConfig(TrainingArguments):
         None, "Size of the vocabulary that both models share, where theirs differ."
     )
     lens_backend: str = option(
-        "auto", "What computes the loss.", choices=["auto", "torch", "triton", "reference"]
+        DistillationOptions.backend,
+        "Implementation of the loss.",
+        choices=["auto", *dispatch.REGISTRY],
     )
     grad_threshold: str | None = option(
         None,
@@ -129,14 +141,10 @@ class LensDistillConfig(TrainingArguments):
     def __post_init__(self) -> None:
         """Check the options before any model is loaded."""
         super().__post_init__()
-        parse_name(Divergence, "lens_divergence", self.lens_divergence)
-        check_beta(self.beta)
-        check_kd_ratio(self.kd_ratio)
-        check_lens_coeff(self.lens_coeff)
-        check_number("distill_temperature", self.distill_temperature, 0.0)
         check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
-        final_divergence(self.final_divergence)
-        threshold(grad_threshold(self.grad_threshold), self.lens_backend == "reference")
+        for name, value in self.loss_options().items():
+            if name in CHECKS:
+                check_option(name, value, TRAINER_NAMES.get(name))
         self._check_layers()
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
@@ -166,21 +174,18 @@ class LensDistillConfig(TrainingArguments):
         )
         return student_layers, teacher_layers
 
+    def loss_options(self) -> dict[str, Any]:
+        """Return the options of ``distillation_loss`` that the Trainer has too."""
+        names = [x.name for x in fields(DistillationOptions)]
+        own = {name: TRAINER_NAMES.get(name, name) for name in names}
+        values = {name: getattr(self, x) for name, x in own.items() if hasattr(self, x)}
+        values["final_divergence"] = final_divergence(self.final_divergence)
+        values["grad_threshold"] = grad_threshold(self.grad_threshold)
+        return values
+
     def objective_options(self) -> Mapping[str, Any]:
         """Return the options of ``LensObjective``."""
-        return {
-            "divergence": self.lens_divergence,
-            "final_divergence": final_divergence(self.final_divergence),
-            "beta": self.beta,
-            "temperature": self.distill_temperature,
-            "kd_ratio": self.kd_ratio,
-            "lens_coeff": self.lens_coeff,
-            "lens_norm": self.lens_norm,
-            "mse_coeff": self.mse_coeff,
-            "vocab_size": self.vocab_size,
-            "backend": self.lens_backend,
-            "grad_threshold": grad_threshold(self.grad_threshold),
-        }
+        return {**self.loss_options(), "lens_norm": self.lens_norm, "mse_coeff": self.mse_coeff}
 
     def _check_layers(self) -> None:
         given = self.student_layers, self.teacher_layers

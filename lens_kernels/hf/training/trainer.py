@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,17 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
+from lens_kernels import compat
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
-from lens_kernels.hf.config import LensDistillConfig
-from lens_kernels.hf.data import Collator, padding_id
-from lens_kernels.hf.loading import load_model
-from lens_kernels.hf.meter import Meter
-from lens_kernels.hf.objective import PROJECTIONS, LensObjective, Outcome
-from lens_kernels.validation import IGNORE_INDEX
+from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.data import Collator, padding_id
+from lens_kernels.hf.training.meter import Meter, Speed
+from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
+from lens_kernels.inputs import IGNORE_INDEX
 
 
-class LensDistillTrainer(Trainer):
+class LensDistillTrainer(compat.TrainerHooks, Trainer):
     """Trains ``model`` to agree with ``teacher`` in its output and through its lenses.
 
     Both are models, or folders that ``load_model`` reads: the student in float32, the teacher as it
@@ -41,6 +42,7 @@ class LensDistillTrainer(Trainer):
     """
 
     args: LensDistillConfig
+    extra_columns = ("example_id",)
 
     def __init__(
         self, model: Any, teacher: Any | None, args: LensDistillConfig, **trainer: Any
@@ -67,21 +69,19 @@ class LensDistillTrainer(Trainer):
             if args.teacher_cache and trainer.get(name) is not None:
                 trainer[name] = _numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)
-        # The loss is divided by the tokens of the whole accumulated batch, whatever the model does,
-        # and the first token of an example is never predicted.
+        # The loss is divided by the tokens of the whole accumulated batch, whatever the model does.
         self.model_accepts_loss_kwargs = True
-        self._loss_shifts_labels = True
         # How many processes have their tokens counted in one denominator.
         self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         self._meter, self._eval_meter = Meter(), Meter()
-        self._tokens_seen: Tensor | int = 0
-        self._last_log = time.perf_counter()
+        self._speed = Speed()
         self._caches: dict[str, TeacherCache] = {}
         self.objective: LensObjective | None = None
         if teacher is not None:
             _check_shards(self.accelerator.state, args)
             # Not by accelerate, which places no model under FSDP: it is to shard them all.
-            self._move_model_to_device(teacher, args.device)
+            if getattr(teacher, "hf_device_map", None) is None:
+                teacher.to(args.device)
             # Here, where the Trainer has seeded: what MSE learns begins at random.
             self.objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
@@ -91,18 +91,24 @@ class LensDistillTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train as the Trainer does; what is logged begins here."""
-        self._meter, self._tokens_seen = Meter(), 0
-        self._last_log = time.perf_counter()
-        # The mark of an evaluation, for which accelerate would leave DDP out in training.
-        vars(self.model).pop("_is_accelerate_prepared", None)
+        self._meter = Meter()
+        self._speed.restart()
+        compat.forget_preparation(self.model)
         with self._student_with_projections():
             return super().train(*args, **kwargs)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # The Trainer looks only after a step whether it was the last: one that goes on from its
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return the batches of a step and the number of their tokens that are predicted."""
+        # The Trainer looks only after a step whether it was the last: a run that resumes at its
         # end, in the middle of an epoch, would make a step too many.
-        if self.state.global_step < self.state.max_steps:
-            super()._run_epoch(*args, **kwargs)
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        # The first token of an example is never predicted, and some versions would count it.
+        batches = map(_without_first_label, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -132,18 +138,14 @@ class LensDistillTrainer(Trainer):
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
             means.pop("loss", None)  # the Trainer's own is the mean over steps
-            now = time.perf_counter()
-            seen = self._sum_over_processes(torch.as_tensor(self._tokens_seen).double())
-            logs |= means | {"tokens_per_second": seen.item() / (now - self._last_log)}
-            self._tokens_seen, self._last_log = 0, now
+            logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Report each part of the objective, and the loss, as means over tokens."""
         self._eval_meter = Meter()
-        started = time.perf_counter()
-        output = super().evaluation_loop(*args, **kwargs)
-        self._last_log += time.perf_counter() - started  # the speed logged is that of training
+        with self._speed.paused():
+            output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         means = self._eval_meter.means(self._sum_over_processes)
         parts = {f"{prefix}_{name}": value for name, value in means.items()}
@@ -203,20 +205,12 @@ class LensDistillTrainer(Trainer):
             return
         self._meter.add(outcome)
         mask = inputs.get("attention_mask")
-        self._tokens_seen = self._tokens_seen + (
-            inputs["input_ids"].numel() if mask is None else mask.sum()
-        )
+        self._speed.add(inputs["input_ids"].numel() if mask is None else mask.sum())
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(values.to(self.args.device), "sum")
         assert isinstance(reduced, Tensor)
         return reduced
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns: Any = self._signature_columns
-        if "example_id" not in columns:
-            columns.append("example_id")
 
     def _fill_caches(self, folder: Path) -> None:
         """Run the teacher over every dataset whose states are not kept yet, and let it go."""
@@ -224,7 +218,7 @@ class LensDistillTrainer(Trainer):
         objective = self.objective
         device = objective.teacher.get_input_embeddings().weight.device
 
-        def run(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        def run_teacher(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
             inputs = {name: x.to(device) for name, x in self.data_collator(examples).items()}
             labels = inputs.pop("labels")
             inputs.pop("example_id", None)
@@ -260,7 +254,7 @@ class LensDistillTrainer(Trainer):
                     folder / name,
                     key,
                     dataset,
-                    run,
+                    run_teacher,
                     batch_size=self.args.per_device_train_batch_size,
                     progress=not self.args.disable_tqdm,
                 )
@@ -270,34 +264,36 @@ class LensDistillTrainer(Trainer):
         objective = self.objective
         return nullcontext() if objective is None else objective.student_with_projections()
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """Save the student without what MSE learns beside it, which goes to a file of its own."""
+    def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
+        """Write the student without what MSE learns beside it, which goes to a file of its own."""
         model: Any = self.model
         held = model.state_dict() if state_dict is None else state_dict
         learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
         if not learnt:
-            super()._save(output_dir, state_dict)
+            super().write_model(output_dir, state_dict)
             return
-        super()._save(output_dir, {name: x for name, x in held.items() if name not in learnt})
+        super().write_model(output_dir, {name: x for name, x in held.items() if name not in learnt})
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
             save_file(own, folder / f"{PROJECTIONS}.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projections(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        self._load_projections(str(self.state.best_model_checkpoint))
-
-    def _load_projections(self, checkpoint: str) -> None:
+    def after_loading(self, checkpoint: str) -> None:
+        """Load what MSE has learnt beside the student."""
         if self.objective is not None and self.objective.mse_coeff:
             learnt = load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors")
             # Into parameters that may be sharded.
             whole = StateDictOptions(full_state_dict=True)
             set_model_state_dict(self.objective.projections, dict(learnt), options=whole)
+
+
+def _without_first_label(batch: Any) -> Any:
+    """Return a batch whose first labels do not count; no loss reads them."""
+    if "labels" not in batch:
+        return batch
+    labels = batch["labels"].clone()
+    labels[..., :1] = IGNORE_INDEX
+    return {**batch, "labels": labels}
 
 
 def _numbered(name: str, dataset: Any) -> _Numbered:

@@ -1,4 +1,4 @@
-"""All knowledge of model architectures: where blocks, final norm and head are, and what they do."""
+"""All knowledge of model families: where blocks, final norm and head are, and what they do."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
+from lens_kernels import compat
 from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm
-from lens_kernels.spec import check_number
+from lens_kernels.options import check_number
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def family_of(model: Any) -> Family:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(
             f"model type {kind!r} is not known to lens_kernels (known: {known}). Describe it:"
-            f" lens_kernels.hf.families.register_family({kind!r}, Family(blocks='model.layers',"
+            f" lens_kernels.hf.register_family({kind!r}, Family(blocks='model.layers',"
             " norm='model.norm', norm_kind='rms')); or build a LensHead from the model's final norm"
             " and head, and call symmetric_lens_loss or distillation_loss directly"
         )
@@ -136,8 +136,10 @@ def family_of(model: Any) -> Family:
 
 def decoder_of(model: Any) -> nn.Module:
     """Return the model without its head: what makes the normed final hidden states of inputs."""
-    decoder: nn.Module = causal_lm_of(model).base_model
-    return decoder
+    inner: Any = causal_lm_of(model)
+    decoder: nn.Module = inner.base_model
+    # Some versions name a part as Gemma 3's base that it does not have: it is then its own.
+    return inner.model if decoder is inner else decoder
 
 
 def blocks_of(model: Any) -> nn.ModuleList:
@@ -146,7 +148,7 @@ def blocks_of(model: Any) -> nn.ModuleList:
     blocks = _part(model, path, "blocks")
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError(
-            f"{path!r} of {_name(model)} must be the nn.ModuleList of its blocks, got"
+            f"{path!r} of {class_name(model)} must be the nn.ModuleList of its blocks, got"
             f" {type(blocks).__name__}: correct its Family.blocks"
         )
     return blocks
@@ -162,14 +164,15 @@ def _part(model: Any, path: str, field: str) -> nn.Module:
         part: nn.Module = causal_lm_of(model).get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"{_name(model)} has no module {path!r}, which its Family.{field} names: pass a causal"
-            " language model with its head, or describe the family by register_family. An OPT"
-            " without do_layer_norm_before has no final norm, and so no lens"
+            f"{class_name(model)} has no module {path!r}, which its Family.{field} names: pass a"
+            " causal language model with its head, or describe the family by register_family. An"
+            " OPT without do_layer_norm_before has no final norm, and so no lens"
         ) from error
     return part
 
 
-def _name(model: Any) -> str:
+def class_name(model: Any) -> str:
+    """Return the name of the model's class, for messages."""
     return type(causal_lm_of(model)).__name__
 
 
@@ -185,7 +188,7 @@ def lens_head_from(model: Any) -> LensHead:
     """
     family, inner = family_of(model), causal_lm_of(model)
     head = inner.get_output_embeddings()
-    if _kind(head) is not nn.Linear:
+    if compat.class_before_sharding(head) is not nn.Linear:
         raise TypeError(
             f"the model's head is a {type(head).__name__}, not a plain nn.Linear: merge the adapter"
             " (merge_and_unload) or leave the head out of target_modules and modules_to_save;"
@@ -196,19 +199,13 @@ def lens_head_from(model: Any) -> LensHead:
     assert norm.weight is not None
     if head.weight.shape[1] != norm.weight.shape[0]:
         raise ValueError(
-            f"the final norm of {_name(model)} has width {norm.weight.shape[0]}, its head"
+            f"the final norm of {class_name(model)} has width {norm.weight.shape[0]}, its head"
             f" {head.weight.shape[1]}: a projection stands between them (in OPT,"
             " word_embed_proj_dim), which a lens does not know. Build a LensHead of the product of"
             " both weights"
         )
     scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
     return LensHead(head.weight, head.bias, norm, scale, _setting(inner, family.softcap, None))
-
-
-def _kind(module: Any) -> type:
-    """Return a module's class; ``fully_shard`` puts one of its own before that of the model."""
-    kind = type(module)
-    return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
 
 
 def _norm_from(norm: Any, family: Family) -> LensNorm:
@@ -248,73 +245,7 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
     config = model.config.get_text_config()
     if not hasattr(config, name):
         raise ValueError(
-            f"the config of {_name(model)} has no {name!r}, which its Family names: correct the"
-            " description and register_family it again"
+            f"the config of {class_name(model)} has no {name!r}, which its Family names: correct"
+            " the description and register_family it again"
         )
     return getattr(config, name)
-
-
-@torch.no_grad()
-def verify_lens(model: Any) -> None:
-    """Run a few tokens and check that the lens reads the last block's output as the model does.
-
-    Training modes and random state stay as they are.
-
-    Raises:
-        ValueError: The lens does not give the model's own logits, or its norm not what the model's
-            norm gives of small rows, where ``eps`` counts.
-    """
-    head = lens_head_from(model)
-    embedding = causal_lm_of(model).get_input_embeddings().weight
-    tokens = torch.arange(4, device=embedding.device)[None] % len(embedding)
-    outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        outputs.append(output[0] if isinstance(output, tuple) else output)
-
-    # Parts may be frozen in another mode than the whole.
-    training = [module for module in model.modules() if module.training]
-    hook = blocks_of(model)[-1].register_forward_hook(keep)
-    try:
-        model.eval()
-        logits = model(tokens, use_cache=False, return_dict=True).logits
-        verify_lens_head(model, head, outputs[-1], logits)
-        _verify_eps(model, head, outputs[-1])
-    finally:
-        hook.remove()
-        for module in training:
-            module.training = True
-
-
-def _verify_eps(model: Any, head: LensHead, final: Tensor) -> None:
-    """Compare the norms on rows whose mean square is ``eps``: on others it hardly shows."""
-    assert head.norm is not None
-    size = final.float().square().mean(-1, keepdim=True).sqrt()
-    rows = (final.float() / size * head.norm.eps**0.5).to(final.dtype)
-    normed = final_norm_of(model)(rows)
-    _compare(model, "norm", head.norm.forward(rows.float())[0], normed)
-
-
-@torch.no_grad()
-def verify_lens_head(model: Any, head: LensHead, final: Tensor, logits: Tensor) -> None:
-    """Check that the lens reads the last block's output as the model itself does.
-
-    ``final`` is the output of the last block, before the norm, and ``logits`` the model's own.
-    """
-    x = final.float()
-    if head.norm is not None:
-        x = head.norm.forward(x)[0]
-    read, _ = head.logits(x @ head.weight.float().T, 1.0)
-    _compare(model, "logits", read, logits)
-
-
-def _compare(model: Any, what: str, read: Tensor, own: Tensor) -> None:
-    largest = own.float().abs().max()
-    error = (read - own.float()).abs().max()
-    limit = 1e-3 if own.dtype in (torch.float32, torch.float64) else 5e-2
-    if not error <= limit * largest:
-        raise ValueError(
-            f"the lens of {_name(model)} does not reproduce the model's {what}: they differ by"
-            f" {error / largest:.1e} of the largest. Its norm or head does more than its Family"
-            " says: correct that and register_family it again, or build a LensHead by hand"
-        )

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from lens_kernels.validation import IGNORE_INDEX
+from lens_kernels.inputs import IGNORE_INDEX
 
 PROMPT_STYLES = ("alpaca", "chat")
 ROLES = ("system", "user", "assistant")
@@ -55,7 +55,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     rows: list[Row] = []
     bad: list[str] = []
-    wanted = ""
+    file_format = ""
     with open(path, "rb") as file:
         for number, raw in enumerate(file, 1):
             if number == 1:
@@ -65,9 +65,11 @@ def read_rows(path: str | Path) -> list[Row]:
             try:
                 record = _record(raw)
                 found = _format(record)
-                wanted = wanted or found
-                if found != wanted:
-                    raise ValueError(f"{found} in a file of {wanted}: expected one format a file")
+                file_format = file_format or found
+                if found != file_format:
+                    raise ValueError(
+                        f"{found} in a file of {file_format}: expected one format a file"
+                    )
                 rows.append(_row(number, record, found))
             except ValueError as error:
                 bad.append(f"{path}:{number}: {error}")
@@ -172,8 +174,8 @@ def encode(
     Raises:
         ValueError: A value out of range, or a tokenizer without EOS or a chat template that serves.
     """
-    _check(prompt_style, max_prompt_length)
-    _check_count("max_length", max_length, 2)
+    _check_prompt(prompt_style, max_prompt_length)
+    check_count("max_length", max_length, 2)
     turns = _turns(row, tokenizer, prompt_style)
     if len(turns[0][0]) > max_prompt_length:
         return None
@@ -189,7 +191,7 @@ def prompt_ids(
     row: Row, tokenizer: Any, *, prompt_style: str, max_prompt_length: int
 ) -> list[int] | None:
     """Return the tokens before the last response, as ``encode`` has them, or None if too many."""
-    _check(prompt_style, max_prompt_length)
+    _check_prompt(prompt_style, max_prompt_length)
     *earlier, (prompt, _) = _turns(row, tokenizer, prompt_style)
     ids = [i for turn in earlier for part in turn for i in part] + prompt
     return ids if len(ids) <= max_prompt_length else None
@@ -293,19 +295,20 @@ def _render(row: Row, messages: Messages, tokenizer: Any, add_generation_prompt:
         ) from error
 
 
-def _check(prompt_style: str, max_prompt_length: int) -> None:
+def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
     if prompt_style not in PROMPT_STYLES:
         raise ValueError(
             f"prompt_style must be one of {', '.join(PROMPT_STYLES)}, got {prompt_style!r}"
         )
-    _check_count("max_prompt_length", max_prompt_length, 1)
+    check_count("max_prompt_length", max_prompt_length, 1)
 
 
-def _check_count(name: str, value: Any, low: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless the option ``name`` is an integer of ``least`` or more."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
 class Examples(Dataset[dict[str, Any]]):
@@ -375,9 +378,9 @@ class Collator:
     pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
-        _check_count("pad_token_id", self.pad_token_id, 0)
+        check_count("pad_token_id", self.pad_token_id, 0)
         if self.pad_to_multiple_of is not None:
-            _check_count("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+            check_count("pad_to_multiple_of", self.pad_to_multiple_of, 1)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``labels``, ``attention_mask``, and ``example_id`` if given."""

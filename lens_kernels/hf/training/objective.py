@@ -13,11 +13,13 @@ from torch.distributed.fsdp import FSDPModule
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
-from lens_kernels.hf.capture import hidden_states, replaced_forward
-from lens_kernels.hf.families import blocks_of, causal_lm_of, lens_head_from, verify_lens
-from lens_kernels.hf.layers import check_layers
+from lens_kernels.hf.model.capture import hidden_states, replaced_forward
+from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_from
+from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.verification import verify_lens
+from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
 from lens_kernels.lens import LensHead
-from lens_kernels.validation import IGNORE_INDEX, shared_vocabulary
+from lens_kernels.options import DistillationOptions
 
 PROJECTIONS = "mse_projections"  # where the student holds what MSE learns
 
@@ -74,10 +76,11 @@ class LensObjective:
         self.teacher_layers = check_layers(
             "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
         )
-        self.lens_norm, self.mse_coeff, self.options = lens_norm, mse_coeff, options
+        self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
+        self.options = DistillationOptions(**options)
         for model in (student, teacher):
             verify_lens(model)
-        shared_vocabulary(options.get("vocab_size"), *self.heads())
+        shared_vocabulary(self.options.vocab_size, *self.heads())
         self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
 
     def __call__(
@@ -166,7 +169,8 @@ class LensObjective:
         denominator: Tensor | float | None,
     ) -> Outcome:
         # A lens without weight would be computed for nothing.
-        lenses = len(self.student_layers) if self.options.get("lens_coeff", 1.0) else 0
+        weight = self.options.kd_ratio * self.options.lens_coeff
+        lenses = len(self.student_layers) if weight else 0
         output = distillation_loss(
             student_rows[:lenses],
             teacher_rows[:lenses],
@@ -175,18 +179,18 @@ class LensObjective:
             teacher_final=teacher_rows[-1],
             labels=labels,
             denominator=denominator,
-            **self.options,
+            **vars(self.options),
         )
         tokens = torch.as_tensor(output.num_tokens if denominator is None else denominator)
         tokens = torch.where(tokens == 0, 1, tokens)  # as in distillation_loss
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
             mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
-            loss = loss + self.options.get("kd_ratio", 1.0) * self.mse_coeff * mse
+            loss = loss + self.options.kd_ratio * self.mse_coeff * mse
             parts["mse"] = mse
         parts["loss"] = loss
         sums = {name: x.detach() * tokens for name, x in parts.items()}
-        if self.options.get("grad_threshold") is not None and loss.requires_grad:
+        if self.options.grad_threshold is not None and loss.requires_grad:
             sums["dropped"] = output.dropped * output.num_tokens
         sums |= self._entropies("student", self.student_layers, student_rows)
         sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
@@ -195,16 +199,14 @@ class LensObjective:
     @torch.no_grad()
     def _entropies(self, side: str, layers: Sequence[int], rows: list[Tensor]) -> dict[str, Tensor]:
         head = self.heads()[side == "teacher"]
-        temperature = self.options.get("temperature", 1.0)
+        temperature = self.options.temperature
         sums = {}
         for depth, x in zip([*layers, "final"], rows, strict=True):
             sample = x[::ENTROPY_STRIDE]
             if depth != "final" and head.norm is not None:
                 sample = head.norm.forward(sample.float())[0]
             products = sample.to(head.weight.dtype) @ head.weight.T
-            logits = head.logits(products.float(), temperature)[0][
-                :, : self.options.get("vocab_size")
-            ]
+            logits = head.logits(products.float(), temperature)[0][:, : self.options.vocab_size]
             log_p = logits.log_softmax(-1)
             share = len(x) / max(1, len(sample))
             sums[f"entropy_{side}_{depth}"] = -(log_p.exp() * log_p).sum() * share

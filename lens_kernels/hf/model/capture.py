@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lens_kernels.hf.families import blocks_of, decoder_of
+from lens_kernels.hf.model.families import blocks_of, decoder_of
 
 
 @contextmanager

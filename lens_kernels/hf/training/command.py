@@ -1,4 +1,4 @@
-"""``lens-kernels train``: options, models and data put together, and a run that can go on."""
+"""``lens-kernels train``: its options, models and data, and how a run is resumed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, set_seed
 
-from lens_kernels.hf import report
 from lens_kernels.hf.cache.key import file_digest
-from lens_kernels.hf.config import LensDistillConfig, option
-from lens_kernels.hf.data import PROMPT_STYLES, load_examples
-from lens_kernels.hf.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
-from lens_kernels.hf.student import shallow_copy
-from lens_kernels.hf.trainer import LensDistillTrainer
+from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
+from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.training import report
+from lens_kernels.hf.training.config import LensDistillConfig, option
+from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
+from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 RECORD, METRICS = "run.yaml", "metrics.json"  # the last is written when a run is done
 DIGESTS = "data.json"  # of the files of data; not in the record, which --config takes as it is
@@ -72,24 +72,30 @@ class RunConfig:
     allow_download: bool = option(False, "Look for models on the Hugging Face Hub.")
 
 
+KINDS: Any = (RunConfig, LensDistillConfig)
+
+
 def presets() -> list[str]:
     """Return the names of the presets: the paper's pairs of models."""
-    folder = resources.files("lens_kernels.hf") / "presets"
+    folder = resources.files("lens_kernels.hf.training") / "presets"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
 
 
 def build_parser() -> HfArgumentParser:
     """Return the parser of ``lens-kernels train``."""
-    kinds: Any = [RunConfig, LensDistillConfig]
     parser = HfArgumentParser(
-        kinds,
+        KINDS,
         prog="lens-kernels train",
         allow_abbrev=False,
-        description="Distil a teacher into a student. The same command goes on after a break.",
+        description="Distil a teacher into a student. The same command resumes an interrupted run.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options; others go first.")
     parser.add_argument(
-        "--preset", choices=presets(), help="Options of the paper for a pair; all others go first."
+        "--config", metavar="FILE", help="YAML file of options; the command line overrides it."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=presets(),
+        help="Options of the paper for a pair of models; all others override them.",
     )
     return parser
 
@@ -103,7 +109,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     known, _ = files.parse_known_args(argv)
     given: list[str] = []
     if known.preset:
-        preset = resources.files("lens_kernels.hf") / "presets" / f"{known.preset}.yaml"
+        preset = resources.files("lens_kernels.hf.training") / "presets" / f"{known.preset}.yaml"
         given += _as_arguments(parser, known.preset, preset.read_text())
     if known.config:
         try:
@@ -113,27 +119,25 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
         given += _as_arguments(parser, known.config, text)
     arguments = [*given, *argv]
     values = vars(parser.parse_args(arguments))
-    needed = [
-        x for action in parser._actions if action.required for x in (action.option_strings[0], "")
-    ]
-    defaults = vars(parser.parse_args(needed))
+    required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
+    defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
     # A token is a secret, and nothing that a run depends on.
     chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
     try:
-        run, args, _ = parser.parse_args_into_dataclasses(arguments)
+        config, args, _ = parser.parse_args_into_dataclasses(arguments)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     if args.resume_from_checkpoint is not None:
         parser.error(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} has no place here: a run goes"
-            " on from the last whole checkpoint of its output_dir by itself"
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is not an option here: the"
+            " same command resumes from the last complete checkpoint of its output_dir"
         )
-    return run, args, json.loads(json.dumps(chosen))  # plain values, no members of an Enum
+    return config, args, json.loads(json.dumps(chosen))  # plain values, no members of an Enum
 
 
 def train(
-    run: RunConfig,
+    config: RunConfig,
     args: LensDistillConfig,
     chosen: Mapping[str, Any],
     say: Callable[[str], None],
@@ -147,23 +151,25 @@ def train(
     if args.process_index > 0:
         say = _silent
     output = Path(str(args.output_dir))
-    # Without the optimiser's state a run comes to the same end only from its beginning.
+    # Without the optimizer's state a resumed run would end elsewhere: it starts anew.
     checkpoint = None if args.save_only_model else last_checkpoint(output)
     _check_record(output, chosen)
-    paths = {name: x for name, x in (("train", run.train), ("eval", run.eval)) if x is not None}
+    paths = {
+        name: x for name, x in (("train", config.train), ("eval", config.eval)) if x is not None
+    }
     digests = {name: file_digest(Path(path)) for name, path in paths.items()}
     _check_data(output, paths, digests)
     done = _json_of(output / METRICS)
     if done is not None:
-        say(f"{output} holds this run, and it is done: delete {output / METRICS} to do it again")
+        say(f"{output} holds this run, and it is done: delete {output / METRICS} to repeat it")
         return dict(done)
-    tokenizer = load_tokenizer(run.student, run.allow_download)
-    lengths = {"max_length": run.max_length, "max_prompt_length": run.max_prompt_length}
+    tokenizer = load_tokenizer(config.student, config.allow_download)
+    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     datasets = {
         f"{name}_dataset": load_examples(
             path,
             tokenizer,
-            prompt_style=run.prompt_style,
+            prompt_style=config.prompt_style,
             **lengths,
             progress=not args.disable_tqdm,
         )
@@ -171,11 +177,11 @@ def train(
     }
     for name, dataset in datasets.items():
         say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
-    if args.kd_ratio > 0 and run.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(run.teacher, run.allow_download))
+    if args.kd_ratio > 0 and config.teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(config.teacher, config.allow_download))
     set_seed(args.seed)
     trainer = LensDistillTrainer(
-        _student(run), _teacher(run), args, **datasets, processing_class=tokenizer
+        load_student(config), load_teacher(config), args, **datasets, processing_class=tokenizer
     )
     if args.should_save:
         output.mkdir(parents=True, exist_ok=True)
@@ -185,7 +191,7 @@ def train(
         layers = trainer.objective.student_layers, trainer.objective.teacher_layers
         say(f"lens pairs, student and teacher: {layers[0]} and {layers[1]}")
     if checkpoint is not None:
-        say(f"going on from {checkpoint}")
+        say(f"resuming from {checkpoint}")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(result.metrics)
     trainer.save_model()
@@ -203,7 +209,7 @@ def train(
 
 
 def _silent(text: str) -> None:
-    """Say nothing: of several processes the first speaks for all."""
+    """Say nothing: rank 0 speaks for all processes."""
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -222,7 +228,7 @@ def _json_of(file: Path) -> Any:
 
 
 def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that was begun with other options."""
+    """Refuse to resume a run that was started with other options."""
     record = output / RECORD
     if not record.is_file():
         return
@@ -231,40 +237,41 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
     if differing:
         shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
         raise ValueError(
-            f"{output} holds a run with other options: {shown}. Give those of {record} to go on"
-            " with it, or another output_dir"
+            f"{output} holds a run with other options: {shown}. Give those of {record} to resume"
+            " it, or another output_dir"
         )
 
 
 def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Refuse to go on with a run whose files were edited since it was begun."""
+    """Refuse to resume a run whose data files have changed since it started."""
     before = _json_of(output / DIGESTS) or {}  # none in runs of earlier versions
     for name, path in paths.items():
         if before.get(name, digests[name]) != digests[name]:
             raise ValueError(
-                f"{name} file {path} has changed since the run in {output} was begun: give it as it"
-                " was to go on, or another output_dir to begin anew"
+                f"{name} file {path} has changed since the run in {output} started: restore it to"
+                " resume, or give another output_dir to start anew"
             )
 
 
-def _student(run: RunConfig) -> Any:
-    student = load_model(run.student, run.student_dtype, run.allow_download)
-    if run.student_blocks is not None:
-        student = shallow_copy(student, run.student_blocks)
-    if run.lora_r:
+def load_student(config: RunConfig) -> Any:
+    """Return the student, of some of its blocks and with a new adapter where that is asked."""
+    student = load_model(config.student, config.student_dtype, config.allow_download)
+    if config.student_blocks is not None:
+        student = shallow_copy(student, config.student_blocks)
+    if config.lora_r:
         if hasattr(student, "peft_config"):
             raise ValueError(
-                f"lora_r={run.lora_r} would put an adapter upon that of {run.student}: leave lora_r"
-                " out to train the one that is there"
+                f"lora_r={config.lora_r} would put a second adapter on {config.student}: leave"
+                " lora_r out to train the one that it has"
             )
         from peft import LoraConfig, get_peft_model
 
-        targets = run.lora_target_modules
+        targets = config.lora_target_modules
         adapter = LoraConfig(
             task_type="CAUSAL_LM",
-            r=run.lora_r,
-            lora_alpha=run.lora_alpha,
-            lora_dropout=run.lora_dropout,
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
             # In a list peft takes it for the name of a module.
             target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         )
@@ -272,10 +279,11 @@ def _student(run: RunConfig) -> Any:
     return student
 
 
-def _teacher(run: RunConfig) -> Any:
-    if run.teacher is None:
+def load_teacher(config: RunConfig) -> Any:
+    """Return the teacher, or None where there is none."""
+    if config.teacher is None:
         return None
-    return load_model(run.teacher, run.teacher_dtype, run.allow_download)
+    return load_model(config.teacher, config.teacher_dtype, config.allow_download)
 
 
 def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
@@ -286,7 +294,7 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
         parser.error(f"{name} is not YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")
-    known = {action.dest for action in parser._actions}
+    known = {x.name for kind in KINDS for x in fields(kind)}
     arguments: list[str] = []
     for key, value in values.items():
         if key not in known:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from lens_kernels.hf.families import blocks_of, causal_lm_of, family_of
+from lens_kernels.hf.model.families import blocks_of, causal_lm_of, family_of
 
 
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
 
-from lens_kernels.hf import report
-from lens_kernels.hf.evaluation.held_out import evaluate
-from lens_kernels.hf.smollm2 import smollm2
-from lens_kernels.hf.student import shallow_copy
-from lens_kernels.hf.trainer import LensDistillConfig, LensDistillTrainer
+from lens_kernels.hf.model.smollm2 import smollm2
+from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.training import report
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.meter import evaluate
+from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 BLOCK = 128  # tokens of one training example
 HELD_OUT_EVERY = 8  # every eighth topic is kept from training
@@ -46,8 +47,8 @@ def texts() -> tuple[str, str]:
     names = sorted(topics)
     held_out = set(names[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
     train, held = (
-        "\n\n".join(topics[name].strip() for name in names if (name in held_out) == wanted)
-        for wanted in (False, True)
+        "\n\n".join(topics[name].strip() for name in names if (name in held_out) == kept)
+        for kept in (False, True)
     )
     return train, "\n\n".join(p for p in held.split("\n\n") if p not in train)
 
@@ -65,7 +66,7 @@ def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, 
         yield {key: torch.stack([x[key] for x in chunk]) for key in chunk[0]}
 
 
-def run(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], None]) -> bool:
+def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], None]) -> bool:
     """Distil, evaluate, draw and save; return whether every row of the table improved."""
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,7 @@ def sample(folder: Path) -> str:
     """Return a greedy continuation of the prompt by the model saved in ``folder``."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    prompt = tokenizer(PROMPT, return_tensors="pt")
+    prompt = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(
         **prompt,
         max_new_tokens=40,

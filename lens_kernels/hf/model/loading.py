@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
-from transformers.utils.peft_utils import find_adapter_config_file
+from transformers.utils import cached_file, find_adapter_config_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
