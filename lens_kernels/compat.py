@@ -69,12 +69,22 @@ def compiler_errors() -> tuple[type[Exception], ...]:
 def triton_interpreter() -> Any:
     """Return the module of Triton's interpreter, parts of which the ``triton`` backend replaces.
 
-    These are ``InterpreterBuilder.create_dot`` and ``cast_impl``, ``TensorHandle`` and
-    ``_patch_lang``. Seen in Triton 3.6 to 3.9. Without them kernels cannot be interpreted.
+    These are ``InterpreterBuilder.create_dot`` and ``cast_impl``, and ``TensorHandle``. Seen in
+    Triton 3.6 to 3.9. Without them kernels cannot be interpreted.
     """
     from triton.runtime import interpreter
 
     return interpreter
+
+
+def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
+    """Replace the interpreter's function that patches ``triton.language`` by ``wrap`` of it.
+
+    Seen in Triton 3.6 to 3.9. Without it interpreted kernels take longer, and are right.
+    """
+    interpreter = triton_interpreter()
+    if hasattr(interpreter, "_patch_lang"):
+        interpreter._patch_lang = wrap(interpreter._patch_lang)
 
 
 def class_before_sharding(module: object) -> type:

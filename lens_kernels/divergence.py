@@ -28,7 +28,7 @@ Mixture = tuple[float | Tensor, float | Tensor]
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
 NEAR = 0.5  # |d| below which differences of p and q go through expm1
 FLOOR = -1e30  # replaces logits of -inf, whose differences would be NaN
-NO_MASS = FLOOR / 2  # a log-probability below this belongs to such a logit
+NO_MASS = -FLOOR / 2  # log-ratios above this come from such a logit in the denominator
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     return torch.where(near == d, q * _expm1(near), p - q)
 
 
-def _infinite_without(log_mass: Tensor, weight: Tensor, value: Tensor) -> Tensor:
-    """``value``, but ``inf`` where ``weight`` is not 0 and ``log_mass`` is that of no mass."""
-    return torch.where((log_mass < NO_MASS) & (weight > 0), torch.inf, value)
+def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
+    """``value``, but ``inf`` where there is mass, and none in the log-ratio's denominator."""
+    return torch.where((log_ratio > NO_MASS) & (mass > 0), torch.inf, value)
 
 
 def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
@@ -95,20 +95,19 @@ def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Po
 def _jeffreys(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
     diff = _minus(p, q, d)
-    f = _infinite_without(lq, p, _infinite_without(lp, q, diff * d))
-    return f, _infinite_without(lp, q, -diff - q * d)
+    f = _or_infinity(_or_infinity(diff * d, p, d), q, -d)
+    return f, _or_infinity(-diff - q * d, q, -d)
 
 
 def _forward_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
     diff = _minus(p, q, d)
-    return _infinite_without(lq, p, p * d - diff), -diff
+    return _or_infinity(p * d - diff, p, d), -diff
 
 
 def _reverse_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
-    f = _infinite_without(lp, q, _minus(p, q, d) - q * d)
-    return f, _infinite_without(lp, q, -q * d)
+    return _or_infinity(_minus(p, q, d) - q * d, q, -d), _or_infinity(-q * d, q, -d)
 
 
 def _tvd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:

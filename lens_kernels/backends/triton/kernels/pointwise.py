@@ -16,9 +16,9 @@ from lens_kernels.backends.triton.kernels.device_fns import NO_MASS, exp, log_mi
 
 
 @triton.jit
-def infinite_without(log_mass, weight, value):
-    """``value``, but ``inf`` where ``weight`` is not 0 and ``log_mass`` is that of no mass."""
-    return tl.where((log_mass < NO_MASS) & (weight > 0), float("inf"), value)
+def or_infinity(value, mass, log_ratio):
+    """``value``, but ``inf`` where there is mass, and none in the log-ratio's denominator."""
+    return tl.where((log_ratio > NO_MASS) & (mass > 0), float("inf"), value)
 
 
 @triton.jit
@@ -42,14 +42,14 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         q = exp(lq)
         diff = minus(p, q, d)
         if DIVERGENCE == "jeffreys":
-            f = infinite_without(lq, p, infinite_without(lp, q, diff * d))
-            h = infinite_without(lp, q, -diff - q * d)
+            f = or_infinity(or_infinity(diff * d, p, d), q, -d)
+            h = or_infinity(-diff - q * d, q, -d)
         elif DIVERGENCE == "forward_kl":
-            f = infinite_without(lq, p, p * d - diff)
+            f = or_infinity(p * d - diff, p, d)
             h = -diff
         elif DIVERGENCE == "reverse_kl":
-            f = infinite_without(lp, q, diff - q * d)
-            h = infinite_without(lp, q, -q * d)
+            f = or_infinity(diff - q * d, q, -d)
+            h = or_infinity(-q * d, q, -d)
         else:
             tl.static_assert(DIVERGENCE == "tvd")
             f = tl.abs(diff) * 0.5
