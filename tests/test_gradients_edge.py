@@ -106,7 +106,7 @@ def test_no_gradient_work_without_grad_mode(monkeypatch, context, reduction):
     assert not loss.requires_grad and torch.equal(loss, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_teacher_gets_no_gradient_ever(backend, reduction):
     problem = make(BATCH, norm="rms", bias=True)

@@ -86,6 +86,28 @@ def test_labels_are_smoothed_in_fine_tuning_without_a_teacher(tmp_path):
         trainer(tmp_path, label_smoothing_factor=0.3, **options)
 
 
+def test_the_teacher_is_held_still(tmp_path, monkeypatch):
+    model = tiny.model
+    monkeypatch.setattr(tiny, "model", lambda **options: model(**options).train())
+    teacher = trainer(tmp_path).objective.teacher
+    assert not any(part.training for part in teacher.modules())
+    assert not any(x.requires_grad for x in teacher.parameters())
+
+
+def test_padding_does_not_count_in_the_speed(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    run = trainer(tmp_path)
+    data = uneven_data()[:4]
+    batch = {key: torch.stack([x[key] for x in data]) for key in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones_like(batch["labels"])
+    batch["attention_mask"][2:, 5:] = 0
+    run.compute_loss(run.model.train(), batch)
+    clock[0] = 2.0
+    run.log({"loss": 0.0})
+    assert logged(run, "tokens_per_second") == [(2 * 10 + 2 * 5) / 2.0]
+
+
 def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
     run = trainer(tmp_path, max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=3)
     whole = module.Trainer.evaluation_loop
