@@ -393,13 +393,15 @@ def test_autocast_brings_mixed_dtypes_together():
         assert grads[name].dtype is x.dtype
 
 
-def test_autocast_inside_a_custom_operator_is_switched_off():
-    """Else the products of a CPU would be rounded once more, in their results."""
+def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
+    """Else the products of gathered entries would be rounded once more, in their results."""
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # else the logits' gradient is rounded
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = ours(problem)
-        expected, _ = oracle(problem.to(torch.bfloat16))
+        loss, grads = ours(problem, grad_threshold=0.0)
+    expected, expected_grads = oracle(problem.to(torch.bfloat16))
     assert_close(loss, expected, 1e-5)
+    assert_gradients(grads, expected_grads, 1e-5)
 
 
 def test_autocast_leaves_float64_alone():

@@ -83,6 +83,12 @@ def test_with_a_norm_its_result_is_rounded_as_models_do(norm):
         assert_close(grads[name], truth, limit, name)
 
 
+def test_without_the_unit_normed_states_are_not_rounded(monkeypatch):
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)
+    problem = make(BATCH, std=2.0, norm="rms").to(torch.bfloat16)
+    assert_close(ours(problem)[0], oracle(problem)[0], 1e-6)
+
+
 @pytest.mark.parametrize("threshold", [None, 1e-7])
 def test_only_products_of_bfloat16_factors_are_made_so(always_active, settings, threshold):
     problem = make(ODD, norm="rms")

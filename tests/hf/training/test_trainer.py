@@ -282,3 +282,23 @@ def test_weighted_sums_of_divergences_are_read():
     assert final_divergence("akl") == "akl"
     assert final_divergence("0.5*forward_kl+reverse_kl") == {"forward_kl": 0.5, "reverse_kl": 1.0}
     assert final_divergence("1e-1 * jsd") == {"jsd": 0.1}
+
+
+def test_the_teacher_is_held_still(tmp_path):
+    teacher = make_trainer(tmp_path, teacher=tiny.model(**TEACHER).train()).objective.teacher
+    assert not any(part.training for part in teacher.modules())
+    assert not any(x.requires_grad for x in teacher.parameters())
+
+
+def test_padding_does_not_count_in_the_speed(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(meter, "perf_counter", lambda: clock[0])
+    trainer = make_trainer(tmp_path)
+    data = uneven_data()[:4]
+    batch = {key: torch.stack([x[key] for x in data]) for key in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones_like(batch["labels"])
+    batch["attention_mask"][2:, 5:] = 0
+    trainer.compute_loss(trainer.model.train(), batch)
+    clock[0] = 2.0
+    trainer.log({"loss": 0.0})
+    assert logged(trainer, "tokens_per_second") == [(2 * 10 + 2 * 5) / 2.0]
