@@ -37,12 +37,17 @@ class Reduction(str, Enum):
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 ADAPTIVE = "akl"  # of the final hidden states alone: two divergences under a weight per token
 
+# Written out at import: torch.compile of torch 2.8 cannot list the members of an Enum.
+NAMES: dict[type[Enum], tuple[str, ...]] = {
+    kind: tuple(member.value for member in kind) for kind in (Divergence, Reduction)
+}
+
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
     """Return the member of ``kind`` called ``value``, or raise and list the known names."""
-    return kind(_known_name(name, value, [member.value for member in kind]))
+    return kind(_known_name(name, value, NAMES[kind]))
 
 
 def _known_name(name: str, value: object, known: Sequence[str], or_else: str = "") -> str:
@@ -59,7 +64,7 @@ def final_terms(value: object) -> dict[Divergence, tuple[float, float]]:
 
     It is ``a + b * head_share`` for each token; the adaptive KL alone makes ``b`` other than 0.
     """
-    known = [*(member.value for member in Divergence), ADAPTIVE]
+    known = (*NAMES[Divergence], ADAPTIVE)
     argument = "final_divergence"
     if not isinstance(value, Mapping):
         value = {_known_name(argument, value, known, ", or a mapping of names to weights"): 1.0}

@@ -31,8 +31,11 @@ print(sys.modules["lens_kernels"].__file__)
 
 
 def call(*command: str | Path, folder: Path) -> str:
-    """Run a command in a folder and return what it prints; it sees no module of this checkout."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    """Run a command in a folder and return what it prints.
+
+    It sees no module of this checkout, and kernels that are compiled, as a user does.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout

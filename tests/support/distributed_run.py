@@ -97,7 +97,7 @@ def run_case(
                 data=data,
                 student=_student({"layers": 3, **(student or {})}, lora),
                 **{"kd_ratio": 0.5, "mse_coeff": 0.01, **options},
-                ddp_timeout=120,
+                ddp_timeout=1800,  # on a busy machine one rank may wait long for the other
             )
 
         run = make()

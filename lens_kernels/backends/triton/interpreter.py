@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import triton
 import triton.language as tl
 
 # Whether kernels are interpreted rather than compiled: by TRITON_INTERPRET=1 at import, which is
 # when the kernels themselves take one form or the other.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+if INTERPRETING:  # neither Triton nor torch installs numpy, and compiled kernels do not need it
+    import numpy as np
 
 
 def _to_float(data: np.ndarray) -> np.ndarray:

@@ -60,7 +60,9 @@ def test_on_a_cpu_it_names_the_interpreter_and_the_torch_backend():
     ],
 )
 def test_tf32_is_torch_s_choice_by_either_switch(setting, allowed):
-    """The older switch refuses to be read once the newer one is set."""
+    """The older switch refuses to be read once the newer one is set, which torch 2.9 brought."""
+    if "fp32_precision" in setting and not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this version of torch has the older switch alone")
     operands = "from lens_kernels.backends.triton.operands import tf32_is_allowed"
     result = run_compiled(f"import torch\n{operands}\n{setting}\nprint(tf32_is_allowed())")
     assert result.stdout.strip() == str(allowed), result.stderr
