@@ -44,12 +44,17 @@ class Reduction(str, Enum):
 # unit roundoff, the entries left out are at most that part of the gradient in the 2-norm.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 
+# Listed at import: torch.compile of torch 2.8 cannot list the members of an Enum.
+NAMES: dict[type[Enum], tuple[str, ...]] = {
+    kind: tuple(member.value for member in kind) for kind in (Divergence, Reduction)
+}
+
 EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
     """Return the member of ``kind`` called ``value``, or raise and list the known names."""
-    return kind(_known_name(name, value, [member.value for member in kind]))
+    return kind(_known_name(name, value, NAMES[kind]))
 
 
 def _known_name(name: str, value: object, known: Sequence[str], or_else: str = "") -> str:
@@ -89,7 +94,7 @@ def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[f
 
     The weight of a token is ``a + b * head_share``. Only the adaptive KL has ``b`` other than 0.
     """
-    known = [*(member.value for member in Divergence), ADAPTIVE]
+    known = (*NAMES[Divergence], ADAPTIVE)
     if not isinstance(value, Mapping):
         value = {_known_name(name, value, known, ", or a mapping of names to weights"): 1.0}
     if not value:

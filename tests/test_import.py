@@ -38,6 +38,18 @@ def test_the_op_works_where_other_packages_do_not_import(missing):
     assert result.returncode == 0, result.stderr
 
 
+def test_compiled_kernels_need_no_numpy():
+    pytest.importorskip("triton")
+    result = run(
+        "import os, sys, warnings\n"
+        "os.environ.pop('TRITON_INTERPRET', None)\n"
+        "sys.modules['numpy'] = None\n"
+        "warnings.simplefilter('ignore')  # torch warns that it has none\n"
+        "import lens_kernels.backends.triton"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_the_public_names():
     result = run_fresh(
         "import lens_kernels\n"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -19,6 +18,9 @@ from lens_kernels import compat
 # Whether kernels are interpreted rather than compiled. TRITON_INTERPRET=1 decides this when the
 # kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+if INTERPRETING:  # neither Triton nor torch installs numpy, and compiled kernels do not need it
+    import numpy as np
 
 
 def _to_float(data: np.ndarray) -> np.ndarray:
