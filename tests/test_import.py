@@ -40,7 +40,7 @@ def test_the_op_works_where_other_packages_do_not_import(missing):
 
 def test_compiled_kernels_need_no_numpy():
     pytest.importorskip("triton")
-    result = run(
+    result = run_fresh(
         "import os, sys, warnings\n"
         "os.environ.pop('TRITON_INTERPRET', None)\n"
         "sys.modules['numpy'] = None\n"

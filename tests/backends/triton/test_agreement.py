@@ -1,4 +1,4 @@
-"""The comparison that tuning begins with, in the interpreter."""
+"""The comparison of the kernels with the torch backend, in the interpreter."""
 
 import pytest
 import torch

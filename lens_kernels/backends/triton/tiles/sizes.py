@@ -62,7 +62,7 @@ def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bo
     wide, name = width >= WIDE, arch.name
     if name == "interpreter":
         # An operation takes the same time for any block. Small problems still have several tiles.
-        return Tile(64, 128, 32, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
+        return Tile(64, 128, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
     if dtype.itemsize == 4:
         # NVIDIA has no matrix instruction for exact fp32 products, which take many registers.
         return Tile(64, 32, 32, 8, 3) if sums else Tile(128 if stats else 64, 64, 16, 8, 3)
