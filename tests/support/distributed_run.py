@@ -88,7 +88,9 @@ def train_case(
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            patch.setenv("FSDP_VERSION", "2")  # transformers before 5 leaves it to accelerate
+            # transformers before 5 leaves these to accelerate.
+            patch.setenv("FSDP_VERSION", "2")
+            patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
         if resumed:
             options |= {"save_strategy": "steps", "save_steps": 1}
