@@ -25,7 +25,7 @@ from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
 HANG = 1200  # seconds after which ranks are taken for hung, on any machine
-FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
 @dataclasses.dataclass
@@ -88,6 +88,9 @@ def train_case(
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
+            # transformers before 5 leaves these to accelerate.
+            patch.setenv("FSDP_VERSION", "2")
+            patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
         if resumed:
             options |= {"save_strategy": "steps", "save_steps": 1}
@@ -156,6 +159,7 @@ def main() -> None:
     rank = accelerate.PartialState(cpu=True).process_index
     for name, arguments in cases.items():
         train_case(folder / name, **arguments).save(folder / f"{name}-{rank}")
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

@@ -137,9 +137,9 @@ def family_of(model: Any) -> Family:
 def decoder_of(model: Any) -> nn.Module:
     """Return the model without its head: what makes the normed final hidden states of inputs."""
     inner = causal_lm_of(model)
-    decoder: nn.Module = inner.base_model
     # Some versions name a part as Gemma 3's base that it does not have: it is then its own.
-    return causal_lm_of(model).model if decoder is inner else decoder
+    decoder: nn.Module = inner.model if inner.base_model is inner else inner.base_model
+    return decoder
 
 
 def blocks_of(model: Any) -> nn.ModuleList:

@@ -34,6 +34,7 @@ def _convert(source: str, folder: Path) -> None:
     """Convert once, because reading the quantised file and its tokenizer takes 20 s each time."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        tokenizer.eos_token = "<|im_end|>"  # some versions read another one
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     except ImportError as error:
         raise RuntimeError(f"cannot read the teacher's GGUF file; run: {INSTALL}") from error

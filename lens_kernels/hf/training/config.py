@@ -140,6 +140,12 @@ class LensDistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the options before any model is loaded."""
+        # First, because some versions tell accelerate of it through the environment.
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(
+                "torch_compile=True is not supported: the loss runs inside the student's call, and"
+                " compiles its own parts"
+            )
         super().__post_init__()
         check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
         for name, value in self.loss_options().items():
@@ -156,11 +162,6 @@ class LensDistillConfig(TrainingArguments):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} is for fine-tuning alone"
                 " (kd_ratio=0): cross entropy beside distillation has no smoothing"
-            )
-        if self.torch_compile:
-            raise ValueError(
-                "torch_compile=True is not supported: the loss runs inside the student's call, and"
-                " compiles its own parts"
             )
 
     def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:

@@ -123,7 +123,8 @@ class LensObjective:
             return {"loss": _where_head_is_whole(self.student, compare)(*student_rows)}
 
         with replaced_forward(causal_lm_of(self.student), forward):
-            loss = (student_call or self.student)(**inputs)["loss"]
+            called = self.student if student_call is None else student_call
+            loss = called(**inputs)["loss"]
         # The wrapper may have hung hooks on what it returned.
         return replace(outcomes[0], loss=loss)
 

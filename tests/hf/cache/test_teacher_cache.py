@@ -6,7 +6,6 @@ import copy
 import json
 import pickle
 import shutil
-import threading
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 pytestmark = pytest.mark.hf
 LAYERS = (1, 3)
 BATCH, SHARD = 2, 4  # three shards of nine examples
-HANG = 600  # seconds after which a thread is taken for hung, on any machine
 
 
 def make_examples():
@@ -278,54 +276,51 @@ def test_damage_is_refused(own, key, file, change, match):
         TeacherCache.open(own, key)
 
 
-def one_weight(model):
-    changed = copy.deepcopy(model)
+def changed(original, change):
+    copied = copy.deepcopy(original)
     with torch.no_grad():
-        changed.model.layers[3].mlp.down_proj.weight[-1, -1] += 1e-6
-    return changed
+        change(copied)
+    return copied
+
+
+def one_weight(model):
+    model.model.layers[3].mlp.down_proj.weight[-1, -1] += 1e-6
 
 
 def one_buffer(model):
-    changed = copy.deepcopy(model)
-    changed.model.rotary_emb.inv_freq[-1] *= 2
-    return changed
+    model.model.rotary_emb.inv_freq[-1] *= 2
 
 
 def one_setting(model):
-    changed = copy.deepcopy(model)
-    changed.config.rms_norm_eps *= 2
-    return changed
+    model.config.rms_norm_eps *= 2
 
 
 def one_label(examples):
-    changed = copy.deepcopy(examples)
-    changed[5]["labels"][-1] = -100
-    return changed
+    examples[5]["labels"][-1] = -100
 
 
-def other_tokenizer():
-    changed = tiny.tokenizer()
-    changed.add_tokens(["new"])
-    return changed
+def masks(examples):
+    for example in examples:
+        example["attention_mask"] = [1] * len(example["labels"])
 
 
-OTHERS = {
-    "weight": (lambda m, x: (one_weight(m), x, LAYERS), "made by another model: its config"),
-    "buffer": (lambda m, x: (one_buffer(m), x, LAYERS), "made by another model"),
-    "setting": (lambda m, x: (one_setting(m), x, LAYERS), "made by another model"),
-    "label": (lambda m, x: (m, one_label(x), LAYERS), "made from other data: its tokens or"),
-    "order": (lambda m, x: (m, x[::-1], LAYERS), "made from other data"),
-    "mask": (
-        lambda m, x: (m, [{**e, "attention_mask": [1] * len(e["labels"])} for e in x], LAYERS),
-        "made from other data",
+# What was changed of the arguments of ``CacheKey.of``, how, and what the refusal says.
+OTHERS = [
+    ("model", one_weight, "made by another model: its config"),
+    ("model", one_buffer, "made by another model"),
+    ("model", one_setting, "made by another model"),
+    ("examples", one_label, "made from other data: its tokens or"),
+    ("examples", list.reverse, "made from other data"),
+    ("examples", masks, "made from other data"),
+    (
+        "layers",
+        lambda x: x.remove(1) or x.remove(3) or x.append(2),
+        r"layers: found \[1, 3\], .*\[2\]",
     ),
-    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: found \[1, 3\], expected \[2\]"),
-}
-MORE = {
-    "tokenizer": ({"tokenizer": other_tokenizer()}, "made with another tokenizer"),
-    "no tokenizer": ({"tokenizer": None}, "made with another tokenizer"),
-    "dtype": ({"dtype": torch.bfloat16}, "another dtype: found float32, expected bfloat16"),
-}
+    ("tokenizer", lambda x: x.add_tokens(["new"]), "made with another tokenizer"),
+    ("tokenizer", None, "made with another tokenizer"),
+    ("dtype", None, "another dtype: found float32, expected bfloat16"),
+]
 
 
 def refused_by_all(folder, key, examples, match):
@@ -338,19 +333,17 @@ def refused_by_all(folder, key, examples, match):
     assert files(folder) == before
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_a_cache_of_something_else_is_refused_and_left(built, model, examples, other):
-    change, match = OTHERS[other]
-    model, examples, layers = change(model, examples)
-    key = CacheKey.of(model, examples, layers, tiny.tokenizer(), "float32")
-    refused_by_all(built, key, examples, match)
-
-
-@pytest.mark.parametrize("other", MORE)
-def test_a_cache_made_otherwise_is_refused_and_left(built, model, examples, other):
-    options, match = MORE[other]
-    options = {"tokenizer": tiny.tokenizer(), "dtype": "float32"} | options
-    refused_by_all(built, CacheKey.of(model, examples, LAYERS, **options), examples, match)
+@pytest.mark.parametrize(("argument", "change", "match"), OTHERS)
+def test_a_cache_of_something_else_is_refused_and_left(
+    built, model, examples, argument, change, match
+):
+    given = {"model": model, "examples": examples, "layers": list(LAYERS), "dtype": "float32"}
+    given["tokenizer"] = tiny.tokenizer()
+    if change is None:
+        given[argument] = {"tokenizer": None, "dtype": torch.bfloat16}[argument]
+    else:
+        given[argument] = changed(given[argument], change)
+    refused_by_all(built, CacheKey.of(**given), given["examples"], match)
 
 
 def test_another_format_is_all_that_is_said(built, key):
@@ -375,35 +368,3 @@ def test_a_folder_of_something_else_is_refused_and_left(tmp_path, model, example
     with pytest.raises(ValueError, match="nothing holds no teacher cache.* build one"):
         TeacherCache.open(tmp_path / "nothing", key)
     assert list(files(tmp_path)) == ["thesis.txt"]
-
-
-def test_of_two_that_want_a_cache_at_once_one_makes_it_and_one_says_that_it_waits(
-    tmp_path, model, examples, key, monkeypatch
-):
-    """The clock has no part in this: the maker goes on once the other has said that it waits."""
-    folder, teachers, caches, said = tmp_path / "cache", [Teacher(model), Teacher(model)], {}, []
-    begun, waits = threading.Event(), threading.Event()
-
-    def warn(*message):
-        said.append(message[0] % message[1:])
-        waits.set()
-
-    monkeypatch.setattr(teacher_cache._log, "warning", warn)
-
-    def make(i):
-        def run_teacher(batch):
-            begun.set()
-            assert waits.wait(HANG)
-            return teachers[i](batch)
-
-        caches[i] = build(folder, key, examples, run_teacher, make=TeacherCache.open_or_build)
-
-    threads = [threading.Thread(target=make, args=(i,)) for i in (0, 1)]
-    threads[0].start()
-    assert begun.wait(HANG) and not said
-    threads[1].start()
-    for thread in threads:
-        thread.join(HANG)
-    assert sum(teachers[0].calls) == 9 and not teachers[1].calls
-    assert said == [f"another process makes the teacher cache {folder}: waiting for it"]
-    assert_same(caches[1].rows(range(9)), caches[0].rows(range(9)))

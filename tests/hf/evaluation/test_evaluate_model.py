@@ -84,15 +84,6 @@ def test_scores_answers_and_settings_are_returned_and_written(saved, data, tmp_p
     assert answers[0]["answers"] == {str(k): x for k, x in rouge.answers[0]["answers"].items()}
 
 
-def test_an_adapter_is_evaluated_upon_its_model(saved, data, tmp_path):
-    model = adapter(saved, tmp_path / "adapter")
-    result = evaluate_model(tmp_path / "adapter", data, **OPTIONS)
-    examples = load_examples(data, tiny.tokenizer(), max_prompt_length=12, progress=False)
-    expected = held_out_ce(model, examples, Collator(1))
-    assert result["cross_entropy"] == pytest.approx(expected)
-    assert abs(expected - held_out_ce(tiny.model(), examples, Collator(1))) > 0.01
-
-
 def test_a_model_with_an_adapter_answers_as_the_merged_one(saved, tmp_path):
     model, tokenizer = adapter(saved, tmp_path / "adapter"), tiny.tokenizer()
     options = {"seed": 0, "max_new_tokens": 12, "do_sample": False}

@@ -136,37 +136,38 @@ def test_page_escapes_text_and_names(inspected):
     assert "&lt;b&gt;&amp;" in page and "<blockquote>&lt;/blockquote&gt;</blockquote>" in page
 
 
-@pytest.fixture
-def drawn(inspected, tmp_path, monkeypatch):
-    """Figures by file name, as they were when saved."""
+@pytest.fixture(scope="module")
+def drawn(inspected, tmp_path_factory):
+    """Figures by file name, as they were when saved, and the folder of their files."""
     from matplotlib.figure import Figure
 
     kept, save = {}, Figure.savefig
+    folder = tmp_path_factory.mktemp("drawn")
 
     def keep(self, path, **options):
         kept[path.name] = self
         save(self, path, **options)
 
-    monkeypatch.setattr(Figure, "savefig", keep)
-    figures.draw(inspected, tmp_path)
-    return kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", keep)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            figures.draw(inspected, folder)
+        yield kept, folder
 
 
-def test_pictures_are_drawn_without_a_warning(inspected, tmp_path):
+def test_pictures_are_drawn_without_a_warning(drawn, inspected):
     from PIL import Image
 
     assert {"日本", "$a$"} <= set(inspected.top_tokens.values())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figures.draw(inspected, tmp_path)
     for name in ("divergence_by_depth", "lens_student", "lens_teacher"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
+        with Image.open(drawn[1] / f"{name}.png") as picture:
             assert picture.size[0] > 800
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
 def test_depth_picture_shows_the_numbers(drawn, inspected):
-    upper, lower = drawn["divergence_by_depth.png"].axes
+    upper, lower = drawn[0]["divergence_by_depth.png"].axes
     equal, trained = upper.lines
     means = {(c.student_depth, c.teacher_depth): c.mean for c in inspected.comparisons}
     assert list(equal.get_xdata()) == pytest.approx([1 / 3, 2 / 3, 1])
@@ -181,13 +182,13 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
 def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
     relative = [c for c in inspected.comparisons if not c.trained]
     figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
-    legend = drawn["untrained"].axes[0].get_legend()
+    legend = drawn[0]["untrained"].axes[0].get_legend()
     assert [t.get_text() for t in legend.get_texts()] == ["equal relative depth"]
 
 
 def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
     for role, reading in inspected.sides:
-        axes = drawn[f"lens_{role}.png"].axes[0]
+        axes = drawn[0][f"lens_{role}.png"].axes[0]
         cells = {t.get_position(): t for t in axes.texts}
         assert len(cells) == reading.depths * len(TEXT)
         for (x, y), cell in cells.items():
@@ -212,13 +213,13 @@ def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
     deep = replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
     result = replace(result, top_tokens={i: f"w{i}" for i in range(40)})
     figures.lens_figure(result, "deep", deep, tmp_path / "deep")
-    axes = drawn["deep"].axes[0]
+    axes = drawn[0]["deep"].axes[0]
     depths = [int(label.get_text()) for label in axes.get_yticklabels()]
     assert len(set(depths)) == 32 and depths[-1] == 40
     assert [t.get_text() for t in axes.texts] == [f"w{i - 1}" for i in depths for _ in range(24)]
     shown = torch.from_numpy(axes.images[0].get_array().data)
     assert torch.equal(shown, deep.entropy[[i - 1 for i in depths], :24])
-    assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn["deep"].get_suptitle()
+    assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn[0]["deep"].get_suptitle()
 
 
 def test_cells_hold_what_fits_and_what_the_font_has():
@@ -235,6 +236,6 @@ def test_models_that_are_sure_of_everything_have_a_scale(drawn, inspected, tmp_p
         for role, reading in inspected.sides
     }
     sure = replace(inspected, **sides)
-    figures.draw(sure, tmp_path)
-    assert drawn["lens_student.png"].axes[0].images[0].get_clim() == (0, 1)
+    figures.lens_figure(sure, "student", sure.student, tmp_path / "sure")
+    assert drawn[0]["sure"].axes[0].images[0].get_clim() == (0, 1)
     assert "--h:0" in inspect_page.page(sure, "")

@@ -122,9 +122,8 @@ def test_two_ranks_with_sharded_parameters(tmp_path):
         "resumed": RESUMED,
         "lora_resumed": RESUMED | {"lora": True},  # FSDP's own checkpoint holds adapters alone
     }
-    assert_ranks_equal_one_process(
-        tmp_path, cases, relative=1e-4
-    )  # a second step magnifies rounding: 5e-5 was seen
+    # A second step magnifies rounding: 5e-5 was seen.
+    assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 
 @pytest.fixture
