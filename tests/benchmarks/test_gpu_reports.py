@@ -104,6 +104,7 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
     ]
     assert (rows[1]["min_ms"], rows[1]["max_ms"]) == ("5000.000", "12000.000")
     assert (rows[5]["median_ms"], rows[5]["ratio_to_floor"]) == ("20500.000", "0.95")
+    assert rows[3]["gradients_mib"] == "0.01" and rows[7]["gradients_mib"] == "0.00"  # no backward
     for row in rows:
         assert float(row["peak_with_gradients_mib"]) >= float(row["gradients_mib"])
         assert set(VERSIONS) <= row.keys() and row["rounds"] == "2"

@@ -271,3 +271,5 @@ def test_slow_contenders_have_every_other_round():
     assert [n for n in range(4) if takes_part("lens_kernels", n)] == [0, 1, 2, 3]
     assert [n for n in range(4) if takes_part("dense", n)] == [1, 2, 3]
     assert {*SLOW} < speed_vs_peers.CONTENDERS.keys()
+    first, *others = ("dense_kl_div" in point.left_out for point in points(1024, CPU))
+    assert not first and all(others)
