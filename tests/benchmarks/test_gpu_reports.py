@@ -44,6 +44,10 @@ def test_broken(broken): pass
 @pytest.mark.gpu
 @pytest.mark.skip(reason="no GPU")
 def test_skipped(): pass
+@pytest.fixture
+def late(): yield; raise OSError("three")
+@pytest.mark.gpu
+def test_late(late): pytest.skip("early")
 def test_without_mark(): pass
 """
 
@@ -71,6 +75,7 @@ def test_the_report_has_a_line_for_every_test(tmp_path):
         "test_absent": ("skipped", "needs 9 GiB"),
         "test_broken": ("failed", "OSError: two"),
         "test_skipped": ("skipped", "no GPU"),
+        "test_late": ("failed", "OSError: three"),
     }
     for row in rows:
         assert float(row["seconds"]) >= 0 and set(VERSIONS) <= row.keys()

@@ -88,7 +88,7 @@ def main() -> None:
     sizes.arch_of = lambda device: sizes.ARCHS["sm_90"]
     store.lookup = lambda *args: None
     entry = dispatch.REGISTRY["triton"]
-    dispatch.REGISTRY["triton"] = dataclasses.replace(entry, objection=lambda *args: None)
+    dispatch.REGISTRY["triton"] = dataclasses.replace(entry, unsupported_reason=lambda *args: None)
     for call in CALLS:
         run(torch.device("cpu"), **call)
         print(len(keys), call)  # noqa: T201
