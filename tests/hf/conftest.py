@@ -15,7 +15,6 @@ def _frozen():
 
     With transformers loaded, one takes half a second.
     """
-    gc.collect()
     gc.freeze()
     yield
     gc.unfreeze()

@@ -18,7 +18,8 @@ def model(
     **options: Any,
 ):
     """Return a random model of a family, in which nothing is the identity; ``options`` go to it."""
-    config_class, model_class, special = _family(kind, layers, width)
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     settings = {
         "vocab_size": vocab,
         "bos_token_id": 0,
@@ -29,13 +30,13 @@ def model(
         "num_attention_heads": 2,
         "max_position_embeddings": 64,
         "initializer_range": 0.5,
-        **special,
+        **_special(kind, layers, width),
         **options,
     }
     if kind == "gemma3":
         settings = _with_images(settings)
     torch.manual_seed(seed)
-    built = model_class(config_class(**settings))
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     for name, parameter in built.named_parameters():
         if "norm" in name or "ln_" in name:
             torch.nn.init.normal_(parameter, mean=1.0 if "weight" in name else 0.0, std=0.2)
@@ -44,61 +45,34 @@ def model(
     return built.eval()
 
 
-def _family(kind: str, layers: int, width: int) -> tuple[Any, Any, dict[str, Any]]:
-    """Return config class, model class and the settings that are the family's own."""
-    import transformers as hf
-
-    rms = {
-        "rms_norm_eps": EPS,
-        "intermediate_size": 2 * width,
-        "num_key_value_heads": 1,
-        "head_dim": width // 2,
-    }
-    layer = {"layer_norm_eps": EPS, "intermediate_size": 2 * width}
+def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
+    """Return the settings that are a family's own."""
+    inner = {"intermediate_size": 2 * width}
+    heads = {"num_key_value_heads": 1}
+    rms = {**inner, **heads, "rms_norm_eps": EPS, "head_dim": width // 2}
+    layer = {**inner, "layer_norm_eps": EPS}
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     mixed = {
         "layer_types": [("sliding_attention", "full_attention")[i % 2] for i in range(layers)],
         "sliding_window": 3,
     }
-    capped = {"final_logit_softcapping": 6.0, **mixed}
-    gemma3 = {**rms, **capped}
-    families: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-        "llama": (hf.LlamaConfig, hf.LlamaForCausalLM, rms),
-        "mistral": (hf.MistralConfig, hf.MistralForCausalLM, {**rms, "sliding_window": 3}),
-        "qwen2": (
-            hf.Qwen2Config,
-            hf.Qwen2ForCausalLM,
-            {**rms, **mixed, "use_sliding_window": True},
-        ),
-        "qwen3": (
-            hf.Qwen3Config,
-            hf.Qwen3ForCausalLM,
-            {**rms, **mixed, "use_sliding_window": True},
-        ),
-        "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, {**rms, **capped}),
-        "gemma3_text": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, gemma3),
-        "gemma3": (hf.Gemma3Config, hf.Gemma3ForConditionalGeneration, gemma3),
-        "phi3": (hf.Phi3Config, hf.Phi3ForCausalLM, {**rms, "sliding_window": 3}),
-        "olmo2": (hf.Olmo2Config, hf.Olmo2ForCausalLM, rms),
-        "granite": (
-            hf.GraniteConfig,
-            hf.GraniteForCausalLM,
-            {**rms, "logits_scaling": 3.0, "residual_multiplier": 0.7},
-        ),
-        "cohere": (
-            hf.CohereConfig,
-            hf.CohereForCausalLM,
-            {**layer, "num_key_value_heads": 1, "logit_scale": 0.3},
-        ),
-        "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, {**still, "layer_norm_epsilon": EPS}),
-        "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, layer),
-        "opt": (
-            hf.OPTConfig,
-            hf.OPTForCausalLM,
-            {"ffn_dim": 2 * width, "init_std": 0.5, "dropout": 0.0},
-        ),
-    }
-    return families[kind]
+    capped = {**rms, **mixed, "final_logit_softcapping": 6.0}
+    return {
+        "llama": rms,
+        "mistral": {**rms, "sliding_window": 3},
+        "qwen2": {**rms, **mixed, "use_sliding_window": True},
+        "qwen3": {**rms, **mixed, "use_sliding_window": True},
+        "gemma2": capped,
+        "gemma3_text": capped,
+        "gemma3": capped,
+        "phi3": {**rms, "sliding_window": 3},
+        "olmo2": rms,
+        "granite": {**rms, "logits_scaling": 3.0, "residual_multiplier": 0.7},
+        "cohere": {**layer, **heads, "logit_scale": 0.3},
+        "gpt2": {**still, "layer_norm_epsilon": EPS},
+        "gpt_neox": layer,
+        "opt": {"ffn_dim": 2 * width, "init_std": 0.5, "dropout": 0.0},
+    }[kind]
 
 
 def _with_images(text: dict[str, Any]) -> dict[str, Any]:

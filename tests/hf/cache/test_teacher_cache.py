@@ -299,6 +299,10 @@ def one_label(examples):
     examples[5]["labels"][-1] = -100
 
 
+def other_layers(layers):
+    layers[:] = [2]
+
+
 def masks(examples):
     for example in examples:
         example["attention_mask"] = [1] * len(example["labels"])
@@ -312,11 +316,7 @@ OTHERS = [
     ("examples", one_label, "made from other data: its tokens or"),
     ("examples", list.reverse, "made from other data"),
     ("examples", masks, "made from other data"),
-    (
-        "layers",
-        lambda x: x.remove(1) or x.remove(3) or x.append(2),
-        r"layers: found \[1, 3\], .*\[2\]",
-    ),
+    ("layers", other_layers, r"other layers: found \[1, 3\], expected \[2\]"),
     ("tokenizer", lambda x: x.add_tokens(["new"]), "made with another tokenizer"),
     ("tokenizer", None, "made with another tokenizer"),
     ("dtype", None, "another dtype: found float32, expected bfloat16"),

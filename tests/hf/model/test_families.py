@@ -17,6 +17,7 @@ from lens_kernels.hf.model.families import Family, lens_head_from, register_fami
 
 pytestmark = pytest.mark.hf
 KNOWN = sorted(fam.FAMILIES)
+IDS = torch.arange(2, 32).view(3, 10)
 EXPECTED = """cohere gemma2 gemma3 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 opt phi3
 qwen2 qwen3"""
 
@@ -28,12 +29,7 @@ def table(monkeypatch):
     return fam.FAMILIES
 
 
-def tokens(batch=3, length=10, vocab=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, vocab, (batch, length), generator=generator)
-
-
-def run(model, ids=None):
+def outputs_of(model):
     """Return the outputs of all blocks, of the final norm, and of the model."""
     hidden, final = [], []
     hooks = [
@@ -43,7 +39,7 @@ def run(model, ids=None):
     norm = fam.final_norm_of(model)
     hooks.append(norm.register_forward_hook(lambda module, args, output: final.append(output)))
     with torch.no_grad():
-        out = model(tokens() if ids is None else ids, output_hidden_states=True)
+        out = model(IDS, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
     hidden = [x[0] if isinstance(x, tuple) else x for x in hidden]
@@ -66,21 +62,16 @@ def test_the_known_families():
 @pytest.mark.parametrize("kind", KNOWN)
 def test_last_block_read_through_the_lens_is_the_models_own_output(kind):
     model = tiny.model(kind)
-    hidden, final, out = run(model)
+    hidden, final, out = outputs_of(model)
     with torch.no_grad():
         assert_same(read(lens_head_from(model), hidden[-1]), out.logits)
-        decoded = fam.decoder_of(model)(tokens()).last_hidden_state
+        decoded = fam.decoder_of(model)(IDS).last_hidden_state
     assert len(hidden) == 4 and len(out.hidden_states) == 5
     for depth in (1, 2, 3):
         torch.testing.assert_close(hidden[depth - 1], out.hidden_states[depth])
     torch.testing.assert_close(final, out.hidden_states[-1])
     torch.testing.assert_close(decoded, final)
     verification.verify_lens(model)
-
-
-@pytest.mark.parametrize("kind", KNOWN)
-def test_the_lens_shares_the_models_parameters(kind):
-    model = tiny.model(kind)
     own = {id(parameter) for parameter in model.parameters()}
     assert all(id(tensor) in own for tensor in lens_head_from(model).tensors().values())
 
@@ -150,12 +141,9 @@ def test_verification_of_other_dtypes(kind, dtype):
     verification.verify_lens(tiny.model(kind).to(dtype))
 
 
-def test_verification_of_a_vocabulary_smaller_than_its_tokens():
-    verification.verify_lens(tiny.model(vocab=3))
-
-
-def test_verification_of_a_head_that_starts_at_zero():
-    model = tiny.model()
+def test_verification_of_a_small_vocabulary_and_of_a_head_that_starts_at_zero():
+    model = tiny.model(vocab=3)  # there are more tokens in its text
+    verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
 
@@ -177,7 +165,7 @@ def test_verification_leaves_the_model_and_the_random_state_as_they_were():
 
 def test_a_lens_that_does_not_reproduce_the_logits_is_refused():
     model = tiny.model()
-    hidden, _, out = run(model)
+    hidden, _, out = outputs_of(model)
     head = lens_head_from(model)
     verification.verify_lens_head(model, head, hidden[-1], out.logits)
     for wrong in (1.01 * out.logits, out.logits * float("nan"), 0 * out.logits):
@@ -212,7 +200,7 @@ def test_a_family_can_be_registered(table):
         lens_head_from(model)
     register_family("phi", Family("model.layers", "model.final_layernorm", "layer"))
     verification.verify_lens(model)
-    hidden, _, out = run(model)
+    hidden, _, out = outputs_of(model)
     with torch.no_grad():
         assert_same(read(lens_head_from(model), hidden[-1]), out.logits)
 
@@ -321,13 +309,13 @@ def adapted(model, **options):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
 def test_a_peft_model_is_read_as_the_model_inside(kind):
-    plain = run(tiny.model(kind))[2].logits
+    plain = outputs_of(tiny.model(kind))[2].logits
     model = adapted(tiny.model(kind))
     inner = model.base_model.model
     assert fam.causal_lm_of(model) is inner and fam.causal_lm_of(inner) is inner
     assert fam.blocks_of(model) is fam.blocks_of(inner)
     assert fam.decoder_of(model) is fam.decoder_of(inner)
-    hidden, _, out = run(model)
+    hidden, _, out = outputs_of(model)
     assert (out.logits - plain).abs().max() > 0.01 * plain.abs().max()
     head = lens_head_from(model)
     assert head.weight is inner.lm_head.weight
