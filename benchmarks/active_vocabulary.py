@@ -7,9 +7,9 @@ taken in two states: before training, as its blocks are cut from the teacher, an
 began alike share the first. In each state two groups are judged: all lens pairs in one call (JSD,
 through the norm), and the final hidden states alone (forward KL).
 
-The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm, of the hidden gradients the
-largest over the pairs. ``bf16_rounding`` is what the exact gradients suffer by being rounded to
-bfloat16 and nothing else, of the hidden ones the smallest over the pairs: the stricter yardstick.
+The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm; for hidden gradients, the
+largest over the pairs. ``bf16_rounding`` is the error of the exact gradients rounded to bfloat16;
+for hidden gradients, the smallest over the pairs: the stricter yardstick.
 Times are of loss and backward on the same inputs, interleaved; a ratio to the floor (the four
 products of each pair) is taken within each round, and its median counts. Groups that are in the
 CSV already are not measured again.
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,34 +32,38 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # works without an install
+if not __package__:
+    import checkout  # noqa: F401
 
-from benchmarks import harness, memory_vs_vocab, plot, speed_vs_floor  # noqa: E402
-from benchmarks.shapes import Inputs  # noqa: E402
-from lens_kernels import LensHead, symmetric_lens_loss  # noqa: E402
-from lens_kernels.backends import head_products  # noqa: E402
-from lens_kernels.hf import run as command  # noqa: E402
-from lens_kernels.hf.capture import hidden_states  # noqa: E402
-from lens_kernels.hf.config import LensDistillConfig  # noqa: E402
-from lens_kernels.hf.data import Collator, Example, load_examples, padding_id  # noqa: E402
-from lens_kernels.hf.families import lens_head_from  # noqa: E402
-from lens_kernels.hf.loading import load_model, load_tokenizer  # noqa: E402
-from lens_kernels.hf.student import shallow_copy  # noqa: E402
-from lens_kernels.validation import IGNORE_INDEX  # noqa: E402
+from benchmarks.support import environment, plot, products, tables, timing
+from benchmarks.support.shapes import Inputs, Job
+from lens_kernels import LensHead, symmetric_lens_loss
+from lens_kernels.backends import head_products
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.families import lens_head_from
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.training import command
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.data import Collator, Example, load_examples, padding_id
+from lens_kernels.inputs import IGNORE_INDEX
 
-CPU = torch.device("cpu")
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
 WRONG = 0.1  # an error above which nothing is timed
 SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # what a threshold must reach to be worth its while
-HEADER = ["run and state", "group", "threshold", "used %", "dropped %", "hidden error"]
-HEADER += ["head error", "x floor", "range"]
-MEASURED = ["used_share", "dropped_share", "hidden_error", "head_error", "median_ms", "min_ms"]
-MEASURED += ["max_ms", "ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor"]
+COLUMNS = (
+    "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
+    " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
+    " pairs vocab_entries student_width teacher_width"
+)
+SHOWN = (
+    "run state group threshold used_share dropped_share hidden_error head_error ratio_to_floor"
+    " min_ratio_to_floor max_ratio_to_floor"
+)
 
 Threshold = Any  # what grad_threshold takes
 Row = dict[str, Any]
-Key = tuple[str, str, str]  # run, state and group
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,9 @@ class Group:
 
     def gradients(self, threshold: Threshold) -> tuple[Tensor, ...]:
         """Return the gradients of the hidden states and, last, of the head."""
-        loss = symmetric_lens_loss(
-            self.inputs.student_hidden,
-            self.inputs.teacher_hidden,
-            *self.heads,
-            divergence=self.divergence,
-            grad_threshold=threshold,
-        )
+        hidden = self.inputs.student_hidden, self.inputs.teacher_hidden
+        options = {"divergence": self.divergence, "grad_threshold": threshold}
+        loss = symmetric_lens_loss(*hidden, *self.heads, **options)
         return torch.autograd.grad(loss, self.inputs.leaves())
 
 
@@ -119,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     path = args.out / "active_vocabulary.csv"
     conditions = {"tokens": args.tokens, "rounds": args.rounds, "data": args.data.name}
-    conditions |= {"teacher": args.teacher.name} | harness.environment(CPU)
-    done = read_results(path, conditions)
+    conditions |= {"teacher": args.teacher.name} | environment.environment(environment.CPU)
+    done: defaultdict[tuple[str, str, str], list[Row]] = defaultdict(list)
+    for row in tables.read_own_csv(path, conditions):
+        done[row["run"], row["state"], row["group"]].append(row)
     students = read_trained(args.trained)
     tokenizer = load_tokenizer(str(args.teacher))
     # All data before any model: what is missing shows at once.
@@ -141,18 +142,16 @@ def main(argv: Sequence[str] | None = None) -> None:
             groups = groups_of(trained, state, teacher, batch, args.tokens)
             for key in lacking:
                 print(" ".join(key), flush=True)
-                measured = measure(groups[key[2]], args.thresholds, args.rounds)
-                names = dict(zip(("run", "state", "group"), key, strict=True))
+                names: Row = dict(zip(("run", "state", "group"), key, strict=True))
                 names["student_blocks"] = " ".join(map(str, trained.blocks))
-                done[key] = [names | row | conditions for row in measured]
-                harness.write_csv(path, [row for rows in done.values() for row in rows])
+                measured = measure(groups[key[2]], args.thresholds, args.rounds, names)
+                done[key] = [row | conditions for row in measured]
+                tables.write_csv(path, [row for rows in done.values() for row in rows])
     rows = [row for rows in done.values() for row in rows]
     print()
-    harness.print_table(HEADER, [cells(row) for row in rows if row["threshold"] != "floor"])
+    tables.print_rows([row for row in rows if row["threshold"] != "floor"], SHOWN.split())
     print("\n" + "\n".join(verdicts(rows)))
-    png = args.figure or path.with_suffix(".png")
-    drawn = plot.active_vocabulary(path, png, SMALL_ERROR, WANTED_RATIO)
-    picture = png if drawn else memory_vs_vocab.drawn_not()
+    picture = plot.active_vocabulary(path, SMALL_ERROR, WANTED_RATIO, png=args.figure)
     print(f"{path}\n{picture}\n{time.perf_counter() - start:.0f} s")
 
 
@@ -166,28 +165,15 @@ def threshold_of(text: str) -> Threshold:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = environment.parser(__doc__, on_device=False)
     parser.add_argument("--teacher", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
     parser.add_argument("--trained", type=Path, required=True, nargs="+", metavar="FOLDER")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up")
     parser.add_argument("--thresholds", type=threshold_of, nargs="+", default=THRESHOLDS)
-    parser.add_argument("--out", type=Path, default=harness.OUT, metavar="DIR")
     parser.add_argument("--figure", type=Path, metavar="PNG", help="default: beside the CSV")
     return parser.parse_args(argv)
-
-
-def read_results(path: Path, conditions: Mapping[str, Any]) -> defaultdict[Key, list[Row]]:
-    """Return the rows that are there already, by run, state and group.
-
-    Raises:
-        RuntimeError: They were measured otherwise.
-    """
-    done: defaultdict[Key, list[Row]] = defaultdict(list)
-    for row in harness.read_own_csv(path, conditions):
-        done[row["run"], row["state"], row["group"]].append(row)
-    return done
 
 
 def read_trained(folders: Sequence[Path]) -> list[Trained]:
@@ -252,28 +238,23 @@ def groups_of(
 def watched() -> Iterator[dict[str, float]]:
     """Count the logits' gradients, in number and absolute sum: all, and those that are used."""
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
-    add, whole, active = head_products.Survey.add, head_products.whole, head_products.active
 
-    def count(what: str, grad: Tensor) -> None:
-        seen[what] += grad.numel()
-        seen[f"{what} mass"] += float(grad.abs().sum(dtype=torch.float64))
+    def counting(owner: Any, name: str, what: str, at: int, columns: int | None = None) -> Any:
+        """Count the gradient that is argument ``at`` of each call, or some columns of it."""
+        inner = getattr(owner, name)
 
-    def survey(self: head_products.Survey, grad: Tensor) -> None:
-        count("all", grad)
-        add(self, grad)
+        def counted(*args: Any) -> Any:
+            grad = args[at] if columns is None else args[at][:, args[columns]]
+            seen[what] += grad.numel()
+            seen[f"{what} mass"] += float(grad.abs().sum(dtype=torch.float64))
+            return inner(*args)
 
-    def all_products(grad: Tensor, *args: Any) -> Tensor | None:
-        count("used", grad)
-        return whole(grad, *args)
-
-    def some_products(grad: Tensor, columns: Tensor, *args: Any) -> Tensor | None:
-        count("used", grad[:, columns])
-        return active(grad, columns, *args)
+        return mock.patch.object(owner, name, counted)
 
     with (
-        mock.patch.object(head_products.Survey, "add", survey),
-        mock.patch.object(head_products, "whole", all_products),
-        mock.patch.object(head_products, "active", some_products),
+        counting(head_products.ColumnStatistics, "add", "all", at=1),
+        counting(head_products, "full_products", "used", at=0),
+        counting(head_products, "active_products", "used", at=0, columns=1),
     ):
         yield seen
 
@@ -322,72 +303,47 @@ def _errors(hidden: float, head: float) -> Row:
 def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[str, Row]:
     """Return times and ratios to the floor, by threshold."""
     functions: dict[str, Callable[[], Any]] = {
-        "floor": lambda: speed_vs_floor.products(group.inputs),
-        "exact": lambda: group.gradients(None),
+        "floor": partial(products.products, group.inputs),
+        "exact": partial(group.gradients, None),
+        **{str(t): partial(group.gradients, t) for t in thresholds},
     }
-    functions |= {str(t): partial(group.gradients, t) for t in thresholds}
-    timings = harness.time_interleaved(functions, rounds, CPU)
+    timings = timing.time_interleaved(functions, rounds, environment.CPU)
     rows = {}
-    for name, timing in timings.items():
-        pairs = zip(timing.times_ms, timings["floor"].times_ms, strict=True)
-        ratios = [mine / floor for mine, floor in pairs]
-        rows[name] = {
-            "median_ms": f"{timing.median_ms:.2f}",
-            "min_ms": f"{min(timing.times_ms):.2f}",
-            "max_ms": f"{max(timing.times_ms):.2f}",
-            "ratio_to_floor": f"{statistics.median(ratios):.3f}",
-            "min_ratio_to_floor": f"{min(ratios):.3f}",
-            "max_ratio_to_floor": f"{max(ratios):.3f}",
-        }
+    for name, times in timings.items():
+        ratios = times.ratios(timings["floor"])
+        ends = {"": statistics.median(ratios), "min_": min(ratios), "max_": max(ratios)}
+        columns = {f"{end}ratio_to_floor": f"{ratio:.3f}" for end, ratio in ends.items()}
+        rows[name] = times.columns() | columns
     return rows
 
 
-def measure(group: Group, thresholds: Sequence[Threshold], rounds: int) -> list[Row]:
+def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: Row) -> list[Row]:
     """Return the rows of a group; nothing is timed that is wrong."""
     judged = judge(group, thresholds)
     times = timed(group, thresholds, rounds)
-    inputs = group.inputs
-    sizes = {
-        "divergence": group.divergence,
-        "pairs": len(inputs.student_hidden),
-        "vocab_entries": inputs.student_head.shape[0],
-        "student_width": inputs.student_head.shape[1],
-        "teacher_width": inputs.teacher_head.shape[1],
-    }
-    blank = dict.fromkeys(MEASURED, "")
+    (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
+    job = Job(0, vocab, len(group.inputs.student_hidden), width, teacher_width)
+    same = job.columns() | names | {"divergence": group.divergence}
     return [
-        {"threshold": name, **blank, **judged.get(name, {}), **times.get(name, {}), **sizes}
+        tables.row(COLUMNS, same, {"threshold": name}, judged.get(name, {}), times.get(name, {}))
         for name in ("floor", *judged)
     ]
 
 
-def cells(row: Row) -> list[str]:
-    """Return a line of the table."""
-
-    def percent(value: str) -> str:
-        return f"{100 * float(value):.3g}" if value else ""
-
-    place = [f"{row['run']} {row['state']}", row["group"], row["threshold"]]
-    shares = [percent(row["used_share"]), percent(row["dropped_share"])]
-    ends = f"{row['min_ratio_to_floor']} to {row['max_ratio_to_floor']}" if row["min_ms"] else ""
-    return [*place, *shares, row["hidden_error"], row["head_error"], row["ratio_to_floor"], ends]
-
-
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Say for each lens state how quick a threshold of small errors is."""
-    lines = []
     lens = [row for row in rows if row["group"] == "lens" and row["used_share"]]
-    for run, state in dict.fromkeys((row["run"], row["state"]) for row in lens):
-        good = [
-            (float(row["ratio_to_floor"]), row["threshold"])
-            for row in lens
-            if (row["run"], row["state"]) == (run, state)
-            and row["threshold"] != "exact"
-            and max(float(row["hidden_error"]), float(row["head_error"])) < SMALL_ERROR
-        ]
+    good: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for row in lens:
+        found = good.setdefault((row["run"], row["state"]), [])
+        error = max(float(row["hidden_error"]), float(row["head_error"]))
+        if row["threshold"] != "exact" and error < SMALL_ERROR:
+            found.append((float(row["ratio_to_floor"]), row["threshold"]))
+    lines = []
+    for (run, state), found in good.items():
         said = "no threshold"
-        if good:
-            ratio, threshold = min(good)
+        if found:
+            ratio, threshold = min(found)
             met = "is" if ratio < WANTED_RATIO else "is not"
             said = f"{ratio:.3f} of the floor at {threshold}, which {met} below {WANTED_RATIO:.2f}"
         lines.append(f"{run} {state}, lens, both errors below {SMALL_ERROR:g}: {said}")

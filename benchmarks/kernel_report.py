@@ -10,19 +10,19 @@ many programs a processor holds follows from them. Costs are arithmetic. Nothing
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
-from benchmarks import harness
-from benchmarks.shapes import MODELS, Model
+if not __package__:
+    import checkout  # noqa: F401
+
+from benchmarks.support import environment, tables
+from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import plan
 
 # Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
@@ -36,7 +36,7 @@ DTYPES = {
 }
 
 PLANNED = ("gpt2", "tinyllama", "qwen2.5", "llama3", "gemma2")
-README = harness.ROOT / "README.md"
+README = environment.ROOT / "README.md"
 README_TOKENS = 8192
 README_HEADER = (
     f"{README_TOKENS} tokens, one pair",
@@ -51,8 +51,8 @@ END = "<!-- end of what kernel_report.py made -->"
 
 def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
     """Compile every kernel variant for every architecture, two at a time or more."""
-    from benchmarks import offline
-    from lens_kernels.spec import Divergence
+    from benchmarks.support import offline
+    from lens_kernels.options import Divergence
 
     jobs = dict.fromkeys(
         (arch, launch)
@@ -71,23 +71,6 @@ def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
             print(f"\r  compiled {len(results)} of {len(jobs)}", end="", flush=True)
     print()
     return results
-
-
-def kernel_row(compiled: Any) -> dict[str, Any]:
-    """Return one row of the first table."""
-    return {
-        "arch": compiled.arch,
-        "kernel": compiled.launch.kernel.removesuffix("_kernel"),
-        "variant": compiled.launch.variant(),
-        "tile": compiled.launch.tile(),
-        "registers": compiled.registers,
-        "spilled_bytes": compiled.spilled_bytes,
-        "shared_bytes": compiled.shared_bytes,
-        "matrix": compiled.matrix,
-        "matrix_count": compiled.matrix_count,
-        "instructions": compiled.instructions,
-        "programs_per_processor": compiled.programs,
-    }
 
 
 def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
@@ -122,17 +105,12 @@ def readme_table() -> str:
             sizes = [getattr(plans[name], quantity) / 1e9 for name in ("dense", "torch", "triton")]
             cells.append(" / ".join(f"{size:.1f}" for size in sizes))
         rows.append([model.name, *cells])
-    return harness.markdown_table(README_HEADER, rows)
-
-
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows as a table."""
-    harness.print_table(list(rows[0]), [[str(x) for x in row.values()] for row in rows])
+    return tables.markdown_table(README_HEADER, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print both tables, write them as CSV, and fail if a kernel spills or lacks its products."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = environment.parser(__doc__, on_device=False)
     parser.add_argument("--arch", action="append", choices=ARCHS)
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
     parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
@@ -140,28 +118,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--readme", action="store_true", help="also write the table of plans into README.md"
     )
-    parser.add_argument("--out", type=Path, default=harness.OUT, help="folder of the CSV files")
     args = parser.parse_args(argv)
     costs = [row for model in MODELS.values() for row in cost_rows(model, args.tokens)]
     print(f"One lens pair, {args.tokens} tokens, 16-bit operands; computed, not measured")
-    show(costs)
-    harness.write_csv(args.out / "kernel_costs.csv", costs)
+    tables.print_rows(costs)
+    tables.write_csv(args.out / "kernel_costs.csv", costs)
     if args.readme:
-        text = README.read_text(encoding="utf-8")
-        new = harness.replaced_between(text, BEGIN, END, readme_table())
-        README.write_text(new, encoding="utf-8")
+        tables.rewrite(README, BEGIN, END, readme_table())
     if args.costs_only:
         return 0
     os.environ.pop("TRITON_INTERPRET", None)  # here kernels are compiled, which imports decide
-    from benchmarks import offline
+    from benchmarks.support import offline
 
     # Products are rounded to TF32 on NVIDIA alone.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     compiled = compile_all(archs, args.dtype)
-    versions = {"dtype": args.dtype, "triton": harness.version_of("triton")}
-    rows = [{**kernel_row(c), **versions} for c in compiled]
-    show(rows)
-    harness.write_csv(args.out / f"kernel_report_{args.dtype}.csv", rows)
+    versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}
+    rows = [c.columns() | versions for c in compiled]
+    tables.print_rows(rows)
+    tables.write_csv(args.out / f"kernel_report_{args.dtype}.csv", rows)
     faults = [fault for c in compiled if (fault := offline.fault(c, args.dtype))]
     for fault in faults:
         print(fault)

@@ -2,13 +2,12 @@
 
 Every run starts from the same blocks of SmolLM2-135M-Instruct and sees the same number of examples
 in an order that its seed decides. All are judged alike on held-out rows. A run that is in the CSV
-already is not repeated, so an interrupted study goes on.
+already is not repeated: the same command resumes an interrupted study.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import statistics
@@ -20,15 +19,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
+if not __package__:
+    import checkout  # noqa: F401
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.support import environment, plot, tables
 
-from benchmarks import harness, plot
-
-DATA = harness.ROOT / "benchmarks" / "data" / "cpu"
-FIGURES = harness.ROOT / "benchmarks" / "figures"
 # Of 30 blocks those whose loss is mended soonest: without 12 to 19 the cross entropy doubles, and
 # after 20 steps half of that is made good; other eight cost up to twice as much.
 BLOCKS = [*range(1, 12), *range(20, 31)]
@@ -50,8 +45,8 @@ METRICS = {
 }
 
 
-def options() -> argparse.Namespace:
-    """Return the command line's options."""
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--train", required=True, help="JSON lines to train on")
@@ -63,21 +58,27 @@ def options() -> argparse.Namespace:
     parser.add_argument("--eval-rows", type=int, default=80, help="rows that are judged on")
     parser.add_argument("--rouge-rows", type=int, default=40, help="rows that are answered")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one thread each")
-    parser.add_argument("--output", type=Path, default=harness.OUT / "study")
-    parser.add_argument("--csv", type=Path, default=DATA / "study.csv")
-    parser.add_argument("--figure", type=Path, default=FIGURES / "study.png")
+    parser.add_argument("--output", type=Path, default=environment.OUT / "study")
+    parser.add_argument("--csv", type=Path, default=environment.DATA / "cpu" / "study.csv")
+    figure = environment.ROOT / "benchmarks" / "figures" / "study.png"
+    parser.add_argument("--figure", type=Path, default=figure)
     parser.add_argument("--one", nargs=2, metavar=("ARM", "SEED"), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def train(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> float:
+def folder_of(args: argparse.Namespace, arm: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return args.output / f"{list(ARMS).index(arm)}-{seed}"
+
+
+def train(args: argparse.Namespace, arm: str, seed: int) -> float:
     """Train one student as a user would, and return the seconds that took."""
-    from lens_kernels.hf import run
+    from lens_kernels.hf.training import command
 
     given = {
         "student": args.model,
         "train": args.train,
-        "output": folder,
+        "output": folder_of(args, arm, seed),
         "student_blocks": BLOCKS,
         "student_layers": STUDENT_LAYERS,
         "teacher_layers": TEACHER_LAYERS,
@@ -96,29 +97,28 @@ def train(args: argparse.Namespace, arm: str, seed: int, folder: Path) -> float:
     }
     if arm != "SFT":
         given |= {"teacher": args.model, "teacher_cache": args.output / "teacher"}
-    argv: list[str] = []
-    for name, value in {**given, **ARMS[arm]}.items():
-        argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    given |= ARMS[arm]
+    values = [(f"--{k}", *(v if isinstance(v, list) else [v])) for k, v in given.items()]
+    argv = [str(each) for option in values for each in option]
     started = time.perf_counter()
-    run.train(*run.parse(argv), lambda text: print(text, flush=True))
+    command.train(*command.parse(argv), lambda text: print(text, flush=True))
     return time.perf_counter() - started
 
 
 def judge(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return the metrics of a student: the same for all, whatever it was trained by."""
-    from lens_kernels.hf.data import Collator, load_examples, padding_id, read_rows
     from lens_kernels.hf.evaluation.generation import evaluate_rouge
-    from lens_kernels.hf.evaluation.held_out import evaluate
-    from lens_kernels.hf.loading import load_model, load_tokenizer
-    from lens_kernels.hf.objective import LensObjective
+    from lens_kernels.hf.model.loading import load_model, load_tokenizer
+    from lens_kernels.hf.training.data import Collator, load_examples, padding_id, read_rows
+    from lens_kernels.hf.training.meter import evaluate
+    from lens_kernels.hf.training.objective import LensObjective
 
     student, teacher = load_model(str(folder), "float32"), load_model(args.model, "float32")
     tokenizer = load_tokenizer(str(folder))
     data = load_examples(args.eval, tokenizer, prompt_style="chat", max_length=256)
     collate = Collator(padding_id(tokenizer))
-    objective = LensObjective(
-        student, teacher, STUDENT_LAYERS, TEACHER_LAYERS, final_divergence="forward_kl"
-    )
+    layers = STUDENT_LAYERS, TEACHER_LAYERS
+    objective = LensObjective(student, teacher, *layers, final_divergence="forward_kl")
     total = min(len(data), args.eval_rows)
     batches = (range(i, min(i + 8, total)) for i in range(0, total, 8))
     means = evaluate(objective, (collate([data[i] for i in rows]) for rows in batches))
@@ -138,39 +138,33 @@ def judge(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
 def one(args: argparse.Namespace, arm: str, seed: int) -> None:
     """Do one run and write its row to a file of its own."""
-    folder = args.output / f"{list(ARMS).index(arm)}-{seed}"
-    seconds = train(args, arm, seed, folder)
+    seconds, folder = train(args, arm, seed), folder_of(args, arm, seed)
     row = {"arm": arm, "seed": seed, "steps": args.steps, "examples_per_step": args.batch}
     row |= {"learning_rate": args.learning_rate, **judge(args, folder)}
-    row |= {"train_seconds": round(seconds, 1), **harness.environment(torch.device("cpu"))}
+    row |= {"train_seconds": round(seconds, 1), **environment.environment(environment.CPU)}
     (folder / "row.json").write_text(json.dumps(row))
 
 
-def table(rows: Sequence[dict[str, str]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """Return mean and standard deviation of every metric by objective, as Markdown."""
-    lines = [
-        "| objective | " + " | ".join(METRICS.values()) + " |",
-        "|---" * (len(METRICS) + 1) + "|",
-    ]
-    for arm in ARMS:
-        cells = []
+    lines = []
+    for arm in (arm for arm in ARMS if any(row["arm"] == arm for row in rows)):
+        cells = [arm]
         for name in METRICS:
             values = [float(row[name]) for row in rows if row["arm"] == arm]
-            if values:
-                spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.3f}{spread}")
-        if cells:
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3f}{spread}")
+        lines.append(cells)
+    return tables.markdown_table(["objective", *METRICS.values()], lines)
 
 
 def main() -> None:
     """Run what is missing, then print the table and draw."""
-    args = options()
+    args = parse()
     if args.one:
         one(args, args.one[0], int(args.one[1]))
         return
-    done = _read(args.csv)
+    done: list[dict[str, Any]] = [*tables.read_csv(args.csv)]
     known = {(row["arm"], int(row["seed"])) for row in done}
     wanted = [(arm, seed) for seed in args.seeds for arm in ARMS if (arm, seed) not in known]
     # The first run with a teacher writes its states, which the others then only read.
@@ -178,17 +172,16 @@ def main() -> None:
     started, total = time.perf_counter(), len(done) + len(wanted)
 
     def work(task: tuple[str, int]) -> None:
-        arm, seed = task
-        folder = args.output / f"{list(ARMS).index(arm)}-{seed}"
+        folder = folder_of(args, *task)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *sys.argv, "--one", arm, str(seed)]
+        command = [sys.executable, *sys.argv, "--one", *map(str, task)]
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with (folder / "log.txt").open("w") as log:
             subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | threads)
         done.append(json.loads((folder / "row.json").read_text()))
-        harness.write_csv(args.csv, done)
+        tables.write_csv(args.csv, done)
         minutes = (time.perf_counter() - started) / 60
-        print(f"{minutes:5.1f} min  {len(done):2d} of {total}: {arm}, {seed}")
+        print(f"{minutes:5.1f} min  {len(done):2d} of {total}: {task[0]}, {task[1]}")
 
     if first is not None:
         work(first)
@@ -196,14 +189,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, wanted))
     print(table(done))
-    plot.study(args.csv, args.figure, METRICS, list(ARMS))
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    print(plot.study(args.csv, METRICS, list(ARMS), png=args.figure))
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
 """What a step of the trainer costs beside its parts: the models' passes, and the loss alone.
 
 Models have SmolLM2-135M's shape with random weights; a student of some of its blocks. The trainer's
-step less the models' own passes is what the lens costs there, and is compared with the operation
+step less the models' own passes is what the lens costs there. It is compared with the operation
 alone on hidden states of the same shape. Dense PyTorch in its place shows what it replaces.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +15,19 @@ from typing import Any
 
 import torch
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:
+    import checkout  # noqa: F401
 
-from benchmarks import harness
+from benchmarks.support import environment, tables, timing
 from lens_kernels import distillation_loss
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
-from lens_kernels.hf.capture import hidden_states
+from lens_kernels.hf.model.capture import hidden_states
 
-ENDS = (("low", min), ("high", max))
-DATA = harness.ROOT / "benchmarks" / "data" / "cpu"
+States = list[torch.Tensor]
 
 
-def options() -> argparse.Namespace:
-    """Return the command line's options."""
+def parse() -> argparse.Namespace:
+    """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of an example, all counted")
@@ -40,7 +37,8 @@ def options() -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=DATA / "training_step.csv")
+    output = environment.DATA / "cpu" / "training_step.csv"
+    parser.add_argument("--output", type=Path, default=output)
     return parser.parse_args()
 
 
@@ -90,54 +88,47 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
     tokens = torch.tensor(args.batch * (args.length - 1))
     layers = objective.student_layers, objective.teacher_layers
 
-    def passes() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        with torch.no_grad():
-            theirs, their_final = hidden_states(teacher, layers[1], {"input_ids": ids})
-        mine, my_final = hidden_states(student, layers[0], {"input_ids": ids})
-        return [*mine, my_final], [*theirs, their_final]
+    @torch.no_grad()
+    def teacher_alone() -> States:
+        hidden, final = hidden_states(teacher, layers[1], {"input_ids": ids})
+        return [*hidden, final]
 
-    mine, theirs = passes()
-    gradients = [torch.randn_like(x) * 1e-4 for x in mine]
-    rows = [[x.detach()[:, :-1].reshape(-1, args.width) for x in side] for side in (mine, theirs)]
+    def passes() -> tuple[States, States]:
+        theirs = teacher_alone()
+        hidden, final = hidden_states(student, layers[0], {"input_ids": ids})
+        return [*hidden, final], theirs
+
+    both = passes()
+    gradients = [torch.randn_like(x) * 1e-4 for x in both[0]]
+    mine, theirs = ([x.detach()[:, :-1].reshape(-1, args.width) for x in side] for side in both)
 
     def models_alone() -> None:
-        student.zero_grad(set_to_none=True)
         torch.autograd.backward(passes()[0], gradients)
 
     def operation_alone() -> None:
-        student.zero_grad(set_to_none=True)
-        leaves = [x.requires_grad_() for x in rows[0]]
-        for x in leaves:
-            x.grad = None
+        for x in mine:
+            x.requires_grad_().grad = None
         distillation_loss(
-            leaves[:-1],
-            rows[1][:-1],
+            mine[:-1],
+            theirs[:-1],
             *objective.heads(),
-            student_final=leaves[-1],
-            teacher_final=rows[1][-1],
+            student_final=mine[-1],
+            teacher_final=theirs[-1],
             labels=ids[:, 1:].flatten(),
             denominator=tokens,
         ).loss.backward()
 
     def trainer_step() -> torch.Tensor:
-        student.zero_grad(set_to_none=True)
         return trainer.training_step(student, dict(inputs), tokens)
 
     def cached_step() -> torch.Tensor:
-        student.zero_grad(set_to_none=True)
         numbered = {**inputs, "example_id": torch.arange(args.batch)}
         return cached_trainer.training_step(student, numbered, tokens)
 
-    @torch.no_grad()
-    def teacher_alone() -> None:
-        hidden_states(teacher, layers[1], {"input_ids": ids})
-
     def dense_step() -> torch.Tensor:
-        student.zero_grad(set_to_none=True)
-        mine, theirs = passes()
-        heads = objective.heads()
         total = torch.zeros(())
-        for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
+        heads = objective.heads()
+        for i, (x, y) in enumerate(zip(*passes(), strict=True)):
             last = i == args.pairs
             with torch.no_grad():
                 log_p = _log_probabilities(heads[1], y, last)
@@ -146,20 +137,25 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
                 total = total + (log_q.exp() * (log_q - log_p)).sum() / tokens
                 continue
             log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0))
-            p_part = log_p.exp() * (log_p - log_m)
-            total = (
-                total + ((p_part + log_q.exp() * (log_q - log_m)).sum() / 2) / tokens / args.pairs
-            )
+            jsd = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum() / 2
+            total = total + jsd / tokens / args.pairs
         total.backward()
         return total.detach()
 
+    def fresh(function: Callable[[], Any]) -> Callable[[], Any]:
+        def call() -> Any:
+            student.zero_grad(set_to_none=True)
+            return function()
+
+        return call
+
     return {
-        "trainer step": trainer_step,
-        "trainer step, teacher cached": cached_step,
-        "models alone": models_alone,
+        "trainer step": fresh(trainer_step),
+        "trainer step, teacher cached": fresh(cached_step),
+        "models alone": fresh(models_alone),
         "teacher alone": teacher_alone,
-        "operation alone": operation_alone,
-        "dense step": dense_step,
+        "operation alone": fresh(operation_alone),
+        "dense step": fresh(dense_step),
     }
 
 
@@ -172,35 +168,31 @@ def _log_probabilities(head: Any, hidden: torch.Tensor, normed_already: bool) ->
 
 def main() -> None:
     """Time, print the shares and write the CSV."""
-    args = options()
+    args = parse()
     with tempfile.TemporaryDirectory() as folder:
         timed = jobs(args, folder)
         ours = timed["trainer step"]()
         for name in ("dense step", "trainer step, teacher cached"):
             torch.testing.assert_close(timed[name](), ours, rtol=1e-4, atol=0)
-        timings = harness.time_interleaved(timed, args.rounds, torch.device("cpu"))
-    rows = [
-        {"what": name}
-        | {f"{k}_ms": round(f(t.times_ms), 1) for k, f in (("median", statistics.median), *ENDS)}
-        for name, t in timings.items()
-    ]
-    harness.print_table(
-        ("what", "median s", "lowest", "highest"),
-        [(r["what"], *(f"{x / 1e3:.3f}" for x in list(r.values())[1:])) for r in rows],
-    )
-    median = {name: t.median_ms for name, t in timings.items()}
-    lens = median["trainer step"] - median["models alone"]
+        timings = timing.time_interleaved(timed, args.rounds, environment.CPU)
+    rows = []
+    for name, times in timings.items():
+        found = times.columns(1)
+        ends = {"low_ms": found["min_ms"], "high_ms": found["max_ms"]}
+        rows.append({"what": name, "median_ms": found["median_ms"], **ends})
+    tables.print_rows(rows)
+    median = {name: times.median_ms for name, times in timings.items()}
+    step, models = median["trainer step"], median["models alone"]
+    lens, saved = step - models, step - median["trainer step, teacher cached"]
     print(f"\nlens in the trainer, less the models: {lens / 1e3:.3f} s,", end=" ")
     print(f"{lens / median['operation alone']:.2f} of the operation alone")
-    saved = median["trainer step"] - median["trainer step, teacher cached"]
     print(f"saved by the cache: {saved / 1e3:.3f} s,", end=" ")
     print(f"{saved / median['teacher alone']:.2f} of the teacher alone")
     for name in ("trainer step", "dense step"):
-        share = 1 - median["models alone"] / median[name]
-        print(f"share of the loss in a {name}: {share:.0%}")
+        print(f"share of the loss in a {name}: {1 - models / median[name]:.0%}")
     shape = {k: v for k, v in vars(args).items() if k != "output"}
-    environment = harness.environment(torch.device("cpu"))
-    harness.write_csv(args.output, [row | shape | environment for row in rows])
+    where = environment.environment(environment.CPU)
+    tables.write_csv(args.output, [row | shape | where for row in rows])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Distil language models through the logit lens, without ever holding the logits."""
 
+from lens_kernels.cost import Plan
+from lens_kernels.dispatch import plan
 from lens_kernels.functional import (
     DistillationOutput,
     distillation_loss,
@@ -7,7 +9,6 @@ from lens_kernels.functional import (
 )
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.modules import DistillationLoss, SymmetricLensLoss
-from lens_kernels.plan import Plan, plan
 from lens_kernels.version import __version__
 
 __all__ = [

@@ -1,14 +1,29 @@
-"""What crosses from the public functions to a backend, and what comes back."""
+"""The call that crosses to a backend, its form for a torch operator, and the result."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from lens_kernels.lens import LensHead
-from lens_kernels.spec import LossSpec
+from lens_kernels.inputs import Inputs
+from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm
+from lens_kernels.options import (
+    Divergence,
+    LossOptions,
+    parse_grad_threshold,
+    workspace_or_default,
+)
+
+
+class Term(NamedTuple):
+    """One comparison of a student's with a teacher's hidden state, number ``state`` of both."""
+
+    divergence: Divergence
+    state: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,32 +31,190 @@ class LossCall:
     """A checked call over ``P`` pairs of hidden states of ``N`` tokens.
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
-    token; with ``labels`` a last row holds the cross entropy of the last pair's student. Where
-    ``mask`` is False nothing is computed and ``rows`` is 0. ``needs_grad`` has one flag for each
-    student hidden state, then for each of the student head's ``tensors()``.
+    token. With ``labels`` a last row holds the cross entropy of the last student hidden state,
+    which has no teacher's beside it if there are no pairs. Where ``mask`` is False nothing is
+    computed, and ``rows`` is 0.
+
+    ``divergences`` and ``normed`` have one entry for each pair; ``normed`` says whether the head's
+    norm still has to be applied. ``operand_dtype`` is autocast's. ``needs_grad`` has one flag for
+    each student hidden state, then for each of the student head's ``tensors()``.
     """
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
     student_head: LensHead
-    teacher_head: LensHead
+    teacher_head: LensHead | None
     mask: Tensor | None
     labels: Tensor | None
     row_weight: Tensor
-    operand_dtype: torch.dtype | None
-    spec: LossSpec
+    divergences: tuple[Divergence, ...]
+    normed: tuple[bool, ...]
     needs_grad: list[bool]
+    beta: float
+    temperature: float
+    vocab_size: int
+    workspace_bytes: int
+    operand_dtype: torch.dtype | None = None
+    grad_threshold: float | None = None
+    threshold_is_relative: bool = False
 
-    def wanted(self) -> dict[int | str, Tensor]:
+    @staticmethod
+    def of(inputs: Inputs, terms: list[Term], options: LossOptions, row_weight: Tensor) -> LossCall:
+        """Return the call that compares ``terms``, without any only labels."""
+        student, teacher = inputs.student, inputs.teacher
+        # Without terms the cross entropy still reads the last state.
+        states = [term.state for term in terms] or [-1]
+        student_hidden = student.hidden
+        hidden = [student_hidden[i] for i in states]
+        teacher_hidden = [] if teacher is None else teacher.hidden
+        grad_mode = torch.is_grad_enabled()
+        reached = [*hidden, *student.head.tensors().values()]
+        threshold, relative = parse_grad_threshold("grad_threshold", options.grad_threshold)
+        return LossCall(
+            student_hidden=hidden,
+            teacher_hidden=[teacher_hidden[term.state] for term in terms],
+            student_head=student.head,
+            teacher_head=None if teacher is None else teacher.head,
+            mask=inputs.mask,
+            labels=inputs.labels,
+            row_weight=row_weight,
+            divergences=tuple(term.divergence for term in terms),
+            normed=tuple(0 <= i < student.lenses for i in states),
+            needs_grad=[grad_mode and x.requires_grad for x in reached],
+            operand_dtype=inputs.operand_dtype,
+            beta=float(options.beta),
+            temperature=float(options.temperature),
+            vocab_size=inputs.vocab_size,
+            workspace_bytes=workspace_or_default(options.workspace_bytes, inputs.device),
+            grad_threshold=threshold,
+            threshold_is_relative=relative,
+        )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype of logits, losses and gradients: float32, or float64 for such heads."""
+        heads = [head.weight.dtype for head in (self.student_head, self.teacher_head) if head]
+        return torch.float64 if torch.float64 in heads else torch.float32
+
+    def needing_grad(self) -> dict[int | str, Tensor]:
         """Return the tensors that need a gradient: by pair, or by name for those of the head."""
         named: list[tuple[int | str, Tensor]] = [*enumerate(self.student_hidden)]
         named += self.student_head.tensors().items()
         return {key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed}
 
+    def pack(self) -> Packed:
+        """Return the call as values that a torch operator takes."""
+        heads = [self.student_head] + ([self.teacher_head] if self.teacher_head else [])
+        parts = [_pack_head(head) for head in heads]
+        names = [
+            ",".join(d.value for d in self.divergences),
+            ",".join("normed" if normed else "" for normed in self.normed),
+            str(self.operand_dtype).removeprefix("torch."),
+            "relative" if self.threshold_is_relative else "absolute",
+            *(",".join(head.tensors()) for head in heads),
+        ]
+        threshold = math.nan if self.grad_threshold is None else self.grad_threshold
+        return Packed(
+            student_hidden=self.student_hidden,
+            teacher_hidden=self.teacher_hidden,
+            heads=[x for head in heads for x in head.tensors().values()],
+            mask=self.mask,
+            labels=self.labels,
+            row_weight=self.row_weight,
+            beta=self.beta,
+            temperature=self.temperature,
+            numbers=[threshold, *(number for part in parts for number in part)],
+            sizes=[self.vocab_size, self.workspace_bytes],
+            names=";".join(names),
+            needs_grad=self.needs_grad,
+        )
+
+
+class Packed(NamedTuple):
+    """A ``LossCall`` as the arguments of an operator, in their order."""
+
+    student_hidden: list[Tensor]
+    teacher_hidden: list[Tensor]
+    heads: list[Tensor]
+    mask: Tensor | None
+    labels: Tensor | None
+    row_weight: Tensor
+    beta: float
+    temperature: float
+    numbers: list[float]
+    sizes: list[int]
+    names: str
+    needs_grad: list[bool]
+
+    def unpack(self) -> LossCall:
+        """Return the call that was packed."""
+        divergences, normed, operand_dtype, threshold_kind, *head_names = self.names.split(";")
+        tensors, numbers = iter(self.heads), iter(self.numbers)
+        threshold = next(numbers)
+        heads = [
+            _unpack_head(
+                {name: next(tensors) for name in names.split(",")},
+                [next(numbers) for _ in range(HEAD_NUMBERS)],
+            )
+            for names in head_names
+        ]
+        return LossCall(
+            student_hidden=self.student_hidden,
+            teacher_hidden=self.teacher_hidden,
+            student_head=heads[0],
+            teacher_head=heads[1] if len(heads) > 1 else None,
+            mask=self.mask,
+            labels=self.labels,
+            row_weight=self.row_weight,
+            divergences=tuple(Divergence(x) for x in divergences.split(",") if x),
+            normed=tuple(x == "normed" for x in normed.split(",")),
+            needs_grad=self.needs_grad,
+            operand_dtype=None if operand_dtype == "None" else getattr(torch, operand_dtype),
+            beta=self.beta,
+            temperature=self.temperature,
+            vocab_size=self.sizes[0],
+            workspace_bytes=self.sizes[1],
+            grad_threshold=None if math.isnan(threshold) else threshold,
+            threshold_is_relative=threshold_kind == "relative",
+        )
+
+
+_KINDS = {
+    list[Tensor]: "Tensor[]",
+    Tensor | None: "Tensor?",
+    Tensor: "Tensor",
+    float: "float",
+    list[float]: "float[]",
+    list[int]: "SymInt[]",
+    str: "str",
+    list[bool]: "bool[]",
+}
+# The arguments of an operator that takes a packed call, as torch's schema language writes them.
+SCHEMA = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(Packed).items())
+
+HEAD_NUMBERS = 5
+
+
+def _pack_head(head: LensHead) -> list[float]:
+    """Return every field of a head that is not a tensor."""
+    kind, eps, offset = -1, 0.0, 0.0
+    if head.norm is not None:
+        kind, eps, offset = NORM_KINDS.index(head.norm.kind), head.norm.eps, head.norm.offset
+    return [float(head.scale), head.softcap or 0.0, float(kind), float(eps), float(offset)]
+
+
+def _unpack_head(tensors: dict[str, Tensor], numbers: list[float]) -> LensHead:
+    scale, softcap, kind, eps, offset = numbers
+    norm = None
+    if kind >= 0:
+        weight, bias = tensors.get("norm_weight"), tensors.get("norm_bias")
+        norm = LensNorm(NORM_KINDS[int(kind)], weight, bias, eps=eps, offset=offset)
+    return LensHead(tensors["weight"], tensors.get("bias"), norm, scale, softcap or None)
+
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """``rows`` of the call, and the gradients of its loss for the tensors of ``call.wanted()``.
+class LossResult:
+    """``rows`` of the call, and the gradients of its loss for ``call.needing_grad()``.
 
     ``dropped`` is the share of the logits' gradient, in absolute sum, that ``grad_threshold`` left
     out; 0 without one.

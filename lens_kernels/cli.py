@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     # Their options are those of functions that need transformers, which the others do without.
     heavy = {"train": _train, "eval": _eval, "inspect": _inspect}
     if arguments and arguments[0] in heavy:
-        return _run(arguments[0], heavy[arguments[0]], arguments[1:])
+        return _run_command(arguments[0], heavy[arguments[0]], arguments[1:])
     args = _parser().parse_args(arguments)
     return {"demo": _demo, "env": _env, "tune": _tune}[args.command](args)
 
@@ -66,7 +66,7 @@ def _quiet_libraries(offline: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
-def _run(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
+def _run_command(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command that needs transformers; what does not fit is a message, not a traceback."""
     # A file of options may allow downloads too; without them models are read locally all the same.
     _quiet_libraries(offline=not any(x.startswith(("--allow", "--config")) for x in argv))
@@ -83,10 +83,10 @@ def _run(name: str, command: Callable[[list[str]], None], argv: list[str]) -> in
 
 
 def _train(argv: list[str]) -> None:
-    from lens_kernels.hf import run
+    from lens_kernels.hf.training import command
 
-    options, args, chosen = run.parse(argv)
-    run.train(options, args, chosen, _say)
+    config, args, chosen = command.parse(argv)
+    command.train(config, args, chosen, _say)
 
 
 def _eval(argv: list[str]) -> None:
@@ -101,8 +101,8 @@ def _eval(argv: list[str]) -> None:
 
 
 def _inspect(argv: list[str]) -> None:
-    from lens_kernels.hf.inspection.reading import inspect
-    from lens_kernels.hf.loading import check_tokenizers, load_model, load_tokenizer
+    from lens_kernels.hf.inspection.inspect import inspect
+    from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
 
     parser = argparse.ArgumentParser(
         prog="lens-kernels inspect",
@@ -139,13 +139,15 @@ def _pair(text: str) -> tuple[int, int]:
 def _demo(args: argparse.Namespace) -> int:
     _quiet_libraries(offline=True)
     try:
-        from lens_kernels.hf import demo
+        from lens_kernels.hf.training import demo
     except ImportError as error:
         print(f"lens-kernels demo needs {error.name}: pip install 'lens-kernels[demo]'")
         return 1
 
     try:
-        improved = demo.run(args.output, args.cache or cache.folder(), args.steps, args.seed, _say)
+        improved = demo.distil(
+            args.output, args.cache or cache.folder(), args.steps, args.seed, _say
+        )
     except RuntimeError as error:
         print(f"lens-kernels demo: {error}", file=sys.stderr)
         return 1
@@ -181,9 +183,9 @@ def _env(args: argparse.Namespace) -> int:
         which = f"the cheaper of {' and '.join(used)}" if used[1:] else used[0]
         print(f"  backend='auto' uses {which}")
         for backend in dispatch.REGISTRY.values():
-            reason = backend.objection(device, False)
+            reason = backend.unsupported_reason(device, False)
             if reason is None:
-                reserved = backend.reservation(device, None)
+                reserved = backend.auto_excluded_reason(device, None)
                 reason = "can run" + (f"; {reserved}" if reserved else "")
             print(f"  {backend.name:<10} {reason}")
     return 0
@@ -194,7 +196,7 @@ def _tune(args: argparse.Namespace) -> int:
 
     from lens_kernels import dispatch
 
-    reason = dispatch.REGISTRY["triton"].objection(torch.device("cuda"), False)
+    reason = dispatch.REGISTRY["triton"].unsupported_reason(torch.device("cuda"), False)
     if reason is None:
         from lens_kernels.backends.triton import tune
         from lens_kernels.backends.triton.tiles import store

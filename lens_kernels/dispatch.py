@@ -6,37 +6,40 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from lens_kernels import compat
+from lens_kernels import compat, cost
+from lens_kernels.call import LossCall, LossResult
+from lens_kernels.inputs import FLOATS
+from lens_kernels.options import Divergence, LossOptions, check_option, workspace_or_default
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to evaluate a call.
+    """A way to evaluate a call: ``module`` offers ``evaluate(call: LossCall) -> LossResult``.
 
-    ``module`` offers ``evaluate(call) -> Evaluation``; or, where ``differentiable``,
-    ``rows(call) -> Tensor``, through which autograd differentiates. ``objection(device, fp64)``
-    says why the backend cannot serve such tensors, or returns None;
-    ``reservation(device, operand)`` why ``"auto"`` does not take it, though it can, for operands of
-    a dtype or, if None, of any.
+    ``unsupported_reason(device, fp64)`` says why the backend cannot serve such tensors, or returns
+    None. ``auto_excluded_reason(device, operand)`` says why ``"auto"`` does not take it for
+    operands of that dtype, or of any dtype if None, although it can serve them. ``cost`` plans a
+    call; ``"auto"`` takes the cheapest plan.
     """
 
     name: str
     module: str
-    objection: Callable[[torch.device, bool], str | None]
-    differentiable: bool = False
-    reservation: Callable[[torch.device, torch.dtype | None], str | None] = lambda *args: None
+    cost: Callable[[cost.CallShape], cost.Plan]
+    unsupported_reason: Callable[[torch.device, bool], str | None] = lambda *args: None
+    auto_excluded_reason: Callable[[torch.device, torch.dtype | None], str | None] = lambda *args: (
+        None
+    )
 
-    def load(self) -> Any:
-        """Import and return the backend's module."""
-        return importlib.import_module(self.module)
+    def evaluate(self, call: LossCall) -> LossResult:
+        """Return the rows of the call and the gradients of its loss."""
+        return importlib.import_module(self.module).evaluate(call)
 
 
 @compat.constant_in_graphs
-def _triton_objection(device: torch.device, fp64: bool) -> str | None:
+def _triton_unsupported(device: torch.device, fp64: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if fp64:
@@ -49,51 +52,37 @@ def _triton_objection(device: torch.device, fp64: bool) -> str | None:
         if INTERPRETING:
             return None
         return (
-            "Triton compiles for GPUs alone. To run its kernels in Triton's interpreter, which is"
+            "Triton compiles for GPUs only. To run its kernels in Triton's interpreter, which is"
             " for tests and slow, set TRITON_INTERPRET=1 before Python starts"
         )
     return "its kernels are for NVIDIA and AMD GPUs"
 
 
 @compat.constant_in_graphs
-def _triton_reservation(device: torch.device, operand: torch.dtype | None) -> str | None:
-    by_name = "only if asked for by name"
+def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> str | None:
+    by_name = "only if requested by name"
     if device.type != "cuda" or importlib.util.find_spec("triton") is None:
         return by_name
     try:
         from lens_kernels.backends.triton.tiles import store
 
-        # Unasked, kernels are not run that this kind of GPU has not been seen to run right.
+        # Kernels run unrequested only on a kind of GPU on which they were seen to be right.
         complete = store.is_tuned(operand, device)
-    except (ImportError, OSError, RuntimeError) as error:  # of Triton, or where there is no home
+    except (ImportError, OSError, RuntimeError) as error:  # from Triton, or without a home folder
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
-
-
-def _reference_objection(device: torch.device, fp64: bool) -> str | None:
-    if device.type == "mps":
-        return "it computes in float64, which MPS does not have"
-    if importlib.util.find_spec("reference") is None:
-        return "the reference/ folder is not importable: run from the root of a source checkout"
-    return None
 
 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("torch", "lens_kernels.backends.torch_chunked", lambda device, fp64: None),
+        Backend("torch", "lens_kernels.backends.torch.row_chunks", cost.row_chunks),
         Backend(
             "triton",
             "lens_kernels.backends.triton",
-            _triton_objection,
-            reservation=_triton_reservation,
-        ),
-        Backend(
-            "reference",
-            "lens_kernels.backends.dense",
-            _reference_objection,
-            differentiable=True,
-            reservation=lambda *args: "only if asked for by name",
+            cost.vocabulary_sweeps,
+            _triton_unsupported,
+            _triton_auto_excluded,
         ),
     )
 }
@@ -103,36 +92,94 @@ def automatic(
     device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
 ) -> list[Backend]:
     """Return the backends from which ``"auto"`` takes one for such tensors."""
-    unasked = [b for b in REGISTRY.values() if b.reservation(device, operand) is None]
-    return [b for b in unasked if b.objection(device, fp64) is None]
+    return [
+        backend
+        for backend in REGISTRY.values()
+        if backend.auto_excluded_reason(device, operand) is None
+        and backend.unsupported_reason(device, fp64) is None
+    ]
 
 
-def choose(
-    name: str,
-    device: torch.device,
-    fp64: bool = False,
-    operand: torch.dtype | None = None,
-    cost: Callable[[str], float] | None = None,
-) -> Backend:
-    """Return the backend called ``name``, or for ``"auto"`` one that can serve the tensors.
-
-    ``device`` is theirs, ``fp64`` says whether a head is in float64, and ``operand`` is the dtype
-    of the products' factors. Of several the one of the least ``cost(name)`` is taken, or the first.
-    """
+def choose(name: str, shape: cost.CallShape) -> Backend:
+    """Return the backend called ``name``, or for ``"auto"`` the cheapest that serves the call."""
+    device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
-        able = automatic(device, fp64, operand)
-        if cost is None or len(able) == 1:
+        able = automatic(device, fp64, shape.dtype)
+        if len(able) == 1:
             return able[0]
-        costs = [cost(backend.name) for backend in able]
+        costs = [backend.cost(shape).cost for backend in able]
         return able[costs.index(min(costs))]
     if name not in REGISTRY:
         known = ", ".join(repr(n) for n in ("auto", *REGISTRY))
         raise ValueError(f"backend={name!r} is unknown; choose one of {known}")
     backend = REGISTRY[name]
-    reason = backend.objection(device, fp64)
+    reason = backend.unsupported_reason(device, fp64)
     if reason is not None:
         raise RuntimeError(
             f"backend={name!r} cannot serve tensors on {device.type}: {reason};"
             " or use backend='torch'"
         )
     return backend
+
+
+def plan(
+    tokens: int,
+    vocab_size: int,
+    student_width: int,
+    teacher_width: int,
+    *,
+    pairs: int = 1,
+    divergence: str = LossOptions.divergence,
+    dtype: torch.dtype = torch.bfloat16,
+    head_grad: bool = True,
+    hidden_grad: bool = True,
+    workspace_bytes: int | None = LossOptions.workspace_bytes,
+    device: str = "cuda",
+) -> dict[str, cost.Plan]:
+    """Return the cost of loss and gradients on each backend, and ``"dense"``: all logits at once.
+
+    Args:
+        tokens: Tokens that count.
+        vocab_size: Entries of the shared vocabulary.
+        student_width: The student's hidden size.
+        teacher_width: The teacher's hidden size.
+        pairs: Lens pairs; the final hidden states count as one.
+        divergence: Its name; the ``triton`` backend needs a sweep less for some.
+        dtype: Dtype of hidden states and heads.
+        head_grad: Whether the student's head takes a gradient.
+        hidden_grad: Whether its hidden states, or its norm, take one.
+        workspace_bytes: As for ``symmetric_lens_loss``.
+        device: The type of device.
+
+    Raises:
+        TypeError, ValueError: A size that is not a positive integer, an unknown divergence, or a
+            dtype that is not supported.
+    """
+    if dtype not in FLOATS:
+        raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
+    sizes = {"tokens": tokens, "vocab_size": vocab_size, "pairs": pairs}
+    sizes |= {"student_width": student_width, "teacher_width": teacher_width}
+    for name, value in sizes.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    check_option("divergence", divergence)
+    check_option("workspace_bytes", workspace_bytes)
+    where = torch.device(device)
+    shape = cost.CallShape(
+        tokens=tokens,
+        vocab_size=vocab_size,
+        student_width=student_width,
+        teacher_width=teacher_width,
+        divergences=(Divergence(divergence),) * pairs,
+        dtype=dtype,
+        compute_dtype=torch.float64 if dtype is torch.float64 else torch.float32,
+        head_grad=head_grad,
+        hidden_grad=hidden_grad,
+        device=where,
+        workspace_bytes=workspace_or_default(workspace_bytes, where),
+    )
+    return {"dense": cost.dense(shape)} | {
+        name: backend.cost(shape) for name, backend in REGISTRY.items()
+    }

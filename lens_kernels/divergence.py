@@ -1,10 +1,14 @@
 """The divergences, once: each a pointwise pair ``(f, h)`` over the vocabulary.
 
-``f`` sums over the vocabulary to the divergence, and ``h`` gives its gradient with respect to the
-student's (tempered) logits as ``G = h - q * sum(h)``. That form ignores what is added to ``f`` as a
-multiple of ``p - q`` (which sums to 0) and to ``h`` as a multiple of ``q``; both freedoms are used
-so that every term is of second order in ``d = log p - log q``, hence exactly 0 where ``p == q`` and
-accurate near it.
+``f`` sums over the vocabulary to the divergence. ``h`` gives its gradient with respect to the
+student's (tempered) logits: ``G = h - q * sum(h)``. A multiple of ``p - q``, which sums to 0, may
+be added to ``f``, and a multiple of ``q`` to ``h``. Both freedoms make every term of second order
+in ``d = log p - log q``: exactly 0 where ``p == q``, and accurate near it.
+
+A divergence is infinite if one distribution has no mass where the other has some, and the first one
+is in the logarithm's denominator: ``forward_kl`` and ``jeffreys`` without student mass,
+``reverse_kl`` and ``jeffreys`` without teacher mass. Then ``f`` is ``inf``, as is ``h`` if it
+contains that logarithm.
 """
 
 from __future__ import annotations
@@ -14,24 +18,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 
 Pointwise = tuple[Tensor, Tensor]
-# Of log p, log q, p, q, which the caller has anyway, and beta, a number or a tensor of one.
-Number = float | Tensor
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Number], Pointwise]
+# The weights of teacher and student in the mixture of jsd. Both are given, because 1 - beta has no
+# digits left in float32 where beta is near 1.
+Mixture = tuple[float | Tensor, float | Tensor]
+# Takes log p, log q, p, q, all of which the caller has anyway, and the mixture.
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
 NEAR = 0.5  # |d| below which differences of p and q go through expm1
+FLOOR = -1e30  # replaces logits of -inf, whose differences would be NaN
+NO_MASS = -FLOOR / 2  # log-ratios above this come from such a logit in the denominator
 
 
 def _expm1(x: Tensor) -> Tensor:
     """``exp(x) - 1`` for ``|x| <= NEAR``."""
     if not torch.compiler.is_compiling():
         return torch.expm1(x)
-    # For CPUs Inductor of torch 2.13 writes exp(x) - 1, which leaves nothing near 0. Taylor's
+    # For CPUs Inductor of torch 2.13 emits exp(x) - 1, which cancels near 0. This is Taylor's
     # series, to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        total = 1 + x * (1 / n) * total  # a division by n would stay one
+        total = 1 + x * (1 / n) * total  # a division by n would stay a division
     return x * total
 
 
@@ -41,44 +49,73 @@ def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
     return torch.where(near == d, q * _expm1(near), p - q)
 
 
-def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
-    # With m = beta p + (1 - beta) q: log m - log q = relu(d) + l and log p - log m = -relu(-d) - l,
-    # where l = log1p(k expm1(-|d|)) and k = 1 - beta for d > 0, else beta. Relative accuracy holds
-    # from d = 0 to d = +-inf.
+def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
+    """``value``, but ``inf`` where there is mass, and none in the log-ratio's denominator."""
+    return torch.where((log_ratio > NO_MASS) & (mass > 0), torch.inf, value)
+
+
+def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
+    """``log(m / q)`` of the mixture ``m = beta p + (1 - beta) q``.
+
+    ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms, and it is 1 plus
+    ``beta expm1(d)``. The first form is accurate away from 1, the second near 1. W. Kahan's
+    identity joins them: ``log(1 + x) = log(u) x / (u - 1)`` for any ``u`` near ``1 + x``.
+    """
+    # Where q is 0 the result is multiplied by 0, whatever it is.
+    ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
+    near = d.clamp(-NEAR, NEAR)
+    x = beta[0] * torch.where(near == d, _expm1(near), ratio - 1)
+    u = beta[0] * ratio + beta[1]
+    return torch.where(u == 1, x, u.log() * (x / torch.where(u == 1, 1.0, u - 1)))
+
+
+def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
-    # exp(-|d|) without an exponential; where both are 0 the terms are too, whatever l is.
+    student = beta[1] * q * _log_mixture(d, p, q, beta)
+    teacher = beta[0] * p * _log_mixture(-d, q, p, (beta[1], beta[0]))
+    return -teacher - student, -student
+
+
+def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
+    """``_jsd`` at beta 1/2, where one logarithm is enough.
+
+    ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``, with
+    ``l = log1p(expm1(-|d|) / 2)``, and neither sum cancels.
+    """
+    d = lp - lq
+    # exp(-|d|) without an exponential. Where both are 0 the terms are 0 for any l.
     larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
     far = torch.minimum(p, q) / larger - 1
     near = -d.abs().clamp(max=NEAR)
-    e = torch.where(near > -NEAR, _expm1(near), far)
-    l = torch.log1p(torch.where(d > 0, (1 - beta) * e, beta * e))  # noqa: E741
-    student = (1 - beta) * q * (d.clamp(min=0) + l)
-    return beta * p * (d.clamp(max=0) - l) - student, -student
+    l = torch.log1p(torch.where(near > -NEAR, _expm1(near), far) / 2)  # noqa: E741
+    student = q * (d.clamp(min=0) + l) / 2
+    return p * (d.clamp(max=0) - l) / 2 - student, -student
 
 
-def _jeffreys(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
+def _jeffreys(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
     diff = _minus(p, q, d)
-    return diff * d, -diff - q * d
+    f = _or_infinity(_or_infinity(diff * d, p, d), q, -d)
+    return f, _or_infinity(-diff - q * d, q, -d)
 
 
-def _forward_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
+def _forward_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
     diff = _minus(p, q, d)
-    return p * d - diff, -diff
+    return _or_infinity(p * d - diff, p, d), -diff
 
 
-def _reverse_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
+def _reverse_kl(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     d = lp - lq
-    return _minus(p, q, d) - q * d, -q * d
+    return _or_infinity(_minus(p, q, d) - q * d, q, -d), _or_infinity(-q * d, q, -d)
 
 
-def _tvd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
+def _tvd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     diff = _minus(p, q, lp - lq)
     return diff.abs() / 2, -q * diff.sign() / 2
 
 
-def _hellinger(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Number) -> Pointwise:
+def _hellinger(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     root_q = q.sqrt()
     diff = _minus(p.sqrt(), root_q, (lp - lq) / 2)
     return diff * diff / 2, -root_q * diff / 2
@@ -94,6 +131,8 @@ _TABLE: dict[Divergence, Formula] = {
 }
 
 
-def pointwise(divergence: Divergence) -> Formula:
+def pointwise(divergence: Divergence, beta: float) -> Formula:
     """Return the function that makes ``(f, h)`` of a divergence."""
+    if divergence is Divergence.JSD and beta == 0.5:
+        return _jsd_half
     return _TABLE[divergence]

@@ -1,26 +1,32 @@
-"""The public operations. Their docstrings are the full reference; modules only point here."""
+"""The public functions. Their docstrings are the full reference; modules only point here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lens_kernels import autograd
-from lens_kernels import validation as check
-from lens_kernels.builder import CallBuilder, Head
-from lens_kernels.spec import (
-    Divergence,
-    Reduction,
-    check_kd_ratio,
-    check_lens_coeff,
-    final_terms,
-    parse_name,
+from lens_kernels import adaptive, dispatch, operator
+from lens_kernels.call import LossCall, Term
+from lens_kernels.cost import CallShape
+from lens_kernels.inputs import (
+    Head,
+    Hidden,
+    check_inputs,
+    model_inputs,
+    pair_weights,
+    token_denominator,
 )
-
-Hidden = Tensor | Sequence[Tensor]
+from lens_kernels.options import (
+    DistillationOptions,
+    Divergence,
+    LensOptions,
+    Reduction,
+    parse_final_divergence,
+)
 
 
 def symmetric_lens_loss(
@@ -30,16 +36,16 @@ def symmetric_lens_loss(
     teacher_head: Head,
     *,
     mask: Tensor | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    layer_weights: Sequence[float] | Tensor | None = None,
-    reduction: str = "mean",
+    divergence: str = LensOptions.divergence,
+    beta: float = LensOptions.beta,
+    temperature: float = LensOptions.temperature,
+    layer_weights: Sequence[float] | Tensor | None = LensOptions.layer_weights,
+    reduction: str = LensOptions.reduction,
     denominator: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    grad_threshold: float | str | None = None,
+    vocab_size: int | None = LensOptions.vocab_size,
+    backend: str = LensOptions.backend,
+    workspace_bytes: int | None = LensOptions.workspace_bytes,
+    grad_threshold: float | str | None = LensOptions.grad_threshold,
 ) -> Tensor:
     """Compare student and teacher through their logit lenses, without ever holding the logits.
 
@@ -61,7 +67,8 @@ def symmetric_lens_loss(
 
     Args:
         student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each
-            pair; float32, bfloat16, float16 or float64. All leading dimensions are equal.
+            pair; float32, bfloat16, float16 or float64. All leading dimensions are equal. Their
+            dtype may differ from the head's, but both are float64 or neither is.
         teacher_hidden: Likewise ``(..., D_t)``, paired with ``student_hidden`` in order.
         student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
         teacher_head: Likewise with ``D_t``.
@@ -79,25 +86,27 @@ def symmetric_lens_loss(
         vocab_size: Number of leading entries that both vocabularies share, over which both
             softmaxes are then taken. Needed only if the vocabularies differ in size.
         backend: ``"torch"``, ``"triton"`` (NVIDIA and AMD GPUs; no tile of logits in memory, more
-            products), ``"reference"`` (dense, float64, for checking), or ``"auto"``: of the first
-            two the one for which ``lens_kernels.plan`` says less, ``"triton"`` only on GPUs on
-            which ``lens-kernels tune`` has run.
+            products), or ``"auto"``: the one that ``lens_kernels.plan`` estimates to be cheaper.
+            ``"auto"`` takes ``"triton"`` only on GPUs on which ``lens-kernels tune`` has run.
         workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
             1 GiB elsewhere.
-        grad_threshold: An approximation, off by default: vocabulary entries at which no logit
-            gradient of a chunk exceeds this are left out of both gradient products, unless they are
-            so few that all together take less time. The loss is not affected. A logit gradient
-            counts by its token's weight relative to the largest one of the call, so that 1e-6 means
-            the same at any batch size; a chunk is one of tokens, of the ``triton`` backend one of
-            the vocabulary. A fixed threshold leaves out a larger part the nearer the models are.
-            ``"bf16"`` does not: it is 2^-9 of the root mean square of the chunk's logit gradients,
-            so that what is left out of them is, in the 2-norm, no more than that part, as little as
-            rounding them to bfloat16 may change. That bounds the logit gradients; what it makes of
-            those of hidden states and head is in ``benchmarks/README.md`` for some models.
-            ``distillation_loss`` reports how much was left out.
+        grad_threshold: An approximation, off by default. Vocabulary entries whose logit gradients
+            are at most this, for all tokens of a chunk, are left out of both gradient products. If
+            they are few, all products are made, which takes less time. The loss is not affected. A
+            logit gradient is the one with respect to ``z`` above, times the derivative of the
+            softcap. It counts with its token's weight relative to the largest weight of the call,
+            so 1e-6 means the same at any batch size, scale and temperature. The ``torch`` backend
+            takes chunks of tokens, ``triton`` takes chunks of the vocabulary. A fixed threshold
+            leaves out more, the nearer the models are. ``"bf16"`` adapts: it is 2^-9 of the root
+            mean square of the chunk's logit gradients. The part left out of them is then at most
+            2^-9 in the 2-norm, which is what rounding to bfloat16 may change.
+            ``benchmarks/README.md`` has the effect on the gradients of hidden states and head, for
+            some models. ``distillation_loss`` reports how much was left out.
 
     Returns:
-        In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``.
+        In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``. A
+        KL divergence is ``inf`` if a logit of -inf takes all mass from an entry where the other
+        distribution has some. If that is the teacher's logit, gradients are not finite either.
 
     Raises:
         TypeError: A dtype or kind of argument that is not supported.
@@ -120,45 +129,47 @@ def symmetric_lens_loss(
         >>> loss.item(), student.grad.abs().max().item()
         (0.0, 0.0)
     """
-    reduce = parse_name(Reduction, "reduction", reduction)
-    if reduce is not Reduction.MEAN and denominator is not None:
-        raise ValueError(f"denominator only goes with reduction='mean', got {reduction!r}")
-    if reduce is Reduction.NONE and layer_weights is not None:
-        raise ValueError("layer_weights do not apply to reduction='none', which weighs nothing")
-    students = check.hidden_list("student_hidden", student_hidden)
-    teachers = check.hidden_list("teacher_hidden", teacher_hidden)
-    kind = parse_name(Divergence, "divergence", divergence)
-    builder = CallBuilder(students, teachers, [], [], student_head, teacher_head, mask, backend)
-    counted = builder.counted()
-    weights = check.pair_weights(layer_weights, len(students), builder.device, counted.dtype)
-    if reduce is Reduction.MEAN:
-        weights = weights / builder.denominator(denominator, counted)
-    spec = builder.spec(
-        divergences=(kind,) * len(students),
+    options = LensOptions(
+        divergence=divergence,
         beta=beta,
         temperature=temperature,
+        layer_weights=layer_weights,
+        reduction=reduction,
         vocab_size=vocab_size,
+        backend=backend,
         workspace_bytes=workspace_bytes,
         grad_threshold=grad_threshold,
     )
-    call = builder.call(spec, row_weight=weights[:, None] * counted)
-    loss, rows, _ = autograd.apply(call, builder.backend, deferred=reduce is Reduction.NONE)
-    if reduce is Reduction.NONE:
-        return builder.finish(rows).reshape(len(students), *builder.shape)
-    return builder.finish(loss)
+    if reduction != Reduction.MEAN and denominator is not None:
+        raise ValueError(f"denominator only goes with reduction='mean', got {reduction!r}")
+    student = model_inputs("student", student_hidden, student_head)
+    teacher = model_inputs("teacher", teacher_hidden, teacher_head)
+    inputs = check_inputs(student, teacher, mask=mask, vocab_size=vocab_size)
+    terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
+    counted = inputs.counted()
+    call = LossCall.of(inputs, terms, options, counted)
+    backend = dispatch.choose(options.backend, CallShape.of(call)).name
+    weights = pair_weights(layer_weights, student.lenses, inputs)
+    if reduction == Reduction.MEAN:
+        weights = weights / token_denominator(denominator, counted)
+    call = replace(call, row_weight=weights[:, None] * counted)
+    loss, rows, _ = operator.apply(call, backend, deferred=reduction == Reduction.NONE)
+    if reduction == Reduction.NONE:
+        loss = rows.reshape(student.lenses, *inputs.leading_shape)
+    return loss.to(inputs.result_dtype)
 
 
 class DistillationOutput(NamedTuple):
-    """What ``distillation_loss`` returns: the loss, and its parts in nats per token, detached.
+    """The result of ``distillation_loss``: the loss, and its parts in nats per token, detached.
 
-    ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``; ``per_layer`` is ``(L,)``.
-    ``dropped`` is the share of the logits' gradient, in absolute sum, that ``grad_threshold`` left
-    out.
+    ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``; ``per_layer`` is ``(L,)``. Parts
+    that are not computed are None, and ``per_layer`` is then empty. ``dropped`` is the share of the
+    logits' gradient, in absolute sum, that ``grad_threshold`` left out.
     """
 
     loss: Tensor
     ce: Tensor | None
-    kd: Tensor
+    kd: Tensor | None
     lens: Tensor | None
     per_layer: Tensor
     num_tokens: Tensor
@@ -167,26 +178,26 @@ class DistillationOutput(NamedTuple):
 
 def distillation_loss(
     student_hidden: Hidden,
-    teacher_hidden: Hidden,
+    teacher_hidden: Hidden | None,
     student_head: Head,
-    teacher_head: Head,
+    teacher_head: Head | None,
     *,
     student_final: Tensor,
-    teacher_final: Tensor,
+    teacher_final: Tensor | None,
     labels: Tensor | None = None,
     mask: Tensor | None = None,
-    kd_ratio: float = 1.0,
-    lens_coeff: float = 1.0,
-    final_divergence: str | Mapping[str, float] = "reverse_kl",
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    temperature: float = 1.0,
-    layer_weights: Sequence[float] | Tensor | None = None,
+    kd_ratio: float = DistillationOptions.kd_ratio,
+    lens_coeff: float = DistillationOptions.lens_coeff,
+    final_divergence: str | Mapping[str, float] = DistillationOptions.final_divergence,
+    divergence: str = DistillationOptions.divergence,
+    beta: float = DistillationOptions.beta,
+    temperature: float = DistillationOptions.temperature,
+    layer_weights: Sequence[float] | Tensor | None = DistillationOptions.layer_weights,
     denominator: float | Tensor | None = None,
-    vocab_size: int | None = None,
-    backend: str = "auto",
-    workspace_bytes: int | None = None,
-    grad_threshold: float | str | None = None,
+    vocab_size: int | None = DistillationOptions.vocab_size,
+    backend: str = DistillationOptions.backend,
+    workspace_bytes: int | None = DistillationOptions.workspace_bytes,
+    grad_threshold: float | str | None = DistillationOptions.grad_threshold,
 ) -> DistillationOutput:
     """Compute the whole DistillLens objective in one operation, with one head gradient.
 
@@ -194,8 +205,8 @@ def distillation_loss(
 
         (1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * sum_l w_l D_lens,l)
 
-    Every argument that ``symmetric_lens_loss`` has means the same here. Of the final states alone
-    there is also adaptive KL, arXiv 2404.02657::
+    Arguments that ``symmetric_lens_loss`` has too mean the same here. The final states may also be
+    compared by the adaptive KL, arXiv 2404.02657::
 
         akl         share KL(p, q) + (1 - share) KL(q, p),  share = gap_head / (gap_head + gap_tail)
 
@@ -216,11 +227,13 @@ def distillation_loss(
             without the norm: Hugging Face returns it normed already.
         teacher_final: Likewise ``(..., D_t)``.
         labels: ``(...)``, ``labels[n]`` being the token that position ``n`` predicts: shifted
-            already. -100 marks positions without one. Cross entropy knows no temperature.
+            already. -100 marks positions without one. The temperature does not apply to cross
+            entropy.
         mask: Tokens that count, for every term; by default those with a label, or all.
-        kd_ratio: Weight of distillation against cross entropy, in [0, 1].
+        kd_ratio: Weight of distillation against cross entropy, in [0, 1]. At 0 only cross entropy
+            is computed: the teacher's arguments may be None, and no lens is read.
         lens_coeff: Weight of the lens term, at least 0.
-        final_divergence: What the final hidden states are compared by: a name, ``"akl"`` included,
+        final_divergence: How the final hidden states are compared: a name, which may be ``"akl"``,
             or a mapping of names to weights, each at least 0 and one above it. ``D_final`` is then
             the weighted sum, as in ``{"forward_kl": 0.5, "reverse_kl": 1.0}``; each further name
             with a weight above 0 costs one further pair of hidden states.
@@ -241,54 +254,66 @@ def distillation_loss(
     Raises:
         TypeError, ValueError, RuntimeError: As for ``symmetric_lens_loss``.
     """
-    check_kd_ratio(kd_ratio)
-    check_lens_coeff(lens_coeff)
-    if labels is None and kd_ratio < 1.0:
-        raise ValueError(f"kd_ratio={kd_ratio} gives cross entropy a weight: pass labels")
-    students = check.hidden_list("student_hidden", student_hidden, allow_empty=True)
-    teachers = check.hidden_list("teacher_hidden", teacher_hidden, allow_empty=True)
-    finals = (
-        [check.hidden_state("student_final", student_final)],
-        [check.hidden_state("teacher_final", teacher_final)],
-    )
-    lens_kind = parse_name(Divergence, "divergence", divergence)
-    terms = final_terms(final_divergence)
-    heads = student_head, teacher_head
-    builder = CallBuilder(students, teachers, *finals, *heads, mask, backend, len(terms))
-    pairs = len(students)
-    builder.set_labels(labels, vocab_size, default_mask=mask is None)
-    counted, labelled = builder.counted(), builder.labelled()
-    weights = check.pair_weights(layer_weights, pairs, builder.device, counted.dtype)
-    tokens = builder.denominator(denominator, counted)
-    spec = builder.spec(
-        divergences=(lens_kind,) * pairs + tuple(terms),
+    options = DistillationOptions(
+        divergence=divergence,
         beta=beta,
         temperature=temperature,
+        layer_weights=layer_weights,
         vocab_size=vocab_size,
+        backend=backend,
         workspace_bytes=workspace_bytes,
         grad_threshold=grad_threshold,
+        kd_ratio=kd_ratio,
+        lens_coeff=lens_coeff,
+        final_divergence=final_divergence,
     )
-    share = builder.head_share(spec) if any(slope for _, slope in terms.values()) else 0.0
-    final_weight = torch.stack([counted * (a + b * share) for a, b in terms.values()])
+    if labels is None and kd_ratio < 1.0:
+        raise ValueError(f"kd_ratio={kd_ratio} gives cross entropy a weight: pass labels")
+    student = model_inputs("student", student_hidden, student_head, student_final, has_final=True)
+    teacher, pairs = None, 0
+    terms: list[Term] = []
+    finals: dict[Divergence, tuple[float, float]] = {}
+    if kd_ratio > 0.0:
+        teacher = model_inputs(
+            "teacher", teacher_hidden, teacher_head, teacher_final, has_final=True
+        )
+        pairs = student.lenses
+        finals = parse_final_divergence("final_divergence", final_divergence)
+        terms = [Term(Divergence(divergence), i) for i in range(pairs)]
+        terms += [Term(kind, -1) for kind in finals]
+    inputs = check_inputs(student, teacher, mask=mask, labels=labels, vocab_size=vocab_size)
+    counted, labelled = inputs.counted(), inputs.labelled()
+    call = LossCall.of(inputs, terms, options, counted)
+    backend = dispatch.choose(options.backend, CallShape.of(call)).name
+    tokens = token_denominator(denominator, counted)
+    layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
+    share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
+    # Weights of the rows inside their own term of the objective, then in the loss.
+    lens_rows = counted.expand(pairs, -1)
+    final_rows = [counted * (constant + slope * share) for constant, slope in finals.values()]
     row_weight = [
-        weights[:, None] * (counted * (kd_ratio * lens_coeff / tokens)),
-        final_weight * (kd_ratio / tokens),
+        layer[:, None] * (lens_rows * (kd_ratio * lens_coeff / tokens)),
+        *(weight[None] * (kd_ratio / tokens) for weight in final_rows),
     ]
     if labelled is not None:
-        label_tokens = builder.denominator(denominator, labelled)
+        label_tokens = token_denominator(denominator, labelled)
         row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
-    call = builder.call(spec, torch.cat(row_weight))
-    loss, rows, dropped = autograd.apply(call, builder.backend, deferred=False)
+    call = replace(call, row_weight=torch.cat(row_weight))
+    loss, rows, dropped = operator.apply(call, backend, deferred=False)
     rows = rows.detach()
-    kept = torch.cat([counted.expand(pairs, -1), final_weight])
-    means = builder.finish((rows[: len(kept)] * kept).sum(-1) / tokens)
-    per_layer = means[:pairs]
-    ce = None if labelled is None else (rows[-1] * labelled).sum() / label_tokens
+
+    def mean(values: Tensor, denominator: Tensor | float) -> Tensor:
+        return (values.sum(-1) / denominator).to(inputs.result_dtype)
+
+    per_layer = mean(rows[:pairs] * lens_rows, tokens)
+    kd = None
+    if final_rows:
+        kd = mean(rows[pairs : len(terms)] * torch.stack(final_rows), tokens).sum()
     return DistillationOutput(
-        loss=builder.finish(loss),
-        ce=None if ce is None else builder.finish(ce),
-        kd=means[pairs:].sum(),
-        lens=(per_layer * weights.detach()).sum() if pairs else None,
+        loss=loss.to(inputs.result_dtype),
+        ce=None if labelled is None else mean(rows[-1] * labelled, label_tokens),
+        kd=kd,
+        lens=(per_layer * layer.detach()).sum() if pairs else None,
         per_layer=per_layer,
         num_tokens=counted.sum(),
         dropped=dropped,

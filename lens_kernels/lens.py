@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from lens_kernels.spec import check_number
+from lens_kernels.options import check_number
 
 NORM_KINDS = ("rms", "layer")
 
@@ -111,22 +111,14 @@ class LensHead:
             named |= {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias}
         return {name: x for name, x in named.items() if x is not None}
 
-    def scalars(self) -> list[float]:
-        """Return every other field as floats, so that a custom operator can carry them."""
-        kind, eps, offset = -1, 0.0, 0.0
-        if self.norm is not None:
-            kind, eps, offset = NORM_KINDS.index(self.norm.kind), self.norm.eps, self.norm.offset
-        return [float(self.scale), self.softcap or 0.0, float(kind), float(eps), float(offset)]
-
-    @staticmethod
-    def from_parts(tensors: dict[str, Tensor], scalars: Sequence[float]) -> LensHead:
-        """Rebuild the head that gave ``tensors()`` and ``scalars()``."""
-        scale, softcap, kind, eps, offset = scalars
-        norm = None
-        if kind >= 0:
-            weight, bias = tensors.get("norm_weight"), tensors.get("norm_bias")
-            norm = LensNorm(NORM_KINDS[int(kind)], weight, bias, eps=eps, offset=offset)
-        return LensHead(tensors["weight"], tensors.get("bias"), norm, scale, softcap or None)
+    def map(self, function: Callable[[Tensor], Tensor]) -> LensHead:
+        """Return the head with ``function`` applied to each of its tensors."""
+        parts = {name: function(x) for name, x in self.tensors().items()}
+        norm = self.norm
+        if norm is not None:
+            weight, bias = parts.get("norm_weight"), parts.get("norm_bias")
+            norm = replace(norm, weight=weight, bias=bias)
+        return replace(self, weight=parts["weight"], bias=parts.get("bias"), norm=norm)
 
     def prefix(self, vocab_size: int) -> LensHead:
         """Return the head over the first ``vocab_size`` entries, as views."""

@@ -5,9 +5,13 @@ import os
 import pytest
 import torch
 
+from lens_kernels import dispatch
+from tests.support.reference_backend import REFERENCE
+
 # The products here are small: beside other processes, waiting for a second thread takes longer
 # than it saves, up to a second for each test.
 torch.set_num_threads(1)
+dispatch.REGISTRY[REFERENCE.name] = REFERENCE
 
 
 def pytest_configure(config):
@@ -27,4 +31,4 @@ def _seed():
 @pytest.fixture
 def always_active(monkeypatch):
     """Leave entries out whatever their share: problems of tests are small, and use many of them."""
-    monkeypatch.setattr("lens_kernels.backends.head_products.WORTHWHILE", 1.0)
+    monkeypatch.setattr("lens_kernels.backends.head_products.MAX_ACTIVE_SHARE", 1.0)

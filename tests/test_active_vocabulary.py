@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, SymmetricLensLoss, distillation_loss, symmetric_lens_loss
-from lens_kernels.backends import head_products, tile_pass
-from lens_kernels.backends.torch_chunked import row_stride
+from lens_kernels.backends import head_products
+from lens_kernels.backends.torch import pointwise_pass
+from lens_kernels.backends.torch.layout import row_stride
 
 N, V, D = 24, 600, 16
 
@@ -24,7 +25,8 @@ def gradients(threshold, student, teacher, head, teacher_head, **options):
     loss = symmetric_lens_loss(
         student, teacher, head, teacher_head, grad_threshold=threshold, **options
     )
-    return loss.detach(), *torch.autograd.grad(loss, [student, head])
+    weight = head.weight if isinstance(head, LensHead) else head
+    return loss.detach(), *torch.autograd.grad(loss, [student, weight])
 
 
 def logit_gradients(student, teacher, head, teacher_head):
@@ -68,6 +70,29 @@ def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
     assert (d_student - expected).abs().max() <= 1e-5 * expected.abs().max()
     bare = weight * (g[:, used] @ head[used])
     assert (d_student - exact[1]).norm() < 0.7 * (bare - exact[1]).norm()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("scale", "temperature"), [(1 / 64, 10.0), (4.0, 0.5)])
+def test_the_threshold_is_that_of_the_logits_at_any_scale(
+    always_active, backend, scale, temperature
+):
+    """At scale 1/64 and temperature 10 the products' own gradients are 640 times smaller."""
+    student, teacher, weight, teacher_weight = problem()
+    with torch.no_grad():
+        weight *= temperature / scale
+        teacher_weight *= temperature / scale
+    heads = LensHead(weight, scale=scale), LensHead(teacher_weight, scale=scale)
+    options = {"temperature": temperature, "reduction": "sum", "backend": backend}
+    factor = scale / temperature
+    g = logit_gradients(student, teacher, factor * weight, factor * teacher_weight)
+    exact = gradients(None, student, teacher, *heads, **options)[2]
+    threshold = 1e-4
+    used = g.abs().amax(0) > threshold
+    assert 0.05 < used.double().mean() < 0.6
+    d_head = gradients(threshold, student, teacher, *heads, **options)[2]
+    assert (d_head[~used] == 0).all()
+    assert (d_head[used] - exact[used]).abs().max() <= 1e-5 * exact.abs().max()
 
 
 def test_what_was_dropped_is_reported(always_active):
@@ -115,7 +140,7 @@ def test_per_token_results_use_it_in_their_backward_pass():
     assert (torch.autograd.grad(rows.sum(), head)[0] == 0).all()
 
 
-def test_bad_thresholds_and_the_exact_backend_are_refused():
+def test_bad_thresholds_are_refused():
     inputs = problem()
     for value in (-1e-6, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="grad_threshold must be finite"):
@@ -126,8 +151,6 @@ def test_bad_thresholds_and_the_exact_backend_are_refused():
         gradients("fp8", *inputs)
     with pytest.raises(ValueError, match="grad_threshold='fp8' is unknown"):
         SymmetricLensLoss(grad_threshold="fp8")
-    with pytest.raises(ValueError, match="backend='reference' is exact"):
-        gradients(1e-6, *inputs, backend="reference")
 
 
 def test_torch_compile_takes_a_threshold(always_active):
@@ -164,7 +187,7 @@ def test_blocks_of_the_pointwise_pass_are_surveyed_together(always_active, monke
 
     whole = run()
     assert whole[0] > 0
-    monkeypatch.setattr(tile_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows in five blocks
+    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows in five blocks
     for a, b in zip(run(), whole, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
@@ -211,10 +234,10 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
 def test_beside_an_infinite_norm_nothing_is_left_out(large):
     """The squares of 1e25 are infinite already."""
-    survey = head_products.Survey()
+    survey = head_products.ColumnStatistics()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))
-    assert survey.columns(2.0**-9, relative=True).tolist() == [0, 1, 2]
-    assert survey.columns(0.5, relative=False).tolist() == [0, 1]
+    assert survey.active(2.0**-9, relative=True).tolist() == [0, 1, 2]
+    assert survey.active(0.5, relative=False).tolist() == [0, 1]
 
 
 def test_a_token_counts_by_its_weight_relative_to_the_largest(always_active):

@@ -17,7 +17,7 @@ def test_env_lists_versions_devices_and_backends(capsys):
     assert f"lens_kernels {__version__}" in shown
     assert torch.__version__.split("+")[0] in shown
     assert "backend='auto' uses 'torch'" in shown
-    assert "only if asked for by name" in shown
+    assert "only if requested by name" in shown
 
 
 def test_env_says_what_is_not_installed(capsys, monkeypatch):

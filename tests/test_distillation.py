@@ -6,7 +6,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lens_kernels import DistillationLoss, SymmetricLensLoss, distillation_loss
 from lens_kernels import symmetric_lens_loss as lens_loss
-from lens_kernels.backends import torch_chunked
+from lens_kernels.backends.torch import row_chunks
 from reference import dense
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
@@ -107,21 +107,50 @@ def check(problem, zero=(), backend="torch", workspace_bytes=None, **options):
 
 
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("kd_ratio", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("kd_ratio", [0.3, 1.0])
 def test_terms_and_gradients(backend, feature, kd_ratio):
     """Temperature tempers the divergences and never the cross entropy."""
     problem = Distillation.make(**FEATURES[feature])
-    zero = ()
-    if kd_ratio == 0.0:
-        zero = ("hidden0", "hidden1", "norm_weight", "norm_bias")
     check(
         problem,
-        zero,
         labels=problem.labels,
         kd_ratio=kd_ratio,
         backend=backend,
         workspace_bytes=several_chunks(BATCH),
     )
+
+
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_cross_entropy_alone_does_no_teacher_work(backend, feature):
+    """``kd_ratio=0`` neither needs a teacher nor reads one, and no lens of the student."""
+    problem = Distillation.make(**FEATURES[feature])
+    truth_problem = problem.double()
+    truth = expected_terms(truth_problem, labels=problem.labels, kd_ratio=0.0, **problem.options)
+    student, head, final = problem.student_hidden[:-1], problem.student_head, {}
+    final["student_final"] = problem.student_hidden[-1]
+    options = {"labels": problem.labels, "kd_ratio": 0.0, "backend": backend, **problem.options}
+    out = distillation_loss(student, None, head, None, **final, teacher_final=None, **options)
+    assert_close(out.loss, truth["ce"], 1e-6, "loss")
+    assert_close(out.ce, truth["ce"], 1e-6, "ce")
+    assert out.num_tokens == truth["n"]
+    assert out.kd is None and out.lens is None and out.per_layer.shape == (0,)
+    expected = truth_problem.gradients(truth["ce"])
+    grads = problem.gradients(out.loss)
+    reached = [name for name, grad in expected.items() if grad is not None]
+    assert {"hidden2", "weight"} <= set(reached) and not {"hidden0", "norm_weight"} & set(reached)
+    assert_gradients({k: grads[k] for k in reached}, {k: expected[k] for k in reached}, 1e-5)
+    assert not any(g.any() for k, g in grads.items() if g is not None and k not in reached)
+    garbage = [torch.full_like(h, float("nan")) for h in problem.teacher_hidden]
+    with_teacher = distillation_loss(
+        student,
+        garbage[:-1],
+        head,
+        problem.teacher_head,
+        **final,
+        teacher_final=garbage[-1],
+        **options,
+    )
+    assert torch.equal(with_teacher.loss, out.loss) and with_teacher.kd is None
 
 
 @pytest.mark.parametrize("final_divergence", DIVERGENCES)
@@ -271,7 +300,7 @@ def test_the_head_gradient_exists_once(backend, monkeypatch):
     )
     assert len(call.student_hidden) == 4 and call.row_weight.shape == (5, 15)
     with torch.no_grad():
-        result = torch_chunked.evaluate(call)
+        result = row_chunks.evaluate(call)
     assert [k for k in result.grads if isinstance(k, str)] == ["weight"]
 
 

@@ -7,6 +7,7 @@ from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import (
     BACKENDS,
+    BATCH,
     DIVERGENCES,
     FEATURES,
     FLOAT64_BACKENDS,
@@ -15,7 +16,7 @@ from tests.support.grids import (
     Shape,
     several_chunks,
 )
-from tests.support.problems import loss_of, make, oracle, ours
+from tests.support.problems import loss_of, make, objective, oracle, ours
 
 backends = pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 
@@ -45,6 +46,18 @@ def test_float64_on_one_side_only(backend, double):
     assert_close(loss, expected, 1e-7)
     assert_gradients(grads, expected_grads, 1e-7)
     assert loss.dtype is (torch.float64 if double == "student" else torch.float32)
+
+
+@pytest.mark.parametrize("denominator", [3, 3.0, torch.tensor(3), torch.tensor(3.0)])
+def test_the_objective_keeps_its_digits_whatever_the_denominator_is(denominator):
+    """A tensor of another dtype would make the weights of all tokens float32."""
+    problem = make(BATCH, std=2.0).to(torch.float64)
+    labels = torch.randint(BATCH.vocab, BATCH.leading)
+    options = {"labels": labels, "kd_ratio": 0.3, "divergence": "jsd"}
+    truth = objective(problem, denominator=1.0, **options).loss / 3
+    loss = objective(problem, denominator=denominator, **options).loss
+    assert_close(loss, truth, 1e-14)
+    assert_gradients(problem.gradients(loss), problem.gradients(truth), 1e-13)
 
 
 @pytest.mark.parametrize("double", ["student", "teacher"])

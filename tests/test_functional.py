@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, symmetric_lens_loss
-from lens_kernels.backends.torch_chunked import row_stride
-from tests.support.compare import assert_close, assert_gradients, relative_error
+from lens_kernels.backends.torch.layout import row_stride
+from reference import dense
+from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients, relative_error
 from tests.support.grids import (
     BACKENDS,
     BATCH,
@@ -19,8 +20,6 @@ from tests.support.grids import (
     several_chunks,
 )
 from tests.support.problems import loss_of, make, oracle, ours, plain_torch, related
-
-LOSS, GRADIENT = 1e-6, 1e-5
 
 pytestmark = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -60,6 +59,73 @@ def test_a_workspace_too_small_for_one_row_takes_one_row(backend):
 @pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
     check(make(ODD, std=2.0), backend=backend, beta=beta)
+
+
+@pytest.mark.parametrize("beta", [1e-6, 1e-3, 1 - 1e-3, 1 - 1e-6])
+def test_jsd_keeps_its_digits_at_extreme_beta(backend, beta):
+    """There the mixture is one of the two distributions, but for a part of 1e-6."""
+    check(make(ODD, std=2.0), backend=backend, beta=beta)
+    check(related(ODD, 2.0), 1e-5, backend=backend, beta=beta)
+
+
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_hidden_states_and_heads_of_different_dtypes(backend, dtypes):
+    """A 16-bit model with a float32 head, and the reverse: values are those given, as rounded."""
+    hidden, head = (getattr(torch, name) for name in dtypes)
+    problem = make(ODD, std=2.0)
+    narrow = problem.to(hidden), problem.to(head)
+    for side in ("student", "teacher"):
+        setattr(problem, f"{side}_hidden", getattr(narrow[0], f"{side}_hidden"))
+        setattr(problem, f"{side}_head", getattr(narrow[1], f"{side}_head"))
+    rounded = problem
+    if head is torch.bfloat16 and backend == "triton":  # the kernels round rows to the head's dtype
+        rounded = problem.to(torch.bfloat16)
+    expected, expected_grads = oracle(rounded)
+    loss, grads = ours(problem, backend=backend)
+    assert_close(loss, expected, 1e-5, "loss")
+    for name, grad in grads.items():
+        assert grad.dtype is problem.leaves()[name].dtype
+    assert_gradients(grads, expected_grads, 1e-2)
+
+
+INFINITE = {
+    # Divergences that are infinite where the teacher, the student, or both lack mass.
+    "teacher": ("reverse_kl", "jeffreys"),
+    "student": ("forward_kl", "jeffreys"),
+    "both": (),
+}
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("side", INFINITE)
+def test_infinite_divergences_are_infinite_and_no_others(backend, side, divergence):
+    """Biases of -inf on some entries: of the first tile of a kernel, and of all of the last."""
+    vocab = 211
+    problem = make(Shape((9,), vocab, 8, 12, 1), bias=True, divergence=divergence)
+    gone = torch.zeros(vocab, dtype=torch.bool)
+    gone[3] = True
+    gone[130:] = True
+    with torch.no_grad():
+        for name in ("student", "teacher") if side == "both" else (side,):
+            getattr(problem, f"{name}_head").bias[gone] = -math.inf
+    loss, grads = ours(problem, backend=backend)
+    if divergence in INFINITE[side]:
+        assert loss == math.inf
+        # A student without mass cannot get any: its other logits have the usual gradients.
+        assert bool(grads["hidden0"].isfinite().all()) is (side == "student")
+        return
+    wide = problem.to(torch.float64)
+    p, q = (
+        dense.softmax(dense.lens_logits(h[0], head, True, None))
+        for h, head in (
+            (wide.teacher_hidden, wide.teacher_head),
+            (wide.student_hidden, wide.student_head),
+        )
+    )
+    expected = dense.divergence(divergence, p.detach(), q).mean()
+    assert_close(loss, expected, 1e-6, "loss")
+    assert all(bool(g.isfinite().all()) for g in grads.values())
+    assert bool(grads["hidden0"].any())
 
 
 @pytest.mark.parametrize("std", [1.0, 10.0, 30.0])

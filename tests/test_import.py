@@ -1,12 +1,8 @@
 """What importing the package loads, and that the op needs nothing but torch."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 
-from tests.support import ROOT
+from tests.support.fresh import run_fresh
 
 USE = """
 import torch
@@ -15,17 +11,6 @@ student = torch.randn(3, 4, requires_grad=True)
 symmetric_lens_loss(student, torch.randn(3, 5), torch.randn(7, 4), torch.randn(7, 5)).backward()
 assert student.grad.abs().sum() > 0
 """
-
-
-def run(code):
-    """Run a program in a fresh interpreter, its warnings errors."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", "-c", code],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 HEAVY = ["transformers", "accelerate", "datasets", "matplotlib", "reference"]
@@ -42,19 +27,31 @@ HEAVY = ["transformers", "accelerate", "datasets", "matplotlib", "reference"]
 )
 def test_importing_and_using_the_op_loads_torch_alone(statement, heavy):
     code = f"{statement}\nimport sys\nprint([m for m in {heavy} if m in sys.modules])"
-    result = run(code)
+    result = run_fresh(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("missing", ["triton", "transformers", "reference"])
 def test_the_op_works_where_other_packages_do_not_import(missing):
-    result = run(f"import sys\nsys.modules[{missing!r}] = None\n{USE}")
+    result = run_fresh(f"import sys\nsys.modules[{missing!r}] = None\n{USE}")
+    assert result.returncode == 0, result.stderr
+
+
+def test_compiled_kernels_need_no_numpy():
+    pytest.importorskip("triton")
+    result = run_fresh(
+        "import os, sys, warnings\n"
+        "os.environ.pop('TRITON_INTERPRET', None)\n"
+        "sys.modules['numpy'] = None\n"
+        "warnings.simplefilter('ignore')  # torch warns that it has none\n"
+        "import lens_kernels.backends.triton"
+    )
     assert result.returncode == 0, result.stderr
 
 
 def test_the_public_names():
-    result = run(
+    result = run_fresh(
         "import lens_kernels\n"
         "for name in lens_kernels.__all__: getattr(lens_kernels, name)\n"
         "try: lens_kernels.no_such_name\n"

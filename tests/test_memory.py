@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import distillation_loss, symmetric_lens_loss
-from lens_kernels.backends import head_products, matmul, tile_pass, torch_chunked
-from lens_kernels.backends.torch_chunked import row_stride
+from lens_kernels.backends import head_products, matmul
+from lens_kernels.backends.torch import pointwise_pass, row_chunks
+from lens_kernels.backends.torch.layout import row_stride
 from tests.support.grids import DIVERGENCES, FEATURES, Shape, several_chunks
 from tests.support.problems import capture_call, make
 
@@ -54,7 +55,7 @@ def test_the_measurement_sees_temporaries_and_what_is_freed():
 def evaluate(call):
     def run():
         with torch.no_grad():
-            return torch_chunked.evaluate(call)
+            return row_chunks.evaluate(call)
 
     return run
 
@@ -81,7 +82,7 @@ def test_rows_of_a_tile_begin_at_lines_of_the_cache(monkeypatch):
     shape = Shape((30,), 501, 8, 8, 1)
     call = capture_call(monkeypatch, make(shape))
     with torch.no_grad():
-        torch_chunked.evaluate(call)
+        row_chunks.evaluate(call)
     assert strides == 2 * [(528, 1)]  # 33 lines of 16 logits: 32 would be even
 
 
@@ -91,7 +92,7 @@ LARGE = Shape((2048,), 4099, 32, 48, 2)  # one tile of all its logits would take
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
-    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     workspace = 4 * MIB
     problem = make(LARGE, **FEATURES[feature], divergence=divergence)
     call = capture_call(monkeypatch, problem, workspace_bytes=workspace)
@@ -102,7 +103,7 @@ def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
 
 def test_the_workspace_is_what_it_says(monkeypatch):
     """The peak follows the tiles, which fill the workspace but for the evening out of chunks."""
-    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     problem = make(LARGE)
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
@@ -117,7 +118,7 @@ def test_the_workspace_is_what_it_says(monkeypatch):
 
 @pytest.mark.parametrize("labelled", [False, True])
 def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
-    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     peaks, shapes = [], []
     for tokens in (1024, 2048, 4096):
         shape = Shape((tokens,), 4099, 32, 48, 2)
@@ -145,7 +146,7 @@ def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
 
 def test_16_bit_heads_are_not_copied(monkeypatch):
     """They are widened tile by tile: whole copies would take 24 MiB."""
-    monkeypatch.setattr(tile_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     problem = make(Shape((64,), 8192, 256, 512, 1))
     wide, narrow = (
         peak_bytes(evaluate(capture_call(monkeypatch, problem.to(dtype))))
@@ -206,7 +207,7 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, masked):
     mask = torch.ones(300) if masked else None
     call = capture_call(monkeypatch, problem, mask=mask, workspace_bytes=several_chunks(shape, 30))
     with Watch() as watch, torch.no_grad():
-        torch_chunked.evaluate(call)
+        row_chunks.evaluate(call)
     assert watch.largest == 30 * row_stride(501), "the tiles are the largest tensors"
 
 
@@ -230,7 +231,7 @@ def test_the_host_never_waits_but_once_for_a_mask(monkeypatch, feature, labelled
         options |= {"labels": torch.zeros(shape.leading).long(), "kd_ratio": 0.5}
     call = capture_call(monkeypatch, problem, function, **options)
     with Watch() as watch, torch.no_grad():
-        torch_chunked.evaluate(call)
+        row_chunks.evaluate(call)
     waits = [name for name in watch.names if name in SYNCHRONISING]
     # Labels bring a mask of their own: the positions that have one.
     assert waits == (["nonzero"] if masked or labelled else [])

@@ -1,11 +1,18 @@
-"""The Hugging Face layer: lenses read off models, hidden states captured, a Trainer, a demo."""
+"""The Hugging Face layer: lenses read off models, hidden states captured, a Trainer, a demo.
 
-from lens_kernels.hf.capture import capture
-from lens_kernels.hf.config import LensDistillConfig
-from lens_kernels.hf.families import Family, lens_head_from, register_family
-from lens_kernels.hf.layers import uniform_layers
-from lens_kernels.hf.objective import LensObjective
-from lens_kernels.hf.trainer import LensDistillTrainer
+Every name is loaded when it is first used: reading a lens does not import transformers' Trainer.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lens_kernels.hf.model.capture import capture
+    from lens_kernels.hf.model.families import Family, lens_head_from, register_family
+    from lens_kernels.hf.model.layers import uniform_layers
+    from lens_kernels.hf.training.config import LensDistillConfig
+    from lens_kernels.hf.training.objective import LensObjective
+    from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 __all__ = [
     "Family",
@@ -17,3 +24,23 @@ __all__ = [
     "register_family",
     "uniform_layers",
 ]
+
+_MODULES = {
+    "model.capture": ("capture",),
+    "model.families": ("Family", "lens_head_from", "register_family"),
+    "model.layers": ("uniform_layers",),
+    "training.config": ("LensDistillConfig",),
+    "training.objective": ("LensObjective",),
+    "training.trainer": ("LensDistillTrainer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,16 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import providers, speed_gpu
+from benchmarks import speed_gpu
+from benchmarks.support import contenders, tables
+from benchmarks.support.providers import dense
+from benchmarks.support.shapes import Job
 from tests.support import ROOT, gpu_report
-
-CPU = torch.device("cpu")
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
 
 VERSIONS = ("device", "driver", "cuda", "hip", "torch", "triton", "python", "commit")
 
@@ -54,21 +48,22 @@ def test_without_mark(): pass
 """
 
 
-def test_the_report_has_a_line_for_every_test(tmp_path, monkeypatch):
+def test_the_report_has_a_line_for_every_test(tmp_path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_probe.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
     code = (
-        "import sys, pathlib; from benchmarks import harness; from tests import gpu_report\n"
-        "harness.no_gpu = lambda: None\n"
-        "harness.device_name = lambda device: 'Some GPU (80 GB)'\n"
-        "harness.ROOT = pathlib.Path(sys.argv[1])\n"
+        "import sys, pathlib; from benchmarks.support import environment\n"
+        "from tests.support import gpu_report\n"
+        "environment.no_gpu = lambda: None\n"
+        "environment.device_name = lambda device: 'Some GPU (80 GB)'\n"
+        "gpu_report.ROOT = pathlib.Path(sys.argv[1])\n"
         "sys.exit(gpu_report.main(['--out', sys.argv[1], '--', '-p', 'no:cacheprovider']))"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1, result.stderr
-    rows = read(tmp_path / "tests-some-gpu-80-gb.csv")
+    rows = tables.read_csv(tmp_path / "tests-some-gpu-80-gb.csv")
     found = {row["test"].split("::")[1]: (row["outcome"], row["note"]) for row in rows}
     assert found == {
         "test_good": ("passed", ""),
@@ -82,22 +77,37 @@ def test_the_report_has_a_line_for_every_test(tmp_path, monkeypatch):
         assert row["device"] == "Some GPU (80 GB)" and row["torch"] == torch.__version__
 
 
-def test_the_benchmark_runs_from_end_to_end(tmp_path):
+def tiny(out, *contenders):
+    options = ["--device", "cpu", "--tiny", "--out", str(out), "--dtypes", "bfloat16"]
+    speed_gpu.main([*options, "--contenders", *contenders])
+    (path,) = out.iterdir()
+    return tables.read_csv(path)
+
+
+def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
     pytest.importorskip("triton")
-    options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--dtypes", "bfloat16"]
-    speed_gpu.main([*options, "--contenders", "triton", "torch", "dense"])
-    (path,) = tmp_path.iterdir()
-    rows = read(path)
+    checked = []
+    monkeypatch.setattr(contenders, "check", lambda each, device: checked.append(each.key))
+    rows = tiny(tmp_path, "triton", "torch", "dense")
+    assert checked == ["triton", "torch", "dense"]
     assert [(row["dtype"], row["mode"], row["contender"]) for row in rows] == [
         ("bfloat16", mode, key)
         for mode in ("forward+backward", "forward")
         for key in ("floor", "triton", "torch", "dense")
     ]
+    # The clock adds a second with each call: 4 to warm up, then two rounds of 4, each rotated.
+    assert [(row["median_ms"], row["ratio_to_floor"]) for row in rows[:4]] == [
+        ("9500.000", "1.00"),
+        ("8500.000", "0.89"),
+        ("7500.000", "0.79"),
+        ("8500.000", "0.89"),
+    ]
+    assert (rows[1]["min_ms"], rows[1]["max_ms"]) == ("5000.000", "12000.000")
+    assert (rows[5]["median_ms"], rows[5]["ratio_to_floor"]) == ("20500.000", "0.95")
+    assert rows[3]["gradients_mib"] == "0.01" and rows[7]["gradients_mib"] == "0.00"  # no backward
     for row in rows:
-        assert 0 < float(row["min_ms"]) <= float(row["median_ms"]) <= float(row["max_ms"])
-        assert (row["ratio_to_floor"] == "1.00") or row["contender"] != "floor"
         assert float(row["peak_with_gradients_mib"]) >= float(row["gradients_mib"])
-        assert set(VERSIONS) <= row.keys()
+        assert set(VERSIONS) <= row.keys() and row["rounds"] == "2"
 
 
 @pytest.fixture
@@ -109,12 +119,11 @@ def fail(monkeypatch):
             raise error
 
         failing = replace(speed_gpu.CONTENDERS[key], load=lambda: loss)
-        monkeypatch.setitem(speed_gpu.CONTENDERS, key, failing)
-        job = providers.Job(8, 60, 1, 16, 24)
-        contenders = {k: speed_gpu.CONTENDERS[k] for k in ("torch", "trl")}
-        return speed_gpu.job_rows("tiny", job, contenders, rounds=1)
+        peer = replace(speed_gpu.CONTENDERS["trl"], load=lambda: dense)
+        chosen = {"torch": speed_gpu.CONTENDERS["torch"], "trl": peer, key: failing}
+        return speed_gpu.job_rows("tiny", Job(8, 60, 1, 16, 24), chosen, rounds=1)
 
-    pytest.importorskip("trl")
+    monkeypatch.setattr(speed_gpu.gc, "collect", lambda: None)  # slow beside a whole test-suite
     return run
 
 
@@ -138,13 +147,14 @@ def test_a_backend_that_fails_ends_the_benchmark(fail):
         fail("torch", ValueError("a bug"))
 
 
-def test_a_peer_that_computes_something_else_is_left_out(monkeypatch):
+def test_a_peer_that_computes_something_else_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed_gpu, "job_rows", lambda *args: [])
     wrong = replace(
-        providers.CONTENDERS["trl"], package="torch", load=lambda: lambda i: providers.dense(i) * 2
+        speed_gpu.CONTENDERS["trl"], package="torch", load=lambda: lambda inputs: dense(inputs) * 2
     )
     monkeypatch.setitem(speed_gpu.CONTENDERS, "trl", wrong)
-    present, missing = speed_gpu.gather(["dense", "trl"], CPU)
-    assert [*present] == ["dense"] and "computes something else" in missing["trl"]
+    (row,) = tiny(tmp_path, "dense", "trl")
+    assert row["contender"] == "trl" and "computes something else" in row["note"]
     monkeypatch.setitem(speed_gpu.CONTENDERS, "torch", replace(wrong, package=""))
     with pytest.raises(RuntimeError, match="computes something else"):
-        speed_gpu.gather(["torch"], CPU)
+        tiny(tmp_path, "torch")

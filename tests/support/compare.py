@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+LOSS, GRADIENT = 1e-6, 1e-5  # of float32 against the float64 oracle
+
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """Return the largest deviation as a fraction of the largest entry of the truth."""

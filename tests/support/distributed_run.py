@@ -1,12 +1,13 @@
 """What every rank of tests/hf/training/test_distributed.py runs, and its single process too.
 
 ``python -m torch.distributed.run ... -m tests.support.distributed_run CASES FOLDER``, where the
-file CASES holds ``{name: arguments of run_case}``. Each rank writes what came out into FOLDER.
+file CASES holds ``{name: arguments of train_case}``. Each rank writes what came out into FOLDER.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import sys
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from lens_kernels.hf import LensDistillTrainer, objective
-from tests.hf.training.test_trainer import trainer, uneven_data
+from lens_kernels.hf import LensDistillTrainer
+from lens_kernels.hf.training import objective
 from tests.support import tiny
+from tests.support.training import make_trainer, uneven_data
 
-FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+HANG = 1200  # seconds after which ranks are taken for hung, on any machine
+FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
 @dataclasses.dataclass
@@ -50,7 +53,7 @@ class Result:
         return cls(parts["start"], parts["end"], logs, teacher_ran)
 
 
-def run_case(
+def train_case(
     folder: Path,
     rows: int = 4,
     accumulate: int = 1,
@@ -85,33 +88,36 @@ def run_case(
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
+            # transformers before 5 leaves these to accelerate.
+            patch.setenv("FSDP_VERSION", "2")
+            patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
         if resumed:
             options |= {"save_strategy": "steps", "save_steps": 1}
 
         def make() -> LensDistillTrainer:
-            return trainer(
+            return make_trainer(
                 folder,
                 batch=rows // accumulate // processes,
                 accumulate=accumulate,
                 data=data,
                 student=_student({"layers": 3, **(student or {})}, lora),
                 **{"kd_ratio": 0.5, "mse_coeff": 0.01, **options},
-                ddp_timeout=120,
+                ddp_timeout=HANG,
             )
 
-        run = make()
-        start = _whole(run)
+        trainer = make()
+        start = _whole(trainer)
         if evaluate_first:
-            run.evaluate()
-        run.train()
+            trainer.evaluate()
+        trainer.train()
         if resumed:
-            run = make()
-            run.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
-        run.evaluate()
-    sharded = any(isinstance(x, DTensor) for x in run.model.state_dict().values())
+            trainer = make()
+            trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+        trainer.evaluate()
+    sharded = any(isinstance(x, DTensor) for x in trainer.model.state_dict().values())
     assert sharded == (processes > 1 and fsdp)
-    return Result(start, _whole(run), run.state.log_history, sum(ran))
+    return Result(start, _whole(trainer), trainer.state.log_history, sum(ran))
 
 
 def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
@@ -135,11 +141,11 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
     return get_peft_model(student, config)
 
 
-def _whole(run: Any) -> dict[str, torch.Tensor]:
+def _whole(trainer: Any) -> dict[str, torch.Tensor]:
     """Return the student's parameters, and what MSE has learnt."""
-    state = dict(run.model.state_dict())
-    if run.objective is not None:
-        state |= run.objective.projections.state_dict(prefix="learnt.")
+    state = dict(trainer.model.state_dict())
+    if trainer.objective is not None:
+        state |= trainer.objective.projections.state_dict(prefix="learnt.")
     whole = {}
     for name, x in state.items():
         whole[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()
@@ -148,10 +154,12 @@ def _whole(run: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
+    gc.freeze()  # as in tests/hf/conftest.py
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = accelerate.PartialState(cpu=True).process_index
     for name, arguments in cases.items():
-        run_case(folder / name, **arguments).save(folder / f"{name}-{rank}")
+        train_case(folder / name, **arguments).save(folder / f"{name}-{rank}")
+    gc.unfreeze()
 
 
 if __name__ == "__main__":

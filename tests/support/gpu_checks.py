@@ -10,7 +10,7 @@ import torch
 
 from lens_kernels import LensHead, symmetric_lens_loss
 from tests.support import recompilation
-from tests.support.compare import assert_close, assert_gradients, relative_error
+from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients, relative_error
 from tests.support.grids import FEATURES, Shape, several_chunks
 from tests.support.problems import (
     Problem,
@@ -22,7 +22,6 @@ from tests.support.problems import (
     related,
     solve,
 )
-from tests.test_functional import GRADIENT, LOSS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BACKENDS = ["torch", "triton"]

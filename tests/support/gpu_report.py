@@ -1,7 +1,7 @@
-"""Runs the tests that need a GPU, and writes a CSV with a line for each, beside what they ran on.
+"""Runs the tests that need a GPU, and writes a CSV: a line for each, with versions and device.
 
 make test-gpu
-python -m tests.gpu_report --out DIR -- -k parity    more arguments for pytest
+python -m tests.support.gpu_report --out DIR -- -k parity    more arguments for pytest
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks.support import environment, tables
+from tests.support import ROOT
 
-ORDER = ("passed", "skipped", "failed")  # the last one that a phase of a test has is its outcome
+ORDER = ("passed", "skipped", "failed")  # the outcome of a test is the last one of its phases
 
 
 class Recorder:
@@ -34,9 +35,6 @@ class Recorder:
         if ORDER.index(report.outcome) > ORDER.index(row["outcome"]):
             row["outcome"], row["note"] = report.outcome, note(report)
 
-    def table(self) -> list[dict[str, Any]]:
-        return [{**row, "seconds": f"{row['seconds']:.2f}"} for row in self.rows.values()]
-
 
 def note(report: Any) -> str:
     """Return why a test was skipped or failed, in one line."""
@@ -49,21 +47,23 @@ def note(report: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tests and return pytest's exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    out = harness.ROOT / "benchmarks" / "data" / "gpu"
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR")
+    parser.add_argument("--out", type=Path, default=environment.DATA / "gpu", metavar="DIR")
     parser.add_argument("pytest", nargs="*", help="more arguments for pytest")
     args = parser.parse_args(argv)
-    if reason := harness.no_gpu():
+    if reason := environment.no_gpu():
         sys.stderr.write(f"gpu_report.py: {reason}\n")
         return 1
     device = torch.device("cuda")
     recorder = Recorder()
-    options = ["-m", "gpu", "-n", "0", "-rs", str(harness.ROOT / "tests"), *args.pytest]
+    options = ["-m", "gpu", "-n", "0", "-rs", str(ROOT / "tests"), *args.pytest]
     status = int(pytest.main(options, plugins=[recorder]))
-    path = args.out / harness.file_name("tests", device)
+    path = args.out / environment.file_name("tests", device)
     if recorder.rows:
-        environment = harness.gpu_environment(device)
-        harness.write_csv(path, [row | environment for row in recorder.table()])
+        where = environment.gpu_environment(device)
+        tables.write_csv(
+            path,
+            [row | {"seconds": f"{row['seconds']:.2f}"} | where for row in recorder.rows.values()],
+        )
         sys.stdout.write(f"{path}\n")
     return status
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lens_kernels.backends.torch_chunked import row_stride
+from lens_kernels.backends.torch.layout import row_stride
 
 # Every backend that must agree with the oracle. A new one is added here.
 BACKENDS = ["torch", "triton"]

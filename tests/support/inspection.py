@@ -33,7 +33,7 @@ class OddTokenizer:
 
 def inspected(output):
     """Return what ``inspect`` made of ``TEXT`` and two models in the folder ``output``."""
-    from lens_kernels.hf.inspection.reading import inspect
+    from lens_kernels.hf.inspection.inspect import inspect
 
     models = tiny.model(layers=3, seed=1), tiny.model(layers=5, width=24, seed=2)
     text = " ".join(map(str, TEXT))

@@ -18,6 +18,8 @@ from lens_kernels import (
     symmetric_lens_loss,
 )
 from lens_kernels.call import LossCall
+from lens_kernels.cost import CallShape
+from lens_kernels.options import Divergence
 from reference import dense
 from tests.support.grids import Shape
 
@@ -228,6 +230,17 @@ def _pointwise(divergence: str, lp: Tensor, lq: Tensor) -> Tensor:
     }[divergence]
 
 
+def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
+    """Return the shape of some call on a device, which need not exist."""
+    dtype = torch.float64 if fp64 else torch.float32
+    sizes = {"tokens": 8, "vocab_size": 16, "student_width": 4, "teacher_width": 4}
+    needs = {"head_grad": True, "hidden_grad": True, "workspace_bytes": 1 << 20}
+    kinds = (Divergence.JSD,)
+    return CallShape(
+        **sizes, **needs, divergences=kinds, dtype=dtype, compute_dtype=dtype, device=device
+    )
+
+
 class _Captured(Exception):
     pass
 
@@ -244,7 +257,7 @@ def capture_call(
 
     function = symmetric_lens_loss if function is None else function
     with monkeypatch.context() as patch:
-        patch.setattr(functional.autograd, "apply", stop)
+        patch.setattr(functional.operator, "apply", stop)
         try:
             function(*problem.args(), **{**problem.options, **options})
         except _Captured:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lens_kernels.backends import torch_chunked
+from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.triton.evaluate import evaluate
 from lens_kernels.backends.triton.kernels.operands import tf32_is_allowed
 from lens_kernels.backends.triton.tiles.search import difference
-from lens_kernels.call import Evaluation, LossCall
+from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead, LensNorm
-from lens_kernels.spec import Divergence, LossSpec
+from lens_kernels.options import Divergence
 
 TOKENS = 256  # at most, which are several blocks of rows
 TF32_EPS = 2.0**-10
@@ -38,7 +38,7 @@ def check(
     for extras in (False, True):
         for divergence in Divergence:
             call = _call(sizes, dtype, divergence, extras, generator)
-            results, truth = (_tensors(f(call)) for f in (evaluate, torch_chunked.evaluate))
+            results, truth = (_tensors(f(call)) for f in (evaluate, row_chunks.evaluate))
             reason = difference(results, truth, max(1e-4, 4 * eps))
             if reason is not None:
                 what = "a head with bias, norm and softcap" if extras else "plain heads"
@@ -49,7 +49,7 @@ def check(
                 )
 
 
-def _tensors(result: Evaluation) -> list[Tensor]:
+def _tensors(result: LossResult) -> list[Tensor]:
     return [result.rows, *result.grads.values()]
 
 
@@ -85,14 +85,11 @@ def _call(
         mask=None,
         labels=labels,
         row_weight=weight,
-        operand_dtype=None,
-        spec=LossSpec(
-            divergences=(divergence,),
-            normed=(extras,),
-            beta=0.3,
-            temperature=1.3 if extras else 1.0,
-            vocab_size=vocab_size,
-            workspace_bytes=1 << 28,
-        ),
+        divergences=(divergence,),
+        normed=(extras,),
         needs_grad=[True] * (1 + len(heads[0].tensors())),
+        beta=0.3,
+        temperature=1.3 if extras else 1.0,
+        vocab_size=vocab_size,
+        workspace_bytes=1 << 28,
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 import torch
 from torch import Tensor
 
 from lens_kernels.backends import matmul
-from lens_kernels.backends.ledger import Ledger
-from lens_kernels.backends.tile_pass import FLOOR
+from lens_kernels.backends.accumulator import Accumulator
 from lens_kernels.backends.triton import interpreter
 from lens_kernels.backends.triton.kernels.gradients import Labels, gradient_chunk
 from lens_kernels.backends.triton.kernels.launch import Tile
@@ -20,32 +19,33 @@ from lens_kernels.backends.triton.kernels.row_stats import row_stats
 from lens_kernels.backends.triton.kernels.row_sums import row_sums
 from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.backends.triton.tiles.sizes import Sweep
-from lens_kernels.call import Evaluation, LossCall
+from lens_kernels.call import LossCall, LossResult
+from lens_kernels.divergence import FLOOR
 from lens_kernels.lens import LensHead, LensNorm
-from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
+from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
 
-def evaluate(call: LossCall) -> Evaluation:
+def evaluate(call: LossCall) -> LossResult:
     """Return the rows of the call and the gradients of its loss."""
     if interpreter.INTERPRETING:
         interpreter.prepare()
     # Triton launches on the current device, wherever the tensors are.
     with torch.cuda.device_of(call.row_weight):
         sweeps = _Sweeps(call)
-        if sweeps.ledger.tokens:
+        if sweeps.sums.tokens:
             for pair in range(len(call.student_hidden)):
                 sweeps.run(pair)
-        return sweeps.ledger.result()
+        return sweeps.sums.result()
 
 
 class _Head:
     """The head of one model, laid out for the sweeps."""
 
     def __init__(self, head: LensHead, call: LossCall) -> None:
-        self.head = head.prefix(call.spec.vocab_size)
+        self.head = head.prefix(call.vocab_size)
         self.dtype = call.operand_dtype or head.weight.dtype
         self.weight = aligned(self.head.weight.to(self.dtype))
-        self.temperature = call.spec.temperature
+        self.temperature = call.temperature
 
     def operand(self, hidden: Tensor, index: Tensor | None, norm: LensNorm | None) -> Operand:
         """Return the rows of ``hidden`` at ``index``, after ``norm``, together with the head."""
@@ -62,43 +62,46 @@ class _Sweeps:
 
     def __init__(self, call: LossCall) -> None:
         self.call = call
-        self.ledger = Ledger(call, torch.float32)
-        self.rows = slice(None) if self.ledger.index is None else self.ledger.index
         self.student = _Head(call.student_head, call)
-        self.teacher = _Head(call.teacher_head, call)
+        self.teacher = None if call.teacher_head is None else _Head(call.teacher_head, call)
+        self.sums = Accumulator(call, self.student.dtype)
+        self.rows = slice(None) if self.sums.index is None else self.sums.index
         # The gradient GEMMs take 16-bit factors if the device accumulates them in fp32.
         dtype, device = self.student.dtype, call.row_weight.device
         native = matmul.multiplies_natively(dtype, torch.float32, device)
         self.factor_dtype = dtype if native else torch.float32
 
     def run(self, pair: int) -> None:
-        """Run all sweeps over one pair of hidden states."""
-        call, ledger, spec = self.call, self.ledger, self.call.spec
-        hidden = call.student_hidden[pair]
-        norm = self.student.head.norm if spec.normed[pair] else None
-        student = self.student.operand(hidden, ledger.index, norm)
-        teacher_norm = self.teacher.head.norm if spec.normed[pair] else None
-        teacher = self.teacher.operand(call.teacher_hidden[pair], ledger.index, teacher_norm)
-        sums = self.row_sums(student, teacher, spec.divergences[pair])
-        ledger.rows[pair, self.rows] = sums.f
-        labels = None
+        """Run all sweeps over one pair of hidden states, or over a state with labels only."""
+        call, index = self.call, self.sums.index
+        hidden, normed = call.student_hidden[pair], call.normed[pair]
+        norm = self.student.head.norm if normed else None
+        student = self.student.operand(hidden, index, norm)
+        teacher = sums = labels = None
+        if self.teacher is not None:
+            teacher_norm = self.teacher.head.norm if normed else None
+            teacher = self.teacher.operand(call.teacher_hidden[pair], index, teacher_norm)
+            sums = self.row_sums(student, teacher, call.divergences[pair])
+            self.sums.rows[pair, self.rows] = sums.f
         if call.labels is not None and pair == len(call.student_hidden) - 1:
-            labels = self.cross_entropy(student, sums.student, call.labels[self.rows])
-        needed = ledger.wanted(pair, norm is not None)
-        if not needed:
+            stats = None if sums is None else sums.student
+            labels = self.cross_entropy(student, stats, call.labels[self.rows])
+        targets = self.sums.targets(pair, norm is not None)
+        if not targets:
             return
-        d_x = self.gradients(pair, student, teacher, sums, labels, needed)
+        d_x = self.gradients(pair, student, teacher, sums, labels, targets)
         if d_x is None:
             return
+        grads = self.sums.grads
         if norm is not None:
-            parts = [ledger.grads.get(key) for key in (pair, "norm_weight", "norm_bias")]
-            norm_backward(d_x, hidden, ledger.index, norm, *parts)
+            parts = [grads.get(key) for key in (pair, "norm_weight", "norm_bias")]
+            norm_backward(d_x, hidden, index, norm, *parts)
         else:
-            ledger.grads[pair][self.rows] = d_x
+            grads[pair][self.rows] = d_x
 
     def row_sums(self, student: Operand, teacher: Operand, divergence: Divergence) -> RowSums:
         """Run sweeps 1 and 2."""
-        vocab_size, beta = self.call.spec.vocab_size, self.call.spec.beta
+        vocab_size, beta = self.call.vocab_size, self.call.beta
         if divergence in RELATIVE_ENTROPIES:
             tile = tile_for(Sweep.ONLINE_KL, student, teacher)
             return online_kl(student, teacher, divergence, vocab_size, tile)
@@ -111,56 +114,61 @@ class _Sweeps:
             student, teacher, student_stats, teacher_stats, divergence, beta, vocab_size, tile
         )
 
-    def cross_entropy(self, student: Operand, stats: RowStats, labels: Tensor) -> Labels:
-        """Store the cross entropy of every row, and return what its gradient needs."""
-        if student.temperature != 1.0:
+    def cross_entropy(self, student: Operand, stats: RowStats | None, labels: Tensor) -> Labels:
+        """Store the cross entropy of every row, and return what its gradient needs.
+
+        ``stats`` are the student's, if they are known; the temperature does not apply to labels.
+        """
+        if stats is None or student.temperature != 1.0:
             student = student.untempered()
             tile = tile_for(Sweep.ROW_STATS, student)
-            stats = row_stats(student, self.call.spec.vocab_size, tile)
+            stats = row_stats(student, self.call.vocab_size, tile)
         log_q = student.logits_at(labels).clamp(min=FLOOR) - stats.maximum - stats.log_sum
-        self.ledger.rows[-1, self.rows] = -log_q
+        self.sums.rows[-1, self.rows] = -log_q
         return Labels(labels, stats, self.weight(-1))
 
     def weight(self, row: int) -> Tensor:
-        """Return the weights of the tokens in one row of the ledger, as a copy.
+        """Return the weights of the tokens in one row of losses, as a copy.
 
         Kernels take no stride for it, and an upstream gradient may be a transpose. The alignment of
         a slice varies, and Triton compiles for either case.
         """
-        return self.ledger.weight[row, self.rows].clone(memory_format=torch.contiguous_format)
+        return self.sums.weight[row, self.rows].clone(memory_format=torch.contiguous_format)
 
     def gradients(
         self,
         pair: int,
         student: Operand,
-        teacher: Operand,
-        sums: RowSums,
+        teacher: Operand | None,
+        sums: RowSums | None,
         labels: Labels | None,
-        needed: set[int | str],
+        targets: Set[int | str],
     ) -> Tensor | None:
         """Run sweep 3 chunk by chunk, and return the gradient of the rows, if needed."""
-        spec = self.call.spec
-        tile = tile_for(Sweep.GRADIENTS, student, teacher, labels=labels is not None)
+        call = self.call
+        operands = [student] if teacher is None else [student, teacher]
+        tile = tile_for(Sweep.GRADIENTS, *operands, labels=labels is not None)
+        divergence = call.divergences[pair] if sums is not None else None
         weight, x = self.weight(pair), student.x.to(self.factor_dtype)
         total: Tensor | None = None
         for columns, out in self.chunks(student, tile):
             gradient_chunk(
-                student, teacher, sums, weight, labels, spec.divergences[pair], spec.beta,
-                spec.vocab_size, columns.start, out, tile,
+                student, teacher, sums, weight, labels, divergence, call.beta,
+                call.vocab_size, columns.start, out, tile,
             )  # fmt: skip
             grad = out[:, : columns.stop - columns.start]
             head = student.weight[columns].to(self.factor_dtype)
-            d_x = self.ledger.head_gradients(needed, grad, x, head, columns)
+            d_x = self.sums.add_head_gradients(targets, grad, x, head, columns)
             if d_x is not None:
                 total = d_x if total is None else total.add_(d_x)
         return total
 
     def chunks(self, student: Operand, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
         """Yield chunks of the vocabulary, each with the workspace for its gradient."""
-        vocab_size = self.call.spec.vocab_size
+        vocab_size = self.call.vocab_size
         tiles = -(-vocab_size // tile.block_v)
         bytes_per_tile = student.tokens * tile.block_v * student.x.element_size()
-        tiles_that_fit = max(1, self.call.spec.workspace_bytes // bytes_per_tile)
+        tiles_that_fit = max(1, self.call.workspace_bytes // bytes_per_tile)
         chunks = -(-tiles // tiles_that_fit)
         step = -(-tiles // chunks) * tile.block_v
         out = student.x.new_empty(student.tokens, step)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import numpy as np
 import triton
 import triton.language as tl
 
@@ -19,6 +18,9 @@ from lens_kernels import compat
 # Whether kernels are interpreted rather than compiled. TRITON_INTERPRET=1 decides this when the
 # kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
+
+if INTERPRETING:  # neither Triton nor torch installs numpy, and compiled kernels do not need it
+    import numpy as np
 
 
 def _to_float(data: np.ndarray) -> np.ndarray:
@@ -36,7 +38,7 @@ def prepare() -> None:
     """Correct the interpreter's bfloat16, and save a third of its time, once per process."""
     interpreter = compat.triton_interpreter()
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    dot, cast, patch = builder.create_dot, builder.cast_impl, interpreter._patch_lang
+    dot, cast = builder.create_dot, builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
         def widened(x: Any) -> Any:
@@ -53,10 +55,13 @@ def prepare() -> None:
     def languages(function: Any) -> list[Any]:
         return [x for x in function.__globals__.values() if x is tl or x is tl.core]
 
-    def patch_lang(function: Any) -> Any:
-        # Every call of a device function patches the language again, which changes nothing.
-        patched = not any(tl.core.is_builtin(language.load) for language in languages(function))
-        return None if patched else patch(function)
+    def once(patch: Any) -> Any:
+        def patch_lang(function: Any) -> Any:
+            # Every call of a device function patches the language again, which changes nothing.
+            patched = not any(tl.core.is_builtin(x.load) for x in languages(function))
+            return None if patched else patch(function)
+
+        return patch_lang
 
     builder.create_dot, builder.cast_impl = create_dot, cast_impl
-    interpreter._patch_lang = patch_lang
+    compat.wrap_language_patch(once)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens_kernels.validation import IGNORE_INDEX
+from lens_kernels.inputs import IGNORE_INDEX
 
 FORMAT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

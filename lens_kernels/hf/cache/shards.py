@@ -17,13 +17,13 @@ from lens_kernels.hf.cache.key import DTYPES, CacheKey, digest, file_digest, jso
 
 MANIFEST = "manifest.json"
 DIFFERS = {
-    "format": "written in another format: {there} there, {wanted} wanted",
+    "format": "written in another format: found {found}, expected {expected}",
     "model": "made by another model: its config, weights, buffers or adapters differ",
     "data": "made from other data: its tokens or labels differ",
-    "layers": "made for other layers: {there} there, {wanted} wanted",
+    "layers": "made for other layers: found {found}, expected {expected}",
     "tokenizer": "made with another tokenizer",
-    "dtype": "stored in another dtype: {there} there, {wanted} wanted",
-    "precision": "computed in another mixed precision: {there} there, {wanted} wanted",
+    "dtype": "stored in another dtype: found {found}, expected {expected}",
+    "precision": "computed in another mixed precision: found {found}, expected {expected}",
 }
 
 
@@ -94,21 +94,23 @@ class Manifest:
             raise refusal(folder, f"{MANIFEST} cannot be read ({error!r})") from error
         if not sound:
             raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
-        there = fields["key"]
-        wanted = {**asdict(key), "layers": list(key.layers)}
+        found = fields["key"]
+        expected = {**asdict(key), "layers": list(key.layers)}
         # Another format may have other fields, so nothing else is compared then.
-        names = ["format"] if there["format"] != key.format else DIFFERS
+        names = ["format"] if found["format"] != key.format else DIFFERS
         reasons = [
-            DIFFERS[name].format(there=there[name], wanted=wanted[name])
+            DIFFERS[name].format(found=found[name], expected=expected[name])
             for name in names
-            if there[name] != wanted[name]
+            if found[name] != expected[name]
         ]
         if reasons:
             raise refusal(folder, "; ".join(reasons))
         return cls(key, fields["widths"], [Shard(**shard) for shard in fields["shards"]])
 
 
-def plan(counts: list[int], batch_size: int, max_examples: int, max_rows: int) -> list[Shard]:
+def plan_shards(
+    counts: list[int], batch_size: int, max_examples: int, max_rows: int
+) -> list[Shard]:
     """Divide the examples into shards of whole batches, so that a batch is never cut."""
     shards: list[Shard] = []
     for first in range(0, len(counts), batch_size):

@@ -23,7 +23,7 @@ from lens_kernels.hf.cache.key import DTYPES, CacheKey, Example, counted_positio
 from lens_kernels.hf.cache.shards import (
     Manifest,
     is_free,
-    plan,
+    plan_shards,
     read_tensors,
     refusal,
     save_shard,
@@ -36,7 +36,7 @@ MAPPED_SHARDS = 64  # at most, so that a long run keeps few of them mapped
 
 _log = logging.getLogger(__name__)
 
-Run = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
+RunTeacher = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
 
 
 class TeacherCache:
@@ -71,7 +71,7 @@ class TeacherCache:
             raise refusal(
                 folder,
                 f"it is incomplete, {done} of {len(manifest.shards)} shards"
-                " (open_or_build would go on with it)",
+                " (open_or_build would finish it)",
             )
         for shard in manifest.shards:
             if damage := shard.damage(folder):
@@ -84,7 +84,7 @@ class TeacherCache:
         folder: str | Path,
         key: CacheKey,
         examples: Sequence[Example],
-        run: Run,
+        run_teacher: RunTeacher,
         *,
         batch_size: int,
         shard_examples: int = 4096,
@@ -97,15 +97,15 @@ class TeacherCache:
             folder: Where it is kept.
             key: ``CacheKey.of`` the teacher and these ``examples``.
             examples: Each with ``input_ids`` and ``labels``.
-            run: Maps a list of examples to a list of their hidden states: for each of
+            run_teacher: Maps a list of examples to a list of their hidden states: for each of
                 ``key.names`` a tensor ``(counted_positions, D)``. Called without gradients.
-            batch_size: Examples to a call of ``run``.
+            batch_size: Examples to a call of ``run_teacher``.
             shard_examples: A shard holds no more, except for one batch.
             shard_bytes: Nor more than this. A build that is resumed keeps the shards it began with.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: The folder holds something else, or ``run`` returned what does not fit.
+            ValueError: The folder holds something else, or ``run_teacher`` returned misfits.
             RuntimeError: The disk has not enough space.
         """
         folder = Path(folder)
@@ -124,10 +124,12 @@ class TeacherCache:
         folder.mkdir(parents=True, exist_ok=True)
         ahead = {}
         if is_free(folder):
-            ahead[0] = _call(run, [examples[i] for i in range(min(batch_size, len(examples)))], key)
+            ahead[0] = _call(
+                run_teacher, [examples[i] for i in range(min(batch_size, len(examples)))], key
+            )
             manifest = Manifest(key, {name: ahead[0][0][name].shape[1] for name in key.names}, [])
             limit = shard_bytes // manifest.row_bytes
-            manifest.shards = plan(counts, batch_size, shard_examples, limit)
+            manifest.shards = plan_shards(counts, batch_size, shard_examples, limit)
         else:
             manifest = Manifest.read(folder, key)
             for shard in manifest.shards:
@@ -145,7 +147,7 @@ class TeacherCache:
                 for start in range(shard.first, last, batch_size):
                     batch = range(start, min(start + batch_size, last))
                     results = ahead.pop(start, None) or _call(
-                        run, [examples[i] for i in batch], key
+                        run_teacher, [examples[i] for i in batch], key
                     )
                     for i, result in zip(batch, results, strict=True):
                         store.add(i, counts[i], result)
@@ -161,7 +163,7 @@ class TeacherCache:
         folder: str | Path,
         key: CacheKey,
         examples: Sequence[Example],
-        run: Run,
+        run_teacher: RunTeacher,
         **options: Any,
     ) -> TeacherCache:
         """Open the cache if it is complete, or make or finish it as ``build`` does.
@@ -180,7 +182,7 @@ class TeacherCache:
             _log.warning("another process makes the teacher cache %s: waiting for it", folder)
             held = lock.acquire()
         with held:
-            return cls.build(folder, key, examples, run, **options)
+            return cls.build(folder, key, examples, run_teacher, **options)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
         """Return the rows of the examples, one after the other, for each name of ``key.names``."""
@@ -257,39 +259,44 @@ class _Store:
 
     def add(self, example: int, count: int, result: Mapping[str, Tensor]) -> None:
         for name, out in self.tensors.items():
-            x, wanted = result[name], (count, out.shape[1])
-            if x.shape != wanted:
+            x, expected = result[name], (count, out.shape[1])
+            if x.shape != expected:
                 raise ValueError(
-                    f"run must return {name} of shape {wanted} for example {example}, got"
+                    f"run_teacher must return {name} of shape {expected} for example {example}, got"
                     f" {tuple(x.shape)}: take the rows at counted_positions(labels)"
                 )
             rows = out[self.at : self.at + count]
             rows.copy_(x)
             if not rows.isfinite().all():
                 raise ValueError(
-                    f"run returned {name} for example {example} with values not finite in"
+                    f"run_teacher returned {name} for example {example} with values not finite in"
                     f" {self.dtype_name}: store bfloat16 or float32, or look for NaN in the teacher"
                 )
         self.at += count
 
 
 @torch.no_grad()
-def _call(run: Run, batch: list[Any], key: CacheKey) -> Sequence[Mapping[str, Tensor]]:
-    results = run(batch)
+def _call(
+    run_teacher: RunTeacher, batch: list[Any], key: CacheKey
+) -> Sequence[Mapping[str, Tensor]]:
+    results = run_teacher(batch)
     if len(results) != len(batch):
         raise ValueError(
-            f"run must return one mapping for each of {len(batch)} examples, got {len(results)}"
+            f"run_teacher must return one mapping for each of {len(batch)} examples, got"
+            f" {len(results)}"
         )
     for result in results:
         if set(result) != set(key.names):
             raise ValueError(
-                f"run must return hidden states {key.names}, got {sorted(result)}:"
+                f"run_teacher must return hidden states {key.names}, got {sorted(result)}:"
                 " name them as key.names does"
             )
         for name, x in result.items():
             if not isinstance(x, Tensor) or x.dim() != 2:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(f"run must return {name} as a tensor (counted, D), got {got}")
+                raise TypeError(
+                    f"run_teacher must return {name} as a tensor (counted, D), got {got}"
+                )
     return results
 
 

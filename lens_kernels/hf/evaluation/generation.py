@@ -13,18 +13,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from lens_kernels.hf.data import (
+from lens_kernels.hf.evaluation.rouge import load_scorer, rouge_l
+from lens_kernels.hf.evaluation.sampling import chunks, evaluating, generate
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.training.data import (
     Collator,
     Row,
+    check_count,
     load_examples,
     padding_id,
     prompt_ids,
     read_rows,
 )
-from lens_kernels.hf.evaluation.rouge import load_scorer, rouge_l
-from lens_kernels.hf.evaluation.sampling import at_least, chunks, evaluating, generate
-from lens_kernels.hf.loading import load_model, load_tokenizer
-from lens_kernels.validation import IGNORE_INDEX
+from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.version import __version__
 
 SEEDS = (10, 20, 30, 40, 50)
@@ -137,7 +138,7 @@ def held_out_ce(
         batch_size: Examples in a batch.
         progress: Show a progress bar.
     """
-    at_least("batch_size", batch_size, 1)
+    check_count("batch_size", batch_size, 1)
     lengths = [len(examples[i]["input_ids"]) for i in range(len(examples))]
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     total, tokens = 0.0, 0

@@ -18,8 +18,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lens_kernels.hf.data import padding_id
-from lens_kernels.spec import check_number
+from lens_kernels.hf.training.data import check_count, padding_id
+from lens_kernels.options import check_number
 
 
 def generate(
@@ -61,10 +61,10 @@ def generate(
             such rule. The paper tests with 6.
         progress: Show a progress bar.
     """
-    at_least("max_new_tokens", max_new_tokens, 1)
-    at_least("batch_size", batch_size, 1)
-    at_least("top_k", top_k, 0)
-    at_least("no_repeat_ngram_size", no_repeat_ngram_size, 0)
+    check_count("max_new_tokens", max_new_tokens, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("top_k", top_k, 0)
+    check_count("no_repeat_ngram_size", no_repeat_ngram_size, 0)
     if no_repeat_ngram_size == 1:
         raise ValueError(
             "no_repeat_ngram_size must be 0 or at least 2, got 1: no token could occur twice, nor"
@@ -189,11 +189,3 @@ def chunks(order: list[int], size: int, progress: bool, name: str) -> Iterator[l
             chunk = order[start : start + size]
             yield chunk
             bar.update(len(chunk))
-
-
-def at_least(name: str, value: int, least: int) -> None:
-    """Raise unless the option ``name`` is an integer of ``least`` or more."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lens_kernels.hf.report import AFTER, BEFORE
-
-if TYPE_CHECKING:
-    from lens_kernels.hf.inspection.reading import Inspection, Reading
+from lens_kernels.hf.inspection.reading import Inspection, Reading
+from lens_kernels.hf.training.report import AFTER, BEFORE
 
 FONT = "DejaVu Sans"  # comes with matplotlib, so that what it lacks is known on every machine
 TRAINED = "#c8553d"

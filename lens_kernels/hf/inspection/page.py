@@ -5,12 +5,9 @@ from __future__ import annotations
 import base64
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from lens_kernels.hf.inspection.figures import HOT_FROM, first_of, unit
-
-if TYPE_CHECKING:
-    from lens_kernels.hf.inspection.reading import Inspection, Reading
+from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2530; --soft: #5a6672; --line: #d5dbe1;

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,19 +11,17 @@ import torch
 from torch import Tensor
 
 from lens_kernels.functional import symmetric_lens_loss
-from lens_kernels.hf.families import (
+from lens_kernels.hf.model.families import (
     blocks_of,
     causal_lm_of,
     lens_head_from,
-    verify_lens,
-    verify_lens_head,
 )
-from lens_kernels.hf.layers import check_layers
+from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.verification import verify_lens, verify_lens_head
+from lens_kernels.hf.training.data import check_count
 from lens_kernels.lens import LensHead
-from lens_kernels.validation import shared_vocabulary
 
 Pairs = tuple[Sequence[int], Sequence[int]]
-MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
 @dataclass(frozen=True)
@@ -104,96 +101,12 @@ class Inspection:
         return self.top_tokens[token], [token] == self.ids[position + 1 : position + 2]
 
 
-def inspect(
-    student: Any,
-    teacher: Any,
-    tokenizer: Any,
-    text: str,
-    output: Path,
-    *,
-    pairs: Pairs | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    lens_norm: bool = True,
-    top_k: int = 5,
-    max_tokens: int = 64,
-    vocab_size: int | None = None,
-) -> Inspection:
-    """Read ``text`` through every lens of both models; write pictures, numbers and a page.
-
-    Into ``output`` go ``divergence_by_depth.png``, ``lens_student.png``, ``lens_teacher.png``,
-    ``data.json`` with every number, and ``inspect.html``, which needs no other file.
-
-    Args:
-        student: A causal language model of Hugging Face.
-        teacher: Another, with the same tokenizer.
-        tokenizer: The tokenizer of both.
-        text: What both models read.
-        output: The folder to write to, made if it is missing.
-        pairs: Student and teacher layers of training, to be compared beside equal relative depths.
-        divergence: What compares them: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
-        beta: Weight of the teacher in jsd, in (0, 1).
-        lens_norm: Whether intermediate depths pass the final norm. The last always does.
-        top_k: How many tokens to list for each depth and position.
-        max_tokens: Tokens of the text that are read; the rest is cut off, and the result says so.
-        vocab_size: Size of the vocabulary that both models share, where theirs differ.
-
-    Raises:
-        TypeError: ``text``, ``top_k`` or ``max_tokens`` is of another kind.
-        ValueError: An empty text, vocabularies of different size without ``vocab_size``, a
-            tokenizer that does not fit the models, or layers that do not exist.
-        RuntimeError: matplotlib is not installed.
-    """
-    # Without the library that draws, better to stop before the models run.
-    from lens_kernels.hf.inspection import figures, page
-
-    figures.check_matplotlib()
-    size = shared_vocabulary(vocab_size, lens_head_from(student), lens_head_from(teacher))
-    ids, total = encode(tokenizer, text, max_tokens, size)
-    read_student = read(student, ids, lens_norm, top_k, size)
-    read_teacher = read(teacher, ids, lens_norm, top_k, size)
-    comparisons = compare(read_student, read_teacher, pairs, divergence, beta, size)
-    shown = torch.cat([read_student.top_ids.flatten(), read_teacher.top_ids.flatten()]).unique()
-    result = Inspection(
-        text,
-        ids,
-        [token_text(tokenizer, i) for i in ids],
-        total,
-        divergence,
-        read_student,
-        read_teacher,
-        comparisons,
-        {i: token_text(tokenizer, i) for i in shown.tolist()},
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "data.json").write_text(json.dumps(numbers(result)), encoding="utf-8")
-    figures.draw(result, output)
-    page.write(result, output)
-    return result
-
-
-def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple[list[int], int]:
-    """Return the first ``max_tokens`` token ids of a text, and how many it has in all."""
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}")
-    _check_count("max_tokens", max_tokens)
-    ids = tokenizer(text)["input_ids"] if text else []
-    if not ids:
-        raise ValueError(f"text must hold at least one token, got {text!r}: pass a sentence")
-    if max(ids) >= vocab_size:
-        raise ValueError(
-            f"tokenizer gives token {max(ids)}, but the models share {vocab_size} entries:"
-            " pass the tokenizer that both were trained with"
-        )
-    return ids[:max_tokens], len(ids)
-
-
 @torch.no_grad()
 def read(
     model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
 ) -> Reading:
     """Read every depth of a model on token ids, holding the logits of one depth at a time."""
-    _check_count("top_k", top_k)
+    check_count("top_k", top_k, 1)
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
     if top_k > vocab:
@@ -264,52 +177,6 @@ def compare(
     return result
 
 
-def numbers(result: Inspection) -> dict[str, Any]:
-    """Return all numbers of an inspection as plain values."""
-
-    def side(reading: Reading) -> dict[str, Any]:
-        keys = ("top_ids", "top_probs", "entropy", "next_prob")
-        values = {key: getattr(reading, key).tolist() for key in keys}
-        tops = [[[result.top_tokens[i] for i in k] for k in row] for row in values["top_ids"]]
-        return {"name": reading.name, "depths": reading.depths, "top_tokens": tops} | values
-
-    return {
-        "text": result.text,
-        "ids": result.ids,
-        "tokens": result.tokens,
-        "total_tokens": result.total_tokens,
-        "divergence": result.divergence,
-        "student": side(result.student),
-        "teacher": side(result.teacher),
-        "comparisons": [
-            {
-                "student_depth": c.student_depth,
-                "teacher_depth": c.teacher_depth,
-                "relative": c.relative,
-                "trained": c.trained,
-                "mean": c.mean,
-                "divergence": c.divergence.tolist(),
-            }
-            for c in result.comparisons
-        ],
-    }
-
-
-def token_text(tokenizer: Any, token: int) -> str:
-    """Return a token's text with spaces and control characters made visible."""
-    text = tokenizer.decode([token])
-    # Sentencepiece drops a leading space when it decodes a single token.
-    if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" "):
-        text = f" {text}"
-    return "".join(map(_visible, text)) or "∅"
-
-
-def _visible(char: str) -> str:
-    if char in MARKS:
-        return MARKS[char]
-    return char if char.isprintable() else f"\\u{ord(char):04x}"
-
-
 def _head_at(head: LensHead, last: bool) -> LensHead:
     return replace(head, norm=None) if last else head
 
@@ -332,13 +199,6 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
     sides = zip(("student", "teacher"), pairs, (student, teacher), strict=True)
     layers = [check_layers(f"pairs, {name} layers", list(x), total) for name, x, total in sides]
     return set(zip(*layers, strict=True))
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _name(model: Any) -> str:

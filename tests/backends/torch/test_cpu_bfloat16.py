@@ -50,7 +50,7 @@ def settings(monkeypatch):
         options["workspace_bytes"] = several_chunks(ODD)
         call = capture_call(monkeypatch, problem, **options)
         with Products() as products, torch.no_grad():
-            dispatch.REGISTRY["torch"].load().evaluate(call)
+            dispatch.REGISTRY["torch"].evaluate(call)
         return set(products.settings)
 
     return run
@@ -81,6 +81,12 @@ def test_with_a_norm_its_result_is_rounded_as_models_do(norm):
     for name, truth in expected_grads.items():
         limit = relative_error(rounded_grads[name], truth) + 1e-3
         assert_close(grads[name], truth, limit, name)
+
+
+def test_without_the_unit_normed_states_are_not_rounded(monkeypatch):
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)
+    problem = make(BATCH, std=2.0, norm="rms").to(torch.bfloat16)
+    assert_close(ours(problem)[0], oracle(problem)[0], 1e-6)
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-7])
@@ -169,20 +175,36 @@ def test_the_users_settings_stay(own, above):
         assert SETTING.fp32_precision == "bf16"
 
 
-def test_two_threads_do_not_leave_it_set():
+class SignallingLock:
+    """A lock that tells when a thread has to wait for it."""
+
+    def __init__(self, waiting):
+        self.lock, self.waiting = threading.Lock(), waiting
+
+    def __enter__(self):
+        if not self.lock.acquire(blocking=False):
+            self.waiting.set()
+            self.lock.acquire()
+
+    def __exit__(self, *error):
+        self.lock.release()
+
+
+def test_two_threads_do_not_leave_it_set(monkeypatch):
     before = SETTING.fp32_precision
-    inside, other = threading.Event(), threading.Event()
+    first_is_in, second_waits_or_is_in = threading.Event(), threading.Event()
+    monkeypatch.setattr(matmul, "_setting", SignallingLock(second_waits_or_is_in))
 
     def first():
         with matmul._as_bfloat16(torch.bfloat16):
-            inside.set()
-            other.wait(0.3)  # the second may not come in before this one ends
+            first_is_in.set()
+            second_waits_or_is_in.wait()
 
     def second():
-        inside.wait()
+        first_is_in.wait()
         with matmul._as_bfloat16(torch.bfloat16):
-            other.set()
-            threads[0].join(1)
+            second_waits_or_is_in.set()
+            threads[0].join()  # without a lock, the second to end restores what the first set
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for thread in threads:

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from lens_kernels.backends import ledger, pages, tile_pass, torch_chunked
+from lens_kernels.backends import accumulator, pages
+from lens_kernels.backends import compiled as compiled_calls
 from lens_kernels.backends.pages import HUGE_PAGE, in_huge_pages
+from lens_kernels.backends.torch import layout, pointwise_pass, row_chunks
 from tests.support.grids import Shape
 from tests.support.problems import make, ours
 
@@ -81,11 +83,11 @@ def test_the_tiles_and_the_gradients_are_in_huge_pages(monkeypatch):
         seen.append(x.shape)
         return in_huge_pages(x)
 
-    monkeypatch.setattr(torch_chunked, "in_huge_pages", note)
-    monkeypatch.setattr(ledger, "in_huge_pages", note)
+    monkeypatch.setattr(row_chunks, "in_huge_pages", note)
+    monkeypatch.setattr(accumulator, "in_huge_pages", note)
     shape = Shape((24,), 1000, 8, 16, 1)
     ours(make(shape))
-    tile = (24, torch_chunked.row_stride(shape.vocab))
+    tile = (24, layout.row_stride(shape.vocab))
     assert sorted(map(tuple, seen)) == sorted([tile, tile, (24, 8), (1000, 8)])
 
 
@@ -120,8 +122,8 @@ def test_freed_blocks_are_kept():
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_call_whose_pass_is_compiled_asks_for_that(monkeypatch, compiled):
     asked = []
-    monkeypatch.setattr(tile_pass, "is_compiled", lambda *args: compiled)
-    monkeypatch.setattr(tile_pass, "_compile", lambda function: function)
-    monkeypatch.setattr(torch_chunked, "keep_freed_blocks", lambda: asked.append(True))
+    monkeypatch.setattr(pointwise_pass, "is_compiled", lambda *args: compiled)
+    monkeypatch.setattr(compiled_calls, "_compile", lambda function: function)
+    monkeypatch.setattr(row_chunks, "keep_freed_blocks", lambda: asked.append(True))
     ours(make(Shape((24,), 1000, 8, 16, 1)))
     assert bool(asked) is compiled

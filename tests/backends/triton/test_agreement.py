@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton")
 
 from lens_kernels.backends.triton import agreement  # noqa: E402
-from lens_kernels.spec import Divergence  # noqa: E402
+from lens_kernels.options import Divergence  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 300)  # widths, vocabulary, tokens
@@ -24,19 +24,19 @@ def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
     monkeypatch.setattr(agreement, "evaluate", watched)
     monkeypatch.setattr(agreement, "TOKENS", 40)  # more than a block of rows is
     agreement.check(*SIZES, dtype, CPU)
-    assert [c.spec.divergences[0] for c in calls] == 2 * list(Divergence)
+    assert [c.divergences[0] for c in calls] == 2 * list(Divergence)
     assert {c.student_hidden[0].shape for c in calls} == {(agreement.TOKENS, 24)}
     assert all(c.student_head.weight.dtype is dtype for c in calls)
 
 
 @pytest.mark.parametrize("wrong", ["rows", 0, "weight", "bias", "norm_weight", "norm_bias"])
 def test_a_wrong_result_is_named(monkeypatch, wrong):
-    evaluate = agreement.torch_chunked.evaluate  # in place of the kernels, and quicker
+    evaluate = agreement.row_chunks.evaluate  # in place of the kernels, and quicker
 
     def faulty(call):
         result = evaluate(call)
         off = result.rows if wrong == "rows" else result.grads.get(wrong)
-        if off is not None and call.spec.divergences[0] is Divergence.TVD:
+        if off is not None and call.divergences[0] is Divergence.TVD:
             off.view(-1)[0] += 1e-2 * off.abs().max()
         return result
 

@@ -9,7 +9,7 @@ from lens_kernels import divergence as table
 from lens_kernels.backends.triton.kernels import device_fns
 from lens_kernels.backends.triton.kernels.device_fns import log_sum, minus
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 from tests.support.grids import DIVERGENCES
 
 BETAS = [1e-6, 1e-5, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6]
@@ -156,7 +156,7 @@ def test_the_table_is_the_library_s(log_probabilities, divergence, beta):
     lp, lq = log_probabilities
     wide = lp.double(), lq.double()
     p, q = (x.exp() for x in wide)
-    truth = table.pointwise(Divergence(divergence))(*wide, p, q, beta)
+    truth = table.pointwise(Divergence(divergence), beta)(*wide, p, q, (beta, 1 - beta))
     digits = 1 + torch.maximum(lp, lq).abs().clamp(max=110) / 4
     for name, got, expected in zip("fh", run_table(divergence, lp, lq, beta), truth, strict=True):
         # jsd is proportional to beta (1 - beta) where p is near q.

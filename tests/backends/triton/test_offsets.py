@@ -15,7 +15,7 @@ from lens_kernels import LensHead, LensNorm, symmetric_lens_loss
 from lens_kernels.backends.triton.kernels import launch, norm
 from lens_kernels.backends.triton.kernels.gradients import gradient_chunk
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 from tests.support.compare import assert_close
 
 STRIDE = 1 << 30

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,9 +14,11 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 from lens_kernels.hf.cache import key as cache_key  # noqa: E402
+from lens_kernels.hf.cache import store  # noqa: E402
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
 
 pytestmark = pytest.mark.hf
+HANG = 600  # seconds after which a thread is taken for hung, on any machine
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},
@@ -192,7 +195,7 @@ def changed(**change):
 )
 def test_results_that_do_not_fit_are_refused(tmp_path, model, run, dtype, error, match):
     key = key_of(model, dtype=dtype)
-    with pytest.raises(error, match=f"run .*{match}"):
+    with pytest.raises(error, match=f"run_teacher .*{match}"):
         TeacherCache.build(tmp_path, key, EXAMPLES, run, batch_size=2, progress=False)
 
 
@@ -270,3 +273,36 @@ def test_size_and_summary(tmp_path, model):
     )
     assert cache.nbytes == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
     assert cache.summary() == f"teacher cache: 2 examples, 4 rows, 0.0 MiB, float32, {tmp_path}"
+
+
+def test_of_two_that_want_a_cache_one_makes_it_and_one_says_that_it_waits(
+    tmp_path, model, monkeypatch
+):
+    """No clock: the maker goes on once the other has said that it waits."""
+    folder, key, makers, said = tmp_path / "cache", key_of(model), [], []
+    begun, waits = threading.Event(), threading.Event()
+
+    def warn(message, *values):
+        said.append(message % values)
+        waits.set()
+
+    monkeypatch.setattr(store._log, "warning", warn)
+
+    def make(name):
+        def run_teacher(batch):
+            makers.append(name)
+            begun.set()
+            assert waits.wait(HANG)
+            return states(batch)
+
+        options = {"batch_size": 2, "progress": False}
+        assert len(TeacherCache.open_or_build(folder, key, EXAMPLES, run_teacher, **options)) == 2
+
+    threads = [threading.Thread(target=make, args=(i,)) for i in (0, 1)]
+    threads[0].start()
+    assert begun.wait(HANG) and not said
+    threads[1].start()
+    for thread in threads:
+        thread.join(HANG)
+    assert makers == [0]
+    assert said == [f"another process makes the teacher cache {folder}: waiting for it"]

@@ -276,54 +276,51 @@ def test_damage_is_refused(own, key, file, change, match):
         TeacherCache.open(own, key)
 
 
-def one_weight(model):
-    changed = copy.deepcopy(model)
+def changed(original, change):
+    copied = copy.deepcopy(original)
     with torch.no_grad():
-        changed.model.layers[3].mlp.down_proj.weight[-1, -1] += 1e-6
-    return changed
+        change(copied)
+    return copied
+
+
+def one_weight(model):
+    model.model.layers[3].mlp.down_proj.weight[-1, -1] += 1e-6
 
 
 def one_buffer(model):
-    changed = copy.deepcopy(model)
-    changed.model.rotary_emb.inv_freq[-1] *= 2
-    return changed
+    model.model.rotary_emb.inv_freq[-1] *= 2
 
 
 def one_setting(model):
-    changed = copy.deepcopy(model)
-    changed.config.rms_norm_eps *= 2
-    return changed
+    model.config.rms_norm_eps *= 2
 
 
 def one_label(examples):
-    changed = copy.deepcopy(examples)
-    changed[5]["labels"][-1] = -100
-    return changed
+    examples[5]["labels"][-1] = -100
 
 
-def other_tokenizer():
-    changed = tiny.tokenizer()
-    changed.add_tokens(["new"])
-    return changed
+def masks(examples):
+    for example in examples:
+        example["attention_mask"] = [1] * len(example["labels"])
 
 
-OTHERS = {
-    "weight": (lambda m, x: (one_weight(m), x, LAYERS), "made by another model: its config"),
-    "buffer": (lambda m, x: (one_buffer(m), x, LAYERS), "made by another model"),
-    "setting": (lambda m, x: (one_setting(m), x, LAYERS), "made by another model"),
-    "label": (lambda m, x: (m, one_label(x), LAYERS), "made from other data: its tokens or"),
-    "order": (lambda m, x: (m, x[::-1], LAYERS), "made from other data"),
-    "mask": (
-        lambda m, x: (m, [{**e, "attention_mask": [1] * len(e["labels"])} for e in x], LAYERS),
-        "made from other data",
+# What was changed of the arguments of ``CacheKey.of``, how, and what the refusal says.
+OTHERS = [
+    ("model", one_weight, "made by another model: its config"),
+    ("model", one_buffer, "made by another model"),
+    ("model", one_setting, "made by another model"),
+    ("examples", one_label, "made from other data: its tokens or"),
+    ("examples", list.reverse, "made from other data"),
+    ("examples", masks, "made from other data"),
+    (
+        "layers",
+        lambda x: x.remove(1) or x.remove(3) or x.append(2),
+        r"layers: found \[1, 3\], .*\[2\]",
     ),
-    "layers": (lambda m, x: (m, x, (2,)), r"made for other layers: \[1, 3\] there, \[2\] wanted"),
-}
-MORE = {
-    "tokenizer": ({"tokenizer": other_tokenizer()}, "made with another tokenizer"),
-    "no tokenizer": ({"tokenizer": None}, "made with another tokenizer"),
-    "dtype": ({"dtype": torch.bfloat16}, "another dtype: float32 there, bfloat16 wanted"),
-}
+    ("tokenizer", lambda x: x.add_tokens(["new"]), "made with another tokenizer"),
+    ("tokenizer", None, "made with another tokenizer"),
+    ("dtype", None, "another dtype: found float32, expected bfloat16"),
+]
 
 
 def refused_by_all(folder, key, examples, match):
@@ -336,32 +333,30 @@ def refused_by_all(folder, key, examples, match):
     assert files(folder) == before
 
 
-@pytest.mark.parametrize("other", OTHERS)
-def test_a_cache_of_something_else_is_refused_and_left(built, model, examples, other):
-    change, match = OTHERS[other]
-    model, examples, layers = change(model, examples)
-    key = CacheKey.of(model, examples, layers, tiny.tokenizer(), "float32")
-    refused_by_all(built, key, examples, match)
-
-
-@pytest.mark.parametrize("other", MORE)
-def test_a_cache_made_otherwise_is_refused_and_left(built, model, examples, other):
-    options, match = MORE[other]
-    options = {"tokenizer": tiny.tokenizer(), "dtype": "float32"} | options
-    refused_by_all(built, CacheKey.of(model, examples, LAYERS, **options), examples, match)
+@pytest.mark.parametrize(("argument", "change", "match"), OTHERS)
+def test_a_cache_of_something_else_is_refused_and_left(
+    built, model, examples, argument, change, match
+):
+    given = {"model": model, "examples": examples, "layers": list(LAYERS), "dtype": "float32"}
+    given["tokenizer"] = tiny.tokenizer()
+    if change is None:
+        given[argument] = {"tokenizer": None, "dtype": torch.bfloat16}[argument]
+    else:
+        given[argument] = changed(given[argument], change)
+    refused_by_all(built, CacheKey.of(**given), given["examples"], match)
 
 
 def test_another_format_is_all_that_is_said(built, key):
     other = CacheKey("", "", (), None, "float16", format=3)
     with pytest.raises(
-        ValueError, match="refused: written in another format: 2 there, 3 wanted; d"
+        ValueError, match="refused: written in another format: found 2, expected 3; d"
     ):
         TeacherCache.open(built, other)
 
 
 def test_every_difference_is_named(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
-    with pytest.raises(ValueError, match="another model: .*; made for other layers: .* wanted; de"):
+    with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
 
 

@@ -11,7 +11,6 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
-from lens_kernels.hf.data import Collator, load_examples, read_rows  # noqa: E402
 from lens_kernels.hf.evaluation import generation  # noqa: E402
 from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     evaluate_model,
@@ -20,6 +19,7 @@ from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     table,
 )
 from lens_kernels.hf.evaluation.sampling import generate  # noqa: E402
+from lens_kernels.hf.training.data import Collator, load_examples, read_rows  # noqa: E402
 from lens_kernels.version import __version__  # noqa: E402
 
 pytestmark = pytest.mark.hf
@@ -82,15 +82,6 @@ def test_scores_answers_and_settings_are_returned_and_written(saved, data, tmp_p
     assert [x["line"] for x in answers] == [1, 3]
     assert [x["references"] for x in answers] == [["a b c"], ["c d", "é"]]
     assert answers[0]["answers"] == {str(k): x for k, x in rouge.answers[0]["answers"].items()}
-
-
-def test_an_adapter_is_evaluated_upon_its_model(saved, data, tmp_path):
-    model = adapter(saved, tmp_path / "adapter")
-    result = evaluate_model(tmp_path / "adapter", data, **OPTIONS)
-    examples = load_examples(data, tiny.tokenizer(), max_prompt_length=12, progress=False)
-    expected = held_out_ce(model, examples, Collator(1))
-    assert result["cross_entropy"] == pytest.approx(expected)
-    assert abs(expected - held_out_ce(tiny.model(), examples, Collator(1))) > 0.01
 
 
 def test_a_model_with_an_adapter_answers_as_the_merged_one(saved, tmp_path):

@@ -11,7 +11,6 @@ from tests.support import tiny
 
 pytest.importorskip("transformers")
 pytest.importorskip("rouge_score")
-from lens_kernels.hf.data import Collator, Row, prompt_ids  # noqa: E402
 from lens_kernels.hf.evaluation import generation  # noqa: E402
 from lens_kernels.hf.evaluation.generation import (  # noqa: E402
     evaluate_rouge,
@@ -19,6 +18,7 @@ from lens_kernels.hf.evaluation.generation import (  # noqa: E402
 )
 from lens_kernels.hf.evaluation.rouge import rouge_l  # noqa: E402
 from lens_kernels.hf.evaluation.sampling import generate  # noqa: E402
+from lens_kernels.hf.training.data import Collator, Row, prompt_ids  # noqa: E402
 
 pytestmark = pytest.mark.hf
 

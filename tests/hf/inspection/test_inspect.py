@@ -14,8 +14,9 @@ from tests.support.inspection import ODD, TEXT, OddTokenizer
 
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
-from lens_kernels.hf.families import FAMILIES  # noqa: E402
+from lens_kernels.hf.inspection import inspect as inspecting  # noqa: E402
 from lens_kernels.hf.inspection import reading as ins  # noqa: E402
+from lens_kernels.hf.model.families import FAMILIES  # noqa: E402
 
 pytestmark = pytest.mark.hf
 CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
@@ -122,8 +123,8 @@ def test_vocabularies_of_different_size_share_a_prefix_or_raise(student, tmp_pat
     larger = tiny.model(layers=2, vocab=70)
     arguments = (student, larger, OddTokenizer(), "3 4 5", tmp_path)
     with pytest.raises(ValueError, match="student_head has 64 .*, teacher_head has 70.*=64"):
-        ins.inspect(*arguments)
-    result = ins.inspect(*arguments, vocab_size=64)
+        inspecting.inspect(*arguments)
+    result = inspecting.inspect(*arguments, vocab_size=64)
     ids = [3, 4, 5]
     with torch.no_grad():
         p = larger(torch.tensor([ids])).logits[0, :, :64].double().softmax(-1)
@@ -140,9 +141,9 @@ def test_vocabularies_of_different_size_share_a_prefix_or_raise(student, tmp_pat
         ({"text": 3}, TypeError, "text must be a string, got int"),
         ({"text": "64"}, ValueError, "tokenizer gives token 64, but the models share 64 entries"),
         ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
-        ({"max_tokens": 2.0}, TypeError, "max_tokens must be an int, got float"),
+        ({"max_tokens": 2.0}, TypeError, "max_tokens must be an integer, got float"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-        ({"top_k": True}, TypeError, "top_k must be an int, got bool"),
+        ({"top_k": True}, TypeError, "top_k must be an integer, got bool"),
         ({"top_k": 65}, ValueError, "top_k must not exceed the 64 entries"),
         ({"pairs": ([1], [1, 2])}, ValueError, "pairs must be .* two lists of equal length"),
         ({"pairs": ([3], [1])}, ValueError, r"pairs, student layers must lie in \[1, 2\], got 3"),
@@ -154,23 +155,23 @@ def test_errors(student, teacher, tmp_path, change, error, message):
     options = {"text": "3 4", **change}
     text = options.pop("text")
     with pytest.raises(error, match=message):
-        ins.inspect(student, teacher, OddTokenizer(), text, tmp_path, **options)
+        inspecting.inspect(student, teacher, OddTokenizer(), text, tmp_path, **options)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_tokenizer_that_begins_every_text_does_not_hide_an_empty_one():
     with pytest.raises(ValueError, match="text must hold at least one token, got ''"):
-        ins.encode(lambda text: {"input_ids": [0]}, "", 64, 64)
+        inspecting.encode(lambda text: {"input_ids": [0]}, "", 64, 64)
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it(student, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pip install 'lens-kernels\[train\]'"):
-        ins.inspect(student, student, OddTokenizer(), "3 4", tmp_path)
+        inspecting.inspect(student, student, OddTokenizer(), "3 4", tmp_path)
 
 
 def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
-    result = ins.inspect(student, student, OddTokenizer(), "3 4 5", tmp_path, max_tokens=2)
+    result = inspecting.inspect(student, student, OddTokenizer(), "3 4 5", tmp_path, max_tokens=2)
     assert len(result.tokens) == 2 and result.total_tokens == 3
     assert "Tokens read: the first 2 of 3." in (tmp_path / "inspect.html").read_text()
     data = json.loads((tmp_path / "data.json").read_text())
@@ -178,7 +179,7 @@ def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
 
 
 def test_tokens_are_made_visible():
-    texts = [ins.token_text(OddTokenizer(), i) for i in range(len(ODD))]
+    texts = [inspecting.token_text(OddTokenizer(), i) for i in range(len(ODD))]
     assert texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
     assert texts[:4] == ODD[:4]
 
@@ -187,9 +188,9 @@ def test_a_space_that_sentencepiece_drops_is_shown():
     tokenizer = OddTokenizer()
     tokenizer.convert_ids_to_tokens = lambda token: "▁the"
     tokenizer.decode = lambda ids: "the"
-    assert ins.token_text(tokenizer, 3) == "␣the"
+    assert inspecting.token_text(tokenizer, 3) == "␣the"
     tokenizer.decode = lambda ids: " the"
-    assert ins.token_text(tokenizer, 3) == "␣the"
+    assert inspecting.token_text(tokenizer, 3) == "␣the"
 
 
 def test_a_loaded_model_is_called_by_its_folder_or_repository(student, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from lens_kernels.hf.inspection import figures  # noqa: E402
 from lens_kernels.hf.inspection import page as inspect_page  # noqa: E402
-from lens_kernels.hf.inspection import reading as ins  # noqa: E402
+from lens_kernels.hf.inspection.inspect import token_text  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -39,7 +40,7 @@ def test_data_holds_every_number(inspected, output):
         for key in ("top_ids", "top_probs", "entropy", "next_prob"):
             assert torch.equal(torch.tensor(side[key]), getattr(reading, key))
         first = side["top_ids"][1][2][0]
-        assert side["top_tokens"][1][2][0] == ins.token_text(OddTokenizer(), first)
+        assert side["top_tokens"][1][2][0] == token_text(OddTokenizer(), first)
     for entry, c in zip(data["comparisons"], inspected.comparisons, strict=True):
         assert entry == vars(c) | {"divergence": c.divergence.tolist(), "mean": c.mean}
 
@@ -91,14 +92,14 @@ def test_page_shows_every_depth_and_position(inspected, output):
             assert len(table[str(depth)]) == len(TEXT)
             for x, (shown, classes, detail) in enumerate(table[str(depth)]):
                 token = int(model_top[depth - 1, x])
-                assert shown == ins.token_text(OddTokenizer(), token)
+                assert shown == token_text(OddTokenizer(), token)
                 right = x + 1 < len(TEXT) and token == TEXT[x + 1]
                 assert ("right" in classes.split()) == right
                 assert detail.startswith(f"{role}, block {depth} of {reading.depths}, after token")
                 assert f"entropy {reading.entropy[depth - 1, x]:.3f} nats" in detail
                 for k, token in enumerate(reading.top_ids[depth - 1, x].tolist()):
                     share = 100 * reading.top_probs[depth - 1, x, k]
-                    line = f"{share:7.2f} %  {ins.token_text(OddTokenizer(), token)}"
+                    line = f"{share:7.2f} %  {token_text(OddTokenizer(), token)}"
                     assert line in detail.splitlines()
                 if x + 1 < len(TEXT):
                     assert f"has {100 * reading.next_prob[depth - 1, x]:.2f} %" in detail
@@ -130,42 +131,43 @@ def test_page_is_one_file_and_escapes_tokens(inspected, output):
 
 
 def test_page_escapes_text_and_names(inspected):
-    student = ins.replace(inspected.student, name="<b>&")
-    page = inspect_page.page(ins.replace(inspected, text="</blockquote>", student=student), "")
+    student = replace(inspected.student, name="<b>&")
+    page = inspect_page.page(replace(inspected, text="</blockquote>", student=student), "")
     assert "&lt;b&gt;&amp;" in page and "<blockquote>&lt;/blockquote&gt;</blockquote>" in page
 
 
-@pytest.fixture
-def drawn(inspected, tmp_path, monkeypatch):
-    """Figures by file name, as they were when saved."""
+@pytest.fixture(scope="module")
+def drawn(inspected, tmp_path_factory):
+    """Figures by file name, as they were when saved, and the folder of their files."""
     from matplotlib.figure import Figure
 
     kept, save = {}, Figure.savefig
+    folder = tmp_path_factory.mktemp("drawn")
 
     def keep(self, path, **options):
         kept[path.name] = self
         save(self, path, **options)
 
-    monkeypatch.setattr(Figure, "savefig", keep)
-    figures.draw(inspected, tmp_path)
-    return kept
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", keep)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            figures.draw(inspected, folder)
+        yield kept, folder
 
 
-def test_pictures_are_drawn_without_a_warning(inspected, tmp_path):
+def test_pictures_are_drawn_without_a_warning(drawn, inspected):
     from PIL import Image
 
     assert {"日本", "$a$"} <= set(inspected.top_tokens.values())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        figures.draw(inspected, tmp_path)
     for name in ("divergence_by_depth", "lens_student", "lens_teacher"):
-        with Image.open(tmp_path / f"{name}.png") as picture:
+        with Image.open(drawn[1] / f"{name}.png") as picture:
             assert picture.size[0] > 800
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
 def test_depth_picture_shows_the_numbers(drawn, inspected):
-    upper, lower = drawn["divergence_by_depth.png"].axes
+    upper, lower = drawn[0]["divergence_by_depth.png"].axes
     equal, trained = upper.lines
     means = {(c.student_depth, c.teacher_depth): c.mean for c in inspected.comparisons}
     assert list(equal.get_xdata()) == pytest.approx([1 / 3, 2 / 3, 1])
@@ -179,19 +181,19 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
 
 def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
     relative = [c for c in inspected.comparisons if not c.trained]
-    figures.depth_figure(ins.replace(inspected, comparisons=relative), tmp_path / "untrained")
-    legend = drawn["untrained"].axes[0].get_legend()
+    figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
+    legend = drawn[0]["untrained"].axes[0].get_legend()
     assert [t.get_text() for t in legend.get_texts()] == ["equal relative depth"]
 
 
 def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
     for role, reading in inspected.sides:
-        axes = drawn[f"lens_{role}.png"].axes[0]
+        axes = drawn[0][f"lens_{role}.png"].axes[0]
         cells = {t.get_position(): t for t in axes.texts}
         assert len(cells) == reading.depths * len(TEXT)
         for (x, y), cell in cells.items():
             token = int(reading.top_ids[y, x, 0])
-            assert cell.get_text() == figures.fit(ins.token_text(OddTokenizer(), token))
+            assert cell.get_text() == figures.fit(token_text(OddTokenizer(), token))
             right = [token] == TEXT[x + 1 : x + 2]
             assert cell.get_weight() == ("bold" if right else "normal")
         assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block on top
@@ -205,19 +207,19 @@ def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
 
 
 def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
-    result = ins.replace(inspected, tokens=["a"] * 30, ids=[3] * 30, total_tokens=35)
+    result = replace(inspected, tokens=["a"] * 30, ids=[3] * 30, total_tokens=35)
     top_ids = torch.arange(40)[:, None, None].expand(40, 30, 1)
     many = {"top_ids": top_ids, "entropy": torch.rand(40, 30)}
-    deep = ins.replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
-    result = ins.replace(result, top_tokens={i: f"w{i}" for i in range(40)})
+    deep = replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
+    result = replace(result, top_tokens={i: f"w{i}" for i in range(40)})
     figures.lens_figure(result, "deep", deep, tmp_path / "deep")
-    axes = drawn["deep"].axes[0]
+    axes = drawn[0]["deep"].axes[0]
     depths = [int(label.get_text()) for label in axes.get_yticklabels()]
     assert len(set(depths)) == 32 and depths[-1] == 40
     assert [t.get_text() for t in axes.texts] == [f"w{i - 1}" for i in depths for _ in range(24)]
     shown = torch.from_numpy(axes.images[0].get_array().data)
     assert torch.equal(shown, deep.entropy[[i - 1 for i in depths], :24])
-    assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn["deep"].get_suptitle()
+    assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn[0]["deep"].get_suptitle()
 
 
 def test_cells_hold_what_fits_and_what_the_font_has():
@@ -230,10 +232,10 @@ def test_cells_hold_what_fits_and_what_the_font_has():
 
 def test_models_that_are_sure_of_everything_have_a_scale(drawn, inspected, tmp_path):
     sides = {
-        role: ins.replace(reading, entropy=torch.zeros_like(reading.entropy))
+        role: replace(reading, entropy=torch.zeros_like(reading.entropy))
         for role, reading in inspected.sides
     }
-    sure = ins.replace(inspected, **sides)
-    figures.draw(sure, tmp_path)
-    assert drawn["lens_student.png"].axes[0].images[0].get_clim() == (0, 1)
+    sure = replace(inspected, **sides)
+    figures.lens_figure(sure, "student", sure.student, tmp_path / "sure")
+    assert drawn[0]["sure"].axes[0].images[0].get_clim() == (0, 1)
     assert "--h:0" in inspect_page.page(sure, "")

@@ -11,8 +11,9 @@ from lens_kernels import LensHead
 from tests.support import tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import families as fam  # noqa: E402
-from lens_kernels.hf.families import Family, lens_head_from, register_family  # noqa: E402
+from lens_kernels.hf.model import families as fam  # noqa: E402
+from lens_kernels.hf.model import verification  # noqa: E402
+from lens_kernels.hf.model.families import Family, lens_head_from, register_family  # noqa: E402
 
 pytestmark = pytest.mark.hf
 KNOWN = sorted(fam.FAMILIES)
@@ -74,7 +75,7 @@ def test_last_block_read_through_the_lens_is_the_models_own_output(kind):
         torch.testing.assert_close(hidden[depth - 1], out.hidden_states[depth])
     torch.testing.assert_close(final, out.hidden_states[-1])
     torch.testing.assert_close(decoded, final)
-    fam.verify_lens(model)
+    verification.verify_lens(model)
 
 
 @pytest.mark.parametrize("kind", KNOWN)
@@ -122,10 +123,10 @@ WRONG = {
 def test_a_wrong_description_is_refused(table, case, dtype):
     kind, change = WRONG[case]
     model = tiny.model(kind).to(dtype)
-    fam.verify_lens(model)
+    verification.verify_lens(model)
     table[kind] = dataclasses.replace(table[kind], **change)
     with pytest.raises(ValueError, match="does not reproduce the model's logits.*Family"):
-        fam.verify_lens(model)
+        verification.verify_lens(model)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
@@ -135,28 +136,28 @@ def test_a_wrong_eps_is_refused_even_where_hidden_states_are_large(monkeypatch, 
     norm = fam.final_norm_of(model)
     name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
     setattr(norm, name, 1e-5)
-    fam.verify_lens(model)
+    verification.verify_lens(model)
     right = lens_head_from(model)
     wrong = dataclasses.replace(right, norm=dataclasses.replace(right.norm, eps=1e-6))
-    monkeypatch.setattr(fam, "lens_head_from", lambda model: wrong)
+    monkeypatch.setattr(verification, "lens_head_from", lambda model: wrong)
     with pytest.raises(ValueError, match="does not reproduce the model's norm"):
-        fam.verify_lens(model)
+        verification.verify_lens(model)
 
 
 @pytest.mark.parametrize("kind", KNOWN)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_verification_of_other_dtypes(kind, dtype):
-    fam.verify_lens(tiny.model(kind).to(dtype))
+    verification.verify_lens(tiny.model(kind).to(dtype))
 
 
 def test_verification_of_a_vocabulary_smaller_than_its_tokens():
-    fam.verify_lens(tiny.model(vocab=3))
+    verification.verify_lens(tiny.model(vocab=3))
 
 
 def test_verification_of_a_head_that_starts_at_zero():
     model = tiny.model()
     nn.init.zeros_(model.lm_head.weight)
-    fam.verify_lens(model)
+    verification.verify_lens(model)
 
 
 def test_verification_leaves_the_model_and_the_random_state_as_they_were():
@@ -164,12 +165,12 @@ def test_verification_leaves_the_model_and_the_random_state_as_they_were():
     fam.blocks_of(model)[1].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    fam.verify_lens(model)
+    verification.verify_lens(model)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
     with pytest.raises(ValueError, match="does not reproduce"):
-        fam.verify_lens(model)
+        verification.verify_lens(model)
     assert [module.training for module in model.modules()] == modes
     assert not any(block._forward_hooks for block in fam.blocks_of(model))
 
@@ -178,10 +179,10 @@ def test_a_lens_that_does_not_reproduce_the_logits_is_refused():
     model = tiny.model()
     hidden, _, out = run(model)
     head = lens_head_from(model)
-    fam.verify_lens_head(model, head, hidden[-1], out.logits)
+    verification.verify_lens_head(model, head, hidden[-1], out.logits)
     for wrong in (1.01 * out.logits, out.logits * float("nan"), 0 * out.logits):
         with pytest.raises(ValueError, match="LlamaForCausalLM does not reproduce"):
-            fam.verify_lens_head(model, head, hidden[-1], wrong)
+            verification.verify_lens_head(model, head, hidden[-1], wrong)
 
 
 def phi():
@@ -210,7 +211,7 @@ def test_a_family_can_be_registered(table):
     with pytest.raises(ValueError, match=r"'phi' is not known .*llama.*register_family.*LensHead"):
         lens_head_from(model)
     register_family("phi", Family("model.layers", "model.final_layernorm", "layer"))
-    fam.verify_lens(model)
+    verification.verify_lens(model)
     hidden, _, out = run(model)
     with torch.no_grad():
         assert_same(read(lens_head_from(model), hidden[-1]), out.logits)
@@ -297,7 +298,8 @@ def test_modules_that_are_not_plain_are_refused():
     nn.utils.parametrize.register_parametrization(model.model.norm, "weight", nn.Identity())
     with pytest.raises(TypeError, match="final norm is a .*not a plain norm with a weight: merge"):
         lens_head_from(model)
-    model = tiny.model("opt", layer_norm_elementwise_affine=False)
+    model = tiny.model("opt")
+    model.model.decoder.final_layer_norm = nn.LayerNorm(16, elementwise_affine=False)
     with pytest.raises(TypeError, match="LayerNorm, not a plain norm with a weight"):
         lens_head_from(model)
     model = tiny.model()
@@ -331,7 +333,7 @@ def test_a_peft_model_is_read_as_the_model_inside(kind):
     assert head.weight is inner.lm_head.weight
     with torch.no_grad():
         assert_same(read(head, hidden[-1]), out.logits)
-    fam.verify_lens(model)
+    verification.verify_lens(model)
 
 
 def test_a_mixed_peft_model_is_read_as_the_model_inside():
@@ -339,7 +341,7 @@ def test_a_mixed_peft_model_is_read_as_the_model_inside():
     inner = tiny.model()
     model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
     assert fam.causal_lm_of(model) is inner
-    fam.verify_lens(model)
+    verification.verify_lens(model)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +357,7 @@ def test_an_adapter_on_head_or_norm_is_refused_until_it_is_merged(options, part)
     model = peft.get_peft_model(tiny.model(), peft.LoraConfig(**options))
     with pytest.raises(TypeError, match=f"{part}.*merge_and_unload.*modules_to_save"):
         lens_head_from(model)
-    fam.verify_lens(model.merge_and_unload())
+    verification.verify_lens(model.merge_and_unload())
 
 
 def test_a_tuned_norm_is_refused():
@@ -369,11 +371,11 @@ def test_virtual_tokens_are_refused():
     peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(tiny.model(), config)
-    for function in (fam.causal_lm_of, fam.blocks_of, lens_head_from, fam.verify_lens):
+    for function in (fam.causal_lm_of, fam.blocks_of, lens_head_from, verification.verify_lens):
         with pytest.raises(TypeError, match="'default' of kind PROMPT_TUNING.* such as LoRA"):
             function(model)
 
 
 def test_peft_is_not_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # importing it raises
-    fam.verify_lens(tiny.model())
+    verification.verify_lens(tiny.model())

@@ -13,8 +13,8 @@ import torch
 from tests.support import tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import loading  # noqa: E402
-from lens_kernels.hf.loading import check_tokenizers, load_model, load_tokenizer  # noqa: E402
+from lens_kernels.hf.model import loading  # noqa: E402
+from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer  # noqa: E402
 
 pytestmark = pytest.mark.hf
 IDS = torch.tensor([[5, 6, 7]])
@@ -52,8 +52,11 @@ def hub(tmp_path, monkeypatch):
     """Return a function that puts a folder into the Hub's cache under a name."""
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    cache = str(tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # transformers before 5 keeps a copy.
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
         repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
@@ -180,7 +183,7 @@ def test_the_hub_is_asked_only_if_allowed(files, monkeypatch, download):
         monkeypatch.setattr(loading, "find_adapter_config_file", record("find", found))
         monkeypatch.setattr(loading, "cached_file", record("file", where))
         for kind in ("AutoModelForCausalLM", "AutoTokenizer", "peft.AutoPeftModelForCausalLM"):
-            module = "" if "." in kind else "lens_kernels.hf.loading."
+            module = "" if "." in kind else "lens_kernels.hf.model.loading."
             monkeypatch.setattr(f"{module}{kind}.from_pretrained", record(kind, Mock()))
         load_model("some/name", "auto", download)
         load_tokenizer("some/name", download)

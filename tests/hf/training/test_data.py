@@ -9,8 +9,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
-from lens_kernels.hf import data, smollm2  # noqa: E402
-from lens_kernels.hf.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
+from lens_kernels.hf.model import smollm2  # noqa: E402
+from lens_kernels.hf.training import data  # noqa: E402
+from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -377,5 +378,8 @@ def test_a_real_tokenizer_and_its_template(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    assert text.startswith("Below is") and learnt == ["Yes, it is.<|im_end|>"]
+    # Some versions of transformers write BOS in front of what a GGUF tokenizer reads.
+    assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
+        "Yes, it is.<|im_end|>"
+    ]
     assert len(halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))[1]) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from tests.support import tiny
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import demo, report, smollm2  # noqa: E402
+from lens_kernels.hf.model import smollm2  # noqa: E402
+from lens_kernels.hf.training import demo, report  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -27,7 +29,7 @@ def tiny_teacher(monkeypatch):
     monkeypatch.setattr(demo, "DROPPED", range(2, 5))
 
 
-def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys):
+def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys, pictures):
     from PIL import Image
     from transformers import AutoModelForCausalLM
 
@@ -57,6 +59,7 @@ def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys):
 def test_demo_fails_when_a_row_got_worse(tiny_teacher, tmp_path, monkeypatch, capsys):
     values = iter({"ce": 1.0, "kd": 1.0, "lens_1": 1.0, "lens_2": 1.0} for _ in range(2))
     monkeypatch.setattr(demo, "evaluate", lambda *args: next(values))
+    monkeypatch.setattr(report, "depth_figure", lambda *_: None)
     assert cli.main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
     assert "Not every row improved" in capsys.readouterr().err
 
@@ -72,6 +75,16 @@ def test_held_out_text_is_not_trained_on():
     train, held = demo.texts()
     assert len(train) > 5 * len(held) > 50_000
     assert not [p for p in held.split("\n\n") if p in train]
+
+
+def test_a_student_that_equals_its_teacher_has_a_picture_of_its_loss(tmp_path, pictures):
+    history = [{"step": i, "loss": 0.0, "kd": 0.0, "lens": 0.0} for i in (1, 2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a log scale has no place for zeros alone
+        report.loss_figure(tmp_path / "zero.png", history, "reverse_kl")
+        history.append({"step": 3, "loss": 1.0, "kd": 0.0, "lens": 1.0})
+        report.loss_figure(tmp_path / "loss.png", history, "reverse_kl")
+    assert (tmp_path / "zero.png").stat().st_size > 5_000
 
 
 def test_table_lines_up():

@@ -16,16 +16,16 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from tests.support import ROOT, tiny
 
 pytest.importorskip("transformers")
-from lens_kernels.hf.objective import LensObjective  # noqa: E402
-from tests.hf.training.test_trainer import assert_same_step, uneven_data  # noqa: E402
-from tests.support.distributed_run import Result, run_case  # noqa: E402
+from lens_kernels.hf.training.objective import LensObjective  # noqa: E402
+from tests.support.distributed_run import HANG, Result, train_case  # noqa: E402
+from tests.support.training import STUDENT, TEACHER, assert_same_step, uneven_data  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
 TIMING = ("second", "runtime", "preparation_time", "epoch")
 
 
-def two_ranks(folder, cases, timeout=400):
+def two_ranks(folder, cases, timeout=HANG):
     """Run the cases on two ranks in one launch; return both ranks' results of each."""
     folder.mkdir()
     file = folder / "cases.json"
@@ -58,11 +58,11 @@ def assert_same_logs(one, other, name, relative=1e-4):
                 assert b[key] == pytest.approx(value, rel=relative, abs=1e-6), (name, key)
 
 
-def check(tmp_path, cases, relative=1e-5):
+def assert_ranks_equal_one_process(tmp_path, cases, relative=1e-5):
     """Compare two ranks with one process, in each case; return the ranks' results."""
     results = two_ranks(tmp_path / "ranks", cases)
     for name, ranks in results.items():
-        whole = run_case(tmp_path / name, **cases[name])
+        whole = train_case(tmp_path / name, **cases[name])
         for result in ranks:
             assert_same_step(whole.start, whole.end, result.end, relative)
             assert_same_logs(whole.logs, result.logs, name)
@@ -91,7 +91,7 @@ def test_two_ranks_are_one_process(tmp_path):
         "fine_tuning": FINE_TUNING,
         "fine_tuning_local": FINE_TUNING | LOCAL,
     }
-    check(tmp_path, cases)
+    assert_ranks_equal_one_process(tmp_path, cases)
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_two_ranks_with_a_teacher_cache_and_adapters(tmp_path):
         "lora": {"lora": True},
         "lora_checkpointing": {"lora": True, "gradient_checkpointing": True},
     }
-    results = check(tmp_path, cases)
+    results = assert_ranks_equal_one_process(tmp_path, cases)
     for name in ("cache", "shared_disk"):
         # Eight examples to train on and three for evaluation.
         assert sum(result.teacher_ran for result in results[name]) == 11, name
@@ -122,7 +122,8 @@ def test_two_ranks_with_sharded_parameters(tmp_path):
         "resumed": RESUMED,
         "lora_resumed": RESUMED | {"lora": True},  # FSDP's own checkpoint holds adapters alone
     }
-    check(tmp_path, cases, relative=1e-4)  # a second step magnifies rounding: 5e-5 was seen
+    # A second step magnifies rounding: 5e-5 was seen.
+    assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 
 @pytest.fixture
@@ -135,8 +136,8 @@ def mesh():
 
 @pytest.mark.parametrize("part", ["head", "final norm"])
 def test_a_weight_that_stays_sharded_is_refused(mesh, part):
-    student = tiny.model(layers=3, seed=1)
-    objective = LensObjective(student, tiny.model(layers=4, width=24, seed=2), [1], [2])
+    student = tiny.model(**STUDENT)
+    objective = LensObjective(student, tiny.model(**TEACHER), [1], [2])
     batch = {name: x[None] for name, x in uneven_data()[1].items()}
     assert objective(batch).loss.isfinite()
     module = student.lm_head if part == "head" else student.model.norm

@@ -14,8 +14,8 @@ from lens_kernels.hf import (  # noqa: E402
     capture,
     lens_head_from,
 )
-from lens_kernels.hf.capture import replaced_forward  # noqa: E402
-from lens_kernels.hf.evaluation.held_out import evaluate  # noqa: E402
+from lens_kernels.hf.model.capture import replaced_forward  # noqa: E402
+from lens_kernels.hf.training.meter import evaluate  # noqa: E402
 
 pytestmark = pytest.mark.hf
 
@@ -117,3 +117,15 @@ def test_evaluation_weighs_batches_by_their_tokens():
         assert split[key] == pytest.approx(whole[key], rel=1e-5), key
     with pytest.raises(ValueError, match="no labelled token"):
         evaluate(goal, [])
+
+
+def test_the_entropies_of_some_tokens_stand_for_all(monkeypatch):
+    ids = torch.full((2, 20), 7)  # so that every position has the same distribution
+    batch = {"input_ids": ids, "labels": ids}
+    some = objective()(batch).sums
+    monkeypatch.setattr("lens_kernels.hf.objective.ENTROPY_STRIDE", 1)
+    every = objective()(batch).sums
+    names = [name for name in every if name.startswith("entropy")]
+    assert len(names) == 6
+    for name in names:
+        torch.testing.assert_close(some[name], every[name], rtol=1e-4, atol=0.0)

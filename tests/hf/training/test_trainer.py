@@ -11,101 +11,50 @@ from lens_kernels import distillation_loss
 from tests.support import tiny
 
 pytest.importorskip("transformers")
+from transformers import Trainer  # noqa: E402
+
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer, lens_head_from  # noqa: E402
-from lens_kernels.hf.config import final_divergence  # noqa: E402
+from lens_kernels.hf.training import meter  # noqa: E402
+from lens_kernels.hf.training.config import final_divergence  # noqa: E402
+from tests.support.training import (  # noqa: E402
+    STUDENT,
+    TEACHER,
+    assert_same_step,
+    batch_of,
+    logged,
+    make_trainer,
+    tokens,
+    trained,
+    uneven_data,
+    weights,
+)
 
 pytestmark = pytest.mark.hf
-
-
-def tokens(batch=8, length=10, vocab=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, vocab, (batch, length), generator=generator)
-
-
-def uneven_data():
-    """Examples with very different numbers of labelled tokens; the first has one that counts."""
-    ids = tokens()
-    labels = ids.clone()
-    for row, kept in enumerate((2, 10, 5, 10, 3, 9, 10, 4)):
-        labels[row, kept:] = -100
-    return [{"input_ids": i, "labels": x} for i, x in zip(ids, labels, strict=True)]
-
-
-def trainer(tmp_path, batch=4, accumulate=1, data=None, student=None, teacher=True, **options):
-    args = {
-        "max_steps": 2,
-        "learning_rate": 0.5,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "num_lens_pairs": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "train_sampling_strategy": "sequential",
-    }
-    config = LensDistillConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulate,
-        disable_tqdm=True,
-        use_cpu=True,
-        **args | options,
-    )
-    return LensDistillTrainer(
-        student or tiny.model(layers=3, seed=1),
-        tiny.model(layers=4, width=24, seed=2) if teacher else None,
-        config,
-        train_dataset=data or uneven_data(),
-        eval_dataset=uneven_data()[:3],
-    )
-
-
-def train(tmp_path, **options):
-    """Return the student's parameters before and after, and the trainer."""
-    run = trainer(tmp_path, **options)
-    before = {name: x.clone() for name, x in run.model.state_dict().items()}
-    run.train()
-    return before, run.model.state_dict(), run
-
-
-def logged(run, key="loss"):
-    return [entry[key] for entry in run.state.log_history if "loss" in entry]
-
-
-def assert_same_step(start, one, other, relative=1e-5):
-    moved = 0.0
-    for name, x in one.items():
-        step = (x - start[name]).abs().max().item()
-        moved = max(moved, step)
-        assert (x - other[name]).abs().max().item() <= relative * max(step, 1e-3), name
-    assert moved > 1e-2
+START = tiny.model(**STUDENT).state_dict()
 
 
 def test_four_accumulated_batches_of_one_equal_one_batch_of_four(tmp_path):
-    start, one, first = train(tmp_path, batch=4, accumulate=1, kd_ratio=0.5, mse_coeff=0.02)
-    _, four, second = train(tmp_path, batch=1, accumulate=4, kd_ratio=0.5, mse_coeff=0.02)
-    assert_same_step(start, one, four)
+    options = {"kd_ratio": 0.5, "mse_coeff": 0.02}
+    one = trained(tmp_path, batch=4, accumulate=1, **options)
+    four = trained(tmp_path, batch=1, accumulate=4, **options)
+    assert_same_step(START, weights(one), weights(four))
     for key in ("loss", "ce", "kd", "lens", "lens_1", "lens_2", "mse"):
-        assert len(logged(first, key)) == 2
-        assert logged(first, key) == pytest.approx(logged(second, key), rel=1e-4), key
+        assert len(logged(one, key)) == 2
+        assert logged(one, key) == pytest.approx(logged(four, key), rel=1e-4), key
 
 
 def test_the_logged_loss_is_the_weighted_sum_of_the_logged_parts(tmp_path):
-    options = {"kd_ratio": 0.25, "lens_coeff": 3.0, "mse_coeff": 0.01}
-    _, _, run = train(tmp_path, **options)
-    for entry in run.state.log_history[:2]:
+    trainer = trained(tmp_path, kd_ratio=0.25, lens_coeff=3.0, mse_coeff=0.01)
+    for entry in trainer.state.log_history[:2]:
         inner = entry["kd"] + 3.0 * entry["lens"] + 0.01 * entry["mse"]
         assert entry["loss"] == pytest.approx(0.75 * entry["ce"] + 0.25 * inner, rel=1e-4)
         assert entry["lens"] == pytest.approx((entry["lens_1"] + entry["lens_2"]) / 2, rel=1e-4)
-        assert entry["tokens_per_second"] > 0
 
 
-def expected_loss(run, data, **options):
+def expected_loss(data, **options):
     """Return the first step's loss, from the models' own hidden states."""
-    student, teacher = tiny.model(layers=3, seed=1), tiny.model(layers=4, width=24, seed=2)
-    ids = torch.stack([x["input_ids"] for x in data])
-    labels = torch.stack([x["labels"] for x in data])
+    student, teacher = tiny.model(**STUDENT), tiny.model(**TEACHER)
+    ids, labels = batch_of(data)
     with torch.no_grad():
         hs = student(ids, output_hidden_states=True).hidden_states
         ht = teacher(ids, output_hidden_states=True).hidden_states
@@ -121,6 +70,11 @@ def expected_loss(run, data, **options):
         **options,
     )
     return out.loss.item()
+
+
+def bare_heads():
+    heads = (tiny.model(**model).lm_head.weight for model in (STUDENT, TEACHER))
+    return dict(zip(("student_head", "teacher_head"), heads, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +96,7 @@ def expected_loss(run, data, **options):
         ({"distill_temperature": 2.0}, {"temperature": 2.0}),
         ({"kd_ratio": 0.5}, {"kd_ratio": 0.5}),
         ({"lens_coeff": 7.0}, {"lens_coeff": 7.0}),
+        ({"lens_norm": False}, None),
         ({"vocab_size": 50}, {"vocab_size": 50}),
         ({"lens_backend": "reference"}, {"backend": "reference"}),
     ],
@@ -150,208 +105,137 @@ def expected_loss(run, data, **options):
 def test_an_option_of_the_objective_is_that_of_the_function(tmp_path, options, same):
     ids = tokens(vocab=50)
     data = [{"input_ids": x, "labels": x} for x in ids]
-    run = trainer(tmp_path, data=data, max_steps=1, **options)
-    run.train()
-    loss = logged(run)[0]
-    assert loss == pytest.approx(expected_loss(run, data[:4], **same), rel=1e-4)
+    trainer = trained(tmp_path, data=data, max_steps=1, **options)
+    (loss,) = logged(trainer)
+    expected = expected_loss(data[:4], **(bare_heads() if same is None else same))
+    assert loss == pytest.approx(expected, rel=1e-4)
     if "lens_backend" not in options:
-        assert loss != pytest.approx(expected_loss(run, data[:4]), rel=1e-3)
+        assert loss != pytest.approx(expected_loss(data[:4]), rel=1e-3)
     else:
-        assert run.objective.options["backend"] == "reference"
-
-
-def test_lenses_without_the_norm(tmp_path):
-    run = trainer(tmp_path, max_steps=1, lens_norm=False)
-    run.train()
-    bare = {
-        "student_head": tiny.model(layers=3, seed=1).lm_head.weight,
-        "teacher_head": tiny.model(layers=4, width=24, seed=2).lm_head.weight,
-    }
-    expected = expected_loss(run, uneven_data()[:4], **bare)
-    assert logged(run)[0] == pytest.approx(expected, rel=1e-4)
-    assert expected != pytest.approx(expected_loss(run, uneven_data()[:4]), rel=1e-3)
+        assert trainer.objective.options["backend"] == "reference"
 
 
 def test_layers_given_and_counted(tmp_path):
-    run = trainer(tmp_path, student_layers=[2], teacher_layers=[1])
-    assert (run.objective.student_layers, run.objective.teacher_layers) == ([2], [1])
-    run = trainer(tmp_path, num_lens_pairs=1)
-    assert (run.objective.student_layers, run.objective.teacher_layers) == ([2], [2])
-    run = trainer(tmp_path, num_lens_pairs=0, max_steps=1)
-    run.train()
-    assert "lens" not in run.state.log_history[0]
-    assert logged(run)[0] == pytest.approx(run.state.log_history[0]["kd"], rel=1e-5)
+    for options, layers in (
+        ({"student_layers": [2], "teacher_layers": [1]}, ([2], [1])),
+        ({"num_lens_pairs": 1}, ([2], [2])),
+    ):
+        objective = make_trainer(tmp_path, **options).objective
+        assert (objective.student_layers, objective.teacher_layers) == layers
+    for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
+        trainer = trained(tmp_path, max_steps=1, **options)
+        entry = trainer.state.log_history[0]
+        assert "lens" not in entry and "lens_1" not in entry  # a lens without weight costs nothing
+        assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
 
-def test_a_lens_without_weight_is_not_computed(tmp_path):
-    run = trainer(tmp_path, lens_coeff=0.0, max_steps=1)
-    run.train()
-    assert "lens_1" not in run.state.log_history[0]
-
-
-def test_mse_is_the_mean_square_and_its_matrices_learn(tmp_path):
-    run = trainer(tmp_path, mse_coeff=0.5, lens_coeff=0.0, max_steps=1, learning_rate=0.01)
-    matrices = run.objective.projections
-    start = copy.deepcopy(matrices)
-    data = uneven_data()[:4]
-    ids = torch.stack([x["input_ids"] for x in data])
-    counted = torch.stack([x["labels"] for x in data])[:, 1:] != -100
-    teacher = tiny.model(layers=4, width=24, seed=2)
-    with torch.no_grad():
-        hs = tiny.model(layers=3, seed=1)(ids, output_hidden_states=True).hidden_states
-        ht = teacher(ids, output_hidden_states=True).hidden_states
-        pairs = zip(start, (hs[1], hs[2]), (ht[1], ht[3]), strict=True)
-        squares = [(m(t) - s)[:, :-1][counted].square().mean() for m, s, t in pairs]
-    run.train()
-    entry = run.state.log_history[0]
-    assert entry["mse"] == pytest.approx(torch.stack(squares).mean().item(), rel=1e-4)
-    assert entry["loss"] == pytest.approx(entry["kd"] + 0.5 * entry["mse"], rel=1e-4)
-    for matrix, before in zip(matrices, start, strict=True):
-        assert not torch.equal(matrix.weight, before.weight)
-
-
-def test_models_may_be_given_as_folders(tmp_path):
-    tiny.model(layers=3, seed=1).save_pretrained(tmp_path / "student")
-    tiny.model(layers=4, width=24, seed=2).save_pretrained(tmp_path / "teacher")
+def test_models_may_be_given_as_folders(tmp_path, files):
     config = LensDistillConfig(output_dir=str(tmp_path), num_lens_pairs=2, use_cpu=True)
-    folders = str(tmp_path / "student"), str(tmp_path / "teacher")
-    run = LensDistillTrainer(*folders, config, train_dataset=uneven_data())
-    assert run.evaluate(uneven_data())["eval_loss"] == pytest.approx(
-        trainer(tmp_path).evaluate(uneven_data())["eval_loss"], rel=1e-5
+    folders = str(files / "student"), str(files / "teacher")
+    trainer = LensDistillTrainer(*folders, config, train_dataset=uneven_data())
+    assert trainer.evaluate(uneven_data())["eval_loss"] == pytest.approx(
+        make_trainer(tmp_path).evaluate(uneven_data())["eval_loss"], rel=1e-5
     )
 
 
-def test_the_matrices_of_mse_are_saved_beside_the_student_and_resumed(tmp_path):
-    from safetensors import safe_open
-    from transformers import AutoModelForCausalLM
-
-    options = {"mse_coeff": 0.5, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    _, whole, _ = train(tmp_path / "a", learning_rate=0.01, **options)
-    folder = tmp_path / "a" / "checkpoint-2"
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert not [name for name in file.keys() if "mse" in name]  # noqa: SIM118
-    AutoModelForCausalLM.from_pretrained(folder)
-    run = trainer(tmp_path / "b", learning_rate=0.01, **options)
-    run.train(resume_from_checkpoint=str(folder))
-    for name, x in run.model.state_dict().items():
-        torch.testing.assert_close(x, whole[name], rtol=0, atol=1e-6, msg=name)
-
-
 def test_fine_tuning_needs_no_teacher_and_is_the_models_own_loss(tmp_path):
-    _, _, run = train(tmp_path, teacher=False, kd_ratio=0.0, max_steps=1)
-    data = uneven_data()[:4]
-    batch = {key: torch.stack([x[key] for x in data]) for key in ("input_ids", "labels")}
-    expected = tiny.model(layers=3, seed=1)(**batch).loss.item()
-    assert logged(run)[0] == pytest.approx(expected, rel=1e-4)
-    assert run.state.log_history[0]["ce"] == pytest.approx(expected, rel=1e-4)
-    assert run.evaluate()["eval_ce"] > 0
+    options = {"teacher": False, "kd_ratio": 0.0, "max_steps": 1}
+    trainer = trained(tmp_path, **options)
+    ids, labels = batch_of(uneven_data()[:4])
+    with torch.no_grad():
+        out = tiny.model(**STUDENT)(input_ids=ids, labels=labels)
+    for key in ("loss", "ce"):
+        assert logged(trainer, key) == pytest.approx([out.loss.item()], rel=1e-4)
+    assert trainer.evaluate()["eval_ce"] > 0
+    smoothed = trained(tmp_path, label_smoothing_factor=0.3, **options)
+    counted = labels[:, 1:] != -100
+    uniform = -out.logits[:, :-1].log_softmax(-1)[counted].mean().item()
+    expected = 0.7 * out.loss.item() + 0.3 * uniform
+    assert logged(smoothed) == pytest.approx([expected], rel=1e-4)
     with pytest.raises(ValueError, match="teacher is None: give a teacher, or kd_ratio=0"):
-        trainer(tmp_path, teacher=False)
+        make_trainer(tmp_path, teacher=False)
+    with pytest.raises(ValueError, match="label_smoothing_factor=0.3 would not reach"):
+        make_trainer(tmp_path, label_smoothing_factor=0.3, kd_ratio=0.0)
 
 
 def test_evaluation_reports_every_part_over_tokens_not_batches(tmp_path):
-    options = {"per_device_eval_batch_size": 1}
-    one = trainer(tmp_path, **options).evaluate()
-    three = trainer(tmp_path, per_device_eval_batch_size=3).evaluate()
+    one, three = (
+        make_trainer(tmp_path, per_device_eval_batch_size=size).evaluate() for size in (1, 3)
+    )
     for key in ("eval_loss", "eval_ce", "eval_kd", "eval_lens", "eval_lens_1"):
         assert one[key] == pytest.approx(three[key], rel=1e-4), key
     assert one["eval_loss"] == pytest.approx(one["eval_kd"] + one["eval_lens"], rel=1e-4)
 
 
 def test_logged_entropies_are_of_the_models_distributions(tmp_path, monkeypatch):
-    monkeypatch.setattr("lens_kernels.hf.objective.ENTROPY_STRIDE", 1)
-    run = trainer(tmp_path, max_steps=1)
-    run.train()
-    data = uneven_data()[:4]
-    ids = torch.stack([x["input_ids"] for x in data])
-    counted = torch.stack([x["labels"] for x in data])[:, 1:] != -100
-    for side, model, depth in (
-        ("student", tiny.model(layers=3, seed=1), 2),
-        ("teacher", tiny.model(layers=4, width=24, seed=2), 3),
-    ):
+    monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
+    entry = trained(tmp_path, max_steps=1).state.log_history[0]
+    ids, labels = batch_of(uneven_data()[:4])
+    for side, options, depth in (("student", STUDENT, 2), ("teacher", TEACHER, 3)):
+        model = tiny.model(**options)
         with torch.no_grad():
             out = model(ids, output_hidden_states=True)
             lens = model.lm_head(model.model.norm(out.hidden_states[depth]))
         for logits, name in ((out.logits, "final"), (lens, depth)):
-            log_p = logits[:, :-1][counted].log_softmax(-1)
+            log_p = logits[:, :-1][labels[:, 1:] != -100].log_softmax(-1)
             expected = -(log_p.exp() * log_p).sum(-1).mean().item()
-            entry = run.state.log_history[0][f"entropy_{side}_{name}"]
-            assert entry == pytest.approx(expected, rel=1e-4), (side, name)
+            found = entry[f"entropy_{side}_{name}"]
+            assert found == pytest.approx(expected, rel=1e-4), (side, name)
+
+
+def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
+    """A clock that only this test moves: a second for a step, an hour for all else."""
+    now = [0.0]
+    monkeypatch.setattr(meter, "perf_counter", lambda: now[0])
+
+    def taking(seconds, kind, name):
+        whole = getattr(kind, name)
+
+        def slow(*args, **kwargs):
+            now[0] += seconds
+            return whole(*args, **kwargs)
+
+        monkeypatch.setattr(kind, name, slow)
+
+    taking(1.0, LensDistillTrainer, "training_step")
+    taking(3600.0, Trainer, "evaluation_loop")
+    options = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
+    trainer = make_trainer(tmp_path, **options)
+    now[0] += 3600.0  # as a cache takes time before training
+    trainer.train()
+    assert logged(trainer, "tokens_per_second") == [40.0, 40.0]  # 4 rows of 10 tokens a step
 
 
 def test_gradient_checkpointing_gives_the_same_step(tmp_path):
-    start, plain, _ = train(tmp_path, max_steps=1)
-    _, saved, run = train(tmp_path, max_steps=1, gradient_checkpointing=True)
-    assert run.model.is_gradient_checkpointing
-    assert_same_step(start, plain, saved)
+    plain = trained(tmp_path, max_steps=1)
+    saving = trained(tmp_path, max_steps=1, gradient_checkpointing=True)
+    assert saving.model.is_gradient_checkpointing
+    assert_same_step(START, weights(plain), weights(saving))
 
 
-def test_no_head_runs_and_no_hook_or_forward_is_left(tmp_path):
-    run = trainer(tmp_path)
+def test_training_leaves_no_hook_behind_and_the_teacher_alone(tmp_path):
+    trainer = make_trainer(tmp_path, batch=8, max_steps=12)
+    models = trainer.model, trainer.objective.teacher
     calls = []
-    for model in (run.model, run.objective.teacher):
+    for model in models:
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    run.train()
-    assert not calls
-    for model in (run.model, run.objective.teacher):
+    trainer.train()
+    assert logged(trainer)[-1] < 0.9 * logged(trainer)[0]
+    assert not calls  # no head runs
+    for model in models:
         assert "forward" not in vars(model)
         assert not any(block._forward_hooks for block in model.model.layers)
+    for x, y in zip(models[1].parameters(), tiny.model(**TEACHER).parameters(), strict=True):
+        assert x.grad is None and torch.equal(x, y)
 
 
-def test_training_leaves_the_teacher_alone(tmp_path):
-    _, _, run = train(tmp_path, batch=8, max_steps=25)
-    assert logged(run)[-1] < 0.9 * logged(run)[0]
-    fresh = tiny.model(layers=4, width=24, seed=2)
-    for x, y in zip(run.objective.teacher.parameters(), fresh.parameters(), strict=True):
-        assert x.grad is None
-        torch.testing.assert_close(x, y)
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_teacher_cache_gives_the_same_training_and_the_teacher_never_runs(tmp_path, accumulate):
-    options = {"max_steps": -1, "num_train_epochs": 2, "batch": 2, "accumulate": accumulate}
-    options["train_sampling_strategy"] = "random"
-    options["learning_rate"] = 0.05
-    plain = trainer(tmp_path / "a", **options)
-    plain.train()
-    cached = trainer(tmp_path / "b", teacher_cache=str(tmp_path / "cache"), **options)
-    assert cached.objective.teacher is None
-    cached.train()
-    assert len(logged(plain)) == 8 // accumulate
-    for key in ("loss", "kd", "lens_1"):
-        assert logged(cached, key) == pytest.approx(logged(plain, key), rel=1e-5), key
-    assert cached.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-5)
-    third = trainer(tmp_path / "c", teacher_cache=str(tmp_path / "cache"), **options)
-    third.train()
-    assert logged(third) == logged(cached)
-
-
-def test_with_a_teacher_cache_only_the_trainers_own_data_can_be_had(tmp_path):
-    run = trainer(tmp_path, teacher_cache=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match="give the data as eval_dataset when the trainer is made"):
-        run.evaluate(uneven_data()[:3])
-    assert run.evaluate(run.eval_dataset)["eval_loss"] > 0
-    with pytest.raises(TypeError, match="train_dataset of known length.* got a generator"):
-        trainer(tmp_path, teacher_cache=str(tmp_path / "other"), data=(x for x in uneven_data()))
-
-
-def test_the_teacher_cache_dtype_rounds(tmp_path):
-    run = trainer(tmp_path, teacher_cache=str(tmp_path / "cache"), teacher_cache_dtype="bfloat16")
-    run.train()
-    plain = trainer(tmp_path / "plain")
-    plain.train()
-    error = abs(logged(run)[0] / logged(plain)[0] - 1)
-    assert 1e-7 < error < 2e-2
-
-
-def test_a_teacher_cache_of_another_run_is_refused(tmp_path):
-    cache = str(tmp_path / "cache")
-    trainer(tmp_path, teacher_cache=cache)
-    with pytest.raises(ValueError, match="layers"):
-        trainer(tmp_path, teacher_cache=cache, num_lens_pairs=1)
-    other = [*reversed(uneven_data())]
-    with pytest.raises(ValueError, match="data"):
-        trainer(tmp_path, teacher_cache=cache, data=other)
+def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
+    student = tiny.model(layers=4, seed=1)
+    for teacher in (student, copy.copy(student)):  # the copy is another object of these weights
+        with pytest.raises(ValueError, match=r"share 39 parameters, model\.embed_tokens\.weight"):
+            make_trainer(tmp_path, student=student, teacher=teacher)
+        assert all(x.requires_grad for x in student.parameters())
+    make_trainer(tmp_path, student=student, teacher=copy.deepcopy(student))
 
 
 @pytest.mark.parametrize(
@@ -374,6 +258,9 @@ def test_a_teacher_cache_of_another_run_is_refused(tmp_path):
             {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "'use_reentrant': True.* would cut the lenses off",
         ),
+        ({"grad_threshold": "fp8"}, "grad_threshold='fp8' is unknown; choose one of 'bf16'"),
+        ({"grad_threshold": "-1"}, "grad_threshold must be finite and lie in"),
+        ({"grad_threshold": 1e-6, "lens_backend": "reference"}, "'reference' is exact"),
     ],
     ids=str,
 )
@@ -384,14 +271,34 @@ def test_options_that_cannot_be_are_refused_before_a_model_is_read(tmp_path, opt
 
 def test_what_does_not_fit_the_models_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"num_pairs must lie in \[1, 2\].*got 3"):
-        trainer(tmp_path, num_lens_pairs=3)
+        make_trainer(tmp_path, num_lens_pairs=3)
     with pytest.raises(ValueError, match="mse_coeff needs at least one pair"):
-        trainer(tmp_path, num_lens_pairs=0, mse_coeff=1.0)
+        make_trainer(tmp_path, num_lens_pairs=0, mse_coeff=1.0)
     with pytest.raises(ValueError, match=r"64.*60|60.*64"):
-        trainer(tmp_path, student=tiny.model(layers=3, vocab=60))
+        make_trainer(tmp_path, student=tiny.model(layers=3, vocab=60))
 
 
 def test_weighted_sums_of_divergences_are_read():
     assert final_divergence("akl") == "akl"
     assert final_divergence("0.5*forward_kl+reverse_kl") == {"forward_kl": 0.5, "reverse_kl": 1.0}
     assert final_divergence("1e-1 * jsd") == {"jsd": 0.1}
+
+
+def test_the_teacher_is_held_still(tmp_path):
+    teacher = make_trainer(tmp_path, teacher=tiny.model(**TEACHER).train()).objective.teacher
+    assert not any(part.training for part in teacher.modules())
+    assert not any(x.requires_grad for x in teacher.parameters())
+
+
+def test_padding_does_not_count_in_the_speed(tmp_path, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(meter, "perf_counter", lambda: clock[0])
+    trainer = make_trainer(tmp_path)
+    data = uneven_data()[:4]
+    batch = {key: torch.stack([x[key] for x in data]) for key in ("input_ids", "labels")}
+    batch["attention_mask"] = torch.ones_like(batch["labels"])
+    batch["attention_mask"][2:, 5:] = 0
+    trainer.compute_loss(trainer.model.train(), batch)
+    clock[0] = 2.0
+    trainer.log({"loss": 0.0})
+    assert logged(trainer, "tokens_per_second") == [(2 * 10 + 2 * 5) / 2.0]

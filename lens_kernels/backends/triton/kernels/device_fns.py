@@ -9,8 +9,11 @@ interpolate the function at Chebyshev points, and the errors given are those of 
 import triton
 import triton.language as tl
 
+from lens_kernels import divergence
+
 # Stands for -inf logits, whose differences would be NaN.
-FLOOR = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(divergence.FLOOR)
+NO_MASS = tl.constexpr(divergence.NO_MASS)
 # |d| below which differences of p and q go through a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)

@@ -15,7 +15,7 @@ from lens_kernels.backends.triton.kernels.launch import Tile
 from lens_kernels.backends.triton.kernels.logits import block_of_rows, load_stats, logits_tile
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -52,20 +52,22 @@ def gradients_kernel(
     us = logits_tile(
         student, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False
     )
-    ut = logits_tile(
-        teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False
-    )
     _, _, _, _, _, _, slope, cap = student
     if cap is not None:
         t = us * (1.0 / cap)
         slope = slope - (t * t) * slope
-    maximum_s, log_sum_s = load_stats(student_stats, rows)
-    maximum_t, log_sum_t = load_stats(teacher_stats, rows)
-    lq = (us - maximum_s) - log_sum_s
-    lp = (ut - maximum_t) - log_sum_t
-    _, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-    grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
-    grad *= tl.load(weight_ptr + rows)[:, None]
+    grad = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    if teacher is not None:
+        ut = logits_tile(
+            teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False
+        )
+        maximum_s, log_sum_s = load_stats(student_stats, rows)
+        maximum_t, log_sum_t = load_stats(teacher_stats, rows)
+        lq = (us - maximum_s) - log_sum_s
+        lp = (ut - maximum_t) - log_sum_t
+        _, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+        grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
+        grad *= tl.load(weight_ptr + rows)[:, None]
     if labels is not None:
         # Cross entropy is at temperature 1.
         labels_ptr, label_stats, label_weight_ptr = labels
@@ -94,11 +96,11 @@ class Labels:
 
 def gradient_chunk(
     student: Operand,
-    teacher: Operand,
-    sums: RowSums,
+    teacher: Operand | None,
+    sums: RowSums | None,
     weight: Tensor,
     labels: Labels | None,
-    divergence: Divergence,
+    divergence: Divergence | None,
     beta: float,
     vocab_size: int,
     first_column: int,
@@ -107,15 +109,19 @@ def gradient_chunk(
 ) -> None:
     """Write the gradient of the columns from ``first_column`` on into ``out`` ``(N, C)``.
 
-    ``C`` is a multiple of the tile's block. ``weight`` holds the weights of rows.
+    ``C`` is a multiple of the tile's block. ``weight`` holds the weights of rows. Without a teacher
+    there are only labels.
     """
     columns = min(out.shape[1], vocab_size - first_column)
     grid = triton.cdiv(student.tokens, tile.block_n), triton.cdiv(columns, tile.block_v)
+    comparison: tuple[Any, ...] = None, None, None, None
+    if teacher is not None and sums is not None:
+        stats = sums.student.arguments(), sums.teacher.arguments()
+        comparison = teacher.arguments(), *stats, sums.h
     gradients_kernel[grid](
-        student.arguments(), teacher.arguments(),
-        sums.student.arguments(), sums.teacher.arguments(), sums.h, weight,
+        student.arguments(), *comparison, weight,
         None if labels is None else labels.arguments(), out, out.stride(0),
         student.tokens, vocab_size, first_column, beta, 1.0 - beta, student.temperature,
-        DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
-        **tile.options(),
+        DIVERGENCE=None if divergence is None else divergence.value,
+        **tile.blocks(), PRECISION=student.precision, **tile.options(),
     )  # fmt: skip

@@ -23,7 +23,7 @@ from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
 from lens_kernels.backends.triton.kernels.logits import block_of_rows, logits_tile, tiles_of_split
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
-from lens_kernels.spec import RELATIVE_ENTROPIES, Divergence
+from lens_kernels.options import Divergence
 
 
 @triton.jit
@@ -38,6 +38,13 @@ def union(maximum, total, other_maximum, other_total):
     has_mass = total > 0
     here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
     return higher, both, here, there + tl.log(other_total) - log_sum
+
+
+@triton.jit
+def part_of(log_share, value):
+    """``exp(log_share) value``, and 0 for an infinite value of a part without mass."""
+    share = exp(log_share)
+    return tl.where((share == 0) & (value == float("inf")), 0.0, share * value)
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -91,10 +98,10 @@ def online_kl_kernel(
         maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, tile_maximum_t, tile_total_t)
         old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "forward_kl")
         new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, "forward_kl")
-        forward = exp(lp_old) * forward + exp(lp_new) * tl.sum(forward_f, 1) + old + new
+        forward = part_of(lp_old, forward) + part_of(lp_new, tl.sum(forward_f, 1)) + old + new
         old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "reverse_kl")
         new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, "reverse_kl")
-        reverse = exp(lq_old) * reverse + exp(lq_new) * tl.sum(reverse_f, 1) + old + new
+        reverse = part_of(lq_old, reverse) + part_of(lq_new, tl.sum(reverse_f, 1)) + old + new
     offsets = tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(maximum_s_ptr + offsets, maximum_s, mask=valid)
     tl.store(total_s_ptr + offsets, total_s, mask=valid)
@@ -125,14 +132,20 @@ def online_kl(
     lq = _log_probabilities(maximum_s, total_s, student_stats)
     lp = _log_probabilities(maximum_t, total_t, teacher_stats)
     p, q = lp.exp(), lq.exp()
-    between = [table.pointwise(kind)(lp, lq, p, q, 0.0)[0] for kind in RELATIVE_ENTROPIES[:2]]
-    forward = (p * forward + between[0]).sum(0)
-    reverse = (q * reverse + between[1]).sum(0)
+    kinds = Divergence.FORWARD_KL, Divergence.REVERSE_KL
+    between = [table.pointwise(kind, 0.5)(lp, lq, p, q, (0.5, 0.5))[0] for kind in kinds]
+    forward = (_parts_of(p, forward) + between[0]).sum(0)
+    reverse = (_parts_of(q, reverse) + between[1]).sum(0)
     if divergence is Divergence.FORWARD_KL:
         # Its h is q - p, which sums to 0.
         return RowSums(forward, torch.zeros_like(forward), student_stats, teacher_stats)
     f = reverse if divergence is Divergence.REVERSE_KL else forward + reverse
     return RowSums(f, reverse, student_stats, teacher_stats)
+
+
+def _parts_of(shares: Tensor, values: Tensor) -> Tensor:
+    """Do as ``part_of`` with the values of splits, ``(S, N)``."""
+    return torch.where((shares == 0) & values.isinf(), 0.0, shares * values)
 
 
 def _log_probabilities(maximum: Tensor, total: Tensor, stats: RowStats) -> Tensor:

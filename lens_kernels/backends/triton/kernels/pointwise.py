@@ -12,7 +12,13 @@ Callers pass ``1 - beta`` as well, rounded from float64: in fp32 it would lose i
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.kernels.device_fns import exp, log_mixture, minus
+from lens_kernels.backends.triton.kernels.device_fns import NO_MASS, exp, log_mixture, minus
+
+
+@triton.jit
+def or_infinity(value, mass, log_ratio):
+    """``value``, but ``inf`` where there is mass, and none in the log-ratio's denominator."""
+    return tl.where((log_ratio > NO_MASS) & (mass > 0), float("inf"), value)
 
 
 @triton.jit
@@ -36,14 +42,14 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         q = exp(lq)
         diff = minus(p, q, d)
         if DIVERGENCE == "jeffreys":
-            f = diff * d
-            h = -diff - q * d
+            f = or_infinity(or_infinity(diff * d, p, d), q, -d)
+            h = or_infinity(-diff - q * d, q, -d)
         elif DIVERGENCE == "forward_kl":
-            f = p * d - diff
+            f = or_infinity(p * d - diff, p, d)
             h = -diff
         elif DIVERGENCE == "reverse_kl":
-            f = diff - q * d
-            h = -q * d
+            f = or_infinity(diff - q * d, q, -d)
+            h = or_infinity(-q * d, q, -d)
         else:
             tl.static_assert(DIVERGENCE == "tvd")
             f = tl.abs(diff) * 0.5

@@ -15,7 +15,7 @@ from lens_kernels.backends.triton.kernels.logits import (
 )
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)

@@ -27,7 +27,7 @@ from lens_kernels.backends.triton.kernels.row_stats import row_stats
 from lens_kernels.backends.triton.kernels.row_sums import row_sums
 from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.backends.triton.tiles.sizes import Arch, Sweep
-from lens_kernels.spec import Divergence
+from lens_kernels.options import Divergence
 
 BLOCKS_NV = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
 BLOCKS_K, WARPS, STAGES = (32, 64), (4, 8), (2, 3, 4)

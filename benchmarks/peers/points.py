@@ -1,0 +1,75 @@
+"""The points that ``speed_vs_peers.py`` measures, and who takes part where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from benchmarks.support.shapes import MODELS, Job, Model
+
+FLOOR = "floor"
+SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
+COMPILED = ("lens_kernels", "triton", "dense_compiled", "liger", "liger_fused")
+SLOW = ("liger_uncompiled", "trl", "published")
+ONCE = "dense_kl_div"  # like dense, but slower: at the first point alone
+TINY = Model("tiny", 24, 40, 1000)
+SHOWN = ("gpt2", "tinyllama", "smollm2", "qwen2.5")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One job, the sweeps that it belongs to, and who is left out because it takes too long."""
+
+    sweeps: tuple[str, ...]
+    model: str
+    job: Job
+    left_out: tuple[str, ...] = ()
+
+    def key(self) -> str:
+        """Return its name in the CSV."""
+        job = self.job
+        return f"{self.model} N{job.tokens} V{job.vocab} L{job.pairs} masked {job.masked:g}"
+
+    def columns(self) -> dict[str, Any]:
+        """Return what the CSV says of it."""
+        names = {"point": self.key(), "sweeps": " ".join(self.sweeps), "model": self.model}
+        return names | self.job.columns()
+
+
+def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point]:
+    """Return every point; one that belongs to several sweeps is there once.
+
+    The sweep of the vocabulary takes half of the tokens, those of other models a quarter.
+    """
+    models = {"tiny": TINY} if quick else {name: MODELS[name] for name in SHOWN}
+    first, model = next(iter(models.items()))
+
+    def point(sweeps: str, *left_out: str, tokens: int = tokens, **sizes: Any) -> Point:
+        job = model.job(tokens, device=device, **sizes)
+        return Point(tuple(sweeps.split()), first, job, left_out)
+
+    few, half = ("dense_compiled", "liger", *SLOW), tokens // 2
+    plan = [
+        point("tokens mask"),
+        point("tokens vocab", "liger_uncompiled", "published", tokens=half),
+        point("tokens", *few, tokens=2 * tokens),
+        point("vocab", *few, tokens=half, vocab=model.vocab // 2),
+        point("vocab", *few, tokens=half, vocab=2 * model.vocab),
+        point("mask pairs", "liger_uncompiled", "dense_compiled", masked=0.5),
+        point("pairs", "dense", "liger_uncompiled", "trl", *few[:2], pairs=5, masked=0.5),
+    ]
+    for name, each in models.items():
+        job = each.job(tokens // 4, device=device)
+        plan.append(Point(("models",), name, job, ("dense_compiled", *SLOW)))
+    large = 4 * TINY.vocab if quick else 131072
+    plan.append(point("memory", tokens=2 * tokens, vocab=large, pairs=5))
+    return plan[:1] + [replace(each, left_out=(*each.left_out, ONCE)) for each in plan[1:]]
+
+
+def takes_part(key: str, number: int) -> bool:
+    """Say whether a contender has a turn in a round; 0 is the one before the timed ones."""
+    if number == 0:
+        return key in COMPILED
+    return key not in SLOW or number % 2 == 1

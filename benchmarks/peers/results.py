@@ -1,0 +1,74 @@
+"""The CSV of ``speed_vs_peers.py``: a row for each contender at each point, kept over runs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.peers.points import FLOOR, Point
+from benchmarks.support import tables
+from benchmarks.support.timing import Timing
+
+COLUMNS = (
+    "point sweeps model contender label tokens vocab_entries pairs masked student_width"
+    " teacher_width dtype median_ms min_ms max_ms ratio_to_floor rounds times_ms temporaries_mib"
+    " memory_method note"
+)
+
+
+class Results:
+    """The rows, by point and contender."""
+
+    def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
+        """Read what a run that was stopped has left.
+
+        Raises:
+            RuntimeError: It was measured with other code, versions, or on another machine.
+        """
+        self.path = path
+        self.environment = environment
+        self._rows: dict[tuple[str, str], dict[str, str]] = {}
+        for row in tables.read_own_csv(path, environment):
+            # Who is missing altogether, and what fits into memory, is found anew.
+            if row["point"] and not row["note"].startswith("does not fit"):
+                self._rows[row["point"], row["contender"]] = row
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return all rows."""
+        return [*self._rows.values()]
+
+    def row(self, point: Point, key: str) -> dict[str, str]:
+        """Return a row, empty if there is none."""
+        return self._rows.get((point.key(), key), {})
+
+    def times(self, point: Point, key: str) -> Mapping[int, float]:
+        """Return the times of a row in ms by round."""
+        return Timing.read(self.row(point, key).get("times_ms", "")).by_round
+
+    def put(
+        self,
+        point: Point | None,
+        key: str,
+        label: str,
+        times: Mapping[int, float] | None = None,
+        **more: str,
+    ) -> dict[str, str]:
+        """Set a row and return it."""
+        timing = Timing(times or {})
+        names: dict[str, Any] = {"contender": key, "label": label, "times_ms": timing}
+        parts = [names, timing.columns(), more, *([point.columns()] if point else [])]
+        values = tables.row(COLUMNS, *parts) | dict(self.environment)
+        row = {name: str(value) for name, value in values.items()}
+        self._rows[row["point"], key] = row
+        return row
+
+    def save(self) -> None:
+        """Relate the times to the floor's, round by round, and write the file."""
+        for (place, _), row in self._rows.items():
+            if floor := self._rows.get((place, FLOOR)):
+                ratios = Timing.read(row["times_ms"]).ratios(Timing.read(floor["times_ms"]))
+                row["ratio_to_floor"] = f"{statistics.median(ratios):.2f}" if ratios else ""
+        if self._rows:
+            tables.write_csv(self.path, self.rows())

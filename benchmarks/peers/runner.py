@@ -1,0 +1,160 @@
+"""The rounds of ``speed_vs_peers.py``: who has a turn at a point, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from benchmarks.peers.points import FLOOR, SLOW, Point, takes_part
+from benchmarks.peers.results import Results
+from benchmarks.support import memory, products, providers, shapes, timing
+from benchmarks.support.contenders import Contender, first_line, step
+
+RUN_AT_THE_LARGE_POINT = ("lens_kernels", "trl")
+AVAILABLE = 0.9  # of main memory, that a contender may take
+
+
+class Runner:
+    """The contenders at one point, round after round."""
+
+    def __init__(
+        self, point: Point, contenders: Mapping[str, Contender], results: Results, rounds: int
+    ) -> None:
+        """Say who is left out, and who has been timed already."""
+        self.point, self.results, self.rounds = point, results, rounds
+        self.contenders = dict(contenders)
+        self.first, self.expected = "", (0.0,)
+        for key, contender in contenders.items():
+            if results.times(point, key):
+                continue
+            left_out = "left out here, to save time" if key in point.left_out else None
+            reason = (
+                results.row(point, key).get("note") or left_out or too_large(contender, point.job)
+            )
+            if reason:
+                self._leave_out(key, reason)
+        done = {key: len(results.times(point, key)) for key in (FLOOR, *self.contenders)}
+        if any(done.values()):
+            print(f"{point.key()}: rounds that are there already: {done}", flush=True)
+
+    def turn(self, number: int) -> None:
+        """Run a round, and write its results once all had their turn.
+
+        If one lacks the round, all take it again: they are compared with one another.
+        """
+        if not self._is_due(number):
+            return
+        inputs = self.point.job.make()
+        label = f"round {number} of {self.rounds}" if number else "not timed"
+        taken: dict[str, float] = {}
+        for key in timing.rotated(self._keys(number), number):
+            try:
+                taken[key] = self._seconds(key, inputs)
+            except Exception as error:
+                if key in (FLOOR, "lens_kernels"):
+                    raise
+                self._leave_out(key, first_line(error))
+                continue
+            print(f"{label}: {self.point.key()}: {key} {taken[key]:.2f} s", flush=True)
+        for key, elapsed in taken.items() if number else ():
+            times = {**self.results.times(self.point, key), number: elapsed * 1e3}
+            title = products.TITLE if key == FLOOR else self.contenders[key].label()
+            note = "slow: every other round" if key in SLOW else ""
+            self.results.put(self.point, key, title, times, note=note)
+        self.results.save()
+
+    def _leave_out(self, key: str, reason: str) -> None:
+        title = self.contenders.pop(key).label()
+        print(f"{self.point.key()}: {key}: {reason}", flush=True)
+        if self.results.row(self.point, key).get("note") != reason:  # else it keeps its date
+            self.results.put(self.point, key, title, note=reason)
+
+    def _keys(self, number: int) -> list[str]:
+        return [key for key in (FLOOR, *self.contenders) if takes_part(key, number)]
+
+    def _is_due(self, number: int) -> bool:
+        if number == 0:
+            rounds = range(1, self.rounds + 1)
+            return bool(self._keys(0)) and any(self._is_due(later) for later in rounds)
+        return any(number not in self.results.times(self.point, k) for k in self._keys(number))
+
+    def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
+        """Return the time of one call, whose results must be those of the others."""
+        job = self.point.job
+        if key == FLOOR:
+            cut = counted(inputs)
+            return timing.seconds(lambda: products.products(cut), job.device)
+        contender = self.contenders[key]
+        elapsed, seen = contender.observe(inputs, timing.seconds)
+        if not self.first:
+            self.first, self.expected = key, seen
+        if contender.difference(job, seen, self.expected):
+            _, truth = providers.CONTENDERS["dense"].observe(inputs, lambda call, device: call())
+            if problem := contender.difference(job, seen, truth):
+                raise RuntimeError(f"{contender.label()} computes something else: {problem}")
+            raise SystemExit(
+                f"{self.point.key()}: {contender.label()} and dense PyTorch agree, and differ from"
+                f" {self.first}, which was first"
+            )
+        return elapsed
+
+
+def counted(inputs: shapes.Inputs) -> shapes.Inputs:
+    """Return the inputs without masked rows: the floor does not even pick them."""
+    student = [inputs.counted(x).detach() for x in inputs.student_hidden]
+    teacher = [inputs.counted(x) for x in inputs.teacher_hidden]
+    return replace(inputs, student_hidden=student, teacher_hidden=teacher, mask=None)
+
+
+def too_large(contender: Contender, job: shapes.Job) -> str | None:
+    """Say that a contender does not fit into main memory, as far as fakes tell; or return None."""
+    # Fakes cannot drop the masked rows: an upper bound for those who do.
+    try:
+        fake = contender.fake_memory(replace(job, masked=0.0))
+    except Exception:  # what fails shall say so in its turn
+        return None
+    if fake is None or fake.peak <= AVAILABLE * memory.available():
+        return None
+    return f"does not fit: {fake.peak / memory.MIB:.0f} MiB"
+
+
+def large_point(point: Point, contenders: Mapping[str, Contender], results: Results) -> None:
+    """Count everyone's temporary memory; ours and TRL are run, measured and timed once."""
+    expected: tuple[float, ...] | None = None
+    for key, contender in contenders.items():
+        if results.row(point, key):
+            print(f"{point.key()}: {key} is there already", flush=True)
+            continue
+        if key in point.left_out:
+            continue
+        times: dict[int, float] = {}
+        if key in RUN_AT_THE_LARGE_POINT:
+            # What compiles does so before it is timed.
+            step(contender.load(), replace(point.job, tokens=point.job.tokens // 4, pairs=1).make())
+            (used, elapsed), seen = contender.observe(point.job.make(), _memory_and_seconds)
+            expected = expected or seen
+            if problem := contender.difference(point.job, seen, expected):
+                raise RuntimeError(f"{contender.label()} differs from the others: {problem}")
+            times, method, note = {1: elapsed * 1e3}, "measured", "once"
+        elif counts := contender.fake_memory(point.job):
+            used, method, note = counts, "fake", "not run: takes too long"
+        else:
+            results.put(point, key, contender.label(), note="not run, and fakes cannot tell")
+            continue
+        size = memory.mib(used.peak - used.kept)
+        columns = {"temporaries_mib": size, "memory_method": method, "note": note}
+        results.put(point, key, contender.label(), times, **columns)
+        results.save()
+        spent = f"{times[1] / 1e3:.2f} s" if times else note
+        print(f"{point.key()}: {key} {size} MiB, {spent}", flush=True)
+
+
+def _memory_and_seconds(
+    call: Callable[[], Any], device: torch.device
+) -> tuple[memory.Memory, float]:
+    elapsed: list[float] = []
+    used = memory.measure(lambda: elapsed.append(timing.seconds(call, device)), device)
+    return used, elapsed[0]

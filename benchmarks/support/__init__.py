@@ -1,0 +1,1 @@
+"""What the scripts share: contenders, sizes, instruments, records, tables and figures."""

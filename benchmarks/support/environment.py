@@ -1,0 +1,113 @@
+"""The record of where a number was measured: code, versions, machine and date."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "benchmarks" / "out"
+DATA = ROOT / "benchmarks" / "data"
+CPU = torch.device("cpu")
+PEERS = ("liger-kernel", "trl")
+
+
+def parser(doc: str | None, on_device: bool = True) -> argparse.ArgumentParser:
+    """Return a parser with the options that scripts have in common."""
+    parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
+    if on_device:
+        parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def version_of(package: str) -> str:
+    """Return the installed version of a distribution, or ``""``."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Return what a number depends on besides the job."""
+    return {
+        "device": device_name(device),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        **{package.replace("-", "_"): version_of(package) for package in PEERS},
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date_utc": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
+    }
+
+
+def gpu_environment(device: torch.device) -> dict[str, str]:
+    """Return the same with the versions of driver, CUDA or HIP, and Triton."""
+    versions = {"driver": driver_version(device), "cuda": torch.version.cuda or ""}
+    versions |= {"hip": torch.version.hip or "", "triton": version_of("triton")}
+    return environment(device) | versions
+
+
+def driver_version(device: torch.device) -> str:
+    """Return the version of the GPU's driver, or ``""``."""
+    if device.type != "cuda":
+        return ""
+    if torch.version.hip is not None:
+        path = Path("/sys/module/amdgpu/version")
+        return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+    try:
+        shown = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return shown.splitlines()[0].strip() if shown else ""
+
+
+def no_gpu() -> str | None:
+    """Say that there is no GPU, or return None."""
+    if torch.cuda.is_available():
+        return None
+    return f"this runs on a GPU, and torch {torch.__version__} finds none"
+
+
+def file_name(kind: str, device: torch.device) -> str:
+    """Return the name of the CSV with results of a kind on a device."""
+    return f"{kind}-{re.sub('[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.csv"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of the device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    # Virtual machines give several generations of processors one name.
+    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([found["model name"].strip(), *numbers])
+
+
+def commit() -> str:
+    """Return the last commit of the measured code, with ``-dirty`` if it has changed since."""
+    git, code = ("git", "-C", str(ROOT)), ("--", "lens_kernels", "benchmarks/*.py")
+    try:
+        changed = _output(*git, "status", "--porcelain", *code)
+        last = _output(*git, "log", "-1", "--format=%h", "--abbrev=12", *code).strip()
+        return last + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

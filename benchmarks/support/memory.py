@@ -1,0 +1,165 @@
+"""Peak memory of a function: of a real run, and of the same run over fake tensors.
+
+A real run on a CPU is watched through the records that the profiler takes of every allocation and
+release of the CPU allocator, wherever it happens: in C++, in custom operators, in compiled code.
+It misses what a BLAS library packs in memory of its own. On a GPU CUDA's own counters are read.
+
+A fake run allocates nothing, so there ``StorageTracker`` adds up the storages that operators create
+and notices when they die. The tests compare the two.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+MIB = 1 << 20
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to stderr on every use
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes above those that were live before: at the highest point, and still at the end.
+
+    The peak includes what stays, which is what was asked for: the loss and the gradients.
+    """
+
+    peak: int
+    kept: int
+
+    def columns(self) -> dict[str, str]:
+        """Return both sizes by their names in a CSV."""
+        return {"peak_with_gradients_mib": mib(self.peak), "gradients_mib": mib(self.kept)}
+
+
+def mib(size: float) -> str:
+    """Return a size in bytes as MiB."""
+    return f"{size / MIB:.2f}"
+
+
+def measure(function: Callable[[], Any], device: torch.device) -> Memory:
+    """Run ``function`` and measure it; its result counts as kept."""
+    if device.type == "cuda":
+        return _measure_cuda(function, device)
+    if device.type != "cpu":
+        raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with _no_collection(), profiler:
+        result = function()
+    # The timeline of single records is only offered by the profiler's raw results.
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    records = [e for e in results.events() if e.name() == "[memory]"]
+    if not records:
+        raise RuntimeError(f"the profiler of torch {torch.__version__} recorded no allocation")
+    live = peak = 0
+    for record in sorted(records, key=lambda e: e.start_ns()):
+        live += record.nbytes()
+        peak = max(peak, live)
+    del result
+    return Memory(peak, live)
+
+
+def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    with _no_collection():
+        result = function()
+        torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    kept = torch.cuda.memory_allocated(device) - before
+    del result
+    return Memory(peak, kept)
+
+
+class StorageTracker(TorchDispatchMode):
+    """Counts the bytes of the storages that operators create while the mode is active.
+
+    Views and in-place results share a storage that is known already. Storages that only come in as
+    arguments existed before and count as nothing.
+    """
+
+    def __init__(self) -> None:
+        """Start with nothing."""
+        super().__init__()
+        self.live = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator and look at what it returns."""
+        kwargs = kwargs or {}
+        self._see((args, kwargs), created=False)
+        definition = OPDEFS.get(func._schema.name)
+        if definition is None:
+            result = func(*args, **kwargs)
+        else:
+            # A custom operator hides its body from modes, and over fake tensors its fake stands in
+            # for it. What the body allocates meanwhile is the point, so the body itself is run.
+            with self:
+                result = definition._init_fn(*args, **kwargs)
+        self._see(result, created=True)
+        return result
+
+    def _see(self, tree: Any, created: bool) -> None:
+        for x in tree_iter(tree):
+            if isinstance(x, Tensor):
+                storage = x.untyped_storage()
+                size = storage.nbytes() if created else 0
+                if (key := id(storage)) in self._sizes:
+                    continue
+                self._sizes[key] = size
+                self.live += size
+                self.peak = max(self.peak, self.live)
+                # torch keeps one Python object per storage alive as long as the storage itself.
+                weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def track(function: Callable[[], Any]) -> Memory:
+    """Run ``function`` under the tracker; it may work on real tensors or on fake ones."""
+    with _no_collection(), StorageTracker() as tracker:
+        result = function()
+    memory = Memory(tracker.peak, tracker.live)
+    del result
+    return memory
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out: nobody can tell what it frees, and when."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def available() -> int:
+    """Return the bytes of main memory that can still be used."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        text = ""
+    found = re.search(r"^MemAvailable:\s*(\d+)", text, re.MULTILINE)
+    if found:
+        return int(found[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,298 @@
+"""Compiles the kernels for GPUs that are not there, and reads what came out.
+
+The backend itself is run, on tiny tensors of a CPU, with a recorder in the place of the launch. So
+what is compiled is what a GPU would be given: the same arguments, options and tiles.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from lens_kernels import LensHead, LensNorm
+from lens_kernels.backends import triton as backend
+from lens_kernels.backends.triton.kernels.launch import Tile
+from lens_kernels.backends.triton.kernels.operands import Operand
+from lens_kernels.backends.triton.tiles import sizes, store
+from lens_kernels.call import LossCall
+from lens_kernels.options import Divergence
+
+# A target, and its best instruction that multiplies matrices, as disassemblers write it.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
+    "sm_89": (GPUTarget("cuda", 89, 32), "HMMA"),
+    "sm_90": (GPUTarget("cuda", 90, 32), "HGMMA"),
+    "sm_100": (GPUTarget("cuda", 100, 32), "UTCHMMA"),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
+}
+ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+}
+CONSTANT = "constexpr"
+Path = tuple[int, ...]  # of an argument, or of a part of a tuple of arguments
+# Registers, threads and blocks of a processor: NVIDIA's figures for data centres.
+REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch, as it was recorded: a kernel, and what its compilation depends on."""
+
+    kernel: str
+    module: str
+    signature: tuple[tuple[str, Any], ...]  # a type, or one for each part of a tuple
+    constants: tuple[tuple[Path, Any], ...]
+    divisible: tuple[Path, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def fixed(self) -> dict[str, Any]:
+        """Return the values that the kernel is compiled for, of arguments that are no tuples."""
+        names = [name for name, _ in self.signature]
+        return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
+
+    def variant(self) -> str:
+        """Name what distinguishes this variant of its kernel."""
+        types, fixed = dict(self.signature), self.fixed()
+        words = []
+        if "LAYER" in fixed:
+            words.append("layer" if fixed["LAYER"] else "rms")
+        if "DIVERGENCE" in fixed:
+            words.append(fixed["DIVERGENCE"])
+        _, _, bias, *_, cap = types.get("operand") or types.get("student") or [CONSTANT] * 8
+        optional = {"bias": types.get("bias_ptr", bias), "softcap": cap}
+        optional |= {"labels": types.get("labels"), "mask": types.get("index_ptr")}
+        return " ".join(words + [k for k, v in optional.items() if v not in (None, CONSTANT)])
+
+    def tile(self) -> str:
+        """Name the tile, the warps and the stages."""
+        blocks = [str(v) for k, v in self.fixed().items() if k.startswith("BLOCK_")]
+        options = dict(self.options)
+        return f"{'x'.join(blocks)}/{options['num_warps']}w{options.get('num_stages', '')}"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a launch for one target."""
+
+    arch: str
+    launch: Launch
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    matrix: str
+    matrix_count: int
+    instructions: int
+    programs_per_processor: int  # an estimate
+
+    def columns(self) -> dict[str, Any]:
+        """Return one line of the CSV."""
+        kernel = self.launch.kernel.removesuffix("_kernel")
+        names = {"kernel": kernel, "variant": self.launch.variant(), "tile": self.launch.tile()}
+        return {"arch": self.arch, **names} | {k: v for k, v in vars(self).items() if k != "launch"}
+
+
+FEATURES: dict[str, frozenset[str]] = {
+    "plain": frozenset(),
+    "all but softcap": frozenset({"bias", "labels", "mask", "layer"}),
+    "all": frozenset({"bias", "labels", "mask", "layer", "softcap"}),
+}
+
+
+def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
+    """Return a head with these features."""
+    weight = torch.zeros(vocab, width, dtype=dtype)
+    layer = "layer" in features
+    norm = LensNorm("layer" if layer else "rms", weight[0], weight[0] if layer else None, eps=1e-6)
+    bias = torch.zeros(vocab, dtype=dtype) if "bias" in features else None
+    return LensHead(weight, bias, norm, softcap=30.0 if "softcap" in features else None)
+
+
+def record(
+    arch: str,
+    dtype: torch.dtype,
+    widths: tuple[int, int],
+    divergence: Divergence,
+    features: frozenset[str],
+    tile: Tile | None = None,
+    tf32: bool = False,
+) -> list[Launch]:
+    """Return the launches of one loss with its gradients, every kernel variant once."""
+    tokens, vocab = 32, 64
+    student, teacher = (head(dtype, vocab, width, features) for width in widths)
+    hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
+    labels = torch.zeros(tokens, dtype=torch.int64) if "labels" in features else None
+    call = LossCall(
+        student_hidden=[hidden[0]],
+        teacher_hidden=[hidden[1]],
+        student_head=student,
+        teacher_head=teacher,
+        mask=torch.ones(tokens, dtype=torch.bool) if "mask" in features else None,
+        labels=labels,
+        row_weight=torch.ones(1 if labels is None else 2, tokens),
+        divergences=(divergence,),
+        normed=(True,),
+        beta=0.5,
+        temperature=2.0,
+        vocab_size=vocab,
+        workspace_bytes=1 << 20,
+        needs_grad=[True] * (1 + len(student.tensors())),
+    )
+    with recorder(arch, tile, tf32) as launches:
+        backend.evaluate(call)
+    return list(dict.fromkeys(launches))
+
+
+@contextmanager
+def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, as if the device were of this architecture."""
+    launches: list[Launch] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        launches.append(_launch(kernel, args, kwargs))
+
+    patches = {(JITFunction, "run"): run, (sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
+    patches[store, "lookup"] = lambda *args: None
+    if tf32:
+        patches[Operand, "precision"] = property(lambda operand: "tf32")
+    if tile is not None:
+        patches[sizes, "default"] = lambda *args: tile
+    with ExitStack() as stack:
+        for (owner, name), patch in patches.items():
+            stack.enter_context(mock.patch.object(owner, name, patch))
+        yield launches
+
+
+def _launch(kernel: JITFunction, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
+    names = kernel.arg_names
+    values = dict(zip(names, args, strict=False))
+    values |= {k: v for k, v in kwargs.items() if k in names}
+    constants: list[tuple[Path, Any]] = []
+    divisible: list[Path] = []
+
+    def type_of(path: Path, value: Any, fixed: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(type_of((*path, i), part, fixed) for i, part in enumerate(value))
+        if value is None or (type(value) is int and value == 1 and not fixed):
+            constants.append((path, value))
+            return CONSTANT
+        tensor = isinstance(value, torch.Tensor)
+        if not fixed and (tensor or (isinstance(value, int) and value % 16 == 0)):
+            divisible.append(path)
+        if tensor:
+            return TYPES[value.dtype]
+        if isinstance(value, int):
+            return "i32" if value < 2**31 else "i64"
+        return "fp32"
+
+    signature = []
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr:
+            constants.append(((i,), value))
+            signature.append((parameter.name, CONSTANT))
+        else:
+            kind = type_of((i,), value, parameter.do_not_specialize)
+            signature.append((parameter.name, kind))
+    return Launch(
+        kernel.fn.__name__,
+        kernel.fn.__module__,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(sorted((k, v) for k, v in kwargs.items() if k not in names)),
+    )
+
+
+def compile_for(arch: str, launch: Launch) -> Compiled:
+    """Compile a launch for a target and read its resources from the machine code."""
+    module = __import__(launch.module, fromlist=[launch.kernel])
+    source = ASTSource(
+        getattr(module, launch.kernel),
+        dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
+    )
+    compiled = triton.compile(source, target=TARGETS[arch][0], options=dict(launch.options))
+    shared = compiled.metadata.shared
+    read = _read_amd if arch.startswith("gfx") else _read_nvidia
+    code, registers, spilled, programs = read(compiled, shared)
+    found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
+    return Compiled(
+        arch,
+        launch,
+        registers,
+        spilled,
+        shared,
+        _commonest(found),
+        len(found),
+        len(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", code, re.MULTILINE)),
+        programs,
+    )
+
+
+def _commonest(names: list[str]) -> str:
+    return max(set(names), key=names.count) if names else "none"
+
+
+def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        code = _tool("nvdisasm", "-c", file.name)
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    # Registers may be few and the stack deep: the stack and the loads from it must be looked at.
+    spilled = int(re.findall(r"STACK:(\d+)", usage)[-1])
+    spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
+    threads = 32 * compiled.metadata.num_warps
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * threads)
+    by_shared = sizes.ARCHS[f"sm_{compiled.metadata.target.arch}"].shared_memory // (shared + 1024)
+    return code, registers, spilled, min(by_registers, by_shared, THREADS // threads, BLOCKS)
+
+
+def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
+    code = compiled.asm["amdgcn"]
+
+    def figure(pattern: str) -> int:
+        return int(re.findall(pattern + r"\s*(\d+)", code)[-1])
+
+    # Waves of one of the four SIMD units; a program needs its warps at the same time.
+    waves = 4 * figure("; Occupancy:")
+    by_shared = sizes.ARCHS["gfx942"].shared_memory // max(1, shared)
+    programs = min(waves // compiled.metadata.num_warps, by_shared)
+    return code, figure(r"\.vgpr_count:"), figure("; ScratchSize:"), programs
+
+
+def _tool(name: str, *args: str) -> str:
+    path = FilePath(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(path), *args], capture_output=True, text=True, check=True).stdout
+
+
+def fault(compiled: Compiled, dtype: str) -> str | None:
+    """Say what is wrong with a kernel: spilled registers, or products not by the matrix units."""
+    name = f"{compiled.arch} {compiled.launch.kernel} {compiled.launch.variant()}"
+    if compiled.spilled_bytes:
+        return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
+    # Exact fp32 products have no matrix instruction on NVIDIA.
+    best = TARGETS[compiled.arch][1]
+    exempt = compiled.launch.kernel.startswith("norm") or dtype == "float32"
+    if exempt or compiled.matrix == best:
+        return None
+    return f"{name} multiplies by {compiled.matrix}, not {best}"

@@ -1,0 +1,227 @@
+"""The contenders, all on one job: jsd with beta 1/2, no norm, no bias, mean over pairs and tokens.
+
+Gradients go to the student's hidden states and to its head. The peers know one pair per call, so
+for several pairs their losses are averaged, as a user would, before one backward pass. Masked
+tokens do not count; each contender's docstring says what it does about them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from benchmarks.support.contenders import Contender, Loss
+from benchmarks.support.shapes import Inputs
+from lens_kernels import __version__, symmetric_lens_loss
+from lens_kernels.backends import compiled, matmul
+from lens_kernels.backends.torch import pointwise_pass
+
+PUBLISHED_EPSILON = 1e-8
+
+
+def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
+    """Make ``loss(student, student_head, teacher, teacher_head)`` the mean over all pairs.
+
+    It gets the rows of the tokens that count. If it is ``labelled``, it gets all rows, and last
+    Liger's labels, which are -100 for masked tokens.
+    """
+
+    def one(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
+        if not labelled:
+            student, teacher = inputs.counted(student), inputs.counted(teacher)
+        more = [_labels(inputs)] if labelled else []
+        return loss(student, inputs.student_head, teacher, inputs.teacher_head, *more)
+
+    def mean(inputs: Inputs) -> Tensor:
+        pairs = zip(inputs.student_hidden, inputs.teacher_hidden, strict=True)
+        losses = [one(student, teacher, inputs) for student, teacher in pairs]
+        # Not divided by 1: Liger copies its gradients unless the upstream gradient is exactly 1.
+        return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
+
+    return mean
+
+
+def _labels(inputs: Inputs) -> Tensor:
+    tokens, device = inputs.student_hidden[0].shape[0], inputs.student_head.device
+    labels = torch.zeros(tokens, dtype=torch.long, device=device)
+    return labels if inputs.mask is None else labels.masked_fill(~inputs.mask, -100)
+
+
+def ours(inputs: Inputs, backend: str = "torch") -> Tensor:
+    """All pairs in one call; the mask is an argument."""
+    hidden = inputs.student_hidden, inputs.teacher_hidden
+    heads = inputs.student_head, inputs.teacher_head
+    return symmetric_lens_loss(*hidden, *heads, mask=inputs.mask, backend=backend)
+
+
+def _lean_jsd(student: Tensor, student_head: Tensor, teacher: Tensor, their_head: Tensor) -> Tensor:
+    """Plain PyTorch, with as few passes as it can be written; masked rows are dropped first."""
+    lq = (student @ student_head.t()).float().log_softmax(-1)
+    with torch.no_grad():
+        lp = (teacher @ their_head.t()).float().log_softmax(-1)
+    lm = torch.logaddexp(lp, lq) - math.log(2)
+    jsd = 0.5 * (lp.exp() * (lp - lm)).sum(-1) + 0.5 * (lq.exp() * (lq - lm)).sum(-1)
+    return jsd.mean()
+
+
+dense = per_pair(_lean_jsd)
+
+
+def _dense_compiled() -> Loss:
+    """Return the same as one graph for ``torch.compile``; masked rows are dropped outside it."""
+    return per_pair(_each_size_apart(torch.compile(_lean_jsd, fullgraph=True)))
+
+
+@per_pair
+def dense_kl_div(
+    student: Tensor, student_head: Tensor, teacher: Tensor, their_head: Tensor
+) -> Tensor:
+    """Plain PyTorch with ``F.kl_div`` and ``logsumexp``; masked rows are dropped first."""
+    lq = functional.log_softmax((student @ student_head.t()).float(), -1)
+    with torch.no_grad():
+        lp = functional.log_softmax((teacher @ their_head.t()).float(), -1)
+    lm = torch.logsumexp(torch.stack([lp, lq]), 0) - math.log(2)
+    options: dict[str, Any] = {"reduction": "batchmean", "log_target": True}
+    return 0.5 * (functional.kl_div(lm, lp, **options) + functional.kl_div(lm, lq, **options))
+
+
+def published(inputs: Inputs) -> Tensor:
+    """DistillLens as published: all rows of all pairs at once, multiplied by the mask at the end.
+
+    It holds both softmaxes and their mixture, in float32, and takes the logarithm of ``m + 1e-8``.
+    One sample: there the mask's tiling of the published code is right.
+    """
+
+    def softmax(hidden: list[Tensor], head: Tensor) -> Tensor:
+        return torch.stack([h @ head.t() for h in hidden]).float().softmax(-1)
+
+    with torch.no_grad():
+        p = softmax(inputs.teacher_hidden, inputs.teacher_head)
+    q = softmax(inputs.student_hidden, inputs.student_head)
+    log_m = ((p + q) / 2 + PUBLISHED_EPSILON).log()
+    rows = sum(functional.kl_div(log_m, x, reduction="none").sum(-1) / 2 for x in (p, q))
+    assert isinstance(rows, Tensor)
+    if inputs.mask is None:
+        return rows.mean()
+    return (rows * inputs.mask).sum() / (inputs.mask.sum() * len(rows))
+
+
+def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile each size apart, as in training, which has one size only.
+
+    After the first size the compiler would turn to code for any size, measured to take 1.5 times
+    the memory.
+    """
+
+    def apart(*args: Tensor) -> Tensor:
+        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+            return function(*args)
+
+    return apart
+
+
+def _liger(compiled: bool) -> Loss:
+    """Return Liger's chunked loss; it projects all rows and ignores the labels of masked ones."""
+    losses = importlib.import_module("liger_kernel.chunked_loss")
+    module = losses.LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=compiled
+    )
+    return per_pair(_each_size_apart(module), labelled=True)
+
+
+def _liger_fused() -> Loss:
+    """Return Liger's Triton operator; it projects all rows and ignores labels as above."""
+    fused = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
+    return per_pair(fused.LigerFusedLinearJSD(jsd_beta=0.5), labelled=True)
+
+
+def _trl() -> Loss:
+    """Return TRL's function; masked rows are dropped first, as its trainer does on GPUs.
+
+    Elsewhere that trainer projects all rows, to keep their number, and masks the losses.
+    """
+    function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+
+    def loss(student: Tensor, head: Tensor, teacher: Tensor, their_head: Tensor) -> Tensor:
+        rows, _entropy = function.apply(student, head, None, teacher, their_head, None, 0.5)
+        return rows.mean()
+
+    return per_pair(loss)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Make the ``torch`` backend run its pointwise pass without the compiler."""
+    return mock.patch.object(pointwise_pass, "is_compiled", lambda device, logits: False)
+
+
+@contextmanager
+def _backend_on_fakes() -> Iterator[None]:
+    """Let fake tensors through the ``torch`` backend on a CPU.
+
+    Its compiled pass takes real tensors only. It returns one loss for each row, overwrites the
+    student's logits, and meanwhile holds three blocks of their size (measured, torch 2.13). The
+    products are made in one piece: they write into what exists, whatever the size of the piece.
+    """
+    original = compiled.call
+
+    def call(compile_it: bool, function: Callable[..., Any], zs: Tensor, *args: Any) -> Any:
+        if not compile_it:
+            return original(False, function, zs, *args)
+        blocks = [torch.empty_like(zs) for _ in range(3)]
+        return [blocks[0].new_empty(zs.shape[0])]
+
+    with (
+        mock.patch.object(compiled, "call", call),
+        mock.patch.object(matmul, "CPU_VOCAB_TILE", 1 << 62),
+    ):
+        yield
+
+
+def backend(name: str, gpu_only: bool = False) -> Contender:
+    """Return one of the library's own backends as a contender."""
+    load = functools.partial(functools.partial, ours, backend=name)
+    title = f"{OURS.title}, backend {name!r}"
+    return replace(OURS, key=name, title=title, load=load, gpu_only=gpu_only)
+
+
+def _by_key(*contenders: Contender) -> dict[str, Contender]:
+    return {contender.key: contender for contender in contenders}
+
+
+LIGER: dict[str, Any] = {"package": "liger-kernel", "release": "0.8.5"}
+JSD = "Liger {version} chunked JSD"
+TRL: dict[str, Any] = {"package": "trl", "release": "1.16.0"}
+OURS = Contender(
+    "lens_kernels", f"lens_kernels {__version__}", lambda: ours, on_fakes=_backend_on_fakes
+)
+PEERS = _by_key(
+    Contender("dense", "dense PyTorch, autograd", lambda: dense),
+    Contender("dense_kl_div", "dense PyTorch, autograd, F.kl_div", lambda: dense_kl_div),
+    # The compiler needs real tensors.
+    Contender(
+        "liger", f"{JSD} (compiled, its default)", lambda: _liger(True), on_fakes=None, **LIGER
+    ),
+    Contender("liger_uncompiled", f"{JSD} (not compiled)", lambda: _liger(False), **LIGER),
+    Contender("trl", "TRL {version} ChunkedDivergence", _trl, **TRL),
+)
+CONTENDERS = {OURS.key: OURS, **PEERS}
+
+# In the comparison of speed alone.
+FUSED = "Liger {version} fused JSD (Triton)"
+SPEED_CONTENDERS = _by_key(
+    Contender("dense_compiled", "dense PyTorch, torch.compile", _dense_compiled, on_fakes=None),
+    Contender(
+        "published", "DistillLens as published", lambda: published, epsilon=PUBLISHED_EPSILON
+    ),
+    Contender("liger_fused", FUSED, _liger_fused, on_fakes=None, gpu_only=True, **LIGER),
+)

@@ -1,0 +1,117 @@
+"""Losses and gradients of a call as they are summed up: the same for every backend."""
+
+from __future__ import annotations
+
+from collections.abc import Set
+
+import torch
+from torch import Tensor
+
+from lens_kernels.backends import head_products
+from lens_kernels.backends.head_products import ColumnStatistics
+from lens_kernels.backends.pages import in_huge_pages
+from lens_kernels.call import LossCall, LossResult
+from lens_kernels.options import Divergence
+
+# Logit gradients that have no bound: their size is that of a log-ratio.
+UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
+
+
+def headroom(call: LossCall, dtype: torch.dtype) -> float:
+    """Return the power of two by which tiles of logit gradients in ``dtype`` are multiplied.
+
+    float16 has no normal number below 6e-5, where most entries of a softmax over a vocabulary lie.
+    Its largest number is 65504. A gradient of a bounded divergence, or of a cross entropy, is at
+    most 1. For the others this leaves room for a log-ratio of about 500.
+    """
+    if dtype is not torch.float16:
+        return 1.0
+    return 2.0**7 if set(call.divergences) & set(UNBOUNDED) else 2.0**14
+
+
+class Accumulator:
+    """Rows and gradients of one call.
+
+    Tiles of logit gradients, in ``grad_dtype``, are in units of the call: the largest weight of a
+    token times the slope of its logits, over ``headroom``. The unit is applied once, at the end: a
+    1/N inside a 16-bit tile would flush most of it to zero.
+    """
+
+    def __init__(self, call: LossCall, grad_dtype: torch.dtype) -> None:
+        compute, device = call.compute_dtype, call.row_weight.device
+        tokens = call.row_weight.shape[1]
+        self.index = None if call.mask is None else call.mask.nonzero()[:, 0]
+        self.tokens = tokens if self.index is None else self.index.shape[0]
+        self.rows = torch.zeros(call.row_weight.shape, dtype=compute, device=device)
+
+        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
+        counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
+        largest = counted.sum()
+        if self.tokens:
+            # The temperature does not apply to labels, whose row is the last.
+            slopes = [1.0 / call.temperature] * len(call.divergences)
+            slopes += [] if call.labels is None else [1.0]
+            sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]
+            largest = torch.stack(sizes).amax() * call.student_head.scale
+        scale = headroom(call, grad_dtype)
+        self.unit = torch.where(largest > 0, largest, 1.0).to(compute) / scale
+        self.weight = call.row_weight.to(compute) / self.unit
+        self.relative_threshold = call.threshold_is_relative
+        self.threshold = call.grad_threshold
+        if self.threshold is not None and not self.relative_threshold:
+            self.threshold *= scale
+        self.grads = {
+            key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device)).zero_()
+            for key, x in call.needing_grad().items()
+        }
+        # The tiles of gradients in absolute sum: all, and what was left out.
+        self.mass = torch.zeros(2, dtype=compute, device=device)
+
+    def targets(self, pair: int, normed: bool) -> Set[int | str]:
+        """Return the gradients that a pair contributes to."""
+        before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
+        return self.grads.keys() & (before_head | {"weight", "bias"})
+
+    def add_head_gradients(
+        self,
+        targets: Set[int | str],
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        columns: slice,
+        weight_sum: Tensor | None = None,
+        statistics: ColumnStatistics | None = None,
+    ) -> Tensor | None:
+        """Add a tile's part to the head's gradients; return that of the rows, if one is needed.
+
+        ``grad`` ``(R, C)`` is the gradient of the products of the rows ``x`` ``(R, D)`` with the
+        head's ``weight`` ``(C, D)``, its rows ``columns``. The sum of those rows and the statistics
+        of the tile are computed unless they are given.
+        """
+        if "bias" in targets:
+            self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
+        head_grad = self.grads["weight"][columns] if "weight" in targets else None
+        factors = weight, x, head_grad, bool(targets - {"weight", "bias"})
+        if self.threshold is None:
+            hidden = head_products.full_products(grad, *factors)
+        else:
+            if weight_sum is None:
+                weight_sum = weight.sum(0, dtype=self.mass.dtype)
+            if statistics is None:
+                statistics = ColumnStatistics()
+                statistics.add(grad)
+            active = statistics.active(self.threshold, self.relative_threshold)
+            left_out = statistics.mass.index_fill(0, active, 0.0)
+            if active.shape[0] > head_products.MAX_ACTIVE_SHARE * grad.shape[1]:
+                left_out, hidden = left_out.zero_(), head_products.full_products(grad, *factors)
+            else:
+                hidden = head_products.active_products(grad, active, weight_sum, *factors)
+            self.mass += torch.stack([statistics.mass.sum(), left_out.sum()])
+        return None if hidden is None else hidden.to(self.mass.dtype)
+
+    def result(self) -> LossResult:
+        """Return the rows, and the gradients without the unit."""
+        grads = {key: grad.mul_(self.unit) for key, grad in self.grads.items()}
+        everything, left_out = self.mass
+        dropped = torch.where(everything > 0, left_out / everything, everything)
+        return LossResult(self.rows, grads, dropped)

@@ -1,0 +1,1 @@
+"""The ``torch`` backend: row chunks, products by torch, and a pointwise pass between them."""

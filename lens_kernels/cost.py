@@ -1,0 +1,224 @@
+"""What a call costs, computed from its shape: operations, traffic and workspace of each backend.
+
+Nothing here is measured. Traffic is to and from main memory, if each sweep or chunk reads every
+operand once. Blocks that do not share a cache read the heads again.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from lens_kernels.backends.matmul import multiplies_natively
+from lens_kernels.backends.torch.layout import bytes_per_row, chunk_rows
+from lens_kernels.call import LossCall
+from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
+
+# Operations in 16 bit that a GPU makes in the time that it takes to move a byte, and how much more
+# time others take, by the bytes of a factor. Data sheets give 295 and 15 (float32, H100 SXM), 153
+# and 16 (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
+OPERATIONS_PER_BYTE = 200
+RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
+# The least part of the vocabulary that the ``triton`` backend takes at a time.
+COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Step:
+    """One kind of work: floating-point operations of its products, and bytes moved.
+
+    ``factor_bytes`` is the size of a factor of the products.
+    """
+
+    name: str
+    flops: int
+    bytes_moved: int
+    factor_bytes: int = 2
+
+    @property
+    def cost(self) -> int:
+        """Time of the slower of the two on a GPU, in operations of 16-bit factors."""
+        return max(
+            self.flops * RELATIVE_TIME[self.factor_bytes], self.bytes_moved * OPERATIONS_PER_BYTE
+        )
+
+    def times(self, number: int) -> Step:
+        """Return the step made ``number`` times."""
+        return replace(self, flops=number * self.flops, bytes_moved=number * self.bytes_moved)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a backend, and the bytes of the logits, or their gradients, that it holds."""
+
+    backend: str
+    steps: tuple[Step, ...]
+    workspace_bytes: int
+
+    @property
+    def flops(self) -> int:
+        """Operations of all steps."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def bytes_moved(self) -> int:
+        """Bytes moved by all steps."""
+        return sum(step.bytes_moved for step in self.steps)
+
+    @property
+    def cost(self) -> int:
+        """Time of all steps on a GPU, in operations of 16-bit factors; only for comparisons."""
+        return sum(step.cost for step in self.steps)
+
+
+@dataclass(frozen=True)
+class CallShape:
+    """What the cost of a call depends on; its divergences are one for each pair.
+
+    ``dtype`` is that of the products' operands. A call without a teacher has ``teacher_width`` 0.
+    """
+
+    tokens: int
+    vocab_size: int
+    student_width: int
+    teacher_width: int
+    divergences: tuple[Divergence, ...]
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    head_grad: bool
+    hidden_grad: bool
+    device: torch.device
+    workspace_bytes: int
+
+    @staticmethod
+    def of(call: LossCall) -> CallShape:
+        """Return the shape of a call, as if no token were masked."""
+        head, with_grad = call.student_head.weight, call.needing_grad()
+        return CallShape(
+            tokens=call.row_weight.shape[-1],
+            vocab_size=call.vocab_size,
+            student_width=head.shape[1],
+            teacher_width=0 if call.teacher_head is None else call.teacher_head.weight.shape[1],
+            divergences=call.divergences,
+            dtype=call.operand_dtype or head.dtype,
+            compute_dtype=call.compute_dtype,
+            head_grad="weight" in with_grad,
+            hidden_grad=bool(with_grad.keys() - {"weight", "bias"}),
+            device=call.row_weight.device,
+            workspace_bytes=call.workspace_bytes,
+        )
+
+    @property
+    def pairs(self) -> int:
+        """Return the number of pairs, 1 for labels only."""
+        return max(1, len(self.divergences))
+
+    @property
+    def factor(self) -> torch.dtype:
+        """Return what torch multiplies: the operands, or wide copies where it cannot."""
+        native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
+        return self.dtype if native else self.compute_dtype
+
+    @property
+    def logits(self) -> int:
+        """Return the logits of one model and pair."""
+        return self.tokens * self.vocab_size
+
+    @property
+    def projections(self) -> int:
+        """Return the operations that make the logits of both models for a pair."""
+        return 2 * self.logits * (self.student_width + self.teacher_width)
+
+    def bytes_per_row(self) -> int:
+        """Return the bytes of the ``torch`` backend's tiles for one token."""
+        return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
+
+    def operand_bytes(self, head_reads: int, hidden_reads: int = 1) -> int:
+        """Return the bytes of both models' operands for a pair, read so many times."""
+        both = self.student_width + self.teacher_width
+        rows = hidden_reads * self.tokens + head_reads * self.vocab_size
+        return rows * both * self.dtype.itemsize
+
+    def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
+        """Return the products that take the logits' gradient.
+
+        It is made in a dtype, for each of ``chunks`` of the tokens or ``parts`` of the vocabulary.
+        """
+        wide, factor = self.compute_dtype.itemsize, self.factor.itemsize
+        hidden, head = self.tokens * self.student_width, self.vocab_size * self.student_width
+        products = self.hidden_grad + self.head_grad
+        moved = products * self.logits * factor
+        if made_in is not self.factor:
+            moved += self.logits * (made_in.itemsize + factor)  # a copy as a factor
+        if self.hidden_grad:
+            moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
+        if self.head_grad:
+            moved += parts * hidden * factor + 2 * chunks * head * wide
+        flops = 2 * products * self.logits * self.student_width
+        return Step("products of the gradient", flops, moved, factor)
+
+    def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
+        """Return the plan of steps, with those that all pairs share."""
+        if self.head_grad:
+            # Set to zero before and scaled after, once for all pairs.
+            moved = 3 * self.vocab_size * self.student_width * self.compute_dtype.itemsize
+            steps = [*steps, Step("head gradient set to zero and scaled", 0, moved)]
+        return Plan(name, tuple(steps), workspace)
+
+
+def dense(shape: CallShape) -> Plan:
+    """Return the plan of all logits at once, which no backend does."""
+    workspace = shape.tokens * shape.bytes_per_row() * shape.pairs
+    return _row_chunks("dense", shape, shape.tokens, workspace)
+
+
+def row_chunks(shape: CallShape) -> Plan:
+    """Return the plan of the ``torch`` backend: chunks of tokens over the whole vocabulary."""
+    rows = chunk_rows(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
+    return _row_chunks("torch", shape, rows, rows * shape.bytes_per_row())
+
+
+def _row_chunks(name: str, shape: CallShape, rows: int, workspace: int) -> Plan:
+    chunks = math.ceil(shape.tokens / max(1, rows))
+    tile = shape.logits * shape.compute_dtype.itemsize
+    with_grad = shape.hidden_grad or shape.head_grad
+    reads = shape.operand_bytes(chunks) + 2 * tile
+    steps = [
+        Step("projections", shape.projections, reads, shape.factor.itemsize),
+        Step("pointwise pass", 0, (3 if with_grad else 2) * tile),
+    ]
+    if with_grad:
+        steps.append(shape.gradient_products(shape.compute_dtype, chunks, 1))
+    return shape.plan(name, [step.times(shape.pairs) for step in steps], workspace)
+
+
+def vocabulary_sweeps(shape: CallShape) -> Plan:
+    """Return the plan of the ``triton`` backend: sweeps that project tiles of the vocabulary anew.
+
+    A relative entropy needs one sweep before that of the gradient, as do labels only; the other
+    divergences need two.
+    """
+    tiles = math.ceil(shape.vocab_size / COLUMNS)
+    operand = shape.dtype.itemsize
+    column = max(1, shape.tokens * COLUMNS * operand)
+    parts = math.ceil(tiles / max(1, shape.workspace_bytes // column))
+    two_sweeps = sum(d not in RELATIVE_ENTROPIES for d in shape.divergences)
+    sweeps = {
+        "log-sum-exps": two_sweeps,
+        "row sums": two_sweeps,
+        "log-sum-exps and row sums": shape.pairs - two_sweeps,
+    }
+    one = shape.projections, shape.operand_bytes(1), operand
+    steps = [Step(name, *one).times(number) for name, number in sweeps.items() if number]
+    workspace = 0
+    if shape.hidden_grad or shape.head_grad:
+        workspace = math.ceil(tiles / parts) * column
+        moved = shape.operand_bytes(1, parts) + shape.logits * operand
+        gradient = [
+            Step("gradient of the logits", shape.projections, moved, operand),
+            shape.gradient_products(shape.dtype, 1, parts),
+        ]
+        steps += [step.times(shape.pairs) for step in gradient]
+    return shape.plan("triton", steps, workspace)

@@ -1,0 +1,151 @@
+"""An inspection written to a folder: pictures, numbers and a page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens_kernels.hf.inspection import figures, page
+from lens_kernels.hf.inspection.reading import (
+    Inspection,
+    Pairs,
+    Reading,
+    compare,
+    read,
+)
+from lens_kernels.hf.model.families import lens_head_from
+from lens_kernels.hf.training.data import check_count
+from lens_kernels.inputs import shared_vocabulary
+
+MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
+
+
+def inspect(
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    text: str,
+    output: Path,
+    *,
+    pairs: Pairs | None = None,
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    lens_norm: bool = True,
+    top_k: int = 5,
+    max_tokens: int = 64,
+    vocab_size: int | None = None,
+) -> Inspection:
+    """Read ``text`` through every lens of both models; write pictures, numbers and a page.
+
+    Into ``output`` go ``divergence_by_depth.png``, ``lens_student.png``, ``lens_teacher.png``,
+    ``data.json`` with every number, and ``inspect.html``, which needs no other file.
+
+    Args:
+        student: A causal language model of Hugging Face.
+        teacher: Another, with the same tokenizer.
+        tokenizer: The tokenizer of both.
+        text: What both models read.
+        output: The folder to write to, made if it is missing.
+        pairs: Student and teacher layers of training, to be compared beside equal relative depths.
+        divergence: What compares them: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
+        beta: Weight of the teacher in jsd, in (0, 1).
+        lens_norm: Whether intermediate depths pass the final norm. The last always does.
+        top_k: How many tokens to list for each depth and position.
+        max_tokens: Tokens of the text that are read; the rest is cut off, and the result says so.
+        vocab_size: Size of the vocabulary that both models share, where theirs differ.
+
+    Raises:
+        TypeError: ``text``, ``top_k`` or ``max_tokens`` is of another kind.
+        ValueError: An empty text, vocabularies of different size without ``vocab_size``, a
+            tokenizer that does not fit the models, or layers that do not exist.
+        RuntimeError: matplotlib is not installed.
+    """
+    # Without the library that draws, better to stop before the models run.
+    figures.check_matplotlib()
+    size = shared_vocabulary(vocab_size, lens_head_from(student), lens_head_from(teacher))
+    ids, total = encode(tokenizer, text, max_tokens, size)
+    read_student = read(student, ids, lens_norm, top_k, size)
+    read_teacher = read(teacher, ids, lens_norm, top_k, size)
+    comparisons = compare(read_student, read_teacher, pairs, divergence, beta, size)
+    shown = torch.cat([read_student.top_ids.flatten(), read_teacher.top_ids.flatten()]).unique()
+    result = Inspection(
+        text,
+        ids,
+        [token_text(tokenizer, i) for i in ids],
+        total,
+        divergence,
+        read_student,
+        read_teacher,
+        comparisons,
+        {i: token_text(tokenizer, i) for i in shown.tolist()},
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "data.json").write_text(json.dumps(numbers(result)), encoding="utf-8")
+    figures.draw(result, output)
+    page.write(result, output)
+    return result
+
+
+def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple[list[int], int]:
+    """Return the first ``max_tokens`` token ids of a text, and how many it has in all."""
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a string, got {type(text).__name__}")
+    check_count("max_tokens", max_tokens, 1)
+    ids = tokenizer(text)["input_ids"] if text else []
+    if not ids:
+        raise ValueError(f"text must hold at least one token, got {text!r}: pass a sentence")
+    if max(ids) >= vocab_size:
+        raise ValueError(
+            f"tokenizer gives token {max(ids)}, but the models share {vocab_size} entries:"
+            " pass the tokenizer that both were trained with"
+        )
+    return ids[:max_tokens], len(ids)
+
+
+def numbers(result: Inspection) -> dict[str, Any]:
+    """Return all numbers of an inspection as plain values."""
+
+    def side(reading: Reading) -> dict[str, Any]:
+        keys = ("top_ids", "top_probs", "entropy", "next_prob")
+        values = {key: getattr(reading, key).tolist() for key in keys}
+        tops = [[[result.top_tokens[i] for i in k] for k in row] for row in values["top_ids"]]
+        return {"name": reading.name, "depths": reading.depths, "top_tokens": tops} | values
+
+    return {
+        "text": result.text,
+        "ids": result.ids,
+        "tokens": result.tokens,
+        "total_tokens": result.total_tokens,
+        "divergence": result.divergence,
+        "student": side(result.student),
+        "teacher": side(result.teacher),
+        "comparisons": [
+            {
+                "student_depth": c.student_depth,
+                "teacher_depth": c.teacher_depth,
+                "relative": c.relative,
+                "trained": c.trained,
+                "mean": c.mean,
+                "divergence": c.divergence.tolist(),
+            }
+            for c in result.comparisons
+        ],
+    }
+
+
+def token_text(tokenizer: Any, token: int) -> str:
+    """Return a token's text with spaces and control characters made visible."""
+    text = tokenizer.decode([token])
+    # Sentencepiece drops a leading space when it decodes a single token.
+    if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" "):
+        text = f" {text}"
+    return "".join(map(_visible, text)) or "∅"
+
+
+def _visible(char: str) -> str:
+    if char in MARKS:
+        return MARKS[char]
+    return char if char.isprintable() else f"\\u{ord(char):04x}"

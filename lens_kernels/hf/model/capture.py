@@ -1,0 +1,63 @@
+"""Hidden states taken from a model as it runs, without its logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lens_kernels.hf.model.families import blocks_of, decoder_of
+
+
+@contextmanager
+def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Collect the outputs of the blocks ``layers`` (1 is the first), by depth.
+
+    Holds only what was asked for, where ``output_hidden_states=True`` holds every depth. The hooks
+    sit on this instance and are removed on leaving.
+    """
+    captured: dict[int, Tensor] = {}
+    blocks = blocks_of(model)
+
+    def keep(depth: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            captured[depth] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers]
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hidden_states(
+    model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
+) -> tuple[list[Tensor], Tensor]:
+    """Return the outputs of ``layers`` and the normed final hidden state; the head never runs."""
+    with capture(model, layers) as captured:
+        final = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+    return [captured[depth] for depth in layers], final
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Run ``forward`` where ``module``, or whatever wraps it, is called.
+
+    Data-parallel wrappers prepare gradients and gather parameters around the call of the module
+    that they wrap, so what uses its parameters has to happen inside that call.
+    """
+    # A forward set on the instance, as accelerate does for autocast, has to come back.
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before

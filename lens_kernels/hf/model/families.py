@@ -1,0 +1,251 @@
+"""All knowledge of model families: where blocks, final norm and head are, and what they do."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_kernels import compat
+from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm
+from lens_kernels.options import check_number
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a causal language model makes logits of its last block's output.
+
+    ``logits = softcap * tanh(s / softcap)`` of ``s = scale * head(norm(h))``, ``head`` being what
+    ``model.get_output_embeddings()`` returns.
+
+    Attributes:
+        blocks: Path of the ``nn.ModuleList`` of blocks, from the causal language model.
+        norm: Path of the norm between the last block and the head. Its ``eps`` is read from
+            ``variance_epsilon`` or ``eps``, a bias from ``bias``.
+        norm_kind: ``"rms"`` or ``"layer"``.
+        norm_offset: What the norm adds to its weight; 1 in Gemma.
+        logit_scale: Name of the config's number that multiplies the logits.
+        logit_divisor: Name of the config's number that divides them.
+        softcap: Name of the config's soft cap of the logits; None there is no cap.
+    """
+
+    blocks: str
+    norm: str
+    norm_kind: str
+    norm_offset: float = 0.0
+    logit_scale: str | None = None
+    logit_divisor: str | None = None
+    softcap: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check kinds: a wrong one would show only when a model is read."""
+        for name in ("blocks", "norm", "norm_kind", "logit_scale", "logit_divisor", "softcap"):
+            value = getattr(self, name)
+            optional = type(self).__dataclass_fields__[name].default is None
+            if not (isinstance(value, str) or (optional and value is None)):
+                expected = "a string or None" if optional else "a string"
+                raise TypeError(f"Family.{name} must be {expected}, got {type(value).__name__}")
+        check_number("Family.norm_offset", self.norm_offset, float("-inf"))
+        if self.norm_kind not in NORM_KINDS:
+            raise ValueError(
+                f"Family.norm_kind={self.norm_kind!r} is unknown; choose 'rms' or 'layer'"
+            )
+
+
+_LLAMA = Family("model.layers", "model.norm", "rms")
+_GEMMA = Family(
+    "model.layers", "model.norm", "rms", norm_offset=1.0, softcap="final_logit_softcapping"
+)
+
+FAMILIES = {
+    "llama": _LLAMA,  # and TinyLlama, SmolLM2
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "phi3": _LLAMA,
+    "olmo2": _LLAMA,
+    "granite": Family("model.layers", "model.norm", "rms", logit_divisor="logits_scaling"),
+    "cohere": Family("model.layers", "model.norm", "layer", logit_scale="logit_scale"),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    # With images: its forward leaves the text config's cap out.
+    "gemma3": Family(
+        "model.language_model.layers", "model.language_model.norm", "rms", norm_offset=1.0
+    ),
+    "gpt2": Family("transformer.h", "transformer.ln_f", "layer"),
+    "gpt_neox": Family("gpt_neox.layers", "gpt_neox.final_layer_norm", "layer"),
+    "opt": Family("model.decoder.layers", "model.decoder.final_layer_norm", "layer"),
+}
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Make models of ``config.model_type == model_type`` known, or replace what is known of them.
+
+    ``verify_lens(model)`` then tells whether the description is right.
+
+    Raises:
+        TypeError: ``model_type`` is not a string, or ``family`` not a ``Family``.
+    """
+    if not isinstance(model_type, str):
+        raise TypeError(
+            "model_type must be a string, config.model_type of the models to describe, got"
+            f" {type(model_type).__name__}"
+        )
+    if not isinstance(family, Family):
+        raise TypeError(f"family must be a Family, got {type(family).__name__}")
+    FAMILIES[model_type] = family
+
+
+def causal_lm_of(model: Any) -> Any:
+    """Return the model inside a peft model, or the model itself.
+
+    Raises:
+        TypeError: An adapter prepends virtual tokens: hidden states then have more positions than
+            labels, and another model's have not.
+    """
+    # A peft model exists only where peft was imported; importing it takes seconds.
+    peft: Any = sys.modules.get("peft")
+    if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        return model
+    for name, config in model.peft_config.items():
+        if config.is_prompt_learning:
+            raise TypeError(
+                f"model has the adapter {name!r} of kind {config.peft_type.value}, whose virtual"
+                " tokens shift the positions of its hidden states; use one that adds no tokens,"
+                " such as LoRA"
+            )
+    return model.base_model.model
+
+
+def family_of(model: Any) -> Family:
+    """Return the family of a causal language model, or raise and say how to go on."""
+    kind = causal_lm_of(model).config.model_type
+    if kind not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise ValueError(
+            f"model type {kind!r} is not known to lens_kernels (known: {known}). Describe it:"
+            f" lens_kernels.hf.register_family({kind!r}, Family(blocks='model.layers',"
+            " norm='model.norm', norm_kind='rms')); or build a LensHead from the model's final norm"
+            " and head, and call symmetric_lens_loss or distillation_loss directly"
+        )
+    return FAMILIES[kind]
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the model without its head: what makes the normed final hidden states of inputs."""
+    inner = causal_lm_of(model)
+    # Some versions name a part as Gemma 3's base that it does not have: it is then its own.
+    decoder: nn.Module = inner.model if inner.base_model is inner else inner.base_model
+    return decoder
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """Return the model's blocks in order."""
+    path = family_of(model).blocks
+    blocks = _part(model, path, "blocks")
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(
+            f"{path!r} of {class_name(model)} must be the nn.ModuleList of its blocks, got"
+            f" {type(blocks).__name__}: correct its Family.blocks"
+        )
+    return blocks
+
+
+def final_norm_of(model: Any) -> nn.Module:
+    """Return the norm between the last block and the head."""
+    return _part(model, family_of(model).norm, "norm")
+
+
+def _part(model: Any, path: str, field: str) -> nn.Module:
+    try:
+        part: nn.Module = causal_lm_of(model).get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(
+            f"{class_name(model)} has no module {path!r}, which its Family.{field} names: pass a"
+            " causal language model with its head, or describe the family by register_family. An"
+            " OPT without do_layer_norm_before has no final norm, and so no lens"
+        ) from error
+    return part
+
+
+def class_name(model: Any) -> str:
+    """Return the name of the model's class, for messages."""
+    return type(causal_lm_of(model)).__name__
+
+
+def lens_head_from(model: Any) -> LensHead:
+    """Return the logit lens of a Hugging Face causal language model, sharing its parameters.
+
+    Scale and cap are the config's as it is now. ``model`` may be a peft model.
+
+    Raises:
+        ValueError: The model's family is not known, or more than a norm stands before the head.
+        TypeError: Head or final norm is quantised, or wrapped by an adapter, so that its weight
+            alone would not say what it computes.
+    """
+    family, inner = family_of(model), causal_lm_of(model)
+    head = inner.get_output_embeddings()
+    if compat.class_before_sharding(head) is not nn.Linear:
+        raise TypeError(
+            f"the model's head is a {type(head).__name__}, not a plain nn.Linear: merge the adapter"
+            " (merge_and_unload) or leave the head out of target_modules and modules_to_save;"
+            " dequantise a quantised head"
+        )
+    _check_weight("head", head.weight)
+    norm = _norm_from(final_norm_of(model), family)
+    assert norm.weight is not None
+    if head.weight.shape[1] != norm.weight.shape[0]:
+        raise ValueError(
+            f"the final norm of {class_name(model)} has width {norm.weight.shape[0]}, its head"
+            f" {head.weight.shape[1]}: a projection stands between them (in OPT,"
+            " word_embed_proj_dim), which a lens does not know. Build a LensHead of the product of"
+            " both weights"
+        )
+    scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
+    return LensHead(head.weight, head.bias, norm, scale, _setting(inner, family.softcap, None))
+
+
+def _norm_from(norm: Any, family: Family) -> LensNorm:
+    # A wrapper (an adapter's, modules_to_save, a parametrisation) holds the norm as a child, and
+    # may show a weight of its own that is not the one in use.
+    if any(True for _ in norm.children()) or getattr(norm, "weight", None) is None:
+        raise TypeError(
+            f"the model's final norm is a {type(norm).__name__}, not a plain norm with a weight:"
+            " merge the adapter (merge_and_unload), or leave the norm out of target_modules and"
+            " modules_to_save"
+        )
+    _check_weight("final norm", norm.weight)
+    for name in ("variance_epsilon", "eps"):
+        if hasattr(norm, name):
+            eps = getattr(norm, name)
+            bias = getattr(norm, "bias", None)
+            return LensNorm(family.norm_kind, norm.weight, bias, eps=eps, offset=family.norm_offset)
+    raise TypeError(
+        f"the model's final norm, a {type(norm).__name__}, has neither variance_epsilon nor eps:"
+        " build a LensHead by hand"
+    )
+
+
+def _check_weight(part: str, weight: Tensor) -> None:
+    # Quantised and sharded weights are subclasses of Tensor, which stand in for other values.
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
+    if not (plain and weight.is_floating_point()):
+        raise TypeError(
+            f"the weight of the model's {part} must be a dense floating-point tensor, got a"
+            f" {type(weight).__name__} of {weight.dtype}, {weight.layout}: dequantise or gather it"
+        )
+
+
+def _setting(model: Any, name: str | None, default: Any) -> Any:
+    if name is None:
+        return default
+    config = model.config.get_text_config()
+    if not hasattr(config, name):
+        raise ValueError(
+            f"the config of {class_name(model)} has no {name!r}, which its Family names: correct"
+            " the description and register_family it again"
+        )
+    return getattr(config, name)

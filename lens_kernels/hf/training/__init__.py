@@ -1,0 +1,1 @@
+"""A distillation: data, objective, Trainer, and the command that runs them."""

@@ -1,0 +1,314 @@
+"""``lens-kernels train``: its options, models and data, and how a run is resumed."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser, set_seed
+
+from lens_kernels.hf.cache.key import file_digest
+from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
+from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.training import report
+from lens_kernels.hf.training.config import LensDistillConfig, option
+from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
+from lens_kernels.hf.training.trainer import LensDistillTrainer
+
+RECORD, METRICS = "run.yaml", "metrics.json"  # the last is written when a run is done
+DIGESTS = "data.json"  # of the files of data; not in the record, which --config takes as it is
+ALL_LINEAR = "all-linear"  # a word of peft's
+
+
+@dataclass
+class RunConfig:
+    """Which models and data a run is about."""
+
+    _argument_group_name = "models and data"
+
+    student: str = option(
+        None, "Folder or Hub name of the student, or of an adapter.", required=True
+    )
+    train: str = option(
+        None,
+        "JSON lines to train on: instruction/input/output, prompt/completion, or messages.",
+        required=True,
+    )
+    teacher: str | None = option(None, "Folder or Hub name of the teacher, or of an adapter.")
+    eval: str | None = option(None, "JSON lines to evaluate the objective on.")
+    student_blocks: list[int] | None = option(
+        None, "Make the student of these blocks of the model (1 is the first), and all else."
+    )
+    student_dtype: str = option(
+        "float32",
+        "Dtype of the student's weights; float16 only under an adapter.",
+        choices=list(DTYPES),
+    )
+    teacher_dtype: str = option("auto", "Dtype of the teacher's weights.", choices=list(DTYPES))
+    prompt_style: str = option(
+        "alpaca",
+        "How instruction/input becomes a prompt: the Alpaca text, or the tokenizer's template.",
+        choices=list(PROMPT_STYLES),
+    )
+    max_length: int = option(512, "Tokens of an example; what is longer is cut.")
+    max_prompt_length: int = option(
+        256, "Tokens of a prompt; examples with a longer one are left out."
+    )
+    lora_r: int = option(0, "Rank of LoRA adapters of the student; 0 trains all its weights.")
+    lora_alpha: int = option(32, "LoRA's alpha.")
+    lora_dropout: float = option(0.1, "LoRA's dropout.")
+    lora_target_modules: list[str] | None = option(
+        None,
+        "Names of the modules that get an adapter, or all-linear; default: peft's choice for the"
+        " model.",
+    )
+    allow_download: bool = option(False, "Look for models on the Hugging Face Hub.")
+
+
+KINDS: Any = (RunConfig, LensDistillConfig)
+
+
+def presets() -> list[str]:
+    """Return the names of the presets: the paper's pairs of models."""
+    folder = resources.files("lens_kernels.hf.training") / "presets"
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+
+
+def build_parser() -> HfArgumentParser:
+    """Return the parser of ``lens-kernels train``."""
+    parser = HfArgumentParser(
+        KINDS,
+        prog="lens-kernels train",
+        allow_abbrev=False,
+        description="Distil a teacher into a student. The same command resumes an interrupted run.",
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of options; the command line overrides it."
+    )
+    parser.add_argument(
+        "--preset",
+        choices=presets(),
+        help="Options of the paper for a pair of models; all others override them.",
+    )
+    return parser
+
+
+def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
+    """Return the options, and as a dictionary those that differ from their defaults."""
+    parser = build_parser()
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config")
+    files.add_argument("--preset", choices=presets())
+    known, _ = files.parse_known_args(argv)
+    given: list[str] = []
+    if known.preset:
+        preset = resources.files("lens_kernels.hf.training") / "presets" / f"{known.preset}.yaml"
+        given += _as_arguments(parser, known.preset, preset.read_text())
+    if known.config:
+        try:
+            text = Path(known.config).read_text()
+        except OSError as error:
+            parser.error(f"--config {known.config}: {error.strerror}")
+        given += _as_arguments(parser, known.config, text)
+    arguments = [*given, *argv]
+    values = vars(parser.parse_args(arguments))
+    required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
+    defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
+    chosen = {k: v for k, v in values.items() if v != defaults[k]}
+    # A token is a secret, and nothing that a run depends on.
+    chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
+    try:
+        config, args, _ = parser.parse_args_into_dataclasses(arguments)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    if args.resume_from_checkpoint is not None:
+        parser.error(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is not an option here: the"
+            " same command resumes from the last complete checkpoint of its output_dir"
+        )
+    return config, args, json.loads(json.dumps(chosen))  # plain values, no members of an Enum
+
+
+def train(
+    config: RunConfig,
+    args: LensDistillConfig,
+    chosen: Mapping[str, Any],
+    say: Callable[[str], None],
+) -> dict[str, float]:
+    """Distil, save the student in ``output_dir``, and return the last metrics.
+
+    Raises:
+        ValueError: Data, models or options do not fit, or ``output_dir`` holds another run, or one
+            whose data have changed since.
+    """
+    if args.process_index > 0:
+        say = _silent
+    output = Path(str(args.output_dir))
+    # Without the optimizer's state a resumed run would end elsewhere: it starts anew.
+    checkpoint = None if args.save_only_model else last_checkpoint(output)
+    _check_record(output, chosen)
+    paths = {
+        name: x for name, x in (("train", config.train), ("eval", config.eval)) if x is not None
+    }
+    digests = {name: file_digest(Path(path)) for name, path in paths.items()}
+    _check_data(output, paths, digests)
+    done = _json_of(output / METRICS)
+    if done is not None:
+        say(f"{output} holds this run, and it is done: delete {output / METRICS} to repeat it")
+        return dict(done)
+    tokenizer = load_tokenizer(config.student, config.allow_download)
+    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    datasets = {
+        f"{name}_dataset": load_examples(
+            path,
+            tokenizer,
+            prompt_style=config.prompt_style,
+            **lengths,
+            progress=not args.disable_tqdm,
+        )
+        for name, path in paths.items()
+    }
+    for name, dataset in datasets.items():
+        say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
+    if args.kd_ratio > 0 and config.teacher is not None:
+        check_tokenizers(tokenizer, load_tokenizer(config.teacher, config.allow_download))
+    set_seed(args.seed)
+    trainer = LensDistillTrainer(
+        load_student(config), load_teacher(config), args, **datasets, processing_class=tokenizer
+    )
+    if args.should_save:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / DIGESTS).write_text(json.dumps(digests, indent=1))
+        (output / RECORD).write_text(yaml.safe_dump(dict(chosen), sort_keys=True))
+    if trainer.objective is not None:
+        layers = trainer.objective.student_layers, trainer.objective.teacher_layers
+        say(f"lens pairs, student and teacher: {layers[0]} and {layers[1]}")
+    if checkpoint is not None:
+        say(f"resuming from {checkpoint}")
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    metrics = dict(result.metrics)
+    trainer.save_model()
+    if "eval_dataset" in datasets:
+        metrics |= trainer.evaluate()
+    if trainer.is_world_process_zero():
+        (output / METRICS).write_text(json.dumps(metrics, indent=1))
+        if any("kd" in entry for entry in trainer.state.log_history):
+            report.loss_figure(
+                output / "loss.png", trainer.state.log_history, args.final_divergence
+            )
+    say("\n".join(f"{name:<28} {value:.6g}" for name, value in metrics.items()))
+    say(f"student and reports: {output}")
+    return metrics
+
+
+def _silent(text: str) -> None:
+    """Say nothing: rank 0 speaks for all processes."""
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint that is whole: its ``trainer_state.json`` is written last."""
+    states = output.glob("checkpoint-*/trainer_state.json")
+    whole = [state.parent for state in states if _json_of(state) is not None]
+    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def _json_of(file: Path) -> Any:
+    """Return what a file holds, or None where it is missing or was cut off."""
+    try:
+        return json.loads(file.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
+    """Refuse to resume a run that was started with other options."""
+    record = output / RECORD
+    if not record.is_file():
+        return
+    before = yaml.safe_load(record.read_text())
+    differing = sorted(k for k in before.keys() | chosen.keys() if before.get(k) != chosen.get(k))
+    if differing:
+        shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
+        raise ValueError(
+            f"{output} holds a run with other options: {shown}. Give those of {record} to resume"
+            " it, or another output_dir"
+        )
+
+
+def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Refuse to resume a run whose data files have changed since it started."""
+    before = _json_of(output / DIGESTS) or {}  # none in runs of earlier versions
+    for name, path in paths.items():
+        if before.get(name, digests[name]) != digests[name]:
+            raise ValueError(
+                f"{name} file {path} has changed since the run in {output} started: restore it to"
+                " resume, or give another output_dir to start anew"
+            )
+
+
+def load_student(config: RunConfig) -> Any:
+    """Return the student, of some of its blocks and with a new adapter where that is asked."""
+    student = load_model(config.student, config.student_dtype, config.allow_download)
+    if config.student_blocks is not None:
+        student = shallow_copy(student, config.student_blocks)
+    if config.lora_r:
+        if hasattr(student, "peft_config"):
+            raise ValueError(
+                f"lora_r={config.lora_r} would put a second adapter on {config.student}: leave"
+                " lora_r out to train the one that it has"
+            )
+        from peft import LoraConfig, get_peft_model
+
+        targets = config.lora_target_modules
+        adapter = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=config.lora_r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            # In a list peft takes it for the name of a module.
+            target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        )
+        student = get_peft_model(student, adapter)
+    return student
+
+
+def load_teacher(config: RunConfig) -> Any:
+    """Return the teacher, or None where there is none."""
+    if config.teacher is None:
+        return None
+    return load_model(config.teacher, config.teacher_dtype, config.allow_download)
+
+
+def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
+    """Turn a YAML file into arguments, so that there is one way to read an option."""
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        parser.error(f"{name} is not YAML: {error}")
+    if not isinstance(values, dict):
+        parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")
+    known = {x.name for kind in KINDS for x in fields(kind)}
+    arguments: list[str] = []
+    for key, value in values.items():
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            parser.error(f"{name}: {key!r} is not an option{hint}")
+        if value is None:
+            continue
+        items = value if isinstance(value, list) else [value]
+        arguments += [f"--{key}", *map(_as_text, items)]
+    return arguments
+
+
+def _as_text(value: Any) -> str:
+    if value is False:
+        return "no"  # so YAML reads the strategy of that name, and switches take it as well
+    return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

@@ -1,0 +1,199 @@
+"""The options of a distillation, each described once: ``--help`` is made from them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from transformers import TrainingArguments
+
+from lens_kernels import dispatch
+from lens_kernels.hf.cache.store import DTYPES
+from lens_kernels.hf.model.families import blocks_of
+from lens_kernels.hf.model.layers import uniform_layers
+from lens_kernels.options import (
+    ADAPTIVE,
+    CHECKS,
+    GRAD_THRESHOLDS,
+    DistillationOptions,
+    Divergence,
+    check_number,
+    check_option,
+)
+
+FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
+# Options of ``distillation_loss`` that have another name among those of the Trainer.
+TRAINER_NAMES = {
+    "divergence": "lens_divergence",
+    "temperature": "distill_temperature",
+    "backend": "lens_backend",
+}
+
+
+def option(default: Any, text: str, **more: Any) -> Any:
+    """Return a dataclass field with its help text."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+def final_divergence(text: str) -> str | dict[str, float]:
+    """Return what ``distillation_loss`` takes for a name, or for ``0.5*forward_kl+reverse_kl``."""
+    if text in FINAL_NAMES:
+        return text
+    weights: dict[str, float] = {}
+    for term in text.replace(" ", "").split("+"):
+        weight, _, name = term.rpartition("*")
+        try:
+            value = float(weight or 1.0)
+        except ValueError:
+            value = -1.0
+        if value < 0 or name in weights or name not in FINAL_NAMES[:-1]:
+            raise ValueError(
+                f"final_divergence={text!r} is unknown: choose one of {', '.join(FINAL_NAMES)},"
+                " or a weighted sum of different ones but akl, like '0.5*forward_kl + reverse_kl'"
+            )
+        weights[name] = value
+    return weights
+
+
+def grad_threshold(given: str | float | None) -> str | float | None:
+    """Return what ``distillation_loss`` takes for a name, or for a number written out."""
+    value = given
+    if isinstance(given, str) and given not in GRAD_THRESHOLDS:
+        with contextlib.suppress(ValueError):
+            value = float(given)
+    return value
+
+
+@dataclass
+class LensDistillConfig(TrainingArguments):
+    """``TrainingArguments`` and the options of the objective; the defaults are the paper's."""
+
+    _argument_group_name = "options of the objective, and of transformers' Trainer"
+
+    output_dir: str | None = option(
+        None, "Folder for checkpoints, the student and reports.", aliases=["--output"]
+    )
+    student_layers: list[int] | None = option(
+        None, "Depths of the student's lenses (1 is the first block); default: evenly spread."
+    )
+    teacher_layers: list[int] | None = option(
+        None, "Depths of the teacher's lenses; default: evenly spread."
+    )
+    num_lens_pairs: int = option(
+        4, "Number of lens pairs where no depths are given; 0 for distillation without lenses."
+    )
+    lens_divergence: str = option(
+        DistillationOptions.divergence,
+        "Divergence of the lens pairs.",
+        choices=[x.value for x in Divergence],
+    )
+    lens_coeff: float = option(DistillationOptions.lens_coeff, "Weight of the lens term.")
+    lens_norm: bool = option(
+        True,
+        "Read intermediate states through the model's final norm. False is what the published"
+        " code does.",
+    )
+    final_divergence: str = option(
+        DistillationOptions.final_divergence,
+        "Divergence of the final outputs: a name, 'akl', or a weighted sum like"
+        " '0.5*forward_kl+reverse_kl'.",
+    )
+    beta: float = option(DistillationOptions.beta, "Weight of the teacher in jsd, in (0, 1).")
+    distill_temperature: float = option(
+        DistillationOptions.temperature,
+        "Divides both models' logits in every divergence; no factor of its square.",
+    )
+    kd_ratio: float = option(
+        DistillationOptions.kd_ratio,
+        "Weight of distillation against cross entropy; 0 needs no teacher.",
+    )
+    mse_coeff: float = option(
+        0.0,
+        "Weight of the mean square between the student's states at its layers and a learnt linear"
+        " map of the teacher's: a baseline without lenses.",
+    )
+    vocab_size: int | None = option(
+        None, "Size of the vocabulary that both models share, where theirs differ."
+    )
+    lens_backend: str = option(
+        DistillationOptions.backend,
+        "Implementation of the loss.",
+        choices=["auto", *dispatch.REGISTRY],
+    )
+    grad_threshold: str | None = option(
+        None,
+        "Leave vocabulary entries with less logit gradient than this out of the gradients of the"
+        " loss, which is faster: a number like 1e-6, or 'bf16' to leave out no more of the logits'"
+        " gradient than rounding to bfloat16 may change. The logs then say what share was left out,"
+        " as 'dropped'.",
+    )
+    teacher_cache: str | None = option(
+        None,
+        "Folder for the teacher's hidden states: written once, after which the teacher never runs.",
+    )
+    teacher_cache_dtype: str = option(
+        "float32", "What the teacher's states are kept in.", choices=list(DTYPES)
+    )
+    logging_steps: float = option(10, "Log every so many steps, or this share of all steps.")
+
+    def __post_init__(self) -> None:
+        """Check the options before any model is loaded."""
+        # First, because some versions tell accelerate of it through the environment.
+        if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
+            raise ValueError(
+                "torch_compile=True is not supported: the loss runs inside the student's call, and"
+                " compiles its own parts"
+            )
+        super().__post_init__()
+        check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
+        for name, value in self.loss_options().items():
+            if name in CHECKS:
+                check_option(name, value, TRAINER_NAMES.get(name))
+        self._check_layers()
+        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
+        if checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} would cut the lenses off"
+                " from the student's blocks: leave it at False, its default"
+            )
+        if self.label_smoothing_factor and self.kd_ratio > 0:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} is for fine-tuning alone"
+                " (kd_ratio=0): cross entropy beside distillation has no smoothing"
+            )
+
+    def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+        """Return the depths of student and teacher that are compared."""
+        if self.student_layers is not None and self.teacher_layers is not None:
+            return self.student_layers, self.teacher_layers
+        if self.num_lens_pairs == 0:
+            return [], []
+        student_layers, teacher_layers = (
+            uniform_layers(self.num_lens_pairs, len(blocks_of(m))) for m in (student, teacher)
+        )
+        return student_layers, teacher_layers
+
+    def loss_options(self) -> dict[str, Any]:
+        """Return the options of ``distillation_loss`` that the Trainer has too."""
+        names = [x.name for x in fields(DistillationOptions)]
+        own = {name: TRAINER_NAMES.get(name, name) for name in names}
+        values = {name: getattr(self, x) for name, x in own.items() if hasattr(self, x)}
+        values["final_divergence"] = final_divergence(self.final_divergence)
+        values["grad_threshold"] = grad_threshold(self.grad_threshold)
+        return values
+
+    def objective_options(self) -> Mapping[str, Any]:
+        """Return the options of ``LensObjective``."""
+        return {**self.loss_options(), "lens_norm": self.lens_norm, "mse_coeff": self.mse_coeff}
+
+    def _check_layers(self) -> None:
+        given = self.student_layers, self.teacher_layers
+        if (given[0] is None) != (given[1] is None):
+            raise ValueError(
+                "give student_layers and teacher_layers together, or neither:"
+                f" got {given[0]} and {given[1]}"
+            )
+        if self.num_lens_pairs < 0:
+            raise ValueError(f"num_lens_pairs must be at least 0, got {self.num_lens_pairs}")

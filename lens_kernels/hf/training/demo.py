@@ -1,0 +1,163 @@
+"""A real distillation in minutes: SmolLM2-135M into 20 of its 30 blocks, on Python's help texts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
+
+from lens_kernels.hf.model.smollm2 import smollm2
+from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.training import report
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.meter import evaluate
+from lens_kernels.hf.training.trainer import LensDistillTrainer
+
+BLOCK = 128  # tokens of one training example
+HELD_OUT_EVERY = 8  # every eighth topic is kept from training
+EVAL_BATCHES = 6
+LENS_PAIRS = 3
+# The middle goes: of nine ways to drop ten blocks, this one harms least before training.
+DROPPED = range(13, 23)
+PROMPT = "The import statement is used to"
+
+
+class _QuietProgress(ProgressCallback):
+    """The Trainer's progress bar, with the loss behind it instead of a line for each step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the loss."""
+        if self.training_bar is not None and logs and "kd" in logs:
+            self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+
+def texts() -> tuple[str, str]:
+    """Return text to train on and held-out text: the help topics of the standard library.
+
+    Topics quote each other, so paragraphs that are trained on leave the held-out text.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held_out = set(names[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY])
+    train, held = (
+        "\n\n".join(topics[name].strip() for name in names if (name in held_out) == kept)
+        for kept in (False, True)
+    )
+    return train, "\n\n".join(p for p in held.split("\n\n") if p not in train)
+
+
+def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
+    """Return the text as full blocks of tokens, every token to be predicted."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return [{"input_ids": x, "labels": x} for x in ids[: len(ids) // BLOCK * BLOCK].split(BLOCK)]
+
+
+def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
+    """Yield the examples in batches."""
+    for start in range(0, len(data), size):
+        chunk = data[start : start + size]
+        yield {key: torch.stack([x[key] for x in chunk]) for key in chunk[0]}
+
+
+def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], None]) -> bool:
+    """Distil, evaluate, draw and save; return whether every row of the table improved."""
+    started = time.monotonic()
+    output.mkdir(parents=True, exist_ok=True)
+    set_seed(seed)
+    say("Reading the teacher, SmolLM2-135M-Instruct (the first time it is converted, about 30 s)")
+    teacher, tokenizer = smollm2(cache)
+    blocks = range(1, teacher.config.num_hidden_layers + 1)
+    student = shallow_copy(teacher, [i for i in blocks if i not in DROPPED])
+    train_text, held_text = texts()
+    train = examples(tokenizer, train_text)
+    held = list(batches(examples(tokenizer, held_text), 4))[:EVAL_BATCHES]
+
+    args = LensDistillConfig(
+        output_dir=str(output / "trainer"),
+        max_steps=steps,
+        per_device_train_batch_size=4,
+        learning_rate=4e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, steps // 10),
+        weight_decay=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        num_lens_pairs=LENS_PAIRS,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = LensDistillTrainer(
+        student, teacher, args, train_dataset=train, processing_class=tokenizer
+    )
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(_QuietProgress)
+    objective = trainer.objective
+    assert objective is not None
+    say(
+        f"Teacher: {len(blocks)} blocks. Student: {student.config.num_hidden_layers} of them,"
+        f" without {DROPPED[0]} to {DROPPED[-1]}."
+        f" Lens pairs: {objective.student_layers} | {objective.teacher_layers}."
+        f" Text: {len(train) * BLOCK:,} tokens to train on,"
+        f" {sum(x['labels'].numel() for x in held):,} held out"
+    )
+    device = trainer.args.device
+    held = [{key: x.to(device) for key, x in batch.items()} for batch in held]
+    say("Evaluating the untrained student on held-out text")
+    names = {"ce": "cross entropy", "kd": f"final {args.final_divergence}"}
+    pairs = objective.student_layers, objective.teacher_layers
+    names |= {
+        f"lens_{s}": f"lens {args.lens_divergence}, blocks {s} | {t}"
+        for s, t in zip(*pairs, strict=True)
+    }
+
+    def measured() -> dict[str, float]:
+        means = evaluate(objective, held)
+        return {key: means[key] for key in names}
+
+    before = measured()
+    say(f"Training for {steps} steps of {4 * BLOCK} tokens")
+    trainer.train()
+    say("Evaluating again")
+    after = measured()
+
+    folder = output / "student"
+    trainer.save_model(str(folder))
+    report.depth_figure(
+        output / "divergence_by_depth.png", before, after, *pairs, args.lens_divergence
+    )
+    history = trainer.state.log_history
+    report.loss_figure(output / "loss.png", history, args.final_divergence)
+    result = {"before": before, "after": after, "history": history}
+    (output / "result.json").write_text(json.dumps(result, indent=1))
+
+    say("\n" + report.table([(names[key], before[key], after[key]) for key in before]))
+    say(f"\nThe saved student continues: {PROMPT}{sample(folder)}")
+    say(
+        f"\nStudent: {folder}\nPictures: {output / 'divergence_by_depth.png'},"
+        f" {output / 'loss.png'}\nTime: {time.monotonic() - started:.0f} s"
+    )
+    return all(after[key] < before[key] for key in before)
+
+
+def sample(folder: Path) -> str:
+    """Return a greedy continuation of the prompt by the model saved in ``folder``."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    prompt = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
+    tokens = model.generate(
+        **prompt,
+        max_new_tokens=40,
+        do_sample=False,
+        no_repeat_ngram_size=4,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    text = tokenizer.decode(tokens[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return str(text)

@@ -1,0 +1,85 @@
+"""Means over tokens and speed, added up without waiting for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_kernels.hf.training.objective import LensObjective, Outcome
+
+
+def _unreduced(sums: Tensor) -> Tensor:
+    return sums
+
+
+class Meter:
+    """Sums over tokens, of any number of batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, outcome: Outcome) -> None:
+        """Add a batch."""
+        for name, value in {**outcome.sums, "tokens": outcome.num_tokens}.items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+
+    def means(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> dict[str, float]:
+        """Return the means in nats per token, and start anew; ``reduce`` adds up processes."""
+        if not self._sums:
+            return {}
+        values = reduce(torch.stack([x.double() for x in self._sums.values()])).tolist()
+        named = dict(zip(self._sums, values, strict=True))
+        tokens = named.pop("tokens")
+        self._sums = {}
+        return {name: value / tokens for name, value in named.items()} if tokens else {}
+
+
+class Speed:
+    """Tokens per second since the last reading, without the time of pauses."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Count tokens and seconds from here."""
+        self._tokens: Tensor | int = 0
+        self._since = perf_counter()
+
+    def add(self, tokens: Tensor | int) -> None:
+        """Add the tokens of a batch."""
+        self._tokens = self._tokens + tokens
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what runs inside."""
+        started = perf_counter()
+        yield
+        self._since += perf_counter() - started
+
+    def read(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> float:
+        """Return the tokens of all processes per second, and start anew."""
+        tokens = reduce(torch.as_tensor(self._tokens).double()).item()
+        seconds = perf_counter() - self._since
+        self.restart()
+        return tokens / seconds
+
+
+@torch.no_grad()
+def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Return the means over tokens of all that ``Outcome.sums`` has, in nats per token."""
+    student: Any = objective.student
+    training = student.training
+    student.eval()
+    meter = Meter()
+    for batch in batches:
+        meter.add(objective(batch))
+    student.train(training)
+    means = meter.means()
+    if not means:
+        raise ValueError("nothing to evaluate on: the batches hold no labelled token")
+    return means

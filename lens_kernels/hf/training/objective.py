@@ -1,0 +1,273 @@
+"""The DistillLens objective of two models on a batch of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lens_kernels.functional import DistillationOutput, distillation_loss
+from lens_kernels.hf.cache.store import TeacherCache
+from lens_kernels.hf.model.capture import hidden_states, replaced_forward
+from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_from
+from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.verification import verify_lens
+from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
+from lens_kernels.lens import LensHead
+from lens_kernels.options import DistillationOptions
+
+PROJECTIONS = "mse_projections"  # where the student holds what MSE learns
+
+
+ENTROPY_STRIDE = 16  # entropies are of every 16th token: about 3 % of the loss's own cost
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The objective on one batch.
+
+    ``loss`` carries gradients. ``sums`` are its terms before their weights, as sums over the
+    ``num_tokens`` tokens that count: ``loss``, ``ce``, ``kd``, ``lens``, ``lens_<student depth>``,
+    ``mse``, and for each depth that is compared an estimate of the entropies of both models, as
+    ``entropy_student_<depth>`` and ``entropy_teacher_<depth>``, where the last is ``final``; and
+    with a ``grad_threshold``, while training, ``dropped``, the share that it left out.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    num_tokens: Tensor
+
+
+class LensObjective:
+    """Runs student and teacher on a batch and compares them; neither computes logits.
+
+    ``student_layers[i]`` is compared with ``teacher_layers[i]``, through each model's final norm
+    unless ``lens_norm`` is False; ``options`` go to ``distillation_loss``. With ``mse_coeff`` the
+    objective has a further term in the place of a lens: the mean square of ``P h_teacher -
+    h_student`` with a learnt matrix ``P`` for each pair, in ``projections``. Labels are Hugging
+    Face's: aligned with the input, shifted here.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        student_layers: Sequence[int],
+        teacher_layers: Sequence[int],
+        *,
+        lens_norm: bool = True,
+        mse_coeff: float = 0.0,
+        **options: Any,
+    ) -> None:
+        if len(student_layers) != len(teacher_layers):
+            raise ValueError(
+                "student_layers and teacher_layers must pair up:"
+                f" got {list(student_layers)} and {list(teacher_layers)}"
+            )
+        self.student, self.teacher = student, teacher
+        self.student_layers = check_layers(
+            "student_layers", list(student_layers), len(blocks_of(student))
+        )
+        self.teacher_layers = check_layers(
+            "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
+        )
+        self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
+        self.options = DistillationOptions(**options)
+        for model in (student, teacher):
+            verify_lens(model)
+        shared_vocabulary(self.options.vocab_size, *self.heads())
+        self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
+
+    def __call__(
+        self,
+        inputs: Mapping[str, Tensor],
+        denominator: Tensor | float | None = None,
+        student_call: nn.Module | None = None,
+        cache: TeacherCache | None = None,
+    ) -> Outcome:
+        """Return the objective of a batch of ``input_ids``, ``labels`` and other model inputs.
+
+        ``student_call`` is the student as a distributed wrapper holds it, to be called in its
+        place. With ``cache`` the teacher's states are read from there, for the batch's
+        ``example_id``.
+        """
+        inputs = dict(inputs)
+        example_ids = inputs.pop("example_id", None)
+        labels = inputs.pop("labels")
+        shifted = torch.full_like(labels, IGNORE_INDEX)
+        shifted[..., :-1] = labels[..., 1:]
+        counted = (shifted.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        if cache is None:
+            teacher_rows = self.teacher_rows(inputs, counted)
+        else:
+            teacher_rows = self._cached_rows(cache, example_ids, counted)
+        outcomes = []
+
+        def compare(*student_rows: Tensor) -> Tensor:
+            outcomes.append(
+                self._compare(
+                    list(student_rows), teacher_rows, shifted.flatten()[counted], denominator
+                )
+            )
+            return outcomes[0].loss
+
+        def forward(**received: Any) -> dict[str, Tensor]:
+            given = {name: received[name] for name in inputs}
+            hidden, final = hidden_states(self.student, self.student_layers, given)
+            student_rows = [_select(x, counted) for x in [*hidden, final]]
+            return {"loss": _where_head_is_whole(self.student, compare)(*student_rows)}
+
+        with replaced_forward(causal_lm_of(self.student), forward):
+            called = self.student if student_call is None else student_call
+            loss = called(**inputs)["loss"]
+        # The wrapper may have hung hooks on what it returned.
+        return replace(outcomes[0], loss=loss)
+
+    @torch.no_grad()
+    def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
+        """Return the teacher's states at the flat positions ``counted``, the final ones last."""
+        assert self.teacher is not None
+        hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
+        return [_select(x, counted) for x in [*hidden, final]]
+
+    @contextmanager
+    def student_with_projections(self) -> Iterator[None]:
+        """Make ``projections`` a part of the student, for all that treats a model's parameters."""
+        holder = causal_lm_of(self.student)
+        if self.mse_coeff:
+            holder.add_module(PROJECTIONS, self.projections)
+        try:
+            yield
+        finally:
+            if self.mse_coeff:
+                delattr(holder, PROJECTIONS)
+
+    def release_teacher(self) -> None:
+        """Keep the teacher's head alone, for when all its states are in a cache."""
+        self._teacher_head = lens_head_from(self.teacher)
+        self.teacher = None
+
+    def heads(self) -> tuple[LensHead, LensHead]:
+        """Return both models' heads as the lenses read them."""
+        heads = lens_head_from(self.student), self._whole_teacher_head()
+        if self.lens_norm:
+            return heads
+        return replace(heads[0], norm=None), replace(heads[1], norm=None)
+
+    def _whole_teacher_head(self) -> LensHead:
+        return self._teacher_head if self.teacher is None else lens_head_from(self.teacher)
+
+    def _compare(
+        self,
+        student_rows: list[Tensor],
+        teacher_rows: list[Tensor],
+        labels: Tensor,
+        denominator: Tensor | float | None,
+    ) -> Outcome:
+        # A lens without weight would be computed for nothing.
+        weight = self.options.kd_ratio * self.options.lens_coeff
+        lenses = len(self.student_layers) if weight else 0
+        output = distillation_loss(
+            student_rows[:lenses],
+            teacher_rows[:lenses],
+            *self.heads(),
+            student_final=student_rows[-1],
+            teacher_final=teacher_rows[-1],
+            labels=labels,
+            denominator=denominator,
+            **vars(self.options),
+        )
+        tokens = torch.as_tensor(output.num_tokens if denominator is None else denominator)
+        tokens = torch.where(tokens == 0, 1, tokens)  # as in distillation_loss
+        loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
+        if self.mse_coeff:
+            mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
+            loss = loss + self.options.kd_ratio * self.mse_coeff * mse
+            parts["mse"] = mse
+        parts["loss"] = loss
+        sums = {name: x.detach() * tokens for name, x in parts.items()}
+        if self.options.grad_threshold is not None and loss.requires_grad:
+            sums["dropped"] = output.dropped * output.num_tokens
+        sums |= self._entropies("student", self.student_layers, student_rows)
+        sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
+        return Outcome(loss, sums, output.num_tokens)
+
+    @torch.no_grad()
+    def _entropies(self, side: str, layers: Sequence[int], rows: list[Tensor]) -> dict[str, Tensor]:
+        head = self.heads()[side == "teacher"]
+        temperature = self.options.temperature
+        sums = {}
+        for depth, x in zip([*layers, "final"], rows, strict=True):
+            sample = x[::ENTROPY_STRIDE]
+            if depth != "final" and head.norm is not None:
+                sample = head.norm.forward(sample.float())[0]
+            products = sample.to(head.weight.dtype) @ head.weight.T
+            logits = head.logits(products.float(), temperature)[0][:, : self.options.vocab_size]
+            log_p = logits.log_softmax(-1)
+            share = len(x) / max(1, len(sample))
+            sums[f"entropy_{side}_{depth}"] = -(log_p.exp() * log_p).sum() * share
+        return sums
+
+    def _cached_rows(
+        self, cache: TeacherCache, example_ids: Tensor | None, counted: Tensor
+    ) -> list[Tensor]:
+        if example_ids is None:
+            raise ValueError("a batch for the teacher cache needs example_id, and has none")
+        rows = cache.rows(example_ids.tolist())
+        names = [f"layer_{depth}" for depth in self.teacher_layers] + ["final"]
+        if len(rows["final"]) != len(counted):
+            raise ValueError(
+                f"the teacher cache has {len(rows['final'])} tokens for a batch that counts"
+                f" {len(counted)}: the batch is not made of the examples that it names"
+            )
+        weight = self._whole_teacher_head().weight
+        return [rows[name].to(weight.device, weight.dtype) for name in names]
+
+    def _new_projections(self) -> nn.ModuleList:
+        if not self.student_layers:
+            raise ValueError("mse_coeff needs at least one pair of layers to compare, got none")
+        student, teacher = (lens_head_from(x).weight for x in (self.student, self.teacher))
+        matrices = nn.ModuleList(
+            nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
+        )
+        # As the student, but in float16, where nothing learns.
+        dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
+        return matrices.to(student.device, dtype)
+
+    def _mse(self, student_rows: list[Tensor], teacher_rows: list[Tensor]) -> Tensor:
+        sums = [
+            (nn.functional.linear(t.to(p.dtype), p) - s).float().square().mean(-1).sum()
+            for p, s, t in zip(
+                self.projections.parameters(), student_rows, teacher_rows, strict=True
+            )
+        ]
+        return torch.stack(sums).mean()
+
+
+def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return ``compare``, or what runs it inside the call of a head that FSDP gathers by itself."""
+    head = causal_lm_of(student).get_output_embeddings()
+    if not isinstance(head, FSDPModule):
+        return compare
+    called: Any = head
+
+    def call(*rows: Tensor) -> Any:
+        with replaced_forward(called, compare):
+            return called(*rows)
+
+    return call
+
+
+def _select(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.flatten(0, -2).index_select(0, index.to(hidden.device))
+
+
+def _parts(output: DistillationOutput, depths: Sequence[int]) -> dict[str, Tensor]:
+    parts = {"ce": output.ce, "kd": output.kd, "lens": output.lens}
+    parts |= {f"lens_{i}": x for i, x in zip(depths, output.per_layer, strict=True)}
+    return {name: x for name, x in parts.items() if x is not None}

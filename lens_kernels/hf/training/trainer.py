@@ -1,0 +1,367 @@
+"""DistillLens on transformers' Trainer, which does everything but the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.utils.data import Dataset
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import EvalLoopOutput
+
+from lens_kernels import compat
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
+from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.data import Collator, padding_id
+from lens_kernels.hf.training.meter import Meter, Speed
+from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
+from lens_kernels.inputs import IGNORE_INDEX
+
+
+class LensDistillTrainer(compat.TrainerHooks, Trainer):
+    """Trains ``model`` to agree with ``teacher`` in its output and through its lenses.
+
+    Both are models, or folders that ``load_model`` reads: the student in float32, the teacher as it
+    is. Datasets hold ``input_ids`` and ``labels``, -100 where a token is not to be learnt from.
+    Logged are the parts of the objective in nats per token over all processes (see ``Outcome``) and
+    ``tokens_per_second``; with ``teacher_cache`` the teacher runs over each dataset once.
+
+    Raises:
+        ValueError: No teacher although ``kd_ratio`` is positive; layers, models or vocabularies
+            that do not fit; a teacher cache that is stale or damaged.
+        TypeError: Weights to be trained are in float16.
+        RuntimeError: A way to distribute the student under which its head is out of reach.
+    """
+
+    args: LensDistillConfig
+    extra_columns = ("example_id",)
+
+    def __init__(
+        self, model: Any, teacher: Any | None, args: LensDistillConfig, **trainer: Any
+    ) -> None:
+        if teacher is None and args.kd_ratio > 0:
+            raise ValueError(
+                f"kd_ratio={args.kd_ratio} distils, but teacher is None: give a teacher, or"
+                " kd_ratio=0 for fine-tuning alone"
+            )
+        _check_distribution(args)
+        if isinstance(model, str):
+            model = load_model(model, "float32")
+        if isinstance(teacher, str):
+            teacher = load_model(teacher)
+        _check_dtype(model)
+        if teacher is not None:
+            _check_teacher(model, teacher, args)
+            teacher.requires_grad_(False)
+            teacher.eval()
+        tokenizer = trainer.get("processing_class")
+        if trainer.get("data_collator") is None and tokenizer is not None:
+            trainer["data_collator"] = Collator(padding_id(tokenizer))
+        for name in ("train_dataset", "eval_dataset"):
+            if args.teacher_cache and trainer.get(name) is not None:
+                trainer[name] = _numbered(name, trainer[name])
+        super().__init__(model=model, args=args, **trainer)
+        # The loss is divided by the tokens of the whole accumulated batch, whatever the model does.
+        self.model_accepts_loss_kwargs = True
+        # How many processes have their tokens counted in one denominator.
+        self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
+        self._meter, self._eval_meter = Meter(), Meter()
+        self._speed = Speed()
+        self._caches: dict[str, TeacherCache] = {}
+        self.objective: LensObjective | None = None
+        if teacher is not None:
+            _check_shards(self.accelerator.state, args)
+            # Not by accelerate, which places no model under FSDP: it is to shard them all.
+            if getattr(teacher, "hf_device_map", None) is None:
+                teacher.to(args.device)
+            # Here, where the Trainer has seeded: what MSE learns begins at random.
+            self.objective = LensObjective(
+                model, teacher, *args.layers(model, teacher), **args.objective_options()
+            )
+            if args.teacher_cache:
+                self._fill_caches(Path(args.teacher_cache))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; what is logged begins here."""
+        self._meter = Meter()
+        self._speed.restart()
+        compat.forget_preparation(self.model)
+        with self._student_with_projections():
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Return the batches of a step and the number of their tokens that are predicted."""
+        # The Trainer looks only after a step whether it was the last: a run that resumes at its
+        # end, in the middle of an epoch, would make a step too many.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        # The first token of an example is never predicted, and some versions would count it.
+        batches = map(_without_first_label, epoch_iterator)
+        return super().get_batch_samples(batches, num_batches, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the objective, divided by the tokens of the global batch where they are known."""
+        if self.objective is None:
+            return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
+        with self.accelerator.autocast():
+            outcome = self.objective(
+                inputs,
+                denominator=num_items_in_batch,
+                student_call=model,
+                cache=self._caches.get("train" if model.training else "eval"),
+            )
+        self._record(model, inputs, outcome)
+        loss = outcome.loss
+        if num_items_in_batch is not None:
+            loss = loss * self._sharing  # gradients are averaged over processes
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the parts of the objective since the last log, and the speed."""
+        if "loss" in logs:
+            means = self._meter.means(self._sum_over_processes)
+            means.pop("loss", None)  # the Trainer's own is the mean over steps
+            logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
+        super().log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Report each part of the objective, and the loss, as means over tokens."""
+        self._eval_meter = Meter()
+        with self._speed.paused():
+            output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        means = self._eval_meter.means(self._sum_over_processes)
+        parts = {f"{prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **parts})
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Evaluate a batch, without rows that are there a second time to fill it."""
+        return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate the objective, on ``eval_dataset`` or that of the trainer."""
+        self._check_cached(eval_dataset is None or eval_dataset is self.eval_dataset)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches of ``predict``."""
+        self._check_cached(test_dataset is self.eval_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _check_cached(self, own: bool) -> None:
+        if self._caches and not own:
+            raise ValueError(
+                "with teacher_cache the teacher is gone, and its states are those of the trainer's"
+                " own eval_dataset: give the data as eval_dataset when the trainer is made"
+            )
+
+    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Accelerate repeats rows until all processes have full batches. The last batches of all,
+        # in the order of the processes, have ``remainder`` rows before the repeated ones.
+        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        own = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        labels = labels.clone()
+        labels[own:] = IGNORE_INDEX
+        inputs = {**inputs, "labels": labels}
+        if "example_id" in inputs:
+            inputs["example_id"] = inputs["example_id"][:own]
+        return inputs
+
+    def _fine_tune(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
+    ) -> Any:
+        if items is not None:
+            items = torch.as_tensor(items).clamp(min=1)  # no tokens, no loss
+        # A copy, because label smoothing takes the labels out.
+        result: Any = super().compute_loss(model, dict(inputs), return_outputs, items)
+        loss = (result[0] if return_outputs else result).detach()
+        count = (inputs["labels"][..., 1:] != -100).sum()
+        total = loss * (count if items is None else items / self._sharing)
+        total = torch.where(count == 0, 0.0, total)  # some versions divide by no tokens
+        self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
+        return result
+
+    def _record(self, model: nn.Module, inputs: dict[str, Any], outcome: Outcome) -> None:
+        if not model.training:
+            self._eval_meter.add(outcome)
+            return
+        self._meter.add(outcome)
+        mask = inputs.get("attention_mask")
+        self._speed.add(inputs["input_ids"].numel() if mask is None else mask.sum())
+
+    def _sum_over_processes(self, values: Tensor) -> Tensor:
+        reduced = self.accelerator.reduce(values.to(self.args.device), "sum")
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _fill_caches(self, folder: Path) -> None:
+        """Run the teacher over every dataset whose states are not kept yet, and let it go."""
+        assert self.objective is not None
+        objective = self.objective
+        device = objective.teacher.get_input_embeddings().weight.device
+
+        def run_teacher(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+            inputs = {name: x.to(device) for name, x in self.data_collator(examples).items()}
+            labels = inputs.pop("labels")
+            inputs.pop("example_id", None)
+            width = labels.shape[1]
+            counts, flat = [], []
+            for row, example in enumerate(examples):
+                positions = counted_positions(example["labels"])
+                counts.append(len(positions))
+                flat.append(torch.as_tensor(positions) + row * width)
+            with self.accelerator.autocast():
+                rows = objective.teacher_rows(inputs, torch.cat(flat).to(device))
+            names = [f"layer_{depth}" for depth in objective.teacher_layers] + ["final"]
+            parts = [x.cpu().split(counts) for x in rows]
+            return [dict(zip(names, x, strict=True)) for x in zip(*parts, strict=True)]
+
+        datasets: dict[str, Any] = {"train": self.train_dataset, "eval": self.eval_dataset}
+        for name, dataset in datasets.items():
+            if dataset is None:
+                continue
+            key = CacheKey.of(
+                objective.teacher,
+                dataset,
+                tuple(objective.teacher_layers),
+                self.processing_class,
+                self.args.teacher_cache_dtype,
+                self.accelerator.mixed_precision,
+            )
+            # The first process of all, then the first of each node, which finds nothing to do
+            # where the disk is shared; then the others.
+            first, desc = self.args.main_process_first, f"the teacher's states, {name}"
+            with first(local=False, desc=desc), first(desc=desc):
+                self._caches[name] = TeacherCache.open_or_build(
+                    folder / name,
+                    key,
+                    dataset,
+                    run_teacher,
+                    batch_size=self.args.per_device_train_batch_size,
+                    progress=not self.args.disable_tqdm,
+                )
+        objective.release_teacher()
+
+    def _student_with_projections(self) -> AbstractContextManager[None]:
+        objective = self.objective
+        return nullcontext() if objective is None else objective.student_with_projections()
+
+    def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
+        """Write the student without what MSE learns beside it, which goes to a file of its own."""
+        model: Any = self.model
+        held = model.state_dict() if state_dict is None else state_dict
+        learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
+        if not learnt:
+            super().write_model(output_dir, state_dict)
+            return
+        super().write_model(output_dir, {name: x for name, x in held.items() if name not in learnt})
+        if self.args.should_save:
+            folder = Path(output_dir or str(self.args.output_dir))
+            own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
+            save_file(own, folder / f"{PROJECTIONS}.safetensors")
+
+    def after_loading(self, checkpoint: str) -> None:
+        """Load what MSE has learnt beside the student."""
+        if self.objective is not None and self.objective.mse_coeff:
+            learnt = load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors")
+            # Into parameters that may be sharded.
+            whole = StateDictOptions(full_state_dict=True)
+            set_model_state_dict(self.objective.projections, dict(learnt), options=whole)
+
+
+def _without_first_label(batch: Any) -> Any:
+    """Return a batch whose first labels do not count; no loss reads them."""
+    if "labels" not in batch:
+        return batch
+    labels = batch["labels"].clone()
+    labels[..., :1] = IGNORE_INDEX
+    return {**batch, "labels": labels}
+
+
+def _numbered(name: str, dataset: Any) -> _Numbered:
+    if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
+        raise TypeError(
+            f"teacher_cache needs a {name} of known length, whose examples can be asked for by"
+            f" number, got a {type(dataset).__name__}"
+        )
+    return _Numbered(dataset)
+
+
+class _Numbered(Dataset):
+    """A dataset whose examples know their place in it."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.dataset[index], "example_id": index}
+
+
+def _check_dtype(student: Any) -> None:
+    parameters = student.named_parameters()
+    half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
+    if half:
+        raise TypeError(
+            f"model has {len(half)} parameters to train in float16, {half[0]} the first, and Adam's"
+            " moments are too small for that: read it in float32 (fp16=True computes in float16 all"
+            " the same) or bfloat16, or train an adapter upon it"
+        )
+
+
+def _check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
+    held = {id(x) for x in teacher.parameters()}
+    shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
+    if shared:
+        raise ValueError(
+            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, which would"
+            " be trained and held still at once: give a teacher of its own, like"
+            " copy.deepcopy(model)"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would not reach the cross"
+            " entropy beside a teacher: leave it at 0, or give no teacher"
+        )
+
+
+def _check_distribution(args: LensDistillConfig) -> None:
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"one process sees {args.n_gpu} GPUs, which would be nn.DataParallel: start one process"
+            " for each, with torchrun or accelerate launch"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "DeepSpeed ZeRO-3 shards the heads, which the loss needs whole: use ZeRO-1 or 2"
+        )
+
+
+def _check_shards(state: Any, args: LensDistillConfig) -> None:
+    plugin = getattr(state, "fsdp_plugin", None)
+    if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+        raise RuntimeError(
+            f"mse_coeff={args.mse_coeff} needs checkpoints that keep what MSE learns apart, and"
+            " sharded ones do not: set state_dict_type FULL_STATE_DICT in fsdp_config"
+        )

@@ -1,0 +1,385 @@
+"""The tensors of a public call: checked together before any work, flattened, and counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_kernels import compat
+from lens_kernels.lens import LensHead
+from lens_kernels.options import check_number
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IGNORE_INDEX = -100
+Hidden = Tensor | Sequence[Tensor]
+Head = LensHead | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ModelInputs:
+    """One model's hidden states, with the names that messages use, and the head that reads them.
+
+    The first ``lenses`` states are read through the head's norm. A final state is not: it is normed
+    already.
+    """
+
+    named_hidden: list[tuple[str, Tensor]]
+    head: LensHead
+    lenses: int
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """Return the hidden states, ``(N, D)`` each."""
+        return [x.reshape(-1, x.shape[-1]) for _, x in self.named_hidden]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """All tensors of a call, over ``N`` tokens.
+
+    ``teacher`` is None if only labels are compared with. ``labels`` holds 0 for tokens without one.
+    ``operand_dtype`` is autocast's, to which the factors of products are rounded, or None.
+    """
+
+    student: ModelInputs
+    teacher: ModelInputs | None
+    leading_shape: torch.Size
+    mask: Tensor | None
+    labels: Tensor | None
+    has_label: Tensor | None
+    vocab_size: int
+    operand_dtype: torch.dtype | None
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device of all tensors."""
+        return self.student.head.weight.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype of logits and losses: float32, or float64 with a float64 head."""
+        heads = [side.head.weight.dtype for side in (self.student, self.teacher) if side]
+        return torch.float64 if torch.float64 in heads else torch.float32
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """Return the dtype of results, which is the student's in float64."""
+        fp64 = self.student.head.weight.dtype is torch.float64
+        return torch.float64 if fp64 else torch.float32
+
+    def counted(self) -> Tensor:
+        """Return 1 for each token that counts and 0 for the others, ``(N,)``."""
+        if self.mask is None:
+            tokens = self.leading_shape.numel()
+            return torch.ones(tokens, dtype=self.compute_dtype, device=self.device)
+        return self.mask.to(self.compute_dtype)
+
+    def labelled(self) -> Tensor | None:
+        """Return 1 for each token that counts and has a label, ``(N,)``."""
+        return None if self.has_label is None else self.counted() * self.has_label
+
+
+def model_inputs(
+    side: str, hidden: Any, head: Any, final: Any = None, has_final: bool = False
+) -> ModelInputs:
+    """Check one model's tensors; ``side`` is ``student`` or ``teacher``, as in their names.
+
+    With ``has_final`` there is a final hidden state, and the list of others may be empty.
+    """
+    name = f"{side}_hidden"
+    values = [hidden] if isinstance(hidden, Tensor) else hidden
+    if not isinstance(values, (list, tuple)):
+        kind = type(values).__name__
+        raise TypeError(f"{name} must be a tensor or a list of tensors, got {kind}")
+    if not values and not has_final:
+        raise ValueError(f"{name} is empty: pass one hidden state for each lens pair")
+    single = isinstance(hidden, Tensor)
+    named = [(name if single else f"{name}[{i}]", x) for i, x in enumerate(values)]
+    if has_final:
+        named.append((f"{side}_final", final))
+    for name, x in named:
+        _check_hidden(name, x)
+    checked = _check_head(f"{side}_head", head)
+    if side == "teacher":  # the teacher gets no gradient
+        named = [(name, x.detach()) for name, x in named]
+        checked = checked.map(torch.Tensor.detach)
+    return ModelInputs(named, checked, len(values))
+
+
+def check_inputs(
+    student: ModelInputs,
+    teacher: ModelInputs | None,
+    *,
+    mask: Any,
+    vocab_size: Any,
+    labels: Any = None,
+) -> Inputs:
+    """Check that the tensors of a call fit together.
+
+    Without ``mask`` the tokens that have a label count, or all of them without labels.
+    """
+    device = student.head.weight.device
+    named = list(student.named_hidden)
+    if teacher is not None:
+        if student.lenses != teacher.lenses:
+            raise ValueError(
+                "student_hidden and teacher_hidden must pair up:"
+                f" got {student.lenses} and {teacher.lenses} hidden states"
+            )
+        check_device("teacher_head.weight", teacher.head.weight, device)
+        named += teacher.named_hidden
+    autocast = torch.is_autocast_enabled(device.type)
+    for side, model in (("student", student), ("teacher", teacher)):
+        if model is not None:
+            _check_widths_and_dtypes(model, f"{side}_head", autocast)
+    shape = _leading_shape(named)
+    size = shared_vocabulary(vocab_size, student.head, None if teacher is None else teacher.head)
+    flat_mask = _token_mask(mask, shape, device)
+    flat_labels = has_label = None
+    if labels is not None:
+        flat = _token_labels(labels, shape, device, size)
+        has_label = flat != IGNORE_INDEX
+        flat_labels = flat.clamp(min=0)
+        flat_mask = has_label if flat_mask is None else flat_mask
+    return Inputs(
+        student=student,
+        teacher=teacher,
+        leading_shape=shape,
+        mask=flat_mask,
+        labels=flat_labels,
+        has_label=has_label,
+        vocab_size=size,
+        operand_dtype=torch.get_autocast_dtype(device.type) if autocast else None,
+    )
+
+
+def _check_hidden(name: str, x: Any) -> None:
+    """Check that ``x`` is a dense floating-point tensor ``(..., D)``."""
+    check_float(name, x)
+    if x.dim() < 2:
+        raise ValueError(
+            f"{name} must have shape (..., D) with at least one leading dimension,"
+            f" got {tuple(x.shape)}"
+        )
+
+
+def check_float(name: str, x: Any) -> None:
+    """Check that ``x`` is a dense tensor of a supported floating-point dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    _check_dense(name, x)
+    if hasattr(x, "full_tensor"):
+        raise TypeError(
+            f"{name} is a DTensor: pass {name}.full_tensor(), gathered once before the call"
+        )
+    if x.dtype not in FLOATS:
+        known = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
+        raise TypeError(
+            f"{name} must be floating point ({known}), got {str(x.dtype).removeprefix('torch.')}"
+        )
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    """Check that ``x`` has strides, which sparse and nested tensors lack."""
+    if x.is_nested or x.layout is not torch.strided:
+        kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one: convert it first")
+
+
+def _check_head(name: str, value: Any) -> LensHead:
+    """Return a LensHead from a LensHead or a ``(V, D)`` weight, its tensors checked together."""
+    if isinstance(value, Tensor):
+        value = LensHead(value)
+    if not isinstance(value, LensHead):
+        raise TypeError(
+            f"{name} must be a LensHead or a (V, D) tensor, got {type(value).__name__}"
+            " (for a Hugging Face model: lens_kernels.hf.lens_head_from(model))"
+        )
+    weight = value.weight
+    check_float(f"{name}.weight", weight)
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(
+            f"{name}.weight must have shape (V, D), got {tuple(weight.shape)}"
+            + (" (a partitioned parameter must be gathered first)" if weight.numel() == 0 else "")
+        )
+    vocab_size, width = weight.shape
+    parts: list[tuple[str, Tensor | None, int]] = [("bias", value.bias, vocab_size)]
+    if value.norm is not None:
+        parts += [
+            ("norm.weight", value.norm.weight, width),
+            ("norm.bias", value.norm.bias, width),
+        ]
+    for part, x, size in parts:
+        if x is None:
+            continue
+        check_float(f"{name}.{part}", x)
+        if tuple(x.shape) != (size,):
+            raise ValueError(
+                f"{name}.{part} must have shape ({size},) to go with {name}.weight"
+                f" {tuple(weight.shape)}, got {tuple(x.shape)}"
+            )
+        check_device(f"{name}.{part}", x, weight.device)
+    return value
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Check that ``x`` is on ``device``."""
+    if x.device != device:
+        raise ValueError(
+            f"{name} is on {x.device}, but the student head is on {device}: move it there"
+        )
+
+
+def _check_widths_and_dtypes(model: ModelInputs, head_name: str, autocast: bool) -> None:
+    """Check hidden states against the head that reads them.
+
+    Dtypes may differ, but float64 is computed in float64 only if the head is float64 too.
+    """
+    weight = model.head.weight
+    for name, x in model.named_hidden:
+        check_device(name, x, weight.device)
+        if x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{name} has width {x.shape[-1]}, but {head_name}.weight"
+                f" {tuple(weight.shape)} reads width {weight.shape[1]}"
+            )
+        if (x.dtype is torch.float64) != (weight.dtype is torch.float64) and not autocast:
+            raise TypeError(
+                f"{name} is {x.dtype} but {head_name}.weight is {weight.dtype}: convert one of"
+                " them, so that both or neither are float64 (the other dtypes may differ)"
+            )
+
+
+def _leading_shape(named: Sequence[tuple[str, Tensor]]) -> torch.Size:
+    """Return the shape before the last dimension, equal for all hidden states."""
+    first_name, first = named[0]
+    for name, x in named[1:]:
+        if x.shape[:-1] != first.shape[:-1]:
+            raise ValueError(
+                f"all hidden states must have the same leading dimensions:"
+                f" {first_name} has {tuple(first.shape[:-1])}, {name} has {tuple(x.shape[:-1])}"
+            )
+    return first.shape[:-1]
+
+
+def _token_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
+    """Return the mask as a flat bool tensor."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor of bool or 0/1, got {type(mask).__name__}")
+    _check_dense("mask", mask)
+    if mask.is_complex():
+        raise TypeError(f"mask must be bool or 0/1, got {mask.dtype}")
+    if mask.shape != shape:
+        raise ValueError(
+            f"mask must have the leading shape of the hidden states, {tuple(shape)},"
+            f" got {tuple(mask.shape)}: it is shared by all lens pairs and never broadcast"
+        )
+    check_device("mask", mask, device)
+    if mask.dtype is not torch.bool:
+        _check_values("mask", (mask == 0) | (mask == 1), "may hold only 0 and 1")
+    return mask.bool().reshape(-1)
+
+
+def _token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_size: int) -> Tensor:
+    """Return the labels as a flat int64 tensor."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")
+    _check_dense("labels", labels)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
+    if labels.shape != shape:
+        raise ValueError(
+            f"labels must have the leading shape of the hidden states, {tuple(shape)},"
+            f" got {tuple(labels.shape)}: labels[i] is the token that position i predicts"
+        )
+    check_device("labels", labels, device)
+    valid = (labels == IGNORE_INDEX) | ((labels >= 0) & (labels < vocab_size))
+    _check_values("labels", valid, f"must be {IGNORE_INDEX} or in [0, {vocab_size})")
+    return labels.reshape(-1).long()
+
+
+def _check_values(name: str, valid: Tensor, requirement: str) -> None:
+    """Check a condition on the values of a tensor without making the host wait for a GPU."""
+    if torch.compiler.is_compiling() or valid.device.type in ("cuda", "meta"):
+        compat.assert_on_device(valid.all(), f"{name} {requirement}")
+    elif not bool(valid.all()):
+        wrong = int((~valid).sum())
+        raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")
+
+
+def shared_vocabulary(vocab_size: Any, student: LensHead, teacher: LensHead | None) -> int:
+    """Return the size of the vocabulary prefix over which softmaxes are taken."""
+    heads = [("student_head", student), ("teacher_head", teacher)]
+    sizes = {name: head.weight.shape[0] for name, head in heads if head is not None}
+    smaller = min(sizes.values())
+    shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
+    if vocab_size is None:
+        if smaller != max(sizes.values()):
+            raise ValueError(
+                f"the vocabularies differ: {shown}. If the first {smaller} tokens are the same in"
+                f" both, pass vocab_size={smaller}; both softmaxes are then taken over that prefix"
+            )
+        return smaller
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
+        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    if not 1 <= vocab_size <= smaller:
+        raise ValueError(f"vocab_size={vocab_size} must lie in [1, {smaller}]: {shown}")
+    return vocab_size
+
+
+def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
+    """Return the weights of the lens pairs, ``(L,)``, each ``1 / L`` by default."""
+    dtype, device = inputs.compute_dtype, inputs.device
+    if value is None:
+        return torch.full((pairs,), 1.0 / max(1, pairs), dtype=dtype, device=device)
+    if isinstance(value, Tensor):
+        check_float("layer_weights", value)
+        check_device("layer_weights", value, device)
+        if value.shape != (pairs,):
+            raise ValueError(
+                f"layer_weights must have shape ({pairs},), one for each lens pair,"
+                f" got {tuple(value.shape)}"
+            )
+        _check_values("layer_weights", value.detach().isfinite(), "must be finite")
+        return value.to(dtype)
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(
+            f"layer_weights must be a list of numbers or a 1-D tensor, got {type(value).__name__}"
+        )
+    if len(value) != pairs:
+        raise ValueError(
+            f"layer_weights must have {pairs} entries, one for each lens pair, got {len(value)}"
+        )
+    for i, w in enumerate(value):
+        check_number(f"layer_weights[{i}]", w, float("-inf"))
+    return torch.tensor([float(w) for w in value], dtype=dtype, device=device)
+
+
+def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
+    """Return the number that a sum over tokens is divided by, at least 1 by default.
+
+    It is a float or has the dtype of ``counted``, the tokens that count.
+    """
+    if value is None:
+        return counted.sum().clamp(min=1)
+    if not isinstance(value, Tensor):
+        return check_number("denominator", value, 0.0)
+    if value.numel() != 1:
+        raise ValueError(
+            f"denominator must be a number or a tensor of one element,"
+            f" got shape {tuple(value.shape)}"
+        )
+    if value.is_complex() or value.dtype is torch.bool:
+        raise TypeError(f"denominator must be a real number, got {value.dtype}")
+    if value.device.type != "cpu":
+        check_device("denominator", value, counted.device)
+    _check_values("denominator", value >= 0, "must be 0 or more")
+    value = value.to(counted).reshape(())
+    # A whole batch without tokens must give 0, as a call with every token masked does.
+    return torch.where(value == 0, 1, value)

@@ -1,0 +1,225 @@
+"""Everything about a call that is not a tensor: each name, default and range stands here once.
+
+Public functions, modules and the Trainer's options take their defaults and their checks from here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from enum import Enum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+
+class Divergence(str, Enum):
+    """The divergences between teacher ``p`` and student ``q``; formulas in ``divergence.py``."""
+
+    JSD = "jsd"
+    JEFFREYS = "jeffreys"
+    FORWARD_KL = "forward_kl"
+    REVERSE_KL = "reverse_kl"
+    TVD = "tvd"
+    HELLINGER = "hellinger"
+
+
+# Sums of relative entropies. One sweep over tiles of the vocabulary is enough for them, and they
+# are the divergences without an upper bound.
+RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
+ADAPTIVE = "akl"  # for the final hidden states only: two divergences with a weight per token
+
+
+class Reduction(str, Enum):
+    """How the values of lens pairs and tokens become the result."""
+
+    MEAN = "mean"
+    SUM = "sum"
+    NONE = "none"
+
+
+# Thresholds relative to the root mean square of a chunk's logit gradients. At half of bfloat16's
+# unit roundoff, the entries left out are at most that part of the gradient in the 2-norm.
+GRAD_THRESHOLDS = {"bf16": 2.0**-9}
+
+# Listed at import: torch.compile of torch 2.8 cannot list the members of an Enum.
+NAMES: dict[type[Enum], tuple[str, ...]] = {
+    kind: tuple(member.value for member in kind) for kind in (Divergence, Reduction)
+}
+
+EnumT = TypeVar("EnumT", bound=Enum)
+
+
+def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
+    """Return the member of ``kind`` called ``value``, or raise and list the known names."""
+    return kind(_known_name(name, value, NAMES[kind]))
+
+
+def _known_name(name: str, value: object, known: Sequence[str], or_else: str = "") -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string{or_else}, got {type(value).__name__}")
+    if value not in known:
+        choice = ", ".join(map(repr, known))
+        raise ValueError(f"{name}={str(value)!r} is unknown; choose one of {choice}{or_else}")
+    return value
+
+
+def check_number(
+    name: str,
+    value: object,
+    low: float,
+    high: float = float("inf"),
+    hint: str = "",
+    inclusive: bool = False,
+) -> float:
+    """Return ``value`` as a float if it is finite and between ``low`` and ``high``, else raise.
+
+    The bounds themselves are allowed only if ``inclusive``.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
+    within = low <= value <= high if inclusive else low < value < high
+    if not within or not abs(value) <= sys.float_info.max:
+        bounds = f"between {low:g} and {high:g}" if high < float("inf") else f"above {low:g}"
+        if inclusive:
+            bounds = f"in [{low:g}, {high:g}]"
+        raise ValueError(f"{name} must be finite and lie {bounds}, got {value}{hint}")
+    return float(value)
+
+
+def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[float, float]]:
+    """Return the divergences of the final hidden states, each with its weight ``(a, b)``.
+
+    The weight of a token is ``a + b * head_share``. Only the adaptive KL has ``b`` other than 0.
+    """
+    known = (*NAMES[Divergence], ADAPTIVE)
+    if not isinstance(value, Mapping):
+        value = {_known_name(name, value, known, ", or a mapping of names to weights"): 1.0}
+    if not value:
+        raise ValueError(f"{name} is an empty mapping: give it a name with a weight above 0")
+    terms: dict[Divergence, tuple[float, float]] = {}
+
+    def add(kind: Divergence, constant: float, slope: float) -> None:
+        before = terms.get(kind, (0.0, 0.0))
+        terms[kind] = (before[0] + constant, before[1] + slope)
+
+    for term, given in value.items():
+        _known_name(f"a name in {name}", term, known)
+        weight = check_number(f"{name}[{str(term)!r}]", given, 0.0, inclusive=True)
+        if weight == 0.0:
+            continue
+        if term == ADAPTIVE:
+            add(Divergence.FORWARD_KL, 0.0, weight)
+            add(Divergence.REVERSE_KL, weight, -weight)
+        else:
+            add(Divergence(term), weight, 0.0)
+    if not terms:
+        raise ValueError(f"{name}={dict(value)} has no weight above 0: give one to a name")
+    return terms
+
+
+def parse_grad_threshold(name: str, value: object) -> tuple[float | None, bool]:
+    """Return the threshold, and whether it is relative: a name is, a number is not."""
+    if value is None:
+        return None, False
+    if isinstance(value, str):
+        return GRAD_THRESHOLDS[_known_name(name, value, [*GRAD_THRESHOLDS])], True
+    hint = f", or one of {', '.join(map(repr, GRAD_THRESHOLDS))}"
+    return check_number(name, value, 0.0, hint=hint, inclusive=True), False
+
+
+def _check_beta(name: str, value: object) -> None:
+    hint = (
+        "; at the endpoints jsd is 0 for any two models:"
+        " use divergence='forward_kl' or 'reverse_kl' instead"
+    )
+    check_number(name, value, 0.0, 1.0, hint)
+
+
+def _check_backend(name: str, value: object) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+
+
+def _check_workspace_bytes(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "divergence": lambda name, value: parse_name(Divergence, name, value),
+    "final_divergence": parse_final_divergence,
+    "beta": _check_beta,
+    "temperature": lambda name, value: check_number(name, value, 0.0),
+    "kd_ratio": lambda name, value: check_number(name, value, 0.0, 1.0, inclusive=True),
+    "lens_coeff": lambda name, value: check_number(name, value, 0.0, inclusive=True),
+    "reduction": lambda name, value: parse_name(Reduction, name, value),
+    "backend": _check_backend,
+    "workspace_bytes": _check_workspace_bytes,
+    "grad_threshold": parse_grad_threshold,
+}
+
+
+def check_option(option: str, value: object, name: str | None = None) -> None:
+    """Raise if ``value`` is not one for ``option``; the message calls it ``name``."""
+    CHECKS[option](name or option, value)
+
+
+@dataclass(frozen=True, eq=False)
+class LossOptions:
+    """The options that both public functions share; see ``symmetric_lens_loss``.
+
+    Those that depend on the tensors of a call are checked with them: ``layer_weights`` and
+    ``vocab_size``.
+    """
+
+    divergence: str = "jsd"
+    beta: float = 0.5
+    temperature: float = 1.0
+    layer_weights: Sequence[float] | Tensor | None = None
+    vocab_size: int | None = None
+    backend: str = "auto"
+    workspace_bytes: int | None = None
+    grad_threshold: float | str | None = None
+
+    def __post_init__(self) -> None:
+        """Check each option by itself."""
+        for field in fields(self):
+            if field.name in CHECKS:
+                check_option(field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True, eq=False)
+class LensOptions(LossOptions):
+    """The options of ``symmetric_lens_loss``."""
+
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        """Check each option, and those that exclude each other."""
+        super().__post_init__()
+        if self.reduction == Reduction.NONE and self.layer_weights is not None:
+            raise ValueError("layer_weights do not apply to reduction='none', which has no weights")
+
+
+@dataclass(frozen=True, eq=False)
+class DistillationOptions(LossOptions):
+    """The options of ``distillation_loss``."""
+
+    kd_ratio: float = 1.0
+    lens_coeff: float = 1.0
+    final_divergence: str | Mapping[str, float] = "reverse_kl"
+
+
+def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> int:
+    """Return the bytes that the tiles of logits may take on a device."""
+    if workspace_bytes is not None:
+        return workspace_bytes
+    # CPU: 640 rows at 50k entries, enough for products at full speed. GPU: 1024 rows at 128k.
+    return (256 if device.type == "cpu" else 1024) * 2**20

@@ -1,0 +1,119 @@
+"""The contenders: all compute the same, and fake tensors tell their memory."""
+
+import functools
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.support import memory, providers
+from benchmarks.support.contenders import Contender, check, gather
+from benchmarks.support.environment import CPU
+from benchmarks.support.providers import CONTENDERS, SPEED_CONTENDERS, dense
+from benchmarks.support.shapes import Job
+
+# Liger's default compiles for many seconds; the scripts check it themselves before they measure.
+KEYS = [key for key in CONTENDERS if key != "liger"]
+
+
+@pytest.fixture
+def contender(request):
+    found = (CONTENDERS | SPEED_CONTENDERS)[request.param]
+    if (reason := found.objection(CPU)) is not None:
+        pytest.skip(f"{found.label()}: {reason}")
+    return found
+
+
+@pytest.mark.parametrize("contender", [*KEYS, "dense_compiled", "published"], indirect=True)
+def test_contender_computes_the_loss_and_gradients_of_the_oracle(contender, monkeypatch):
+    # The graph is the contender's own; the code that the compiler makes of it is not.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    check(contender, CPU)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda inputs: dense(inputs.pairs(1)), "no gradient 1"),
+        (lambda inputs: dense(inputs) * 1.001 - 1e-3 * dense(inputs).detach(), "gradient 0 is off"),
+        (
+            lambda inputs: dense(replace(inputs, mask=None)),
+            r"something else: loss [\d.]+ instead of [\d.]+ \(40% masked\)",
+        ),
+    ],
+)
+def test_check_refuses_a_contender_that_computes_something_else(wrong, message):
+    with pytest.raises(RuntimeError, match=message):
+        check(Contender("wrong", "wrong", lambda: wrong), CPU)
+
+
+@pytest.mark.parametrize(
+    ("by", "epsilon", "wrong"), [(1e-8, 1e-8, False), (1e-8, 0.0, True), (3e-8, 1e-8, True)]
+)
+def test_a_loss_may_be_too_low_by_what_its_own_epsilon_takes(by, epsilon, wrong):
+    def lower(inputs):
+        return dense(inputs) - by * inputs.student_head.shape[0]
+
+    with pytest.raises(RuntimeError, match="loss") if wrong else nullcontext():
+        check(Contender("low", "low", lambda: lower, epsilon=epsilon), CPU)
+    assert {c.key: c.epsilon for c in SPEED_CONTENDERS.values() if c.epsilon} == {"published": 1e-8}
+    assert not any(c.epsilon for c in CONTENDERS.values())
+
+
+def test_who_cannot_run_or_is_wrong_is_listed_with_the_reason(capsys):
+    def broken():
+        raise OSError("libsomething.so is missing\nmore")
+
+    everyone = {
+        "dense": CONTENDERS["dense"],
+        "broken": Contender("broken", "broken", broken, package="torch", release="0"),
+        "absent": Contender("absent", "absent", lambda: dense, package="no-such", release="1.2"),
+        "gpu": Contender("gpu", "gpu", lambda: dense, gpu_only=True),
+        "wrong": Contender("wrong", "wrong", lambda: lambda inputs: dense(inputs) * 2),
+    }
+    present, missing = gather(everyone, CPU, needed=["dense", "broken"])
+    assert [*present] == ["dense"]
+    assert missing.pop("wrong").startswith("RuntimeError: wrong computes something else: loss")
+    assert missing == {
+        "broken": "cannot be loaded: OSError: libsomething.so is missing",
+        "absent": "not installed; pip install no-such==1.2",
+        "gpu": "needs a GPU",
+    }
+    assert "absent: not installed; pip install no-such==1.2" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="computes something else"):
+        gather(everyone, CPU, needed=["wrong"])
+
+
+def test_a_mask_takes_its_share_of_tokens_and_of_the_floor():
+    job = Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
+    inputs = job.make()
+    assert inputs.mask.sum() == 30
+    assert 0 < inputs.mask[:10].sum() < 10  # scattered
+    hidden = inputs.student_hidden[0]
+    assert torch.equal(inputs.counted(hidden), hidden[inputs.mask])
+    unmasked = replace(job, masked=0.0)
+    assert job.gemm_flops() == 0.75 * unmasked.gemm_flops()
+    assert unmasked.make().mask is None
+    assert torch.equal(unmasked.make().student_head, inputs.student_head)
+
+
+def assert_fakes_are_right(contender, job, kept=True):
+    fake = contender.fake_memory(job)
+    real, _ = contender.observe(job.make(), memory.measure)
+    assert fake.peak == pytest.approx(real.peak, rel=0.01)
+    assert not kept or fake.kept == pytest.approx(real.kept, rel=0.01)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+@pytest.mark.parametrize("contender", KEYS, indirect=True)
+def test_fake_tensors_tell_what_a_real_run_takes(contender, pairs):
+    job = Job(tokens=128, vocab=6000, pairs=pairs, student_width=64, teacher_width=96)
+    assert_fakes_are_right(contender, job)
+
+
+def test_fake_tensors_tell_what_the_compiled_pass_takes(monkeypatch):
+    """Calls over many logits compile the pass: its stand-in over fake tensors allocates as much."""
+    monkeypatch.setattr(providers.pointwise_pass, "CPU_COMPILE_LOGITS", 0)
+    job = Job(tokens=256, vocab=20000, student_width=16, teacher_width=24)
+    assert_fakes_are_right(CONTENDERS["lens_kernels"], job, kept=False)

@@ -1,0 +1,275 @@
+"""The speed comparison: same work for all, and nothing lost or mixed over runs."""
+
+import itertools
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import speed_vs_peers
+from benchmarks.peers import points as speed_points
+from benchmarks.peers.points import FLOOR, SLOW, points, takes_part
+from benchmarks.support import environment, memory, products, shapes, tables, timing
+from benchmarks.support.environment import CPU
+from benchmarks.support.providers import CONTENDERS, dense
+from benchmarks.support.timing import Timing
+
+EVERYONE = ("lens_kernels", "dense", "published")
+TWO = EVERYONE[:2]
+MASK = ("--sweep", "mask", "--rounds", "1")
+
+
+def run(out, *options, contenders=EVERYONE):
+    """A run of tiny sizes; its rows by point and contender."""
+    command = ["--quick", "--device", "cpu", "--out", str(out), *options]
+    speed_vs_peers.main([*command, "--contenders", *contenders])
+    return read(out)
+
+
+def read(out):
+    rows = tables.read_csv(out / "speed_vs_peers.csv")
+    return {(row["point"], row["contender"]): row for row in rows}
+
+
+def name(tokens=64, vocab=1000, pairs=1, masked=0):
+    return f"tiny N{tokens} V{vocab} L{pairs} masked {masked:g}"
+
+
+def test_a_run_from_end_to_end(tmp_path, figures, clock, capsys):
+    everyone = ("lens_kernels", "triton", "dense", "published")
+    rows = run(tmp_path, "--rounds", "3", "--sweep", *speed_points.SWEEPS, contenders=everyone)
+    timed = {key: row["rounds"] for key, row in rows.items() if row["times_ms"]}
+    small = [name(), name(32), name(128), name(32, 500), name(32, 2000), name(masked=0.5)]
+    assert timed == {
+        **{(place, key): "3" for place in small for key in (FLOOR, "lens_kernels", "dense")},
+        **{(name(16), key): "3" for key in (FLOOR, "lens_kernels", "dense")},
+        **{(name(pairs=5, masked=0.5), key): "3" for key in (FLOOR, "lens_kernels")},
+        **{(place, "published"): "2" for place in (name(), name(masked=0.5))},
+        (name(pairs=5, masked=0.5), "published"): "2",
+        (name(128, 4000, 5), "lens_kernels"): "1",
+    }
+    for key in timed:
+        row = rows[key]
+        times = Timing.read(row["times_ms"])
+        assert {name: row[name] for name in times.columns()} == times.columns() | {
+            "rounds": timed[key]
+        }
+        ratios = times.ratios(Timing.read(rows.get((key[0], FLOOR), {}).get("times_ms", "")))
+        assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
+        assert ratios or row["sweeps"] == "memory"
+        assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
+    # 8 points: ours before, then in a point's first round from the second contender on.
+    assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
+    assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
+    assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
+    assert rows["", "triton"]["note"] == "needs a GPU"
+    assert rows[name(32), "published"]["note"] == "left out here, to save time"
+    assert rows[name(), "published"]["note"] == "slow: every other round"
+    assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
+    printed = capsys.readouterr().out
+    assert f"round 3 of 3: {name()}: dense" in printed
+    assert printed.count("not measured") == len(speed_vs_peers.bars.BARS)  # tiny sizes are no proof
+
+
+def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path, capsys):
+    rows = run(tmp_path, "--sweep", "memory")
+    ours, other = (rows[name(128, 4000, 5), key] for key in TWO)
+    assert (ours["memory_method"], other["memory_method"]) == ("measured", "fake")
+    assert (other["times_ms"], other["note"]) == ("", "not run: takes too long")
+    (point,) = [p for p in points(64, CPU, quick=True) if p.sweeps == ("memory",)]
+    for row in (ours, other):
+        counted = CONTENDERS[row["contender"]].fake_memory(point.job)
+        above = (counted.peak - counted.kept) / memory.MIB  # the gradients are not temporary
+        assert counted.kept > 0.4 * memory.MIB and above > 8
+        assert float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
+    assert run(tmp_path, "--sweep", "memory") == rows  # not measured again
+    assert "lens_kernels is there already" in capsys.readouterr().out
+
+
+class Stopped(BaseException):
+    """What the interrupt key raises is of this kind."""
+
+
+def test_a_stopped_run_keeps_whole_turns_and_is_resumed(tmp_path, clock, monkeypatch, capsys):
+    def stopping(function, device):
+        elapsed = clock(function, device)
+        # 2 points x ours before; 4 + 3 in round 1; 3 of 4 are missing in round 2
+        if elapsed == 14:
+            raise Stopped
+        return elapsed
+
+    options = "--sweep", "mask", "--rounds", "3"
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "seconds", stopping)
+        with pytest.raises(Stopped):
+            run(tmp_path, *options)
+    before = read(tmp_path)
+    kept = {key: row["times_ms"] for key, row in before.items() if row["times_ms"]}
+    assert kept[name(), "dense"].startswith("1:") and "2:" in kept[name(), "dense"]
+    assert "2:" not in "".join(v for k, v in kept.items() if k[0] == name(masked=0.5))
+    capsys.readouterr()
+    after = run(tmp_path, *options)
+    for key, times in kept.items():
+        assert after[key]["times_ms"].startswith(times)
+    rounds = {row["times_ms"].count(":") for key, row in after.items() if key[1] != "published"}
+    assert rounds == {3}
+    printed = capsys.readouterr().out
+    assert f"{name()}: rounds that are there already: {{'floor': 2" in printed
+    assert "round 1" not in printed
+    again = run(tmp_path, *options)
+    assert again == after and "round" not in capsys.readouterr().out.replace("rounds", "")
+
+
+def test_a_resumed_run_leaves_out_who_was_left_out_and_asks_again_who_was_missing(
+    tmp_path, monkeypatch
+):
+    options = "--sweep", "tokens", "--rounds", "1"
+    both = ("lens_kernels", "published")
+    with monkeypatch.context() as patch:
+        gone = replace(speed_vs_peers.CONTENDERS["published"], gpu_only=True)
+        patch.setitem(speed_vs_peers.CONTENDERS, "published", gone)
+        assert run(tmp_path, *options, contenders=both)["", "published"]["note"] == "needs a GPU"
+    for _ in range(2):
+        rows = run(tmp_path, *options, contenders=both)
+        assert ("", "published") not in rows
+        assert rows[name(), "published"]["times_ms"] and not rows[name(32), "published"]["times_ms"]
+
+
+def test_results_of_other_code_or_another_machine_are_not_added_to(tmp_path):
+    run(tmp_path, *MASK)
+    path = tmp_path / "speed_vs_peers.csv"
+    before = path.read_text().replace(torch.__version__, "1.0")
+    path.write_text(before)
+    message = "was measured with torch '1.0', and this run has .*another folder to --out"
+    with pytest.raises(RuntimeError, match=message):
+        run(tmp_path, *MASK)
+    assert path.read_text() == before
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Let a contender compute something else."""
+
+    def install(key, loss):
+        contender = replace(speed_vs_peers.CONTENDERS[key], load=lambda: loss, package="")
+        monkeypatch.setitem(speed_vs_peers.CONTENDERS, key, contender)
+
+    return install
+
+
+def at_a_point(change):
+    """Compute something else than when the contender was checked."""
+    return lambda inputs: (change if len(inputs.student_hidden[0]) > 24 else dense)(inputs)
+
+
+def half_the_gradient(inputs):
+    loss = dense(inputs)
+    return (loss + loss.detach()) / 2
+
+
+def failing(inputs):
+    raise ValueError("of its own\nmore")
+
+
+larger = at_a_point(lambda inputs: dense(inputs) * 1.01)
+
+
+@pytest.mark.parametrize(
+    ("loss", "note"),
+    [
+        (larger, "something else: loss"),
+        (at_a_point(half_the_gradient), "something else: norm of gradient 0"),
+        (at_a_point(failing), "ValueError: of its own"),
+    ],
+)
+def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys, loss, note):
+    install("dense", loss)
+    rows = run(tmp_path, *MASK, contenders=TWO)
+    printed = capsys.readouterr().out
+    for place in (name(), name(masked=0.5)):
+        found = rows[place, "dense"]["note"]
+        assert note in found and "\n" not in found and f"dense: {found}" in printed
+        assert not rows[place, "dense"]["times_ms"] and rows[place, "lens_kernels"]["times_ms"]
+
+
+def test_ours_ends_the_run_if_it_is_wrong_or_fails(tmp_path, install):
+    install("trl", dense)
+    install("lens_kernels", larger)
+    with pytest.raises(SystemExit, match="dense PyTorch agree, and differ from lens_kernels"):
+        run(tmp_path, "--sweep", "mask", contenders=TWO)
+    assert not read(tmp_path)
+    with pytest.raises(RuntimeError, match="lens_kernels.* differs from the others: loss"):
+        run(tmp_path, "--sweep", "memory", contenders=("trl", "lens_kernels"))
+    install("lens_kernels", lambda inputs: dense(inputs) * 2)
+    with pytest.raises(RuntimeError, match="lens_kernels.* computes something else"):
+        run(tmp_path, "--sweep", "mask", contenders=TWO)
+    install("lens_kernels", at_a_point(failing))
+    with pytest.raises(ValueError, match="of its own"):
+        run(tmp_path, *MASK)
+
+
+def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(
+    tmp_path, install, clock, monkeypatch
+):
+    dates = itertools.count(1)
+    where = environment.environment(CPU)  # of runs that are minutes apart
+    monkeypatch.setattr(
+        environment, "environment", lambda device: where | {"date_utc": str(next(dates))}
+    )
+    before = run(tmp_path, *MASK, contenders=("lens_kernels",))
+    install("dense", larger)
+    after = run(tmp_path, *MASK)
+    assert "computes something else" in after[name(), "dense"]["note"]
+    for key in (FLOOR, "lens_kernels"):
+        assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
+    again = run(tmp_path, *MASK)  # who was refused is not tried again by the same code
+    assert again == after
+
+
+def test_a_contender_that_ignores_the_mask_is_left_out(tmp_path, install):
+    install("dense", lambda inputs: dense(replace(inputs, mask=None)))
+    rows = run(tmp_path, *MASK, contenders=TWO)
+    assert "40% masked" in rows["", "dense"]["note"] and (name(), "dense") not in rows
+
+
+def test_what_does_not_fit_is_said_and_not_run(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available", lambda: 700_000)
+        rows = run(tmp_path, *MASK, contenders=TWO)
+    assert rows[name(), "dense"]["note"].startswith("does not fit: ")
+    assert not rows[name(), "dense"]["times_ms"]
+    times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
+    monkeypatch.setattr(memory, "available", lambda: 700_000)
+    rows = run(tmp_path, *MASK)
+    assert times and rows[name(), "dense"]["times_ms"] == times  # what was measured is kept
+
+
+def test_the_floor_multiplies_the_tokens_that_count(monkeypatch, tmp_path):
+    seen = set()
+
+    def multiply(inputs):
+        hidden = inputs.student_hidden, inputs.teacher_hidden
+        seen.add((inputs.mask, *(len(x) for side in hidden for x in side)))
+
+    monkeypatch.setattr(products, "products", multiply)
+    run(tmp_path, *MASK, contenders=("lens_kernels",))
+    assert seen == {(None, 64, 64), (None, 32, 32)}
+
+
+def test_models_are_those_of_the_list():
+    of_models = {p.model: p.job for p in points(1024, CPU) if p.sweeps == ("models",)}
+    assert [*of_models] == ["gpt2", "tinyllama", "smollm2", "qwen2.5"]
+    for key, job in of_models.items():
+        model = shapes.MODELS[key]
+        assert (job.vocab, job.student_width) == (model.vocab, model.student)
+        assert (job.teacher_width, job.tokens) == (model.teacher, 256)
+
+
+def test_slow_contenders_have_every_other_round():
+    assert [n for n in range(6) if takes_part("trl", n)] == [1, 3, 5]
+    assert [n for n in range(4) if takes_part("lens_kernels", n)] == [0, 1, 2, 3]
+    assert [n for n in range(4) if takes_part("dense", n)] == [1, 2, 3]
+    assert {*SLOW} < speed_vs_peers.CONTENDERS.keys()
+    first, *others = ("dense_kl_div" in point.left_out for point in points(1024, CPU))
+    assert not first and all(others)

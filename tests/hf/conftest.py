@@ -1,0 +1,40 @@
+"""What the tests of Hugging Face's side share."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from tests.support import tiny
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """Take what is loaded out of the garbage collection that every training starts with.
+
+    With transformers loaded, one takes half a second.
+    """
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory):
+    """Return a folder with a student, a teacher, a model of another tokenizer, and data."""
+    pytest.importorskip("transformers")
+    from tests.support import commands
+
+    folder = tmp_path_factory.mktemp("files")
+    for name, model, vocab in (
+        ("student", tiny.model(layers=3, seed=1), 64),
+        ("teacher", tiny.model(layers=4, width=24, seed=2), 64),
+        ("other", tiny.model(layers=4, vocab=60), 60),
+    ):
+        model.save_pretrained(folder / name)
+        tiny.tokenizer(vocab).save_pretrained(folder / name)
+    commands.write_rows(folder / "train.jsonl", commands.ROWS)
+    commands.write_rows(folder / "eval.jsonl", commands.ROWS[:2])
+    return folder

@@ -1,0 +1,33 @@
+"""``lens_kernels.hf`` loads what is asked for, and nothing else."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.fresh import run_fresh
+
+pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.hf
+
+PROGRAM = """
+import sys
+from lens_kernels import hf
+assert set(hf.__all__) <= set(dir(hf))
+assert "transformers" not in sys.modules
+from lens_kernels.hf import lens_head_from
+assert "transformers.trainer" not in sys.modules
+for name in hf.__all__:
+    assert getattr(hf, name).__name__ == name
+assert "transformers.trainer" in sys.modules
+try:
+    hf.no_such_name
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_a_name_is_loaded_when_it_is_used():
+    result = run_fresh(PROGRAM)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "module 'lens_kernels.hf' has no attribute 'no_such_name'\n"

@@ -1,0 +1,187 @@
+"""The command ``lens-kernels train`` on tiny models: options, files and errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("transformers")
+from lens_kernels import cli  # noqa: E402
+from lens_kernels.hf import LensDistillConfig, uniform_layers  # noqa: E402
+from lens_kernels.hf.model.loading import load_model  # noqa: E402
+from lens_kernels.hf.training import command  # noqa: E402
+from tests.support.commands import arguments, weights  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+
+def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
+    argv = arguments(files, tmp_path, eval=files / "eval.jsonl", report_to="tensorboard")
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    for expected in ("train: 7 rows", "eval: 2 rows", "[1, 2] and [1, 3]", "eval_lens_1"):
+        assert expected in shown
+    start, end = weights(files / "student"), weights(tmp_path)
+    assert any((end[name] - start[name]).abs().max() > 1e-3 for name in start)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_kd"] + metrics["eval_lens"])
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    record = yaml.safe_load((tmp_path / "run.yaml").read_text())
+    assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
+    assert "beta" not in record  # only what was chosen
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = min(tmp_path.glob("**/events.out.tfevents.*"))  # evaluation begins another
+    reader = EventAccumulator(str(events))
+    reader.Reload()
+    for tag in ("ce", "kd", "lens_1", "lens_2", "entropy_teacher_final", "tokens_per_second"):
+        assert len(reader.Scalars(f"train/{tag}")) == 4
+
+
+def test_the_recorded_options_make_the_same_student_again(files, tmp_path):
+    assert cli.main(arguments(files, tmp_path / "one", seed=3)) == 0
+    again = ["train", "--config", str(tmp_path / "one" / "run.yaml")]
+    assert cli.main([*again, "--output", str(tmp_path / "two")]) == 0
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text((files / "train.jsonl").read_text() + '{"prompt": "x"}\n')
+    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("a model was read"))
+    assert cli.main(arguments(files, tmp_path / "out", train=bad)) == 1
+    assert "bad.jsonl:8" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_other_tokenizers_are_refused(files, tmp_path, capsys):
+    assert cli.main(arguments(files, tmp_path / "out", teacher=files / "other")) == 1
+    assert "number 3 tokens differently: " in capsys.readouterr().err
+
+
+def test_a_missing_model_says_how_to_go_on(files, tmp_path, capsys):
+    assert cli.main(arguments(files, tmp_path / "out", teacher=tmp_path / "none")) == 1
+    shown = capsys.readouterr().err
+    assert "cannot be read" in shown and "allow_download" in shown
+
+
+def test_lora_trains_an_adapter_and_nothing_else(files, tmp_path):
+    options = {"lora_r": 2, "lora_alpha": 5, "lora_dropout": 0.25}
+    targets = ["q_proj", "down_proj"]
+    argv = arguments(files, tmp_path, lora_target_modules=targets, max_steps=6, **options)
+    assert cli.main(argv) == 0
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 5, 0.25)
+    assert set(config["target_modules"]) == set(targets)
+    trained = load_model(str(tmp_path))
+    start = weights(files / "student")
+    for name, x in trained.get_base_model().state_dict().items():
+        if "lora_" in name:
+            continue
+        assert torch.equal(x, start[name.replace("base_layer.", "")]), name
+    moved = [x.abs().max() for name, x in trained.named_parameters() if "lora_B" in name]
+    assert len(moved) == 6 and min(moved) > 0  # 3 blocks; the last is reached by the final term
+
+
+def test_an_adapter_can_be_the_student_and_the_teacher(files, tmp_path, capsys):
+    argv = arguments(files, tmp_path / "one", lora_r=2, lora_target_modules=["q_proj"])
+    assert cli.main(argv) == 0
+    again = {"student": tmp_path / "one"}
+    assert cli.main(arguments(files, tmp_path / "two", **again)) == 0
+    before, after = weights(tmp_path / "one"), weights(tmp_path / "two")
+    moved = [name for name in before if not torch.equal(before[name], after[name])]
+    assert moved and all("lora_" in name for name in moved)
+    assert cli.main(arguments(files, tmp_path / "taught", teacher=tmp_path / "one")) == 0
+    assert cli.main(arguments(files, tmp_path / "three", lora_r=2, **again)) == 1
+    assert "lora_r=2 would put a second adapter on" in capsys.readouterr().err
+
+
+def test_options_come_from_a_file_and_the_command_line_goes_first(files, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("beta: 0.25\nstudent_layers: [1]\nteacher_layers: [2]\nlens_norm: false\n")
+    argv = arguments(files, tmp_path, num_lens_pairs=None)[1:]
+    _, args, chosen = command.parse([*argv, "--config", str(config), "--beta", "0.75"])
+    assert (args.beta, args.student_layers, args.lens_norm) == (0.75, [1], False)
+    assert chosen["beta"] == 0.75 and chosen["lens_norm"] is False
+    assert chosen["output_dir"] == str(tmp_path)
+
+
+def test_the_record_holds_plain_values_and_no_secret(files, tmp_path):
+    argv = arguments(files, tmp_path, debug=["underflow_overflow"], hub_token="hf_secret")[1:]
+    _, args, chosen = command.parse(argv)
+    assert args.hub_token == "hf_secret" and "hub_token" not in chosen
+    assert yaml.safe_load(yaml.safe_dump(chosen))["debug"] == ["underflow_overflow"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--conf", "run.yaml"], "--conf run.yaml"),
+        (["--pres", "gpt2"], "--pres gpt2"),
+        (["--resume_from_checkpoint", "x"], "resumes from the last complete checkpoint"),
+    ],
+)
+def test_options_without_effect_are_refused(files, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit):
+        command.parse([*arguments(files, tmp_path)[1:], *more])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lerning_rate: 1", "'lerning_rate' is not an option; did you mean 'learning_rate'"),
+        ("- a", "must hold options as 'name: value', got a list"),
+        ("a: [", "is not YAML"),
+        ("beta: 2", "beta must be finite and lie between 0 and 1"),
+        ("beta: many", "argument --beta: invalid float value"),
+        ("lens_divergence: kl", "invalid choice: 'kl'"),
+    ],
+)
+def test_a_bad_file_of_options_is_refused(files, tmp_path, capsys, text, message):
+    config = tmp_path / "run.yaml"
+    config.write_text(text)
+    with pytest.raises(SystemExit):
+        command.parse([*arguments(files, tmp_path)[1:], "--config", str(config)])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("preset", "pairs", "blocks"),
+    [
+        ("gpt2", 5, (12, 48)),
+        ("gpt2-medium", 5, (24, 48)),
+        ("tinyllama", 5, (22, 32)),
+        ("qwen2.5", 4, (28, 36)),
+    ],
+)
+def test_presets_are_the_papers_lists(files, tmp_path, preset, pairs, blocks):
+    argv = arguments(files, tmp_path, num_lens_pairs=None, use_cpu=None, learning_rate=None)[1:]
+    run, args, _ = command.parse([*argv, "--preset", preset, "--bf16", "false"])
+    student, teacher = (uniform_layers(pairs, n) for n in blocks)
+    assert args.student_layers == student
+    if preset == "tinyllama":  # the paper rounds this one down
+        teacher = [i * 32 // 6 for i in range(1, 6)]
+    assert args.teacher_layers == teacher
+    assert (args.kd_ratio, args.lens_coeff, args.final_divergence) == (1.0, 1.0, "reverse_kl")
+    assert args.lr_scheduler_type == "cosine" and 0 < args.learning_rate < 1e-3
+    assert (run.lora_r == 8) == (preset == "qwen2.5")
+    assert preset in command.presets()
+
+
+def test_help_describes_every_option_of_ours(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    for name in ("--student", "--lens_divergence", "--teacher_cache", "--preset", "--output"):
+        assert name in shown
+    for kind in (command.RunConfig, LensDistillConfig):
+        for option in fields(kind):
+            if option.name in kind.__annotations__:
+                assert option.metadata["help"], option.name

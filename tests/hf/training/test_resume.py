@@ -1,0 +1,127 @@
+"""``lens-kernels train`` given twice: a run resumes to the same end, or says why it cannot."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from lens_kernels import cli  # noqa: E402
+from lens_kernels.hf import LensDistillTrainer  # noqa: E402
+from lens_kernels.hf.training import command  # noqa: E402
+from tests.support.commands import arguments, weights  # noqa: E402
+
+pytestmark = pytest.mark.hf
+
+
+def interrupt(monkeypatch, argv, before_step):
+    """Run until the step that a power cut would have hit."""
+    calls = []
+    step = LensDistillTrainer.training_step
+
+    def cut(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == before_step:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LensDistillTrainer, "training_step", cut)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(argv)
+
+
+def assert_equal(one, other, error=0.0):
+    for name, x in weights(one).items():
+        torch.testing.assert_close(weights(other)[name], x, rtol=0, atol=error, msg=name)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_an_interrupted_run_resumes_to_the_same_end(files, tmp_path, monkeypatch, capsys, cache):
+    options = {"max_steps": 6, "gradient_accumulation_steps": 2}
+    if cache:
+        options["teacher_cache"] = tmp_path / "cache"
+    assert cli.main(arguments(files, tmp_path / "whole", **options)) == 0
+    argv = arguments(files, tmp_path / "cut", **options)
+    interrupt(monkeypatch, argv, before_step=10)
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
+    assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
+    start, whole = weights(files / "student"), weights(tmp_path / "whole")
+    assert max((whole[name] - start[name]).abs().max() for name in whole) > 1e-3
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_run_past_its_last_step_trains_no_further(files, tmp_path, monkeypatch, capsys, finished):
+    argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")  # 4 to an epoch
+    assert cli.main(argv) == 0
+    end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
+    if not finished:  # cut off between the last checkpoint and the end
+        (tmp_path / "metrics.json").write_text(metrics[:-5])
+        (tmp_path / "model.safetensors").unlink()
+    forbidden = "training_step" if not finished else "train"
+    monkeypatch.setattr(LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("trained on"))
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    assert ("it is done: delete" in capsys.readouterr().out) == finished
+    again = weights(tmp_path)
+    assert all(torch.equal(end[name], again[name]) for name in end)
+    loss = json.loads((tmp_path / "metrics.json").read_text())["eval_loss"]
+    assert loss == pytest.approx(json.loads(metrics)["eval_loss"], rel=1e-6)
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text('{"a": 1}')
+    assert command.last_checkpoint(tmp_path).name == "checkpoint-10"
+    state = tmp_path / "checkpoint-10" / "trainer_state.json"
+    state.write_text('{"a": ')
+    assert command.last_checkpoint(tmp_path).name == "checkpoint-2"
+    state.unlink()
+    assert command.last_checkpoint(tmp_path).name == "checkpoint-2"
+    assert command.last_checkpoint(tmp_path / "nothing") is None
+
+
+def test_without_the_optimizers_state_a_run_starts_anew(files, tmp_path, monkeypatch, capsys):
+    options = {"max_steps": 5, "save_only_model": True}
+    assert cli.main(arguments(files, tmp_path / "whole", **options)) == 0
+    argv = arguments(files, tmp_path / "cut", **options)
+    interrupt(monkeypatch, argv, before_step=4)
+    assert command.last_checkpoint(tmp_path / "cut").name == "checkpoint-2"
+    assert cli.main(argv) == 0
+    assert "resuming" not in capsys.readouterr().out
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
+    assert cli.main(arguments(files, tmp_path, max_steps=1)) == 0
+    assert cli.main(arguments(files, tmp_path, max_steps=1, beta=0.3, learning_rate=0.02)) == 1
+    shown = capsys.readouterr().err
+    assert "beta (was None, is 0.3), learning_rate (was 0.01, is 0.02)" in shown
+
+
+@pytest.mark.parametrize(("name", "done"), [("train", False), ("eval", True)])
+def test_a_run_does_not_resume_with_data_that_have_changed(
+    files, tmp_path, monkeypatch, capsys, name, done
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text((files / "train.jsonl").read_text())
+    argv = arguments(files, tmp_path / "out", **{"eval": files / "eval.jsonl", name: data})
+    if done:
+        assert cli.main(argv) == 0
+    else:
+        interrupt(monkeypatch, argv, before_step=4)
+    before = data.read_text()
+    data.write_text(before.replace("fish swim", "fish swam"))
+    assert cli.main(argv) == 1
+    message = f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore"
+    assert message in capsys.readouterr().err
+    data.write_text(before)
+    assert cli.main(argv) == 0
+    data.write_text(before.replace("fish swim", "fish swam"))
+    (tmp_path / "out" / "data.json").unlink()  # as in runs of earlier versions
+    assert cli.main(argv) == 0

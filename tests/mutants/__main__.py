@@ -1,0 +1,99 @@
+"""Plant known faults, one at a time, and check that the tests find each of them.
+
+Run ``python -m tests.mutants`` from the root of a checkout, in the environment of its tests. Each
+fault goes into a copy of the checkout in a temporary folder, where its own few tests run. The
+result is ``tests/mutants/table.md``. The exit status is 1 if a fault is not caught.
+
+The faults are in ``*.txt`` beside this file; ``faults.py`` says how they are written. ``--list``
+shows those that no longer fit the code.
+"""
+
+# ruff: noqa: T201  this is a script
+import argparse
+import re
+import shutil
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+from tests.mutants.faults import HERE, Fault, read_faults
+from tests.mutants.process import run_pytest
+
+ROOT = HERE.parents[1]
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "demo_output")
+# Code that cannot be loaded says nothing about the tests.
+NOT_LOADED = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|NameError")
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", re.MULTILINE)
+SECONDS = 600  # for the tests of one fault
+
+
+def plant(fault: Fault, root: Path) -> tuple[str, str]:
+    """Plant a fault in a copy, and return the test that fails, "" for none, and the reason."""
+    try:
+        path, arguments = fault.target(root), fault.arguments(root)
+        whole = path.read_text()
+        planted = whole.replace(fault.text("-"), fault.text("+"))
+        compile(planted, path, "exec")
+        path.write_text(planted)
+        try:
+            status, output = run_pytest(root, ["-x", *arguments], SECONDS)
+        finally:
+            path.write_text(whole)
+    except (LookupError, SyntaxError) as error:
+        return "", f"{type(error).__name__}: {error}"
+    failed = FAILED.search(output)
+    if status != 1 or failed is None:
+        return "", f"pytest, status {status}: {output.strip()[-100:]}"
+    reason = failed[2] or ""
+    return "" if NOT_LOADED.search(reason) else failed[1], reason
+
+
+def main() -> int:
+    """Plant the faults; return 1 if any is not caught."""
+    parser = argparse.ArgumentParser(
+        "python -m tests.mutants", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="Plant these; write no table.")
+    parser.add_argument("--list", action="store_true", help="Show the faults, and those unfit.")
+    parser.add_argument("--jobs", type=int, default=1, help="Faults at a time. Default: 1.")
+    options = parser.parse_args()
+    faults = {fault.name: fault for fault in read_faults()}
+    if options.only:
+        faults = {name: faults[name] for name in options.only}
+    if options.list:
+        unfit = [fault.objection(ROOT) for fault in faults.values()]
+        for fault, why in zip(faults.values(), unfit, strict=True):
+            print(f"{fault.name:<32} {fault.what}" + (f"  ({why.upper()})" if why else ""))
+        return int(any(unfit))
+    copies: Queue[Path] = Queue()
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.jobs) as pool:
+        for i in range(options.jobs):
+            copies.put(shutil.copytree(ROOT, Path(folder, str(i)), ignore=LEFT_OUT))
+
+        def attempt(fault: Fault) -> str:
+            copy = copies.get()
+            test, reason = plant(fault, copy)
+            copies.put(copy)
+            print(f"{fault.name:<32} {test or 'NOT CAUGHT'}  ({reason[:100]})", flush=True)
+            return test
+
+        tests = list(pool.map(attempt, faults.values()))
+        if not any(tests):
+            return 1
+        # A test that fails without a fault as well has caught nothing.
+        status, output = run_pytest(copies.get(), sorted({*tests} - {""}), None)
+    broken = {match[1] for match in FAILED.finditer(output)}
+    caught = ["" if test in broken else test for test in tests]
+    rows = ["| fault | what is broken | caught by |", "|---|---|---|"]
+    for fault, test in zip(faults.values(), caught, strict=True):
+        rows.append(f"| {fault.name} | {fault.what} | {f'`{test}`' if test else 'NOT CAUGHT'} |")
+    if not options.only:
+        (HERE / "table.md").write_text("\n".join(rows) + "\n")
+    print(f"{len(faults)} faults, {caught.count('')} not caught", *sorted(broken), sep="\n")
+    return int(status != 0 or not all(caught))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The lists of faults: a paragraph of ``*.txt`` for each.
+
+A paragraph is::
+
+    name: what is broken
+    @ file.py                      only where the code below is in several files
+    - the code to replace, which occurs once in the package or in reference/
+    + what replaces it; without such a line the code is deleted
+    > test_file.py -k expression   arguments of pytest; a file of tests is found by its name
+"""
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class Fault:
+    """A fault to plant."""
+
+    name: str
+    what: str
+    lines: dict[str, list[str]] = field(default_factory=dict)
+
+    def text(self, mark: str) -> str:
+        """Return the text of the lines that begin with ``mark``."""
+        return "\n".join(self.lines.get(mark, []))
+
+    def target(self, root: Path) -> Path:
+        """Return the file that holds the code to replace, or raise LookupError."""
+        found = []
+        for folder in ("lens_kernels", "reference"):
+            for path in (root / folder).rglob(self.text("@") or "*.py"):
+                found += [path] * path.read_text().count(self.text("-"))
+        if len(found) != 1:
+            raise LookupError(f"the code occurs {len(found)} times")
+        return found[0]
+
+    def objection(self, root: Path) -> str:
+        """Say why the fault cannot be planted, or return an empty text."""
+        try:
+            self.target(root), self.arguments(root)
+        except LookupError as error:
+            return str(error)
+        return ""
+
+    def arguments(self, root: Path) -> list[str]:
+        """Return the arguments of pytest, or raise LookupError."""
+        arguments = []
+        for word in shlex.split(self.text(">")):
+            name, *rest = word.split("::")
+            if name.endswith(".py"):
+                paths = [p for p in (root / "tests").rglob(name) if "benchmarks" not in p.parts]
+                if len(paths) != 1:
+                    raise LookupError(f"{name} names {len(paths)} files of tests")
+                word = "::".join([str(paths[0].relative_to(root)), *rest])
+            arguments.append(word)
+        return arguments
+
+
+def read_faults() -> list[Fault]:
+    """Return the faults of all lists."""
+    faults = []
+    for path in sorted(HERE.glob("*.txt")):
+        for paragraph in path.read_text().strip().split("\n\n"):
+            head, *body = paragraph.splitlines()
+            fault = Fault(*head.split(": ", 1))
+            for line in body:
+                fault.lines.setdefault(line[0], []).append(line[2:])
+            faults.append(fault)
+    return faults

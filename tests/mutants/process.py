@@ -1,0 +1,41 @@
+"""Runs of pytest in a folder, each in a process that begins with the large libraries loaded."""
+
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+PROCESSES = multiprocessing.get_context("forkserver")
+LOADED = ["pytest", "torch._dynamo", "triton.language", "transformers.trainer", "peft"]
+
+
+def run_pytest(root: Path, arguments: list[str], timeout: float | None) -> tuple[int, str]:
+    """Return the exit status of pytest in the folder ``root``, and what it printed."""
+    # Before the server starts: it hands them on to what it loads.
+    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
+    PROCESSES.set_forkserver_preload(LOADED)
+    log = root.with_suffix(".log")
+    process = PROCESSES.Process(target=_pytest, args=(root, arguments, log))
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        return -1, f"no end after {timeout} s"
+    return process.exitcode, log.read_text()
+
+
+def _pytest(root: Path, arguments: list[str], log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(root)
+    sys.path.insert(0, str(root))
+    for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
+        del sys.modules[name]
+    # Bytecode is found by time and size, which a fault may leave as they were.
+    sys.dont_write_bytecode = True
+    os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
+    command = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]
+    sys.exit(int(pytest.main([*command, *arguments])))

@@ -1,0 +1,19 @@
+"""Programs in a fresh interpreter: what importing something loads can only be seen there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from tests.support import ROOT
+
+
+def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a fresh interpreter, its warnings errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )

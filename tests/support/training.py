@@ -1,0 +1,107 @@
+"""Tiny trainings: data, trainers that see it in order, and what they are compared by."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import SequentialSampler
+
+from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from tests.support import tiny
+
+STUDENT = {"layers": 3, "seed": 1}
+TEACHER = {"layers": 4, "width": 24, "seed": 2}
+
+
+class InOrder(LensDistillTrainer):
+    """Sees its examples in order; only newer versions have an option for that."""
+
+    def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+        return SequentialSampler(self.train_dataset)
+
+
+def tokens(batch: int = 8, length: int = 10, vocab: int = 64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(2, vocab, (batch, length), generator=generator)
+
+
+def uneven_data() -> list[dict[str, torch.Tensor]]:
+    """Return examples with very different numbers of labels; the first has one that counts."""
+    ids = tokens()
+    labels = ids.clone()
+    for row, kept in enumerate((2, 10, 5, 10, 3, 9, 10, 4)):
+        labels[row, kept:] = -100
+    return [{"input_ids": i, "labels": x} for i, x in zip(ids, labels, strict=True)]
+
+
+def batch_of(examples: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the token ids and labels of examples of one length."""
+    ids, labels = (torch.stack([x[key] for x in examples]) for key in ("input_ids", "labels"))
+    return ids, labels
+
+
+def make_trainer(
+    folder: Any,
+    batch: int = 4,
+    accumulate: int = 1,
+    data: Any = None,
+    student: Any = None,
+    teacher: Any = True,
+    kind: type[LensDistillTrainer] = InOrder,
+    **options: Any,
+) -> LensDistillTrainer:
+    """Return a trainer of two tiny models; ``teacher`` is a model, or whether there is one."""
+    defaults = {
+        "max_steps": 2,
+        "learning_rate": 0.5,
+        "optim": "sgd",
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "logging_steps": 1,
+        "num_lens_pairs": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+    }
+    config = LensDistillConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        disable_tqdm=True,
+        use_cpu=True,
+        **defaults | options,
+    )
+    if isinstance(teacher, bool):
+        teacher = tiny.model(**TEACHER) if teacher else None
+    return kind(
+        tiny.model(**STUDENT) if student is None else student,
+        teacher,
+        config,
+        train_dataset=uneven_data() if data is None else data,
+        eval_dataset=uneven_data()[:3],
+    )
+
+
+def trained(folder: Any, **options: Any) -> LensDistillTrainer:
+    """Return a trainer after its training."""
+    trainer = make_trainer(folder, **options)
+    trainer.train()
+    return trainer
+
+
+def weights(trainer: LensDistillTrainer) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in trainer.model.state_dict().items()}
+
+
+def logged(trainer: LensDistillTrainer, key: str = "loss", having: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if having in entry]
+
+
+def assert_same_step(start: Any, one: Any, other: Any, relative: float = 1e-5) -> None:
+    """Compare two sets of parameters by how far the first moved from ``start``."""
+    moved = 0.0
+    for name, x in one.items():
+        step = (x - start[name]).abs().max().item()
+        moved = max(moved, step)
+        assert (x - other[name]).abs().max().item() <= relative * max(step, 1e-3), name
+    assert moved > 1e-2

@@ -1,0 +1,143 @@
+"""What a call is said to cost, against operations and allocations that are counted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lens_kernels import plan
+from lens_kernels.backends import matmul
+from lens_kernels.backends.torch import pointwise_pass, row_chunks
+from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
+from tests.support.grids import Shape
+from tests.support.problems import capture_call, make
+from tests.test_memory import MIB, evaluate, peak_bytes
+
+SHAPE = Shape((1536,), 4096, 48, 64, 2)
+SIZES = (1536, 4096, 48, 64)
+
+
+class Products(TorchDispatchMode):
+    """Counts operations and operands of matrix products; torch's own counter passes over in-place
+    ones, and does not see bytes."""
+
+    flops = bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().split("::")[1].split(".")[0].rstrip("_")
+        assert name not in ("bmm", "baddbmm", "linear", "matmul"), name
+        if name in ("mm", "addmm"):
+            left, right = args[-2:]
+            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
+            results = (2 if name == "addmm" else 1) * left.shape[0] * right.shape[1]
+            self.bytes += 4 * (left.numel() + right.numel() + results)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize("workspace", [4 * MIB, 4096 * MIB])
+def test_operations_and_operands_are_those_that_are_counted(monkeypatch, workspace, wanted):
+    made = make(SHAPE)
+    grads = dict(zip(("head_grad", "hidden_grad"), wanted, strict=True))
+    made.student_head.weight.requires_grad_(grads["head_grad"])
+    for h in made.student_hidden:
+        h.requires_grad_(grads["hidden_grad"])
+    captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
+    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # tiles read the hidden states anew
+    with torch.no_grad(), Products() as products:
+        row_chunks.evaluate(captured)
+    options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": workspace, **grads}
+    planned = plan(*SIZES, pairs=2, **options)["torch"]
+    assert products.flops == planned.flops
+    multiplied = [step.bytes_moved for step in planned.steps if step.flops]
+    assert products.bytes == sum(multiplied) and len(multiplied) == 1 + any(wanted)
+
+
+def test_the_sweeps_pay_for_parts_of_the_vocabulary():
+    """8192 tokens of 16 bit: 2 MiB for 128 entries, which is the least that is held."""
+    sizes = (8192, 128 * 250, 64, 32)
+    whole, parts = (plan(*sizes, workspace_bytes=n)["triton"] for n in (10**9, 4 * MIB + 1))
+    assert whole.workspace_bytes == 8192 * 128 * 250 * 2
+    assert parts.workspace_bytes == 4 * MIB
+    assert plan(*sizes, workspace_bytes=1)["triton"].workspace_bytes == 2 * MIB
+    # Operands of sweep 3, the rows' gradient, and the factor of the head's.
+    more = 124 * 8192 * ((64 + 32) * 2 + 2 * 64 * 4 + 64 * 2)
+    assert parts.bytes_moved - whole.bytes_moved == more
+    no_gradient = plan(*sizes, head_grad=False, hidden_grad=False)["triton"]
+    assert no_gradient.workspace_bytes == 0
+    assert [step.name for step in no_gradient.steps] == ["log-sum-exps", "row sums"]
+
+
+def test_wide_factors_take_longer():
+    """In 16 bit a GPU multiplies ten times as fast; where it does not, torch takes wide copies."""
+    narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
+    emulated = plan(*SIZES, device="mps")["torch"]
+    costs = [p.steps[0].cost for p in (narrow, wide, emulated)]
+    assert costs[0] < costs[2] == pytest.approx(costs[1], rel=0.01)
+    assert emulated.steps[0].cost == 10 * emulated.steps[0].flops
+
+
+@pytest.mark.parametrize("workspace", [4 * MIB, 25 * MIB])
+def test_workspace_is_what_is_allocated_beside_the_gradients(monkeypatch, workspace):
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
+    captured = capture_call(monkeypatch, make(SHAPE), workspace_bytes=workspace)
+    planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
+    gradients = 4 * (2 * 1536 * 48 + 4096 * 48)
+    seen = peak_bytes(evaluate(captured)) - gradients
+    # Besides the tiles an eager pointwise pass holds blocks of some MiB.
+    assert planned["torch"].workspace_bytes <= seen <= planned["torch"].workspace_bytes + 16 * MIB
+    assert 0.75 * workspace < planned["torch"].workspace_bytes <= workspace
+
+
+def test_the_torch_backend_makes_the_products_of_the_dense_floor_and_triton_more():
+    floor = 2 * 1536 * 4096 * (3 * 48 + 64)
+    for name in Divergence:
+        plans = plan(*SIZES, divergence=name.value)
+        assert plans["dense"].flops == plans["torch"].flops == floor
+        again = 1 if name in RELATIVE_ENTROPIES else 2
+        assert plans["triton"].flops == floor + again * 2 * 1536 * 4096 * (48 + 64)
+
+
+def test_more_chunks_move_more_and_hold_less():
+    small, large = (
+        plan(*SIZES, workspace_bytes=size, device="cpu")["torch"] for size in (MIB, 64 * MIB)
+    )
+    assert small.bytes_moved > large.bytes_moved
+    assert small.workspace_bytes < large.workspace_bytes
+    assert small.flops == large.flops
+
+
+def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
+    wide = plan(*SIZES, dtype=torch.bfloat16, workspace_bytes=10**12)["torch"]
+    narrow = plan(*SIZES, dtype=torch.float32, workspace_bytes=10**12)["torch"]
+    row = 4096 + 16  # one line of a cache more
+    assert wide.workspace_bytes == 1536 * (row * 8 + 4096 * 2)
+    assert narrow.workspace_bytes == 1536 * row * 8
+
+
+def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
+    one, five = (plan(*SIZES, pairs=n) for n in (1, 5))
+    for name in ("torch", "triton"):
+        assert five[name].flops == 5 * one[name].flops
+        begun = 3 * 4 * 4096 * 48
+        assert five[name].bytes_moved - begun == 5 * (one[name].bytes_moved - begun)
+        assert five[name].workspace_bytes == one[name].workspace_bytes
+    assert five["dense"].workspace_bytes == 5 * one["dense"].workspace_bytes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "error", "message"),
+    [
+        ((0, 5, 5, 5), {}, ValueError, "tokens must be at least 1, got 0"),
+        ((5, 5.0, 5, 5), {}, TypeError, "vocab_size must be an int, got float"),
+        ((5, 5, 5, True), {}, TypeError, "teacher_width must be an int, got bool"),
+        ((5, 5, 5, 5), {"pairs": -1}, ValueError, "pairs must be at least 1, got -1"),
+        ((5, 5, 5, 5), {"divergence": "kl"}, ValueError, "divergence='kl' is unknown"),
+        ((5, 5, 5, 5), {"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive"),
+        ((5, 5, 5, 5), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32, "),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, options, error, message):
+    with pytest.raises(error, match=message):
+        plan(*sizes, **options)

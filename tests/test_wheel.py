@@ -1,0 +1,112 @@
+"""The wheel holds the package alone, and works beside its declared dependencies alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from lens_kernels import __version__
+from tests.support import ROOT
+
+FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
+FOLDERS = ["lens_kernels", "reference", "benchmarks", "tests"]
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
+USE = """
+import sys, torch
+from lens_kernels import symmetric_lens_loss
+student = torch.randn(3, 4, requires_grad=True)
+loss = symmetric_lens_loss(student, torch.randn(3, 5), torch.randn(7, 4), torch.randn(7, 5))
+loss.backward()
+assert loss > 0 and student.grad.abs().sum() > 0
+print(sys.modules["lens_kernels"].__file__)
+"""
+
+
+def call(*command: str | Path, folder: Path) -> str:
+    """Run a command in a folder and return what it prints.
+
+    It sees no module of this checkout, and kernels that are compiled, as a user does.
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """Build the wheel offline, from a copy: a build writes into its source folder."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in FILES:
+        shutil.copy(ROOT / name, source)
+    for name in FOLDERS:
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    call(sys.executable, "-c", BUILD, out, folder=source)
+    (path,) = out.iterdir()
+    return path
+
+
+def needed(name: str) -> set[str]:
+    """Return the installed distributions that one needs, itself included."""
+    found, left = set(), [name]
+    while left:
+        name = left.pop()
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:  # a CPU build of torch does without some
+            continue
+        if name not in found:
+            found.add(name)
+            parsed = map(Requirement, requirements)
+            left += [r.name for r in parsed if not r.marker or r.marker.evaluate({"extra": ""})]
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """Make an environment of the wheel and what it declares, without a network; return its bin."""
+    folder = tmp_path_factory.mktemp("environment")
+    call(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
+    (site,) = folder.glob("lib/python*/site-packages")
+    with zipfile.ZipFile(wheel) as archive:
+        (described,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(described).decode().splitlines()
+    declared = [Requirement(x.partition(": ")[2]) for x in lines if x.startswith("Requires-Dist")]
+    for requirement in declared:
+        if requirement.marker is None:  # the others are of extras
+            for name in needed(requirement.name):
+                distribution = metadata.distribution(name)
+                for top in {path.parts[0] for path in distribution.files} - {"..", "__pycache__"}:
+                    if not (site / top).exists():
+                        (site / top).symlink_to(Path(distribution.locate_file(top)).resolve())
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install"]
+    call(*pip, "-q", "--no-index", "--no-deps", wheel, folder=folder)
+    return folder / "bin"
+
+
+def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
+    package = ROOT / "lens_kernels"
+    files = {p for p in package.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+    names = zipfile.ZipFile(wheel).namelist()
+    packed = {ROOT / name for name in names if not name.startswith(f"lens_kernels-{__version__}")}
+    assert packed == files
+
+
+def test_the_wheel_computes_a_loss_beside_its_dependencies_alone(environment, tmp_path):
+    where = call(environment / "python", "-c", USE, folder=tmp_path)
+    assert where.startswith(str(environment.parent))
+
+
+def test_the_command_of_the_wheel_describes_the_machine(environment, tmp_path):
+    shown = call(environment / "lens-kernels", "env", folder=tmp_path)
+    assert shown.startswith(f"lens_kernels {__version__}")
+    assert "transformers  not installed" in shown
