@@ -33,7 +33,7 @@ def rows(problem, **options):
     return loss_of(symmetric_lens_loss, problem, reduction="none", backend="triton", **options)
 
 
-@pytest.mark.parametrize("divergence", PATHS)
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(layout, divergence):
     """All logits are multiples of 2^-16 below 64, with the teacher's offset of 50 as well. float32
     holds them without rounding, so that only the sums can lose digits.
@@ -48,7 +48,7 @@ def test_near_convergence(layout, divergence):
     problem.student_head, problem.teacher_head = LensHead(weight), LensHead(weight, bias)
     expected, _ = oracle(problem, reduction="none")
     got = rows(problem)
-    assert 1e-8 < expected.mean() < 2e-6
+    assert divergence == "tvd" or 1e-8 < expected.mean() < 2e-6
     assert_close(got.mean(), expected.mean(), 1e-4)
     assert_close(got, expected, 1e-3)
     assert bool((got > 0).all())
