@@ -96,7 +96,7 @@ def test_the_entropies_of_some_tokens_stand_for_all(monkeypatch):
     ids = torch.full((2, 20), 7)  # so that every position has the same distribution
     batch = {"input_ids": ids, "labels": ids}
     some = objective()(batch).sums
-    monkeypatch.setattr("lens_kernels.hf.objective.ENTROPY_STRIDE", 1)
+    monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
     every = objective()(batch).sums
     names = [name for name in every if name.startswith("entropy")]
     assert len(names) == 6
