@@ -1,6 +1,6 @@
 """Triton's interpreter, which stands for a GPU where there is none, with its bfloat16 mended.
 
-The interpreter (numpy; tritons 3.6 to 3.9) holds bfloat16 as the integers of its bit patterns. It
+The interpreter (numpy; Triton 3.4 to 3.9) holds bfloat16 as the integers of its bit patterns. It
 multiplies those as integers in ``dot``, and rounds to bfloat16 by cutting digits off. Here ``dot``
 gets what the integers mean, and rounding goes to nearest even, as on a GPU.
 """
