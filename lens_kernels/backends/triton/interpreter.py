@@ -1,6 +1,6 @@
 """Triton's interpreter, which runs kernels without a GPU, and corrections of its bfloat16.
 
-The interpreter of Triton 3.6 to 3.9 holds bfloat16 as the integers of its bit patterns. Its ``dot``
+The interpreter of Triton 3.4 to 3.9 holds bfloat16 as the integers of its bit patterns. Its ``dot``
 multiplies these integers, and its rounding to bfloat16 truncates. Here ``dot`` gets the numbers as
 fp32, and rounding is to nearest even, as on a GPU.
 """

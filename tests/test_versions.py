@@ -1,0 +1,40 @@
+"""The oldest versions that are tested are those that pyproject.toml allows."""
+
+from __future__ import annotations
+
+import sys
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from tests.support import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_every_lower_bound_is_tested():
+    requirements = [*PROJECT["dependencies"]]
+    for extra in PROJECT["optional-dependencies"].values():
+        requirements += extra
+    bounds = {
+        (requirement.name, Version(specifier.version))
+        for requirement in map(Requirement, requirements)
+        for specifier in requirement.specifier
+        if specifier.operator == ">="
+    }
+    lines = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if not line.startswith("#")]
+    assert bounds == {(name, Version(version)) for name, version in pins}
+
+
+def test_the_workflow_covers_the_python_versions_of_the_classifiers():
+    prefix = "Programming Language :: Python :: "
+    named = [x.removeprefix(prefix) for x in PROJECT["classifiers"] if x.startswith(prefix)]
+    assert f">={named[0]}" == PROJECT["requires-python"]
+    workflow = (ROOT / ".github" / "workflows" / "test.yml").read_text()
+    assert all(f'"{version}"' in workflow for version in (named[0], named[-1]))
