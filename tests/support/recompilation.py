@@ -32,7 +32,7 @@ CALLS = [
     {**FIRST, "scale": 0.25},
     {**FIRST, "softcap": 1.0},
     {**FIRST, "beta": 0.9},
-    {**FIRST, "kd_ratio": 0.0},
+    {**FIRST, "kd_ratio": 0.9},  # at 0 there is no teacher, and so another kernel
 ]
 
 
