@@ -18,7 +18,7 @@ from lens_kernels.hf.cache import store  # noqa: E402
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
 
 pytestmark = pytest.mark.hf
-HANG = 600  # seconds after which a thread is taken for hung, on any machine
+HANG = 120  # seconds after which a thread is taken for hung, on any machine
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},
