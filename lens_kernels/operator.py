@@ -66,16 +66,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         no_tensors: dict[str, Any] = {"mask": None, "labels": None, "row_weight": None}
         ctx.packed = packed._replace(student_hidden=[], teacher_hidden=[], heads=[], **no_tensors)
         tensors = [*packed.student_hidden, *packed.teacher_hidden, *packed.heads]
-        saved = [packed.mask, packed.labels, *map(_savable, tensors)]
+        saved = [*map(_savable, [packed.mask, packed.labels, *tensors])]
     else:
         ctx.mark_non_differentiable(rows, dropped, *grads)
         saved = [rows, packed.row_weight, *grads, *packed.unpack().needing_grad().values()]
     ctx.save_for_backward(*saved)
 
 
-def _savable(x: Tensor) -> Tensor:
+def _savable(x: Tensor | None) -> Tensor | None:
     """Return ``x``, or a copy if it was made in inference mode: autograd does not save those."""
-    return x.clone() if x.is_inference() else x
+    return x.clone() if x is not None and x.is_inference() else x
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[Any, ...]:

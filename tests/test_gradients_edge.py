@@ -216,12 +216,15 @@ def test_a_teacher_made_in_inference_mode(reduction):
     """Autograd refuses to save such tensors, and the deferred backward needs them."""
     problem = make(BATCH, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else None
-    expected, expected_grads = ours(problem, upstream=upstream, reduction=reduction)
+    options = {"upstream": upstream, "reduction": reduction}
+    mask = torch.rand(BATCH.leading) < 0.5
+    expected, expected_grads = ours(problem, mask=mask, **options)
     with torch.inference_mode():
+        mask = mask.clone()
         problem.teacher_hidden = [h.clone() for h in problem.teacher_hidden]
         problem.teacher_head = problem.teacher_head.map(torch.clone)
     assert problem.teacher_head.weight.is_inference()
-    loss, grads = ours(problem, upstream=upstream, reduction=reduction)
+    loss, grads = ours(problem, mask=mask, **options)
     assert torch.equal(loss, expected)
     assert all(torch.equal(g, expected_grads[name]) for name, g in grads.items())
 
