@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.inputs import Inputs
-from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm
+from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm, compute_dtype
 from lens_kernels.options import (
     Divergence,
     LossOptions,
@@ -92,9 +92,8 @@ class LossCall:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of logits, losses and gradients: float32, or float64 for such heads."""
-        heads = [head.weight.dtype for head in (self.student_head, self.teacher_head) if head]
-        return torch.float64 if torch.float64 in heads else torch.float32
+        """Return the dtype of logits, losses and gradients."""
+        return compute_dtype(self.student_head, self.teacher_head)
 
     def needing_grad(self) -> dict[int | str, Tensor]:
         """Return the tensors that need a gradient: by pair, or by name for those of the head."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels import compat
-from lens_kernels.lens import LensHead
+from lens_kernels.lens import LensHead, compute_dtype
 from lens_kernels.options import check_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -61,15 +61,13 @@ class Inputs:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype of logits and losses: float32, or float64 with a float64 head."""
-        heads = [side.head.weight.dtype for side in (self.student, self.teacher) if side]
-        return torch.float64 if torch.float64 in heads else torch.float32
+        """Return the dtype of logits and losses."""
+        return compute_dtype(self.student.head, self.teacher.head if self.teacher else None)
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Return the dtype of results, which is the student's in float64."""
-        fp64 = self.student.head.weight.dtype is torch.float64
-        return torch.float64 if fp64 else torch.float32
+        """Return the dtype of results, which the student decides."""
+        return compute_dtype(self.student.head)
 
     def counted(self) -> Tensor:
         """Return 1 for each token that counts and 0 for the others, ``(N,)``."""

@@ -137,3 +137,9 @@ class LensHead:
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
         """Map products ``norm(h) @ weight.T`` to tempered logits; return ``d logits / dz`` too."""
         return self.logit_map(temperature)(z)
+
+
+def compute_dtype(*heads: LensHead | None) -> torch.dtype:
+    """Return the dtype of arithmetic on logits: float32, or float64 with a float64 head."""
+    dtypes = [head.weight.dtype for head in heads if head is not None]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
