@@ -13,16 +13,16 @@ OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/p
 .PHONY: help demo test test-all test-oldest test-gpu check fix bench bench-gpu gpu clean
 
 help:
-	@echo "make demo      distil a real model in minutes, with a table and two pictures"
-	@echo "make test      lint, types and the test-suite"
-	@echo "make test-all  the same with the slow tests"
-	@echo "make test-oldest  the suite with the oldest versions that are supported"
-	@echo "make test-gpu  the tests that need a GPU, with a CSV of outcomes and versions"
-	@echo "make check     lint and types only; changes nothing"
-	@echo "make fix       format, and repair what lint can repair"
-	@echo "make bench     memory and speed, with the peers from PyPI"
-	@echo "make bench-gpu time and memory on a GPU, with a CSV of results and versions"
-	@echo "make clean     remove the virtual environment and what the targets wrote"
+	@echo "make demo        distil a real model in minutes, with a table and two pictures"
+	@echo "make test        lint, types and the test-suite"
+	@echo "make test-all    the same with the slow tests"
+	@echo "make test-oldest the suite with the oldest versions that are supported"
+	@echo "make test-gpu    the tests that need a GPU, with a CSV of outcomes and versions"
+	@echo "make check       lint and types only; changes nothing"
+	@echo "make fix         format, and repair what lint can repair"
+	@echo "make bench       memory and speed, with the peers from PyPI"
+	@echo "make bench-gpu   time and memory on a GPU, with a CSV of results and versions"
+	@echo "make clean       remove the virtual environment and what the targets wrote"
 
 # torch: a CPU build where there is no NVIDIA GPU, for the default one brings gigabytes of CUDA. One
 # that pip already finds is taken first, then PyTorch's own index, then whatever PyPI has.
