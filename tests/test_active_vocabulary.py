@@ -95,6 +95,20 @@ def test_the_threshold_is_that_of_the_logits_at_any_scale(
     assert (d_head[used] - exact[used]).abs().max() <= 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_threshold_of_labels_does_not_depend_on_the_temperature(always_active, backend):
+    student, _, head, _ = problem()
+    options = {"labels": torch.randint(V, (N,)), "kd_ratio": 0.0, "grad_threshold": 1e-4}
+    options |= {"student_final": student, "teacher_final": None, "backend": backend}
+    results = []
+    for temperature in (1.0, 10.0):
+        out = distillation_loss([], None, head, None, temperature=temperature, **options)
+        results.append((out.dropped, *torch.autograd.grad(out.loss, [student, head])))
+    assert 0 < results[0][0] < 1
+    for a, b in zip(*results, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * a.abs().max()
+
+
 def test_what_was_dropped_is_reported(always_active):
     student, teacher, head, teacher_head = inputs = problem()
     g = logit_gradients(*inputs)

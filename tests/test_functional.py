@@ -128,6 +128,21 @@ def test_infinite_divergences_are_infinite_and_no_others(backend, side, divergen
     assert bool(grads["hidden0"].any())
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jeffreys"])
+def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
+    """A probability of exp(-300) is 0 in float32, as is that of a logit of -inf."""
+    problem = make(ODD, bias=True, divergence=divergence)
+    with torch.no_grad():
+        for head in problem.args()[2:]:
+            head.bias[3:5] = -math.inf
+    expected, expected_grads = ours(problem, backend=backend)
+    with torch.no_grad():
+        problem.student_head.bias[3] = problem.teacher_head.bias[4] = -300.0
+    loss, grads = ours(problem, backend=backend)
+    assert_close(loss, expected, LOSS)
+    assert_gradients(grads, expected_grads, GRADIENT)
+
+
 @pytest.mark.parametrize("std", [1.0, 10.0, 30.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

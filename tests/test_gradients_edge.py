@@ -303,6 +303,17 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
+def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
+    """The student gives both entries 1/2, the teacher gives the second one exp(-400)."""
+    student = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
+    teacher, head = torch.tensor([[0.0, -400.0]]).half(), torch.eye(2).half()
+    call = {"divergence": divergence, "backend": backend}
+    symmetric_lens_loss(student, teacher, head, head, **call).backward()
+    assert student.grad[0].tolist() == pytest.approx([-size, size], rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_float16_gradients_of_pairs_with_small_weights(backend):
     problem = make(Shape((32,), 2000, 16, 16, 4), std=2.0).to(torch.float16)
     options = {"layer_weights": [1.0, 1e-2, 1e-3, 1e-4], "reduction": "sum"}

@@ -391,6 +391,7 @@ def test_modules_check_their_options_when_they_are_made(module):
     refused(ValueError, ["divergence", "'js'"], module, divergence="js")
     refused(ValueError, ["beta", "forward_kl"], module, beta=1.0)
     refused(ValueError, ["temperature", "0"], module, temperature=0)
+    refused(ValueError, ["grad_threshold", "-1"], module, grad_threshold=-1)
     if module is SymmetricLensLoss:
         refused(ValueError, ["reduction", "'avg'"], module, reduction="avg")
     else:

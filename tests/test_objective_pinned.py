@@ -4,6 +4,7 @@ Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, 
 logits. Each value is a short sum of logarithms, written beside it; L stands for ln 2.
 """
 
+import inspect
 import math
 
 import pytest
@@ -87,6 +88,30 @@ def test_divergence_and_gradient(backend, name, dtype):
     assert student.grad[0].tolist() == pytest.approx(
         gradient, abs=1e-7 if dtype is torch.float32 else 1e-10
     )
+
+
+SHARED = {
+    "divergence": "jsd",
+    "beta": 0.5,
+    "temperature": 1.0,
+    "layer_weights": None,
+    "mask": None,
+    "denominator": None,
+    "vocab_size": None,
+    "backend": "auto",
+    "workspace_bytes": None,
+    "grad_threshold": None,
+}
+OBJECTIVE = {"kd_ratio": 1.0, "lens_coeff": 1.0, "final_divergence": "reverse_kl", "labels": None}
+
+
+@pytest.mark.parametrize(
+    ("function", "own"),
+    [(symmetric_lens_loss, {"reduction": "mean"}), (distillation_loss, OBJECTIVE)],
+)
+def test_defaults(function, own):
+    parameters = inspect.signature(function).parameters.values()
+    assert {p.name: p.default for p in parameters if p.default is not p.empty} == SHARED | own
 
 
 # Of a whole loss, which float32 forms in a few roundings.

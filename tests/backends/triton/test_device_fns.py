@@ -170,6 +170,18 @@ def test_the_table_is_the_library_s(log_probabilities, divergence, beta):
 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
+def test_the_tables_agree_on_what_is_infinite(divergence, beta):
+    """Every pair of a probability of 1/2, one that underflows, and none."""
+    some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
+    lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
+    expected = table.pointwise(Divergence(divergence), beta)(
+        lp, lq, lp.exp(), lq.exp(), (beta, 1 - beta)
+    )
+    for got, truth in zip(run_table(divergence, lp, lq, beta), expected, strict=True):
+        assert torch.equal(got.isposinf(), truth.isposinf())
+
+
+@pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_equal_probabilities_give_exact_zeros(log_probabilities, divergence, beta):
     lp, lq = log_probabilities
     f, h = run_table(divergence, lp, lq, beta)

@@ -159,6 +159,15 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
     assert_gradients(grads, expected_grads, 1e-5)
 
 
+def test_the_threshold_of_float16(always_active):
+    """The kernels' tiles are multiplied by a headroom there, and so is the threshold."""
+    problem = active_problem().to(torch.float16)
+    options = {"final_divergence": "jsd", "grad_threshold": 1e-4}
+    expected, dropped = (objective(problem, **options, backend=x).dropped for x in BACKENDS)
+    assert 0 < expected < 1
+    assert_close(dropped, expected, 0.01)
+
+
 def test_the_active_vocabulary_of_several_chunks_is_near(always_active):
     """Each chunk of the vocabulary replaces the head rows that it leaves out by their own mean."""
     problem = active_problem()

@@ -88,6 +88,23 @@ def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, diverg
     assert_gradients(grads, expected_grads, 1e-5)
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
+@pytest.mark.parametrize("where", ["the last tile of a split", "the first and the last split"])
+def test_a_tile_that_is_infinite_by_itself_does_not_count_without_mass(layout, where, divergence):
+    """The model that weighs the logarithms has no mass in the tile, the other lacks one entry."""
+    problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
+    other, weighing = problem.args()[2:]
+    if divergence == "reverse_kl":
+        other, weighing = weighing, other
+    with torch.no_grad():
+        weighing.bias[list(CLOSED[where])] = -INFINITY
+        other.bias[CLOSED[where][5]] = -INFINITY
+    expected, _ = oracle(problem)
+    loss, grads = ours(problem, backend="triton")
+    assert_close(loss, expected, 1e-6)
+    assert all(bool(g.isfinite().all()) for g in grads.values()) and bool(grads["hidden0"].any())
+
+
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("peaks", [(5, 839), (839, 5), (280, 500), (127, 128)])
 def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
