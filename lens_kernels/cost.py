@@ -105,7 +105,7 @@ class CallShape:
             dtype=call.operand_dtype or head.dtype,
             compute_dtype=call.compute_dtype,
             head_grad="weight" in with_grad,
-            hidden_grad=bool(with_grad.keys() - {"weight", "bias"}),
+            hidden_grad=any(key not in ("weight", "bias") for key in with_grad),
             device=call.row_weight.device,
             workspace_bytes=call.workspace_bytes,
         )

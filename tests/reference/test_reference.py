@@ -152,3 +152,11 @@ def test_reductions():
     assert dense.lens_loss(*args, mask=0 * mask) == 0
     with pytest.raises(ValueError, match="'kl'"):
         dense.lens_loss(*args, divergence="kl")
+
+
+def test_the_teacher_gets_no_gradient():
+    student, teacher = torch.randn(3, 4).requires_grad_(), torch.randn(3, 5).requires_grad_()
+    heads = [LensHead(torch.randn(7, width).requires_grad_()) for width in (4, 5)]
+    dense.lens_loss([student], [teacher], *heads).backward()
+    assert student.grad.any() and heads[0].weight.grad.any()
+    assert teacher.grad is None and heads[1].weight.grad is None
