@@ -44,7 +44,7 @@ CONTENDERS = {
     **PEERS,
     **SPEED_CONTENDERS,
 }
-README = environment.ROOT / "benchmarks" / "README.md"
+PAGE = environment.ROOT / "docs" / "memory_and_speed.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for header, lines in bars.both_tables(rows):
         tables.print_table(header, lines)
         print()
-    if args.readme:
-        bars.write_tables(README, rows)
+    if args.docs:
+        bars.write_tables(PAGE, rows)
     print(f"{results.path}\n{picture}\n{time.perf_counter() - start:.0f} s")
 
 
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument(
-        "--readme", action="store_true", help="also write the tables into benchmarks/README.md"
+        "--docs", action="store_true", help=f"also write the tables into docs/{PAGE.name}"
     )
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (64 if args.quick else 1024)

@@ -100,7 +100,7 @@ def symmetric_lens_loss(
             leaves out more, the nearer the models are. ``"bf16"`` adapts: it is 2^-9 of the root
             mean square of the chunk's logit gradients. The part left out of them is then at most
             2^-9 in the 2-norm, which is what rounding to bfloat16 may change.
-            ``benchmarks/README.md`` has the effect on the gradients of hidden states and head, for
+            ``docs/memory_and_speed.md`` has the effect on gradients of hidden states and head, for
             some models. ``distillation_loss`` reports how much was left out.
 
     Returns:

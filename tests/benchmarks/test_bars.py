@@ -1,4 +1,4 @@
-"""The bounds on the speed comparison, and the README's tables, from rows of its CSV."""
+"""The bounds on the speed comparison, and the tables of the page, from rows of its CSV."""
 
 import pytest
 
@@ -73,37 +73,37 @@ def test_five_pairs_may_cost_as_much_as_doublings_of_them_may(ms, end):
     assert ends["lens_kernels, 5 pairs / 1, half masked"] == end
 
 
-def test_tables_of_the_readme(tmp_path):
+def test_tables_of_the_page(tmp_path):
     rows = [made("floor", bars.BASE, "1:1000 2:1500"), made("trl", bars.BASE)]
-    readme = tmp_path / "README.md"
+    page = tmp_path / "page.md"
     text = f"a\n{bars.BEGIN}\nold\n{bars.END}\nb"
-    readme.write_text(text)
-    bars.write_tables(readme, rows)
-    new = readme.read_text()
+    page.write_text(text)
+    bars.write_tables(page, rows)
+    new = page.read_text()
     assert new.startswith(f"a\n{bars.BEGIN}\n\n| 1024 tokens") and new.endswith("\nb")
     assert "| FLOOR | 1.25 | 1.00 to 1.50 | 2 | 1.25 |\n\n| ratio |" in new
     assert "old" not in new and "TRL |" not in new
-    bars.write_tables(readme, rows)
-    assert readme.read_text() == new
+    bars.write_tables(page, rows)
+    assert page.read_text() == new
     for broken in (text.replace(bars.END, ""), text.replace(bars.BEGIN, "")):
-        readme.write_text(broken)
+        page.write_text(broken)
         with pytest.raises(ValueError, match="must hold the lines"):
-            bars.write_tables(readme, rows)
-        assert readme.read_text() == broken
+            bars.write_tables(page, rows)
+        assert page.read_text() == broken
 
 
-def test_the_readme_says_what_the_csv_gives(tmp_path):
+def test_the_page_says_what_the_csv_gives(tmp_path):
     """Without a CSV it says of each bar that it is not measured."""
-    copy, text = tmp_path / "README.md", speed_vs_peers.README.read_text()
+    copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
     bars.write_tables(copy, tables.read_csv(environment.DATA / "cpu" / "speed_vs_peers.csv"))
     assert copy.read_text() == text
 
 
-def test_the_option_writes_the_readme(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{bars.BEGIN}\n{bars.END}\n")
-    monkeypatch.setattr(speed_vs_peers, "README", readme)
+def test_the_option_writes_the_page(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"{bars.BEGIN}\n{bars.END}\n")
+    monkeypatch.setattr(speed_vs_peers, "PAGE", page)
     options = ["--quick", "--device", "cpu", "--out", str(tmp_path), "--sweep", "mask", "--rounds"]
-    speed_vs_peers.main([*options, "1", "--readme", "--contenders", "dense"])
-    assert readme.read_text().count("not measured") == len(bars.BARS)
+    speed_vs_peers.main([*options, "1", "--docs", "--contenders", "dense"])
+    assert page.read_text().count("not measured") == len(bars.BARS)
