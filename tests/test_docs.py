@@ -84,6 +84,29 @@ def test_every_file_named_in_the_code_exists():
         assert all((ROOT / p).exists() for p in named), (source, named)
 
 
+def messages() -> list[str]:
+    """Return the texts in the package, a value put into one as three dots."""
+    found = []
+    for source in ROOT.glob("lens_kernels/**/*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [x.value if isinstance(x, ast.Constant) else "..." for x in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_the_messages_explained_are_those_of_the_package():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    explained = re.findall(r"^\|[^`|]*`([^`]+)` ", page, re.MULTILINE)
+    assert len(explained) > 10
+    known = messages()
+    for message in explained:
+        pieces = [piece.strip(" '") for piece in message.split("...")]
+        assert any(all(piece in text for piece in pieces) for text in known), message
+
+
 # --- examples
 
 
