@@ -115,12 +115,6 @@ def test_the_fastest_tile_of_every_sweep_is_stored_and_read_back(tune, compared)
     assert sorted(p.name for p in store.path().parent.iterdir()) == ["tiles.json", "tiles.lock"]
 
 
-def test_equal_widths_share_row_statistics_and_the_default_wins_where_it_is_faster(tune):
-    outcomes = tune(SLOW, DEFAULT, sizes=(24, 24, 90, 6))
-    assert [o.sweep for o in outcomes] == list(Sweep)
-    assert all(o.best == DEFAULT for o in outcomes)
-
-
 REJECTED = [
     OutOfResources(300000, 232448, "shared memory"),
     PTXASError("Internal Triton PTX codegen error\nptxas fatal: too much of it"),
