@@ -1,4 +1,4 @@
-"""What a call costs, computed from its shape: operations, traffic and workspace of each backend.
+"""The cost of a call, computed from its shape: operations, traffic and workspace by backend.
 
 Nothing here is measured. Traffic is to and from main memory. It assumes that each sweep or chunk
 reads every operand once; blocks that do not share a cache read the heads more often.
@@ -16,9 +16,9 @@ from lens_kernels.backends.torch.layout import bytes_per_row, chunk_rows
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
-# 16-bit operations that a GPU does in the time that it takes to move a byte. The time of wider
-# operations is relative to them, by the bytes of a factor. Data sheets give 295 and, for float32,
-# 15 (H100 SXM), 153 and 16 (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
+# The 16-bit operations of a GPU in the time of moving one byte, and the relative time of wider
+# operations, by the bytes of a factor. Data sheets give 295 and, for float32, 15 (H100 SXM), 153
+# and 16 (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
 OPERATIONS_PER_BYTE = 200
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
 # The columns of the smallest chunk of the vocabulary that the ``triton`` backend processes.
@@ -27,7 +27,7 @@ COLUMNS = 128
 
 @dataclass(frozen=True)
 class Step:
-    """One kind of work: floating-point operations of its products, and bytes moved.
+    """A kind of work: the floating-point operations of its products, and the bytes moved.
 
     ``factor_bytes`` is the size of one element of the factors of its products.
     """

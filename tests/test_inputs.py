@@ -201,8 +201,8 @@ MASKS = {
     "nan": (torch.tensor([1, 0, NAN]), ValueError, ["0 and 1", "1 of 3"]),
     "complex": (torch.ones(3, dtype=torch.complex64), TypeError, ["complex64"]),
     "sparse": (torch.ones(3).to_sparse(), TypeError, ["dense", "sparse_coo"]),
-    "column": (torch.ones(3, 1), ValueError, ["(3,)", "(3, 1)", "never broadcast"]),
-    "row": (torch.ones(1, 3), ValueError, ["(3,)", "(1, 3)", "shared by all lens pairs"]),
+    "column": (torch.ones(3, 1), ValueError, ["(3,)", "(3, 1)", "not broadcast"]),
+    "row": (torch.ones(1, 3), ValueError, ["(3,)", "(1, 3)", "all lens pairs share it"]),
     "one": (torch.ones(1), ValueError, ["(3,)", "(1,)"]),
     "scalar": (torch.tensor(True), ValueError, ["(3,)", "()"]),
     "short": (torch.ones(2), ValueError, ["(3,)", "(2,)"]),
@@ -224,7 +224,7 @@ def test_a_mask_of_one_row_is_not_spread_over_the_batch():
 
 
 LABEL_CASES = {
-    "list": ([1, 2, 3], TypeError, ["integer tensor", "list"]),
+    "list": ([1, 2, 3], TypeError, ["a tensor", "list"]),
     "float": (torch.ones(3), TypeError, ["int64 or int32", "float32"]),
     "bool": (torch.ones(3).bool(), TypeError, ["int64 or int32", "bool"]),
     "uint8": (torch.ones(3).byte(), TypeError, ["int64 or int32", "uint8"]),
@@ -293,8 +293,8 @@ def test_numbers_out_of_range(value):
 @pytest.mark.parametrize(
     ("value", "error", "words"),
     [
-        (torch.ones(2), ValueError, ["one element", "(2,)"]),
-        (torch.ones(0), ValueError, ["one element", "(0,)"]),
+        (torch.ones(2), ValueError, ["one-element", "(2,)"]),
+        (torch.ones(0), ValueError, ["one-element", "(0,)"]),
         (torch.tensor(-3), ValueError, ["0 or more"]),
         (torch.tensor(NAN), ValueError, ["0 or more"]),
         (torch.tensor(True), TypeError, ["real number", "bool"]),
@@ -313,8 +313,8 @@ def test_a_denominator_goes_with_the_mean_alone(reduction):
 
 
 LAYER_WEIGHTS = {
-    "count": ([1.0, 2.0], ValueError, ["1 entries", "got 2"]),
-    "empty": ([], ValueError, ["1 entries", "got 0"]),
+    "count": ([1.0, 2.0], ValueError, ["one weight for each", "shape (1,)", "(2,)"]),
+    "empty": ([], ValueError, ["one weight for each", "shape (1,)", "(0,)"]),
     "number": (1.0, TypeError, ["list of numbers", "float"]),
     "numpy": (np.ones(1), TypeError, ["list of numbers", "ndarray"]),
     "bool": ([True], TypeError, ["[0]", "bool"]),
@@ -365,7 +365,8 @@ def test_workspace_bytes():
         words = ["workspace_bytes", "int", type(value).__name__]
         refused(TypeError, words, op, workspace_bytes=value)
     for value in (0, -1):
-        refused(ValueError, ["workspace_bytes", "positive", str(value)], op, workspace_bytes=value)
+        words = ["workspace_bytes", "at least 1", str(value)]
+        refused(ValueError, words, op, workspace_bytes=value)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, NAN, INF])

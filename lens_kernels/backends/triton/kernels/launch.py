@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-# These arguments vary from call to call. Specialised on their values, kernels would recompile.
+# Triton must not specialise kernels on these: they vary from call to call, and it would recompile.
 COUNTS = ["tokens", "vocab_size", "tiles_per_split", "first_column"]
 
 
