@@ -100,7 +100,12 @@ def model_inputs(
     if has_final:
         named.append((f"{side}_final", final))
     for name, x in named:
-        _check_hidden(name, x)
+        check_float(name, x)
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name} must have shape (..., D) with at least one leading dimension,"
+                f" got {tuple(x.shape)}"
+            )
     checked = _check_head(f"{side}_head", head)
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
@@ -153,15 +158,6 @@ def check_inputs(
         vocab_size=size,
         operand_dtype=torch.get_autocast_dtype(device.type) if autocast else None,
     )
-
-
-def _check_hidden(name: str, x: Any) -> None:
-    check_float(name, x)
-    if x.dim() < 2:
-        raise ValueError(
-            f"{name} must have shape (..., D) with at least one leading dimension,"
-            f" got {tuple(x.shape)}"
-        )
 
 
 def check_float(name: str, x: Any) -> None:
