@@ -117,7 +117,7 @@ def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
         ((5, 5, 5, True), {}, TypeError, "teacher_width must be an int, got bool"),
         ((5, 5, 5, 5), {"pairs": -1}, ValueError, "pairs must be at least 1, got -1"),
         ((5, 5, 5, 5), {"divergence": "kl"}, ValueError, "divergence='kl' is unknown"),
-        ((5, 5, 5, 5), {"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive"),
+        ((5, 5, 5, 5), {"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1"),
         ((5, 5, 5, 5), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32, "),
     ],
 )

@@ -170,14 +170,14 @@ ARGUMENTS = {
         "nan": (torch.tensor([1, 0, NAN]), ValueError, ["0 and 1", "1 of 3"]),
         "complex": (torch.ones(3, dtype=torch.complex64), TypeError, ["complex64"]),
         "sparse": (torch.ones(3).to_sparse(), TypeError, ["dense", "sparse_coo"]),
-        "column": (torch.ones(3, 1), ValueError, ["(3,)", "(3, 1)", "never broadcast"]),
-        "row": (torch.ones(1, 3), ValueError, ["(3,)", "(1, 3)", "shared by all lens pairs"]),
+        "column": (torch.ones(3, 1), ValueError, ["(3,)", "(3, 1)", "not broadcast"]),
+        "row": (torch.ones(1, 3), ValueError, ["(3,)", "(1, 3)", "all lens pairs share it"]),
         "one": (torch.ones(1), ValueError, ["(3,)", "(1,)"]),
         "scalar": (torch.tensor(True), ValueError, ["(3,)", "()"]),
         "device": (torch.ones(3, device="meta"), ValueError, ["meta", "cpu"]),
     },
     "labels": {
-        "list": ([1, 2, 3], TypeError, ["integer tensor", "list"]),
+        "list": ([1, 2, 3], TypeError, ["a tensor", "list"]),
         "float": (torch.ones(3), TypeError, ["int64 or int32", "float32"]),
         "bool": (torch.ones(3).bool(), TypeError, ["int64 or int32", "bool"]),
         "uint8": (torch.ones(3).byte(), TypeError, ["int64 or int32", "uint8"]),
@@ -189,8 +189,8 @@ ARGUMENTS = {
         "sparse": (LABELS.to_sparse(), TypeError, ["dense", "sparse_coo"]),
     },
     "layer_weights": {
-        "count": ([1.0, 2.0], ValueError, ["1 entries", "got 2"]),
-        "empty": ([], ValueError, ["1 entries", "got 0"]),
+        "count": ([1.0, 2.0], ValueError, ["(1,)", "got shape (2,)"]),
+        "empty": ([], ValueError, ["(1,)", "got shape (0,)"]),
         "number": (1.0, TypeError, ["list of numbers", "float"]),
         "numpy": (np.ones(1), TypeError, ["list of numbers", "ndarray"]),
         "bool": ([True], TypeError, ["[0]", "bool"]),
@@ -207,8 +207,8 @@ ARGUMENTS = {
     "denominator": {
         **number(True, "1", [0.5]),  # None and a tensor are good
         **outside(["above 0"], 0, -1.0, NAN, INF),
-        "two": (torch.ones(2), ValueError, ["one element", "(2,)"]),
-        "no element": (torch.ones(0), ValueError, ["one element", "(0,)"]),
+        "two": (torch.ones(2), ValueError, ["one-element", "(2,)"]),
+        "no element": (torch.ones(0), ValueError, ["one-element", "(0,)"]),
         "negative tensor": (torch.tensor(-3), ValueError, ["0 or more"]),
         "nan tensor": (torch.tensor(NAN), ValueError, ["0 or more"]),
         "bool tensor": (torch.tensor(True), TypeError, ["real number", "bool"]),
@@ -231,7 +231,7 @@ ARGUMENTS = {
         "bool": (True, TypeError, ["int", "bool"]),
         "text": ("1", TypeError, ["int", "str"]),
         "tensor": (torch.tensor(1), TypeError, ["int", "Tensor"]),
-        **outside(["positive"], 0, -1),
+        **outside(["at least 1"], 0, -1),
     },
     "grad_threshold": {
         **outside(["must be finite"], -1e-6, NAN, INF),
