@@ -44,7 +44,7 @@ class RunConfig:
     teacher: str | None = option(None, "Folder or Hub name of the teacher, or of an adapter.")
     eval: str | None = option(None, "JSON lines to evaluate the objective on.")
     student_blocks: list[int] | None = option(
-        None, "Make the student of these blocks of the model (1 is the first), and all else."
+        None, "Build the student from these blocks of the model (1 is the first)."
     )
     student_dtype: str = option(
         "float32",
@@ -57,9 +57,9 @@ class RunConfig:
         "How instruction/input becomes a prompt: the Alpaca text, or the tokenizer's template.",
         choices=list(PROMPT_STYLES),
     )
-    max_length: int = option(512, "Tokens of an example; what is longer is cut.")
+    max_length: int = option(512, "Maximum tokens of an example; longer ones are cut.")
     max_prompt_length: int = option(
-        256, "Tokens of a prompt; examples with a longer one are left out."
+        256, "Maximum tokens of a prompt; examples with longer prompts are dropped."
     )
     lora_r: int = option(0, "Rank of LoRA adapters of the student; 0 trains all its weights.")
     lora_alpha: int = option(32, "LoRA's alpha.")
@@ -69,7 +69,7 @@ class RunConfig:
         "Names of the modules that get an adapter, or all-linear; default: peft's choice for the"
         " model.",
     )
-    allow_download: bool = option(False, "Look for models on the Hugging Face Hub.")
+    allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
 
 KINDS: Any = (RunConfig, LensDistillConfig)
