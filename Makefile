@@ -1,4 +1,4 @@
-# Every target sets up what it needs in a virtual environment inside the checkout.
+# Every target installs its requirements in a virtual environment inside the checkout.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check
 OLDEST_TORCH := $(shell sed -n s/^torch==//p tests/oldest.txt)
-# The oldest Python that is supported, or else the usual one.
+# The oldest supported Python if it is installed, else $(PYTHON).
 OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
   $$p -c pass 2>/dev/null && echo $$p && break; done)
 
@@ -19,14 +19,14 @@ help:
 	@echo "make test-oldest the suite with the oldest versions that are supported"
 	@echo "make test-gpu    the tests that need a GPU, with a CSV of outcomes and versions"
 	@echo "make check       lint and types only; changes nothing"
-	@echo "make fix         format, and repair what lint can repair"
+	@echo "make fix         format, and apply the automatic fixes of lint"
 	@echo "make bench       memory and speed, with the peers from PyPI"
 	@echo "make bench-gpu   time and memory on a GPU, with a CSV of results and versions"
-	@echo "make clean       remove the virtual environment and what the targets wrote"
+	@echo "make clean       remove the virtual environment and all outputs of the targets"
 
-# torch: a CPU build where there is no NVIDIA GPU, for the default one brings gigabytes of CUDA. One
-# that pip already finds is taken first, then PyTorch's own index, then whatever PyPI has.
-# $(1) is pip, $(2) the version, $(3) what is asked for where there is a GPU.
+# Without an NVIDIA GPU this installs a CPU build of torch: the default build adds gigabytes of CUDA.
+# It tries the configured index of pip, then PyTorch's index, then the default build.
+# $(1) is pip, $(2) the version, $(3) the requirement on a machine with a GPU.
 define install_torch
 	@echo "Installing torch"
 	@if command -v nvidia-smi >/dev/null 2>&1; then $(1) install -q "$(3)"; else \
@@ -68,13 +68,13 @@ test: check
 test-all: check
 	$(BIN)/python -m pytest -n auto -m "not gpu"
 
-# The benchmarks are for the newest versions: their tiles are chosen for the newest compiler.
+# Tests of benchmarks need the newest versions: their tiles are chosen for the newest compiler.
 test-oldest: $(OLDEST)/stamp
 	$(OLDEST)/bin/lens-kernels env
 	$(OLDEST)/bin/python -m pytest -n auto --ignore=tests/benchmarks
 
-# Asked before anything is installed. The default PyTorch is for NVIDIA; with another one, run the
-# commands of the two targets by hand.
+# Checked before anything is installed. The default build of torch needs an NVIDIA GPU. For other
+# GPUs, install another build and run the commands of test-gpu and bench-gpu directly.
 gpu:
 	@command -v nvidia-smi >/dev/null 2>&1 \
 	  || { echo "There is no NVIDIA GPU here: nvidia-smi is not on the path" >&2; exit 1; }

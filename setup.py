@@ -1,4 +1,4 @@
-"""Shim for tools that look for setup.py; everything stands in pyproject.toml."""
+"""Shim for tools that look for setup.py; the configuration is in pyproject.toml."""
 
 from setuptools import setup
 

@@ -1,9 +1,6 @@
 """The head share of the adaptive KL (Wu et al. 2024, arXiv 2404.02657), a constant per token.
 
-The head of a teacher's distribution is the longest run of entries, most probable first, that holds
-no more than half of the mass, or the first entry alone if it has more. This is the rule of the
-paper's published code, and of DistillLens's. The share is ``gap_head / (gap_head + gap_tail)``,
-where a gap is ``sum |p - q|`` over the part.
+``distillation_loss`` defines it.
 """
 
 from __future__ import annotations
@@ -17,9 +14,9 @@ from lens_kernels.backends import matmul
 from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 
-MASS = 0.5  # of the teacher's probability, which the head does not exceed
-# Tiles of the size of a model's logits that are alive at the worst moment, the sort, whose indices
-# have 8 bytes and which needs as much again.
+MASS = 0.5  # the head holds at most this part of the teacher's probability
+# Peak memory, in tiles of one model's logits. The peak is the sort: it makes indices of 8 bytes,
+# and needs as much memory again.
 TILES = 8
 
 
@@ -29,8 +26,8 @@ def head_share(call: LossCall) -> Tensor:
         return _head_share(*call.pack())
 
 
-# An operator, because the mask's values decide how many rows are computed: torch.compile would have
-# to break its graph.
+# The mask's values decide how many rows are computed. Outside an operator, torch.compile would
+# break its graph here.
 @torch.library.custom_op(
     "lens_kernels::head_share", mutates_args=(), schema=f"({SCHEMA}) -> Tensor"
 )
@@ -57,7 +54,7 @@ def _(*packed: Any) -> Tensor:
 
 
 class _Model:
-    """A head whose weight is ready to be multiplied, rounded as the backends round it."""
+    """A head whose weight is rounded in the same way as in the backends."""
 
     def __init__(self, head: LensHead, call: LossCall) -> None:
         self.head, self.temperature = head.prefix(call.vocab_size), call.temperature
@@ -65,7 +62,7 @@ class _Model:
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
 
     def probabilities(self, hidden: Tensor) -> Tensor:
-        """Return those of rows that are normed already, ``(R, V)``."""
+        """Return the probabilities of rows that are already normed, ``(R, V)``."""
         x, weight = self.factors.rows(hidden), self.factors.weight
         z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute_dtype)
         matmul.project(x, weight, z)
@@ -75,7 +72,7 @@ class _Model:
 
 def _share(p: Tensor, q: Tensor) -> Tensor:
     gap = (p - q).abs()
-    p, order = p.sort(stable=True, descending=True)  # entries that tie keep their order
+    p, order = p.sort(stable=True, descending=True)  # ties keep their order
     gap = gap.gather(-1, order)
     of_head = p.cumsum(-1) <= MASS
     of_head[:, 0] = True

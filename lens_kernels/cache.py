@@ -1,4 +1,4 @@
-"""Where things are kept for the user from run to run."""
+"""The user's cache folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The call that crosses to a backend, its form for a torch operator, and the result."""
+"""The call that a backend receives, its packed form for a torch operator, and the result."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lens_kernels.options import (
 
 
 class Term(NamedTuple):
-    """One comparison of a student's with a teacher's hidden state, number ``state`` of both."""
+    """A comparison of the student's and the teacher's hidden states with index ``state``."""
 
     divergence: Divergence
     state: int
@@ -31,13 +31,13 @@ class LossCall:
     """A checked call over ``P`` pairs of hidden states of ``N`` tokens.
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
-    token. With ``labels`` a last row holds the cross entropy of the last student hidden state,
-    which has no teacher's beside it if there are no pairs. Where ``mask`` is False nothing is
-    computed, and ``rows`` is 0.
+    token. With ``labels``, a last row holds the cross entropy of the last student hidden state.
+    Without pairs, this state has no teacher state. Where ``mask`` is False nothing is computed, and
+    ``rows`` is 0.
 
     ``divergences`` and ``normed`` have one entry for each pair; ``normed`` says whether the head's
-    norm still has to be applied. ``operand_dtype`` is autocast's. ``needs_grad`` has one flag for
-    each student hidden state, then for each of the student head's ``tensors()``.
+    norm must still be applied. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
+    flag for each student hidden state, then for each of the student head's ``tensors()``.
     """
 
     student_hidden: list[Tensor]
@@ -60,9 +60,9 @@ class LossCall:
 
     @staticmethod
     def of(inputs: Inputs, terms: list[Term], options: LossOptions, row_weight: Tensor) -> LossCall:
-        """Return the call that compares ``terms``, without any only labels."""
+        """Return the call that compares ``terms``; without terms it has only labels."""
         student, teacher = inputs.student, inputs.teacher
-        # Without terms the cross entropy still reads the last state.
+        # Without terms, the cross entropy still needs the last state.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
@@ -96,7 +96,7 @@ class LossCall:
         return compute_dtype(self.student_head, self.teacher_head)
 
     def needing_grad(self) -> dict[int | str, Tensor]:
-        """Return the tensors that need a gradient: by pair, or by name for those of the head."""
+        """Return the tensors that need a gradient, by index of the pair or by name in the head."""
         named: list[tuple[int | str, Tensor]] = [*enumerate(self.student_hidden)]
         named += self.student_head.tensors().items()
         return {key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed}
@@ -188,7 +188,7 @@ _KINDS = {
     str: "str",
     list[bool]: "bool[]",
 }
-# The arguments of an operator that takes a packed call, as torch's schema language writes them.
+# The arguments of an operator that takes a packed call, in torch's schema language.
 SCHEMA = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(Packed).items())
 
 HEAD_NUMBERS = 5
@@ -213,10 +213,10 @@ def _unpack_head(tensors: dict[str, Tensor], numbers: list[float]) -> LensHead:
 
 @dataclass(frozen=True, eq=False)
 class LossResult:
-    """``rows`` of the call, and the gradients of its loss for ``call.needing_grad()``.
+    """``rows`` of the call, and the gradients of its loss by the keys of ``call.needing_grad()``.
 
     ``dropped`` is the share of the logits' gradient, in absolute sum, that ``grad_threshold`` left
-    out; 0 without one.
+    out; 0 without a threshold.
     """
 
     rows: Tensor

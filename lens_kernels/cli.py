@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-ker
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    # Their options are those of functions that need transformers, which the others do without.
+    # These commands build their options from functions that import transformers.
     heavy = {"train": _train, "eval": _eval, "inspect": _inspect}
     if arguments and arguments[0] in heavy:
         return _run_command(arguments[0], heavy[arguments[0]], arguments[1:])
@@ -61,14 +61,14 @@ def _say(text: str) -> None:
 
 
 def _quiet_libraries(offline: bool) -> None:
-    if offline:  # without this, libraries look for updates of what is on the machine already
+    if offline:  # otherwise the libraries check the Hub for updates of local files
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _run_command(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a command that needs transformers; what does not fit is a message, not a traceback."""
-    # A file of options may allow downloads too; without them models are read locally all the same.
+    """Run a command that needs transformers; print expected errors without a traceback."""
+    # A --config file may allow downloads too. If it does not, models are still read locally.
     _quiet_libraries(offline=not any(x.startswith(("--allow", "--config")) for x in argv))
     try:
         command(argv)

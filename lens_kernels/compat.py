@@ -1,7 +1,7 @@
-"""Every private interface of another library that this package uses, and nothing else.
+"""All private interfaces of other libraries that this package uses, and nothing else.
 
-Each entry says what it is for, in which versions it was seen, and what happens without it. Nothing
-here imports a library at import time, except torch.
+Each entry states its purpose, the versions that have it, and the effect of its absence. Importing
+this module loads no library but torch.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # transformers' own Trainer stands behind TrainerHooks in the bases of its subclass
+else:  # at run time the subclass of TrainerHooks has the real Trainer as its next base
     Trainer = object
 
 
 def backward_keeps_graph() -> bool:
     """Say whether the backward pass that is running was called with ``retain_graph=True``.
 
-    Seen in torch 2.8 to 2.13. Without it the answer is True: gradients are then scaled out of
-    place, which costs memory and is right in every case.
+    Present in torch 2.8 to 2.13. Without it the result is True. Gradients are then scaled out of
+    place, which is always correct but costs memory.
     """
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
@@ -32,8 +32,8 @@ def backward_keeps_graph() -> bool:
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Let ``torch.compile`` call ``function`` while it traces, and keep the result as a constant.
 
-    This is ``torch.compiler.assume_constant_result``, which would load the compiler at import. Seen
-    in torch 2.8 to 2.13. Without it a graph breaks at the function, and nothing else changes.
+    ``torch.compiler.assume_constant_result`` does the same, but loads the compiler at import.
+    Present in torch 2.8 to 2.13. Without it ``torch.compile`` breaks the graph at the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -42,23 +42,23 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Check a 0-dim condition without making the host wait for the device.
 
-    Seen in torch 2.8 to 2.13. There is no public function for it; without it the call raises.
+    Present in torch 2.8 to 2.13. No public function does this. Without it the call raises an error.
     """
     torch._assert_async(condition, message)
 
 
 def recompile_limit(variants: int) -> AbstractContextManager[None]:
-    """Let ``torch.compile`` keep that many variants of a function; past the limit it runs eagerly.
+    """Let ``torch.compile`` keep this many variants of a function; beyond it, it runs eagerly.
 
-    Seen in torch 2.8 to 2.13, the first version that this package supports.
+    Present in torch 2.8, the oldest supported version, to 2.13.
     """
     return torch._dynamo.config.patch(recompile_limit=variants)
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:
-    """Return what Inductor raises where a machine has no working C++ compiler.
+    """Return the exceptions that Inductor raises without a working C++ compiler.
 
-    Seen in torch 2.8 to 2.13. Loaded late: importing the compiler takes seconds.
+    Present in torch 2.8 to 2.13. The import is here because it takes seconds.
     """
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -67,10 +67,11 @@ def compiler_errors() -> tuple[type[Exception], ...]:
 
 
 def triton_interpreter() -> Any:
-    """Return the module of Triton's interpreter, parts of which the ``triton`` backend replaces.
+    """Return the module of Triton's interpreter.
 
-    These are ``InterpreterBuilder.create_dot`` and ``cast_impl``, and ``TensorHandle``. Seen in
-    Triton 3.6 to 3.9. Without them kernels cannot be interpreted.
+    The ``triton`` backend replaces ``create_dot`` and ``cast_impl`` of its ``InterpreterBuilder``,
+    and uses ``TensorHandle``. Present in Triton 3.6 to 3.9. Without them kernels cannot be
+    interpreted.
     """
     from triton.runtime import interpreter
 
@@ -80,7 +81,7 @@ def triton_interpreter() -> Any:
 def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
     """Replace the interpreter's function that patches ``triton.language`` by ``wrap`` of it.
 
-    Seen in Triton 3.6 to 3.9. Without it interpreted kernels take longer, and are right.
+    Present in Triton 3.6 to 3.9. Without it interpreted kernels are correct, but slower.
     """
     interpreter = triton_interpreter()
     if hasattr(interpreter, "_patch_lang"):
@@ -90,48 +91,48 @@ def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
 def class_before_sharding(module: object) -> type:
     """Return the class of a module as it was before ``fully_shard`` replaced it.
 
-    Seen in torch 2.8 to 2.13, where the new class has the bases ``(FSDPModule, class)``. There is
-    no public function for it; without it a sharded head is refused as one that is not plain.
+    In torch 2.8 to 2.13 the new class has the bases ``(FSDPModule, class)``. No public function
+    does this. Without it a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # loads much that a call does not need
+    from torch.distributed.fsdp import FSDPModule  # a large import that few calls need
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
 
 
 def forget_preparation(model: object) -> None:
-    """Remove the mark of a model that accelerate has prepared for an evaluation.
+    """Remove the attribute by which accelerate marks a model as prepared for evaluation.
 
-    Seen in accelerate 1.1 to 1.15. Without it, training after an evaluation runs without DDP, and
-    the ranks drift apart.
+    Present in accelerate 1.1 to 1.15. Without its removal, training after an evaluation runs
+    without DDP, and the ranks' weights diverge.
     """
     vars(model).pop("_is_accelerate_prepared", None)
 
 
 class TrainerHooks(Trainer):
-    """Hooks of ``transformers.Trainer`` that have no public name, each under a name of ours.
+    """Private hooks of ``transformers.Trainer``, each under a public name.
 
-    A subclass names this class before ``Trainer`` and overrides what is public here. Seen in
-    transformers 4.56 to 5.24.
+    A subclass lists this class before ``Trainer`` in its bases, and overrides the public names.
+    Present in transformers 4.56 to 5.24.
     """
 
     extra_columns: tuple[str, ...] = ()
-    """Keys of an example that reach the collator although no model takes them.
+    """Keys of an example that reach the collator although they are no inputs of the model.
 
-    Without the hook the Trainer removes them, and a batch has no ``example_id``.
+    Without the hook the Trainer removes them, and batches have no ``example_id``.
     """
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the model to a folder; every checkpoint and ``save_model`` come here.
+        """Write the model to a folder, for every checkpoint and ``save_model``.
 
-        Without the hook checkpoints hold the matrices of MSE among the student's weights.
+        Without the hook, the student's weights in checkpoints include the projections of MSE loss.
         """
         super()._save(output_dir, state_dict)
 
     def after_loading(self, checkpoint: str) -> None:
-        """Take further parts from a folder whose weights were just loaded.
+        """Load further parts from a checkpoint whose weights were just loaded.
 
-        Without the hook a resumed run, and the best model, have random matrices of MSE.
+        Without the hook, a resumed run and the best model have random projections of MSE loss.
         """
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -1,7 +1,7 @@
-"""What a call costs, computed from its shape: operations, traffic and workspace of each backend.
+"""The cost of a call, computed from its shape: operations, traffic and workspace by backend.
 
-Nothing here is measured. Traffic is to and from main memory, if each sweep or chunk reads every
-operand once. Blocks that do not share a cache read the heads again.
+Nothing here is measured. Traffic is to and from main memory. It assumes that each sweep or chunk
+reads every operand once; blocks that do not share a cache read the heads more often.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from lens_kernels.backends.torch.layout import bytes_per_row, chunk_rows
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
-# Operations in 16 bit that a GPU makes in the time that it takes to move a byte, and how much more
-# time others take, by the bytes of a factor. Data sheets give 295 and 15 (float32, H100 SXM), 153
+# The 16-bit operations of a GPU in the time of moving one byte, and the relative time of wider
+# operations, by the bytes of a factor. Data sheets give 295 and, for float32, 15 (H100 SXM), 153
 # and 16 (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
 OPERATIONS_PER_BYTE = 200
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
-# The least part of the vocabulary that the ``triton`` backend takes at a time.
+# The columns of the smallest chunk of the vocabulary that the ``triton`` backend processes.
 COLUMNS = 128
 
 
 @dataclass(frozen=True)
 class Step:
-    """One kind of work: floating-point operations of its products, and bytes moved.
+    """A kind of work: the floating-point operations of its products, and the bytes moved.
 
-    ``factor_bytes`` is the size of a factor of the products.
+    ``factor_bytes`` is the size of one element of the factors of its products.
     """
 
     name: str
@@ -39,19 +39,19 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """Time of the slower of the two on a GPU, in operations of 16-bit factors."""
+        """Time on a GPU of its arithmetic or its traffic, the larger one, in 16-bit operations."""
         return max(
             self.flops * RELATIVE_TIME[self.factor_bytes], self.bytes_moved * OPERATIONS_PER_BYTE
         )
 
     def times(self, number: int) -> Step:
-        """Return the step made ``number`` times."""
+        """Return the step repeated ``number`` times."""
         return replace(self, flops=number * self.flops, bytes_moved=number * self.bytes_moved)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a backend, and the bytes of the logits, or their gradients, that it holds."""
+    """The steps of a backend, and its peak bytes of logits or of their gradients."""
 
     backend: str
     steps: tuple[Step, ...]
@@ -69,15 +69,15 @@ class Plan:
 
     @property
     def cost(self) -> int:
-        """Time of all steps on a GPU, in operations of 16-bit factors; only for comparisons."""
+        """Time of all steps on a GPU, in 16-bit operations; only for comparisons."""
         return sum(step.cost for step in self.steps)
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """What the cost of a call depends on; its divergences are one for each pair.
+    """The properties of a call that decide its cost; ``divergences`` has one for each pair.
 
-    ``dtype`` is that of the products' operands. A call without a teacher has ``teacher_width`` 0.
+    ``dtype`` is the dtype of the operands of products. ``teacher_width`` is 0 without a teacher.
     """
 
     tokens: int
@@ -112,23 +112,23 @@ class CallShape:
 
     @property
     def pairs(self) -> int:
-        """Return the number of pairs, 1 for labels only."""
+        """Return the number of pairs, or 1 for a call with labels only."""
         return max(1, len(self.divergences))
 
     @property
     def factor(self) -> torch.dtype:
-        """Return what torch multiplies: the operands, or wide copies where it cannot."""
+        """Return the dtype that torch multiplies: the operands', or that of widened copies."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
 
     @property
     def logits(self) -> int:
-        """Return the logits of one model and pair."""
+        """Return the number of logits of one model and one pair."""
         return self.tokens * self.vocab_size
 
     @property
     def projections(self) -> int:
-        """Return the operations that make the logits of both models for a pair."""
+        """Return the number of operations for the logits of both models of a pair."""
         return 2 * self.logits * (self.student_width + self.teacher_width)
 
     def bytes_per_row(self) -> int:
@@ -136,22 +136,23 @@ class CallShape:
         return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
 
     def operand_bytes(self, head_reads: int, hidden_reads: int = 1) -> int:
-        """Return the bytes of both models' operands for a pair, read so many times."""
+        """Return the bytes read from both models' operands of a pair, given numbers of reads."""
         both = self.student_width + self.teacher_width
         rows = hidden_reads * self.tokens + head_reads * self.vocab_size
         return rows * both * self.dtype.itemsize
 
     def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
-        """Return the products that take the logits' gradient.
+        """Return the products that turn the logits' gradient into those of hidden states and head.
 
-        It is made in a dtype, for each of ``chunks`` of the tokens or ``parts`` of the vocabulary.
+        The logits' gradient has the dtype ``made_in``. It is split into ``chunks`` of tokens or
+        ``parts`` of the vocabulary.
         """
         wide, factor = self.compute_dtype.itemsize, self.factor.itemsize
         hidden, head = self.tokens * self.student_width, self.vocab_size * self.student_width
         products = self.hidden_grad + self.head_grad
         moved = products * self.logits * factor
         if made_in is not self.factor:
-            moved += self.logits * (made_in.itemsize + factor)  # a copy as a factor
+            moved += self.logits * (made_in.itemsize + factor)  # a copy in the dtype of the factors
         if self.hidden_grad:
             moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
         if self.head_grad:
@@ -160,16 +161,16 @@ class CallShape:
         return Step("products of the gradient", flops, moved, factor)
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
-        """Return the plan of steps, with those that all pairs share."""
+        """Return the plan of these steps, and of the step that all pairs share."""
         if self.head_grad:
-            # Set to zero before and scaled after, once for all pairs.
+            # It is set to zero before all pairs, and scaled after them.
             moved = 3 * self.vocab_size * self.student_width * self.compute_dtype.itemsize
             steps = [*steps, Step("head gradient set to zero and scaled", 0, moved)]
         return Plan(name, tuple(steps), workspace)
 
 
 def dense(shape: CallShape) -> Plan:
-    """Return the plan of all logits at once, which no backend does."""
+    """Return the plan of computing all logits at once, which no backend does."""
     workspace = shape.tokens * shape.bytes_per_row() * shape.pairs
     return _row_chunks("dense", shape, shape.tokens, workspace)
 
@@ -195,10 +196,10 @@ def _row_chunks(name: str, shape: CallShape, rows: int, workspace: int) -> Plan:
 
 
 def vocabulary_sweeps(shape: CallShape) -> Plan:
-    """Return the plan of the ``triton`` backend: sweeps that project tiles of the vocabulary anew.
+    """Return the plan of the ``triton`` backend: sweeps that each project the vocabulary again.
 
-    A relative entropy needs one sweep before that of the gradient, as do labels only; the other
-    divergences need two.
+    Relative entropies, and calls with labels only, need one sweep before that of the gradient. The
+    other divergences need two.
     """
     tiles = math.ceil(shape.vocab_size / COLUMNS)
     operand = shape.dtype.itemsize

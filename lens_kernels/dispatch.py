@@ -1,4 +1,4 @@
-"""The backends by name, and the choice among them, made for each call from its tensors."""
+"""The registry of backends, and the choice of a backend for each call."""
 
 from __future__ import annotations
 
@@ -12,16 +12,22 @@ import torch
 from lens_kernels import compat, cost
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.inputs import FLOATS
-from lens_kernels.options import Divergence, LossOptions, check_option, workspace_or_default
+from lens_kernels.options import (
+    Divergence,
+    LossOptions,
+    check_count,
+    check_option,
+    workspace_or_default,
+)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to evaluate a call: ``module`` offers ``evaluate(call: LossCall) -> LossResult``.
+    """A backend, whose ``module`` defines ``evaluate(call: LossCall) -> LossResult``.
 
-    ``unsupported_reason(device, fp64)`` says why the backend cannot serve such tensors, or returns
-    None. ``auto_excluded_reason(device, operand)`` says why ``"auto"`` does not take it for
-    operands of that dtype, or of any dtype if None, although it can serve them. ``cost`` plans a
+    ``unsupported_reason(device, fp64)`` returns why the backend does not support such tensors, or
+    None. ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips it, or None. There
+    ``operand`` is the dtype of operands, or None for any dtype. ``cost`` returns the plan of a
     call; ``"auto"`` takes the cheapest plan.
     """
 
@@ -66,9 +72,9 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     try:
         from lens_kernels.backends.triton.tiles import store
 
-        # Kernels run unrequested only on a kind of GPU on which they were seen to be right.
+        # "auto" takes the kernels only on a GPU model on which tuning found them correct.
         complete = store.is_tuned(operand, device)
-    except (ImportError, OSError, RuntimeError) as error:  # from Triton, or without a home folder
+    except (ImportError, OSError, RuntimeError) as error:  # no home folder, or Triton fails
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
@@ -91,7 +97,7 @@ REGISTRY: dict[str, Backend] = {
 def automatic(
     device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
 ) -> list[Backend]:
-    """Return the backends from which ``"auto"`` takes one for such tensors."""
+    """Return the backends that ``"auto"`` chooses from for such tensors."""
     return [
         backend
         for backend in REGISTRY.values()
@@ -101,7 +107,7 @@ def automatic(
 
 
 def choose(name: str, shape: cost.CallShape) -> Backend:
-    """Return the backend called ``name``, or for ``"auto"`` the cheapest that serves the call."""
+    """Return the backend called ``name``, or for ``"auto"`` the cheapest that supports it."""
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
         able = automatic(device, fp64, shape.dtype)
@@ -116,7 +122,7 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
     reason = backend.unsupported_reason(device, fp64)
     if reason is not None:
         raise RuntimeError(
-            f"backend={name!r} cannot serve tensors on {device.type}: {reason};"
+            f"backend={name!r} does not support these tensors on {device.type}: {reason};"
             " or use backend='torch'"
         )
     return backend
@@ -139,15 +145,15 @@ def plan(
     """Return the cost of loss and gradients on each backend, and ``"dense"``: all logits at once.
 
     Args:
-        tokens: Tokens that count.
-        vocab_size: Entries of the shared vocabulary.
+        tokens: Number of unmasked tokens.
+        vocab_size: Size of the shared vocabulary.
         student_width: The student's hidden size.
         teacher_width: The teacher's hidden size.
         pairs: Lens pairs; the final hidden states count as one.
-        divergence: Its name; the ``triton`` backend needs a sweep less for some.
+        divergence: Name of the divergence; KL divergences need one sweep less in ``triton``.
         dtype: Dtype of hidden states and heads.
-        head_grad: Whether the student's head takes a gradient.
-        hidden_grad: Whether its hidden states, or its norm, take one.
+        head_grad: Whether the student's head needs a gradient.
+        hidden_grad: Whether the student's hidden states or norm need a gradient.
         workspace_bytes: As for ``symmetric_lens_loss``.
         device: The type of device.
 
@@ -160,10 +166,7 @@ def plan(
     sizes = {"tokens": tokens, "vocab_size": vocab_size, "pairs": pairs}
     sizes |= {"student_width": student_width, "teacher_width": teacher_width}
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        check_count(name, value)
     check_option("divergence", divergence)
     check_option("workspace_bytes", workspace_bytes)
     where = torch.device(device)

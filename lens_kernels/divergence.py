@@ -1,14 +1,13 @@
-"""The divergences, once: each a pointwise pair ``(f, h)`` over the vocabulary.
+"""The divergences: each is a pointwise pair ``(f, h)`` over the vocabulary.
 
-``f`` sums over the vocabulary to the divergence. ``h`` gives its gradient with respect to the
+The sum of ``f`` over the vocabulary is the divergence. ``h`` gives its gradient with respect to the
 student's (tempered) logits: ``G = h - q * sum(h)``. A multiple of ``p - q``, which sums to 0, may
-be added to ``f``, and a multiple of ``q`` to ``h``. Both freedoms make every term of second order
-in ``d = log p - log q``: exactly 0 where ``p == q``, and accurate near it.
+be added to ``f``, and a multiple of ``q`` to ``h``. They are chosen so that ``f`` and ``h`` vanish
+with ``d = log p - log q``: exactly 0 where ``p == q``, and accurate near it.
 
-A divergence is infinite if one distribution has no mass where the other has some, and the first one
-is in the logarithm's denominator: ``forward_kl`` and ``jeffreys`` without student mass,
-``reverse_kl`` and ``jeffreys`` without teacher mass. Then ``f`` is ``inf``, as is ``h`` if it
-contains that logarithm.
+A KL divergence is infinite if its second distribution has no mass where the first has some. These
+are ``forward_kl`` and ``jeffreys`` without student mass, ``reverse_kl`` and ``jeffreys`` without
+teacher mass. Then ``f`` is ``inf``, and ``h`` too if it contains the infinite logarithm.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from torch import Tensor
 from lens_kernels.options import Divergence
 
 Pointwise = tuple[Tensor, Tensor]
-# The weights of teacher and student in the mixture of jsd. Both are given, because 1 - beta has no
-# digits left in float32 where beta is near 1.
+# The weights of teacher and student in the mixture of jsd. Both are given, because 1 - beta loses
+# its digits in float32 for beta near 1.
 Mixture = tuple[float | Tensor, float | Tensor]
-# Takes log p, log q, p, q, all of which the caller has anyway, and the mixture.
+# Takes log p, log q, p, q and the mixture. The caller has already computed them.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-NEAR = 0.5  # |d| below which differences of p and q go through expm1
-FLOOR = -1e30  # replaces logits of -inf, whose differences would be NaN
-NO_MASS = -FLOOR / 2  # log-ratios above this come from such a logit in the denominator
+NEAR = 0.5  # below this |d|, differences of p and q use expm1
+FLOOR = -1e30  # replaces logits of -inf, because a difference of infinities is NaN
+NO_MASS = -FLOOR / 2  # a log-ratio above this has a FLOOR in its denominator
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -39,7 +38,7 @@ def _expm1(x: Tensor) -> Tensor:
     # series, to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        total = 1 + x * (1 / n) * total  # a division by n would stay a division
+        total = 1 + x * (1 / n) * total  # Inductor would keep a slower division by n
     return x * total
 
 
@@ -50,18 +49,18 @@ def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 
 def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """``value``, but ``inf`` where there is mass, and none in the log-ratio's denominator."""
+    """``value``, or ``inf`` where there is mass but the log-ratio's denominator has none."""
     return torch.where((log_ratio > NO_MASS) & (mass > 0), torch.inf, value)
 
 
 def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
     """``log(m / q)`` of the mixture ``m = beta p + (1 - beta) q``.
 
-    ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms, and it is 1 plus
-    ``beta expm1(d)``. The first form is accurate away from 1, the second near 1. W. Kahan's
+    ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms. It also equals
+    ``1 + beta expm1(d)``. The first form is accurate away from 1, the second near 1. W. Kahan's
     identity joins them: ``log(1 + x) = log(u) x / (u - 1)`` for any ``u`` near ``1 + x``.
     """
-    # Where q is 0 the result is multiplied by 0, whatever it is.
+    # Where q is 0 the result does not matter: it is multiplied by 0.
     ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
     near = d.clamp(-NEAR, NEAR)
     x = beta[0] * torch.where(near == d, _expm1(near), ratio - 1)
@@ -80,10 +79,10 @@ def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Po
     """``_jsd`` at beta 1/2, where one logarithm is enough.
 
     ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``, with
-    ``l = log1p(expm1(-|d|) / 2)``, and neither sum cancels.
+    ``l = log1p(expm1(-|d|) / 2)``. Neither sum cancels.
     """
     d = lp - lq
-    # exp(-|d|) without an exponential. Where both are 0 the terms are 0 for any l.
+    # expm1(-|d|) without an exponential. Where p and q are 0, the terms are 0 for any l.
     larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
     far = torch.minimum(p, q) / larger - 1
     near = -d.abs().clamp(max=NEAR)
@@ -132,7 +131,7 @@ _TABLE: dict[Divergence, Formula] = {
 
 
 def pointwise(divergence: Divergence, beta: float) -> Formula:
-    """Return the function that makes ``(f, h)`` of a divergence."""
+    """Return the function that computes ``(f, h)`` of a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return _jsd_half
     return _TABLE[divergence]

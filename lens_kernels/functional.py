@@ -1,4 +1,4 @@
-"""The public functions. Their docstrings are the full reference; modules only point here."""
+"""The public functions. Their docstrings are the full reference; the modules refer to them."""
 
 from __future__ import annotations
 
@@ -47,77 +47,77 @@ def symmetric_lens_loss(
     workspace_bytes: int | None = LensOptions.workspace_bytes,
     grad_threshold: float | str | None = LensOptions.grad_threshold,
 ) -> Tensor:
-    """Compare student and teacher through their logit lenses, without ever holding the logits.
+    """Compare student and teacher through their logit lenses, without ever holding all logits.
 
-    For every lens pair and token, with ``p`` and ``q`` the teacher's and the student's lens::
+    Every lens pair and token has a distribution ``p`` of the teacher and ``q`` of the student::
 
         z = softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap) / temperature
         p = softmax(z_teacher),  q = softmax(z_student),  m = beta p + (1 - beta) q
 
         jsd         beta KL(p, m) + (1 - beta) KL(q, m)        at most ln 2
         jeffreys    KL(p, q) + KL(q, p)
-        forward_kl  KL(p, q), the teacher's view
-        reverse_kl  KL(q, p), the student's view
+        forward_kl  KL(p, q), expected under the teacher
+        reverse_kl  KL(q, p), expected under the student
         tvd         sum |p - q| / 2                            at most 1
-        hellinger   sum (sqrt p - sqrt q)^2 / 2, squared       at most 1
+        hellinger   sum (sqrt p - sqrt q)^2 / 2                at most 1 (the squared distance)
 
-    No factor of temperature squared is applied. Gradients reach the student's hidden states and its
-    head's weight, bias, norm weight and norm bias, each if it requires grad; the teacher gets none.
-    The objective is that of DistillLens, arXiv 2602.13567.
+    No factor of temperature squared is applied. Gradients reach the student's hidden states, head
+    weight and bias, and norm weight and bias, each if it requires grad. The teacher gets none. The
+    objective is that of DistillLens, arXiv 2602.13567.
 
     Args:
         student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each
-            pair; float32, bfloat16, float16 or float64. All leading dimensions are equal. Their
-            dtype may differ from the head's, but both are float64 or neither is.
-        teacher_hidden: Likewise ``(..., D_t)``, paired with ``student_hidden`` in order.
+            pair; float32, bfloat16, float16 or float64. All leading dimensions must be equal. The
+            dtype may differ from the head's, but both must be float64 or neither.
+        teacher_hidden: The same with ``(..., D_t)``, in the order of ``student_hidden``.
         student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
-        teacher_head: Likewise with ``D_t``.
+        teacher_head: The same with ``D_t``.
         mask: ``(...)``, bool or 0/1, shared by all pairs; True tokens count. Others are not
-            computed, whatever they hold. On a GPU a mask costs one synchronisation.
+            computed, and may hold any value. On a GPU a mask costs one synchronisation.
         divergence: One of the names above.
         beta: Weight of the teacher in ``m``, in the open interval (0, 1). Only ``jsd`` uses it.
         temperature: Divides both models' logits; above 0.
         layer_weights: ``w_l``, one number for each pair, by default ``1 / L``.
         reduction: ``"mean"``: ``sum_l w_l sum_n mask_n loss_ln / denominator``; ``"sum"``: the same
-            undivided; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
+            not divided; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
         denominator: Only with ``"mean"``; by default the number of unmasked tokens of this call, at
             least 1. Pass the tokens of the whole global batch to make gradient accumulation and
             data parallelism exact.
-        vocab_size: Number of leading entries that both vocabularies share, over which both
-            softmaxes are then taken. Needed only if the vocabularies differ in size.
+        vocab_size: Number of leading entries that both vocabularies share. Both softmaxes are taken
+            over these. Needed only if the vocabularies differ in size.
         backend: ``"torch"``, ``"triton"`` (NVIDIA and AMD GPUs; no tile of logits in memory, more
-            products), or ``"auto"``: the one that ``lens_kernels.plan`` estimates to be cheaper.
+            GEMMs), or ``"auto"``: whichever ``lens_kernels.plan`` estimates to be cheaper.
             ``"auto"`` takes ``"triton"`` only on GPUs on which ``lens-kernels tune`` has run.
-        workspace_bytes: Bound on the tiles of logits held at any time; by default 256 MiB on a CPU,
-            1 GiB elsewhere.
-        grad_threshold: An approximation, off by default. Vocabulary entries whose logit gradients
-            are at most this, for all tokens of a chunk, are left out of both gradient products. If
-            they are few, all products are made, which takes less time. The loss is not affected. A
-            logit gradient is the one with respect to ``z`` above, times the derivative of the
-            softcap. It counts with its token's weight relative to the largest weight of the call,
-            so 1e-6 means the same at any batch size, scale and temperature. The ``torch`` backend
-            takes chunks of tokens, ``triton`` takes chunks of the vocabulary. A fixed threshold
-            leaves out more, the nearer the models are. ``"bf16"`` adapts: it is 2^-9 of the root
-            mean square of the chunk's logit gradients. The part left out of them is then at most
-            2^-9 in the 2-norm, which is what rounding to bfloat16 may change.
-            ``docs/memory_and_speed.md`` has the effect on gradients of hidden states and head, for
-            some models. ``distillation_loss`` reports how much was left out.
+        workspace_bytes: Limit for the bytes of all tiles of logits in memory; by default 256 MiB on
+            a CPU, 1 GiB elsewhere.
+        grad_threshold: An approximation, off by default. A vocabulary entry is left out of both
+            gradient GEMMs if its logit gradients are at most this for all tokens of a chunk. If
+            only few entries qualify, none are left out, because that takes less time. The loss is
+            not affected. The logit gradients are those with respect to ``z``, times the derivative
+            of the softcap. Each is multiplied by its token's weight, relative to the largest weight
+            of the call. So 1e-6 means the same at any batch size, scale and temperature. Chunks are
+            of tokens in the ``torch`` backend and of the vocabulary in ``triton``. A fixed
+            threshold leaves out more as the models become more similar. ``"bf16"`` adapts: it is
+            2^-9 times the root mean square of the chunk's logit gradients. The part left out then
+            has at most 2^-9 of their 2-norm, as much as rounding to bfloat16 may change.
+            ``docs/memory_and_speed.md`` shows the effect on gradients for some models.
+            ``distillation_loss`` reports how much was left out.
 
     Returns:
-        In nats, float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for ``"none"``. A
-        KL divergence is ``inf`` if a logit of -inf takes all mass from an entry where the other
-        distribution has some. If that is the teacher's logit, gradients are not finite either.
+        The loss in nats, in float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for
+        ``"none"``. A KL divergence is ``inf`` if its second distribution has a logit of -inf where
+        the first has mass. If that logit is the teacher's, gradients are not finite either.
 
     Raises:
-        TypeError: A dtype or kind of argument that is not supported.
-        ValueError: A shape, device, name or value that does not fit, before any work is done.
-        RuntimeError: The backend asked for cannot serve these tensors.
+        TypeError: An argument has an unsupported type or dtype.
+        ValueError: A shape, device, name or value is invalid. Raised before any computation.
+        RuntimeError: The requested backend does not support these tensors.
 
-    Logits, and all arithmetic on them, are in float32 whatever the inputs' dtype. Where a device
-    multiplies 16-bit matrices into float32 (CUDA; bfloat16 on a CPU with AMX, if torch can tell)
-    the factors of a 16-bit head's products are rounded to its dtype: normed hidden states, and the
-    logits' gradients. Results are the same bit for bit from run to run on one machine, except where
-    the device's own matrix products are not.
+    Logits, and all arithmetic on them, are in float32, or in float64 for float64 heads. Some
+    devices multiply 16-bit matrices with a float32 result: CUDA GPUs, and CPUs with AMX for
+    bfloat16 if torch reports it. There, the factors of a 16-bit head's GEMMs are rounded to its
+    dtype: normed hidden states, and the logits' gradients. Results are bitwise reproducible on one
+    machine if the device's own GEMMs are.
 
     Example:
         >>> import torch
@@ -141,7 +141,7 @@ def symmetric_lens_loss(
         grad_threshold=grad_threshold,
     )
     if reduction != Reduction.MEAN and denominator is not None:
-        raise ValueError(f"denominator only goes with reduction='mean', got {reduction!r}")
+        raise ValueError(f"denominator needs reduction='mean', got {reduction!r}: leave it out")
     student = model_inputs("student", student_hidden, student_head)
     teacher = model_inputs("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(student, teacher, mask=mask, vocab_size=vocab_size)
@@ -163,7 +163,7 @@ class DistillationOutput(NamedTuple):
     """The result of ``distillation_loss``: the loss, and its parts in nats per token, detached.
 
     ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``; ``per_layer`` is ``(L,)``. Parts
-    that are not computed are None, and ``per_layer`` is then empty. ``dropped`` is the share of the
+    that are not computed are None; ``per_layer`` is empty instead. ``dropped`` is the share of the
     logits' gradient, in absolute sum, that ``grad_threshold`` left out.
     """
 
@@ -205,45 +205,43 @@ def distillation_loss(
 
         (1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * sum_l w_l D_lens,l)
 
-    Arguments that ``symmetric_lens_loss`` has too mean the same here. The final states may also be
-    compared by the adaptive KL, arXiv 2404.02657::
+    Arguments of ``symmetric_lens_loss`` have the same meaning here. The final hidden states can
+    also be compared by the adaptive KL, arXiv 2404.02657::
 
         akl         share KL(p, q) + (1 - share) KL(q, p),  share = gap_head / (gap_head + gap_tail)
 
-    where a gap is ``sum |p - q|`` over the head or the tail of the vocabulary, and the share is a
-    constant to the gradient, 1/2 where ``p == q``. The head is the longest run of entries, those
-    that the teacher finds most probable first, with no more than half of its mass: the entry that
-    goes beyond one half is of the tail, unless it is the first. That is the rule of the paper's
-    published code and of DistillLens's (arXiv 2602.13567). It costs both KLs, and for the share one
-    more projection of both models and a sort, in tiles that ``workspace_bytes`` bounds.
+    A gap is ``sum |p - q|`` over the head or the tail of the vocabulary. The share is a constant in
+    the gradient, and 1/2 where ``p == q``. The head is the longest run of the teacher's entries,
+    most probable first, that holds at most half of its mass. The entry that crosses one half
+    belongs to the tail, unless it is the first. This is the rule of the paper's published code and
+    of DistillLens's. The adaptive KL costs both KLs. The share costs one more projection of both
+    models and a sort, in tiles within ``workspace_bytes``.
 
     Args:
-        student_hidden: Intermediate hidden states, one for each lens pair, read through the head's
-            norm. An empty list (for both models) leaves the lens term out.
-        teacher_hidden: Likewise.
+        student_hidden: Intermediate hidden states, one for each lens pair; the head's norm is
+            applied to them. Empty lists for both models remove the lens term.
+        teacher_hidden: The same for the teacher.
         student_head: The student's head.
         teacher_head: The teacher's head.
-        student_final: ``(..., D_s)``, the hidden state that the model itself projects. It is read
-            without the norm: Hugging Face returns it normed already.
-        teacher_final: Likewise ``(..., D_t)``.
-        labels: ``(...)``, ``labels[n]`` being the token that position ``n`` predicts: shifted
-            already. -100 marks positions without one. The temperature does not apply to cross
-            entropy.
-        mask: Tokens that count, for every term; by default those with a label, or all.
+        student_final: ``(..., D_s)``, the final hidden state. The norm is not applied to it,
+            because Hugging Face returns it already normed.
+        teacher_final: The same with ``(..., D_t)``.
+        labels: ``(...)``, already shifted: ``labels[n]`` is the token that position ``n`` predicts.
+            -100 marks positions without a label. Cross entropy ignores the temperature.
+        mask: Tokens that count in every term; by default those with a label, or all without labels.
         kd_ratio: Weight of distillation against cross entropy, in [0, 1]. At 0 only cross entropy
-            is computed: the teacher's arguments may be None, and no lens is read.
+            is computed: the teacher's arguments may be None, and no lens is computed.
         lens_coeff: Weight of the lens term, at least 0.
         final_divergence: How the final hidden states are compared: a name, which may be ``"akl"``,
-            or a mapping of names to weights, each at least 0 and one above it. ``D_final`` is then
-            the weighted sum, as in ``{"forward_kl": 0.5, "reverse_kl": 1.0}``; each further name
-            with a weight above 0 costs one further pair of hidden states.
+            or a mapping of names to weights, at least 0 and not all 0. ``D_final`` is then the
+            weighted sum, as in ``{"forward_kl": 0.5, "reverse_kl": 1.0}``. Each further name with a
+            weight above 0 costs as much as another pair of hidden states.
         divergence: The divergence of the lens pairs.
         beta: Weight of the teacher wherever a divergence is ``jsd``.
         temperature: Divides the logits of both divergences.
         layer_weights: ``w_l``, by default ``1 / L``.
-        denominator: By default the number of unmasked tokens, and for cross entropy of labelled
-            ones.
-        vocab_size: The shared vocabulary prefix, over which cross entropy is taken too.
+        denominator: By default the number of unmasked tokens; for cross entropy, those with labels.
+        vocab_size: Size of the shared vocabulary prefix, which cross entropy also uses.
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.
         grad_threshold: As for ``symmetric_lens_loss``; see ``dropped`` of the result.
@@ -288,7 +286,7 @@ def distillation_loss(
     tokens = token_denominator(denominator, counted)
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # Weights of the rows inside their own term of the objective, then in the loss.
+    # First the weights of rows within their term of the objective, then within the loss.
     lens_rows = counted.expand(pairs, -1)
     final_rows = [counted * (constant + slope * share) for constant, slope in finals.values()]
     row_weight = [

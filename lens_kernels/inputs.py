@@ -1,7 +1,8 @@
-"""The tensors of a public call: checked together before any work, flattened, and counted."""
+"""The tensors of a public call: checked together before any computation, and flattened."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lens_kernels import compat
 from lens_kernels.lens import LensHead, compute_dtype
-from lens_kernels.options import check_number
+from lens_kernels.options import check_int, check_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE_INDEX = -100
@@ -21,10 +22,9 @@ Head = LensHead | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """One model's hidden states, with the names that messages use, and the head that reads them.
+    """One model's head and hidden states; each state has a name for messages.
 
-    The first ``lenses`` states are read through the head's norm. A final state is not: it is normed
-    already.
+    The head's norm applies to the first ``lenses`` states. A final state is already normed.
     """
 
     named_hidden: list[tuple[str, Tensor]]
@@ -41,8 +41,8 @@ class ModelInputs:
 class Inputs:
     """All tensors of a call, over ``N`` tokens.
 
-    ``teacher`` is None if only labels are compared with. ``labels`` holds 0 for tokens without one.
-    ``operand_dtype`` is autocast's, to which the factors of products are rounded, or None.
+    ``teacher`` is None if the loss is cross entropy alone. ``labels`` is 0 for tokens without a
+    label. ``operand_dtype`` is autocast's dtype, which GEMM factors are rounded to, or None.
     """
 
     student: ModelInputs
@@ -66,7 +66,7 @@ class Inputs:
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Return the dtype of results, which the student decides."""
+        """Return the dtype of results, which the student's head decides."""
         return compute_dtype(self.student.head)
 
     def counted(self) -> Tensor:
@@ -84,9 +84,9 @@ class Inputs:
 def model_inputs(
     side: str, hidden: Any, head: Any, final: Any = None, has_final: bool = False
 ) -> ModelInputs:
-    """Check one model's tensors; ``side`` is ``student`` or ``teacher``, as in their names.
+    """Check one model's tensors; their names begin with ``side``, ``student`` or ``teacher``.
 
-    With ``has_final`` there is a final hidden state, and the list of others may be empty.
+    With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
     """
     name = f"{side}_hidden"
     values = [hidden] if isinstance(hidden, Tensor) else hidden
@@ -100,7 +100,12 @@ def model_inputs(
     if has_final:
         named.append((f"{side}_final", final))
     for name, x in named:
-        _check_hidden(name, x)
+        check_float(name, x)
+        if x.dim() < 2:
+            raise ValueError(
+                f"{name} must have shape (..., D) with at least one leading dimension,"
+                f" got {tuple(x.shape)}"
+            )
     checked = _check_head(f"{side}_head", head)
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
@@ -118,7 +123,7 @@ def check_inputs(
 ) -> Inputs:
     """Check that the tensors of a call fit together.
 
-    Without ``mask`` the tokens that have a label count, or all of them without labels.
+    Without ``mask``, tokens with a label count. Without ``labels`` too, all tokens count.
     """
     device = student.head.weight.device
     named = list(student.named_hidden)
@@ -155,41 +160,29 @@ def check_inputs(
     )
 
 
-def _check_hidden(name: str, x: Any) -> None:
-    """Check that ``x`` is a dense floating-point tensor ``(..., D)``."""
-    check_float(name, x)
-    if x.dim() < 2:
-        raise ValueError(
-            f"{name} must have shape (..., D) with at least one leading dimension,"
-            f" got {tuple(x.shape)}"
-        )
-
-
 def check_float(name: str, x: Any) -> None:
     """Check that ``x`` is a dense tensor of a supported floating-point dtype."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     _check_dense(name, x)
     if hasattr(x, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor: pass {name}.full_tensor(), gathered once before the call"
         )
     if x.dtype not in FLOATS:
-        known = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise TypeError(
-            f"{name} must be floating point ({known}), got {str(x.dtype).removeprefix('torch.')}"
-        )
+        known = ", ".join(map(str, FLOATS))
+        raise TypeError(f"{name} must be floating point ({known}), got {x.dtype}")
 
 
-def _check_dense(name: str, x: Tensor) -> None:
-    """Check that ``x`` has strides, which sparse and nested tensors lack."""
+def _check_dense(name: str, x: Any) -> None:
+    """Check that ``x`` is a tensor with strides, which sparse and nested tensors lack."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
         raise TypeError(f"{name} must be a dense tensor, got a {kind} one: convert it first")
 
 
 def _check_head(name: str, value: Any) -> LensHead:
-    """Return a LensHead from a LensHead or a ``(V, D)`` weight, its tensors checked together."""
+    """Return a checked ``LensHead`` from a ``LensHead`` or a ``(V, D)`` weight."""
     if isinstance(value, Tensor):
         value = LensHead(value)
     if not isinstance(value, LensHead):
@@ -205,22 +198,18 @@ def _check_head(name: str, value: Any) -> LensHead:
             + (" (a partitioned parameter must be gathered first)" if weight.numel() == 0 else "")
         )
     vocab_size, width = weight.shape
-    parts: list[tuple[str, Tensor | None, int]] = [("bias", value.bias, vocab_size)]
-    if value.norm is not None:
-        parts += [
-            ("norm.weight", value.norm.weight, width),
-            ("norm.bias", value.norm.bias, width),
-        ]
-    for part, x, size in parts:
-        if x is None:
+    sizes = {"bias": vocab_size, "norm_weight": width, "norm_bias": width}
+    for key, x in value.tensors().items():
+        if key == "weight":
             continue
-        check_float(f"{name}.{part}", x)
+        part, size = f"{name}.{key.replace('_', '.')}", sizes[key]
+        check_float(part, x)
         if tuple(x.shape) != (size,):
             raise ValueError(
-                f"{name}.{part} must have shape ({size},) to go with {name}.weight"
+                f"{part} must have shape ({size},) to go with {name}.weight"
                 f" {tuple(weight.shape)}, got {tuple(x.shape)}"
             )
-        check_device(f"{name}.{part}", x, weight.device)
+        check_device(part, x, weight.device)
     return value
 
 
@@ -235,7 +224,7 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 def _check_widths_and_dtypes(model: ModelInputs, head_name: str, autocast: bool) -> None:
     """Check hidden states against the head that reads them.
 
-    Dtypes may differ, but float64 is computed in float64 only if the head is float64 too.
+    Dtypes may differ, but without autocast both or neither must be float64.
     """
     weight = model.head.weight
     for name, x in model.named_hidden:
@@ -253,7 +242,7 @@ def _check_widths_and_dtypes(model: ModelInputs, head_name: str, autocast: bool)
 
 
 def _leading_shape(named: Sequence[tuple[str, Tensor]]) -> torch.Size:
-    """Return the shape before the last dimension, equal for all hidden states."""
+    """Return the leading shape of all hidden states."""
     first_name, first = named[0]
     for name, x in named[1:]:
         if x.shape[:-1] != first.shape[:-1]:
@@ -264,21 +253,23 @@ def _leading_shape(named: Sequence[tuple[str, Tensor]]) -> torch.Size:
     return first.shape[:-1]
 
 
+def _check_tokens(name: str, x: Any, shape: torch.Size, device: torch.device, why: str) -> None:
+    _check_dense(name, x)
+    if x.shape != shape:
+        raise ValueError(
+            f"{name} must have the leading shape of the hidden states, {tuple(shape)},"
+            f" got {tuple(x.shape)}: {why}"
+        )
+    check_device(name, x, device)
+
+
 def _token_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | None:
     """Return the mask as a flat bool tensor."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor of bool or 0/1, got {type(mask).__name__}")
-    _check_dense("mask", mask)
+    _check_tokens("mask", mask, shape, device, "all lens pairs share it, and it is not broadcast")
     if mask.is_complex():
         raise TypeError(f"mask must be bool or 0/1, got {mask.dtype}")
-    if mask.shape != shape:
-        raise ValueError(
-            f"mask must have the leading shape of the hidden states, {tuple(shape)},"
-            f" got {tuple(mask.shape)}: it is shared by all lens pairs and never broadcast"
-        )
-    check_device("mask", mask, device)
     if mask.dtype is not torch.bool:
         _check_values("mask", (mask == 0) | (mask == 1), "may hold only 0 and 1")
     return mask.bool().reshape(-1)
@@ -286,17 +277,10 @@ def _token_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | 
 
 def _token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_size: int) -> Tensor:
     """Return the labels as a flat int64 tensor."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be an integer tensor, got {type(labels).__name__}")
-    _check_dense("labels", labels)
+    why = "labels[i] is the token that position i predicts"
+    _check_tokens("labels", labels, shape, device, why)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    if labels.shape != shape:
-        raise ValueError(
-            f"labels must have the leading shape of the hidden states, {tuple(shape)},"
-            f" got {tuple(labels.shape)}: labels[i] is the token that position i predicts"
-        )
-    check_device("labels", labels, device)
     valid = (labels == IGNORE_INDEX) | ((labels >= 0) & (labels < vocab_size))
     _check_values("labels", valid, f"must be {IGNORE_INDEX} or in [0, {vocab_size})")
     return labels.reshape(-1).long()
@@ -324,9 +308,7 @@ def shared_vocabulary(vocab_size: Any, student: LensHead, teacher: LensHead | No
                 f" both, pass vocab_size={smaller}; both softmaxes are then taken over that prefix"
             )
         return smaller
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
-    if not 1 <= vocab_size <= smaller:
+    if not 1 <= check_int("vocab_size", vocab_size) <= smaller:
         raise ValueError(f"vocab_size={vocab_size} must lie in [1, {smaller}]: {shown}")
     return vocab_size
 
@@ -336,48 +318,41 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
     dtype, device = inputs.compute_dtype, inputs.device
     if value is None:
         return torch.full((pairs,), 1.0 / max(1, pairs), dtype=dtype, device=device)
-    if isinstance(value, Tensor):
+    if isinstance(value, (list, tuple)):
+        each = [check_number(f"layer_weights[{i}]", w, -math.inf) for i, w in enumerate(value)]
+        value = torch.tensor(each, dtype=dtype, device=device)
+    elif isinstance(value, Tensor):
         check_float("layer_weights", value)
         check_device("layer_weights", value, device)
-        if value.shape != (pairs,):
-            raise ValueError(
-                f"layer_weights must have shape ({pairs},), one for each lens pair,"
-                f" got {tuple(value.shape)}"
-            )
         _check_values("layer_weights", value.detach().isfinite(), "must be finite")
-        return value.to(dtype)
-    if not isinstance(value, (list, tuple)):
-        raise TypeError(
-            f"layer_weights must be a list of numbers or a 1-D tensor, got {type(value).__name__}"
-        )
-    if len(value) != pairs:
+    else:
+        kind = type(value).__name__
+        raise TypeError(f"layer_weights must be a list of numbers or a 1-D tensor, got {kind}")
+    if value.shape != (pairs,):
         raise ValueError(
-            f"layer_weights must have {pairs} entries, one for each lens pair, got {len(value)}"
+            f"layer_weights must have shape ({pairs},), one weight for each lens pair,"
+            f" got shape {tuple(value.shape)}"
         )
-    for i, w in enumerate(value):
-        check_number(f"layer_weights[{i}]", w, float("-inf"))
-    return torch.tensor([float(w) for w in value], dtype=dtype, device=device)
+    return value.to(dtype)
 
 
 def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
-    """Return the number that a sum over tokens is divided by, at least 1 by default.
+    """Return the divisor of a sum over tokens: by default their number, at least 1.
 
-    It is a float or has the dtype of ``counted``, the tokens that count.
+    A tensor has the dtype of ``counted``, which is 1 for each token that counts.
     """
     if value is None:
         return counted.sum().clamp(min=1)
     if not isinstance(value, Tensor):
         return check_number("denominator", value, 0.0)
     if value.numel() != 1:
-        raise ValueError(
-            f"denominator must be a number or a tensor of one element,"
-            f" got shape {tuple(value.shape)}"
-        )
+        shape = tuple(value.shape)
+        raise ValueError(f"denominator must be a number or a one-element tensor, got shape {shape}")
     if value.is_complex() or value.dtype is torch.bool:
         raise TypeError(f"denominator must be a real number, got {value.dtype}")
     if value.device.type != "cpu":
         check_device("denominator", value, counted.device)
     _check_values("denominator", value >= 0, "must be 0 or more")
     value = value.to(counted).reshape(())
-    # A whole batch without tokens must give 0, as a call with every token masked does.
+    # A global batch without tokens has denominator 0. Its loss must be 0 and not NaN.
     return torch.where(value == 0, 1, value)

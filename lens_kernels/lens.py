@@ -1,4 +1,4 @@
-"""A logit lens: the final norm and vocabulary projection through which a hidden state is read."""
+"""A logit lens: the final norm and the vocabulary head, applied to any hidden state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NORM_KINDS = ("rms", "layer")
 class LensNorm:
     """A final norm: ``(h - mean) / sqrt(var + eps) * (weight + offset) + bias``.
 
-    ``kind="rms"`` leaves the mean out and takes the mean square for ``var``. ``offset=1`` is
+    ``kind="rms"`` omits the mean, and its ``var`` is the mean square. ``offset=1`` is
     Gemma's convention. ``weight=None`` is a norm without a learned scale.
     """
 
@@ -44,7 +44,7 @@ class LensNorm:
         return (y if self.bias is None else y + self.bias.to(y.dtype)), x_hat, rstd
 
     def backward(self, grad: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
-        """Return the gradient of the rows from that of the result."""
+        """Return the gradient with respect to the rows; ``grad`` is that of the result."""
         if self.weight is not None:
             grad = grad * self._scale(grad)
         inner = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
@@ -59,7 +59,7 @@ class LensNorm:
 
 @dataclass(frozen=True, eq=False)
 class LogitMap:
-    """From products to logits: ``slope * (z + bias)``, or ``cap * tanh(inner * (z + bias))``."""
+    """Maps products to logits: ``slope * (z + bias)``, or ``cap * tanh(inner * (z + bias))``."""
 
     bias: Tensor | None
     slope: float | Tensor
@@ -82,7 +82,7 @@ class LensHead:
 
     ``weight`` is ``(V, D)``; without ``softcap`` the result is ``scale * (...)``. ``norm`` is the
     model's final norm, applied to intermediate hidden states. Hugging Face returns the final hidden
-    state normed already.
+    state already normed.
     """
 
     weight: Tensor
@@ -105,7 +105,7 @@ class LensHead:
             check_number("LensHead.softcap", self.softcap, 0.0, hint=hint)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors that are present, by name: those that can take a gradient."""
+        """Return the tensors of head and norm by name, without those that are None."""
         named = {"weight": self.weight, "bias": self.bias}
         if self.norm is not None:
             named |= {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias}
@@ -128,7 +128,7 @@ class LensHead:
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logit_map(self, temperature: float) -> LogitMap:
-        """Return what makes tempered logits of products ``norm(h) @ weight.T``."""
+        """Return the map from products ``norm(h) @ weight.T`` to tempered logits."""
         slope = self.scale / temperature
         if self.softcap is None:
             return LogitMap(self.bias, slope)

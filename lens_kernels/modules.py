@@ -1,4 +1,4 @@
-"""The operations as modules, which hold options and nothing else."""
+"""The public functions as modules, which hold only their options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens_kernels.options import DistillationOptions, LensOptions, LossOptions
 
 
 class _Loss(nn.Module):
-    """A function's options, checked, kept and shown."""
+    """Checks, holds and shows the options of a public function."""
 
     kind: ClassVar[type[LossOptions]]
 
@@ -30,7 +30,7 @@ class _Loss(nn.Module):
 
 
 class SymmetricLensLoss(_Loss):
-    """``symmetric_lens_loss`` with its options fixed: any keyword but mask and denominator."""
+    """``symmetric_lens_loss`` with fixed options: all keywords but mask and denominator."""
 
     kind = LensOptions
 
@@ -44,19 +44,12 @@ class SymmetricLensLoss(_Loss):
         denominator: float | Tensor | None = None,
     ) -> Tensor:
         """Return the loss."""
-        return symmetric_lens_loss(
-            student_hidden,
-            teacher_hidden,
-            student_head,
-            teacher_head,
-            mask=mask,
-            denominator=denominator,
-            **self.options,
-        )
+        models = student_hidden, teacher_hidden, student_head, teacher_head
+        return symmetric_lens_loss(*models, mask=mask, denominator=denominator, **self.options)
 
 
 class DistillationLoss(_Loss):
-    """``distillation_loss`` with its options fixed: any keyword that is not a tensor of a call."""
+    """``distillation_loss`` with fixed options: all keywords but tensors and denominator."""
 
     kind = DistillationOptions
 
@@ -68,7 +61,7 @@ class DistillationLoss(_Loss):
         teacher_head: Any,
         **per_call: Any,
     ) -> DistillationOutput:
-        """Return the output; ``per_call`` holds the tensors that the function takes by keyword."""
+        """Return the output; ``per_call`` are the function's other keywords."""
         return distillation_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options
         )

@@ -1,4 +1,4 @@
-"""The one differentiable operator for every backend; to ``torch.compile`` it is one node."""
+"""The differentiable operator of all backends. ``torch.compile`` sees it as one node."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 def apply(call: LossCall, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(loss, rows, dropped)`` of a call.
 
-    ``loss`` is differentiable, and its gradients are made together with it. With ``deferred``
-    ``rows`` is differentiable instead. Its gradients are made in the backward pass, when the weight
-    of each row is known.
+    ``loss`` is differentiable, and its gradients are computed together with it. With ``deferred``,
+    ``rows`` is differentiable instead. Its gradients are computed in the backward pass, when the
+    weight of each row is known.
     """
     loss, rows, dropped, _ = lens_loss(backend, deferred, *call.pack())
     return loss, rows, dropped
@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _savable(x: Tensor | None) -> Tensor | None:
-    """Return ``x``, or a copy if it was made in inference mode: autograd does not save those."""
+    """Return ``x``, or a copy if it was made in inference mode: autograd cannot save these."""
     return x.clone() if x is not None and x.is_inference() else x
 
 
@@ -109,12 +109,12 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
     if compat.backward_keeps_graph() or torch.is_grad_enabled():
         scaled = scale_gradients(grads, upstream, like)
     else:
-        # The graph is freed after this pass. In place, or the head gradient would exist twice.
+        # The graph is freed after this pass. Scaling in place avoids a copy of the head gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
     each_scaled = iter(scaled)
     each = [next(each_scaled) if needed else None for needed in ctx.needs_grad]
     result["student_hidden"] = each[:students]
-    result["heads"][: len(each) - students] = each[students:]  # the student's come first
+    result["heads"][: len(each) - students] = each[students:]  # the student's tensors come first
     return None, None, *result.values()
 
 
@@ -129,8 +129,8 @@ lens_loss.register_autograd(_backward, setup_context=_setup_context)
 def scale_gradients(grads: list[Tensor], upstream: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Return ``upstream * grads`` in the dtypes of ``like``.
 
-    This is out of place, for graphs that may be differentiated again. ``like`` are the tensors that
-    the gradients belong to: through them a second derivative reaches this operator, which refuses.
+    It makes copies, because the graph may be differentiated again. ``like`` are the tensors that
+    the gradients belong to. Through them a second derivative reaches this operator and raises.
     """
     return [(g * upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
 
@@ -143,7 +143,7 @@ def _(grads: list[Tensor], upstream: Tensor, like: list[Tensor]) -> list[Tensor]
 def _refuse(ctx: Any, *grads: Any) -> None:
     raise RuntimeError(
         "lens_kernels computes first derivatives only: its loss cannot be differentiated twice."
-        " For second derivatives of small problems write the loss densely, from the logits"
+        " For second derivatives of small problems, compute the loss from full logits in torch"
     )
 
 

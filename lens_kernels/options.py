@@ -1,6 +1,6 @@
-"""Everything about a call that is not a tensor: each name, default and range stands here once.
+"""The options of a call: this module alone defines their names, defaults and ranges.
 
-Public functions, modules and the Trainer's options take their defaults and their checks from here.
+Public functions, modules and the Trainer's options take defaults and checks from here.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ class Divergence(str, Enum):
     HELLINGER = "hellinger"
 
 
-# Sums of relative entropies. One sweep over tiles of the vocabulary is enough for them, and they
-# are the divergences without an upper bound.
+# Sums of relative entropies. They need only one sweep over tiles of the vocabulary, and have no
+# upper bound.
 RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
-ADAPTIVE = "akl"  # for the final hidden states only: two divergences with a weight per token
+ADAPTIVE = "akl"  # for final hidden states only: both KLs, with a weight for each token
 
 
 class Reduction(str, Enum):
-    """How the values of lens pairs and tokens become the result."""
+    """How the values of lens pairs and tokens are reduced to the result."""
 
     MEAN = "mean"
     SUM = "sum"
     NONE = "none"
 
 
-# Thresholds relative to the root mean square of a chunk's logit gradients. At half of bfloat16's
-# unit roundoff, the entries left out are at most that part of the gradient in the 2-norm.
+# Thresholds relative to the root mean square of a chunk's logit gradients. 2^-9 is half of
+# bfloat16's unit roundoff. The 2-norm of the entries left out is at most this part of the whole.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 
 # Listed at import: torch.compile of torch 2.8 cannot list the members of an Enum.
@@ -58,11 +58,31 @@ def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
 
 
 def _known_name(name: str, value: object, known: Sequence[str], or_else: str = "") -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string{or_else}, got {type(value).__name__}")
+    value = _check_string(name, value, or_else)
     if value not in known:
         choice = ", ".join(map(repr, known))
         raise ValueError(f"{name}={str(value)!r} is unknown; choose one of {choice}{or_else}")
+    return value
+
+
+def _check_string(name: str, value: object, or_else: str = "") -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string{or_else}, got {type(value).__name__}")
+    return value
+
+
+def check_int(name: str, value: object) -> int:
+    """Return ``value`` if it is an integer, else raise."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    return value
+
+
+def check_count(name: str, value: object) -> int:
+    """Return ``value`` if it is a positive integer, else raise."""
+    value = check_int(name, value)
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
     return value
 
 
@@ -76,7 +96,7 @@ def check_number(
 ) -> float:
     """Return ``value`` as a float if it is finite and between ``low`` and ``high``, else raise.
 
-    The bounds themselves are allowed only if ``inclusive``.
+    The bounds are valid values only if ``inclusive``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
@@ -121,7 +141,7 @@ def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[f
 
 
 def parse_grad_threshold(name: str, value: object) -> tuple[float | None, bool]:
-    """Return the threshold, and whether it is relative: a name is, a number is not."""
+    """Return the threshold, and whether it is relative: names are, numbers are absolute."""
     if value is None:
         return None, False
     if isinstance(value, str):
@@ -138,20 +158,6 @@ def _check_beta(name: str, value: object) -> None:
     check_number(name, value, 0.0, 1.0, hint)
 
 
-def _check_backend(name: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
-
-
-def _check_workspace_bytes(name: str, value: object) -> None:
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be positive, got {value}")
-
-
 CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "divergence": lambda name, value: parse_name(Divergence, name, value),
     "final_divergence": parse_final_divergence,
@@ -160,14 +166,14 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "kd_ratio": lambda name, value: check_number(name, value, 0.0, 1.0, inclusive=True),
     "lens_coeff": lambda name, value: check_number(name, value, 0.0, inclusive=True),
     "reduction": lambda name, value: parse_name(Reduction, name, value),
-    "backend": _check_backend,
-    "workspace_bytes": _check_workspace_bytes,
+    "backend": _check_string,
+    "workspace_bytes": lambda name, value: value is None or check_count(name, value),
     "grad_threshold": parse_grad_threshold,
 }
 
 
 def check_option(option: str, value: object, name: str | None = None) -> None:
-    """Raise if ``value`` is not one for ``option``; the message calls it ``name``."""
+    """Raise if ``value`` is invalid for ``option``; messages call the option ``name``."""
     CHECKS[option](name or option, value)
 
 
@@ -175,8 +181,7 @@ def check_option(option: str, value: object, name: str | None = None) -> None:
 class LossOptions:
     """The options that both public functions share; see ``symmetric_lens_loss``.
 
-    Those that depend on the tensors of a call are checked with them: ``layer_weights`` and
-    ``vocab_size``.
+    ``layer_weights`` and ``vocab_size`` depend on tensors of a call, and are checked with these.
     """
 
     divergence: str = "jsd"
@@ -202,10 +207,10 @@ class LensOptions(LossOptions):
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Check each option, and those that exclude each other."""
+        """Check each option, and which options exclude each other."""
         super().__post_init__()
         if self.reduction == Reduction.NONE and self.layer_weights is not None:
-            raise ValueError("layer_weights do not apply to reduction='none', which has no weights")
+            raise ValueError("layer_weights do not apply to reduction='none': leave them out")
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,5 +226,5 @@ def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> i
     """Return the bytes that the tiles of logits may take on a device."""
     if workspace_bytes is not None:
         return workspace_bytes
-    # CPU: 640 rows at 50k entries, enough for products at full speed. GPU: 1024 rows at 128k.
+    # CPU: 640 rows of 50k entries, enough for GEMMs at full speed. GPU: 1024 rows of 128k.
     return (256 if device.type == "cpu" else 1024) * 2**20

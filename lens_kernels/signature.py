@@ -1,4 +1,4 @@
-"""Command-line options made from a function's signature and docstring, which describe them once."""
+"""Command-line options generated from a function's signature and docstring."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def add_options(
             options["required"] = required
             shown = _text(default)
         text = texts[name] if default is None else f"{texts[name]} Default: {shown}."
-        # Set afterwards, because some versions of Python add a boolean's default to it.
+        # The help is set afterwards: some versions of Python append a boolean's default to it.
         parser.add_argument(f"--{option}", **options).help = text.replace("%", "%%")
 
 
 def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
-    """Return what the ``Args`` section of a docstring says of each argument."""
+    """Return the description of each argument from the ``Args`` section of a docstring."""
     text = inspect.getdoc(function) or ""
     section = re.search(r"^Args:\n(.*?)(?:^\S|\Z)", text, re.DOTALL | re.MULTILINE)
     entries = re.split(r"^    (?=\w+: )", section[1] if section else "", flags=re.MULTILINE)

@@ -1,1 +1,1 @@
-"""What the library is checked against: slow, dense, float64, written from the definitions."""
+"""The references of the tests: slow, dense, in float64, written from the definitions."""

@@ -1,4 +1,4 @@
-"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657) as its published code has it, by token."""
+"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657) as its published code defines it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from reference import dense
 
 
 def head(p: Tensor, mass: float = 0.5) -> list[int]:
-    """Return the head of one distribution: its first entry, and further while within ``mass``.
+    """Return the most probable entries of one distribution, while their sum is within ``mass``.
 
-    Entries go from the most probable to the least.
+    The first entry always belongs to them.
     """
     entries: list[int] = []
     held = 0.0

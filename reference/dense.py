@@ -1,7 +1,7 @@
-"""The dense oracle: every quantity as its definition says, in float64, differentiated by autograd.
+"""The dense oracle: every quantity by its definition, in float64, differentiated by autograd.
 
-It shares nothing with the library: probabilities are formed explicitly, divergences are sums over
-them. Heads are any objects with the attributes of ``lens_kernels.LensHead``.
+It shares no code with the library. Probabilities are explicit, and divergences are sums over them.
+Heads are any objects with the attributes of ``lens_kernels.LensHead``.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def lens_loss(
     denominator: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Return what ``symmetric_lens_loss`` promises, for lists of hidden states."""
+    """Return the loss that ``symmetric_lens_loss`` defines, for lists of hidden states."""
     pairs = len(student_hidden)
     weights = [1 / pairs] * pairs if layer_weights is None else layer_weights
     values = rows(

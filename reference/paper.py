@@ -1,14 +1,14 @@
 """The lens term of DistillLens (arXiv 2602.13567) as its published code computes it.
 
-For comparison only. Written afresh from a description of that code, whose three departures from
-the objective of this library are switches, each off by default:
+For comparison only. It is written from a description of that code. The code departs from this
+library's objective in three ways. Each one is a switch, off by default:
 
 - ``tiled_mask``: lens logits are laid out sample by sample, layers innermost, but the mask is tiled
-  with samples innermost. With more than one sample most rows are masked by another sample's mask.
+  with samples innermost. With more than one sample, most rows get another sample's mask.
 - ``log_epsilon``: a number added to the mixture inside its logarithm, published as 1e-8. It lowers
-  every divergence by about ``epsilon * V``: that of identical distributions is negative.
-- ``final_norm=False``: intermediate hidden states go to the head as they are, without the model's
-  final norm, for both models.
+  every divergence by about ``epsilon * V``, so identical distributions have a negative one.
+- ``final_norm=False``: for both models, intermediate hidden states reach the head without the
+  final norm.
 
 With all three off this is ``symmetric_lens_loss`` with ``divergence="jsd"`` and its defaults.
 """
@@ -61,8 +61,9 @@ def lens_term(
 ) -> Tensor:
     """Return the lens term of the objective, a mean over samples, layers and unmasked positions.
 
-    Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. In float64.
-    Without an unmasked position the result is 0, where the published code divides 0 by 0.
+    Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. The
+    result is in float64. Without an unmasked position it is 0, where the published code divides 0
+    by 0.
     """
     samples, layers = student_hidden[0].shape[0], len(student_hidden)
 

@@ -4,35 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import plan
 from lens_kernels.backends import matmul
 from lens_kernels.backends.torch import pointwise_pass, row_chunks
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 from tests.support.grids import Shape
+from tests.support.memory import MIB
+from tests.support.operators import Products
 from tests.support.problems import capture_call, make
-from tests.test_memory import MIB, evaluate, peak_bytes
+from tests.test_memory import peak_of
 
 SHAPE = Shape((1536,), 4096, 48, 64, 2)
 SIZES = (1536, 4096, 48, 64)
-
-
-class Products(TorchDispatchMode):
-    """Counts operations and operands of matrix products; torch's own counter passes over in-place
-    ones, and does not see bytes."""
-
-    flops = bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().split("::")[1].split(".")[0].rstrip("_")
-        assert name not in ("bmm", "baddbmm", "linear", "matmul"), name
-        if name in ("mm", "addmm"):
-            left, right = args[-2:]
-            self.flops += 2 * left.shape[0] * left.shape[1] * right.shape[1]
-            results = (2 if name == "addmm" else 1) * left.shape[0] * right.shape[1]
-            self.bytes += 4 * (left.numel() + right.numel() + results)
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False), (False, False)])
@@ -81,10 +65,9 @@ def test_wide_factors_take_longer():
 @pytest.mark.parametrize("workspace", [4 * MIB, 25 * MIB])
 def test_workspace_is_what_is_allocated_beside_the_gradients(monkeypatch, workspace):
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
-    captured = capture_call(monkeypatch, make(SHAPE), workspace_bytes=workspace)
     planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
     gradients = 4 * (2 * 1536 * 48 + 4096 * 48)
-    seen = peak_bytes(evaluate(captured)) - gradients
+    seen = peak_of(monkeypatch, make(SHAPE), workspace_bytes=workspace) - gradients
     # Besides the tiles an eager pointwise pass holds blocks of some MiB.
     assert planned["torch"].workspace_bytes <= seen <= planned["torch"].workspace_bytes + 16 * MIB
     assert 0.75 * workspace < planned["torch"].workspace_bytes <= workspace
@@ -134,7 +117,7 @@ def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
         ((5, 5, 5, True), {}, TypeError, "teacher_width must be an int, got bool"),
         ((5, 5, 5, 5), {"pairs": -1}, ValueError, "pairs must be at least 1, got -1"),
         ((5, 5, 5, 5), {"divergence": "kl"}, ValueError, "divergence='kl' is unknown"),
-        ((5, 5, 5, 5), {"workspace_bytes": 0}, ValueError, "workspace_bytes must be positive"),
+        ((5, 5, 5, 5), {"workspace_bytes": 0}, ValueError, "workspace_bytes must be at least 1"),
         ((5, 5, 5, 5), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32, "),
     ],
 )

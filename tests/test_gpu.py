@@ -18,14 +18,25 @@ from tests.support import gpu_checks as check
 from tests.support.gpu_checks import BACKENDS, CPU, DTYPES, GPU, HALF, LARGE, WIDE
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, ODD, Shape, several_chunks
 
+EVERY = {"backend": BACKENDS, "dtype": DTYPES, "divergence": DIVERGENCES, "feature": FEATURES}
 
-def gpu(test):
-    """Mark a test that needs a GPU."""
+
+def gpu(*over, **more):
+    """Mark a test that needs a GPU, for every one of what is named."""
     absent = not torch.cuda.is_available()
-    return pytest.mark.gpu(pytest.mark.skipif(absent, reason="no GPU")(test))
+    marks = [pytest.mark.gpu, pytest.mark.skipif(absent, reason="no GPU")]
+    for name, values in ({name: EVERY[name] for name in over} | more).items():
+        marks.append(pytest.mark.parametrize(name, values, ids=str))
+
+    def marked(test):
+        for mark in marks:
+            test = mark(test)
+        return test
+
+    return marked
 
 
-@gpu
+@gpu()
 def test_kernels_are_compiled():
     pytest.importorskip("triton")
     from lens_kernels.backends.triton.interpreter import INTERPRETING
@@ -33,97 +44,71 @@ def test_kernels_are_compiled():
     assert not INTERPRETING, "TRITON_INTERPRET is set: nothing here would say anything of the GPU"
 
 
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("dtype", "divergence", "feature", "backend")
 def test_parity(backend, feature, divergence, dtype):
     chunks = {"workspace_bytes": several_chunks(BATCH, 12)}
     check.parity(GPU, backend, dtype, BATCH, feature, divergence, **chunks)
 
 
-@gpu
-@pytest.mark.parametrize("shape", [LARGE, WIDE], ids=["large", "wide"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("dtype", "divergence", "backend", shape=[LARGE, WIDE])
 def test_sizes_beyond_a_tile(backend, divergence, dtype, shape):
     check.large(GPU, backend, dtype, shape, divergence)
     check.large(GPU, backend, dtype, shape, divergence, mask=True)
 
 
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("dtype", "backend")
 def test_masks_and_labels(backend, dtype):
     check.masked_rows_are_inert(GPU, backend, dtype, BATCH)
     check.whole_objective(GPU, backend, dtype, BATCH)
 
 
-@gpu
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("divergence", "backend")
 def test_near_convergence(backend, divergence):
     check.near_convergence(GPU, backend, divergence)
 
 
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("dtype", "divergence", "backend")
 def test_identical_models(backend, divergence, dtype):
     check.identical(GPU, backend, dtype, divergence, ODD)
     check.identical(GPU, backend, dtype, divergence, LARGE)
 
 
-@gpu
-@pytest.mark.parametrize("std", [10.0, 30.0])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("divergence", "backend", std=[10.0, 30.0])
 def test_peaked_distributions(backend, divergence, std):
     check.peaked(GPU, backend, divergence, std, ODD)
 
 
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@gpu("dtype", "divergence")
 def test_backends_agree_at_the_size_of_a_model(divergence, dtype):
     check.agreement(GPU, dtype, divergence, Shape((512,), 50257, 768, 1600, 2))
 
 
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@gpu("dtype", "backend", divergence=["jsd", "reverse_kl"])
 def test_twenty_runs_are_the_same_bit_for_bit(backend, divergence, dtype):
     check.determinism(GPU, backend, dtype, divergence, replace(LARGE, pairs=2), runs=20)
 
 
-@gpu
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@gpu(dtype=HALF)
 def test_offsets_beyond_32_bit_in_the_gradient(dtype):
     tokens, vocab = 20000, 131072
     assert tokens * vocab > 1.2 * 2**31
     check.large_gradient(GPU, tokens, vocab, 64, dtype)
 
 
-@gpu
-@pytest.mark.parametrize("dtype", HALF, ids=str)
+@gpu(dtype=HALF)
 def test_offsets_beyond_32_bit_in_a_head(dtype):
     vocab, width = 262144, 10240
     assert vocab * width > 1.2 * 2**31
     check.large_head(GPU, 200, vocab, width, 64, dtype)
 
 
-@gpu
+@gpu()
 def test_nothing_is_compiled_again_for_other_sizes_and_numbers():
     assert check.compiled_again(GPU, recompilation.CALLS) > 0
 
 
-@gpu
+@gpu("backend")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_device_that_is_not_the_current_one(backend):
     check.float32(torch.device("cuda", 1), backend, ODD, "everything", "jsd")
 

@@ -32,9 +32,9 @@ def test_importing_and_using_the_op_loads_torch_alone(statement, heavy):
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("missing", ["triton", "transformers", "reference"])
-def test_the_op_works_where_other_packages_do_not_import(missing):
-    result = run_fresh(f"import sys\nsys.modules[{missing!r}] = None\n{USE}")
+def test_the_op_works_where_other_packages_do_not_import():
+    missing = dict.fromkeys(["triton", "transformers", "reference"])
+    result = run_fresh(f"import sys\nsys.modules |= {missing}\n{USE}")
     assert result.returncode == 0, result.stderr
 
 

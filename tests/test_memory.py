@@ -1,7 +1,6 @@
 """Peak memory under a stated bound, no tensor of tokens x vocabulary, and no host synchronisation.
 
-The profiler sees every allocation of torch's CPU allocator, those inside operators included. The
-bound, in bytes, for ``L`` pairs of ``N`` tokens:
+The bound, in bytes, for ``L`` pairs of ``N`` tokens:
 
     workspace_bytes                      the two tiles of logits
   + TEMPORARIES * 4 * 2^18               an eager pointwise step takes blocks of 2^18 logits
@@ -10,39 +9,28 @@ bound, in bytes, for ``L`` pairs of ``N`` tokens:
   + SMALL * 4 * L N                      rows, weights, and the sums over them
 """
 
-import gc
 import math
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lens_kernels import distillation_loss, symmetric_lens_loss
+from lens_kernels import symmetric_lens_loss
 from lens_kernels.backends import head_products, matmul
 from lens_kernels.backends.torch import pointwise_pass, row_chunks
 from lens_kernels.backends.torch.layout import row_stride
 from tests.support.grids import DIVERGENCES, FEATURES, Shape, several_chunks
-from tests.support.problems import capture_call, make
+from tests.support.memory import MIB, peak_bytes
+from tests.support.objectives import make_objective
+from tests.support.operators import Watch
+from tests.support.problems import capture_call, make, recorded
 
 TEMPORARIES, OTHER, SMALL = 16, 8, 8
-MIB = 2**20
 
 
-def peak_bytes(function):
-    """Return the most bytes that ``function`` held at once beyond those held before."""
-    function()  # what is made once and kept is not counted
-    gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    held = peak = 0
-    events = profiler.profiler.kineto_results.events()
-    sizes = [e for e in events if e.name() == "[memory]"]
-    for event in sorted(sizes, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del result
-    return peak
+@pytest.fixture
+def eager(monkeypatch):
+    """Never compile the pointwise pass: the bound is that of eager steps."""
+    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
 
 
 def test_the_measurement_sees_temporaries_and_what_is_freed():
@@ -52,12 +40,10 @@ def test_the_measurement_sees_temporaries_and_what_is_freed():
     assert peak_bytes(lambda: torch.softmax(x.view(1024, 1024).t(), -1)) >= 8 * MIB
 
 
-def evaluate(call):
-    def run():
-        with torch.no_grad():
-            return row_chunks.evaluate(call)
-
-    return run
+def peak_of(monkeypatch, problem, **options):
+    """Return the most bytes that the torch backend holds for a call."""
+    call = capture_call(monkeypatch, problem, **options)
+    return peak_bytes(torch.no_grad()(lambda: row_chunks.evaluate(call)))
 
 
 def bound(shape, workspace):
@@ -72,86 +58,64 @@ def bound(shape, workspace):
 
 
 def test_rows_of_a_tile_begin_at_lines_of_the_cache(monkeypatch):
-    strides, project = [], matmul.project
-
-    def watched(x, weight, out):
-        strides.append(out.stride())
-        project(x, weight, out)
-
-    monkeypatch.setattr(matmul, "project", watched)
-    shape = Shape((30,), 501, 8, 8, 1)
-    call = capture_call(monkeypatch, make(shape))
+    tiles = recorded(monkeypatch, matmul, "project")
+    call = capture_call(monkeypatch, make(Shape((30,), 501, 8, 8, 1)))
     with torch.no_grad():
         row_chunks.evaluate(call)
+    strides = [args[-1].stride() for args, _ in tiles]
     assert strides == 2 * [(528, 1)]  # 33 lines of 16 logits: 32 would be even
 
 
 LARGE = Shape((2048,), 4099, 32, 48, 2)  # one tile of all its logits would take 32 MiB, two 64
 
 
-@pytest.mark.parametrize("feature", ["plain", "everything"])
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize(
+    ("divergence", "feature"), [*((d, "everything") for d in DIVERGENCES), ("jsd", "plain")]
+)
 def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
-    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     workspace = 4 * MIB
     problem = make(LARGE, **FEATURES[feature], divergence=divergence)
-    call = capture_call(monkeypatch, problem, workspace_bytes=workspace)
-    peak = peak_bytes(evaluate(call))
+    peak = peak_of(monkeypatch, problem, workspace_bytes=workspace)
     assert peak >= workspace / 2, "the measurement missed the tiles"
     assert peak <= bound(LARGE, workspace) < 8 * LARGE.tokens * LARGE.vocab
 
 
+@pytest.mark.usefixtures("eager")
 def test_the_workspace_is_what_it_says(monkeypatch):
     """The peak follows the tiles, which fill the workspace but for the evening out of chunks."""
-    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
-    problem = make(LARGE)
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
-        peak = peak_bytes(evaluate(capture_call(monkeypatch, problem, workspace_bytes=workspace)))
         row = 8 * row_stride(LARGE.vocab)
         most_rows = workspace // row
         rows = math.ceil(LARGE.tokens / math.ceil(LARGE.tokens / most_rows))
         assert 0.75 * workspace <= row * rows <= workspace
+        peak = peak_of(monkeypatch, make(LARGE), workspace_bytes=workspace)
         rest.append(peak - row * rows)
     assert max(rest) - min(rest) < MIB
 
 
+@pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("labelled", [False, True])
 def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
-    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
-    peaks, shapes = [], []
-    for tokens in (1024, 2048, 4096):
-        shape = Shape((tokens,), 4099, 32, 48, 2)
-        problem = make(shape)
+    peaks, pairs = [], 2
+    for tokens in (1024, 2048):
+        problem = make_objective(Shape((tokens,), 4099, 32, 48, pairs - 1))
         options = {"workspace_bytes": 4 * MIB}
-        function = None
         if labelled:
-            function = distillation_loss
-            options |= {
-                "student_final": problem.student_hidden[0],
-                "teacher_final": problem.teacher_hidden[0],
-                "labels": torch.zeros(tokens, dtype=torch.long),
-                "kd_ratio": 0.5,
-            }
-        call = capture_call(monkeypatch, problem, function, **options)
-        peaks.append(peak_bytes(evaluate(call)))
-        shapes.append(shape)
-    for i in (1, 2):
-        more = (shapes[i].tokens - shapes[i - 1].tokens) * 4
-        pairs = shapes[i].pairs + labelled
-        growth = peaks[i] - peaks[i - 1]
-        assert more * pairs * 32 <= growth <= more * (pairs * 32 + SMALL * (pairs + labelled)) + MIB
-        assert growth < more * 4099 / 8
+            options |= {"labels": torch.zeros(tokens, dtype=torch.long), "kd_ratio": 0.5}
+        peaks.append(peak_of(monkeypatch, problem, whole=labelled, **options))
+    growth, more = peaks[1] - peaks[0], 1024 * 4
+    assert more * pairs * 32 <= growth <= more * (pairs * 32 + SMALL * (pairs + labelled)) + MIB
+    assert growth < more * 4099 / 8
 
 
+@pytest.mark.usefixtures("eager")
 def test_16_bit_heads_are_not_copied(monkeypatch):
     """They are widened tile by tile: whole copies would take 24 MiB."""
-    monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     problem = make(Shape((64,), 8192, 256, 512, 1))
-    wide, narrow = (
-        peak_bytes(evaluate(capture_call(monkeypatch, problem.to(dtype))))
-        for dtype in (torch.float32, torch.bfloat16)
-    )
+    dtypes = torch.float32, torch.bfloat16
+    wide, narrow = (peak_of(monkeypatch, problem.to(dtype)) for dtype in dtypes)
     assert 8 * MIB < narrow <= wide + 4 * MIB
 
 
@@ -160,12 +124,7 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
     head_bytes = 4 * shape.vocab * shape.student
 
     def peak(*wanted):
-        problem = make(shape)
-        for name, x in problem.leaves().items():
-            x.requires_grad_(name in wanted)
-        return peak_bytes(
-            evaluate(capture_call(monkeypatch, problem, workspace_bytes=16 * shape.vocab))
-        )
+        return peak_of(monkeypatch, make(shape).freeze(*wanted), workspace_bytes=16 * shape.vocab)
 
     full, frozen, nothing = peak("hidden0", "weight"), peak("hidden0"), peak()
     assert full - frozen >= 0.95 * head_bytes
@@ -177,27 +136,10 @@ def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
     """All of them, which is the most there can be, with their rows of the head take 15 MiB more."""
     shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
     exact, active = (
-        peak_bytes(evaluate(capture_call(monkeypatch, make(shape), grad_threshold=threshold)))
-        for threshold in (None, 0.0)
+        peak_of(monkeypatch, make(shape), grad_threshold=threshold) for threshold in (None, 0.0)
     )
     survey = 4 * shape.vocab * 8
     assert 0 < active - exact <= 4 * entries * 2 * (64 + 96) + survey < 6 * MIB
-
-
-class Watch(TorchDispatchMode):
-    """Records the operators that run and the largest tensor they make."""
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.names.append(func.overloadpacket.__name__)
-        for x in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(x, torch.Tensor):
-                self.largest = max(self.largest, x.numel())
-        return result
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -219,17 +161,13 @@ SYNCHRONISING |= {"masked_select", "unique", "_unique2", "bincount", "repeat_int
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_the_host_never_waits_but_once_for_a_mask(monkeypatch, feature, labelled, masked):
-    shape = Shape((4, 9), 61, 8, 8, 2)
-    problem = make(shape, **FEATURES[feature])
+    shape = Shape((4, 9), 61, 8, 8, 1)
+    problem = make_objective(shape, **FEATURES[feature])
     options = {"mask": torch.rand(shape.leading) < 0.5} if masked else {}
     options["workspace_bytes"] = 8 * 61 * 5
-    function = None
     if labelled:
-        function = distillation_loss
-        options["student_final"] = problem.student_hidden.pop()
-        options["teacher_final"] = problem.teacher_hidden.pop()
         options |= {"labels": torch.zeros(shape.leading).long(), "kd_ratio": 0.5}
-    call = capture_call(monkeypatch, problem, function, **options)
+    call = capture_call(monkeypatch, problem, whole=labelled, **options)
     with Watch() as watch, torch.no_grad():
         row_chunks.evaluate(call)
     waits = [name for name in watch.names if name in SYNCHRONISING]

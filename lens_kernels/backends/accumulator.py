@@ -1,4 +1,4 @@
-"""Losses and gradients of a call as they are summed up: the same for every backend."""
+"""The sums of losses and gradients of a call, which all backends share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 
-# Logit gradients that have no bound: their size is that of a log-ratio.
+# Their logit gradients have no upper bound: they grow with a log-ratio.
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
@@ -21,8 +21,8 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
     """Return the power of two by which tiles of logit gradients in ``dtype`` are multiplied.
 
     float16 has no normal number below 6e-5, where most entries of a softmax over a vocabulary lie.
-    Its largest number is 65504. A gradient of a bounded divergence, or of a cross entropy, is at
-    most 1. For the others this leaves room for a log-ratio of about 500.
+    Its largest number is 65504. Logit gradients are at most 1, except those of ``UNBOUNDED``. For
+    these the result leaves room for a log-ratio of about 500.
     """
     if dtype is not torch.float16:
         return 1.0
@@ -32,9 +32,9 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
 class Accumulator:
     """Rows and gradients of one call.
 
-    Tiles of logit gradients, in ``grad_dtype``, are in units of the call: the largest weight of a
-    token times the slope of its logits, over ``headroom``. The unit is applied once, at the end: a
-    1/N inside a 16-bit tile would flush most of it to zero.
+    Tiles of logit gradients, in ``grad_dtype``, are divided by a unit: the largest weight of a
+    token times the slope of its logits, over ``headroom``. Results are multiplied by the unit at
+    the end. A factor of 1/N inside a 16-bit tile would flush most of it to zero.
     """
 
     def __init__(self, call: LossCall, grad_dtype: torch.dtype) -> None:
@@ -44,11 +44,11 @@ class Accumulator:
         self.tokens = tokens if self.index is None else self.index.shape[0]
         self.rows = torch.zeros(call.row_weight.shape, dtype=compute, device=device)
 
-        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
+        # Masked rows are left out: their weight may be inf, like the slope of a root at 0.
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # The temperature does not apply to labels, whose row is the last.
+            # The temperature does not apply to labels, which have the last row.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]
@@ -64,11 +64,11 @@ class Accumulator:
             key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device)).zero_()
             for key, x in call.needing_grad().items()
         }
-        # The tiles of gradients in absolute sum: all, and what was left out.
+        # The absolute sums of logit gradients: of all, and of those left out.
         self.mass = torch.zeros(2, dtype=compute, device=device)
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
-        """Return the gradients that a pair contributes to."""
+        """Return the keys of the gradients that a pair contributes to."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
 
@@ -82,11 +82,11 @@ class Accumulator:
         weight_sum: Tensor | None = None,
         statistics: ColumnStatistics | None = None,
     ) -> Tensor | None:
-        """Add a tile's part to the head's gradients; return that of the rows, if one is needed.
+        """Add a tile's part to the head's gradients; return the rows' gradient if it is needed.
 
-        ``grad`` ``(R, C)`` is the gradient of the products of the rows ``x`` ``(R, D)`` with the
-        head's ``weight`` ``(C, D)``, its rows ``columns``. The sum of those rows and the statistics
-        of the tile are computed unless they are given.
+        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``, with rows ``x``
+        ``(R, D)`` and ``weight`` ``(C, D)``, the head's rows ``columns``. ``weight_sum``, the sum
+        of these rows, and ``statistics`` of the tile are computed unless they are given.
         """
         if "bias" in targets:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
@@ -110,7 +110,7 @@ class Accumulator:
         return None if hidden is None else hidden.to(self.mass.dtype)
 
     def result(self) -> LossResult:
-        """Return the rows, and the gradients without the unit."""
+        """Return the rows, and the gradients multiplied by the unit."""
         grads = {key: grad.mul_(self.unit) for key, grad in self.grads.items()}
         everything, left_out = self.mass
         dropped = torch.where(everything > 0, left_out / everything, everything)

@@ -1,10 +1,10 @@
-"""The two products that turn a tile of logit gradients into those of hidden rows and head.
+"""The two GEMMs that turn a tile of logit gradients into the gradients of hidden rows and head.
 
-``full_products`` uses every entry. ``active_products`` is the opt-in approximation. Trained models
-put almost no gradient on almost all of the vocabulary. For a chunk of rows the entries with any |G|
-above a threshold are gathered, and both products use those only. The sum of what is left out is
-known for every row. Given to the mean of the head rows left out, it removes most of the hidden
-gradient's error for one outer product.
+``full_products`` uses every entry of the vocabulary. ``active_products`` is an optional
+approximation: most entries of trained models have almost no gradient. It uses only the entries for
+which some |G| in the tile exceeds a threshold. For each row, the sum of the other gradients is
+known. Its product with the mean of the other head rows, one outer product, removes most of the
+hidden gradient's error.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from lens_kernels.backends import compiled, matmul
 
-# Active entries that are gathered at once on a CPU: what all of them need would leave the caches,
-# and take memory that the system has to clear first.
+# Active entries that are gathered at once on a CPU. All at once would exceed the caches, and need
+# new memory, which the system clears first.
 CPU_ACTIVE_TILE = 3072
-# The share of active entries above which the products of all entries take less time: those of 60 %
-# take 0.82 to 0.87 of it (2 cores, hidden size 576 and 768).
+# Above this share of active entries, the full products are faster. With a share of 60 %, active
+# products take 0.82 to 0.87 of the full time (2 cores, hidden size 576 and 768).
 MAX_ACTIVE_SHARE = 2 / 3
 
 
@@ -47,7 +47,7 @@ def active_products(
     head_grad: Tensor | None,
     need_hidden: bool,
 ) -> Tensor | None:
-    """Do as ``full_products`` with the entries ``columns``, and the sum of all others.
+    """Approximate ``full_products`` by the entries ``columns`` and the sum of all others.
 
     ``weight_sum`` ``(D,)`` is the sum of the head's rows.
     """
@@ -57,7 +57,7 @@ def active_products(
     rest_weight = weight_sum.clone()  # of the head rows left out
     step = CPU_ACTIVE_TILE if grad.device.type == "cpu" else max(1, columns.shape[0])
     for part in columns.split(step):
-        used = grad[:, part]  # index_select takes six times as long where rows have gaps
+        used = grad[:, part]  # index_select takes six times as long on strided rows
         factor = used.to(x.dtype)
         if head_grad is not None:
             head_grad.index_add_(0, part, matmul.product(factor.t(), x))
@@ -77,7 +77,7 @@ def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class ColumnStatistics:
-    """Sizes of the columns of a tile of gradients, read block by block."""
+    """Statistics of the columns of a tile of gradients, summed block by block."""
 
     def __init__(self, compile_sums: bool = False) -> None:
         self.compile_sums = compile_sums
@@ -98,11 +98,11 @@ class ColumnStatistics:
     def active(self, threshold: float, relative: bool) -> Tensor:
         """Return the columns with a gradient above the threshold, ``(n,)``.
 
-        A ``relative`` threshold is a multiple of the root mean square of the tile. All that is left
-        out is then, in the 2-norm, at most this part of the tile. On a GPU this waits for the
-        device, since the number of columns decides shapes.
+        A ``relative`` threshold is a multiple of the tile's root mean square. The 2-norm of the
+        entries left out is then at most this multiple of the tile's 2-norm. On a GPU this waits for
+        the device, because the number of columns decides shapes.
         """
         entries = self.rows * self.peak.shape[0]
         bound = threshold * (self.squares.sum() / entries).sqrt() if relative else threshold
-        # Written so that NaN counts as active. An infinite bound would leave out infinities too.
+        # In this form NaN counts as active. An infinite bound leaves nothing out.
         return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""The three matrix products of a lens, always accumulated and returned in fp32 (fp64 for fp64)."""
+"""The three GEMMs of a lens. They accumulate and return fp32, or fp64 for fp64 operands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
-    """Say whether the device multiplies such operands into such a result without rounding it."""
+    """Say whether the device multiplies ``dtype`` operands with an unrounded ``result``."""
     if dtype not in HALF or result is not torch.float32:
         return False
     if device.type == "cpu":
@@ -27,10 +27,10 @@ def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.d
 
 @functools.cache
 def _has_amx() -> bool:
-    """Say whether the CPU has a unit for products of bfloat16 matrices and torch can be told of it.
+    """Say whether the CPU has AMX for bfloat16, and torch has the setting that uses it.
 
-    A CPU that has them as vector instructions alone gains nothing: 200 GFLOP/s instead of 190.
-    Older versions of torch have no such setting, or do not say what a CPU has; 2.13 does both.
+    CPUs with only vector instructions for bfloat16 gain nothing: 200 GFLOP/s instead of 190. torch
+    2.13 has the setting and reports the CPU's capabilities. Older versions lack one of them.
     """
     onednn = torch.backends.mkldnn
     can_be_told = onednn.is_available() and hasattr(onednn, "matmul")
@@ -44,33 +44,32 @@ _setting = threading.Lock()
 
 @contextmanager
 def _as_bfloat16(dtype: torch.dtype) -> Iterator[None]:
-    """Multiply float32 matrices whose values are of ``dtype`` by instructions for bfloat16.
+    """Let float32 GEMMs use bfloat16 instructions inside the context, if ``dtype`` is bfloat16.
 
-    torch has no product of bfloat16 matrices with a float32 result on a CPU, but oneDNN rounds
-    float32 ones to bfloat16 if told to, which changes nothing where they were that before. The
-    setting is one of the process: a float32 product that another thread makes meanwhile is rounded.
+    On a CPU torch has no GEMM of bfloat16 matrices with a float32 result. With this setting oneDNN
+    rounds float32 matrices to bfloat16, which does not change values that came from bfloat16. The
+    setting is global: float32 GEMMs of other threads are also rounded meanwhile.
     """
     if dtype is not torch.bfloat16:
         yield
         return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _setting:  # or the first of two threads to end would leave it to the other's
+    with _setting:  # otherwise one thread could reset the setting of another
         before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"
         try:
             yield
         finally:
-            matmul.fp32_precision = "none"  # as the settings above it say
+            matmul.fp32_precision = "none"  # inherits from the general setting
             if matmul.fp32_precision != before:
                 matmul.fp32_precision = before
 
 
 class Factors:
-    """A head's weight and rows of hidden states, as their product takes them.
+    """A head's weight and rows of hidden states, in the dtypes of their GEMM.
 
-    Both are rounded to ``operand_dtype`` where autocast asks for it; float64 it leaves alone, as
-    everywhere in torch. A 16-bit weight stays one where the device cannot multiply it: it is
-    widened tile by tile.
+    Under autocast both are rounded to ``operand_dtype``, except float64, which autocast never
+    changes. If the device cannot multiply a 16-bit weight, it is widened tile by tile.
     """
 
     def __init__(
@@ -91,10 +90,10 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield tiles of the rows of a matrix, each in the same memory where its dtype is another."""
+    """Yield tiles of a matrix's rows in ``dtype``. Converted tiles share one buffer."""
     rows = matrix.shape[0]
     step = max(1, min(rows, CPU_VOCAB_TILE) if matrix.device.type == "cpu" else rows)
-    # Memory that is new for each tile can cost several times the copy.
+    # New memory for each tile can cost several times the copy.
     wide = None if matrix.dtype is dtype else torch.empty_like(matrix[:step], dtype=dtype)
     for start in range(0, rows, step):
         span = slice(start, start + step)
@@ -103,12 +102,12 @@ def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 def _has_out_dtype(factor: Tensor) -> bool:
-    """Say whether torch multiplies such factors into a wider result by itself."""
+    """Say whether ``torch.mm`` supports a wider result for such factors."""
     return factor.dtype in HALF and factor.device.type == "cuda"
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Set ``out = x @ weight.T``; ``x`` is in the dtype of the product."""
+    """Set ``out = x @ weight.T``; ``x`` has the dtype of the factors."""
     if _has_out_dtype(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return
@@ -119,7 +118,7 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``; ``a`` is in the dtype of the product."""
+    """Return ``a @ b``; ``a`` has the dtype of the factors."""
     if _has_out_dtype(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype is b.dtype and a.dtype not in HALF:
@@ -133,7 +132,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
-    """Add ``grad.T @ x`` to ``out``; ``grad`` is in the dtype of ``x``."""
+    """Add ``grad.T @ x`` to ``out``; ``grad`` has the dtype of ``x``."""
     if _has_out_dtype(x):
         torch.addmm(out, grad.t(), x, out_dtype=out.dtype, out=out)
         return

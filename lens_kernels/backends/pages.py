@@ -1,7 +1,7 @@
-"""Buffers on a CPU without the price of new memory: Linux clears every page at its first touch.
+"""Cheaper memory for CPU buffers: Linux clears every page at its first use.
 
-At 1024 tokens and 50257 entries that was 90 to 190 thousand pages of 4 KiB in a call, up to an
-eighth of its time (2 cores). Both functions are requests, which other systems do not know.
+With 1024 tokens and 50257 entries, a call cleared 90,000 to 190,000 pages of 4 KiB. That was up to
+an eighth of its time (2 cores). Both functions are hints, which other systems ignore.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
-# glibc's malloc maps larger blocks than this one by one, and gives them back when they are freed.
+# glibc's malloc maps each larger block by itself, and unmaps it when it is freed.
 LARGEST_KEPT = 31 << 20
 
 
@@ -30,24 +30,24 @@ def _madvise() -> Callable[..., Any] | None:
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
-    """Return ``x``, whose memory nothing was written to yet, to be mapped by pages of 2 MiB."""
+    """Request pages of 2 MiB for ``x``, whose memory is still unused, and return it."""
     madvise = _madvise()
     # A tensor of a subclass may have no memory.
     if madvise is None or x.device.type != "cpu" or type(x) is not Tensor:
         return x
     start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     end = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE
-    if end > start:  # whole pages of its own
+    if end > start:  # x covers at least one whole page
         madvise(start, end - start, mmap.MADV_HUGEPAGE)
     return x
 
 
 @functools.cache
 def keep_freed_blocks() -> None:
-    """Let malloc keep what is freed for the next block of that size.
+    """Let malloc keep freed blocks for reuse.
 
-    glibc's keeps as much as twice the largest block that it has seen come back, up to a limit, so
-    it is shown one. Where it has seen little, the temporaries that compiled code makes for every
-    block of rows are new to the process every time.
+    glibc keeps up to twice the size of the largest block that was freed so far, up to a limit. So
+    this frees a large block. Otherwise the temporaries of compiled code would be new memory for
+    every block of rows.
     """
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)

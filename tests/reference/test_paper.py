@@ -56,14 +56,6 @@ def test_without_quirks_it_is_our_objective(problem, mask, backend):
     assert_gradients(grads, problem.gradients(expected), 1e-5)
 
 
-def test_our_order_is_the_sum_of_single_pairs(problem, mask):
-    pairs = [
-        symmetric_lens_loss([s], [t], problem.student_head, problem.teacher_head, mask=mask)
-        for s, t in zip(problem.student_hidden, problem.teacher_hidden, strict=True)
-    ]
-    assert_close(torch.stack(pairs).mean(), published(problem, mask, OURS), 1e-6)
-
-
 def test_the_tiled_mask_masks_samples_by_each_other(problem, mask):
     right = published(problem, mask, OURS)
     tiled = published(problem, mask, Quirks(tiled_mask=True))
@@ -76,17 +68,6 @@ def test_the_tiled_mask_masks_samples_by_each_other(problem, mask):
         (rows[layer, b] * mask[(b * 3 + layer) % 4]).sum() for b in range(4) for layer in range(3)
     )
     torch.testing.assert_close(tiled, expected / (3 * mask.sum()))
-
-
-def test_the_tiled_mask_leaves_the_denominator_as_it_is(problem):
-    """So that the loss keeps its size and the mistake does not show."""
-    for h in (*problem.student_hidden, *problem.teacher_hidden):
-        h.detach()[:] = h.detach()[:1, :1]
-    problem_mask = torch.tensor([[1.0, 1, 1, 1, 1, 1], *[[0, 0, 0, 0, 0, 1.0]] * 3])
-    torch.testing.assert_close(
-        published(problem, problem_mask, Quirks(tiled_mask=True)),
-        published(problem, problem_mask, OURS),
-    )
 
 
 @pytest.mark.parametrize("same", ["one sample", "equal masks"])
@@ -118,15 +99,6 @@ def test_epsilon_makes_the_divergence_of_identical_models_negative(vocab, value)
     assert negative.item() == pytest.approx(value, rel=0.3)
 
 
-def test_epsilon_turns_a_small_divergence_negative():
-    """A near pair, whose divergence of 5e-5 the published code reports as -4.5e-4."""
-    z = torch.randn(2, 50257, dtype=torch.float64)
-    p, q = dense.softmax(z), dense.softmax(z + 0.02 * torch.randn_like(z))
-    exact = paper.jsd(p, q, 0.0).mean().item()
-    assert 3e-5 < exact < 7e-5
-    assert paper.jsd(p, q, 1e-8).mean().item() == pytest.approx(exact - 5.0e-4, rel=0.05)
-
-
 def test_without_the_final_norm_lenses_are_nearly_one_hot(problem, mask):
     """Raw states grow with depth; the norm brings them to the size that the head was trained on."""
     raw = published(problem, mask, Quirks(final_norm=False))
@@ -155,7 +127,3 @@ def test_published_has_all_three(problem, mask):
     }
     assert len(set(values.values())) == 8
     assert values[PUBLISHED] == published(problem, mask).item()
-
-
-def test_an_empty_mask_gives_zero(problem):
-    assert published(problem, torch.zeros(4, 6), OURS) == 0

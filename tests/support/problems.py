@@ -10,20 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lens_kernels import (
-    LensHead,
-    LensNorm,
-    distillation_loss,
-    functional,
-    symmetric_lens_loss,
-)
+from lens_kernels import LensHead, LensNorm, distillation_loss, functional, symmetric_lens_loss
 from lens_kernels.call import LossCall
 from lens_kernels.cost import CallShape
 from lens_kernels.options import Divergence
 from reference import dense
+from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients, relative_error
 from tests.support.grids import Shape
 
 Gradients = dict[str, Tensor | None]
+FIELDS = ("student_hidden", "teacher_hidden", "student_head", "teacher_head")
 
 
 @dataclass
@@ -45,37 +41,54 @@ class Problem:
         """Return the positional arguments of the op."""
         return self.student_hidden, self.teacher_hidden, self.student_head, self.teacher_head
 
-    def to(self, dtype: torch.dtype) -> Problem:
-        """Return the same numbers in ``dtype``, on fresh leaves."""
+    def map(self, function: Callable[[Tensor], Tensor], *parts: str) -> Problem:
+        """Return the problem with every tensor replaced.
+
+        ``parts`` restrict that to fields with one of these words in their name.
+        """
+        fields = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if not parts or any(part in name for part in parts):
+                is_head = isinstance(value, LensHead)
+                value = value.map(function) if is_head else [function(h) for h in value]
+            fields[name] = value
+        return replace(self, **fields, options=dict(self.options))
+
+    def to(self, target: torch.dtype | torch.device, *parts: str) -> Problem:
+        """Return the same numbers in a dtype or on a device, on fresh leaves."""
 
         def leaf(x: Tensor) -> Tensor:
-            return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad)
+            return x.detach().to(target, copy=True).requires_grad_(x.requires_grad)
 
-        return Problem(
-            [leaf(h) for h in self.student_hidden],
-            [leaf(h) for h in self.teacher_hidden],
-            map_head(self.student_head, leaf),
-            map_head(self.teacher_head, leaf),
-            dict(self.options),
-        )
+        return self.map(leaf, *parts)
+
+    def freeze(self, *trained: str) -> Problem:
+        """Let these leaves alone take a gradient."""
+        for name, x in self.leaves().items():
+            x.requires_grad_(name in trained)
+        return self
+
+    def imitate(self) -> Problem:
+        """Let the teacher be the student itself."""
+        self.teacher_hidden = [h.detach().clone() for h in self.student_hidden]
+        self.teacher_head = self.student_head
+        return self
+
+    def spoil(self, rows: Tensor, value: float = float("nan")) -> Problem:
+        """Return a copy whose hidden states hold ``value`` in these rows."""
+
+        def spoiled(x: Tensor) -> Tensor:
+            y = x.detach().masked_fill(rows[..., None], value)
+            return y.requires_grad_(x.requires_grad)
+
+        return self.map(spoiled, "hidden")
 
     def gradients(self, loss: Tensor, **backward: Any) -> Gradients:
         """Return the gradient of ``loss`` for every leaf that asks for one."""
         wanted = {name: x for name, x in self.leaves().items() if x.requires_grad}
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, **backward)
         return dict(zip(wanted, grads, strict=True))
-
-
-def map_head(head: LensHead, function: Callable[[Tensor], Tensor]) -> LensHead:
-    """Return the head with every tensor replaced."""
-
-    def maybe(x: Tensor | None) -> Tensor | None:
-        return None if x is None else function(x)
-
-    norm = head.norm
-    if norm is not None:
-        norm = replace(norm, weight=maybe(norm.weight), bias=maybe(norm.bias))
-    return replace(head, weight=function(head.weight), bias=maybe(head.bias), norm=norm)
 
 
 def random_head(
@@ -142,8 +155,33 @@ def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -
         return x.detach() + distance * x.detach().std() * torch.randn_like(x)
 
     problem.teacher_hidden = [near(h) for h in problem.student_hidden]
-    problem.teacher_head = map_head(problem.student_head, near)
+    problem.teacher_head = problem.student_head.map(near)
     return problem
+
+
+def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Problem:
+    """Return student logits a few 1e-4 away from the teacher's: a jsd near 1e-7.
+
+    Rounding of the logits themselves is kept out by an exact head.
+    """
+    grid = 2.0**-12
+    z_t = (torch.randn(tokens, vocab) / grid).round() * grid
+    z_s = z_t + (torch.randn(tokens, vocab) * 4).round() * grid
+    head = LensHead(torch.eye(vocab))
+    return Problem([z_s.requires_grad_()], [z_t], head, head, {"divergence": divergence})
+
+
+def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]:
+    """Return a problem with biases of -inf at some entries, and the same without those entries."""
+    shut, reduced = replace(problem), replace(problem)
+    for name in ("student_head", "teacher_head"):
+        head = getattr(problem, name)
+        grad = head.weight.requires_grad
+        bias = head.bias.detach().masked_fill(closed, -float("inf"))
+        kept = [x.detach()[~closed].requires_grad_(grad) for x in (head.weight, bias)]
+        setattr(shut, name, replace(head, bias=bias.requires_grad_(grad)))
+        setattr(reduced, name, replace(head, weight=kept[0], bias=kept[1]))
+    return shut, reduced
 
 
 def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:
@@ -181,12 +219,52 @@ def ours(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
 
 def oracle(problem: Problem, upstream: Tensor | None = None, **options: Any) -> Any:
     """Solve with the dense fp64 oracle, on copies in float64 of the numbers given."""
-    for name in ("backend", "workspace_bytes"):
+    for name in ("backend", "workspace_bytes", "grad_threshold"):
         options.pop(name, None)
     if upstream is None and options.get("reduction") == "none":
         upstream = torch.ones(len(problem.student_hidden), *problem.student_hidden[0].shape[:-1])
     upstream = None if upstream is None else upstream.double()
     return solve(dense.lens_loss, problem.to(torch.float64), upstream, **options)
+
+
+def check(
+    problem: Problem,
+    loss_tolerance: float = LOSS,
+    gradient_tolerance: float = GRADIENT,
+    zero: tuple[str, ...] = (),
+    *,
+    truth: Problem | None = None,
+    upstream: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Gradients]:
+    """Compare loss and gradients with the oracle's of this problem, or of another; return them."""
+    expected, expected_grads = oracle(truth or problem, upstream, **options)
+    if upstream is None and expected.dim() > 0:
+        upstream = torch.ones(expected.shape)
+    loss, grads = ours(problem, upstream=upstream, **options)
+    assert_close(loss, expected, loss_tolerance, "loss")
+    assert_gradients(grads, expected_grads, gradient_tolerance, zero)
+    return loss, grads
+
+
+def check_beside(
+    baseline: tuple[Tensor, Gradients],
+    got: tuple[Tensor, Gradients],
+    truth: tuple[Tensor, Gradients],
+    loss_limit: Callable[[float], float],
+    limit: Callable[[float], float],
+) -> None:
+    """Compare loss and gradients with the truth; limits are functions of a baseline's error."""
+    (base, base_grads), (loss, grads), (expected, expected_grads) = baseline, got, truth
+    error, most = relative_error(loss, expected), loss_limit(relative_error(base, expected))
+    assert error <= most, f"loss: relative error {error:.1e} exceeds {most:.1e}"
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        error, most = (
+            relative_error(grads[name], grad),
+            limit(relative_error(base_grads[name], grad)),
+        )
+        assert error <= most, f"{name}: relative error {error:.1e} exceeds {most:.1e}"
 
 
 def plain_torch(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
@@ -241,25 +319,38 @@ def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
     )
 
 
+def recorded(monkeypatch: Any, owner: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
+    """Return a list to which every call of a function adds its arguments and its result."""
+    calls, function = [], getattr(owner, name)
+
+    def recorder(*args: Any) -> Any:
+        result = function(*args)
+        calls.append((args, result))
+        return result
+
+    monkeypatch.setattr(owner, name, recorder)
+    return calls
+
+
 class _Captured(Exception):
     pass
 
 
-def capture_call(
-    monkeypatch: Any, problem: Problem, function: Any = None, **options: Any
-) -> LossCall:
-    """Return the LossCall that the op would hand to its backend, without running it."""
-    calls = []
+def capture_call(monkeypatch: Any, problem: Problem, whole: bool = False, **options: Any) -> Any:
+    """Return the LossCall that the op, or the whole objective, would hand to its backend."""
+    calls: list[LossCall] = []
 
     def stop(call: LossCall, backend: Any, deferred: bool) -> None:
         calls.append(call)
         raise _Captured
 
-    function = symmetric_lens_loss if function is None else function
     with monkeypatch.context() as patch:
         patch.setattr(functional.operator, "apply", stop)
         try:
-            function(*problem.args(), **{**problem.options, **options})
+            if whole:
+                objective(problem, **options)
+            else:
+                loss_of(symmetric_lens_loss, problem, **options)
         except _Captured:
             pass
     (call,) = calls

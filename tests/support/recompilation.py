@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
-from tests.support.problems import map_head, random_head
+from tests.support.problems import random_head
 
 FIRST = {
     "tokens": 64,
@@ -36,28 +36,21 @@ CALLS = [
 ]
 
 
-def run(
-    device: torch.device,
-    tokens: int,
-    vocab: int,
-    temperature: float,
-    scale: float,
-    softcap: float,
-    beta: float,
-    kd_ratio: float,
-) -> None:
+def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **numbers: float) -> None:
     """Run every kernel: the whole objective with labels, and lenses without a mask."""
+
+    scale, softcap = numbers.pop("scale"), numbers.pop("softcap")
 
     def head(width: int) -> LensHead:
         made = random_head(vocab, width, bias=True, norm="rms", scale=scale, softcap=softcap)
-        return map_head(made, lambda x: x.detach().to(device).requires_grad_())
+        return made.map(lambda x: x.detach().to(device).requires_grad_())
 
     def hidden(width: int) -> list[torch.Tensor]:
         return [torch.randn(tokens, width, device=device).requires_grad_() for _ in range(3)]
 
     (*student, student_final), (*teacher, teacher_final) = hidden(48), hidden(80)
     heads = head(48), head(80)
-    options: dict[str, Any] = {"beta": beta, "temperature": temperature, "backend": "triton"}
+    options: dict[str, Any] = {**numbers, "backend": "triton"}
     labels = torch.randint(vocab, (tokens,), device=device)
     output = distillation_loss(
         student, teacher, *heads, student_final=student_final, teacher_final=teacher_final,

@@ -13,7 +13,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.options import Divergence
 
-TOKENS = 256  # at most, which are several blocks of rows
+TOKENS = 256  # at most; this makes several blocks of rows
 TF32_EPS = 2.0**-10
 
 

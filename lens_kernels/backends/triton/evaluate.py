@@ -72,7 +72,7 @@ class _Sweeps:
         self.factor_dtype = dtype if native else torch.float32
 
     def run(self, pair: int) -> None:
-        """Run all sweeps over one pair of hidden states, or over a state with labels only."""
+        """Run all sweeps over a pair of hidden states, or over a student state with labels only."""
         call, index = self.call, self.sums.index
         hidden, normed = call.student_hidden[pair], call.normed[pair]
         norm = self.student.head.norm if normed else None
@@ -115,9 +115,9 @@ class _Sweeps:
         )
 
     def cross_entropy(self, student: Operand, stats: RowStats | None, labels: Tensor) -> Labels:
-        """Store the cross entropy of every row, and return what its gradient needs.
+        """Store the cross entropy of every row, and return the inputs of its gradient.
 
-        ``stats`` are the student's, if they are known; the temperature does not apply to labels.
+        ``stats`` are the student's, or None. The temperature does not apply to labels.
         """
         if stats is None or student.temperature != 1.0:
             student = student.untempered()
@@ -130,8 +130,8 @@ class _Sweeps:
     def weight(self, row: int) -> Tensor:
         """Return the weights of the tokens in one row of losses, as a copy.
 
-        Kernels take no stride for it, and an upstream gradient may be a transpose. The alignment of
-        a slice varies, and Triton compiles for either case.
+        Kernels need contiguous weights, and an upstream gradient may be a transpose. The alignment
+        of a slice varies, and Triton would compile a kernel for each case.
         """
         return self.sums.weight[row, self.rows].clone(memory_format=torch.contiguous_format)
 
@@ -180,6 +180,6 @@ def tile_for(sweep: Sweep, *operands: Operand, labels: bool = False) -> Tile:
     """Return the tile for a sweep over these operands."""
     x = min((operand.x for operand in operands), key=lambda x: x.shape[1])
     extras = labels or any(o.bias is not None or o.softcap is not None for o in operands)
-    # Tiles are tuned without extras, and may be too large for the registers that these leave.
+    # Tiles are tuned without extras. These take registers, and a tuned tile may not fit.
     tuned = None if extras else store.lookup(sweep, x.dtype, x.shape[1], x.device)
     return tuned or sizes.default(sweep, sizes.arch_of(x.device), x.dtype, x.shape[1], extras)

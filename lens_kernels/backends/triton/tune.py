@@ -1,4 +1,4 @@
-"""What ``lens-kernels tune`` does: compare the kernels with torch, then search for tiles."""
+"""The command ``lens-kernels tune``: compare the kernels with torch, then search for tiles."""
 
 from __future__ import annotations
 

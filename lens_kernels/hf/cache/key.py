@@ -20,7 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
 OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # they change the hidden states too
-# Of a configuration, what says where a model is kept or who wrote it, not what it computes.
+# Config entries about a model's origin, which do not change its outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 Example = Mapping[str, Any]
@@ -148,7 +148,7 @@ def _computing(config: Any) -> dict[str, Any]:
 def _tokenizer_part(tokenizer: Any) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Set anew by each call of the tokenizer.
+        # Each call of the tokenizer sets these again.
         inner |= {"truncation": None, "padding": None}
     else:
         inner = tokenizer.get_vocab()

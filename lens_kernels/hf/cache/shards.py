@@ -52,7 +52,7 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """What a folder holds, or is to hold."""
+    """The shards of a cache folder, both written and planned."""
 
     key: CacheKey
     widths: dict[str, int]
@@ -84,7 +84,7 @@ class Manifest:
         """Return the manifest of ``folder`` if it is sound and was made for ``key``."""
         if not (folder / MANIFEST).is_file():
             raise ValueError(
-                f"folder {folder} holds no teacher cache, for it has no {MANIFEST}:"
+                f"folder {folder} holds no teacher cache: it has no {MANIFEST};"
                 " pass the cache's folder, or build one in a new or empty folder"
             )
         try:
@@ -133,7 +133,7 @@ def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
     """Write a shard aside, rename it once it is on the disk, and note its checksum."""
     partial = folder / f"{shard.file}.partial"
     save_file(tensors, partial)
-    # save_file makes files that only their owner reads; a cache may be shared.
+    # save_file makes files that only their owner can read, but a cache may be shared.
     shutil.copymode(folder / MANIFEST, partial)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())

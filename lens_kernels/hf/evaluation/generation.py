@@ -187,8 +187,8 @@ def evaluate_model(
         prompt_style: How a row becomes a prompt: alpaca, or chat for the tokenizer's template.
         max_length: Tokens of prompt and reference that cross entropy is computed on.
         max_prompt_length: Rows with a longer prompt are skipped, and counted.
-        max_new_tokens: Where an answer is cut that has not ended.
-        batch_size: Rows at once.
+        max_new_tokens: Maximum number of tokens in an answer.
+        batch_size: Number of rows in a batch.
         seeds: One set of answers is sampled for each.
         do_sample: Sample; otherwise decode greedily, once.
         temperature: Divides the logits before sampling.
@@ -196,9 +196,9 @@ def evaluate_model(
         top_k: Sample from so many of the likeliest tokens; 0 for all.
         no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 for no
             such rule.
-        dtype: Of the weights: float32, bfloat16, float16, or auto for that of the file.
-        device: Where to run; by default a GPU if there is one.
-        allow_download: The model may be given by its name on the Hub.
+        dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the file's dtype.
+        device: Device to run on; default: the GPU if there is one, else the CPU.
+        allow_download: Allow downloading the model from the Hub by name.
         progress: Show progress bars.
     """
     folder = None if output is None else Path(output)

@@ -50,8 +50,8 @@ def generate(
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Token ids, not padded.
-        seed: Of the sampling; not used by greedy decoding.
-        max_new_tokens: Where an answer is cut that has not ended.
+        seed: Seed of the sampling; greedy decoding does not use it.
+        max_new_tokens: Maximum number of tokens in an answer.
         batch_size: Prompts answered at once.
         do_sample: Sample; otherwise decode greedily.
         temperature: Divides the logits before sampling.
@@ -95,8 +95,8 @@ def generate(
     seeds = torch.randint(2**62, (len(prompts),), generator=source).tolist()
 
     answers = [""] * len(prompts)
-    # Prompts of like length waste little padding; the longest first, so that a batch too large for
-    # the memory fails at once.
+    # Prompts of similar length need little padding. The longest come first, so that a batch too
+    # large for memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with evaluating(model), _generation_config(model, config):
         for chunk in chunks(order, batch_size, progress, "generating"):
@@ -141,8 +141,8 @@ def evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    # Given as an argument, a config is filled up with what the model was saved with, such as a
-    # repetition penalty: scores of two models would be of different settings.
+    # generate() fills a config argument with the model's saved settings, such as a repetition
+    # penalty. Two models would then be scored with different settings.
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
     holder.generation_config = config
@@ -162,7 +162,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def _pad_left(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # The mask goes by length, for a prompt may hold the padding's id as a token of its own.
+    # The mask follows lengths, because a prompt may contain the padding id as a real token.
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]

@@ -50,7 +50,7 @@ table { border-collapse: separate; border-spacing: 1px; }
   white-space: pre-wrap; overflow-wrap: anywhere; box-sizing: border-box; z-index: 3; }
 """
 
-# Arrow keys move within a table: with every cell a tab stop, nobody would get past it.
+# Arrow keys move within a table. If every cell were a tab stop, Tab could not leave the table.
 SCRIPT = """
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const detail = document.getElementById("detail");
@@ -164,7 +164,7 @@ def _heads(tokens: list[str]) -> str:
 
 
 def detail(result: Inspection, role: str, reading: Reading, depth: int, x: int) -> str:
-    """Return what there is to say of one cell, as lines of text."""
+    """Return the details of one cell as lines of text."""
     lines = [f"{role}, block {depth} of {reading.depths}, after token {x + 1}: {result.tokens[x]}"]
     ids, probs = reading.top_ids[depth - 1, x].tolist(), reading.top_probs[depth - 1, x].tolist()
     lines += [f"{100 * p:7.2f} %  {result.top_tokens[i]}" for i, p in zip(ids, probs, strict=True)]

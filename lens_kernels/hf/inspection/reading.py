@@ -96,7 +96,7 @@ class Inspection:
         return max(reading.entropy.max().item() for _, reading in self.sides)
 
     def top(self, reading: Reading, depth: int, position: int) -> tuple[str, bool]:
-        """Return the likeliest next token, and whether the text goes on with it."""
+        """Return the likeliest next token, and whether it is the text's next token."""
         token = int(reading.top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == self.ids[position + 1 : position + 2]
 
@@ -113,7 +113,7 @@ def read(
         raise ValueError(f"top_k must not exceed the {vocab} entries of the vocabulary: {top_k}")
     tokens = torch.tensor(ids, device=head.weight.device)
     verify_lens(model)
-    # Parts may be frozen in another mode than the whole.
+    # Submodules may be in another mode than the model.
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -123,7 +123,7 @@ def read(
             module.training = True
     hidden = [h[0] for h in out.hidden_states[1:]]  # the first are the embeddings
     assert len(hidden) == len(blocks_of(model))
-    # Families hand out the last block's state normed; one that did not would be read wrongly.
+    # The last hidden state must already be normed. Check that, because the lens skips the norm.
     verify_lens_head(model, _head_at(head, last=True), hidden[-1], out.logits[0])
     if not lens_norm:
         head = replace(head, norm=None)

@@ -15,8 +15,8 @@ from lens_kernels.hf.model.families import blocks_of, decoder_of
 def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of the blocks ``layers`` (1 is the first), by depth.
 
-    Holds only what was asked for, where ``output_hidden_states=True`` holds every depth. The hooks
-    sit on this instance and are removed on leaving.
+    Only these depths are kept; ``output_hidden_states=True`` would keep every depth. The hooks are
+    on this instance and are removed on exit.
     """
     captured: dict[int, Tensor] = {}
     blocks = blocks_of(model)
@@ -48,10 +48,10 @@ def hidden_states(
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Run ``forward`` where ``module``, or whatever wraps it, is called.
 
-    Data-parallel wrappers prepare gradients and gather parameters around the call of the module
-    that they wrap, so what uses its parameters has to happen inside that call.
+    Data-parallel wrappers prepare gradients and gather parameters around the module's call.
+    Code that uses the parameters must therefore run inside that call.
     """
-    # A forward set on the instance, as accelerate does for autocast, has to come back.
+    # accelerate sets a forward on the instance for autocast: restore it.
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""Models and tokenizers read from disk, or from the Hub where that is asked for."""
+"""Models and tokenizers read from disk, or from the Hub if downloads are allowed."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
             )
         from peft import AutoPeftModelForCausalLM
 
-        # Of a relative path peft asks the Hub whether it holds a tokenizer of that name.
+        # For a relative path, peft asks the Hub for a tokenizer of that name.
         folder = str(Path(adapter).parent.absolute())
-        # Trainable, or peft would freeze a student's; eval is what the base model is in as well.
+        # peft freezes adapters by default, and a student must train. Base models load in eval mode.
         return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **options).eval()
     except ModuleNotFoundError as error:
         raise RuntimeError(

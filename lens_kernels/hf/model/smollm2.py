@@ -38,14 +38,13 @@ def _convert(source: str, folder: Path) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     except ImportError as error:
         raise RuntimeError(f"cannot read the teacher's GGUF file; run: {INSTALL}") from error
-    # A model that remembers being quantised refuses to be saved, so the weights move to a fresh
-    # one.
+    # transformers refuses to save a model marked as quantised, so copy the weights to a new one.
     config = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
-    # An interrupted conversion must not be taken for a finished one: written aside, then renamed.
+    # Write to a temporary folder, then rename: an interrupted conversion leaves no half result.
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)

@@ -43,8 +43,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
                 " merge its adapters (merge_and_unload) and dequantise it first"
             )
         target[name] = found.clone()
-    # Assigned, each weight keeps its dtype; casting the whole would round the buffers that no
-    # checkpoint holds, the frequencies of rotary embeddings among them.
+    # assign=True keeps the dtype of each weight. Casting the whole model would round buffers that
+    # are not in checkpoints, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
     student.to(inner.device)

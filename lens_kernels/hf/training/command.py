@@ -29,7 +29,7 @@ ALL_LINEAR = "all-linear"  # a word of peft's
 
 @dataclass
 class RunConfig:
-    """Which models and data a run is about."""
+    """The models and data of a run."""
 
     _argument_group_name = "models and data"
 
@@ -44,7 +44,7 @@ class RunConfig:
     teacher: str | None = option(None, "Folder or Hub name of the teacher, or of an adapter.")
     eval: str | None = option(None, "JSON lines to evaluate the objective on.")
     student_blocks: list[int] | None = option(
-        None, "Make the student of these blocks of the model (1 is the first), and all else."
+        None, "Build the student from these blocks of the model (1 is the first)."
     )
     student_dtype: str = option(
         "float32",
@@ -57,9 +57,9 @@ class RunConfig:
         "How instruction/input becomes a prompt: the Alpaca text, or the tokenizer's template.",
         choices=list(PROMPT_STYLES),
     )
-    max_length: int = option(512, "Tokens of an example; what is longer is cut.")
+    max_length: int = option(512, "Maximum tokens of an example; longer ones are cut.")
     max_prompt_length: int = option(
-        256, "Tokens of a prompt; examples with a longer one are left out."
+        256, "Maximum tokens of a prompt; examples with longer prompts are dropped."
     )
     lora_r: int = option(0, "Rank of LoRA adapters of the student; 0 trains all its weights.")
     lora_alpha: int = option(32, "LoRA's alpha.")
@@ -69,7 +69,7 @@ class RunConfig:
         "Names of the modules that get an adapter, or all-linear; default: peft's choice for the"
         " model.",
     )
-    allow_download: bool = option(False, "Look for models on the Hugging Face Hub.")
+    allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
 
 KINDS: Any = (RunConfig, LensDistillConfig)
@@ -122,7 +122,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
-    # A token is a secret, and nothing that a run depends on.
+    # A token is a secret, and the result does not depend on it.
     chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
     try:
         config, args, _ = parser.parse_args_into_dataclasses(arguments)
@@ -151,7 +151,7 @@ def train(
     if args.process_index > 0:
         say = _silent
     output = Path(str(args.output_dir))
-    # Without the optimizer's state a resumed run would end elsewhere: it starts anew.
+    # Checkpoints without optimizer state cannot be resumed exactly, so the run starts anew.
     checkpoint = None if args.save_only_model else last_checkpoint(output)
     _check_record(output, chosen)
     paths = {
@@ -209,7 +209,7 @@ def train(
 
 
 def _silent(text: str) -> None:
-    """Say nothing: rank 0 speaks for all processes."""
+    """Print nothing: only rank 0 prints."""
 
 
 def last_checkpoint(output: Path) -> Path | None:
@@ -254,7 +254,7 @@ def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, st
 
 
 def load_student(config: RunConfig) -> Any:
-    """Return the student, of some of its blocks and with a new adapter where that is asked."""
+    """Load the student; apply ``student_blocks`` and add a LoRA adapter if configured."""
     student = load_model(config.student, config.student_dtype, config.allow_download)
     if config.student_blocks is not None:
         student = shallow_copy(student, config.student_blocks)
@@ -272,7 +272,7 @@ def load_student(config: RunConfig) -> Any:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            # In a list peft takes it for the name of a module.
+            # In a list, peft would read the word as a module name.
             target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         )
         student = get_peft_model(student, adapter)

@@ -24,7 +24,7 @@ from lens_kernels.options import (
 )
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
-# Options of ``distillation_loss`` that have another name among those of the Trainer.
+# Options of ``distillation_loss`` that the Trainer's config names differently.
 TRAINER_NAMES = {
     "divergence": "lens_divergence",
     "temperature": "distill_temperature",
@@ -82,7 +82,7 @@ class LensDistillConfig(TrainingArguments):
         None, "Depths of the teacher's lenses; default: evenly spread."
     )
     num_lens_pairs: int = option(
-        4, "Number of lens pairs where no depths are given; 0 for distillation without lenses."
+        4, "Number of lens pairs if no depths are given; 0 distils without lenses."
     )
     lens_divergence: str = option(
         DistillationOptions.divergence,
@@ -115,7 +115,7 @@ class LensDistillConfig(TrainingArguments):
         " map of the teacher's: a baseline without lenses.",
     )
     vocab_size: int | None = option(
-        None, "Size of the vocabulary that both models share, where theirs differ."
+        None, "Size of the vocabulary prefix that both models share, if their sizes differ."
     )
     lens_backend: str = option(
         DistillationOptions.backend,
@@ -134,13 +134,13 @@ class LensDistillConfig(TrainingArguments):
         "Folder for the teacher's hidden states: written once, after which the teacher never runs.",
     )
     teacher_cache_dtype: str = option(
-        "float32", "What the teacher's states are kept in.", choices=list(DTYPES)
+        "float32", "Dtype of the cached hidden states.", choices=list(DTYPES)
     )
-    logging_steps: float = option(10, "Log every so many steps, or this share of all steps.")
+    logging_steps: float = option(10, "Log every N steps; below 1, a fraction of all steps.")
 
     def __post_init__(self) -> None:
         """Check the options before any model is loaded."""
-        # First, because some versions tell accelerate of it through the environment.
+        # Check first: some versions set environment variables for accelerate in super().
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(
                 "torch_compile=True is not supported: the loss runs inside the student's call, and"

@@ -5,18 +5,26 @@ import warnings
 import pytest
 import torch
 
-from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_loss
+from lens_kernels import LensHead, LensNorm, adaptive, operator, symmetric_lens_loss
 from lens_kernels import divergence as table
 from lens_kernels.backends import compiled as compiled_calls
 from lens_kernels.backends import matmul
 from lens_kernels.backends.head_products import ColumnStatistics
 from lens_kernels.backends.torch import pointwise_pass
 from lens_kernels.lens import LogitMap
-from lens_kernels.operator import lens_loss, scale_gradients
 from lens_kernels.options import Divergence
 from tests.support.compare import assert_close, assert_gradients, relative_error
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, ODD, several_chunks
-from tests.support.problems import Problem, capture_call, loss_of, make, objective, oracle, ours
+from tests.support.objectives import make_objective, solve_objective, some_labels
+from tests.support.problems import (
+    check,
+    loss_of,
+    make,
+    objective,
+    oracle,
+    ours,
+    recorded,
+)
 
 
 @pytest.fixture
@@ -29,6 +37,16 @@ def compiling(monkeypatch):
         warnings.simplefilter("error", UserWarning)
         yield
     assert not compiled_calls._compiler_failed
+
+
+@pytest.fixture
+def tracing(compiling, monkeypatch):
+    """Compile as above, but for the code itself."""
+
+    def trace(function):
+        return torch.compile(function, dynamic=True, backend="eager")
+
+    monkeypatch.setattr(compiled_calls, "_compile", trace)
 
 
 def compiled_graphs():
@@ -50,10 +68,7 @@ def test_the_compiled_pass_gives_the_oracle_s_numbers(compiling, capped):
         features = {"temperature": temperature, "beta": beta, "scale": scale}
         features |= {"softcap": softcap} if capped else {}
         problem = make(BATCH, std=2.0, norm="layer", bias=True, **features)
-        expected, expected_grads = oracle(problem)
-        loss, grads = ours(problem, workspace_bytes=several_chunks(BATCH, rows))
-        assert_close(loss, expected, 1e-6)
-        assert_gradients(grads, expected_grads, 1e-5)
+        check(problem, workspace_bytes=several_chunks(BATCH, rows))
     assert compiled_graphs() == before + 2
 
 
@@ -62,38 +77,25 @@ def test_the_compiled_pass_gives_the_oracle_s_numbers(compiling, capped):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_every_divergence_compiled(compiling, divergence, feature):
     problem = make(BATCH, std=2.0, **FEATURES[feature], divergence=divergence)
-    expected, expected_grads = oracle(problem)
-    loss, grads = ours(problem, workspace_bytes=several_chunks(BATCH))
-    assert_close(loss, expected, 1e-6)
-    assert_gradients(grads, expected_grads, 1e-5)
+    check(problem, workspace_bytes=several_chunks(BATCH))
 
 
-def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(compiling, monkeypatch):
+def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(tracing):
     """Neither for the lenses nor for the final output, one call after the other in one process."""
-    monkeypatch.setattr(
-        compiled_calls,
-        "_compile",
-        lambda function: torch.compile(function, dynamic=True, backend="eager"),
-    )
     problem = make(BATCH, std=2.0)
-    labels = torch.randint(BATCH.vocab, BATCH.leading)
+    options = {"labels": torch.randint(BATCH.vocab, BATCH.leading), "kd_ratio": 0.5}
     for final in (*DIVERGENCES, *DIVERGENCES[:2]):
-        options = {"divergence": DIVERGENCES[-1 - DIVERGENCES.index(final)]}
+        options["divergence"] = DIVERGENCES[-1 - DIVERGENCES.index(final)]
         options["final_divergence"] = final
-        got, grads = whole_objective(problem, labels, **options)
-        truth, truth_grads = whole_objective(problem, labels, backend="reference", **options)
+        got, grads = solve_objective(problem, **options)
+        truth, truth_grads = solve_objective(problem, backend="reference", **options)
         assert_close(got.kd, truth.kd, 1e-6, final)
         assert_close(got.lens, truth.lens, 1e-6, final)
         assert_gradients(grads, truth_grads, 1e-5)
 
 
-def test_every_variant_of_the_pass_is_compiled(compiling, monkeypatch):
+def test_every_variant_of_the_pass_is_compiled(tracing):
     """More than the 8 at which torch gives up: each divergence, with gradients and without."""
-    monkeypatch.setattr(
-        compiled_calls,
-        "_compile",
-        lambda function: torch.compile(function, dynamic=True, backend="eager"),
-    )
     before = compiled_graphs()
     for divergence in DIVERGENCES:
         problem = make(BATCH, divergence=divergence)
@@ -142,16 +144,8 @@ def test_the_compiled_search_for_active_entries_finds_what_the_other_does(compil
 
 @pytest.mark.slow
 def test_identical_models_are_exactly_zero_compiled(compiling):
-    problem = make(ODD, std=5.0)
-    problem.teacher_hidden = [h.detach() for h in problem.student_hidden]
-    problem.teacher_head = problem.student_head
-    loss, grads = ours(problem)
+    loss, grads = ours(make(ODD, std=5.0).imitate())
     assert loss == 0 and not any(g.any() for g in grads.values())
-
-
-def whole_objective(problem, labels, **options):
-    out = objective(problem, labels=labels, kd_ratio=0.5, **options)
-    return out, problem.gradients(out.loss)
 
 
 def test_the_compiled_pass_with_labels_is_the_oracle_s(compiling):
@@ -162,10 +156,9 @@ def test_the_compiled_pass_with_labels_is_the_oracle_s(compiling):
     for temperature, beta in ((1.7, 0.4), (0.8, 0.3)):
         features = FEATURES["everything"] | {"temperature": temperature}
         problem = make(BATCH, std=2.0, **features, beta=beta)
-        options = {**problem.options, "final_divergence": "jsd"}
-        room = {"workspace_bytes": several_chunks(BATCH)}
-        out, grads = whole_objective(problem, labels, **options, **room)
-        truth, truth_grads = whole_objective(problem, labels, backend="reference", **options)
+        options = {"labels": labels, "kd_ratio": 0.5, "final_divergence": "jsd"}
+        out, grads = solve_objective(problem, workspace_bytes=several_chunks(BATCH), **options)
+        truth, truth_grads = solve_objective(problem, backend="reference", **options)
         for name in ("loss", "ce", "kd", "lens", "per_layer"):
             assert_close(getattr(out, name), getattr(truth, name), 1e-6, name)
         assert_gradients(grads, truth_grads, 1e-5)
@@ -239,41 +232,36 @@ def test_an_error_of_ours_inside_the_pass_is_not_taken_for_the_compiler_s(monkey
         ours(make(ODD))
 
 
+def outside_and_inside(function):
+    """Return a function, and the same as one node of a user's graph."""
+    torch._dynamo.reset()
+    return function, torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("heads", ["outside", "inside"])
 def test_fullgraph(heads, reduction):
     """The op is one node of the user's graph, whose gradients are those of the eager call."""
     problem = make(BATCH, std=2.0, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else torch.tensor(1.5)
-    mask = torch.rand(BATCH.leading) < 0.5
-    layer_weights = None if reduction == "none" else torch.tensor([0.5, 2.0], requires_grad=True)
+    options = {"mask": torch.rand(BATCH.leading) < 0.5, "reduction": reduction}
+    wanted = [*problem.leaves().values()]
+    if reduction != "none":
+        options["layer_weights"] = torch.tensor([0.5, 2.0], requires_grad=True)
+        wanted.append(options["layer_weights"])
 
     def function(hidden, weight, bias, norm_weight, temperature):
         head = problem.student_head
         if heads == "inside":
-            norm = LensNorm("rms", norm_weight, eps=1e-3)
-            head = LensHead(weight, bias, norm)
-        loss = symmetric_lens_loss(
-            [2 * h for h in hidden],
-            problem.teacher_hidden,
-            head,
-            problem.teacher_head,
-            mask=mask,
-            temperature=temperature,
-            reduction=reduction,
-            layer_weights=layer_weights,
-        )
-        return loss + 1
+            head = LensHead(weight, bias, LensNorm("rms", norm_weight, eps=1e-3))
+        args = [2 * h for h in hidden], problem.teacher_hidden, head, problem.teacher_head
+        return symmetric_lens_loss(*args, temperature=temperature, **options) + 1
 
-    torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    _, *parameters = problem.leaves().values()
-    parameters = parameters[1:]
-    wanted = [*problem.leaves().values()]
-    wanted += [] if layer_weights is None else [layer_weights]
+    eager, compiled = outside_and_inside(function)
+    parameters = problem.student_head.tensors().values()
     for temperature in (1.0, 1.5, 2.0):
         args = (problem.student_hidden, *parameters, temperature)
-        expected, loss = function(*args), compiled(*args)
+        expected, loss = eager(*args), compiled(*args)
         assert loss.shape == expected.shape and loss.dtype is expected.dtype
         assert_close(loss, expected, 1e-7)
         truth = torch.autograd.grad(expected, wanted, upstream)
@@ -281,75 +269,76 @@ def test_fullgraph(heads, reduction):
             assert_close(grad, true_grad, 1e-6)
 
 
-def test_fullgraph_of_the_whole_objective_by_inductor():
+@pytest.mark.parametrize("final", ["reverse_kl", "akl", {"akl": 0.7, "forward_kl": 0.2}])
+def test_fullgraph_of_the_whole_objective(final):
+    problem = make_objective(norm="rms")
+    options = {"labels": some_labels(), "kd_ratio": 0.5, "final_divergence": final}
+    options["mask"] = torch.rand(BATCH.leading) < 0.5
+    eager, compiled = outside_and_inside(lambda: objective(problem, **options))
+    expected, out = eager(), compiled()
+    for name in ("loss", "kd", "per_layer"):
+        assert_close(getattr(out, name), getattr(expected, name), 1e-6, name)
+    assert_gradients(problem.gradients(2 * out.loss), problem.gradients(2 * expected.loss), 1e-5)
+
+
+def test_compiled_by_inductor_and_without_gradients():
     problem = make(BATCH, std=2.0, norm="rms")
-    labels = torch.randint(BATCH.vocab, BATCH.leading)
-
-    def function(first, final):
-        out = distillation_loss(
-            [first.tanh()],
-            problem.teacher_hidden[:1],
-            problem.student_head,
-            problem.teacher_head,
-            student_final=final,
-            teacher_final=problem.teacher_hidden[1],
-            labels=labels,
-            kd_ratio=0.5,
-        )
-        return out.loss * 2, out.per_layer
-
     torch._dynamo.reset()
-    compiled = torch.compile(function, fullgraph=True)
-    expected, per_layer = function(*problem.student_hidden)
-    loss, per_layer_compiled = compiled(*problem.student_hidden)
+    compiled = torch.compile(lambda: loss_of(symmetric_lens_loss, problem), fullgraph=True)
+    expected, expected_grads = oracle(problem)
+    loss = compiled()
     assert_close(loss, expected, 1e-6)
-    assert_close(per_layer_compiled, per_layer, 1e-6)
-    assert_gradients(problem.gradients(loss), problem.gradients(expected), 1e-5)
-
-
-def test_compiled_without_gradients():
-    problem = make(BATCH)
-    torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda: loss_of(symmetric_lens_loss, problem), fullgraph=True, backend="aot_eager"
-    )
+    assert_gradients(problem.gradients(loss), expected_grads, 1e-5)
     with torch.no_grad():
         loss = compiled()
     assert not loss.requires_grad
-    assert_close(loss, loss_of(symmetric_lens_loss, problem), 1e-7)
+    assert_close(loss, expected, 1e-6)
 
 
-CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+def opcheck(monkeypatch, owner, name, function, *args, **options):
+    """Check an operator with the arguments that a call gives it."""
+    registered = getattr(owner, name)
+    calls = recorded(monkeypatch, owner, name)
+    function(*args, **options)
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(registered, calls[0][0], test_utils=checks)
 
 
-@pytest.mark.parametrize("deferred", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
-def test_opcheck(monkeypatch, feature, dtype, deferred):
+def test_opcheck(monkeypatch, feature, dtype, reduction):
     problem = make(BATCH, **FEATURES[feature]).to(dtype)
-    weights = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
-    mask = torch.rand(BATCH.leading) < 0.5
-    call = capture_call(monkeypatch, problem, mask=mask, layer_weights=weights)
-    torch.library.opcheck(lens_loss, ("torch", deferred, *call.pack()), test_utils=CHECKS)
+    options = {"mask": torch.rand(BATCH.leading) < 0.5, "reduction": reduction}
+    if reduction == "sum":
+        options["layer_weights"] = torch.tensor([0.5, 2.0], dtype=torch.float64).requires_grad_()
+    args = symmetric_lens_loss, problem
+    opcheck(monkeypatch, operator, "lens_loss", loss_of, *args, **options)
 
 
-def test_opcheck_of_frozen_sides_labels_and_no_tokens(monkeypatch):
-    problem = make(BATCH)
-    problem.student_head.weight.requires_grad_(False)
-    labels = torch.randint(BATCH.vocab, BATCH.leading)
-    options = {"student_final": problem.student_hidden[0]}
-    options |= {"teacher_final": problem.teacher_hidden[0], "labels": labels, "kd_ratio": 0.5}
-    call = capture_call(monkeypatch, problem, distillation_loss, **options)
-    torch.library.opcheck(lens_loss, ("torch", False, *call.pack()), test_utils=CHECKS)
-    call = capture_call(monkeypatch, problem, mask=torch.zeros(BATCH.leading))
-    torch.library.opcheck(lens_loss, ("torch", False, *call.pack()), test_utils=CHECKS)
+@pytest.mark.parametrize("case", ["frozen head and labels", "no tokens"])
+def test_opcheck_of_what_is_absent(monkeypatch, case):
+    problem = make_objective().freeze("hidden0", "hidden1")
+    options = {"labels": some_labels(), "kd_ratio": 0.5}
+    if case == "no tokens":
+        options["mask"] = torch.zeros(BATCH.leading)
+    opcheck(monkeypatch, operator, "lens_loss", objective, problem, **options)
+
+
+def test_opcheck_of_the_share_of_the_adaptive_kl(monkeypatch):
+    problem, labels = make_objective(**FEATURES["everything"]), some_labels()
+    options = {"labels": labels, "final_divergence": "akl"}
+    with torch.no_grad():
+        opcheck(monkeypatch, adaptive, "_head_share", objective, problem, **options)
 
 
 def test_opcheck_of_scale_gradients():
     grads, upstream = [torch.randn(3, 4), torch.randn(5)], torch.tensor(2.0)
     like = [torch.randn(3, 4).bfloat16(), torch.randn(5).double()]
-    torch.library.opcheck(scale_gradients, (grads, upstream, like))
-    for got, grad, x in zip(scale_gradients(grads, upstream, like), grads, like, strict=True):
+    torch.library.opcheck(operator.scale_gradients, (grads, upstream, like))
+    for got, grad, x in zip(
+        operator.scale_gradients(grads, upstream, like), grads, like, strict=True
+    ):
         assert got.dtype is x.dtype
         torch.testing.assert_close(got, (2 * grad).to(x.dtype))
 
@@ -377,18 +366,10 @@ def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduc
 
 def test_autocast_brings_mixed_dtypes_together():
     problem = make(ODD, std=2.0, norm="rms")
-    rounded = problem.to(torch.bfloat16)
-    mixed = Problem(
-        rounded.student_hidden,
-        problem.teacher_hidden,
-        problem.student_head,
-        rounded.teacher_head,
-        {},
-    )
+    mixed = problem.to(torch.bfloat16, "student_hidden", "teacher_head")
     with torch.autocast("cpu", torch.bfloat16):
         loss, grads = ours(mixed)
-    expected, _ = oracle(rounded)
-    assert_close(loss, expected, 2e-2)
+    assert_close(loss, oracle(problem.to(torch.bfloat16))[0], 2e-2)
     for name, x in mixed.leaves().items():
         assert grads[name].dtype is x.dtype
 
@@ -398,16 +379,10 @@ def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkey
     monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # else the logits' gradient is rounded
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, grads = ours(problem, grad_threshold=0.0)
-    expected, expected_grads = oracle(problem.to(torch.bfloat16))
-    assert_close(loss, expected, 1e-5)
-    assert_gradients(grads, expected_grads, 1e-5)
+        check(problem, 1e-5, truth=problem.to(torch.bfloat16), grad_threshold=0.0)
 
 
 def test_autocast_leaves_float64_alone():
     problem = make(ODD, std=2.0).to(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, grads = ours(problem)
-    expected, expected_grads = oracle(problem)
-    assert_close(loss, expected, 1e-12)
-    assert_gradients(grads, expected_grads, 1e-12)
+        check(problem, 1e-12, 1e-12)

@@ -10,11 +10,20 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lens_kernels import dispatch, distillation_loss
+from lens_kernels import dispatch
 from lens_kernels.backends import matmul
-from tests.support.compare import assert_close, assert_gradients, relative_error
+from tests.support.compare import assert_close
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, ODD, several_chunks
-from tests.support.problems import capture_call, make, oracle, ours, plain_torch
+from tests.support.objectives import check_objective, make_objective
+from tests.support.problems import (
+    capture_call,
+    check,
+    check_beside,
+    make,
+    oracle,
+    ours,
+    plain_torch,
+)
 
 SETTING = getattr(torch.backends.mkldnn, "matmul", None)
 pytestmark = pytest.mark.skipif(SETTING is None, reason="needs torch 2.9")
@@ -63,24 +72,20 @@ def test_loss_is_exact_and_gradients_bear_one_rounding(
     always_active, feature, divergence, threshold
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(torch.bfloat16)
-    options = {"workspace_bytes": several_chunks(BATCH), "grad_threshold": threshold}
-    loss, grads = ours(problem, **options)
-    expected, expected_grads = oracle(problem)
-    assert_close(loss, expected, 1e-5)
-    assert_gradients(grads, expected_grads, 1e-2)
+    room = several_chunks(BATCH)
+    check(problem, 1e-5, 1e-2, workspace_bytes=room, grad_threshold=threshold)
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_with_a_norm_its_result_is_rounded_as_models_do(norm):
     problem = make(BATCH, std=2.0, norm=norm).to(torch.bfloat16)
-    expected, expected_grads = oracle(problem)
-    loss, grads = ours(problem)
-    rounded, rounded_grads = plain_torch(problem)
-    limit = relative_error(rounded, expected) + torch.finfo(torch.bfloat16).eps / 4
-    assert_close(loss, expected, limit)
-    for name, truth in expected_grads.items():
-        limit = relative_error(rounded_grads[name], truth) + 1e-3
-        assert_close(grads[name], truth, limit, name)
+    check_beside(
+        plain_torch(problem),
+        ours(problem),
+        oracle(problem),
+        lambda error: error + torch.finfo(torch.bfloat16).eps / 4,
+        lambda error: error + 1e-3,
+    )
 
 
 def test_without_the_unit_normed_states_are_not_rounded(monkeypatch):
@@ -96,29 +101,24 @@ def test_only_products_of_bfloat16_factors_are_made_so(always_active, settings, 
     assert settings(problem.to(torch.bfloat16), grad_threshold=threshold) == {"bf16"}
     assert settings(problem, grad_threshold=threshold) == {before}
     assert settings(problem.to(torch.float16), grad_threshold=threshold) == {before}
-    mixed = problem.to(torch.bfloat16)
-    mixed.teacher_hidden, mixed.teacher_head = problem.teacher_hidden, problem.teacher_head
+    mixed = problem.to(torch.bfloat16, "student")
     assert settings(mixed, grad_threshold=threshold) == {"bf16", before}
     with torch.autocast("cpu", torch.bfloat16):
         assert settings(problem, grad_threshold=threshold) == {"bf16"}
     assert SETTING.fp32_precision == before
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_the_cpu_is_asked(monkeypatch, there):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": there}, raising=False)
-    assert has_amx() is there
-
-
-def test_a_torch_that_cannot_tell_multiplies_in_float32(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert not has_amx()
-
-
-def test_a_torch_that_cannot_be_told_multiplies_in_float32(monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
-    monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
-    assert not has_amx()
+@pytest.mark.parametrize(
+    "case", ["has it", "has none", "torch cannot tell", "torch cannot be told"]
+)
+def test_the_cpu_is_asked(monkeypatch, case):
+    there = {"amx_bf16": case != "has none"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
+    if case == "torch cannot tell":
+        monkeypatch.delattr(torch.cpu, "get_capabilities")
+    if case == "torch cannot be told":
+        monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
+    assert has_amx() is (case == "has it")
 
 
 def test_float16_has_no_such_unit():
@@ -129,26 +129,12 @@ def test_float16_has_no_such_unit():
 
 
 def test_beside_a_float64_model_nothing_is_rounded():
-    problem = make(ODD).to(torch.bfloat16)
-    wide = problem.to(torch.float64)
-    problem.teacher_hidden, problem.teacher_head = wide.teacher_hidden, wide.teacher_head
-    loss, grads = ours(problem)
-    expected, expected_grads = oracle(problem)
-    assert_close(loss, expected, 1e-7)
-    assert_gradients(grads, expected_grads, 1e-2)
+    check(make(ODD).to(torch.bfloat16).to(torch.float64, "teacher"), 1e-7, 1e-2)
 
 
 def test_adaptive_kl():
-    problem = make(ODD, std=2.0).to(torch.bfloat16)
-    finals = {
-        "student_final": problem.student_hidden[0],
-        "teacher_final": problem.teacher_hidden[0],
-    }
-    losses = [
-        distillation_loss(*problem.args(), **finals, final_divergence="akl", backend=backend).kd
-        for backend in ("torch", "reference")
-    ]
-    assert_close(*losses, 1e-5)
+    problem = make_objective(ODD).to(torch.bfloat16)
+    check_objective(problem, 1e-5, 1e-2, final_divergence="akl")
 
 
 @pytest.fixture

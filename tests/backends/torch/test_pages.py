@@ -15,7 +15,7 @@ from lens_kernels.backends import compiled as compiled_calls
 from lens_kernels.backends.pages import HUGE_PAGE, in_huge_pages
 from lens_kernels.backends.torch import layout, pointwise_pass, row_chunks
 from tests.support.grids import Shape
-from tests.support.problems import make, ours
+from tests.support.problems import make, ours, recorded
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 linux = pytest.mark.skipif(not THP.exists(), reason="needs Linux with transparent huge pages")
@@ -77,18 +77,13 @@ def test_systems_without_the_request(monkeypatch):
 
 
 def test_the_tiles_and_the_gradients_are_in_huge_pages(monkeypatch):
-    seen = []
-
-    def note(x):
-        seen.append(x.shape)
-        return in_huge_pages(x)
-
-    monkeypatch.setattr(row_chunks, "in_huge_pages", note)
-    monkeypatch.setattr(accumulator, "in_huge_pages", note)
+    tiles = recorded(monkeypatch, row_chunks, "in_huge_pages")
+    gradients = recorded(monkeypatch, accumulator, "in_huge_pages")
     shape = Shape((24,), 1000, 8, 16, 1)
     ours(make(shape))
     tile = (24, layout.row_stride(shape.vocab))
-    assert sorted(map(tuple, seen)) == sorted([tile, tile, (24, 8), (1000, 8)])
+    assert [x.shape for _, x in tiles] == [tile, tile]
+    assert sorted(x.shape for _, x in gradients) == [(24, 8), (1000, 8)]
 
 
 FAULTS = """
@@ -102,8 +97,7 @@ def faults():
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-if {keep}:
-    keep_freed_blocks()
+keep_freed_blocks()
 faults()
 print(faults())
 """
@@ -112,10 +106,8 @@ print(faults())
 @glibc
 def test_freed_blocks_are_kept():
     """Twelve of 4 MiB, 5 times: 60 thousand pages if they are given back."""
-    program = FAULTS.format(keep=True)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2000
 
 

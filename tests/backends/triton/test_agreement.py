@@ -7,6 +7,7 @@ pytest.importorskip("triton")
 
 from lens_kernels.backends.triton import agreement  # noqa: E402
 from lens_kernels.options import Divergence  # noqa: E402
+from tests.support.problems import recorded  # noqa: E402
 
 CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 300)  # widths, vocabulary, tokens
@@ -14,16 +15,10 @@ SIZES = (24, 40, 90, 300)  # widths, vocabulary, tokens
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
-    calls = []
-    evaluate = agreement.evaluate
-
-    def watched(call):
-        calls.append(call)
-        return evaluate(call)
-
-    monkeypatch.setattr(agreement, "evaluate", watched)
+    evaluated = recorded(monkeypatch, agreement, "evaluate")
     monkeypatch.setattr(agreement, "TOKENS", 40)  # more than a block of rows is
     agreement.check(*SIZES, dtype, CPU)
+    calls = [call for (call,), _ in evaluated]
     assert [c.divergences[0] for c in calls] == 2 * list(Divergence)
     assert {c.student_hidden[0].shape for c in calls} == {(agreement.TOKENS, 24)}
     assert all(c.student_head.weight.dtype is dtype for c in calls)

@@ -40,15 +40,9 @@ def log_sum_kernel(total_ptr, x_ptr, out_ptr, BLOCK: tl.constexpr):
 
 @triton.jit
 def table_kernel(
-    lp_ptr,
-    lq_ptr,
-    f_ptr,
-    h_ptr,
-    beta,
-    one_minus_beta,
-    DIVERGENCE: tl.constexpr,
+    lp_ptr, lq_ptr, f_ptr, h_ptr, beta, one_minus_beta, DIVERGENCE: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     lp, lq = tl.load(lp_ptr + at), tl.load(lq_ptr + at)
     f, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)

@@ -4,21 +4,14 @@ import pytest
 import torch
 
 from lens_kernels.backends.triton.kernels.operands import ALIGNMENT, aligned, padded
-from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, FEATURES, Shape
 from tests.support.memory import fill_new_tensors
-from tests.support.problems import make, map_head, objective, oracle, ours
+from tests.support.objectives import solve_objective
+from tests.support.problems import check, make, oracle, ours
 
 NAN = float("nan")
 # A width that rows can be read in as they lie, and one that has to be padded.
 WIDTHS = [32, 33]
-
-
-def check(problem, truth=None, **options):
-    expected, expected_grads = oracle(truth or problem, **options)
-    loss, grads = ours(problem, backend="triton", **options)
-    assert_close(loss, expected, 1e-6, "loss")
-    assert_gradients(grads, expected_grads, 1e-5)
 
 
 @pytest.fixture
@@ -69,12 +62,7 @@ def laid_out(problem, layout):
         view.copy_(x.detach())
         return view.requires_grad_(x.requires_grad)
 
-    moved = problem.to(torch.float32)
-    moved.student_hidden = [move(h) for h in problem.student_hidden]
-    moved.teacher_hidden = [move(h) for h in problem.teacher_hidden]
-    moved.student_head = map_head(problem.student_head, move)
-    moved.teacher_head = map_head(problem.teacher_head, move)
-    return moved
+    return problem.map(move)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -87,7 +75,7 @@ def test_layouts(garbage, layout, feature, masked, width):
     options = {"mask": torch.rand(5, 7) < 0.5} if masked else {}
     moved = laid_out(problem, layout)
     assert layout is offset or not moved.student_head.weight.is_contiguous()
-    check(moved, problem, **options)
+    check(moved, truth=problem, backend="triton", **options)
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 32])
@@ -109,7 +97,7 @@ def test_a_row_repeated_by_a_stride_of_zero():
     row = problem.teacher_hidden[0][:1].expand(6, 48)
     assert row.stride(0) == 0
     problem.teacher_hidden = [row]
-    check(problem)
+    check(problem, backend="triton")
 
 
 SIZES = {
@@ -135,16 +123,11 @@ def test_sizes(garbage, size, divergence, norm):
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")
         assert loss == 0 and not any(g.any() for g in grads.values())
-    elif size == "width 1" and norm == "layer":
-        # A row of one number, less its mean: the norm gives 0 and takes no gradient.
-        expected, expected_grads = oracle(problem)
-        loss, grads = ours(problem, backend="triton")
-        assert_close(loss, expected, 1e-6)
-        zero = ("hidden0", "weight", "norm_weight")
-        assert all(not expected_grads[name].any() for name in zero)
-        assert_gradients(grads, expected_grads, 1e-5, zero)
-    else:
-        check(problem)
+        return
+    # A row of one number, less its mean: the norm gives 0 and takes no gradient.
+    none = ("hidden0", "weight", "norm_weight") if (size, norm) == ("width 1", "layer") else ()
+    check(problem, zero=none, backend="triton")
+    assert not any(oracle(problem)[1][name].any() for name in none)
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
@@ -155,10 +138,7 @@ def test_an_upstream_gradient_in_any_layout(divergence):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)
         flat = upstream.reshape(BATCH.pairs, -1)  # as the op does
         assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
-        expected, expected_grads = oracle(problem, upstream, reduction="none")
-        rows, grads = ours(problem, upstream=upstream, reduction="none", backend="triton")
-        assert_close(rows, expected, 1e-6)
-        assert_gradients(grads, expected_grads, 1e-5)
+        check(problem, upstream=upstream, reduction="none", backend="triton")
 
 
 def test_labels_and_mask_in_any_layout():
@@ -166,17 +146,14 @@ def test_labels_and_mask_in_any_layout():
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     mask = torch.rand(BATCH.leading) < 0.5
 
-    def loss(labels, mask):
-        out = objective(problem, labels=labels, mask=mask, kd_ratio=0.5, backend="triton")
-        return out.loss, problem.gradients(out.loss)
-
-    expected, expected_grads = loss(labels, mask)
+    options = {"kd_ratio": 0.5, "backend": "triton"}
+    expected, expected_grads = solve_objective(problem, labels=labels, mask=mask, **options)
     for spread in (
         lambda x: torch.stack([x, torch.zeros_like(x)], -1)[..., 0],
         lambda x: x.t().contiguous().t(),
     ):
         moved = spread(labels), spread(mask)
         assert not any(x.is_contiguous() for x in moved)
-        got, grads = loss(*moved)
-        assert torch.equal(got, expected)
+        got, grads = solve_objective(problem, labels=moved[0], mask=moved[1], **options)
+        assert torch.equal(got.loss, expected.loss)
         assert all(torch.equal(grads[name], g) for name, g in expected_grads.items())

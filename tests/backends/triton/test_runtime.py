@@ -14,7 +14,7 @@ from lens_kernels import symmetric_lens_loss
 from lens_kernels.dispatch import choose
 from tests.support import ROOT
 from tests.support.grids import ODD
-from tests.support.problems import call_shape, loss_of, make
+from tests.support.problems import call_shape, loss_of, make, recorded
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -107,15 +107,14 @@ def test_nothing_is_compiled_anew_when_numbers_change(compiled):
 def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     """Integers would be another signature, and 1 a constant."""
     package = importlib.import_module("lens_kernels.backends.triton")
-    calls, evaluate = [], package.evaluate
-    monkeypatch.setattr(package, "evaluate", lambda call: calls.append(call) or evaluate(call))
+    head_of = package.evaluate.__globals__["_Head"]
+    calls = recorded(monkeypatch, package, "evaluate")
     problem = make(ODD, norm="rms", offset=1, scale=2, softcap=3)
     loss_of(symmetric_lens_loss, problem, backend="triton", temperature=2)
-    (call,) = calls
+    (((call,), _),) = calls
     head = call.student_head
     numbers = [call.temperature, call.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
-    head_of = evaluate.__globals__["_Head"]
     operand = head_of(head, call).operand(call.student_hidden[0], None, None)
     numbers += operand.arguments()[-2:]  # slope and cap
     assert all(type(x) is float for x in numbers), numbers
@@ -127,16 +126,18 @@ def test_auto_never_means_the_interpreter():
     assert choose("auto", call_shape(CPU)).name == "torch"
 
 
-def test_on_another_device_it_says_what_it_is_for():
-    with pytest.raises(RuntimeError, match="'triton'.*mps.*NVIDIA and AMD.*backend='torch'"):
-        choose("triton", call_shape(MPS))
-
-
-@pytest.mark.parametrize("device", [CPU, CUDA])
-def test_float64_is_refused_on_every_device(device):
-    with pytest.raises(RuntimeError, match="float32.*float64.*backend='torch'"):
-        choose("triton", call_shape(device, fp64=True))
-    assert choose("auto", call_shape(device, fp64=True)).name == "torch"
+@pytest.mark.parametrize(
+    ("device", "fp64", "reason"),
+    [
+        (MPS, False, "'triton'.*mps.*NVIDIA and AMD.*backend='torch'"),
+        (CPU, True, "float32.*float64.*backend='torch'"),
+        (CUDA, True, "float32.*float64.*backend='torch'"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused_with_the_reason(device, fp64, reason):
+    with pytest.raises(RuntimeError, match=reason):
+        choose("triton", call_shape(device, fp64))
+    assert choose("auto", call_shape(device, fp64)).name == "torch"
 
 
 def test_without_triton_it_says_how_to_get_it(monkeypatch):

@@ -7,11 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from triton.compiler.errors import (  # noqa: E402
-    CompilationError,
-    CompileTimeAssertionFailure,
-    UnsupportedLanguageConstruct,
-)
+from triton.compiler.errors import CompilationError  # noqa: E402
 from triton.runtime.errors import OutOfResources, PTXASError  # noqa: E402
 
 from lens_kernels import cli  # noqa: E402
@@ -26,18 +22,13 @@ SIZES = (24, 40, 90, 6)  # hidden sizes, vocabulary size, tokens
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
 # Faster than all others, and wrong or rejected.
-BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 8)]
+BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
     (Sweep.GRADIENTS, 24),
 ]  # fmt: skip
 COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
-LAUNCHES = {
-    "row_stats": Sweep.ROW_STATS,
-    "online_kl": Sweep.ONLINE_KL,
-    "row_sums": Sweep.ROW_SUMS,
-    "gradient_chunk": Sweep.GRADIENTS,
-}
+LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]  # in the order of Sweep
 
 
 def clock(function):
@@ -87,15 +78,11 @@ def raising(error):
     return launch
 
 
-def test_nothing_is_tuned_where_the_kernels_are_wrong(tune, monkeypatch, compared):
-    def wrong(*args):
-        compared.append(args)
-        raise RuntimeError("the kernels disagree")
-
-    monkeypatch.setattr(agreement, "check", wrong)
+def test_nothing_is_tuned_where_the_kernels_are_wrong(tune, monkeypatch):
+    monkeypatch.setattr(agreement, "check", raising(RuntimeError("the kernels disagree")))
     with pytest.raises(RuntimeError, match="disagree"):
         tune(FAST)
-    assert compared == [(*SIZES, torch.float32, CPU)] and not stored()
+    assert not stored()
 
 
 def test_tuning_has_finished_with_its_last_sweep(tune, monkeypatch):
@@ -112,9 +99,10 @@ def test_tuning_has_finished_with_its_last_sweep(tune, monkeypatch):
     assert not store.is_tuned(None, CPU)
 
 
-def test_the_fastest_tile_of_every_sweep_is_stored_and_read_back(tune):
+def test_the_fastest_tile_of_every_sweep_is_stored_and_read_back(tune, compared):
     lines = []
     outcomes = tune(SLOW, FAST, say=lines.append)
+    assert compared == [(*SIZES, torch.float32, CPU)]
     assert [(o.sweep, o.width) for o in outcomes] == KEYS
     for outcome in outcomes:
         assert outcome.default == DEFAULT and outcome.best == FAST
@@ -127,18 +115,10 @@ def test_the_fastest_tile_of_every_sweep_is_stored_and_read_back(tune):
     assert sorted(p.name for p in store.path().parent.iterdir()) == ["tiles.json", "tiles.lock"]
 
 
-def test_equal_widths_share_row_statistics_and_the_default_wins_where_it_is_faster(tune):
-    outcomes = tune(SLOW, DEFAULT, sizes=(24, 24, 90, 6))
-    assert [o.sweep for o in outcomes] == list(Sweep)
-    assert all(o.best == DEFAULT for o in outcomes)
-
-
 REJECTED = [
     OutOfResources(300000, 232448, "shared memory"),
     PTXASError("Internal Triton PTX codegen error\nptxas fatal: too much of it"),
     CompilationError(None, None, "cannot be compiled"),
-    CompileTimeAssertionFailure(None, None, "an assertion"),
-    UnsupportedLanguageConstruct(None, None, "unsupported"),
     RuntimeError("PassManager::run failed"),
     RuntimeError("Triton Error [CUDA]: too many resources requested for launch"),
 ]
@@ -150,23 +130,18 @@ def test_rejected_tiles_are_passed_over(tune, monkeypatch):
         instead(monkeypatch, launch, {tile: raising(error) for tile, error in errors.items()})
     lines = []
     for outcome in tune(*BROKEN, FAST, say=lines.append):
-        assert outcome.best == FAST and outcome.row()[-2:] == ("9", "7")
+        assert outcome.best == FAST and outcome.row()[-2:] == ("7", "5")
         for tile, error in errors.items():
             reason = outcome.rejected[tile]
             assert str(error).strip().splitlines()[-1].strip() in reason
             assert any(f"{tile}: rejected, {reason}" in line for line in lines)
 
 
-OTHER_ERRORS = [
-    RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
-    torch.OutOfMemoryError("CUDA out of memory"),
-    ValueError("a bug"),
-]
-
-
 def test_other_errors_end_the_search_and_leave_what_was_found(tune, monkeypatch):
-    assert [search.rejection(error) for error in OTHER_ERRORS] == [None] * 3
-    instead(monkeypatch, "row_sums", {FAST: raising(OTHER_ERRORS[0])})
+    error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+    for other in (error, torch.OutOfMemoryError("CUDA out of memory"), ValueError("a bug")):
+        assert search.rejection(other) is None
+    instead(monkeypatch, "row_sums", {FAST: raising(error)})
     with pytest.raises(RuntimeError, match="illegal memory access"):
         tune(FAST)
     assert [key[0] for key in stored()] == [Sweep.ROW_STATS, Sweep.ROW_STATS, Sweep.ONLINE_KL]
@@ -195,7 +170,7 @@ def wrong_by(factor):
 
 def test_tiles_with_other_results_do_not_win(tune, monkeypatch):
     factors = 0.0, -1.0, float("nan"), float("inf"), 1.01
-    wrong = dict(zip(BROKEN, map(wrong_by, factors), strict=False))
+    wrong = dict(zip(BROKEN, map(wrong_by, factors), strict=True))
     for launch in LAUNCHES:
         instead(monkeypatch, launch, wrong)
     for outcome in tune(*wrong, FAST):
@@ -229,27 +204,26 @@ COMMAND = ["tune", "--student-width", "24", "--teacher-width", "40", "--vocab", 
 COMMAND += ["--tokens", "6", "--dtype", "float32"]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_command_says_so(capsys):
+@pytest.mark.parametrize(
+    ("missing", "reason"),
+    [
+        ("GPU", "tiles are timed on a GPU, and torch "),
+        ("triton", "triton is not installed: pip install triton"),
+        ("compiler", "TRITON_INTERPRET"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(capsys, monkeypatch, missing, reason):
+    find = importlib.util.find_spec
+    absent = "triton" if missing == "triton" else "no such module"
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == absent else find(name)
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: missing == "compiler")
+    monkeypatch.setattr(tuning, "INTERPRETING", missing == "compiler")
     assert cli.main(COMMAND) == 1
     shown = capsys.readouterr()
     assert shown.out == "" and len(shown.err.splitlines()) == 1
-    assert shown.err.startswith("lens-kernels tune: tiles are timed on a GPU, and torch ")
-
-
-def test_without_triton_the_command_says_so(capsys, monkeypatch):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "triton" else find(name)
-    )
-    assert cli.main(COMMAND) == 1
-    assert "triton is not installed: pip install triton" in capsys.readouterr().err
-
-
-def test_interpreted_kernels_are_not_timed(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(tuning, "INTERPRETING", True)
-    assert "TRITON_INTERPRET" in tuning.unsupported_reason()
+    assert shown.err.startswith("lens-kernels tune: ") and reason in shown.err
 
 
 @pytest.fixture
@@ -280,10 +254,3 @@ def test_a_folder_that_cannot_be_written_is_known_before_the_search(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cli.main(COMMAND) == 1
     assert "results cannot be stored: " in capsys.readouterr().err and not compared
-
-
-@pytest.mark.parametrize("change", [["--vocab", "0"], ["--dtype", "float64"], ["--tokens", "-1"]])
-def test_bad_arguments_end_with_usage(change, capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([*COMMAND, *change])
-    assert stop.value.code == 2

@@ -363,7 +363,7 @@ def test_every_difference_is_named(built, key):
 def test_a_folder_of_something_else_is_refused_and_left(tmp_path, model, examples, key):
     (tmp_path / "thesis.txt").write_text("mine")
     for make in (TeacherCache.build, TeacherCache.open_or_build):
-        with pytest.raises(ValueError, match="holds no teacher cache, for it has no manifest.json"):
+        with pytest.raises(ValueError, match="holds no teacher cache: it has no manifest.json"):
             build(tmp_path, key, examples, Teacher(model), make=make)
     with pytest.raises(ValueError, match="nothing holds no teacher cache.* build one"):
         TeacherCache.open(tmp_path / "nothing", key)

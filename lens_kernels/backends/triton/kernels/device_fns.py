@@ -2,8 +2,8 @@
 
 Triton has ``expm1``, ``log1p`` and ``tanh`` only in vendors' device libraries, which its
 interpreter lacks. Its ``exp`` and ``log`` take more instructions: 5 and 26 on sm_90, against 2 and
-17 here. These functions are most of the work of a sweep beside its products. Polynomials
-interpolate the function at Chebyshev points, and the errors given are those of the polynomial.
+17 here. These functions are most of the work of a sweep apart from its products. Polynomials
+interpolate the function at Chebyshev points, and the stated errors are those of the polynomial.
 """
 
 import triton
@@ -11,14 +11,14 @@ import triton.language as tl
 
 from lens_kernels import divergence
 
-# Stands for -inf logits, whose differences would be NaN.
+# Replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = tl.constexpr(divergence.FLOOR)
 NO_MASS = tl.constexpr(divergence.NO_MASS)
-# |d| below which differences of p and q go through a series.
+# Below this |d|, differences of p and q are computed with a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # of sqrt(1/2) as fp32
+ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2) in fp32
 
 
 @triton.jit
@@ -40,10 +40,11 @@ def expm1_near(x):
 
 @triton.jit
 def log_sum(total, x):
-    """``log(total)`` for ``total = 1 + x > 0``, to 6e-8 of itself if both arguments are exact.
+    """``log(total)`` for ``total = 1 + x > 0``, with relative error 6e-8 for exact arguments.
 
-    ``total`` is split into ``2^e`` and a factor between the roots of 1/2 and 2. Where ``e`` is 0,
-    the factor is ``total`` itself, and ``x`` has more digits than ``total - 1``.
+    ``total`` is split into ``2^e`` and a factor between sqrt(1/2) and sqrt(2). Where ``e`` is 0,
+    the factor is ``total`` itself. ``x`` is then used, because it has more digits than
+    ``total - 1``.
     """
     bits = total.to(tl.int32, bitcast=True)
     e = (bits - ROOT_HALF_BITS) >> 23
@@ -63,9 +64,9 @@ def log_sum(total, x):
 def log_mixture(d, beta, one_minus_beta):
     """``log(1 - beta + beta exp(d))``.
 
-    Near ``d = 0`` a series is used: the cumulants of a Bernoulli variable of probability ``beta``,
-    over factorials. Its remainder is below 3e-8 of the sum. Elsewhere both arguments of ``log_sum``
-    keep their digits: the terms of the sum are positive, and ``exp(d)`` is not near 1.
+    Near ``d = 0`` it is a series. The coefficients are the cumulants of a Bernoulli variable of
+    probability ``beta``, divided by factorials. The remainder is below 3e-8 of the sum. Elsewhere
+    ``log_sum`` is accurate: the terms of the sum are positive, and ``exp(d)`` is not near 1.
     """
     v = beta * one_minus_beta
     s = one_minus_beta - beta
@@ -84,8 +85,8 @@ def log_mixture(d, beta, one_minus_beta):
 
 @triton.jit
 def tanh(x):
-    """``tanh(x)``, to 6e-8 below 1/2, and above from exponentials."""
-    # The square of a reciprocal root takes three instructions where a division takes nine.
+    """``tanh(x)``: for ``|x| < 1/2`` a polynomial accurate to 6e-8, elsewhere exponentials."""
+    # Squaring a reciprocal square root takes three instructions. A division takes nine.
     root = tl.rsqrt(exp(2.0 * tl.abs(x)) + 1.0)
     far = 1.0 - 2.0 * root * root
     far = tl.where(x < 0, -far, far)

@@ -43,8 +43,8 @@ def gradients_kernel(
 ):
     """Write the gradient with respect to the raw products of one tile.
 
-    Columns beyond the vocabulary are written too and repeat the last column. A mask over columns
-    would turn 16-byte stores into 2-byte ones.
+    Columns beyond the vocabulary are also written, and repeat the last column. A mask over columns
+    would turn 16-byte stores into 2-byte stores.
     """
     rows, valid = block_of_rows(tokens, BLOCK_N)
     local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -69,7 +69,7 @@ def gradients_kernel(
         grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
         grad *= tl.load(weight_ptr + rows)[:, None]
     if labels is not None:
-        # Cross entropy is at temperature 1.
+        # Cross entropy always uses temperature 1.
         labels_ptr, label_stats, label_weight_ptr = labels
         maximum, log_sum = load_stats(label_stats, rows)
         log_q = (us * temperature - maximum) - log_sum
@@ -107,10 +107,10 @@ def gradient_chunk(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Write the gradient of the columns from ``first_column`` on into ``out`` ``(N, C)``.
+    """Write the gradient of ``C`` columns, from ``first_column`` on, into ``out`` ``(N, C)``.
 
-    ``C`` is a multiple of the tile's block. ``weight`` holds the weights of rows. Without a teacher
-    there are only labels.
+    ``C`` is a multiple of ``tile.block_v``. ``weight`` holds the weights of rows. Without a
+    teacher the gradient is that of the cross entropy alone.
     """
     columns = min(out.shape[1], vocab_size - first_column)
     grid = triton.cdiv(student.tokens, tile.block_n), triton.cdiv(columns, tile.block_v)

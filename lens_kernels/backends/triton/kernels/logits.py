@@ -1,4 +1,4 @@
-"""A tile of logits, which all sweeps share: a block of rows by a block of the vocabulary."""
+"""The tile of logits that all sweeps compute: a block of rows times a block of the vocabulary."""
 
 import triton
 import triton.language as tl
@@ -8,7 +8,7 @@ from lens_kernels.backends.triton.kernels.device_fns import FLOOR, tanh
 
 @triton.jit
 def block_of_rows(tokens, BLOCK_N: tl.constexpr):
-    """Return the rows of this program and which are valid. Others repeat the last row."""
+    """Return this program's row indices, and which are valid. Invalid indices repeat the last."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     return tl.minimum(rows, tokens - 1), rows < tokens
 
@@ -17,7 +17,7 @@ def block_of_rows(tokens, BLOCK_N: tl.constexpr):
 def tiles_of_split(vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
     """Return the range of tiles of this program's split of the vocabulary.
 
-    Every split has a tile, and every tile has a column of the vocabulary.
+    Every split has at least one tile. Every tile has at least one column of the vocabulary.
     """
     first = tl.program_id(1) * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
@@ -25,7 +25,7 @@ def tiles_of_split(vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def load_stats(stats, rows):
-    """Return the two parts of the rows' log-sum-exp, as columns."""
+    """Return the two parts of the rows' log-sum-exp, as column vectors."""
     maximum_ptr, log_sum_ptr = stats
     return tl.load(maximum_ptr + rows)[:, None], tl.load(log_sum_ptr + rows)[:, None]
 
@@ -44,9 +44,9 @@ def logits_tile(
 ):
     """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
 
-    ``operand`` is ``Operand.arguments()``. Columns beyond the vocabulary are ``FLOOR`` if
-    ``MASKED``, as sums over columns need, and else repeat the last column. Logits of -inf become
-    ``FLOOR`` too.
+    ``operand`` is ``Operand.arguments()``. With ``MASKED``, columns beyond the vocabulary are
+    ``FLOOR``, so that they add nothing to sums. Otherwise they repeat the last column. Logits of
+    -inf also become ``FLOOR``.
     """
     x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap = operand
     column = tl.minimum(columns, vocab_size - 1)

@@ -1,4 +1,4 @@
-"""The final norm of a lens: rows are gathered, normalised and rounded once. And its backward."""
+"""The final norm of a lens, and its backward. Rows are gathered, normalised and rounded once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.operands import padded
 from lens_kernels.lens import LensNorm
 
-# Elements that one step of a program holds in registers.
+# Number of elements that one step of a program holds in registers.
 BLOCK = 4096
 
 
@@ -20,7 +20,7 @@ def normalised_rows(
     x_ptr, index_ptr, x_stride, first, tokens, width, eps,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return ``(x_hat, rstd, source, valid)`` of a block of rows, zero beyond the width."""
+    """Return ``(x_hat, rstd, source, valid)`` of a block of rows; ``x_hat`` is 0 past the width."""
     rows = first + tl.arange(0, BLOCK_N)
     valid = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
@@ -104,7 +104,7 @@ def norm_backward_kernel(
 
 
 def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
-    # From the padded width: below a width of 9, the next power of two is smaller.
+    # A block covers the padded width, which exceeds the next power of two for widths up to 8.
     block_d = triton.next_power_of_2(padded(width))
     block_n = max(1, BLOCK // block_d)
     return {
@@ -124,7 +124,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def norm_rows(hidden: Tensor, index: Tensor | None, norm: LensNorm, dtype: torch.dtype) -> Tensor:
-    """Return the norm of the rows of ``hidden`` at ``index``, laid out for ``Operand``."""
+    """Return the normalised rows of ``hidden`` at ``index``, laid out for ``Operand``."""
     tokens = hidden.shape[0] if index is None else index.shape[0]
     width = hidden.shape[1]
     options = _options(norm, width)

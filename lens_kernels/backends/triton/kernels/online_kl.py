@@ -1,12 +1,12 @@
-"""Sweeps 1 and 2 at once, for the divergences made of relative entropies.
+"""Sweeps 1 and 2 in one, for divergences that are sums of relative entropies.
 
 Split the vocabulary into parts. By the chain rule of relative entropy::
 
     KL(p, q) = sum_parts P KL(p | part, q | part) + KL(P, Q)
 
-where ``P`` and ``Q`` are the probabilities of the parts. Results of two parts merge into those of
-their union, as running variances do. Every term keeps the relative accuracy of the pointwise
-formulas, and no projection is computed twice.
+where ``P`` and ``Q`` are the probabilities of the parts. The results of two parts are merged
+into those of their union, like running variances. Every term keeps the relative accuracy of the
+pointwise formulas. No projection is computed twice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def union(maximum, total, other_maximum, other_total):
 
 @triton.jit
 def part_of(log_share, value):
-    """``exp(log_share) value``, and 0 for an infinite value of a part without mass."""
+    """``exp(log_share) value``, or 0 if the part has no mass and an infinite value."""
     share = exp(log_share)
     return tl.where((share == 0) & (value == float("inf")), 0.0, share * value)
 
@@ -82,7 +82,7 @@ def online_kl_kernel(
         ut = logits_tile(
             teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
         )
-        # The conditional distributions of this tile.
+        # The distributions of both models, conditional on this tile.
         tile_maximum_s = tl.max(us, 1)
         tile_maximum_t = tl.max(ut, 1)
         us -= tile_maximum_s[:, None]
@@ -93,7 +93,7 @@ def online_kl_kernel(
         lp = ut - tl.log(tile_total_t)[:, None]
         forward_f, _ = pointwise(lp, lq, 0.5, 0.5, "forward_kl")
         reverse_f, _ = pointwise(lp, lq, 0.5, 0.5, "reverse_kl")
-        # Merge it with the tiles before it.
+        # Merge this tile with the tiles before it.
         maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, tile_maximum_s, tile_total_s)
         maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, tile_maximum_t, tile_total_t)
         old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "forward_kl")

@@ -1,4 +1,4 @@
-"""What the sweeps read: rows and head of one model, and the statistics of its rows."""
+"""The inputs of the sweeps: rows and head of one model, and the statistics of its rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ ALIGNMENT = 16
 class Operand:
     """Rows ``x`` ``(N, D)`` and head ``weight`` ``(V, D)`` in one dtype, and the map to logits.
 
-    Rows of both are padded with zeros to a multiple of 16 elements, and so are their strides.
+    Rows of both are padded with zeros to a multiple of 16 elements. Their strides are multiples of
+    16 elements too.
     """
 
     x: Tensor
@@ -36,7 +37,7 @@ class Operand:
 
     @property
     def precision(self) -> str:
-        """Return how fp32 operands are multiplied, which follows torch's settings."""
+        """Return the precision of fp32 products, which follows torch's settings."""
         nvidia = self.x.device.type == "cuda" and torch.version.hip is None
         return "tf32" if nvidia and tf32_is_allowed() else "ieee"
 
@@ -95,7 +96,7 @@ class RowSums:
 def tf32_is_allowed() -> bool:
     """Say whether torch may round factors of fp32 products to TF32.
 
-    torch 2.9 added a second switch. Once it is set, reading the older one raises.
+    torch 2.9 added a second switch. Once it is set, reading the older switch raises an error.
     """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)

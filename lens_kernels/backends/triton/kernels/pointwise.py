@@ -1,12 +1,13 @@
 """The table of ``lens_kernels/divergence.py`` on the device: each divergence as a pair ``(f, h)``.
 
-The derivation is there, and tests compare the two tables. For ``jsd``, with the mixture
+That module derives the formulas, and tests compare the two tables. For ``jsd``, with the mixture
 ``m = beta p + (1 - beta) q`` and ``d = log p - log q``::
 
     log(m / q) = log(1 - beta + beta exp(d)),   log(m / p) = log(beta + (1 - beta) exp(-d))
     h = -(1 - beta) q log(m / q),               f = h - beta p log(m / p)
 
-Callers pass ``1 - beta`` as well, rounded from float64: in fp32 it would lose its digits near 1.
+Callers also pass ``1 - beta``, computed in float64. In fp32 the difference would lose its digits
+for ``beta`` near 1.
 """
 
 import triton
@@ -17,7 +18,7 @@ from lens_kernels.backends.triton.kernels.device_fns import NO_MASS, exp, log_mi
 
 @triton.jit
 def or_infinity(value, mass, log_ratio):
-    """``value``, but ``inf`` where there is mass, and none in the log-ratio's denominator."""
+    """``value``, or ``inf`` where there is mass but the log-ratio's denominator has none."""
     return tl.where((log_ratio > NO_MASS) & (mass > 0), float("inf"), value)
 
 
@@ -31,10 +32,10 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         f = diff * diff * 0.5
         h = -root_q * diff * 0.5
     elif DIVERGENCE == "jsd":
-        # Outside this range the smaller of p and q adds nothing.
+        # Outside this range the smaller of p and q does not change the result.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
-        # log(m / p) is log(m / q) - d too, but that cancels where d is large.
+        # log(m / p) also equals log(m / q) - d, but that difference cancels for large d.
         h = -one_minus_beta * exp(lq) * log_mixture(d, beta, one_minus_beta)
         f = h - beta * exp(lp) * log_mixture(-d, one_minus_beta, beta)
     else:

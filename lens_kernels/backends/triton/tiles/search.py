@@ -1,8 +1,8 @@
 """The search for the fastest tile of every sweep on one GPU.
 
 ``triton.autotune(cache_results=True)`` (Triton 3.6 to 3.9) cannot replace it. An ordinary call
-whose key is not on disk would tune, and no function reads that cache without a launch. It does not
-compare results, and errors of compiler passes and of the driver end it.
+without a cached key would start tuning, and the cache cannot be read without a launch. autotune
+compares no results, and stops at errors of compiler passes and of the driver.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BLOCKS_NV = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), 
 BLOCKS_K, WARPS, STAGES = (32, 64), (4, 8), (2, 3, 4)
 # With fewer accumulators per thread, loading the operands takes longer than multiplying them.
 FEWEST_ACCUMULATORS = 64
-# How far the results of two tiles may differ, relative to the largest one.
+# Allowed difference between the results of two tiles, relative to the largest result.
 TOLERANCE = 1e-4
 # Bytes of the logits' gradient that one launch of sweep 3 writes.
 WORKSPACE_BYTES = 1 << 28
@@ -68,7 +68,7 @@ class Outcome:
 
 
 def candidates(sweep: Sweep, arch: Arch, itemsize: int) -> list[Tile]:
-    """Return the tiles that are worth a trial."""
+    """Return the tiles that are worth timing."""
     found = []
     for (n, v), k, warps, stages in itertools.product(BLOCKS_NV, BLOCKS_K, WARPS, STAGES):
         tile = Tile(n, v, k, warps, stages)
@@ -80,7 +80,7 @@ def candidates(sweep: Sweep, arch: Arch, itemsize: int) -> list[Tile]:
 
 
 def rejection(error: Exception) -> str | None:
-    """Return why compiler or driver rejected a tile, or None for any other error."""
+    """Return why the compiler or driver rejected a tile, or None for any other error."""
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, triton.TritonError):
         return f"{type(error).__name__}: {lines[-1].strip()}"
@@ -90,7 +90,7 @@ def rejection(error: Exception) -> str | None:
 
 
 def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return how far results are from the truth, or None within the tolerance. It synchronises."""
+    """Return how far results differ from the truth, or None within the tolerance; synchronises."""
     for result, true in zip(results, truth, strict=True):
         error = (result - true).abs().max().item() / max(true.abs().max().item(), 1e-30)
         if not error <= tolerance:
@@ -100,7 +100,7 @@ def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: fl
 
 @contextlib.contextmanager
 def nan_in_new_tensors() -> Iterator[None]:
-    """Fill new tensors with NaN: their memory may hold the right results of an earlier tile."""
+    """Fill new tensors with NaN: else their memory may hold results of an earlier tile."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -48,14 +48,14 @@ ARCHS = {
     )
 }
 
-# Hidden size from which the GEMM bounds a sweep even with one program per processor.
+# From this hidden size on, the GEMM is the bottleneck even with one program per processor.
 WIDE = 2048
 
 
 def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bool = False) -> Tile:
-    """Return the default tile of a sweep over operands of ``dtype``, the narrower ``width`` wide.
+    """Return the default tile of a sweep; ``width`` is the smaller hidden size of its operands.
 
-    ``extras`` says whether there is a bias, a softcap or labels, each of which takes registers.
+    ``extras`` says whether there is a bias, a softcap or labels, which all take registers.
     ``benchmarks/kernel_report.py`` shows that none of these tiles spills.
     """
     stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS

@@ -24,7 +24,7 @@ FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME = ("device", "triton", "sweep", "dtype", "width")  # identify a record
 
-# A sweep, the dtype of its operands, and the hidden size of the narrower one.
+# A sweep, the dtype of its operands, and the smaller hidden size of these.
 Key = tuple[Sweep, torch.dtype, int]
 
 
@@ -126,7 +126,7 @@ def check_writable() -> None:
 
 
 def record_of(device: str, key: Key, tile: Tile) -> dict[str, Any]:
-    """Return a tile as the file holds it."""
+    """Return the record of a tile in the file."""
     sweep, dtype, width = key
     name = (device, triton.__version__, sweep.value, str(dtype).removeprefix("torch."), width)
     return {**dict(zip(NAME, name, strict=True)), "tile": asdict(tile)}
@@ -144,7 +144,7 @@ def _parse(record: dict[str, Any], arch: Arch) -> tuple[Key, Tile]:
 
 
 def _read() -> list[Any]:
-    """Return the records of the file, or raise ValueError if it is not such a file."""
+    """Return the records of the file, or raise ValueError for any other content."""
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
     except FileNotFoundError:
