@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,25 +139,6 @@ def memory_vs_vocab(rows: Rows) -> Any:
         hollow = {"color": "black", "marker": "o", "linestyle": "", "markerfacecolor": "white"}
         handles["hollow: counted over fake tensors, not run"] = Line2D([], [], **hollow)
     drawn.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
-    return drawn
-
-
-@figure
-def study(rows: Rows, metrics: Mapping[str, str], arms: Sequence[str]) -> Any:
-    """Draw every run of the study as a point, a panel for each metric."""
-    columns, arms = 3, [*reversed(arms)]
-    lines = -(-len(metrics) // columns)
-    drawn = _canvas(4.2 * columns, 0.42 * len(arms) * lines + 1.2)
-    grid = list(drawn.subplots(lines, columns, sharey=True, squeeze=False).flat)
-    for axis, (name, label) in zip(grid, metrics.items(), strict=False):
-        for arm, of_arm in _by(rows, "arm").items():
-            height, values = arms.index(arm), [float(row[name]) for row in of_arm]
-            axis.plot(values, [height] * len(values), "o", color="#0072B2", alpha=0.5)
-            axis.plot([statistics.fmean(values)], [height], "|", color="#D55E00", ms=16, mew=2)
-        axis.set_yticks(range(len(arms)), arms)
-        _finish(axis, label, grid="x")
-    for axis in grid[len(metrics) :]:
-        axis.set_visible(False)
     return drawn
 
 
