@@ -36,6 +36,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 from benchmarks.support import environment, plot, products, tables, timing
+from benchmarks.support.plot import SMALL_ERROR, WANTED_RATIO
 from benchmarks.support.shapes import Inputs, Job
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends import head_products
@@ -51,7 +52,6 @@ from lens_kernels.inputs import IGNORE_INDEX
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
 WRONG = 0.1  # an error above which nothing is timed
-SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # what a threshold must reach to be worth its while
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -151,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print()
     tables.print_rows([row for row in rows if row["threshold"] != "floor"], SHOWN.split())
     print("\n" + "\n".join(verdicts(rows)))
-    picture = plot.active_vocabulary(path, SMALL_ERROR, WANTED_RATIO, png=args.figure)
+    picture = plot.active_vocabulary(path, png=args.figure)
     print(f"{path}\n{picture}\n{time.perf_counter() - start:.0f} s")
 
 
