@@ -29,15 +29,9 @@ States = list[torch.Tensor]
 
 def parse() -> argparse.Namespace:
     """Return the arguments."""
+    models = {"student_blocks": 20, "teacher_blocks": 30, "width": 576, "vocab": 49152, "pairs": 3}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128, help="tokens of an example, all counted")
-    parser.add_argument("--student-blocks", type=int, default=20)
-    parser.add_argument("--teacher-blocks", type=int, default=30)
-    parser.add_argument("--width", type=int, default=576)
-    parser.add_argument("--vocab", type=int, default=49152)
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=5)
+    environment.add_numbers(parser, batch=4, length=128, **models, rounds=5)
     output = environment.DATA / "cpu" / "training_step.csv"
     parser.add_argument("--output", type=Path, default=output)
     return parser.parse_args()

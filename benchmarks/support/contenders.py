@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.support import memory
+from benchmarks.support import compat, memory
 from benchmarks.support.environment import version_of
 from benchmarks.support.shapes import Inputs, Job
 from lens_kernels import LensHead
@@ -70,7 +69,7 @@ class Contender:
         if self.on_fakes is None or job.device.type != "cpu":
             return None
         loss = self.load()
-        with self.on_fakes(), FakeTensorMode():
+        with self.on_fakes(), compat.fake_tensors():
             inputs = job.make()
             return memory.track(lambda: step(loss, inputs))
 

@@ -271,7 +271,7 @@ def active_vocabulary(rows: Rows) -> Any:
     drawn = pictures.canvas(7.2, 5.4)
     axis, handles = drawn.subplots(), {}
     # Exact gradients have a place on this axis too: their error is 0.
-    smallest = min(error for row in rows if (error := _error(row)))
+    smallest = min((error for row in rows if (error := _error(row))), default=SMALL_ERROR)
     axis.set_xscale("symlog", linthresh=smallest / 1.5, linscale=0.4)
     for (run, state), own in _by(rows, "run", "state").items():
         curve = sorted((_error(row), float(row["ratio_to_floor"]), row["threshold"]) for row in own)
