@@ -44,14 +44,17 @@ def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
     It returns the picture's path, or says why there is none.
     """
 
-    @functools.wraps(draw)
     @pictures.styled
+    def write(csv: Path, png: Path) -> None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(draw(tables.read_csv(csv)), png)
+
+    @functools.wraps(draw)
     def written(csv: Path, png: Path | None = None) -> str:
         if reason := no_matplotlib():
             return reason
         png = png or csv.with_suffix(".png")
-        png.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save(draw(tables.read_csv(csv)), png)
+        write(csv, png)
         return str(png)
 
     return written
