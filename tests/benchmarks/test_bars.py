@@ -26,15 +26,9 @@ def test_the_default_run_measures_every_bar():
 def made(contender, point, times="", temporaries=""):
     """A row as the verdict reads it."""
     timing = {"median_ms": "", **Timing.read(times).columns()}
-    return {
-        "contender": contender,
-        "label": contender.upper(),
-        "point": point,
-        "times_ms": times,
-        "temporaries_mib": temporaries,
-        "ratio_to_floor": "1.25",
-        **{name: str(value) for name, value in timing.items()},
-    }
+    row = {"contender": contender, "label": contender.upper(), "point": point, "times_ms": times}
+    row |= {"temporaries_mib": temporaries, "ratio_to_floor": "1.25"}
+    return row | {name: str(value) for name, value in timing.items()}
 
 
 def test_verdict():
@@ -78,13 +72,12 @@ def test_tables_of_the_readme(tmp_path):
     readme = tmp_path / "README.md"
     text = f"a\n{bars.BEGIN}\nold\n{bars.END}\nb"
     readme.write_text(text)
-    bars.write_tables(readme, rows)
-    new = readme.read_text()
-    assert new.startswith(f"a\n{bars.BEGIN}\n\n| 1024 tokens") and new.endswith("\nb")
-    assert "| FLOOR | 1.25 | 1.00 to 1.50 | 2 | 1.25 |\n\n| ratio |" in new
-    assert "old" not in new and "TRL |" not in new
-    bars.write_tables(readme, rows)
-    assert readme.read_text() == new
+    for _ in range(2):
+        bars.write_tables(readme, rows)
+        new = readme.read_text()
+        assert new.startswith(f"a\n{bars.BEGIN}\n\n| 1024 tokens") and new.endswith("\nb")
+        assert "| FLOOR | 1.25 | 1.00 to 1.50 | 2 | 1.25 |\n\n| ratio |" in new
+        assert "old" not in new and "TRL |" not in new and new.count("FLOOR") == 1
     for broken in (text.replace(bars.END, ""), text.replace(bars.BEGIN, "")):
         readme.write_text(broken)
         with pytest.raises(ValueError, match="must hold the lines"):

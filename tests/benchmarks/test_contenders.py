@@ -65,13 +65,14 @@ def test_who_cannot_run_or_is_wrong_is_listed_with_the_reason(capsys):
     def broken():
         raise OSError("libsomething.so is missing\nmore")
 
-    everyone = {
-        "dense": CONTENDERS["dense"],
-        "broken": Contender("broken", "broken", broken, package="torch", release="0"),
-        "absent": Contender("absent", "absent", lambda: dense, package="no-such", release="1.2"),
-        "gpu": Contender("gpu", "gpu", lambda: dense, gpu_only=True),
-        "wrong": Contender("wrong", "wrong", lambda: lambda inputs: dense(inputs) * 2),
-    }
+    everyone = [
+        CONTENDERS["dense"],
+        Contender("broken", "broken", broken, package="torch", release="0"),
+        Contender("absent", "absent", lambda: dense, package="no-such", release="1.2"),
+        Contender("gpu", "gpu", lambda: dense, gpu_only=True),
+        Contender("wrong", "wrong", lambda: lambda inputs: dense(inputs) * 2),
+    ]
+    everyone = {contender.key: contender for contender in everyone}
     present, missing = gather(everyone, CPU, needed=["dense", "broken"])
     assert [*present] == ["dense"]
     assert missing.pop("wrong").startswith("RuntimeError: wrong computes something else: loss")
@@ -99,8 +100,7 @@ def test_a_mask_takes_its_share_of_tokens_and_of_the_floor():
 
 
 def assert_fakes_are_right(contender, job, kept=True):
-    fake = contender.fake_memory(job)
-    real, _ = contender.observe(job.make(), memory.measure)
+    fake, (real, _) = contender.fake_memory(job), contender.observe(job.make(), memory.measure)
     assert fake.peak == pytest.approx(real.peak, rel=0.01)
     assert not kept or fake.kept == pytest.approx(real.kept, rel=0.01)
 

@@ -1,12 +1,22 @@
-"""What the tests of Hugging Face's side share."""
-
-from __future__ import annotations
+"""What the tests of Hugging Face's side share. Without transformers there are none."""
 
 import gc
+import importlib.util
+from pathlib import Path
 
 import pytest
 
-from tests.support import tiny
+HERE = Path(__file__).parent
+if importlib.util.find_spec("transformers") is None:
+    collect_ignore_glob = ["*"]
+else:
+    from tests.support import commands, tiny
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker("hf")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,9 +33,6 @@ def _frozen():
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Return a folder with a student, a teacher, a model of another tokenizer, and data."""
-    pytest.importorskip("transformers")
-    from tests.support import commands
-
     folder = tmp_path_factory.mktemp("files")
     for name, model, vocab in (
         ("student", tiny.model(layers=3, seed=1), 64),

@@ -1,23 +1,19 @@
 """The key of a teacher cache changes with what the states depend on, and with nothing else."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 
+from lens_kernels.hf.cache import key as cache_key
+from lens_kernels.hf.cache import store
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.cache import key as cache_key  # noqa: E402
-from lens_kernels.hf.cache import store  # noqa: E402
-from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
-
-pytestmark = pytest.mark.hf
 HANG = 120  # seconds after which a thread is taken for hung, on any machine
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
@@ -122,8 +118,6 @@ def test_a_slow_tokenizer_is_its_vocabulary_and_special_tokens(model):
 
 
 def test_adapters_belong_to_the_key():
-    peft = pytest.importorskip("peft")
-
     def adapted(**options):
         torch.manual_seed(0)
         config = peft.LoraConfig(

@@ -1,7 +1,5 @@
 """A teacher's states come back from disk as they were, or not at all."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
@@ -11,13 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lens_kernels.hf.cache import store as teacher_cache
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.cache import store as teacher_cache  # noqa: E402
-from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
-
-pytestmark = pytest.mark.hf
 LAYERS = (1, 3)
 BATCH, SHARD = 2, 4  # three shards of nine examples
 

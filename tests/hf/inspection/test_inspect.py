@@ -1,24 +1,18 @@
 """Readings and divergences checked against plain torch; what is refused."""
 
-from __future__ import annotations
-
 import json
 import sys
 
 import pytest
 import torch
 
+from lens_kernels.hf.inspection import inspect as inspecting
+from lens_kernels.hf.inspection import reading as ins
+from lens_kernels.hf.model.families import FAMILIES
 from reference.dense import divergence as true_divergence
 from tests.support import tiny
 from tests.support.inspection import ODD, TEXT, OddTokenizer
 
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-from lens_kernels.hf.inspection import inspect as inspecting  # noqa: E402
-from lens_kernels.hf.inspection import reading as ins  # noqa: E402
-from lens_kernels.hf.model.families import FAMILIES  # noqa: E402
-
-pytestmark = pytest.mark.hf
 CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
 
 

@@ -1,7 +1,5 @@
 """Numbers, page and pictures of an inspection show what was read."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import replace
@@ -9,17 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+from lens_kernels.hf.inspection import figures
+from lens_kernels.hf.inspection import page as inspect_page
+from lens_kernels.hf.inspection.inspect import token_text
 from tests.support import inspection
 from tests.support.inspection import TEXT, OddTokenizer
-
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-from lens_kernels.hf.inspection import figures  # noqa: E402
-from lens_kernels.hf.inspection import page as inspect_page  # noqa: E402
-from lens_kernels.hf.inspection.inspect import token_text  # noqa: E402
-
-pytestmark = pytest.mark.hf
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +134,6 @@ def test_page_escapes_text_and_names(inspected):
 @pytest.fixture(scope="module")
 def drawn(inspected, tmp_path_factory):
     """Figures by file name, as they were when saved, and the folder of their files."""
-    from matplotlib.figure import Figure
-
     kept, save = {}, Figure.savefig
     folder = tmp_path_factory.mktemp("drawn")
 
@@ -157,8 +150,6 @@ def drawn(inspected, tmp_path_factory):
 
 
 def test_pictures_are_drawn_without_a_warning(drawn, inspected):
-    from PIL import Image
-
     assert {"日本", "$a$"} <= set(inspected.top_tokens.values())
     for name in ("divergence_by_depth", "lens_student", "lens_teacher"):
         with Image.open(drawn[1] / f"{name}.png") as picture:

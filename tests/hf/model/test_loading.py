@@ -1,31 +1,27 @@
 """Models, adapters and tokenizers read from folders and from the Hub's cache; what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
 from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
+from huggingface_hub import constants
+from peft import AutoPeftModelForCausalLM, auto
+from transformers import AutoModelForCausalLM
 
+from lens_kernels.hf.model import loading
+from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import loading  # noqa: E402
-from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer  # noqa: E402
-
-pytestmark = pytest.mark.hf
 IDS = torch.tensor([[5, 6, 7]])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Return a folder with a model and a random adapter of it that has no tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    peft = pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -50,8 +46,6 @@ def saved(files, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Return a function that puts a folder into the Hub's cache under a name."""
-    from huggingface_hub import constants
-
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -92,8 +86,6 @@ def test_a_model_is_read_with_the_dtype_asked_for(files, saved):
 
 
 def test_an_adapter_is_read_upon_its_model(files):
-    from peft import AutoPeftModelForCausalLM
-
     model = load_model(str(files / "adapter"))
     expected = logits(AutoPeftModelForCausalLM.from_pretrained(files / "adapter"))
     assert torch.equal(logits(model), expected)
@@ -108,8 +100,6 @@ def test_an_adapter_can_be_trained_on(files):
 
 
 def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch):
-    from peft import auto
-
     asked = []
     monkeypatch.chdir(files)
     monkeypatch.setattr(

@@ -1,17 +1,14 @@
 """The depths that are compared, and students made of some of their teacher's blocks."""
 
+import peft
 import pytest
 import torch
 
+from lens_kernels.hf.model import families as fam
+from lens_kernels.hf.model import verification
+from lens_kernels.hf.model.layers import check_layers, uniform_layers
+from lens_kernels.hf.model.student import shallow_copy
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import families as fam  # noqa: E402
-from lens_kernels.hf.model import verification  # noqa: E402
-from lens_kernels.hf.model.layers import check_layers, uniform_layers  # noqa: E402
-from lens_kernels.hf.model.student import shallow_copy  # noqa: E402
-
-pytestmark = pytest.mark.hf
 
 
 @pytest.mark.parametrize(
@@ -141,7 +138,6 @@ def test_what_cannot_be_copied_is_refused():
 
 
 def test_an_adapted_teacher_is_copied_once_it_is_merged():
-    peft = pytest.importorskip("peft")
     teacher = peft.get_peft_model(tiny.model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match=r"q_proj.weight' is not one: merge its adapters"):
         shallow_copy(teacher, [1, 2])

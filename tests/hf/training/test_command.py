@@ -1,22 +1,18 @@
 """The command ``lens-kernels train`` on tiny models: options, files and errors."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import fields
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytest.importorskip("transformers")
-from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import LensDistillConfig, uniform_layers  # noqa: E402
-from lens_kernels.hf.model.loading import load_model  # noqa: E402
-from lens_kernels.hf.training import command  # noqa: E402
-from tests.support.commands import arguments, weights  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels import cli
+from lens_kernels.hf import LensDistillConfig, uniform_layers
+from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training import command
+from tests.support.commands import arguments, weights
 
 
 def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
@@ -33,8 +29,6 @@ def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, cap
     record = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
     assert "beta" not in record  # only what was chosen
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = min(tmp_path.glob("**/events.out.tfevents.*"))  # evaluation begins another
     reader = EventAccumulator(str(events))

@@ -1,19 +1,16 @@
 """Instruction data: what is read, what becomes of it, and where the labels lie."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import smollm2  # noqa: E402
-from lens_kernels.hf.training import data  # noqa: E402
-from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels.hf.model import smollm2
+from lens_kernels.hf.training import data
+from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -31,9 +28,6 @@ TALK = [
 
 def bpe(template=CHAT, bos=False, **special):
     """Return a byte-level BPE tokenizer whose merges cross line ends and words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()

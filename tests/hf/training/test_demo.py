@@ -1,23 +1,18 @@
 """The demo end to end on a tiny teacher, and the real teacher's conversion."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import warnings
 
 import pytest
 import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM
 
+from lens_kernels import cli
+from lens_kernels.hf.model import smollm2
+from lens_kernels.hf.training import demo, report
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf.model import smollm2  # noqa: E402
-from lens_kernels.hf.training import demo, report  # noqa: E402
-
-pytestmark = pytest.mark.hf
 
 
 @pytest.fixture
@@ -30,9 +25,6 @@ def tiny_teacher(monkeypatch):
 
 
 def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys, pictures):
-    from PIL import Image
-    from transformers import AutoModelForCausalLM
-
     assert cli.main(["demo", "--output", str(tmp_path), "--steps", "12"]) == 0
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["before"]) == {"ce", "kd", "lens_1", "lens_2"}

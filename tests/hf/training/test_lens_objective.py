@@ -1,19 +1,13 @@
 """The objective of two models on a batch, and what capturing their states leaves behind."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
+from lens_kernels.hf import LensObjective, capture
+from lens_kernels.hf.model.capture import replaced_forward
+from lens_kernels.hf.training.meter import evaluate
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from lens_kernels.hf import LensObjective, capture  # noqa: E402
-from lens_kernels.hf.model.capture import replaced_forward  # noqa: E402
-from lens_kernels.hf.training.meter import evaluate  # noqa: E402
-from tests.support.training import STUDENT, TEACHER, tokens  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from tests.support.training import STUDENT, TEACHER, tokens
 
 
 def test_hooks_are_gone_after_capture_even_after_an_error():

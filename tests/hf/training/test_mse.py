@@ -1,20 +1,16 @@
 """The baseline without lenses: what its matrices compute, learn, and where they are kept."""
 
-from __future__ import annotations
-
 import copy
 
+import peft
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from tests.support.training import (  # noqa: E402
+from tests.support.training import (
     STUDENT,
     TEACHER,
     batch_of,
@@ -25,7 +21,6 @@ from tests.support.training import (  # noqa: E402
     weights,
 )
 
-pytestmark = pytest.mark.hf
 MSE = {"mse_coeff": 0.5, "learning_rate": 0.01}
 
 
@@ -109,7 +104,6 @@ def test_sharded_checkpoints_do_not_keep_the_matrices(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_matrices_learn_beside_an_adapter(tmp_path, dtype):
-    peft = pytest.importorskip("peft")
     student = tiny.model(**STUDENT).to(dtype)
     student = peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     trainer = make_trainer(tmp_path, student=student, optim="adamw_torch", **MSE)

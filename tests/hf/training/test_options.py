@@ -1,22 +1,17 @@
 """Every option of ``lens-kernels train`` reaches its configuration, and what uses it there."""
 
-from __future__ import annotations
-
 from dataclasses import fields
 
 import pytest
 import torch
 
+from lens_kernels import cli
+from lens_kernels.hf import LensDistillConfig
+from lens_kernels.hf.training import command
 from tests.support import tiny
+from tests.support.commands import arguments, first_loss, weights, write_rows
+from tests.support.training import logged, trained
 
-pytest.importorskip("transformers")
-from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import LensDistillConfig  # noqa: E402
-from lens_kernels.hf.training import command  # noqa: E402
-from tests.support.commands import arguments, first_loss, weights, write_rows  # noqa: E402
-from tests.support.training import logged, trained  # noqa: E402
-
-pytestmark = pytest.mark.hf
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Each option of ours with values that are not its default; of a choice all others.
 GIVEN = {

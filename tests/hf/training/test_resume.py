@@ -1,19 +1,14 @@
 """``lens-kernels train`` given twice: a run resumes to the same end, or says why it cannot."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import LensDistillTrainer  # noqa: E402
-from lens_kernels.hf.training import command  # noqa: E402
-from tests.support.commands import arguments, weights  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels import cli
+from lens_kernels.hf import LensDistillTrainer
+from lens_kernels.hf.training import command
+from tests.support.commands import arguments, weights
 
 
 def interrupt(monkeypatch, argv, before_step):

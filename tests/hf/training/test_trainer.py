@@ -1,22 +1,17 @@
 """The Trainer: every option does what it says, and equal settings give equal steps."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
+from transformers import Trainer
 
 from lens_kernels import distillation_loss
+from lens_kernels.hf import LensDistillConfig, LensDistillTrainer, lens_head_from
+from lens_kernels.hf.training import meter
+from lens_kernels.hf.training.config import final_divergence
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from transformers import Trainer  # noqa: E402
-
-from lens_kernels.hf import LensDistillConfig, LensDistillTrainer, lens_head_from  # noqa: E402
-from lens_kernels.hf.training import meter  # noqa: E402
-from lens_kernels.hf.training.config import final_divergence  # noqa: E402
-from tests.support.training import (  # noqa: E402
+from tests.support.training import (
     STUDENT,
     TEACHER,
     assert_same_step,
@@ -29,7 +24,6 @@ from tests.support.training import (  # noqa: E402
     weights,
 )
 
-pytestmark = pytest.mark.hf
 START = tiny.model(**STUDENT).state_dict()
 
 

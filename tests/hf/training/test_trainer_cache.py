@@ -1,14 +1,10 @@
 """Training on a teacher's states from disk."""
 
-from __future__ import annotations
-
 import pytest
+from safetensors import safe_open
 
-pytest.importorskip("transformers")
-from lens_kernels.hf import LensDistillTrainer  # noqa: E402
-from tests.support.training import logged, make_trainer, trained, uneven_data  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels.hf import LensDistillTrainer
+from tests.support.training import logged, make_trainer, trained, uneven_data
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -62,8 +58,6 @@ def test_a_cache_of_mixed_precision_gives_the_same_training(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_states_are_kept_in_the_dtype_asked_for(tmp_path, dtype):
-    from safetensors import safe_open
-
     folder = tmp_path / "cache"
     options = {"teacher_cache": str(folder), "teacher_cache_dtype": dtype, "max_steps": 1}
     cached, plain = trained(tmp_path, **options), trained(tmp_path, max_steps=1)
