@@ -33,9 +33,7 @@ def test_only_the_trainers_own_data_can_be_had(tmp_path):
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] > 0
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] > 0
     with pytest.raises(TypeError, match="train_dataset of known length.* got a generator"):
-        make_trainer(
-            tmp_path, teacher_cache=str(tmp_path / "other"), data=(x for x in uneven_data())
-        )
+        make_trainer(tmp_path, teacher_cache=str(tmp_path / "o"), data=(x for x in uneven_data()))
 
 
 def test_a_cache_of_another_run_is_refused(tmp_path):
