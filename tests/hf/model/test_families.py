@@ -67,6 +67,8 @@ def test_last_block_read_through_the_lens_is_the_models_own_output(kind):
         torch.testing.assert_close(found, out.hidden_states[state])
     own = {id(parameter) for parameter in model.parameters()}
     assert all(id(tensor) in own for tensor in lens_head_from(model).tensors().values())
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        verification.verify_lens(tiny.model(kind).to(dtype))
 
 
 def test_scale_and_cap_are_the_configs_at_the_time_of_the_call():
@@ -114,12 +116,6 @@ def test_a_wrong_eps_is_refused_even_where_hidden_states_are_large(monkeypatch, 
         verification.verify_lens(model)
 
 
-@pytest.mark.parametrize("kind", KNOWN)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_verification_of_other_dtypes(kind, dtype):
-    verification.verify_lens(tiny.model(kind).to(dtype))
-
-
 def test_verification_of_a_small_vocabulary_and_of_a_head_that_starts_at_zero():
     model = tiny.model(vocab=3)  # there are more tokens in its text
     verification.verify_lens(model)
@@ -163,24 +159,17 @@ def test_a_family_can_be_registered(table):
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "error", "message"),
+    ("field", "value", "message"),
     [
-        ("blocks", 3, TypeError, r"Family\.blocks must be a string, got int"),
-        ("norm", None, TypeError, r"Family\.norm must be a string, got NoneType"),
-        ("norm_kind", "batch", ValueError, r"norm_kind='batch' is unknown; choose 'rms' or"),
-        ("norm_offset", "1", TypeError, r"Family\.norm_offset must be a number, got str"),
-        *(
-            (name, 2.0, TypeError, f"{name} must be a string or None, got float")
-            for name in ("logit_scale", "logit_divisor", "softcap")
-        ),
+        ("blocks", 3, r"Family\.blocks must be a string, got int"),
+        ("norm_kind", "batch", r"norm_kind='batch' is unknown; choose 'rms' or"),
+        ("norm_offset", "1", r"Family\.norm_offset must be a number, got str"),
+        *((x, 2.0, f"{x} must be a string or None") for x in ("logit_scale", "softcap")),
     ],
 )
-def test_what_cannot_be_a_family(table, field, value, error, message):
-    with pytest.raises(error, match=message):
+def test_what_cannot_be_a_family(table, field, value, message):
+    with pytest.raises((TypeError, ValueError), match=message):
         dataclasses.replace(table["llama"], **{field: value})
-
-
-def test_what_cannot_be_registered(table):
     with pytest.raises(TypeError, match="model_type must be a string, .* got type"):
         register_family(int, table["llama"])
     with pytest.raises(TypeError, match="family must be a Family, got dict"):
@@ -221,19 +210,17 @@ class Packed(torch.Tensor):
 @pytest.mark.parametrize(
     ("replace", "found"),
     [
-        (lambda x: nn.Parameter(x.data.to(torch.int8), requires_grad=False), "torch.int8"),
-        (lambda x: nn.Parameter(x.data.as_subclass(Packed)), "a Packed"),
-        (lambda x: nn.Parameter(x.data.to_sparse()), "sparse_coo"),
+        (lambda x: x.to(torch.int8), "torch.int8"),
+        (lambda x: x.as_subclass(Packed), "a Packed"),
+        (lambda x: x.to_sparse(), "sparse_coo"),
     ],
-    ids=["integer", "subclass", "sparse"],
 )
 @pytest.mark.parametrize("part", ["head", "final norm"])
 def test_weights_that_are_not_plain_are_refused(part, replace, found):
     model = tiny.model()
     module = model.lm_head if part == "head" else model.model.norm
-    weight = module.weight
-    del module.weight
-    module.weight = replace(weight)
+    weight = replace(module.weight.data)
+    module.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
     with pytest.raises(TypeError, match=f"weight of the model's {part} must be a dense.*{found}"):
         lens_head_from(model)
 
@@ -242,35 +229,29 @@ class Adapter(nn.Linear):
     """Not the nn.Linear that it looks like."""
 
 
-def register_nothing(norm):
+def parametrized(norm):
     nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    return norm
+
+
+def without_eps(norm):
+    del norm.variance_epsilon
+    return norm
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("part", "change", "message"),
     [
-        (
-            lambda m: setattr(m, "lm_head", Adapter(16, 64)),
-            "head is a Adapter, not a plain nn.Linear: merge",
-        ),
-        (
-            lambda m: register_nothing(m.model.norm),
-            "final norm is a .*not a plain norm with a weight: merge",
-        ),
-        (
-            lambda m: setattr(m.model, "norm", nn.LayerNorm(16, elementwise_affine=False)),
-            "LayerNorm, not a plain norm with a weight",
-        ),
-        (
-            lambda m: delattr(m.model.norm, "variance_epsilon"),
-            "LlamaRMSNorm, has neither variance_epsilon nor eps",
-        ),
+        ("lm_head", lambda x: Adapter(16, 64), "head is a Adapter, not a plain nn.Linear: merge"),
+        ("norm", parametrized, "final norm is a .*not a plain norm with a weight: merge"),
+        ("norm", lambda x: nn.LayerNorm(16, elementwise_affine=False), "LayerNorm, not a plain"),
+        ("norm", without_eps, "LlamaRMSNorm, has neither variance_epsilon nor eps"),
     ],
-    ids=["head", "parametrized", "without weight", "without eps"],
 )
-def test_modules_that_are_not_plain_are_refused(change, message):
+def test_modules_that_are_not_plain_are_refused(part, change, message):
     model = tiny.model()
-    change(model)
+    owner = model if part == "lm_head" else model.model
+    setattr(owner, part, change(getattr(owner, part)))
     with pytest.raises(TypeError, match=message):
         lens_head_from(model)
 

@@ -7,6 +7,7 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lens_kernels import cli
 from lens_kernels.hf.evaluation import generation
@@ -78,26 +79,16 @@ def received(monkeypatch, target, argv, result=None):
 
 RESULT = {"cross_entropy": 2.5, "rouge_l": 31.0, "rouge_l_std": None, "rouge_l_by_seed": {}}
 RESULT |= {"rows": 1, "skipped": 1}
-GIVEN = {
-    "model_path": "m",
-    "data_path": "d",
-    "output": "o",
-    "prompt_style": "chat",
-    "max_length": 5,
-    "max_prompt_length": 6,
-    "max_new_tokens": 7,
-    "batch_size": 3,
-    "seeds": [4, 2],
-    "do_sample": False,
-    "temperature": 0.5,
-    "top_p": 0.25,
-    "top_k": 9,
-    "no_repeat_ngram_size": 2,
-    "dtype": "bfloat16",
-    "device": "meta",
-    "allow_download": True,
-    "progress": False,
-}
+GIVEN = yaml.safe_load("""{
+model_path: m, data_path: d, output: o, prompt_style: chat, max_length: 5, max_prompt_length: 6,
+max_new_tokens: 7, batch_size: 3, seeds: [4, 2], do_sample: false, temperature: 0.5, top_p: 0.25,
+top_k: 9, no_repeat_ngram_size: 2, dtype: bfloat16, device: meta, allow_download: true,
+progress: false,
+}""")
+INSPECT = yaml.safe_load("""{
+text: some text, output: out, divergence: tvd, beta: 0.25, lens_norm: false, top_k: 2,
+max_tokens: 7, vocab_size: 60,
+}""")
 
 
 def test_eval_writes_its_files_and_prints_the_table(files, data, tmp_path, capsys):
@@ -134,18 +125,6 @@ def test_eval_says_what_does_not_fit(files, data, capsys, more, message):
     shown = capsys.readouterr()
     assert re.search(f"^lens-kernels eval: .*{re.escape(message)}", shown.err, re.MULTILINE)
     assert "cross entropy" not in shown.out
-
-
-INSPECT = {
-    "text": "some text",
-    "output": "out",
-    "divergence": "tvd",
-    "beta": 0.25,
-    "lens_norm": False,
-    "top_k": 2,
-    "max_tokens": 7,
-    "vocab_size": 60,
-}
 
 
 def test_inspect_writes_its_files(files, tmp_path, capsys):

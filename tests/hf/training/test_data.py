@@ -148,27 +148,16 @@ def test_an_empty_file_is_refused(write):
         read_rows(write(b"", b"\n"))
 
 
-@pytest.mark.parametrize(
-    ("given", "first", "section"),
-    [
-        ("", ". Write", ""),
-        (" ", ". Write", ""),
-        (
-            "It",
-            ", paired with an input that provides further context. Write",
-            "### Input:\nIt\n\n",
-        ),
-    ],
-)
-def test_alpaca_prompt(given, first, section):
-    tokenizer = bpe()
-    row = Row(1, ["yes", "no"], instruction="Say it.", input=given)
-    text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
+@pytest.mark.parametrize("given", ["", " ", "It"])
+def test_alpaca_prompt(given):
+    tokenizer, row = bpe(), Row(1, ["yes", "no"], instruction="Say it.", input=given)
+    more = ", paired with an input that provides further context" if given == "It" else ""
+    section = "### Input:\nIt\n\n" if given == "It" else ""
     prompt = (
-        f"Below is an instruction that describes a task{first} a response that appropriately"
+        f"Below is an instruction that describes a task{more}. Write a response that appropriately"
         f" completes the request.\n\n### Instruction:\nSay it.\n\n{section}### Response:\n"
     )
-    assert (text, learnt) == (prompt + "yes</s>", ["yes</s>"])
+    assert halves(tokenizer, encoded(row, tokenizer, "alpaca")) == (f"{prompt}yes</s>", ["yes</s>"])
 
 
 def test_no_token_straddles_the_border():
@@ -235,39 +224,24 @@ def test_a_turn_is_not_closed_by_a_token_that_is_merely_added():
     assert halves(tokenizer, encoded(row, tokenizer))[1] == ["call</tool></s>"]
 
 
+ASKED, TALKED = Row(7, ["yes"], instruction="Say it."), Row(7, ["two"], messages=TALK)
+
+
 @pytest.mark.parametrize(
-    ("template", "row", "message"),
+    ("old", "new", "row", "message"),
     [
-        (
-            CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}"),
-            Row(7, ["two"], messages=TALK),
-            r"line 7: .* before messages\[1\] differently once",
-        ),
-        (
-            CHAT.replace("{% for", "{{ messages | length > 2 }}{% for", 1),
-            Row(7, ["two"], messages=TALK),
-            r"messages\[3\] .*cut the conversation after its first",
-        ),
-        (
-            "{{ raise_exception('no users') }}",
-            Row(7, ["yes"], instruction="Say it."),
-            r"line 7: .* template refuses the messages \(no users\)",
-        ),
-        (
-            None,
-            Row(7, ["yes"], instruction="Say it."),
-            'line 7: .* no chat template: .* prompt_style="alpaca"',
-        ),
-        (
-            None,
-            Row(7, ["two"], messages=TALK),
-            "no chat template: .* or rows of prompt and completion",
-        ),
+        ("{{ m.content }}", "{{ m.content if loop.last }}", TALKED, r"messages\[1\] differently"),
+        ("{% for", "{{ messages | length > 2 }}{% for", TALKED, r"\[3\] .*cut the conversation"),
+        (CHAT, "{{ raise_exception('no users') }}", ASKED, r"refuses the messages \(no users\)"),
+        (CHAT, "", ASKED, 'no chat template: .* prompt_style="alpaca"'),
+        (CHAT, "", TALKED, "no chat template: .* or rows of prompt and completion"),
     ],
+    ids=["rewrites", "counts", "refuses", "missing", "missing for a talk"],
 )
-def test_a_template_that_rewrites_or_refuses_or_is_missing(template, row, message):
-    with pytest.raises(ValueError, match=message):
-        encoded(row, bpe(template))
+def test_a_template_that_rewrites_or_refuses_or_is_missing(old, new, row, message):
+    tokenizer = bpe(CHAT.replace(old, new, 1) or None)
+    with pytest.raises(ValueError, match=f"line 7: .*{message}"):
+        encoded(row, tokenizer, "alpaca" if "rows of" in message else "chat")
 
 
 def test_long_prompts_are_dropped_and_long_wholes_cut():
