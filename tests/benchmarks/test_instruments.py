@@ -8,7 +8,6 @@ import torch
 from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
-from lens_kernels import symmetric_lens_loss
 
 SLACK = MIB // 32  # scalars, and what PyTorch allocates the first time it does something
 
@@ -45,16 +44,6 @@ def test_both_instruments_count_temporaries_views_and_in_place_operators(functio
     for seen in watched(lambda: function(x)):
         assert seen.peak == pytest.approx(peak * MIB, abs=SLACK)
         assert seen.kept == pytest.approx(kept * MIB, abs=SLACK)
-
-
-def test_both_instruments_look_into_the_custom_operator():
-    """Its two tiles of logits, 16 MiB, live and die inside, beside 16 blocks of 1 MiB."""
-    tokens, vocab = 256, 8192
-    hidden = torch.randn(tokens, 16), torch.randn(tokens, 24)
-    heads = torch.randn(vocab, 16), torch.randn(vocab, 24)
-    for seen in watched(lambda: symmetric_lens_loss(*hidden, *heads)):
-        assert 16 * MIB < seen.peak < 32 * MIB + SLACK
-        assert seen.kept < MIB
 
 
 def test_rounds_are_interleaved_and_start_each_with_another(clock):

@@ -30,6 +30,18 @@ def _frozen():
     gc.unfreeze()
 
 
+@pytest.fixture
+def pictures():
+    """Ask for the picture of a run's loss."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request, monkeypatch):
+    """Leave the picture out, which takes longer than a tiny run, unless a test asks for it."""
+    if "pictures" not in request.fixturenames:
+        monkeypatch.setattr("lens_kernels.hf.training.report.loss_figure", lambda *_: None)
+
+
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
     """Return a folder with a student, a teacher, a model of another tokenizer, and data."""

@@ -16,34 +16,22 @@ from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.training.data import Collator, load_examples, read_rows
 from lens_kernels.version import __version__
 from tests.support import tiny
+from tests.support.commands import write_rows
 
 OPTIONS = {"max_prompt_length": 12, "max_new_tokens": 8, "seeds": (1, 2), "progress": False}
 
 
 @pytest.fixture
 def data(tmp_path):
-    path = tmp_path / "data.jsonl"
-    rows = [
-        {"prompt": "say it: ", "completion": "a b c"},
-        {"prompt": "a prompt that is too long", "completion": "a"},
-        {"prompt": "more", "completion": ["c d", "é"]},
-    ]
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return path
+    prompts = {"say it: ": "a b c", "a prompt that is too long": "a", "more": ["c d", "é"]}
+    write_rows(tmp_path / "data", [{"prompt": p, "completion": c} for p, c in prompts.items()])
+    return tmp_path / "data"
 
 
-@pytest.fixture
-def saved(tmp_path):
-    folder = tmp_path / "model"
-    tiny.model().save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_scores_answers_and_settings_are_returned_and_written(saved, data, tmp_path):
-    output = tmp_path / "out" / "deep"
+def test_scores_answers_and_settings_are_returned_and_written(files, data, tmp_path):
+    output, saved = tmp_path / "out" / "deep", files / "student"
     result = evaluate_model(saved, data, output=output, max_length=11, batch_size=2, **OPTIONS)
-    model, tokenizer = tiny.model(), tiny.tokenizer()
+    model, tokenizer = tiny.model(layers=3, seed=1), tiny.tokenizer()
     examples = load_examples(data, tokenizer, max_length=11, max_prompt_length=12, progress=False)
     rouge = evaluate_rouge(model, tokenizer, read_rows(data), no_repeat_ngram_size=6, **OPTIONS)
     ce = held_out_ce(model, examples, Collator(1))

@@ -52,22 +52,20 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append((tag, attrs))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
+        self.open += [tag] * (tag not in ("meta", "img"))
         if tag == "table" and attrs.get("class") == "lens":
             self.tables.append({})
             self.heads.append([])
-        if tag == "td":
-            self.cell = ["", attrs.get("class"), attrs.get("data-detail")]
+        if tag == "td" and "data-detail" in attrs:
+            cell = ["", attrs.get("class"), attrs["data-detail"]]
+            self.tables[-1].setdefault(self.row, []).append(cell)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-        if tag == "td" and self.tables and self.cell[2] is not None:
-            self.tables[-1].setdefault(self.row, []).append(self.cell)
 
     def handle_data(self, data):
-        if self.open[-1:] == ["td"]:
-            self.cell[0] += data
+        if self.open[-1:] == ["td"] and self.tables and self.tables[-1]:
+            self.tables[-1][self.row][-1][0] += data
         if self.open[-1:] == ["th"] and self.heads:
             self.heads[-1].append(data)
             self.row = data
@@ -167,8 +165,8 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
 def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
     relative = [c for c in inspected.comparisons if not c.trained]
     figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
-    legend = drawn[0]["untrained"].axes[0].get_legend()
-    assert [t.get_text() for t in legend.get_texts()] == ["equal relative depth"]
+    (text,) = drawn[0]["untrained"].axes[0].get_legend().get_texts()
+    assert text.get_text() == "equal relative depth"
 
 
 def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):

@@ -15,6 +15,7 @@ from lens_kernels.hf.inspection import inspect as inspecting
 from lens_kernels.hf.model import loading
 from lens_kernels.signature import argument_texts
 from tests.support import tiny
+from tests.support.commands import write_rows
 
 FILES = ["data.json", "divergence_by_depth.png", "inspect.html", "lens_student.png"]
 FILES += ["lens_teacher.png"]
@@ -23,10 +24,9 @@ FILES += ["lens_teacher.png"]
 @pytest.fixture
 def data(tmp_path):
     """Return a file of one row that is answered and one that is too long."""
-    path = tmp_path / "data.jsonl"
-    rows = [("say: ", "a b"), ("too long " * 3, "c")]
-    path.write_text("\n".join(json.dumps({"prompt": p, "completion": c}) for p, c in rows))
-    return path
+    prompts = {"say: ": "a b", "too long " * 3: "c"}
+    write_rows(tmp_path / "data", [{"prompt": p, "completion": c} for p, c in prompts.items()])
+    return tmp_path / "data"
 
 
 def as_arguments(options):

@@ -29,16 +29,11 @@ def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys, pictures):
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["before"]) == {"ce", "kd", "lens_1", "lens_2"}
     assert all(result["after"][key] < result["before"][key] for key in result["before"])
-
     shown = capsys.readouterr().out
-    for expected in (
-        "cross entropy",
-        "final reverse_kl",
-        "lens jsd, blocks 1 | 2",
-        f"{result['after']['ce']:.4f}",
-        "The saved student continues: import ",
-    ):
+    for expected in ("cross entropy", "final reverse_kl", "lens jsd, blocks 1 | 2"):
         assert expected in shown
+    assert f"{result['after']['ce']:.4f}" in shown
+    assert "The saved student continues: import " in shown
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     assert student.config.num_hidden_layers == 3
     assert not torch.equal(student.lm_head.weight, tiny.model(layers=6).lm_head.weight)
