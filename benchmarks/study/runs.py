@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,9 @@ def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machin
         for settings in dict.fromkeys(run.teacher for run in wanted):
             pool.submit(_teacher_and_judge, settings, folder).exception()
             print(f"{_minutes(started)}  teacher {settings.key} is there", flush=True)
-        futures = {pool.submit(one, run, folder, shared_machine): run for run in wanted}
+        futures: dict[Future[dict[str, Any]], Run] = {
+            pool.submit(one, run, folder, shared_machine): run for run in wanted
+        }
         for number, future in enumerate(as_completed(futures), 1):
             result, run = future.result(), futures[future]
             append(path, result)

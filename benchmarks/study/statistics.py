@@ -59,7 +59,8 @@ class Compared:
     deviation: float
     percent: Difference | None
     reached: float | None  # share of the steps after which the baseline's end is reached
-    cpu_ms: float
+    cpu_ms: float  # of a step
+    cost: float | None  # of a step, in steps of the baseline
 
 
 def compare(
@@ -83,17 +84,22 @@ def compare(
         values = [float(row[metric]) for row in own.values()]
         base = _of(by_label[arm.versus], results, seeds) if arm.versus else {}
         both = [seed for seed in own if seed in base]
-        percent, reached = None, None
+        percent, reached, cost = None, None, None
         if both:
             scales = [1.0 if absolute else 0.01 * float(base[s][metric]) for s in both]
             gaps = [float(own[s][metric]) - float(base[s][metric]) for s in both]
             percent = difference([gap / x for gap, x in zip(gaps, scales, strict=True)])
             reached = _share_to_reach([(own[s], base[s]) for s in both])
+            cost = statistics.median(_cpu_ms(own[s]) / _cpu_ms(base[s]) for s in both)
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        cpu_ms = statistics.median(float(row["cpu_ms_per_step"]) for row in own.values())
+        cpu_ms = statistics.median(map(_cpu_ms, own.values()))
         mean = statistics.fmean(values)
-        found.append(Compared(arm, tuple(own), mean, deviation, percent, reached, cpu_ms))
+        found.append(Compared(arm, tuple(own), mean, deviation, percent, reached, cpu_ms, cost))
     return found
+
+
+def _cpu_ms(row: Mapping[str, str]) -> float:
+    return float(row["cpu_ms_per_step"])
 
 
 def _of(arm: Arm, results: Results, seeds: Sequence[int]) -> dict[int, Mapping[str, str]]:
