@@ -65,11 +65,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.report:
         report.publish(args.csv or args.out / "runs.csv")
         return
-    wanted = [run for group in chosen for run in group.runs(seeds)]
-    runs.do(wanted, args.out, args.jobs, args.threads, args.shared)
-    results = runs.read(args.out / "runs.csv")
     for group in chosen:
-        print(f"\n{group.question}\n\n{report.table(group, results, seeds)}")
+        runs.do(group.runs(seeds), args.out, args.jobs, args.threads, args.shared)
+        results = runs.read(args.out / "runs.csv")
+        print(f"\n{group.question}\n\n{report.table(group, results, seeds)}", flush=True)
 
 
 if __name__ == "__main__":

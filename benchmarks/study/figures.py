@@ -49,6 +49,8 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         style["linestyle"] = ("-", "--", ":")[number // len(STUDENTS) % 3]
         right.plot(*zip(*points, strict=True), label=arm.label, **style)
     right.set_yscale("log")
+    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
+        axis("{x:g}")
     right.set_xlabel("steps")
     right.legend(fontsize=6.5, frameon=False)
     _finish(right, "KL(teacher, student) on held-out text, mean of the seeds", "both")

@@ -30,21 +30,17 @@ COLUMNS = [
 ]
 
 
-def line(values: dict[str, Any]) -> str:
-    """Return a result as a line of the CSV."""
-    text = io.StringIO()
-    csv.DictWriter(text, COLUMNS, lineterminator="\n").writerow(values)
-    return text.getvalue()
-
-
 def append(path: Path, values: dict[str, Any]) -> None:
     """Add a result: a whole line or nothing, whoever else writes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    with path.open("a", newline="", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         if file.tell() == 0:
-            file.write(",".join(COLUMNS) + "\n")
-        file.write(line(values))
+            writer.writeheader()
+        writer.writerow(values)
+        file.write(text.getvalue())
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
@@ -59,6 +55,13 @@ def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, An
     teacher = models.load_teacher(settings, folder)
     held_out = data.load(settings.text, folder).held_out
     return teacher, judge.Judge.of(teacher, held_out)
+
+
+def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
+    """Train a teacher before several processes would, each for itself."""
+    from benchmarks.study import models
+
+    models.load_teacher(settings, folder)
 
 
 def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
@@ -79,30 +82,23 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     started = time.perf_counter()
     rows = data.load(run.teacher.text, folder).train
     cpu_ms = models.train(student, teacher, run, rows, folder, at_step)
-    final = judge.final(student)
+    final, lenses = judge.final(student), judge.by_depth(student)
     kept = folder / "students" / f"{run.key}.pt"
     kept.parent.mkdir(exist_ok=True)
     torch.save(student.state_dict(), kept)  # so that it can be judged again
-    versions = {"transformers": environment.version_of("transformers")}
+    found = environment.environment(environment.CPU)
+    found["transformers"] = environment.version_of("transformers")
     return {
         "key": run.key,
-        **{k: json.dumps(v) if isinstance(v, dict | list | tuple) else v for k, v in _plain(run)},
+        **{k: json.dumps(v) if isinstance(v, dict | tuple) else v for k, v in asdict(run).items()},
         **{name: f"{value:.6g}" for name, value in final.items()},
         "curve": json.dumps(curve),
-        "by_depth": json.dumps([_short(each) for each in judge.by_depth(student)]),
+        "by_depth": json.dumps([_short(each) for each in lenses]),
         "cpu_ms_per_step": round(cpu_ms, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "shared_machine": shared_machine,
-        **{
-            k: v
-            for k, v in (environment.environment(environment.CPU) | versions).items()
-            if k in COLUMNS
-        },
+        **{name: value for name, value in found.items() if name in COLUMNS},
     }
-
-
-def _plain(run: Run) -> Iterable[tuple[str, Any]]:
-    return asdict(run).items()
 
 
 def _short(values: dict[str, float]) -> dict[str, float]:
@@ -127,19 +123,24 @@ def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machin
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _prepare, (threads,)) as pool:
         for settings in dict.fromkeys(run.teacher for run in wanted):
-            pool.submit(_teacher_and_judge, settings, folder).exception()
+            pool.submit(_make_teacher, settings, folder).result()
             print(f"{_minutes(started)}  teacher {settings.key} is there", flush=True)
         futures: dict[Future[dict[str, Any]], Run] = {
             pool.submit(one, run, folder, shared_machine): run for run in wanted
         }
+        failed = []
         for number, future in enumerate(as_completed(futures), 1):
-            result, run = future.result(), futures[future]
+            begin = f"{_minutes(started)}  {number} of {len(wanted)}: {describe(futures[future])}"
+            if error := future.exception():
+                failed.append(error)
+                print(f"{begin}  FAILED: {error!r}", flush=True)
+                continue
+            result = future.result()
             append(path, result)
-            print(
-                f"{_minutes(started)}  {number} of {len(wanted)}: {describe(run)}"
-                f"  KL {float(result['kl']):.4f}, {result['seconds']:.0f} s",
-                flush=True,
-            )
+            end = f"KL {float(result['kl']):.4f}, {result['seconds']:.0f} s"
+            print(f"{begin}  {end}", flush=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed") from failed[0]
 
 
 def describe(run: Run) -> str:

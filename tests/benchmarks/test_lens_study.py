@@ -127,24 +127,30 @@ def test_calibration_error_by_hand():
     assert judge._calibration_error(confidence, hit) == pytest.approx(expected)
 
 
-def test_a_run_is_done_once(tmp_path, monkeypatch, capsys):
-    class Pool:
-        def __init__(self, *args):
-            self.done = []
+class Pool:
+    """Calls at once, in this process."""
 
-        def __enter__(self):
-            return self
+    def __init__(self, *args):
+        pass
 
-        def __exit__(self, *args):
-            pass
+    def __enter__(self):
+        return self
 
-        def submit(self, function, *args):
-            future = runs.Future()
+    def __exit__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        future = runs.Future()
+        try:
             future.set_result(function(*args))
-            return future
+        except ArithmeticError as error:
+            future.set_exception(error)
+        return future
 
+
+def test_a_run_is_done_once(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(runs, "_teacher_and_judge", lambda *args: None)
+    monkeypatch.setattr(runs, "_make_teacher", lambda *args: None)
     monkeypatch.setattr(runs, "one", lambda run, *args: result(run, 0.5) | {"seconds": 2.0})
     wanted = [Run(seed=seed) for seed in (1, 2, 2)]
     runs.do(wanted[:1], tmp_path, 1, 1, False)
@@ -155,6 +161,21 @@ def test_a_run_is_done_once(tmp_path, monkeypatch, capsys):
     assert [*runs.read(tmp_path / "runs.csv")] == [run.key for run in wanted[:2]]
     runs.do(wanted, tmp_path, 1, 1, False)
     assert (tmp_path / "runs.csv").read_text() == after
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def one(run, *args):
+        if run.seed == 1:
+            raise ArithmeticError("broken")
+        return result(run, 0.5) | {"seconds": 2.0}
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs, "_make_teacher", lambda *args: None)
+    monkeypatch.setattr(runs, "one", one)
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        runs.do([Run(seed=1), Run(seed=2)], tmp_path, 1, 1, False)
+    assert [*runs.read(tmp_path / "runs.csv")] == [Run(seed=2).key]
+    assert "broken" in capsys.readouterr().out
 
 
 def test_differences_by_hand():
