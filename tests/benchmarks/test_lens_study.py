@@ -243,14 +243,12 @@ def test_the_page_is_made_of_the_results(tmp_path, figures):
 
 @pytest.mark.slow
 def test_distillation_helps_and_the_lens_helps_it(tmp_path, capsys):
-    """A lens without effect by a fault would be seen: the judge shares no code with the loss."""
-    out = str(tmp_path)
-    lens_study.main(["--quick", "--jobs", "1", "--out", out])
+    """A fault that leaves a lens without effect is seen: the judge shares no code with the loss."""
+    lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")
     kd, lens, sft = (found[run.key] for run in groups.quick().runs())
-    assert float(lens["kl"]) < 0.98 * float(kd["kl"])
-    assert float(kd["kl"]) < 0.8 * float(sft["kl"])
-    for with_lens, without in zip(
-        *(json.loads(x["by_depth"])[:2] for x in (lens, kd)), strict=True
-    ):
-        assert with_lens["jsd"] < 0.5 * without["jsd"]
+    assert float(kd["kl"]) < 0.85 * float(sft["kl"])
+    assert float(lens["kl"]) < 0.97 * float(kd["kl"])
+    pairs = zip(*(json.loads(row["by_depth"])[:2] for row in (lens, kd)), strict=True)
+    for with_lens, without in pairs:
+        assert with_lens["jsd"] < 0.85 * without["jsd"]
