@@ -62,9 +62,9 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
     """Draw entropy, divergence and overconfidence of the lenses by depth."""
     panels = {
         "entropy_student": "entropy, nats",
-        "kl": "KL(teacher, student), nats: missed mass",
-        "reverse_kl": "KL(student, teacher), nats: mass too many",
-        "overconfident": "share of tokens more confident than the teacher",
+        "kl": "KL(teacher, student): missed mass",
+        "reverse_kl": "KL(student, teacher): excess mass",
+        "overconfident": "share more confident than the teacher",
     }
     drawn = _canvas(13.5, 3.9)
     handles: dict[str, Any] = {}

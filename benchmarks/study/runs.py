@@ -73,7 +73,7 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     teacher, judge = _teacher_and_judge(run.teacher, folder)
     student = models.new_student(run, teacher)
     curve: dict[int, float] = {}
-    every = max(1, run.steps // EVALUATIONS)
+    every = -(-run.steps // EVALUATIONS)
 
     def at_step(step: int) -> None:
         if step % every == 0 or step == run.steps:
