@@ -68,7 +68,7 @@ def _main(name: str, question: str, seeds: tuple[int, ...]) -> Group:
 
 
 def _rate(name: str, question: str, run: Run) -> Group:
-    rates = (RATE, 2 * RATE, RATE / 2, 4 * RATE)
+    rates = (RATE / 2, RATE, 2 * RATE)
     chosen = f"{RATE:g}"
     arms = [Arm(f"{x:g}", replace(run, rate=x), None if x == RATE else chosen) for x in rates]
     return Group(name, question, tuple(arms), (0,))
