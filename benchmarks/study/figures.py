@@ -1,4 +1,4 @@
-"""The pictures of the study, each as SVG and PNG, drawn from its results alone."""
+"""The pictures of the study, drawn from its results alone."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ import torch
 
 from benchmarks.study import statistics
 from benchmarks.study.groups import DIVERGENCES, GROUPS, SAID, Group
-from benchmarks.support.plot import GREY, STUDENTS
-from lens_kernels import symmetric_lens_loss
+from benchmarks.support import plot
+from lens_kernels import pictures, symmetric_lens_loss
 
-VERDICTS = {"lower": "#009E73", "higher": "#D55E00"}
-GREYISH = "#555555"
+ARMS = (*plot.STUDENTS, pictures.SKY)
+VERDICTS = {"lower": pictures.GREEN, "higher": pictures.VERMILION}
 
 
+@pictures.styled
 def forest(group: Group, results: statistics.Results, folder: Path) -> Path | None:
     """Draw the differences of a group from their baselines, and KL by steps."""
     found = [x for x in statistics.compare(group, results) if x.percent is not None]
     if not found:
         return None
-    drawn = _canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
+    drawn = pictures.canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])
     for height, each in enumerate(reversed(found)):
         assert each.percent is not None
-        colour = VERDICTS.get(each.percent.verdict, GREYISH)
+        colour = VERDICTS.get(each.percent.verdict, pictures.GREY)
         if each.percent.student_t is not None:
             left.plot(each.percent.student_t, [height] * 2, color=colour, lw=1.2)
         if each.percent.bootstrap is not None:
@@ -45,19 +46,20 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         points = statistics.mean_curve(arm, results, group.seeds)
         if not points:
             continue
-        style = {"color": STUDENTS[number % len(STUDENTS)], "lw": 1.4}
-        style["linestyle"] = ("-", "--", ":")[number // len(STUDENTS) % 3]
+        style = {"color": ARMS[number % len(ARMS)], "lw": 1.4}
+        style["linestyle"] = ("-", "--", ":")[number // len(ARMS) % 3]
         right.plot(*zip(*points, strict=True), label=arm.label, **style)
     right.set_yscale("log")
     for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
         axis("{x:g}")
     right.set_xlabel("steps")
-    right.legend(fontsize=6.5, frameon=False)
+    right.legend(fontsize=6.5)
     _finish(right, "KL(teacher, student) on held-out text, mean of the seeds", "both")
     drawn.suptitle(group.question)
     return _save(drawn, folder, f"study_{group.name}")
 
 
+@pictures.styled
 def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | None:
     """Draw entropy, divergence and overconfidence of the lenses by depth."""
     panels = {
@@ -66,14 +68,14 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
         "reverse_kl": "KL(student, teacher): excess mass",
         "overconfident": "share more confident than the teacher",
     }
-    drawn = _canvas(13.5, 3.9)
+    drawn = pictures.canvas(13.5, 3.9)
     handles: dict[str, Any] = {}
     for axis, (metric, label) in zip(drawn.subplots(1, len(panels)), panels.items(), strict=True):
         for number, arm in enumerate(group.arms):
             points = statistics.by_depth(arm, results, group.seeds, metric)
             if not points:
                 continue
-            colour = STUDENTS[number % len(STUDENTS)]
+            colour = ARMS[number % len(ARMS)]
             (handles[arm.label],) = axis.plot(*zip(*points, strict=True), "o-", color=colour, ms=4)
             if metric == "entropy_student":
                 other = statistics.by_depth(arm, results, group.seeds, "entropy_teacher")
@@ -84,16 +86,17 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
         _finish(axis, label, "both")
     if not handles:
         return None
-    drawn.legend(handles.values(), handles, loc="outside lower center", ncols=4, frameon=False)
+    drawn.legend(handles.values(), handles, loc="outside lower center", ncols=4)
     return _save(drawn, folder, "study_depth")
 
 
+@pictures.styled
 def penalties(folder: Path, teacher: float = 0.2) -> Path:
     """Draw what each divergence asks of a student's probability of one of two outcomes."""
     q = torch.linspace(0.001, 0.999, 999)
-    drawn = _canvas(11, 4)
+    drawn = pictures.canvas(11, 4)
     left, right = drawn.subplots(1, 2)
-    for name, colour in zip(DIVERGENCES, STUDENTS, strict=True):
+    for name, colour in zip(DIVERGENCES, ARMS, strict=True):
         logits = torch.stack([q.log(), (1 - q).log()], 1).requires_grad_(True)
         p = torch.tensor([teacher, 1 - teacher]).log().expand(len(q), 2).contiguous()
         head = torch.eye(2)
@@ -108,31 +111,18 @@ def penalties(folder: Path, teacher: float = 0.2) -> Path:
         axis.set_xlabel(f"student's probability; the teacher's is {teacher:g} (dotted)")
         _finish(axis, label, "both")
     left.set_ylim(0, 1.5)
-    left.legend(fontsize=8, frameon=False)
+    left.legend(fontsize=8)
     return _save(drawn, folder, "study_penalties")
-
-
-def _canvas(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def _finish(axis: Any, title: str, grid: str) -> None:
     axis.set_title(title, fontsize=9)
-    axis.grid(axis=grid, **GREY)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(visible=True, axis=grid)
 
 
 def _save(drawn: Any, folder: Path, name: str) -> Path:
-    """Write both files, the same ones for the same results, and return the SVG's path."""
-    import matplotlib
-
     folder.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"svg.hashsalt": "lens_study"}):
-        drawn.savefig(folder / f"{name}.svg", metadata={"Date": None})
-    drawn.savefig(folder / f"{name}.png")
+    pictures.save(drawn, folder / f"{name}.png")
     return folder / f"{name}.svg"
 
 

@@ -9,6 +9,7 @@ from lens_kernels.hf.model import verification
 from lens_kernels.hf.model.layers import check_layers, uniform_layers
 from lens_kernels.hf.model.student import shallow_copy
 from tests.support import tiny
+from tests.support.compare import assert_close
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_a_shallow_copy_is_the_teacher_without_the_other_blocks(kind, tied):
     assert teacher.config.get_text_config().num_hidden_layers == 5
     expected = skipping(teacher, [2, 3, 5], ids)
     with torch.no_grad():
-        torch.testing.assert_close(student(ids).logits, expected)
+        assert_close(student(ids).logits, expected, 1e-5)
         assert (teacher(ids).logits - expected).abs().max() > 0.05 * expected.abs().max()
     head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
     assert (head.weight is embedding.weight) == tied
