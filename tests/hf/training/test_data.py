@@ -94,24 +94,24 @@ def test_rows_of_each_format(write):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object a line"),
+        (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object per line"),
         (b'{"prompt": "\xff"}', "byte 13 is not UTF-8: save the file as UTF-8"),
         ([1], "a list: expected a JSON object"),
         ({"instruction": "a"}, r"keys \['instruction'\]: expected instruction and output, or"),
-        ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of these"),
-        ({"prompt": "a", "completion": "b"}, "prompt and completion in a file of instruction and"),
+        ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of them"),
+        ({"prompt": "a", "completion": "b"}, "'prompt and completion' in a file of 'instruction"),
         ({**INSTRUCTION, "instruction": 3}, "instruction is a int: expected a string"),
         ({**INSTRUCTION, "instruction": " "}, "instruction is empty: expected text"),
         ({**INSTRUCTION, "input": None}, "input is a NoneType: expected a string"),
         ({**INSTRUCTION, "output": "\n"}, "output is empty: expected text"),
         ({**INSTRUCTION, "output": []}, "output is an empty list: expected at least one string"),
         ({**INSTRUCTION, "output": ["a", 1]}, r"output\[1\] is a int: expected a string"),
-        ({**INSTRUCTION, "output": "\ud800"}, "output holds half a surrogate pair: expected whole"),
+        ({**INSTRUCTION, "output": "\ud800"}, "output contains half a surrogate pair: expected"),
     ],
 )
 def test_a_bad_line_is_named(write, line, message):
     path = write(INSTRUCTION, line)
-    with pytest.raises(ValueError, match=f"lines that cannot be used:\n{path}:2: {'.*' + message}"):
+    with pytest.raises(ValueError, match=f"invalid lines:\n{path}:2: {'.*' + message}"):
         read_rows(path)
 
 
@@ -119,14 +119,14 @@ def test_a_bad_line_is_named(write, line, message):
     ("messages", "message"),
     [
         ("hello", "messages is a str: expected a list of messages"),
-        ([*TALK, {"role": "user"}], r"messages\[4\] is not an object with role and content"),
-        ([*TALK, "hello"], r"messages\[4\] is not an object with role and content"),
+        ([*TALK, {"role": "user"}], r"messages\[4\] is invalid: expected an object with"),
+        ([*TALK, "hello"], r"messages\[4\] is invalid: expected an object with"),
         ([{**TALK[0], "role": "tool"}], r"\[0\].role is 'tool': expected one of system, user, ass"),
         ([{**TALK[0], "content": None}], r"messages\[0\].content is a NoneType: expected a string"),
         ([TALK[0], {**TALK[1], "content": ""}], r"messages\[1\].content is empty: expected text"),
-        (TALK[:1], "messages hold no assistant turn: expected at least one"),
-        ([], "messages hold no assistant turn: expected at least one"),
-        (TALK[1:], "messages begin with an assistant turn: expected a prompt in front of it"),
+        (TALK[:1], "messages has no assistant turn: expected at least one"),
+        ([], "messages has no assistant turn: expected at least one"),
+        (TALK[1:], "messages starts with an assistant turn: expected a prompt before it"),
     ],
 )
 def test_bad_messages_are_named(write, messages, message):
@@ -145,7 +145,7 @@ def test_bad_lines_come_together_and_ten_at_most(write):
 
 
 def test_an_empty_file_is_refused(write):
-    with pytest.raises(ValueError, match="data.jsonl is empty: expected one JSON object a line"):
+    with pytest.raises(ValueError, match="data.jsonl is empty: expected one JSON object per line"):
         read_rows(write(b"", b"\n"))
 
 
@@ -250,20 +250,20 @@ def test_a_turn_is_not_closed_by_a_token_that_is_merely_added():
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     only_last = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}")
-    with pytest.raises(ValueError, match=r"line 7: .* before messages\[1\] differently once"):
+    with pytest.raises(ValueError, match=r"line 7: .* changes the text before messages\[1\]"):
         encoded(Row(7, ["two"], messages=TALK), bpe(only_last))
     counts = CHAT.replace("{% for", "{{ messages | length > 2 }}{% for", 1)
-    with pytest.raises(ValueError, match=r"messages\[3\] .*cut the conversation after its first"):
+    with pytest.raises(ValueError, match=r"messages\[3\] .*end the conversation after its first"):
         encoded(Row(7, ["two"], messages=TALK), bpe(counts))
 
 
 def test_a_template_that_refuses_or_is_missing():
     row = Row(7, ["yes"], instruction="Say it.")
-    with pytest.raises(ValueError, match=r"line 7: .* template refuses the messages \(no users\)"):
+    with pytest.raises(ValueError, match=r"line 7: .* template rejects the messages \(no users\)"):
         encoded(row, bpe("{{ raise_exception('no users') }}"))
     with pytest.raises(ValueError, match='line 7: .* no chat template: .* prompt_style="alpaca"'):
         encoded(row, bpe(None))
-    with pytest.raises(ValueError, match="no chat template: .* or rows of prompt and completion"):
+    with pytest.raises(ValueError, match="no chat template: .* or rows with prompt and completion"):
         encoded(Row(7, ["two"], messages=TALK), bpe(None), "alpaca")
 
 
@@ -306,7 +306,7 @@ def test_options_are_checked(options, kind, message):
 
 
 def test_a_tokenizer_without_eos_is_refused():
-    with pytest.raises(ValueError, match="no eos_token, which ends responses: set tokenizer.eos_"):
+    with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
 
 
