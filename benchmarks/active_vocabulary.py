@@ -2,17 +2,15 @@
 
     python benchmarks/active_vocabulary.py --teacher DIR --data FILE.jsonl --trained FOLDER ...
 
-``--trained`` names what ``lens-kernels train`` wrote for students cut from the teacher. Each is
-taken in two states: before training, as its blocks are cut from the teacher, and after. Runs that
-began alike share the first. In each state two groups are judged: all lens pairs in one call (JSD,
-through the norm), and the final hidden states alone (forward KL).
+``--trained`` names folders of ``lens-kernels train`` whose students were cut from the teacher. Each
+student is judged before training (runs that began alike share this state) and after, in two groups:
+all lens pairs in one call (JSD, through the norm), and the final states alone (forward KL).
 
-The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm; for hidden gradients, the
-largest over the pairs. ``bf16_rounding`` is the error of the exact gradients rounded to bfloat16;
-for hidden gradients, the smallest over the pairs: the stricter yardstick.
-Times are of loss and backward on the same inputs, interleaved; a ratio to the floor (the four
-products of each pair) is taken within each round, and its median counts. Groups that are in the
-CSV already are not measured again.
+The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm, for hidden states the largest
+over the pairs. ``bf16_rounding`` is the error of rounding the exact gradients to bfloat16, for
+hidden states the smallest over the pairs: the stricter yardstick. Times are of loss and backward,
+interleaved; the ratio to the floor is the median of the ratios within the rounds. Groups that are
+in the CSV already are not measured again.
 """
 
 from __future__ import annotations
@@ -36,6 +34,7 @@ if not __package__:
     import checkout  # noqa: F401
 
 from benchmarks.support import environment, plot, products, tables, timing
+from benchmarks.support.plot import SMALL_ERROR, WANTED_RATIO
 from benchmarks.support.shapes import Inputs, Job
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends import head_products
@@ -51,7 +50,6 @@ from lens_kernels.inputs import IGNORE_INDEX
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
 WRONG = 0.1  # an error above which nothing is timed
-SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # what a threshold must reach to be worth its while
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -131,9 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     wanted = {*map(str, args.thresholds)}
     for trained, chosen in zip(students, examples, strict=True):
         batch = Collator(padding_id(tokenizer))(chosen)
-        states = ["after"] if trained.beginning() in begun else ["before", "after"]
-        begun.add(trained.beginning())
-        for state in states:
+        for state in ("after",) if trained.beginning() in begun else ("before", "after"):
             keys = [(trained.folder.name, state, group) for group in GROUPS]
             lacking = [key for key in keys if not wanted <= {r["threshold"] for r in done[key]}]
             if not lacking:
@@ -143,15 +139,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             for key in lacking:
                 print(" ".join(key), flush=True)
                 names: Row = dict(zip(("run", "state", "group"), key, strict=True))
-                names["student_blocks"] = " ".join(map(str, trained.blocks))
-                measured = measure(groups[key[2]], args.thresholds, args.rounds, names)
-                done[key] = [row | conditions for row in measured]
+                names |= {"student_blocks": " ".join(map(str, trained.blocks)), **conditions}
+                done[key] = measure(groups[key[2]], args.thresholds, args.rounds, names)
                 tables.write_csv(path, [row for rows in done.values() for row in rows])
+        begun.add(trained.beginning())
     rows = [row for rows in done.values() for row in rows]
     print()
     tables.print_rows([row for row in rows if row["threshold"] != "floor"], SHOWN.split())
     print("\n" + "\n".join(verdicts(rows)))
-    picture = plot.active_vocabulary(path, SMALL_ERROR, WANTED_RATIO, png=args.figure)
+    picture = plot.active_vocabulary(path, png=args.figure)
     print(f"{path}\n{picture}\n{time.perf_counter() - start:.0f} s")
 
 
@@ -165,12 +161,10 @@ def threshold_of(text: str) -> Threshold:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments."""
-    parser = environment.parser(__doc__, on_device=False)
+    parser = environment.parser(__doc__, on_device=False, tokens=1024, rounds=3)
     parser.add_argument("--teacher", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
     parser.add_argument("--trained", type=Path, required=True, nargs="+", metavar="FOLDER")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up")
     parser.add_argument("--thresholds", type=threshold_of, nargs="+", default=THRESHOLDS)
     parser.add_argument("--figure", type=Path, metavar="PNG", help="default: beside the CSV")
     return parser.parse_args(argv)
@@ -261,14 +255,12 @@ def watched() -> Iterator[dict[str, float]]:
 
 def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Return the relative error of each gradient."""
-    return [
-        float((a.double() - b.double()).norm() / b.double().norm())
-        for a, b in zip(found, exact, strict=True)
-    ]
+    pairs = zip(found, exact, strict=True)
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
 
 
 def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
-    """Return by name the yardstick, and what the exact gradients and those of thresholds are.
+    """Return errors and shares by name: of the yardstick, of exact gradients, of thresholds.
 
     Raises:
         RuntimeError: A threshold is wrong by more than a tenth, or something is not a number.
@@ -281,9 +273,9 @@ def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
         with watched() as seen:
             found = group.gradients(threshold)
         *hidden, head = errors(found, exact)
-        by_name = {f"hidden state {i}": error for i, error in enumerate(hidden)} | {"head": head}
-        for what, error in by_name.items():
-            if not error <= WRONG:  # not "above": a NaN is to be seen
+        names = [*(f"hidden state {i}" for i in range(len(hidden))), "head"]
+        for what, error in zip(names, (*hidden, head), strict=True):
+            if not error <= WRONG:  # written so that NaN is refused too
                 raise RuntimeError(
                     f"grad_threshold {threshold} gives the gradient of the {what} a relative"
                     f" error of {error:.2g}, and nothing above {WRONG} is timed: pass smaller"
@@ -323,30 +315,32 @@ def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: R
     times = timed(group, thresholds, rounds)
     (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
     job = Job(0, vocab, len(group.inputs.student_hidden), width, teacher_width)
-    same = job.columns() | names | {"divergence": group.divergence}
+    same = job.columns() | {"divergence": group.divergence, **names}
+    columns = " ".join(dict.fromkeys([*COLUMNS.split(), *names]))
     return [
-        tables.row(COLUMNS, same, {"threshold": name}, judged.get(name, {}), times.get(name, {}))
+        tables.row(columns, same, {"threshold": name}, judged.get(name, {}), times.get(name, {}))
         for name in ("floor", *judged)
     ]
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Say for each lens state how quick a threshold of small errors is."""
-    lens = [row for row in rows if row["group"] == "lens" and row["used_share"]]
-    good: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for row in lens:
-        found = good.setdefault((row["run"], row["state"]), [])
-        error = max(float(row["hidden_error"]), float(row["head_error"]))
-        if row["threshold"] != "exact" and error < SMALL_ERROR:
-            found.append((float(row["ratio_to_floor"]), row["threshold"]))
+    """Say for each lens state which threshold of small errors is the quickest."""
+    quickest: dict[str, tuple[float, str] | None] = {}
+    for row in rows:
+        if row["group"] != "lens" or not row["used_share"]:
+            continue
+        best = quickest.setdefault(f"{row['run']} {row['state']}", None)
+        found = float(row["ratio_to_floor"]), row["threshold"]
+        small = max(float(row["hidden_error"]), float(row["head_error"])) < SMALL_ERROR
+        if small and row["threshold"] != "exact" and (best is None or found < best):
+            quickest[f"{row['run']} {row['state']}"] = found
     lines = []
-    for (run, state), found in good.items():
+    for state, best in quickest.items():
         said = "no threshold"
-        if found:
-            ratio, threshold = min(found)
-            met = "is" if ratio < WANTED_RATIO else "is not"
-            said = f"{ratio:.3f} of the floor at {threshold}, which {met} below {WANTED_RATIO:.2f}"
-        lines.append(f"{run} {state}, lens, both errors below {SMALL_ERROR:g}: {said}")
+        if best:
+            met = "is" if best[0] < WANTED_RATIO else "is not"
+            said = f"{best[0]:.3f} of the floor at {best[1]}, which {met} below {WANTED_RATIO:.2f}"
+        lines.append(f"{state}, lens, both errors below {SMALL_ERROR:g}: {said}")
     return lines
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_report.py                  every variant, bf16, all architectures
     python benchmarks/kernel_report.py --arch sm_90 --dtype float16
-    python benchmarks/kernel_report.py --costs-only --readme
+    python benchmarks/kernel_report.py --costs-only --docs
 
 Registers, spilled bytes, shared memory and matrix instructions are read from the machine code; how
 many programs a processor holds follows from them. Costs are arithmetic. Nothing here is timed.
@@ -36,16 +36,16 @@ DTYPES = {
 }
 
 PLANNED = ("gpt2", "tinyllama", "qwen2.5", "llama3", "gemma2")
-README = environment.ROOT / "README.md"
-README_TOKENS = 8192
-README_HEADER = (
-    f"{README_TOKENS} tokens, one pair",
+PAGE = environment.ROOT / "docs" / "memory_and_speed.md"
+PAGE_TOKENS = 8192
+PAGE_HEADER = (
+    f"{PAGE_TOKENS} tokens, one pair",
     "TFLOP: dense and `torch`",
     "`triton`",
     "GB moved: dense / `torch` / `triton`",
     "GB held: dense / `torch` / `triton`",
 )
-BEGIN = "<!-- made by kernel_report.py --readme from lens_kernels.plan -->"
+BEGIN = "<!-- made by kernel_report.py --docs from lens_kernels.plan -->"
 END = "<!-- end of what kernel_report.py made -->"
 
 
@@ -94,18 +94,18 @@ def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
     ]
 
 
-def readme_table() -> str:
-    """Return what a step costs on each backend for some pairs of models, as the README has it."""
+def plan_table() -> str:
+    """Return what a step costs on each backend for some pairs of models, as the docs have it."""
     rows = []
     for key in PLANNED:
         model = MODELS[key]
-        plans = plan(README_TOKENS, model.vocab, model.student, model.teacher)
+        plans = plan(PAGE_TOKENS, model.vocab, model.student, model.teacher)
         cells = [f"{plans[name].flops / 1e12:.1f}" for name in ("torch", "triton")]
         for quantity in ("bytes_moved", "workspace_bytes"):
             sizes = [getattr(plans[name], quantity) / 1e9 for name in ("dense", "torch", "triton")]
             cells.append(" / ".join(f"{size:.1f}" for size in sizes))
         rows.append([model.name, *cells])
-    return tables.markdown_table(README_HEADER, rows)
+    return tables.markdown_table(PAGE_HEADER, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,15 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
     parser.add_argument(
-        "--readme", action="store_true", help="also write the table of plans into README.md"
+        "--docs", action="store_true", help=f"also write the table of plans into docs/{PAGE.name}"
     )
     args = parser.parse_args(argv)
     costs = [row for model in MODELS.values() for row in cost_rows(model, args.tokens)]
     print(f"One lens pair, {args.tokens} tokens, 16-bit operands; computed, not measured")
     tables.print_rows(costs)
     tables.write_csv(args.out / "kernel_costs.csv", costs)
-    if args.readme:
-        tables.rewrite(README, BEGIN, END, readme_table())
+    if args.docs:
+        tables.rewrite(PAGE, BEGIN, END, plan_table())
     if args.costs_only:
         return 0
     os.environ.pop("TRITON_INTERPRET", None)  # here kernels are compiled, which imports decide

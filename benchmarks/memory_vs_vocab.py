@@ -7,13 +7,10 @@ Every contender is first checked against the fp64 oracle. A point is then really
 if its matrix products fit in ``--gemm-seconds`` and its memory in the machine. Otherwise the number
 comes from the same code over fake tensors and is marked ``fake``; where both exist they must agree.
 
-The peak counts everything above the inputs, temporaries and the gradients that were asked for,
-because both must fit at once. ``gradients_mib``, what is still live afterwards, is the same for
-everyone: no contender can do with less.
-
-The default of 512 tokens, one sequence, is kind to the peers: Liger cuts tokens into chunks of 1024
-and TRL of 4096, so beyond that they take more, where ``lens_kernels`` keeps to its workspace.
-``--gemm-seconds 0 --tokens 4096`` shows it over fake tensors within a minute.
+The peak counts everything above the inputs: temporaries, and the gradients, which are live
+afterwards and the same for everyone (``gradients_mib``). Liger cuts tokens into chunks of 1024 and
+TRL of 4096, so beyond the default of 512 tokens they take more; ``lens_kernels`` keeps to its
+workspace. ``--gemm-seconds 0 --tokens 4096`` shows it over fake tensors within a minute.
 """
 
 from __future__ import annotations
@@ -42,6 +39,8 @@ COLUMNS = (
     "contender label pairs vocab_entries tokens student_width teacher_width dtype method"
     " peak_with_gradients_mib gradients_mib fake_peak_with_gradients_mib note"
 )
+
+PROGRESS = ("vocab_entries", "pairs", "contender", "peak_with_gradients_mib", "method", "note")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,9 +122,7 @@ def points(
             if fake:
                 columns["fake_peak_with_gradients_mib"] = memory.mib(fake.peak)
             rows.append(row(contender, job, columns))
-            peak = rows[-1]["peak_with_gradients_mib"] or "-"
-            where = f"V {job.vocab:>6} pairs {job.pairs}  {contender.key:<16}"
-            print(f"  {where} {peak:>9} MiB {method}  {reason or ''}", flush=True)
+            print("  " + " ".join(str(rows[-1][name] or "-") for name in PROGRESS), flush=True)
     return rows
 
 
@@ -151,22 +148,16 @@ def too_large(
 def print_results(rows: Sequence[dict[str, Any]]) -> None:
     """Print peak memory by contender and vocabulary, a table for each number of pairs."""
     shown = [each for each in rows if each["method"] != "absent"]
+    vocabularies = sorted({each["vocab_entries"] for each in shown})
     for pairs in sorted({each["pairs"] for each in shown}):
-        at = [each for each in shown if each["pairs"] == pairs]
-        vocabularies = sorted({each["vocab_entries"] for each in at})
-        cells: dict[str, dict[int, str]] = {each["label"]: {} for each in at}
-        gradients = dict.fromkeys(vocabularies, "-")
-        for each in at:
-            peak, kept = each["peak_with_gradients_mib"], each["gradients_mib"]
-            mark = "*" if each["method"] == "fake" else ""
-            cells[each["label"]][each["vocab_entries"]] = (
-                f"{float(peak):.0f}{mark}" if peak else "-"
-            )
-            if kept:
-                gradients[each["vocab_entries"]] = f"{float(kept):.0f}"
-        cells["of which the gradients"] = gradients
-        table = [[label, *(line[v] for v in vocabularies)] for label, line in cells.items()]
+        lines: dict[str, list[str]] = {}
+        for each in (each for each in shown if each["pairs"] == pairs):
+            line = lines.setdefault(each["label"], ["-"] * len(vocabularies))
+            if peak := each["peak_with_gradients_mib"]:
+                mark = "*" if each["method"] == "fake" else ""
+                line[vocabularies.index(each["vocab_entries"])] = f"{float(peak):.0f}{mark}"
         print(f"\npeak memory above the inputs in MiB, {pairs} lens pair{'s'[: pairs > 1]}")
+        table = [[label, *line] for label, line in lines.items()]
         tables.print_table(["vocabulary", *map(str, vocabularies)], table)
     print("\n* counted over fake tensors; - not run")
     for each in rows:

@@ -39,7 +39,7 @@ COLUMNS = (
     "shape mode contender label tokens vocab_entries student_width teacher_width dtype median_ms"
     " min_ms max_ms ratio_to_floor peak_with_gradients_mib gradients_mib rounds note"
 )
-SHOWN = "contender median_ms min_ms max_ms ratio_to_floor peak_with_gradients_mib"
+SHOWN = "contender median_ms min_ms max_ms ratio_to_floor peak_with_gradients_mib note"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -69,13 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments, ``--tiny`` applied."""
-    parser = environment.parser(__doc__)
+    parser = environment.parser(__doc__, rounds=10)
     parser.set_defaults(out=environment.DATA / "gpu", device="cuda")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
-    parser.add_argument("--rounds", type=int, default=10, help="timed rounds after one to warm up")
     parser.add_argument("--tiny", action="store_true", help="one tiny job, to try the script")
     args = parser.parse_args(argv)
     if args.tiny:
@@ -119,7 +118,9 @@ def job_rows(
             columns = times.columns(3, timings.get(FLOOR))
             rows.append(row(key, sizes, columns, used[key], mode=mode))
         rows += [row(key, sizes, mode=mode, note=note) for key, note in failed.items()]
-        show(mode, rows)
+        print(f"\n{mode}")
+        tables.print_rows([each for each in rows if each["mode"] == mode], SHOWN.split())
+        print(flush=True)
     return rows
 
 
@@ -148,17 +149,6 @@ def measured_memory(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def show(mode: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows of a mode."""
-    shown = [each for each in rows if each["mode"] == mode]
-    print(f"\n{mode}")
-    tables.print_rows(shown, SHOWN.split())
-    for each in shown:
-        if each["note"]:
-            print(f"{each['contender']}: {each['note']}")
-    print(flush=True)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
     python benchmarks/speed_vs_floor.py                          about a minute on two cores
     python benchmarks/speed_vs_floor.py --uncompiled --bf16      more rows
 
-The floor projects student and teacher and makes the gradients of hidden states and head, each by
-one ``torch.mm`` of plain operands in the dtype of the row. ``floor_tiled`` does the same by the
-backend's own functions, which on a CPU cut the projections into tiles because that is faster there,
-and which work in fp32 on every device that cannot sum 16-bit products in fp32.
-
-Ratios are those of the medians. ``best_ratio_to_floor`` is that of the quickest rounds: on a busy
-machine these are the ones to look at.
+The floor makes each product by one ``torch.mm`` of plain operands in the dtype of the row.
+``floor_tiled`` makes them by the backend's own functions: in tiles on a CPU, which is faster there,
+and in fp32 wherever a device cannot sum 16-bit products in fp32. Rounds follow one that is not
+timed. Ratios are those of the medians; on a busy machine look at ``best_ratio_to_floor``, that of
+the quickest rounds.
 """
 
 from __future__ import annotations
@@ -64,36 +62,30 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments."""
-    parser = environment.parser(__doc__)
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, default=50257)
-    parser.add_argument("--pairs", type=int, default=1)
-    parser.add_argument("--student-width", type=int, default=768)
-    parser.add_argument("--teacher-width", type=int, default=1600)
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds after one to warm up")
+    sizes = {"tokens": 1024, "vocab": 50257, "pairs": 1, "student_width": 768}
+    parser = environment.parser(__doc__, **sizes, teacher_width=1600, rounds=3)
     parser.add_argument("--bf16", action="store_true", help="also with bfloat16 inputs")
     parser.add_argument("--uncompiled", action="store_true", help="also without the compiler")
     return parser.parse_args(argv)
 
 
 def functions(job: Job, uncompiled: bool) -> dict[str, Callable[[], Any]]:
-    """Return what is timed, by name, on shared inputs."""
+    """Return the functions to time, by name, on shared inputs."""
     inputs = job.make()
+    ours = partial(step, providers.ours, inputs)
 
-    def uncompiled_step() -> None:
+    def ours_uncompiled() -> None:
         with providers.uncompiled():
-            step(providers.ours, inputs)
+            ours()
 
-    chosen: dict[str, Callable[[], Any]] = {
+    return {
         "floor": partial(products.products, inputs),
         "floor_tiled": partial(products.tiled_products, inputs),
-        "lens_kernels": partial(step, providers.ours, inputs),
+        "lens_kernels": ours,
+        **({"lens_kernels_uncompiled": ours_uncompiled} if uncompiled else {}),
+        "dense": partial(step, providers.dense, inputs),
+        "dense_kl_div": partial(step, providers.dense_kl_div, inputs),
     }
-    if uncompiled:
-        chosen["lens_kernels_uncompiled"] = uncompiled_step
-    chosen["dense"] = partial(step, providers.dense, inputs)
-    chosen["dense_kl_div"] = partial(step, providers.dense_kl_div, inputs)
-    return chosen
 
 
 if __name__ == "__main__":

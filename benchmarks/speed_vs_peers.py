@@ -5,18 +5,16 @@
     python benchmarks/speed_vs_peers.py --quick             tiny sizes, to try the script
 
 The floor is the four products with the heads alone, of the tokens that count. Every contender is
-first checked against the fp64 oracle, with and without masked tokens, and at each point its loss
-and the norms of its gradients are compared with those of the first one. Where they differ, dense
-PyTorch decides: a peer that is wrong is not timed, and if the first one is wrong the run ends. What
-compiles runs once before it is timed. Rounds are interleaved: in each, every point, and at a point
-every contender, has its turn. Ratios are taken within a round, because the clock of a machine
-drifts; their medians count.
+first checked against the fp64 oracle, and at each point its loss and the norms of its gradients are
+compared with those of the first one. Where they differ, dense PyTorch decides: a peer that is wrong
+is not timed, and if the first one is wrong the run ends. Compilers run before the timed rounds. In
+each round every contender has its turn at every point. Ratios are taken within a round, because the
+clock of a machine drifts; their medians count.
 
-Slow contenders take part in every other round, and are left out of large points; the CSV says so.
-It is written after each turn of a point. The same command resumes a stopped run, if code, versions
-and machine are still the same. Name the same contenders then, or more: if one is new at a point,
-all that are named are timed there again. The sweep ``memory`` runs ours and TRL
-once, and counts the bytes of the others over fake tensors: they take too long or do not fit.
+Slow contenders take part in every other round and not at every point; the CSV says so. The same
+command resumes a stopped run on the same machine, code and versions. If a contender is new at a
+point, all are timed there again. The sweep ``memory`` runs ours and TRL once, and counts the bytes
+of the others over fake tensors: they take too long or do not fit.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ CONTENDERS = {
     **PEERS,
     **SPEED_CONTENDERS,
 }
-README = environment.ROOT / "benchmarks" / "README.md"
+PAGE = environment.ROOT / "docs" / "memory_and_speed.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -73,23 +71,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     for header, lines in bars.both_tables(rows):
         tables.print_table(header, lines)
         print()
-    if args.readme:
-        bars.write_tables(README, rows)
+    if args.docs:
+        bars.write_tables(PAGE, rows)
     print(f"{results.path}\n{picture}\n{time.perf_counter() - start:.0f} s")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments, ``--quick`` applied."""
-    parser = environment.parser(__doc__)
+    parser = environment.parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument(
-        "--sweep", nargs="+", choices=SWEEPS, default=SWEEPS[:-1], help="default: all but models"
+        "--sweep",
+        nargs="+",
+        choices=SWEEPS,
+        default=SWEEPS[:-1],
+        help="all but models unless given",
     )
-    parser.add_argument("--tokens", type=int, help="default 1024, with --quick 64")
-    parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
+    parser.add_argument("--tokens", type=int, help="1024, with --quick 64")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument(
-        "--readme", action="store_true", help="also write the tables into benchmarks/README.md"
+        "--docs", action="store_true", help=f"also write the tables into docs/{PAGE.name}"
     )
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (64 if args.quick else 1024)

@@ -100,7 +100,7 @@ def symmetric_lens_loss(
             threshold leaves out more as the models become more similar. ``"bf16"`` adapts: it is
             2^-9 times the root mean square of the chunk's logit gradients. The part left out then
             has at most 2^-9 of their 2-norm, as much as rounding to bfloat16 may change.
-            ``benchmarks/README.md`` shows the effect on gradients for some models.
+            ``docs/memory_and_speed.md`` shows the effect on gradients for some models.
             ``distillation_loss`` reports how much was left out.
 
     Returns:

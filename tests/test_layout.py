@@ -121,3 +121,11 @@ def test_no_private_name_of_a_base_is_used_outside_compat():
         theirs = {*re.findall(r"\bself\.(\w+)", inspect.getsource(base)), *dir(base)}
         source = ast.parse(inspect.getsource(own))
         assert not (private_names(source) | {*filter(is_private, vars(own))}) & theirs - DOCUMENTED
+
+
+def test_benchmarks_keep_private_names_in_their_own_compat():
+    trees = {p: ast.parse(p.read_text()) for p in (ROOT / "benchmarks").rglob("*.py")}
+    ours = OURS.union(*map(defined, trees.values()))
+    for path, tree in trees.items():
+        assert path.name == "compat.py" or private_names(tree) <= ours, path
+    assert {"_dynamo", "_schema"} <= private_names(trees[ROOT / "benchmarks/support/compat.py"])

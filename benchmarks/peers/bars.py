@@ -27,7 +27,7 @@ def at(tokens: int = 1024, vocab: int = 50257, pairs: int = 1, masked: float = 0
 
 BASE, HALF, FIVE = at(), at(512), at(pairs=5, masked=0.5)
 LARGE = at(2048, 131072, 5)
-BEGIN = "<!-- made by speed_vs_peers.py --readme from data/cpu/speed_vs_peers.csv -->"
+BEGIN = "<!-- made by speed_vs_peers.py --docs from data/cpu/speed_vs_peers.csv -->"
 END = "<!-- end of what speed_vs_peers.py made -->"
 
 
@@ -124,6 +124,6 @@ def both_tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], list[list[str]
 
 
 def write_tables(path: Path, rows: Sequence[Row]) -> None:
-    """Write the tables of a README anew; ValueError if it has no place for them."""
+    """Write the tables of a page anew; ValueError if it has no place for them."""
     made = [tables.markdown_table(*table) for table in both_tables(rows) if table[1]]
     tables.rewrite(path, BEGIN, END, "\n\n".join(made))

@@ -19,13 +19,21 @@ CPU = torch.device("cpu")
 PEERS = ("liger-kernel", "trl")
 
 
-def parser(doc: str | None, on_device: bool = True) -> argparse.ArgumentParser:
-    """Return a parser with the options that scripts have in common."""
+def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that scripts have in common, and numbers with defaults."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
     if on_device:
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_numbers(parser, **numbers)
     return parser
+
+
+def add_numbers(parser: argparse.ArgumentParser, **numbers: int) -> None:
+    """Add an option for each number, which is its default."""
+    for name, number in numbers.items():
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=int, default=number, help="default %(default)s")
 
 
 def version_of(package: str) -> str:

@@ -11,6 +11,7 @@ and notices when they die. The tests compare the two.
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import re
 import weakref
@@ -21,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._library.custom_ops import OPDEFS
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from benchmarks.support import compat
 
 MIB = 1 << 20
 
@@ -61,17 +60,12 @@ def measure(function: Callable[[], Any], device: torch.device) -> Memory:
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _no_collection(), profiler:
         result = function()
-    # The timeline of single records is only offered by the profiler's raw results.
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    records = [e for e in results.events() if e.name() == "[memory]"]
-    if not records:
+    sizes = compat.allocations(profiler)
+    if not sizes:
         raise RuntimeError(f"the profiler of torch {torch.__version__} recorded no allocation")
-    live = peak = 0
-    for record in sorted(records, key=lambda e: e.start_ns()):
-        live += record.nbytes()
-        peak = max(peak, live)
+    live = [*itertools.accumulate(sizes)]
     del result
-    return Memory(peak, live)
+    return Memory(max(0, *live), live[-1])
 
 
 def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
@@ -87,7 +81,7 @@ def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
     return Memory(peak, kept)
 
 
-class StorageTracker(TorchDispatchMode):
+class StorageTracker(compat.DispatchMode):
     """Counts the bytes of the storages that operators create while the mode is active.
 
     Views and in-place results share a storage that is known already. Storages that only come in as
@@ -106,29 +100,26 @@ class StorageTracker(TorchDispatchMode):
         """Run an operator and look at what it returns."""
         kwargs = kwargs or {}
         self._see((args, kwargs), created=False)
-        definition = OPDEFS.get(func._schema.name)
-        if definition is None:
-            result = func(*args, **kwargs)
-        else:
-            # A custom operator hides its body from modes, and over fake tensors its fake stands in
-            # for it. What the body allocates meanwhile is the point, so the body itself is run.
+        if body := compat.body_of(func):
+            # Modes do not see into a custom operator, and over fake tensors its fake replaces it.
+            # What the body allocates is the point, so the body itself is run.
             with self:
-                result = definition._init_fn(*args, **kwargs)
+                result = body(*args, **kwargs)
+        else:
+            result = func(*args, **kwargs)
         self._see(result, created=True)
         return result
 
     def _see(self, tree: Any, created: bool) -> None:
-        for x in tree_iter(tree):
-            if isinstance(x, Tensor):
-                storage = x.untyped_storage()
-                size = storage.nbytes() if created else 0
-                if (key := id(storage)) in self._sizes:
-                    continue
-                self._sizes[key] = size
-                self.live += size
-                self.peak = max(self.peak, self.live)
-                # torch keeps one Python object per storage alive as long as the storage itself.
-                weakref.finalize(storage, self._release, key)
+        for x in compat.tensors_in(tree):
+            storage = x.untyped_storage()
+            if (key := id(storage)) in self._sizes:
+                continue
+            self._sizes[key] = storage.nbytes() if created else 0
+            self.live += self._sizes[key]
+            self.peak = max(self.peak, self.live)
+            # torch keeps one Python object per storage alive as long as the storage itself.
+            weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
         self.live -= self._sizes.pop(key)

@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that are not there, and reads what came out.
 
-The backend itself is run, on tiny tensors of a CPU, with a recorder in the place of the launch. So
-what is compiled is what a GPU would be given: the same arguments, options and tiles.
+The backend itself runs, on tiny tensors of a CPU. Triton believes that the device is the GPU, and a
+hook takes every kernel before it is compiled: with a GPU's own arguments, options and tiles.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path as FilePath
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.runtime import driver
 
 from lens_kernels import LensHead, LensNorm
 from lens_kernels.backends import triton as backend
@@ -39,13 +40,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.int64: "*i64",
-}
-CONSTANT = "constexpr"
+CONSTANT = "constexpr"  # the type of an argument that the kernel is compiled for
 Path = tuple[int, ...]  # of an argument, or of a part of a tuple of arguments
 # Registers, threads and blocks of a processor: NVIDIA's figures for data centres.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
@@ -84,7 +79,9 @@ class Launch:
         """Name the tile, the warps and the stages."""
         blocks = [str(v) for k, v in self.fixed().items() if k.startswith("BLOCK_")]
         options = dict(self.options)
-        return f"{'x'.join(blocks)}/{options['num_warps']}w{options.get('num_stages', '')}"
+        # A norm has no loop whose loads could be in stages.
+        stages = "" if self.kernel.startswith("norm") else options["num_stages"]
+        return f"{'x'.join(blocks)}/{options['num_warps']}w{stages}"
 
 
 @dataclass(frozen=True)
@@ -161,63 +158,33 @@ def record(
 
 @contextmanager
 def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, as if the device were of this architecture."""
+    """Collect launches instead of making them, as if the device had this architecture."""
     launches: list[Launch] = []
 
-    def run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        launches.append(_launch(kernel, args, kwargs))
+    def collect(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        types, constants = (tuple(compile[name].items()) for name in ("signature", "constants"))
+        divisible = tuple(path for path, value in compile["configs"][0].items() if value)
+        options = tuple((name, compile[name]) for name in ("num_warps", "num_stages"))
+        launches.append(Launch(fn.name, fn.module, types, constants, divisible, options))
+        return True  # then Triton neither compiles nor launches
 
-    patches = {(JITFunction, "run"): run, (sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
+    patches = {(sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
     patches[store, "lookup"] = lambda *args: None
     if tf32:
         patches[Operand, "precision"] = property(lambda operand: "tf32")
     if tile is not None:
         patches[sizes, "default"] = lambda *args: tile
-    with ExitStack() as stack:
+    device = SimpleNamespace(
+        get_current_device=lambda: arch,  # the key of Triton's caches
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: TARGETS[arch][0],
+    )
+    driver.set_active(device)
+    with ExitStack() as stack, triton.knobs.runtime.scope():
         for (owner, name), patch in patches.items():
             stack.enter_context(mock.patch.object(owner, name, patch))
+        triton.knobs.runtime.jit_cache_hook = collect
         yield launches
-
-
-def _launch(kernel: JITFunction, args: Sequence[Any], kwargs: dict[str, Any]) -> Launch:
-    names = kernel.arg_names
-    values = dict(zip(names, args, strict=False))
-    values |= {k: v for k, v in kwargs.items() if k in names}
-    constants: list[tuple[Path, Any]] = []
-    divisible: list[Path] = []
-
-    def type_of(path: Path, value: Any, fixed: bool) -> Any:
-        if isinstance(value, tuple):
-            return tuple(type_of((*path, i), part, fixed) for i, part in enumerate(value))
-        if value is None or (type(value) is int and value == 1 and not fixed):
-            constants.append((path, value))
-            return CONSTANT
-        tensor = isinstance(value, torch.Tensor)
-        if not fixed and (tensor or (isinstance(value, int) and value % 16 == 0)):
-            divisible.append(path)
-        if tensor:
-            return TYPES[value.dtype]
-        if isinstance(value, int):
-            return "i32" if value < 2**31 else "i64"
-        return "fp32"
-
-    signature = []
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr:
-            constants.append(((i,), value))
-            signature.append((parameter.name, CONSTANT))
-        else:
-            kind = type_of((i,), value, parameter.do_not_specialize)
-            signature.append((parameter.name, kind))
-    return Launch(
-        kernel.fn.__name__,
-        kernel.fn.__module__,
-        tuple(signature),
-        tuple(constants),
-        tuple(divisible),
-        tuple(sorted((k, v) for k, v in kwargs.items() if k not in names)),
-    )
 
 
 def compile_for(arch: str, launch: Launch) -> Compiled:
@@ -234,21 +201,10 @@ def compile_for(arch: str, launch: Launch) -> Compiled:
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     code, registers, spilled, programs = read(compiled, shared)
     found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
-    return Compiled(
-        arch,
-        launch,
-        registers,
-        spilled,
-        shared,
-        _commonest(found),
-        len(found),
-        len(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", code, re.MULTILINE)),
-        programs,
-    )
-
-
-def _commonest(names: list[str]) -> str:
-    return max(set(names), key=names.count) if names else "none"
+    matrix = max(set(found), key=found.count) if found else "none"
+    length = len(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", code, re.MULTILINE))
+    resources = registers, spilled, shared
+    return Compiled(arch, launch, *resources, matrix, len(found), length, programs)
 
 
 def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:

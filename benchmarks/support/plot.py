@@ -1,48 +1,60 @@
-"""Figures, drawn from the CSV files alone: one style, and a function for each figure."""
+"""Figures, drawn from the CSV files alone: a function for each.
+
+python -m benchmarks.support.plot    draws those of benchmarks/figures/ anew
+"""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support import tables
+from benchmarks.support import environment, tables
+from benchmarks.support.shapes import MODELS
+from benchmarks.support.timing import Timing
+from lens_kernels import pictures
+from lens_kernels.pictures import HOLLOW, LOWER
 
+Row = Mapping[str, str]
 Rows = list[dict[str, str]]
-# Okabe and Ito's colours, which colour-blind readers can tell apart; and a marker.
+# A colour and a marker. Greys are versions of dense PyTorch.
 STYLES = {
-    "floor": ("#000000", ""),
-    "lens_kernels": ("#D55E00", "o"),
-    "triton": ("#E69F00", "*"),
-    "dense": ("#555555", "s"),
-    "dense_kl_div": ("#999999", "s"),
-    "dense_compiled": ("#000000", "P"),
-    "published": ("#CC79A7", "X"),
-    "liger": ("#0072B2", "^"),
-    "liger_uncompiled": ("#56B4E9", "v"),
-    "liger_fused": ("#004466", "<"),
-    "trl": ("#009E73", "D"),
+    "floor": (pictures.BLACK, ""),
+    "lens_kernels": (pictures.VERMILION, "o"),
+    "triton": (pictures.ORANGE, "*"),
+    "dense": (pictures.GREY, "s"),
+    "dense_kl_div": (pictures.LIGHT_GREY, "p"),
+    "dense_compiled": (pictures.BLACK, "P"),
+    "published": (pictures.PURPLE, "X"),
+    "liger": (pictures.BLUE, "^"),
+    "liger_uncompiled": (pictures.SKY, "v"),
+    "liger_fused": (pictures.BLUE, "<"),
+    "trl": (pictures.GREEN, "D"),
 }
-STUDENTS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-GREY = {"color": "#DDDDDD", "linewidth": 0.7}
+STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
+SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # what a threshold must reach to be worth its while
+PRODUCTS = f"time / time of the four products\n({LOWER})"
 
 
-def figure(draw: Callable[..., Any]) -> Callable[..., str]:
-    """Make a function of a CSV's rows one of its path; it writes a PNG beside it, or at ``png``.
+def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
+    """Make a function of a CSV's rows one of its path; it writes a picture there, or at ``png``.
 
-    It returns the PNG's path, or says why there is none.
+    It returns the picture's path, or says why there is none.
     """
 
+    @pictures.styled
+    def write(csv: Path, png: Path) -> None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save(draw(tables.read_csv(csv)), png)
+
     @functools.wraps(draw)
-    def written(csv: Path, *args: Any, png: Path | None = None) -> str:
+    def written(csv: Path, png: Path | None = None) -> str:
         if reason := no_matplotlib():
             return reason
         png = png or csv.with_suffix(".png")
-        png.parent.mkdir(parents=True, exist_ok=True)
-        draw(tables.read_csv(csv), *args).savefig(png)
+        write(csv, png)
         return str(png)
 
     return written
@@ -55,28 +67,8 @@ def no_matplotlib() -> str | None:
     return "no picture: matplotlib is not installed; pip install matplotlib"
 
 
-def _canvas(width: float, height: float, dpi: int = 110) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
-
-
-def _finish(axis: Any, title: str, size: int = 10, grid: str = "both", **labels: str) -> None:
-    """Set title, labels, grid and frame of a panel."""
-    axis.set_title(title, fontsize=size)
-    axis.set(**labels)
-    axis.grid(axis=grid, **GREY)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-
-
-def _log2(
-    axis: Any, ticks: Mapping[float, str], said: Callable[[float], str], x_too: bool = True
-) -> None:
-    """Make the vertical axis logarithmic, or both axes."""
-    if x_too:
-        axis.set_xscale("log", base=2)
-    axis.set_xticks([*ticks], [*ticks.values()])
+def _log2(axis: Any, said: Callable[[float], str]) -> None:
+    """Make the vertical axis logarithmic, and say its numbers in words."""
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
     axis.minorticks_off()
@@ -96,198 +88,238 @@ def _numbers(rows: Rows, *columns: str) -> list[tuple[float, ...]]:
     return [*zip(*sorted(tuple(float(r[name]) for name in columns) for r in rows), strict=True)]
 
 
+def _size(mib: float) -> str:
+    return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB"
+
+
+def _pairs(count: str) -> str:
+    return f"{count} lens pair{'s'[: int(count) > 1]}"
+
+
+def _key(color: str, **style: Any) -> Any:
+    """Return a mark for the legend that is not drawn."""
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], color=color, **style)
+
+
+def _legend(drawn: Any, handles: Mapping[str, Any], columns: int) -> None:
+    drawn.legend(handles.values(), handles, loc="outside lower center", ncols=columns)
+
+
 @figure
 def memory_vs_vocab(rows: Rows) -> Any:
     """Draw memory against vocabulary, a panel for each number of pairs."""
-    from matplotlib.lines import Line2D
-
     rows = [row for row in rows if row["peak_with_gradients_mib"]]
     panels = sorted(_by(rows, "pairs").items(), key=lambda item: int(item[0]))
-    ticks = {
-        v: f"{v // 1024}k" if v % 1024 == 0 else str(v)
-        for v in sorted(int(r["vocab_entries"]) for r in rows)
-    }
-    drawn = _canvas(5.2 * len(panels), 5.2)
+    drawn = pictures.canvas(4.6 * len(panels), 4.6)
     axes = drawn.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    handles: dict[str, Any] = {}
+    xy, handles = ("vocab_entries", "peak_with_gradients_mib"), {}
     for axis, (pairs, at) in zip(axes, panels, strict=True):
         for key, own in _by(at, "contender").items():
             colour, marker = STYLES[key]
             front = key == "lens_kernels"
-            line = {"color": colour, "marker": marker, "markersize": 6.5}
-            line["linewidth"] = 2.6 if front else 1.5
-            xy = "vocab_entries", "peak_with_gradients_mib"
-            axis.plot(*_numbers(own, *xy), zorder=3 + front, **line)
+            style = {"color": colour, "marker": marker, "zorder": 3 + front}
+            handles[own[0]["label"]] = _key(colour, marker=marker)
+            axis.plot(*_numbers(own, *xy), linewidth=2.4 if front else 1.5, **style)
             if fakes := [row for row in own if row["method"] == "fake"]:
-                line |= {"linestyle": "", "markerfacecolor": "white", "markeredgewidth": 1.5}
-                axis.plot(*_numbers(fakes, *xy), zorder=4 + front, **line)
-            handles[own[0]["label"]] = Line2D([], [], color=colour, marker=marker)
-        dotted = {"color": "black", "linestyle": ":", "linewidth": 1.4}
+                axis.plot(*_numbers(fakes, *xy), linestyle="", **style, **HOLLOW)
+        dotted = {"color": pictures.BLACK, "linestyle": ":"}
         axis.plot(*_numbers(at, "vocab_entries", "gradients_mib"), **dotted)
-        handles["the gradients alone"] = Line2D([], [], **dotted)
-        _log2(axis, ticks, lambda mib: f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB")
-        title = f"{pairs} lens pair{'s' if int(pairs) > 1 else ''}"
-        _finish(axis, title, 12, xlabel="vocabulary entries")
-    axes[0].set_ylabel("peak above the inputs")
+        axis.set_xscale("log", base=2)
+        ticks = sorted({int(row["vocab_entries"]) for row in rows})
+        axis.set_xticks(ticks, [f"{v // 1024}k" if v % 1024 == 0 else str(v) for v in ticks])
+        _log2(axis, _size)
+        axis.set(title=_pairs(pairs), xlabel="vocabulary entries (k: 1024)")
+    axes[0].set_ylabel(f"peak memory above the inputs\n({LOWER})")
+    handles["the gradients alone: nobody needs less"] = _key(pictures.BLACK, linestyle=":")
+    handles["solid: measured in one run"] = _key(pictures.BLACK, marker="o", linestyle="")
+    if any(row["method"] == "fake" for row in rows):
+        hollow = _key(pictures.BLACK, marker="o", linestyle="", **HOLLOW)
+        handles["hollow: counted over fake tensors"] = hollow
     first = rows[0]
     drawn.suptitle(
-        f"Peak memory of loss + backward: temporaries and gradients\n{first['tokens']} tokens,"
-        f" hidden {first['student_width']} (student) and {first['teacher_width']} (teacher),"
-        f" {first['dtype']}, {first['device']}",
-        fontsize=12,
+        f"Peak memory of loss and backward: temporaries and gradients\n{first['tokens']} tokens,"
+        f" hidden size {first['student_width']} (student) and {first['teacher_width']} (teacher),"
+        f" {first['dtype']}, {first['device']}"
     )
-    if any(row["method"] == "fake" for row in rows):
-        hollow = {"color": "black", "marker": "o", "linestyle": "", "markerfacecolor": "white"}
-        handles["hollow: counted over fake tensors, not run"] = Line2D([], [], **hollow)
-    drawn.legend(handles.values(), handles, loc="outside lower center", ncols=2, frameon=False)
+    _legend(drawn, handles, 2)
     return drawn
 
 
-@figure
-def study(rows: Rows, metrics: Mapping[str, str], arms: Sequence[str]) -> Any:
-    """Draw every run of the study as a point, a panel for each metric."""
-    columns, arms = 3, [*reversed(arms)]
-    lines = -(-len(metrics) // columns)
-    drawn = _canvas(4.2 * columns, 0.42 * len(arms) * lines + 1.2)
-    grid = list(drawn.subplots(lines, columns, sharey=True, squeeze=False).flat)
-    for axis, (name, label) in zip(grid, metrics.items(), strict=False):
-        for arm, of_arm in _by(rows, "arm").items():
-            height, values = arms.index(arm), [float(row[name]) for row in of_arm]
-            axis.plot(values, [height] * len(values), "o", color="#0072B2", alpha=0.5)
-            axis.plot([statistics.fmean(values)], [height], "|", color="#D55E00", ms=16, mew=2)
-        axis.set_yticks(range(len(arms)), arms)
-        _finish(axis, label, grid="x")
-    for axis in grid[len(metrics) :]:
-        axis.set_visible(False)
-    return drawn
-
-
-# Column of the CSV along each sweep, and the label of the axis.
-SPEED_AXES = {
-    "tokens": ("tokens", "tokens"),
-    "vocab": ("vocab_entries", "vocabulary entries"),
-    "pairs": ("pairs", "lens pairs"),
-    "mask": ("masked", "share of tokens masked"),
-}
-FIXED = {
-    "tokens": "{} tokens",
-    "vocab_entries": "{} entries",
-    "pairs": "{} pair(s)",
-    "masked": "masked: {}",
+# The column of the CSV along each sweep, the label of its axis, and how a value is said.
+SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
+    "tokens": ("tokens", "tokens", lambda text: f"{int(text):,} tokens"),
+    "vocab": ("vocab_entries", "vocabulary entries", lambda text: f"{int(text):,} entries"),
+    "pairs": ("pairs", "lens pairs", _pairs),
+    "mask": (
+        "masked",
+        "share of tokens masked",
+        lambda text: f"{float(text):.0%} masked" if float(text) else "none masked",
+    ),
 }
 
 
 @figure
 def speed_vs_peers(rows: Rows) -> Any:
-    """Draw time along each sweep, and over the floor for each model."""
-    rows = [row for row in rows if row["median_ms"]]
-    drawn = _canvas(14.5, 8.6, dpi=100)
-    *panels, bars, below = drawn.subplots(2, 3).flat
+    """Draw time along each sweep, time over the floor for each model, and temporary memory."""
+    rows = [row for row in rows if row["median_ms"] or row["temporaries_mib"]]
+    in_sweep = {name: [r for r in rows if name in r["sweeps"].split()] for name in SPEED_AXES}
+    panels = [(functools.partial(_lines, sweep=name), own) for name, own in in_sweep.items()]
+    panels.append((_model_bars, [row for row in rows if row["sweeps"] == "models"]))
+    panels.append((_temporaries, [row for row in rows if row["temporaries_mib"]]))
+    panels = [(draw, own) for draw, own in panels if own]
+    columns = min(3, len(panels)) or 1
+    lines = -(-len(panels) // columns) or 1
+    drawn = pictures.canvas(4.5 * columns, 3.4 * lines + 1.3)
+    axes = [*drawn.subplots(lines, columns, squeeze=False).flat]
+    for axis, (draw, own) in zip(axes, panels, strict=False):
+        draw(axis, own)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    labels = {row["contender"]: row["label"] for row in rows}
     handles: dict[str, Any] = {}
-    for axis, (sweep, (column, label)) in zip(panels, SPEED_AXES.items(), strict=False):
-        along = [row for row in rows if sweep in row["sweeps"].split()]
-        for name, line in _speed_lines(axis, along, column).items():
-            handles.setdefault(name, line)
-        axis.set(xlabel=label, ylabel="seconds")
-    if of_models := [row for row in rows if "models" in row["sweeps"].split()]:
-        _speed_bars(bars, of_models)
-    else:
-        bars.axis("off")
-    below.axis("off")
-    below.legend(handles.values(), handles, loc="center", frameon=False)
-    if rows:
+    for key in (key for key in STYLES if key in labels):
+        dashes = "--" if key == "floor" else "-"
+        handles[labels[key]] = _key(STYLES[key][0], marker=STYLES[key][1], linestyle=dashes)
+    if any(row["memory_method"] == "fake" for row in rows):
+        hollow = _key(pictures.BLACK, marker="s", linestyle="", **HOLLOW)
+        handles["hollow: counted over fake tensors, not run"] = hollow
+    _legend(drawn, handles, 3)
+    if timed := [row for own in in_sweep.values() for row in own]:
+        rounds = sorted({int(row["rounds"]) for row in timed})
         drawn.suptitle(
-            "Loss + backward: medians of interleaved rounds, from the quickest to the slowest\n"
-            f"{rows[0]['dtype']}, {rows[0]['device']}, {rows[0]['threads']} threads"
+            "Loss and backward: median times, and whiskers from the quickest to the slowest, of"
+            f" {' or '.join(map(str, rounds))} interleaved rounds\n"
+            f"{timed[0]['dtype']}, {timed[0]['device']}, {timed[0]['threads']} threads"
         )
     return drawn
 
 
-def _speed_lines(axis: Any, rows: Rows, column: str) -> dict[str, Any]:
-    """Draw a line for each contender, and return the lines by label."""
-    lines = {}
-    for key, own in _by(rows, "contender").items():
+def _lines(axis: Any, rows: Rows, sweep: str) -> None:
+    """Draw the time of each contender along a sweep, side by side at each of its points."""
+    column, label, _ = SPEED_AXES[sweep]
+    places = sorted({float(row[column]) for row in rows})
+    contenders = _by(sorted(rows, key=lambda row: [*STYLES].index(row["contender"])), "contender")
+    for place, (key, own) in enumerate(contenders.items()):
         x, *times = _numbers(own, column, "median_ms", "min_ms", "max_ms")
+        shift = 0.25 * ((place + 0.5) / len(contenders) - 0.5)
         y, low, high = ([ms / 1e3 for ms in each] for each in times)
         spread = [[a - b for a, b in zip(*ends, strict=True)] for ends in ((y, low), (high, y))]
         front = key == "lens_kernels"
-        style = {"color": STYLES[key][0], "marker": STYLES[key][1], "lw": 2.4 if front else 1.4}
+        style = {"color": STYLES[key][0], "marker": STYLES[key][1], "zorder": 3 + front}
+        style |= {"linewidth": 2.4 if front else 1.3, "elinewidth": 1.0}
         style["linestyle"] = "--" if key == "floor" else "-"
-        label = own[0]["label"]
-        lines[label] = axis.errorbar(x, y, spread, capsize=3, zorder=3 + front, **style)
-    ticks = {value: f"{value:g}" for value in sorted({float(row[column]) for row in rows})}
-    _log2(axis, ticks, lambda seconds: f"{seconds:g}", x_too=column != "masked")
-    fixed = {name: {row[name] for row in rows} for name in FIXED if name != column}
-    said = (FIXED[name].format(*values) for name, values in fixed.items() if len(values) == 1)
-    _finish(axis, ", ".join(said))
-    return lines
+        axis.errorbar([places.index(value) + shift for value in x], y, spread, **style)
+    number = "{:.0%}" if column == "masked" else "{:,g}"
+    axis.set_xticks(range(len(places)), [number.format(value) for value in places])
+    _log2(axis, lambda seconds: f"{seconds:g}")
+    constant = {name: {row[name] for row in rows} for name, *_ in SPEED_AXES.values()}
+    said = [
+        say(*constant[name]) for name, _, say in SPEED_AXES.values() if len(constant[name]) == 1
+    ]
+    axis.set_title(f"Time by {label}\n{', '.join(said)}")
+    axis.set(xlabel=label, ylabel=f"seconds ({LOWER})")
 
 
-def _speed_bars(axis: Any, rows: Rows) -> None:
-    """Draw a group of bars for each model."""
-    models = [*_by(rows, "model")]
-    contenders = _by([row for row in rows if row["contender"] != "floor"], "contender")
+def _model_bars(axis: Any, rows: Rows) -> None:
+    """Draw a group of bars for each pair of models: time over the floor, with its range."""
+    floors = {
+        row["model"]: Timing.read(row["times_ms"]) for row in rows if row["contender"] == "floor"
+    }
+    models, contenders = [*floors], _by(rows, "contender")
+    del contenders["floor"]
     width = 0.8 / len(contenders)
     for place, (key, own) in enumerate(contenders.items()):
         shift = (place - (len(contenders) - 1) / 2) * width
         left = [models.index(row["model"]) + shift for row in own]
-        axis.bar(left, [float(row["ratio_to_floor"]) for row in own], width, color=STYLES[key][0])
-    axis.axhline(1, color="black", linestyle="--", linewidth=1.4)
-    axis.set_xticks(range(len(models)), models)
-    title = f"models, {rows[0]['tokens']} tokens, 1 pair"
-    _finish(axis, title, grid="y", ylabel="time / time of the four products")
+        middle = [float(row["ratio_to_floor"]) for row in own]
+        ratios = [Timing.read(row["times_ms"]).ratios(floors[row["model"]]) for row in own]
+        low = [y - min(each) for y, each in zip(middle, ratios, strict=True)]
+        high = [max(each) - y for y, each in zip(middle, ratios, strict=True)]
+        axis.bar(left, middle, width, color=STYLES[key][0], yerr=(low, high), error_kw={"lw": 1})
+    axis.axhline(1, color=pictures.BLACK, linestyle="--")
+    names = [MODELS[key].name if key in MODELS else key for key in models]
+    axis.set_xticks(range(len(models)), [name.replace(" < ", "\nunder ") for name in names])
+    axis.tick_params("x", labelsize=7)
+    axis.set_title(f"Time by models\n{int(rows[0]['tokens']):,} tokens, 1 lens pair")
+    axis.set(xlabel="student under teacher", ylabel=PRODUCTS)
+
+
+def _temporaries(axis: Any, rows: Rows) -> None:
+    """Draw the temporary memory of each contender, hollow where it was not run."""
+    for place, row in enumerate(rows):
+        colour, marker = STYLES[row["contender"]]
+        hollow = {} if row["memory_method"] == "measured" else HOLLOW
+        mib = float(row["temporaries_mib"])
+        axis.plot(place, mib, color=colour, marker=marker, markersize=9, linestyle="", **hollow)
+        axis.annotate(f"{mib:,.0f}", (place, mib), (0, 8), textcoords="offset points", ha="center")
+    axis.set_xticks([])
+    _log2(axis, _size)
+    axis.margins(0.15)
+    sizes = (say(rows[0][name]) for name, _, say in [*SPEED_AXES.values()][:3])
+    axis.set_title(f"Temporary memory, labels in MiB\n{', '.join(sizes)}")
+    axis.set_ylabel(f"peak without the gradients\n({LOWER})")
 
 
 @figure
-def active_vocabulary(rows: Rows, small_error: float, wanted_ratio: float) -> Any:
-    """Draw time over the floor against error, a panel for each group.
+def active_vocabulary(rows: Rows) -> Any:
+    """Draw time over the floor against error for the lens pairs, a curve for each student.
 
-    The error of a threshold is the larger of the hidden states' and the head's.
+    The error of a threshold is the larger of the hidden states' and the head's. On the final states
+    almost every threshold leaves nothing out: there is no curve to draw.
     """
-    rows = [row for row in rows if row["median_ms"] and row["threshold"] != "floor"]
-    runs = [*_by(rows, "run")]
-    titles = {"lens": "lens pairs (JSD, through the norm)", "final": "final states (forward KL)"}
-    drawn = _canvas(12, 5.4)
-    panels = drawn.subplots(1, len(titles), sharex=True, sharey=True)
-    handles: dict[str, Any] = {}
-    for axis, (group, title) in zip(panels, titles.items(), strict=True):
-        axis.set_xscale("log")
-        beside, marks = axis.get_yaxis_transform(), []
-        of_group = [row for row in rows if row["group"] == group]
-        for (run, state), own in _by(of_group, "run", "state").items():
-            style = {"color": STUDENTS[runs.index(run) % len(STUDENTS)]}
-            style["linestyle"] = "--" if state == "before" else "-"
-            points = {row["threshold"]: (_error(row), float(row["ratio_to_floor"])) for row in own}
-            marks.append(points.pop("exact")[1])
-            # A logarithmic axis cannot show what has no error.
-            curve = sorted((*point, name) for name, point in points.items() if point[0])
-            x, y = ([point[i] for point in curve] for i in (0, 1))
-            (handles[f"{run}, {state} training"],) = axis.plot(x, y, marker="o", ms=4.5, **style)
-            axis.plot([0, 0.05], marks[-1:] * 2, transform=beside, lw=2.2, **style)
-        look = {"textcoords": "offset points", "fontsize": 8, "color": style["color"]}
-        for *point, name in curve:  # the last one carries the names
-            axis.annotate(name, point, (0, -13), ha="center", **look)
-        axis.text(0.06, max(marks), "exact", transform=beside, va="center", fontsize=8)
-        axis.axhline(1, color="black", linestyle=":", linewidth=1)
-        _finish(axis, title, 11, xlabel="relative error of the gradients")
-    panels[0].set_ylabel("time / time of the four products")
-    panels[0].set_ylim(bottom=0)
-    left, right = panels[0].get_xlim()
-    left /= 5  # room for the marks of the exact ones
-    for axis in panels:
-        axis.fill_between([left, small_error], wanted_ratio, color="#009E73", alpha=0.13, lw=0)
-        said = f"error < {small_error:g}, time < {wanted_ratio:g}"
-        axis.text(left * 1.3, 0.03, said, fontsize=9, color="#00684C")
-        axis.set_xlim(left, right)
-    drawn.legend(handles.values(), handles, loc="outside lower center", ncols=4)
+    rows = [row for row in rows if row["group"] == "lens" and row["used_share"]]
+    runs, curves = [*_by(rows, "run")], {}
+    drawn = pictures.canvas(7.2, 5.4)
+    axis, handles = drawn.subplots(), {}
+    # Exact gradients have a place on this axis too: their error is 0.
+    smallest = min((error for row in rows if (error := _error(row))), default=SMALL_ERROR)
+    axis.set_xscale("symlog", linthresh=smallest / 1.5, linscale=0.4)
+    for (run, state), own in _by(rows, "run", "state").items():
+        curve = sorted((_error(row), float(row["ratio_to_floor"]), row["threshold"]) for row in own)
+        before = state == "before"
+        style = {"color": STUDENTS[runs.index(run) % len(STUDENTS)], "marker": "os"[before]}
+        style["linestyle"] = "--" if before else "-"
+        handles[f"{run.replace('_', ' ')}, {state} training"] = _key(**style)
+        axis.plot(*[*zip(*curve, strict=True)][:2], **style)
+        curves[run, state] = curve
+    # The names of the thresholds fit above the slowest curve, whose first point is exact.
+    for *point, name in max(curves.values(), key=lambda curve: sum(x[1] for x in curve))[1:]:
+        above = {"textcoords": "offset points", "ha": "center", "rotation": 90, "fontsize": 8}
+        axis.annotate(name, point, (0, 7), **above)
+    axis.axhline(1, color=pictures.BLACK, linestyle=":")
+    wanted = {"color": pictures.GREEN, "alpha": 0.13, "linewidth": 0}
+    axis.fill_between([-SMALL_ERROR, SMALL_ERROR], WANTED_RATIO, **wanted)
+    axis.set(xlabel=f"relative error of the gradients, 2-norm ({LOWER})", ylabel=PRODUCTS)
+    axis.xaxis.set_major_formatter(lambda error, _: f"{error:.0e}" if error else "0 (exact)")
+    axis.set_xlim(left=-smallest / 4)
+    axis.set_ylim(bottom=0)
+    handles["the four products alone"] = _key(pictures.BLACK, linestyle=":")
+    said = f"wanted: error below {SMALL_ERROR:g}, time below {WANTED_RATIO:g}"
+    handles[said] = _key(pictures.GREEN, linewidth=8, alpha=0.2)
+    _legend(drawn, handles, 2)
     first = rows[0]
     drawn.suptitle(
-        "grad_threshold, loss + backward: thresholds along each curve\n"
-        f"{first['tokens']} tokens, {first['vocab_entries']} entries, widths"
-        f" {first['student_width']} and {first['teacher_width']}, {first['device']}"
+        f"Time of loss and backward against the error that grad_threshold makes, {first['pairs']}"
+        f" lens pairs\n{first['tokens']} tokens, {first['vocab_entries']} entries, hidden size"
+        f" {first['student_width']} (student) and {first['teacher_width']} (teacher)\n"
+        f"{first['device']}; medians of {first['rounds']} rounds, a label for each threshold"
     )
     return drawn
 
 
-def _error(row: Mapping[str, str]) -> float:
+def _error(row: Row) -> float:
     return max(float(row["hidden_error"]), float(row["head_error"]))
+
+
+def main() -> None:
+    """Draw the figures of benchmarks/figures/ from the committed results."""
+    data = environment.DATA / "cpu"
+    for draw in (memory_vs_vocab, speed_vs_peers, active_vocabulary):
+        name = draw.__name__
+        print(draw(data / f"{name}.csv", png=data.parents[1] / "figures" / f"{name}.png"))
+
+
+if __name__ == "__main__":
+    main()

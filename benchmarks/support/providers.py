@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.support import compat
 from benchmarks.support.contenders import Contender, Loss
 from benchmarks.support.shapes import Inputs
 from lens_kernels import __version__, symmetric_lens_loss
@@ -117,14 +118,10 @@ def published(inputs: Inputs) -> Tensor:
 
 
 def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile each size apart, as in training, which has one size only.
-
-    After the first size the compiler would turn to code for any size, measured to take 1.5 times
-    the memory.
-    """
+    """Compile each size apart, as in training, which has one size only."""
 
     def apart(*args: Tensor) -> Tensor:
-        with torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64):
+        with compat.static_sizes():
             return function(*args)
 
     return apart

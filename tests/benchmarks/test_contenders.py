@@ -37,10 +37,7 @@ def test_contender_computes_the_loss_and_gradients_of_the_oracle(contender, monk
     [
         (lambda inputs: dense(inputs.pairs(1)), "no gradient 1"),
         (lambda inputs: dense(inputs) * 1.001 - 1e-3 * dense(inputs).detach(), "gradient 0 is off"),
-        (
-            lambda inputs: dense(replace(inputs, mask=None)),
-            r"something else: loss [\d.]+ instead of [\d.]+ \(40% masked\)",
-        ),
+        (lambda inputs: dense(replace(inputs, mask=None)), r"loss [\d.]+ .* \(40% masked\)"),
     ],
 )
 def test_check_refuses_a_contender_that_computes_something_else(wrong, message):
@@ -48,30 +45,29 @@ def test_check_refuses_a_contender_that_computes_something_else(wrong, message):
         check(Contender("wrong", "wrong", lambda: wrong), CPU)
 
 
-@pytest.mark.parametrize(
-    ("by", "epsilon", "wrong"), [(1e-8, 1e-8, False), (1e-8, 0.0, True), (3e-8, 1e-8, True)]
-)
-def test_a_loss_may_be_too_low_by_what_its_own_epsilon_takes(by, epsilon, wrong):
+@pytest.mark.parametrize(("by", "epsilon"), [(1e-8, 1e-8), (1e-8, 0.0), (3e-8, 1e-8)])
+def test_a_loss_may_be_too_low_by_what_its_own_epsilon_takes(by, epsilon):
     def lower(inputs):
         return dense(inputs) - by * inputs.student_head.shape[0]
 
-    with pytest.raises(RuntimeError, match="loss") if wrong else nullcontext():
+    with pytest.raises(RuntimeError, match="loss") if by > epsilon else nullcontext():
         check(Contender("low", "low", lambda: lower, epsilon=epsilon), CPU)
-    assert {c.key: c.epsilon for c in SPEED_CONTENDERS.values() if c.epsilon} == {"published": 1e-8}
-    assert not any(c.epsilon for c in CONTENDERS.values())
+    known = (SPEED_CONTENDERS | CONTENDERS).values()
+    assert {c.key: c.epsilon for c in known if c.epsilon} == {"published": 1e-8}
 
 
 def test_who_cannot_run_or_is_wrong_is_listed_with_the_reason(capsys):
     def broken():
         raise OSError("libsomething.so is missing\nmore")
 
-    everyone = {
-        "dense": CONTENDERS["dense"],
-        "broken": Contender("broken", "broken", broken, package="torch", release="0"),
-        "absent": Contender("absent", "absent", lambda: dense, package="no-such", release="1.2"),
-        "gpu": Contender("gpu", "gpu", lambda: dense, gpu_only=True),
-        "wrong": Contender("wrong", "wrong", lambda: lambda inputs: dense(inputs) * 2),
-    }
+    everyone = [
+        CONTENDERS["dense"],
+        Contender("broken", "broken", broken, package="torch", release="0"),
+        Contender("absent", "absent", lambda: dense, package="no-such", release="1.2"),
+        Contender("gpu", "gpu", lambda: dense, gpu_only=True),
+        Contender("wrong", "wrong", lambda: lambda inputs: dense(inputs) * 2),
+    ]
+    everyone = {contender.key: contender for contender in everyone}
     present, missing = gather(everyone, CPU, needed=["dense", "broken"])
     assert [*present] == ["dense"]
     assert missing.pop("wrong").startswith("RuntimeError: wrong computes something else: loss")
@@ -87,20 +83,16 @@ def test_who_cannot_run_or_is_wrong_is_listed_with_the_reason(capsys):
 
 def test_a_mask_takes_its_share_of_tokens_and_of_the_floor():
     job = Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
-    inputs = job.make()
-    assert inputs.mask.sum() == 30
-    assert 0 < inputs.mask[:10].sum() < 10  # scattered
-    hidden = inputs.student_hidden[0]
-    assert torch.equal(inputs.counted(hidden), hidden[inputs.mask])
-    unmasked = replace(job, masked=0.0)
+    inputs, unmasked = job.make(), replace(job, masked=0.0)
+    assert inputs.mask.sum() == 30 and 0 < inputs.mask[:10].sum() < 10  # scattered
+    assert torch.equal(inputs.counted(x := inputs.student_hidden[0]), x[inputs.mask])
     assert job.gemm_flops() == 0.75 * unmasked.gemm_flops()
     assert unmasked.make().mask is None
     assert torch.equal(unmasked.make().student_head, inputs.student_head)
 
 
 def assert_fakes_are_right(contender, job, kept=True):
-    fake = contender.fake_memory(job)
-    real, _ = contender.observe(job.make(), memory.measure)
+    fake, (real, _) = contender.fake_memory(job), contender.observe(job.make(), memory.measure)
     assert fake.peak == pytest.approx(real.peak, rel=0.01)
     assert not kept or fake.kept == pytest.approx(real.kept, rel=0.01)
 

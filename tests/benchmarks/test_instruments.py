@@ -8,7 +8,6 @@ import torch
 from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
-from lens_kernels import symmetric_lens_loss
 
 SLACK = MIB // 32  # scalars, and what PyTorch allocates the first time it does something
 
@@ -23,38 +22,28 @@ def allocations():
     a = torch.empty(1024, 1024)  # 4 MiB
     b = a + 1  # 8
     del a  # 4
-    view = b.view(-1, 2)
-    c = b * 2  # 8
+    c = b.view(-1, 2) * 2  # 8
     torch.mul(c, c, out=c)
     c.mul_(2).t_()
-    d = view.t().contiguous()  # 12
-    del b, d, view
+    d = b.view(-1, 2).t().contiguous()  # 12
+    del b, d
     return c
 
 
-def test_both_instruments_count_temporaries_views_and_in_place_operators_right():
-    for seen in watched(allocations):
-        assert seen.peak == pytest.approx(12 * MIB, abs=SLACK)
-        assert seen.kept == pytest.approx(4 * MIB, abs=SLACK)
-
-
-def test_storages_from_before_count_as_nothing():
+@pytest.mark.parametrize(
+    ("function", "peak", "kept"),
+    [
+        (lambda x: allocations(), 12, 4),
+        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # a storage from before
+        (lambda x: (x.add_(1), x * 2)[0], 4, 0),
+    ],
+    ids=["temporaries", "views", "in place"],
+)
+def test_both_instruments_count_temporaries_views_and_in_place_operators(function, peak, kept):
     x = torch.empty(MIB)
-    for seen in watched(lambda: x.view(-1, 4).t()[0].mul_(2)):
-        assert max(seen.peak, seen.kept) < SLACK
-    for seen in watched(lambda: (x.add_(1), x * 2)[0]):
-        assert seen.peak == pytest.approx(4 * MIB, abs=SLACK)
-        assert seen.kept < SLACK
-
-
-def test_both_instruments_look_into_the_custom_operator():
-    """Its two tiles of logits, 16 MiB, live and die inside, beside 16 blocks of 1 MiB."""
-    tokens, vocab = 256, 8192
-    hidden = torch.randn(tokens, 16), torch.randn(tokens, 24)
-    heads = torch.randn(vocab, 16), torch.randn(vocab, 24)
-    for seen in watched(lambda: symmetric_lens_loss(*hidden, *heads)):
-        assert 16 * MIB < seen.peak < 32 * MIB + SLACK
-        assert seen.kept < MIB
+    for seen in watched(lambda: function(x)):
+        assert seen.peak == pytest.approx(peak * MIB, abs=SLACK)
+        assert seen.kept == pytest.approx(kept * MIB, abs=SLACK)
 
 
 def test_rounds_are_interleaved_and_start_each_with_another(clock):
@@ -69,20 +58,15 @@ def test_rounds_are_interleaved_and_start_each_with_another(clock):
 def test_a_time_is_that_of_one_call(monkeypatch):
     calls, now = [], iter([5.0, 7.5])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
-    assert timing.seconds(lambda: calls.append(1), CPU) == 2.5
-    assert calls == [1]
+    assert (timing.seconds(lambda: calls.append(1), CPU), calls) == (2.5, [1])
 
 
 def test_ratios_are_those_of_the_rounds_that_both_have():
     floor, mine = timing.Timing.read("1:10.00 2:20.00 3:40.00"), timing.Timing({3: 80.0, 1: 12.0})
     assert mine.ratios(floor) == [1.2, 2.0]
     assert timing.Timing.read(str(mine)) == mine
-    assert mine.columns(1) == {
-        "rounds": 2,
-        "median_ms": "46.0",
-        "min_ms": "12.0",
-        "max_ms": "80.0",
-    }
+    expected = {"rounds": 2, "median_ms": "46.0", "min_ms": "12.0", "max_ms": "80.0"}
+    assert mine.columns(1) == expected
     assert timing.Timing({}).columns() == {"rounds": 0}
 
 
@@ -95,15 +79,12 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init", "-q")
-    script = tmp_path / "benchmarks" / "support" / "a.py"
-    script.parent.mkdir(parents=True)
-    script.write_text("1\n")
-    git("add", ".")
-    git("commit", "-qm", "code")
-    code = git("rev-parse", "--short=12", "HEAD")
-    (tmp_path / "README.md").write_text("x\n")
-    git("add", ".")
-    git("commit", "-qm", "document")
+    for path in ("benchmarks/support/a.py", "README.md"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("1\n")
+        git("add", ".")
+        git("commit", "-qm", path)
+    code = git("rev-parse", "--short=12", "HEAD~")
     assert environment.commit() == code
-    script.write_text("2\n")
+    (tmp_path / "benchmarks/support/a.py").write_text("2\n")
     assert environment.commit() == f"{code}-dirty"

@@ -1,14 +1,6 @@
 """``lens_kernels.hf`` loads what is asked for, and nothing else."""
 
-from __future__ import annotations
-
-import pytest
-
 from tests.support.fresh import run_fresh
-
-pytest.importorskip("transformers")
-
-pytestmark = pytest.mark.hf
 
 PROGRAM = """
 import sys

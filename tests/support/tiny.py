@@ -65,6 +65,7 @@ def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
         "gemma2": capped,
         "gemma3_text": capped,
         "gemma3": capped,
+        "phi": inner,
         "phi3": {**rms, "sliding_window": 3},
         "olmo2": rms,
         "granite": {**rms, "logits_scaling": 3.0, "residual_multiplier": 0.7},

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lens_kernels import pictures
 from lens_kernels.hf.inspection.reading import Inspection, Reading
-from lens_kernels.hf.training.report import AFTER, BEFORE
 
-FONT = "DejaVu Sans"  # comes with matplotlib, so that what it lacks is known on every machine
-TRAINED = "#c8553d"
-COLD, HOT = "#f1f5f8", AFTER
+FONT = pictures.STYLE["font.family"]
+COLD, HOT = "#F1F5F8", pictures.BLUE
 HOT_FROM = 0.85  # share of the scale above which white is easier to read than black
 MAX_LAYERS, MAX_POSITIONS = 32, 24
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # inches, inches, points
@@ -37,39 +36,38 @@ def draw(result: Inspection, output: Path) -> None:
         lens_figure(result, role, reading, output / f"lens_{role}.png")
 
 
+@pictures.styled
 def depth_figure(result: Inspection, path: Path) -> None:
     """Draw divergence and entropy against relative depth, one above the other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5.6), layout="constrained")
+    figure = pictures.canvas(6.4, 5.4)
     upper, lower = figure.subplots(2, sharex=True)
     student, teacher = result.student, result.teacher
-    for chosen, options in (
-        ([c for c in result.comparisons if c.relative], {"label": "equal relative depth"}),
-        (
-            [c for c in result.comparisons if c.trained],
-            {"label": "lens pairs of training", "color": TRAINED, "linestyle": "", "zorder": 3},
-        ),
+    chosen = [c for c in result.comparisons if c.relative]
+    trained = [c for c in result.comparisons if c.trained]
+    trained_style = {"color": pictures.VERMILION, "linestyle": "", "marker": "D", "zorder": 3}
+    for pairs, label, style in (
+        (chosen, "equal relative depth", {"color": pictures.BLUE, "marker": "o"}),
+        (trained, "lens pairs of training", trained_style),
     ):
-        if chosen:
-            depth = [c.student_depth / student.depths for c in chosen]
-            style = {"color": AFTER, "marker": "o", "markersize": 4.5} | options
-            upper.plot(depth, [c.mean for c in chosen], **style)
-    for reading, label, colour in ((student, "student", AFTER), (teacher, "teacher", BEFORE)):
+        if pairs:
+            depth = [c.student_depth / student.depths for c in pairs]
+            upper.plot(depth, [c.mean for c in pairs], label=label, **style)
+    for reading, label, style in (
+        (student, "student", {"color": pictures.BLUE, "marker": "o"}),
+        (teacher, "teacher", {"color": pictures.BLACK, "marker": "s"}),
+    ):
         depth = [i / reading.depths for i in range(1, reading.depths + 1)]
-        means = reading.entropy.mean(1).tolist()
-        lower.plot(depth, means, color=colour, label=label, marker="o", markersize=3.5)
+        lower.plot(depth, reading.entropy.mean(1).tolist(), label=label, markersize=4, **style)
     upper.set_xlim(0, 1.03)
-    upper.set_title("Student and teacher by depth, mean over positions")
-    upper.set_ylabel(f"{result.divergence}, {unit(result.divergence)}")
+    upper.set_title(f"Divergence of student and teacher, mean over {len(result.ids)} positions")
+    upper.set_ylabel(f"{result.divergence}, {unit(result.divergence)} ({pictures.LOWER})")
+    lower.set_title("Entropy of each model's lens, mean over positions")
     lower.set_ylabel("entropy, nats")
     lower.set_xlabel("relative depth: block / number of blocks (1 is the model's output)")
     for axes in (upper, lower):
         axes.set_ylim(bottom=0)
-        axes.grid(axis="y", color="#e4e7eb", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=144)
+        axes.legend()
+    pictures.save(figure, path)
 
 
 def unit(divergence: str) -> str:
@@ -82,15 +80,15 @@ def first_of(count: int, total: int) -> str:
     return f"{count} of {total}" if count == total else f"the first {count} of {total}"
 
 
+@pictures.styled
 def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> None:
     """Draw the likeliest next token of depths x positions, coloured by entropy."""
     from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
 
     depths = shown_depths(reading.depths)
     count = min(len(result.tokens), MAX_POSITIONS)
     size = (2.4 + CELL_WIDTH * max(count, 8), 1.9 + CELL_HEIGHT * max(len(depths), 4))
-    figure = Figure(figsize=size, layout="constrained")
+    figure = pictures.canvas(*size)
     axes = figure.subplots()
     entropy = reading.entropy[[i - 1 for i in depths], :count]
     # A model that is sure of everything has entropy 0 throughout, and a scale needs a length.
@@ -102,6 +100,7 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
         vmax=end,
         aspect="auto",
         origin="lower",
+        interpolation="none",  # as it is in the SVG, which every viewer scales in its own way
     )
     for y, depth in enumerate(depths):
         for x in range(count):
@@ -112,17 +111,17 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
     axes.set_xticks(range(count), [fit(t) for t in result.tokens[:count]], **TEXT)
     axes.set_yticks(range(len(depths)), [str(i) for i in depths], **TEXT)
     axes.tick_params(length=0)
+    axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.set_ylabel(f"block of {reading.depths}")
     axes.set_xlabel("token of the text")
     figure.suptitle(
-        f"{role}: likeliest next token by depth, bold where the text goes on so"
+        f"{role.capitalize()}: likeliest next token by depth, bold where it is the text's"
         f"\n(blocks: {len(depths)} of {reading.depths};"
-        f" tokens: {first_of(count, result.total_tokens)})",
-        fontsize=10,
+        f" tokens: {first_of(count, result.total_tokens)})"
     )
-    figure.colorbar(image, label="entropy, nats", pad=0.01, aspect=40)
-    figure.savefig(path, dpi=144)
+    figure.colorbar(image, label="entropy, nats (darker: less sure)", pad=0.01, aspect=40)
+    pictures.save(figure, path)
 
 
 def shown_depths(total: int) -> list[int]:

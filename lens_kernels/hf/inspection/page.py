@@ -11,9 +11,9 @@ from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2530; --soft: #5a6672; --line: #d5dbe1;
-  --cold: #f1f5f8; --hot: #1f6f8b; --mark: #c8553d; --on-hot: #fff; }
+  --cold: #f1f5f8; --hot: #0072b2; --mark: #d55e00; --on-hot: #fff; }
 @media (prefers-color-scheme: dark) { :root { --page: #12171c; --ink: #e6ebf0; --soft: #9fabb7;
-  --line: #36414c; --cold: #1b2229; --hot: #1f6f8b; --mark: #f0917c; } }
+  --line: #36414c; --cold: #1b2229; --hot: #0072b2; --mark: #f0917c; } }
 html { scroll-padding-bottom: 14rem; }
 body { margin: 0 auto; padding: 1rem; max-width: 90rem; background: var(--page); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; }

@@ -1,23 +1,19 @@
 """The key of a teacher cache changes with what the states depend on, and with nothing else."""
 
-from __future__ import annotations
-
 import copy
 import threading
 from types import SimpleNamespace
 
 import numpy as np
+import peft
 import pytest
 import torch
 
+from lens_kernels.hf.cache import key as cache_key
+from lens_kernels.hf.cache import store
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.cache import key as cache_key  # noqa: E402
-from lens_kernels.hf.cache import store  # noqa: E402
-from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
-
-pytestmark = pytest.mark.hf
 HANG = 120  # seconds after which a thread is taken for hung, on any machine
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
@@ -60,9 +56,7 @@ def test_dtype_and_shape_of_weights_belong_to_the_key(model):
 
 
 def test_weights_that_are_not_there_are_refused(model):
-    with pytest.raises(
-        ValueError, match="model must hold its weights, but .* meta device: load it"
-    ):
+    with pytest.raises(ValueError, match="must hold its weights, but .* meta device: load it"):
         key_of(copy.deepcopy(model).to("meta"))
 
 
@@ -73,14 +67,12 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
 
 
 def test_where_one_example_ends_belongs_to_the_key(model):
-    both = {k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}
-    moved = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}]
-    moved.append({"input_ids": [6, 7, 8], "labels": [6, 7, 8]})
-    keys = {key_of(model, examples).data for examples in (EXAMPLES, [both], moved, EXAMPLES[:1])}
-    assert len(keys) == 4
-    one = [{"input_ids": [1, 2], "labels": [1, 2]}]
-    two = [{"input_ids": [1], "labels": [2]}] * 2  # the same numbers one after the other
-    assert key_of(model, one) != key_of(model, two)
+    both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
+    moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
+    # The same numbers one after the other, of one example and of two.
+    one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
+    cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
+    assert len({key_of(model, examples).data for examples in cuts}) == 6
 
 
 def test_the_order_of_layers_does_not_matter(model):
@@ -90,9 +82,7 @@ def test_the_order_of_layers_does_not_matter(model):
 
 def test_dtypes_of_storage_by_value_or_name(model):
     assert key_of(model, dtype=torch.bfloat16) == key_of(model, dtype="bfloat16")
-    with pytest.raises(
-        TypeError, match="dtype must be one of float32, bfloat16, float16, got int8"
-    ):
+    with pytest.raises(TypeError, match="one of float32, bfloat16, float16, got int8"):
         key_of(model, dtype="int8")
 
 
@@ -106,35 +96,28 @@ def test_using_a_tokenizer_does_not_change_its_digest(model):
 
 
 def test_a_slow_tokenizer_is_its_vocabulary_and_special_tokens(model):
-    def slow(vocabulary, **special):
-        return SimpleNamespace(
-            is_fast=False, get_vocab=lambda: vocabulary, special_tokens_map=special
-        )
+    def digest(vocabulary, eos):
+        special = {"eos_token": eos}
+        slow = {"is_fast": False, "get_vocab": lambda: vocabulary, "special_tokens_map": special}
+        return key_of(model, tokenizer=SimpleNamespace(**slow)).tokenizer
 
-    tokenizers = [
-        slow({"a": 0, "b": 1}, eos_token="a"),
-        slow({"b": 1, "a": 0}, eos_token="a"),
-        slow({"a": 1, "b": 0}, eos_token="a"),
-        slow({"a": 0, "b": 1}, eos_token="b"),
-    ]
-    first, same, *others = [key_of(model, tokenizer=t).tokenizer for t in tokenizers]
-    assert first == same and first not in others
+    want = digest({"a": 0, "b": 1}, "a")
+    assert digest({"b": 1, "a": 0}, "a") == want
+    assert want not in (digest({"a": 1, "b": 0}, "a"), digest({"a": 0, "b": 1}, "b"))
 
 
 def test_adapters_belong_to_the_key():
-    peft = pytest.importorskip("peft")
-
-    def adapted(**options):
+    def adapted(alpha):
         torch.manual_seed(0)
-        config = peft.LoraConfig(
-            r=2, target_modules=["v_proj", "q_proj"], init_lora_weights=False, **options
+        modules = {"target_modules": ["v_proj", "q_proj"], "init_lora_weights": False}
+        return peft.get_peft_model(
+            tiny.model(layers=2), peft.LoraConfig(r=2, lora_alpha=alpha, **modules)
         )
-        return peft.get_peft_model(tiny.model(layers=2), config)
 
-    model = adapted(lora_alpha=4)
+    model = adapted(4)
     want = key_of(model)
-    assert key_of(adapted(lora_alpha=4)) == want
-    assert key_of(adapted(lora_alpha=8)).model != want.model  # the same weights, scaled otherwise
+    assert key_of(adapted(4)) == want
+    assert key_of(adapted(8)).model != want.model  # the same weights, scaled otherwise
     with model.disable_adapter():
         assert key_of(model).model != want.model
     model.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data[0, 0] += 1
@@ -149,128 +132,75 @@ def states(batch):
     ]
 
 
-def changed(**change):
-    """Return a run whose second example has something else in it."""
+def build(folder, key, run=states, examples=EXAMPLES, **options):
+    options = {"batch_size": 2, "progress": False} | options
+    return TeacherCache.build(folder, key, examples, run, **options)
 
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"layer_2": 0}, r"\['layer_1', 'final'\], got .*'layer_2'.*: name"),
+        ({"final": [1]}, r"final as a tensor \(counted, D\), got list"),
+        ({"final": torch.ones(3)}, r"\(counted, D\), got \(3,\)"),
+        ({"final": torch.ones(2, 3)}, r"\(1, 3\) for example 1, got \(2, 3\): take the rows"),
+        ({"layer_1": torch.ones(1, 4)}, r"layer_1 .*got \(1, 4\)"),
+        ({"final": torch.full((1, 3), 1e5)}, "1 with values not finite in float16: store bfloat16"),
+        ({"final": torch.full((1, 3), torch.nan)}, "NaN in the teacher"),
+    ],
+    ids=["name", "list", "vector", "rows", "width", "large", "nan"],
+)
+def test_results_that_do_not_fit_are_refused(tmp_path, model, change, match):
     def run(batch):
-        results = states(batch)
-        results[1].update(change)
-        return results
+        first, second = states(batch)
+        return [first, second | change]
 
-    return run
-
-
-@pytest.mark.parametrize(
-    ("run", "dtype", "error", "match"),
-    [
-        (
-            lambda b: states(b)[:1],
-            "float32",
-            ValueError,
-            "one mapping for each of 2 examples, got 1",
-        ),
-        (
-            changed(layer_2=0),
-            "float32",
-            ValueError,
-            r"\['layer_1', 'final'\], got .*'layer_2'.*: name",
-        ),
-        (changed(final=[1]), "float32", TypeError, r"final as a tensor \(counted, D\), got list"),
-        (changed(final=torch.ones(3)), "float32", TypeError, r"\(counted, D\), got \(3,\)"),
-        (
-            changed(final=torch.ones(2, 3)),
-            "float32",
-            ValueError,
-            r"final of shape \(1, 3\) for example 1, got \(2, 3\): take the rows",
-        ),
-        (changed(layer_1=torch.ones(1, 4)), "float32", ValueError, r"layer_1 .*got \(1, 4\)"),
-        (
-            changed(final=torch.full((1, 3), 1e5)),
-            "float16",
-            ValueError,
-            "final for example 1 with values not finite in float16: store bfloat16",
-        ),
-        (changed(final=torch.full((1, 3), torch.nan)), "float32", ValueError, "NaN in the teacher"),
-    ],
-)
-def test_results_that_do_not_fit_are_refused(tmp_path, model, run, dtype, error, match):
-    key = key_of(model, dtype=dtype)
-    with pytest.raises(error, match=f"run_teacher .*{match}"):
-        TeacherCache.build(tmp_path, key, EXAMPLES, run, batch_size=2, progress=False)
+    with pytest.raises((TypeError, ValueError), match=f"run_teacher .*{match}"):
+        build(tmp_path, key_of(model, dtype="float16"), run)
+    with pytest.raises(ValueError, match="one mapping for each of 2 examples, got 1"):
+        build(tmp_path / "new", key_of(model), lambda batch: states(batch)[:1])
 
 
 @pytest.mark.parametrize(
-    ("examples", "options", "match"),
+    ("options", "match"),
     [
-        (EXAMPLES, {"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        (EXAMPLES, {"shard_examples": 0}, "shard_examples must be at least 1, got 0"),
-        (EXAMPLES, {"shard_bytes": -1}, "shard_bytes must be at least 1, got -1"),
-        ([], {}, "examples is empty: pass at least one"),
-        (EXAMPLES[:1], {}, "examples are not those of key: make the key"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"shard_examples": 0}, "shard_examples must be at least 1, got 0"),
+        ({"shard_bytes": -1}, "shard_bytes must be at least 1, got -1"),
+        ({"examples": []}, "examples is empty: pass at least one"),
+        ({"examples": EXAMPLES[:1]}, "examples are not those of key: make the key"),
     ],
 )
-def test_arguments_out_of_range_are_refused(tmp_path, model, examples, options, match):
+def test_arguments_out_of_range_are_refused(tmp_path, model, options, match):
     with pytest.raises(ValueError, match=match):
-        TeacherCache.build(
-            tmp_path / "new", key_of(model), examples, states, **{"batch_size": 2} | options
-        )
+        build(tmp_path / "new", key_of(model), **options)
     assert not (tmp_path / "new").exists()
 
 
-def test_labels_of_a_batch_are_refused():
-    with pytest.raises(ValueError, match=r"labels must be .* got shape \(2, 3\): pass one row"):
-        counted_positions(torch.ones(2, 3))
+def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, model, monkeypatch):
+    free = SimpleNamespace(free=4 * 24 - 1)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: free)
+    with pytest.raises(RuntimeError, match="not enough space: 4 rows of 24 bytes need .* pass an"):
+        build(tmp_path, key_of(model), batch_size=1)
+    assert not list(tmp_path.iterdir())
+    free.free += 1
+    assert len(build(tmp_path, key_of(model), batch_size=1)) == 2
 
 
-@pytest.mark.parametrize(("free", "fits"), [(4 * 24, True), (4 * 24 - 1, False)])
-def test_too_small_a_disk_is_refused_before_anything_is_written(
-    tmp_path, model, monkeypatch, free, fits
-):
-    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-    calls = []
-
-    def run(batch):
-        calls.append(len(batch))
-        return states(batch)
-
-    def build():
-        return TeacherCache.build(tmp_path, key_of(model), EXAMPLES, run, batch_size=1)
-
-    if fits:
-        build()
-        assert calls == [1, 1]
-        return
-    with pytest.raises(
-        RuntimeError, match="not enough space: 4 rows of 24 bytes need .* pass anot"
-    ):
-        build()
-    assert calls == [1] and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("shown", [True, False])
+def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys, shown):
+    for _ in range(2):  # made, then found
+        build(tmp_path, key_of(model), batch_size=1, progress=shown)
+        printed = capsys.readouterr().err
+        assert ("teacher cache: 100%" in printed and "2/2" in printed) == shown == bool(printed)
 
 
-def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys):
-    for shown in (True, False):
-        folder = tmp_path / str(shown)
-        for _ in range(2):  # made, then found
-            TeacherCache.build(
-                folder, key_of(model), EXAMPLES, states, batch_size=1, progress=shown
-            )
-            printed = capsys.readouterr().err
-            assert ("teacher cache: 100%" in printed and "2/2" in printed) == shown
-            assert bool(printed) == shown
-
-
-def test_the_teacher_runs_without_gradients(tmp_path, model):
+def test_the_teacher_runs_without_gradients_and_size_and_summary_are_told(tmp_path, model):
     def run(batch):
         assert not torch.is_grad_enabled()
         return states(batch)
 
-    TeacherCache.build(tmp_path, key_of(model), EXAMPLES, run, batch_size=2, progress=False)
-
-
-def test_size_and_summary(tmp_path, model):
-    cache = TeacherCache.build(
-        tmp_path, key_of(model), EXAMPLES, states, batch_size=2, progress=False
-    )
+    cache = build(tmp_path, key_of(model), run)
     assert cache.nbytes == sum(p.stat().st_size for p in tmp_path.glob("*.safetensors"))
     assert cache.summary() == f"teacher cache: 2 examples, 4 rows, 0.0 MiB, float32, {tmp_path}"
 
@@ -286,8 +216,6 @@ def test_of_two_that_want_a_cache_one_makes_it_and_one_says_that_it_waits(
         said.append(message % values)
         waits.set()
 
-    monkeypatch.setattr(store._log, "warning", warn)
-
     def make(name):
         def run_teacher(batch):
             makers.append(name)
@@ -299,11 +227,11 @@ def test_of_two_that_want_a_cache_one_makes_it_and_one_says_that_it_waits(
         cache = TeacherCache.open_or_build(folder, key, EXAMPLES, run_teacher, **options)
         found.append(len(cache))
 
-    threads = [threading.Thread(target=make, args=(i,)) for i in (0, 1)]
-    threads[0].start()
+    monkeypatch.setattr(store._log, "warning", warn)
+    first, second = (threading.Thread(target=make, args=(i,)) for i in (0, 1))
+    first.start()
     assert begun.wait(HANG) and not said
-    threads[1].start()
-    for thread in threads:
-        thread.join(HANG)
+    second.start()
+    first.join(HANG), second.join(HANG)
     assert makers == [0] and found == [2, 2]
     assert said == [f"another process makes the teacher cache {folder}: waiting for it"]

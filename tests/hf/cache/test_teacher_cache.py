@@ -1,31 +1,26 @@
 """A teacher's states come back from disk as they were, or not at all."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from lens_kernels.hf.cache import store as teacher_cache
+from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.cache import store as teacher_cache  # noqa: E402
-from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions  # noqa: E402
-
-pytestmark = pytest.mark.hf
 LAYERS = (1, 3)
 BATCH, SHARD = 2, 4  # three shards of nine examples
 
 
 def make_examples():
     """Nine examples of several lengths, prompts masked; three without a counted token."""
-    generator = torch.Generator().manual_seed(0)
-    made = []
+    generator, made = torch.Generator().manual_seed(0), []
     for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
         made.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
@@ -108,29 +103,28 @@ def assert_same(got, want):
 def test_a_position_counts_if_its_next_label_does(labels, at):
     assert counted_positions(labels).tolist() == at
     assert counted_positions(torch.tensor(labels, dtype=torch.int64)).tolist() == at
+    with pytest.raises(ValueError, match=r"labels must be .* got shape \(2, 3\): pass one row"):
+        counted_positions(torch.ones(2, 3))
 
 
-@pytest.mark.parametrize("dtype", ["float32", torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rows_come_back_as_they_were_in_the_dtype_of_storage(tmp_path, model, examples, dtype):
     key = CacheKey.of(model, examples, LAYERS, dtype=dtype)
     build(tmp_path / "a" / "b", key, examples, Teacher(model))
     cache = TeacherCache.open(tmp_path / "a" / "b", key)
-    stored = dtype if isinstance(dtype, torch.dtype) else torch.float32
     assert len(cache) == len(examples)
-    assert_same(cache.rows(range(9)), expected(model, examples, range(9), stored))
+    assert_same(cache.rows(range(9)), expected(model, examples, range(9), dtype))
 
 
 def test_lookups_in_any_order_and_repeated(built, key, model, examples, monkeypatch):
     monkeypatch.setattr(teacher_cache, "MAPPED_SHARDS", 2)
     cache = TeacherCache.open(built, key)
+    before = len(pickle.dumps(cache))
     for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
         assert_same(cache.rows(ids), expected(model, examples, ids))
     assert list(cache._mapped) == [0, 2]  # three shards, of which the longest unused was dropped
-
-
-def test_no_example_and_examples_without_counted_tokens_have_no_rows(built, key):
-    cache = TeacherCache.open(built, key)
-    for ids in ([], [1, 4, 7]):
+    assert len(pickle.dumps(cache)) == before
+    for ids in ([], [1, 4, 7]):  # no example, and those without counted tokens
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
 
@@ -145,60 +139,44 @@ def test_a_shard_without_any_row(tmp_path, model):
 def test_workers_of_a_dataloader_read_it(built, key, model, examples, context):
     cache = TeacherCache.open(built, key)
     cache.rows(range(9))
-    loader = DataLoader(
-        range(9),
-        batch_size=4,
-        num_workers=2,
-        collate_fn=cache.rows,
-        multiprocessing_context=context,
-    )
+    options = {"num_workers": 2, "collate_fn": cache.rows, "multiprocessing_context": context}
+    loader = DataLoader(range(9), batch_size=4, **options)
     for got, ids in zip(loader, [range(4), range(4, 8), [8]], strict=True):
         assert_same(got, expected(model, examples, ids))
 
 
-def test_pickled_it_carries_no_rows(built, key):
+def test_unknown_examples_are_refused(built, key):
     cache = TeacherCache.open(built, key)
-    before = len(pickle.dumps(cache))
-    cache.rows(range(9))
-    assert len(pickle.dumps(cache)) == before
-
-
-@pytest.mark.parametrize(
-    ("ids", "error", "match"),
-    [
-        ([9], IndexError, r"example_ids must lie in \[0, 8\], got 9: pass positions"),
-        ([0, -1], IndexError, r"\[0, 8\], got -1"),
-        ([1.5], TypeError, "example_ids must be integers, got float: pass positions"),
-    ],
-)
-def test_unknown_examples_are_refused(built, key, ids, error, match):
-    with pytest.raises(error, match=match):
-        TeacherCache.open(built, key).rows(ids)
+    for ids, match in (([9], r"lie in \[0, 8\], got 9: pass positions"), ([0, -1], "got -1")):
+        with pytest.raises(IndexError, match=f"example_ids must .*{match}"):
+            cache.rows(ids)
+    with pytest.raises(TypeError, match="example_ids must be integers, got float: pass positions"):
+        cache.rows([1.5])
 
 
 def test_two_builds_are_identical_and_nothing_else_is_left(built, tmp_path, model, examples, key):
-    build(tmp_path, key, examples, Teacher(model))
+    (tmp_path / "manifest.json.partial").write_text("{")  # interrupted while writing the first
+    build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)
-    assert sorted(files(tmp_path)) == [
-        "manifest.json",
-        *(f"shard-0000{i}.safetensors" for i in range(3)),
-    ]
+    shards = [f"shard-0000{i}.safetensors" for i in range(3)]
+    assert sorted(files(tmp_path)) == ["manifest.json", *shards]
     assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
 
 
-def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(tmp_path, model, examples, key):
-    by_bytes = {12: [(0, 2, 4), (2, 2, 9), (4, 4, 6), (8, 1, 1)]}
-    by_bytes[13] = [(0, 4, 13), (4, 4, 6), (8, 1, 1)]
-    build(tmp_path / "0", key, examples, Teacher(model), shard_examples=1)
-    for rows in by_bytes:
-        build(tmp_path / str(rows), key, examples, Teacher(model), shard_bytes=rows * 3 * 16 * 4)
-    shards = {
-        rows: json.loads((tmp_path / str(rows) / "manifest.json").read_text())["shards"]
-        for rows in (0, *by_bytes)
-    }
-    assert [s["examples"] for s in shards[0]] == [2, 2, 2, 2, 1]
-    for rows, wanted in by_bytes.items():
-        assert [(s["first"], s["examples"], s["rows"]) for s in shards[rows]] == wanted
+@pytest.mark.parametrize(
+    ("limit", "wanted"),
+    [
+        ({"shard_examples": 1}, [(0, 2, 4), (2, 2, 9), (4, 2, 5), (6, 2, 1), (8, 1, 1)]),
+        ({"shard_bytes": 12 * 3 * 16 * 4}, [(0, 2, 4), (2, 2, 9), (4, 4, 6), (8, 1, 1)]),
+        ({"shard_bytes": 13 * 3 * 16 * 4}, [(0, 4, 13), (4, 4, 6), (8, 1, 1)]),
+    ],
+)
+def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(
+    tmp_path, model, examples, key, limit, wanted
+):
+    build(tmp_path, key, examples, Teacher(model), **limit)
+    shards = json.loads((tmp_path / "manifest.json").read_text())["shards"]
+    assert [(s["first"], s["examples"], s["rows"]) for s in shards] == wanted
 
 
 @pytest.mark.parametrize("fail_at", range(5))
@@ -216,29 +194,18 @@ def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, model, examp
     assert files(folder) == files(built)
 
 
-def test_interrupted_while_writing_the_first_manifest(built, tmp_path, model, examples, key):
-    (tmp_path / "manifest.json.partial").write_text("{")
-    build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
-    assert files(tmp_path) == files(built)
-
-
-def test_a_resumed_build_makes_damaged_shards_anew_and_keeps_the_sizes_of_shards(
+def test_damaged_shards_are_made_anew_by_a_build_and_refused_where_all_is_complete(
     own, built, model, examples, key
 ):
-    flip(own / "shard-00001.safetensors")
-    teacher = Teacher(model)
-    build(own, key, examples, teacher, batch_size=1, shard_examples=1)
-    assert teacher.calls == [1, 1, 1, 1]
-    assert files(own) == files(built)  # the model ran example by example both times
-
-
-def test_open_or_build_opens_what_is_complete(own, model, examples, key):
     teacher = Teacher(model)
     build(own, key, examples, teacher, make=TeacherCache.open_or_build)
     assert teacher.calls == []
     flip(own / "shard-00001.safetensors")
     with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
         build(own, key, examples, teacher, make=TeacherCache.open_or_build)
+    build(own, key, examples, teacher, batch_size=1, shard_examples=1)  # shards keep their size
+    assert teacher.calls == [1, 1, 1, 1]
+    assert files(own) == files(built)  # the model ran example by example both times
 
 
 def flip(path):
@@ -258,113 +225,76 @@ def edit(path):
 @pytest.mark.parametrize(
     ("file", "change", "match"),
     [
-        ("shard-00001.safetensors", flip, "shard-00001.safetensors is damaged: its checksum"),
-        ("shard-00002.safetensors", truncate, r"shard-00002.* damaged: \d+ bytes long, not \d+"),
-        ("shard-00000.safetensors", lambda p: p.unlink(), "shard-00000.safetensors is missing"),
-        ("manifest.json", edit, "manifest.json is damaged: its checksum differs"),
-        ("manifest.json", truncate, "manifest.json cannot be read"),
-        ("manifest.json", lambda p: p.write_bytes(b"\xff"), "manifest.json cannot be read"),
-        ("manifest.json", lambda p: p.write_text("[]"), "manifest.json cannot be read"),
-        ("manifest.json", lambda p: p.write_text("{}"), "manifest.json cannot be read"),
+        ("shard-00001.safetensors", flip, "is damaged: its checksum"),
+        ("shard-00002.safetensors", truncate, r"is damaged: \d+ bytes long, not \d+"),
+        ("shard-00000.safetensors", lambda p: p.unlink(), "is missing"),
+        ("manifest.json", edit, "is damaged: its checksum differs"),
+        ("manifest.json", truncate, "cannot be read"),
+        ("manifest.json", lambda p: p.write_bytes(b"\xff"), "cannot be read"),
+        ("manifest.json", lambda p: p.write_text("[]"), "cannot be read"),
+        ("manifest.json", lambda p: p.write_text("{}"), "cannot be read"),
     ],
 )
 def test_damage_is_refused(own, key, file, change, match):
     change(own / file)
-    with pytest.raises(
-        ValueError, match=f"own is refused: {match}.*; delete the folder .* pass an"
-    ):
+    message = f"own is refused: {file} {match}.*; delete the folder .* pass an"
+    with pytest.raises(ValueError, match=message):
         TeacherCache.open(own, key)
 
 
-def changed(original, change):
-    copied = copy.deepcopy(original)
-    with torch.no_grad():
-        change(copied)
-    return copied
-
-
-def one_weight(model):
-    model.model.layers[3].mlp.down_proj.weight[-1, -1] += 1e-6
-
-
-def one_buffer(model):
-    model.model.rotary_emb.inv_freq[-1] *= 2
-
-
-def one_setting(model):
-    model.config.rms_norm_eps *= 2
-
-
-def one_label(examples):
-    examples[5]["labels"][-1] = -100
-
-
-def other_layers(layers):
-    layers[:] = [2]
-
-
-def masks(examples):
-    for example in examples:
-        example["attention_mask"] = [1] * len(example["labels"])
+def masked(examples):
+    return [x | {"attention_mask": [1] * len(x["labels"])} for x in examples]
 
 
 # What was changed of the arguments of ``CacheKey.of``, how, and what the refusal says.
-OTHERS = [
-    ("model", one_weight, "made by another model: its config"),
-    ("model", one_buffer, "made by another model"),
-    ("model", one_setting, "made by another model"),
-    ("examples", one_label, "made from other data: its tokens or"),
-    ("examples", list.reverse, "made from other data"),
-    ("examples", masks, "made from other data"),
-    ("layers", other_layers, r"other layers: found \[1, 3\], expected \[2\]"),
-    ("tokenizer", lambda x: x.add_tokens(["new"]), "made with another tokenizer"),
-    ("tokenizer", None, "made with another tokenizer"),
-    ("dtype", None, "another dtype: found float32, expected bfloat16"),
-]
-
-
-def refused_by_all(folder, key, examples, match):
-    before = files(folder)
-    with pytest.raises(ValueError, match=f"is refused: .*{match}.*pass another"):
-        TeacherCache.open(folder, key)
-    for make in (TeacherCache.build, TeacherCache.open_or_build):
-        with pytest.raises(ValueError, match=match):
-            build(folder, key, examples, None, make=make)
-    assert files(folder) == before
-
-
-@pytest.mark.parametrize(("argument", "change", "match"), OTHERS)
+@pytest.mark.parametrize(
+    ("argument", "change", "match"),
+    [
+        ("model", lambda x: x.lm_head.weight[-1, -1].add_(1e-6), "by another model: its config"),
+        ("model", lambda x: x.model.rotary_emb.inv_freq[-1].mul_(2), "made by another model"),
+        ("model", lambda x: setattr(x.config, "rms_norm_eps", 1.0), "made by another model"),
+        ("examples", lambda x: x[5].update(labels=x[4]["labels"]), "other data: its tokens or"),
+        ("examples", list.reverse, "made from other data"),
+        ("examples", lambda x: x.__setitem__(slice(None), masked(x)), "made from other data"),
+        ("layers", lambda x: x.remove(1), r"other layers: found \[1, 3\], expected \[3\]"),
+        ("tokenizer", lambda x: x.add_tokens(["new"]), "made with another tokenizer"),
+        ("tokenizer", None, "made with another tokenizer"),
+        ("dtype", None, "another dtype: found float32, expected bfloat16"),
+    ],
+)
+@torch.no_grad()
 def test_a_cache_of_something_else_is_refused_and_left(
     built, model, examples, argument, change, match
 ):
-    given = {"model": model, "examples": examples, "layers": list(LAYERS), "dtype": "float32"}
+    given = {"model": model, "examples": examples, "layers": [*LAYERS], "dtype": "float32"}
     given["tokenizer"] = tiny.tokenizer()
     if change is None:
         given[argument] = {"tokenizer": None, "dtype": torch.bfloat16}[argument]
     else:
-        given[argument] = changed(given[argument], change)
-    refused_by_all(built, CacheKey.of(**given), given["examples"], match)
+        given[argument] = copy.deepcopy(given[argument])
+        change(given[argument])
+    key, before = CacheKey.of(**given), files(built)
+    with pytest.raises(ValueError, match=f"is refused: .*{match}.*pass another"):
+        TeacherCache.open(built, key)
+    for make in (TeacherCache.build, TeacherCache.open_or_build):
+        with pytest.raises(ValueError, match=match):
+            build(built, key, given["examples"], None, make=make)
+    assert files(built) == before
 
 
-def test_another_format_is_all_that_is_said(built, key):
-    other = CacheKey("", "", (), None, "float16", format=3)
-    with pytest.raises(
-        ValueError, match="refused: written in another format: found 2, expected 3; d"
-    ):
-        TeacherCache.open(built, other)
-
-
-def test_every_difference_is_named(built, key):
+def test_every_difference_is_named_but_beside_another_format(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
     with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
+    with pytest.raises(ValueError, match="refused: .* another format: found 2, expected 3; d"):
+        TeacherCache.open(built, replace(other, format=3))
 
 
-def test_a_folder_of_something_else_is_refused_and_left(tmp_path, model, examples, key):
+def test_a_folder_of_something_else_is_refused_and_left(tmp_path, examples, key):
     (tmp_path / "thesis.txt").write_text("mine")
     for make in (TeacherCache.build, TeacherCache.open_or_build):
         with pytest.raises(ValueError, match="holds no teacher cache: it has no manifest.json"):
-            build(tmp_path, key, examples, Teacher(model), make=make)
+            build(tmp_path, key, examples, None, make=make)
     with pytest.raises(ValueError, match="nothing holds no teacher cache.* build one"):
         TeacherCache.open(tmp_path / "nothing", key)
     assert list(files(tmp_path)) == ["thesis.txt"]

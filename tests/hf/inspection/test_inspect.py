@@ -1,24 +1,19 @@
 """Readings and divergences checked against plain torch; what is refused."""
 
-from __future__ import annotations
-
 import json
 import sys
 
 import pytest
 import torch
 
+from lens_kernels.hf.inspection import inspect as inspecting
+from lens_kernels.hf.inspection import reading as ins
+from lens_kernels.hf.model.families import FAMILIES
 from reference.dense import divergence as true_divergence
 from tests.support import tiny
 from tests.support.inspection import ODD, TEXT, OddTokenizer
 
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-from lens_kernels.hf.inspection import inspect as inspecting  # noqa: E402
-from lens_kernels.hf.inspection import reading as ins  # noqa: E402
-from lens_kernels.hf.model.families import FAMILIES  # noqa: E402
-
-pytestmark = pytest.mark.hf
+STUDENT, TEACHER = {"layers": 3, "seed": 1}, {"layers": 5, "width": 24, "seed": 2}
 CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
 
 
@@ -26,7 +21,7 @@ def probabilities(model, ids, depth, lens_norm=True):
     """Return the lens of a Llama's depth, made of its own modules."""
     with torch.no_grad():
         out = model(torch.tensor([ids]), output_hidden_states=True)
-        if depth == model.config.num_hidden_layers:
+        if depth == model.config.get_text_config().num_hidden_layers:
             return out.logits[0].double().softmax(-1)
         hidden = out.hidden_states[depth][0]
         logits = model.lm_head(model.model.norm(hidden) if lens_norm else hidden)
@@ -44,21 +39,19 @@ def check_reading(reading, depth, p, ids):
 
 @pytest.fixture
 def student():
-    return tiny.model(layers=3, seed=1)
+    return tiny.model(**STUDENT)
 
 
 @pytest.fixture
 def teacher():
-    return tiny.model(layers=5, width=24, seed=2)
+    return tiny.model(**TEACHER)
 
 
 @pytest.mark.parametrize("lens_norm", [True, False])
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
 def test_the_last_depth_is_the_models_own_output(kind, lens_norm):
     model = tiny.model(kind)
-    with torch.no_grad():
-        p = model(torch.tensor([TEXT])).logits[0].double().softmax(-1)
-    check_reading(ins.read(model, TEXT, lens_norm, 5), 4, p, TEXT)
+    check_reading(ins.read(model, TEXT, lens_norm, 5), 4, probabilities(model, TEXT, 4), TEXT)
 
 
 @pytest.mark.parametrize("lens_norm", [True, False])
@@ -70,11 +63,8 @@ def test_every_other_depth_is_read_by_norm_and_head(teacher, lens_norm):
 
 
 def test_dropout_is_off_while_reading_and_modes_are_kept():
-    model = tiny.model("gpt2")
+    model = tiny.model("gpt2", resid_pdrop=0.5)
     expected = ins.read(model, TEXT, True, 3).entropy
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.5
     model.train()
     model.transformer.h[0].eval()
     torch.testing.assert_close(ins.read(model, TEXT, True, 3).entropy, expected)
@@ -83,18 +73,15 @@ def test_dropout_is_off_while_reading_and_modes_are_kept():
 
 
 def test_models_that_the_lens_would_read_wrongly_are_refused(student, teacher):
-    refused = pytest.raises(ValueError, match="does not reproduce the model's")
-    student.model.norm.register_forward_hook(lambda module, args, out: 2 * out)
-    with refused:
-        ins.read(student, TEXT, True, 3)
-
     def not_normed(module, args, kwargs, out):
         if kwargs.get("output_hidden_states"):
             out.hidden_states = (*out.hidden_states[:-1], out.hidden_states[-2])
 
+    student.model.norm.register_forward_hook(lambda module, args, out: 2 * out)
     teacher.register_forward_hook(not_normed, with_kwargs=True)
-    with refused:
-        ins.read(teacher, TEXT, True, 3)
+    for model in (student, teacher):
+        with pytest.raises(ValueError, match="does not reproduce the model's"):
+            ins.read(model, TEXT, True, 3)
 
 
 @pytest.mark.parametrize("lens_norm", [True, False])
@@ -111,51 +98,45 @@ def test_divergences_are_those_of_the_lenses(student, teacher, name, lens_norm):
         truth = true_divergence(name, p, q, 0.3)
         torch.testing.assert_close(c.divergence, truth, **CLOSE)
         assert c.mean == pytest.approx(truth.mean().item(), rel=1e-4)
-
-
-def test_every_student_depth_has_a_teacher_depth_however_deep_the_student(student):
-    shallow = ins.read(tiny.model(layers=1), TEXT, True, 1)
-    found = ins.compare(ins.read(student, TEXT, True, 1), shallow)
+    shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)  # less deep than the student
+    found = ins.compare(readings[0], shallow)
     assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]
 
 
 def test_vocabularies_of_different_size_share_a_prefix_or_raise(student, tmp_path):
-    larger = tiny.model(layers=2, vocab=70)
+    ids, larger = [3, 4, 5], tiny.model(layers=2, vocab=70)
     arguments = (student, larger, OddTokenizer(), "3 4 5", tmp_path)
     with pytest.raises(ValueError, match="student_head has 64 .*, teacher_head has 70.*=64"):
         inspecting.inspect(*arguments)
     result = inspecting.inspect(*arguments, vocab_size=64)
-    ids = [3, 4, 5]
-    with torch.no_grad():
-        p = larger(torch.tensor([ids])).logits[0, :, :64].double().softmax(-1)
+    p = probabilities(larger, ids, 2)[:, :64]
+    p /= p.sum(-1, keepdim=True)
     check_reading(result.teacher, 2, p, ids)
     truth = true_divergence("jsd", p, probabilities(student, ids, 3), 0.5)
     torch.testing.assert_close(result.comparisons[-1].divergence, truth, **CLOSE)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("name", "value", "message"),
     [
-        ({"text": ""}, ValueError, "text must hold at least one token, got ''"),
-        ({"text": " "}, ValueError, "text must hold at least one token, got ' '"),
-        ({"text": 3}, TypeError, "text must be a string, got int"),
-        ({"text": "64"}, ValueError, "tokenizer gives token 64, but the models share 64 entries"),
-        ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, got 0"),
-        ({"max_tokens": 2.0}, TypeError, "max_tokens must be an integer, got float"),
-        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
-        ({"top_k": True}, TypeError, "top_k must be an integer, got bool"),
-        ({"top_k": 65}, ValueError, "top_k must not exceed the 64 entries"),
-        ({"pairs": ([1], [1, 2])}, ValueError, "pairs must be .* two lists of equal length"),
-        ({"pairs": ([3], [1])}, ValueError, r"pairs, student layers must lie in \[1, 2\], got 3"),
-        ({"pairs": ([1], [0])}, ValueError, r"pairs, teacher layers must lie in \[1, 4\], got 0"),
-        ({"divergence": "kl"}, ValueError, "divergence='kl' is unknown"),
+        ("text", "", "text must hold at least one token, got ''"),
+        ("text", " ", "text must hold at least one token, got ' '"),
+        ("text", 3, "text must be a string, got int"),
+        ("text", "64", "tokenizer gives token 64, but the models share 64 entries"),
+        ("max_tokens", 0, "max_tokens must be at least 1, got 0"),
+        ("top_k", 0, "top_k must be at least 1, got 0"),
+        ("top_k", True, "top_k must be an integer, got bool"),
+        ("top_k", 65, "top_k must not exceed the 64 entries"),
+        ("pairs", ([1], [1, 2]), "pairs must be .* two lists of equal length"),
+        ("pairs", ([3], [1]), r"pairs, student layers must lie in \[1, 2\], got 3"),
+        ("pairs", ([1], [0]), r"pairs, teacher layers must lie in \[1, 4\], got 0"),
+        ("divergence", "kl", "divergence='kl' is unknown"),
     ],
 )
-def test_errors(student, teacher, tmp_path, change, error, message):
-    options = {"text": "3 4", **change}
-    text = options.pop("text")
-    with pytest.raises(error, match=message):
-        inspecting.inspect(student, teacher, OddTokenizer(), text, tmp_path, **options)
+def test_errors(student, teacher, tmp_path, name, value, message):
+    given = {"text": "3 4", "output": tmp_path} | {name: value}
+    with pytest.raises((TypeError, ValueError), match=message):
+        inspecting.inspect(student, teacher, OddTokenizer(), **given)
     assert not list(tmp_path.iterdir())
 
 
@@ -179,23 +160,17 @@ def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
 
 
 def test_tokens_are_made_visible():
-    texts = [inspecting.token_text(OddTokenizer(), i) for i in range(len(ODD))]
-    assert texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
-    assert texts[:4] == ODD[:4]
-
-
-def test_a_space_that_sentencepiece_drops_is_shown():
     tokenizer = OddTokenizer()
+    texts = [inspecting.token_text(tokenizer, i) for i in range(len(ODD))]
+    assert texts[:4] == ODD[:4] and texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
     tokenizer.convert_ids_to_tokens = lambda token: "▁the"
-    tokenizer.decode = lambda ids: "the"
-    assert inspecting.token_text(tokenizer, 3) == "␣the"
-    tokenizer.decode = lambda ids: " the"
-    assert inspecting.token_text(tokenizer, 3) == "␣the"
+    for decoded in ("the", " the"):  # SentencePiece drops the space of a token alone
+        tokenizer.decode = lambda ids, decoded=decoded: decoded
+        assert inspecting.token_text(tokenizer, 3) == "␣the"
 
 
 def test_a_loaded_model_is_called_by_its_folder_or_repository(student, tmp_path):
-    assert ins.read(student, TEXT, True, 1).name == "LlamaForCausalLM"
-    student.config.name_or_path = "someone/model"
-    assert ins.read(student, TEXT, True, 1).name == "someone/model"
-    student.config.name_or_path = str(tmp_path)
-    assert ins.read(student, TEXT, True, 1).name == tmp_path.name
+    names = {"": "LlamaForCausalLM", "someone/model": "someone/model", str(tmp_path): tmp_path.name}
+    for path, name in names.items():
+        student.config.name_or_path = path
+        assert ins.read(student, TEXT, True, 1).name == name

@@ -1,7 +1,5 @@
 """Numbers, page and pictures of an inspection show what was read."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from dataclasses import replace
@@ -9,17 +7,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
+from lens_kernels.hf.inspection import figures
+from lens_kernels.hf.inspection import page as inspect_page
+from lens_kernels.hf.inspection.inspect import token_text
 from tests.support import inspection
 from tests.support.inspection import TEXT, OddTokenizer
-
-pytest.importorskip("transformers")
-pytest.importorskip("matplotlib")
-from lens_kernels.hf.inspection import figures  # noqa: E402
-from lens_kernels.hf.inspection import page as inspect_page  # noqa: E402
-from lens_kernels.hf.inspection.inspect import token_text  # noqa: E402
-
-pytestmark = pytest.mark.hf
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +52,20 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append((tag, attrs))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
+        self.open += [tag] * (tag not in ("meta", "img"))
         if tag == "table" and attrs.get("class") == "lens":
             self.tables.append({})
             self.heads.append([])
-        if tag == "td":
-            self.cell = ["", attrs.get("class"), attrs.get("data-detail")]
+        if tag == "td" and "data-detail" in attrs:
+            cell = ["", attrs.get("class"), attrs["data-detail"]]
+            self.tables[-1].setdefault(self.row, []).append(cell)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
-        if tag == "td" and self.tables and self.cell[2] is not None:
-            self.tables[-1].setdefault(self.row, []).append(self.cell)
 
     def handle_data(self, data):
-        if self.open[-1:] == ["td"]:
-            self.cell[0] += data
+        if self.open[-1:] == ["td"] and self.tables and self.tables[-1]:
+            self.tables[-1][self.row][-1][0] += data
         if self.open[-1:] == ["th"] and self.heads:
             self.heads[-1].append(data)
             self.row = data
@@ -82,65 +75,58 @@ def test_page_shows_every_depth_and_position(inspected, output):
     text = (output / "inspect.html").read_text(encoding="utf-8")
     assert "Tokens read: 8 of 8." in text
     page = Page(text)
-    assert not page.open
-    assert len(page.tables) == 2
+    assert not page.open and len(page.tables) == 2
     for table, heads, (role, reading) in zip(page.tables, page.heads, inspected.sides, strict=True):
         assert list(table) == [str(i) for i in range(reading.depths, 0, -1)]
         assert heads[1:8] == inspected.tokens[1:] and heads[-8:] == inspected.tokens
-        model_top = reading.top_ids[..., 0]
         for depth in range(1, reading.depths + 1):
+            ids, probs = reading.top_ids[depth - 1].tolist(), reading.top_probs[depth - 1]
             assert len(table[str(depth)]) == len(TEXT)
             for x, (shown, classes, detail) in enumerate(table[str(depth)]):
-                token = int(model_top[depth - 1, x])
-                assert shown == token_text(OddTokenizer(), token)
-                right = x + 1 < len(TEXT) and token == TEXT[x + 1]
-                assert ("right" in classes.split()) == right
+                assert shown == token_text(OddTokenizer(), ids[x][0])
+                assert ("right" in classes.split()) == (ids[x][:1] == TEXT[x + 1 : x + 2])
                 assert detail.startswith(f"{role}, block {depth} of {reading.depths}, after token")
                 assert f"entropy {reading.entropy[depth - 1, x]:.3f} nats" in detail
-                for k, token in enumerate(reading.top_ids[depth - 1, x].tolist()):
-                    share = 100 * reading.top_probs[depth - 1, x, k]
-                    line = f"{share:7.2f} %  {token_text(OddTokenizer(), token)}"
+                for token, share in zip(ids[x], probs[x], strict=True):
+                    line = f"{100 * share:7.2f} %  {token_text(OddTokenizer(), token)}"
                     assert line in detail.splitlines()
                 if x + 1 < len(TEXT):
                     assert f"has {100 * reading.next_prob[depth - 1, x]:.2f} %" in detail
 
 
 def test_detail_names_the_divergence_against_the_other_model(inspected):
-    own, other = (inspected.student, inspected.teacher)
     value = {(c.student_depth, c.teacher_depth): c.divergence[4] for c in inspected.comparisons}
-    lines = inspect_page.detail(inspected, "student", own, 1, 4).splitlines()
-    assert lines[-2:] == [
+
+    def against(role, depth):
+        text = inspect_page.detail(inspected, role, getattr(inspected, role), depth, 4)
+        return [line for line in text.splitlines() if "against" in line]
+
+    assert against("student", 1) == [
         f"jsd {value[1, 1]:.4f} against teacher block 1, a trained pair",
         f"jsd {value[1, 2]:.4f} against teacher block 2",
     ]
-    lines = inspect_page.detail(inspected, "teacher", other, 3, 4).splitlines()
-    assert lines[-1] == f"jsd {value[2, 3]:.4f} against student block 2, a trained pair"
-    assert "against" not in inspect_page.detail(inspected, "teacher", other, 4, 4)
+    trained = f"jsd {value[2, 3]:.4f} against student block 2, a trained pair"
+    assert (against("teacher", 3), against("teacher", 4)) == ([trained], [])
 
 
-def test_page_is_one_file_and_escapes_tokens(inspected, output):
+def test_page_is_one_file_and_escapes_tokens_texts_and_names(inspected, output):
     text = (output / "inspect.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert "http:" not in text and "https:" not in text
-    sources = [a.get("src") or a.get("href") for _, a in page.tags if "src" in a or "href" in a]
-    assert len(sources) == 1 and sources[0].startswith("data:image/png;base64,")
+    (source,) = [a.get("src") or a.get("href") for _, a in page.tags if "src" in a or "href" in a]
+    assert source.startswith("data:image/png;base64,")
     stops = [a["tabindex"] for tag, a in page.tags if tag == "td" and "tabindex" in a]
     assert stops.count("0") == 2
-
-
-def test_page_escapes_text_and_names(inspected):
     student = replace(inspected.student, name="<b>&")
-    page = inspect_page.page(replace(inspected, text="</blockquote>", student=student), "")
-    assert "&lt;b&gt;&amp;" in page and "<blockquote>&lt;/blockquote&gt;</blockquote>" in page
+    text = inspect_page.page(replace(inspected, text="</blockquote>", student=student), "")
+    assert "&lt;b&gt;&amp;" in text and "<blockquote>&lt;/blockquote&gt;</blockquote>" in text
 
 
 @pytest.fixture(scope="module")
 def drawn(inspected, tmp_path_factory):
     """Figures by file name, as they were when saved, and the folder of their files."""
-    from matplotlib.figure import Figure
-
     kept, save = {}, Figure.savefig
     folder = tmp_path_factory.mktemp("drawn")
 
@@ -157,8 +143,6 @@ def drawn(inspected, tmp_path_factory):
 
 
 def test_pictures_are_drawn_without_a_warning(drawn, inspected):
-    from PIL import Image
-
     assert {"日本", "$a$"} <= set(inspected.top_tokens.values())
     for name in ("divergence_by_depth", "lens_student", "lens_teacher"):
         with Image.open(drawn[1] / f"{name}.png") as picture:
@@ -174,28 +158,27 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
     assert list(equal.get_ydata()) == [means[1, 2], means[2, 3], means[3, 5]]
     assert list(trained.get_ydata()) == [means[1, 1], means[2, 3]]
     for line, (role, reading) in zip(lower.lines, inspected.sides, strict=True):
-        assert line.get_label() == role
+        assert (line.get_label(), line.get_xdata()[-1]) == (role, 1)
         assert list(line.get_ydata()) == reading.entropy.mean(1).tolist()
-        assert line.get_xdata()[-1] == 1 and len(line.get_xdata()) == reading.depths
 
 
 def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
     relative = [c for c in inspected.comparisons if not c.trained]
     figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
-    legend = drawn[0]["untrained"].axes[0].get_legend()
-    assert [t.get_text() for t in legend.get_texts()] == ["equal relative depth"]
+    (text,) = drawn[0]["untrained"].axes[0].get_legend().get_texts()
+    assert text.get_text() == "equal relative depth"
 
 
 def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
     for role, reading in inspected.sides:
         axes = drawn[0][f"lens_{role}.png"].axes[0]
-        cells = {t.get_position(): t for t in axes.texts}
+        cells = {t.get_position(): (t.get_text(), t.get_weight()) for t in axes.texts}
         assert len(cells) == reading.depths * len(TEXT)
         for (x, y), cell in cells.items():
             token = int(reading.top_ids[y, x, 0])
-            assert cell.get_text() == figures.fit(token_text(OddTokenizer(), token))
             right = [token] == TEXT[x + 1 : x + 2]
-            assert cell.get_weight() == ("bold" if right else "normal")
+            shown = figures.fit(token_text(OddTokenizer(), token))
+            assert cell == (shown, "bold" if right else "normal")
         assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block on top
         (image,) = axes.images
         assert image.get_clim() == (0, inspected.max_entropy)
@@ -207,12 +190,11 @@ def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
 
 
 def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
-    result = replace(inspected, tokens=["a"] * 30, ids=[3] * 30, total_tokens=35)
     top_ids = torch.arange(40)[:, None, None].expand(40, 30, 1)
-    many = {"top_ids": top_ids, "entropy": torch.rand(40, 30)}
-    deep = replace(inspected.student, hidden=[torch.empty(0)] * 40, **many)
-    result = replace(result, top_tokens={i: f"w{i}" for i in range(40)})
-    figures.lens_figure(result, "deep", deep, tmp_path / "deep")
+    many = {"top_ids": top_ids, "entropy": torch.rand(40, 30), "hidden": [torch.empty(0)] * 40}
+    deep, names = replace(inspected.student, **many), {i: f"w{i}" for i in range(40)}
+    long = {"tokens": ["a"] * 30, "ids": [3] * 30, "total_tokens": 35, "top_tokens": names}
+    figures.lens_figure(replace(inspected, **long), "deep", deep, tmp_path / "deep")
     axes = drawn[0]["deep"].axes[0]
     depths = [int(label.get_text()) for label in axes.get_yticklabels()]
     assert len(set(depths)) == 32 and depths[-1] == 40
@@ -231,11 +213,8 @@ def test_cells_hold_what_fits_and_what_the_font_has():
 
 
 def test_models_that_are_sure_of_everything_have_a_scale(drawn, inspected, tmp_path):
-    sides = {
-        role: replace(reading, entropy=torch.zeros_like(reading.entropy))
-        for role, reading in inspected.sides
-    }
-    sure = replace(inspected, **sides)
-    figures.lens_figure(sure, "student", sure.student, tmp_path / "sure")
+    student, teacher = (replace(x, entropy=0 * x.entropy) for _, x in inspected.sides)
+    sure = replace(inspected, student=student, teacher=teacher)
+    figures.lens_figure(sure, "student", student, tmp_path / "sure")
     assert drawn[0]["sure"].axes[0].images[0].get_clim() == (0, 1)
     assert "--h:0" in inspect_page.page(sure, "")

@@ -3,23 +3,21 @@
 import dataclasses
 import sys
 
+import peft
 import pytest
 import torch
 from torch import nn
 
 from lens_kernels import LensHead
+from lens_kernels.hf.model import families as fam
+from lens_kernels.hf.model import verification
+from lens_kernels.hf.model.families import Family, lens_head_from, register_family
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import families as fam  # noqa: E402
-from lens_kernels.hf.model import verification  # noqa: E402
-from lens_kernels.hf.model.families import Family, lens_head_from, register_family  # noqa: E402
-
-pytestmark = pytest.mark.hf
-KNOWN = sorted(fam.FAMILIES)
+KNOWN = """cohere gemma2 gemma3 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 opt phi3
+qwen2 qwen3""".split()
 IDS = torch.arange(2, 32).view(3, 10)
-EXPECTED = """cohere gemma2 gemma3 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 opt phi3
-qwen2 qwen3"""
+LORA = peft.LoraConfig
 
 
 @pytest.fixture
@@ -31,88 +29,71 @@ def table(monkeypatch):
 
 def outputs_of(model):
     """Return the outputs of all blocks, of the final norm, and of the model."""
-    hidden, final = [], []
-    hooks = [
-        block.register_forward_hook(lambda module, args, output: hidden.append(output))
-        for block in fam.blocks_of(model)
-    ]
-    norm = fam.final_norm_of(model)
-    hooks.append(norm.register_forward_hook(lambda module, args, output: final.append(output)))
+    outputs = []
+    modules = [*fam.blocks_of(model), fam.final_norm_of(model)]
+    hooks = [x.register_forward_hook(lambda m, a, out: outputs.append(out)) for x in modules]
     with torch.no_grad():
         out = model(IDS, output_hidden_states=True)
     for hook in hooks:
         hook.remove()
-    hidden = [x[0] if isinstance(x, tuple) else x for x in hidden]
-    return hidden, final[0], out
+    *hidden, final = [x[0] if isinstance(x, tuple) else x for x in outputs]
+    return hidden, final, out
 
 
 def read(head: LensHead, h):
     return head.logits(head.norm.forward(h)[0] @ head.weight.T, 1.0)[0]
 
 
-def assert_same(found, expected):
-    assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
-    assert expected.abs().max() > 0.1
-
-
-def test_the_known_families():
-    assert KNOWN == EXPECTED.split()
+def assert_reproduced(model):
+    """The last block's output, read through the lens, is the model's own; return that."""
+    hidden, final, out = outputs_of(model)
+    with torch.no_grad():
+        found = read(lens_head_from(model), hidden[-1])
+    assert (found - out.logits).abs().max() <= 1e-4 * out.logits.abs().max()
+    assert out.logits.abs().max() > 0.1
+    verification.verify_lens(model)
+    return hidden, final, out
 
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_last_block_read_through_the_lens_is_the_models_own_output(kind):
+    assert sorted(fam.FAMILIES) == KNOWN
     model = tiny.model(kind)
-    hidden, final, out = outputs_of(model)
+    hidden, final, out = assert_reproduced(model)
     with torch.no_grad():
-        assert_same(read(lens_head_from(model), hidden[-1]), out.logits)
         decoded = fam.decoder_of(model)(IDS).last_hidden_state
     assert len(hidden) == 4 and len(out.hidden_states) == 5
-    for depth in (1, 2, 3):
-        torch.testing.assert_close(hidden[depth - 1], out.hidden_states[depth])
-    torch.testing.assert_close(final, out.hidden_states[-1])
-    torch.testing.assert_close(decoded, final)
-    verification.verify_lens(model)
+    for found, state in zip([*hidden[:3], final, decoded], [1, 2, 3, 4, 4], strict=True):
+        torch.testing.assert_close(found, out.hidden_states[state])
     own = {id(parameter) for parameter in model.parameters()}
     assert all(id(tensor) in own for tensor in lens_head_from(model).tensors().values())
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        verification.verify_lens(tiny.model(kind).to(dtype))
+
+
+def test_scale_and_cap_are_the_configs_at_the_time_of_the_call():
+    granite, gemma = tiny.model("granite"), tiny.model("gemma3_text")
+    assert (lens_head_from(granite).scale, lens_head_from(gemma).softcap) == (1 / 3, 6.0)
+    granite.config.logits_scaling, gemma.config.final_logit_softcapping = 4.0, None
+    assert (lens_head_from(granite).scale, lens_head_from(gemma).softcap) == (0.25, None)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "value", "expected"),
+    ("kind", "change"),
     [
-        ("cohere", "logit_scale", 0.7, {"scale": 0.7}),
-        ("granite", "logits_scaling", 4.0, {"scale": 0.25}),
-        ("gemma2", "final_logit_softcapping", 9.0, {"softcap": 9.0}),
-        ("gemma3_text", "final_logit_softcapping", None, {"softcap": None}),
+        ("gemma2", {"norm_offset": 0.0}),
+        ("llama", {"norm_offset": 1.0}),
+        ("cohere", {"logit_scale": None}),
+        ("granite", {"logit_divisor": None}),
+        ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
+        ("gemma3_text", {"softcap": None}),
+        ("gemma3", {"softcap": "final_logit_softcapping"}),  # which it does not apply
+        ("gpt2", {"norm_kind": "rms"}),
     ],
+    ids=str,
 )
-def test_scale_and_cap_are_the_configs_at_the_time_of_the_call(kind, name, value, expected):
-    model = tiny.model(kind)
-    before = lens_head_from(model)
-    setattr(model.config, name, value)
-    after = lens_head_from(model)
-    for field, number in expected.items():
-        assert getattr(after, field) == number != getattr(before, field)
-
-
-WRONG = {
-    "offset": ("gemma2", {"norm_offset": 0.0}),
-    "offset_of_another": ("llama", {"norm_offset": 1.0}),
-    "scale": ("cohere", {"logit_scale": None}),
-    "divisor": ("granite", {"logit_divisor": None}),
-    "divisor_for_scale": (
-        "granite",
-        {"logit_divisor": None, "logit_scale": "logits_scaling"},
-    ),
-    "cap": ("gemma3_text", {"softcap": None}),
-    "cap_that_is_not_applied": ("gemma3", {"softcap": "final_logit_softcapping"}),
-    "kind": ("gpt2", {"norm_kind": "rms"}),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_description_is_refused(table, case, dtype):
-    kind, change = WRONG[case]
+def test_a_wrong_description_is_refused(table, kind, change, dtype):
     model = tiny.model(kind).to(dtype)
     verification.verify_lens(model)
     table[kind] = dataclasses.replace(table[kind], **change)
@@ -133,12 +114,6 @@ def test_a_wrong_eps_is_refused_even_where_hidden_states_are_large(monkeypatch, 
     monkeypatch.setattr(verification, "lens_head_from", lambda model: wrong)
     with pytest.raises(ValueError, match="does not reproduce the model's norm"):
         verification.verify_lens(model)
-
-
-@pytest.mark.parametrize("kind", KNOWN)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_verification_of_other_dtypes(kind, dtype):
-    verification.verify_lens(tiny.model(kind).to(dtype))
 
 
 def test_verification_of_a_small_vocabulary_and_of_a_head_that_starts_at_zero():
@@ -173,81 +148,59 @@ def test_a_lens_that_does_not_reproduce_the_logits_is_refused():
             verification.verify_lens_head(model, head, hidden[-1], wrong)
 
 
-def phi():
-    import transformers as hf
-
-    torch.manual_seed(0)
-    config = hf.PhiConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        initializer_range=0.5,
-        pad_token_id=1,
-    )
-    model = hf.PhiForCausalLM(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            nn.init.normal_(parameter, mean=0.5)
-    return model.eval()
-
-
 def test_a_family_can_be_registered(table):
     """Phi's head has a bias."""
-    model = phi()
+    model = tiny.model("phi")
     with pytest.raises(ValueError, match=r"'phi' is not known .*llama.*register_family.*LensHead"):
         lens_head_from(model)
     register_family("phi", Family("model.layers", "model.final_layernorm", "layer"))
-    verification.verify_lens(model)
-    hidden, _, out = outputs_of(model)
-    with torch.no_grad():
-        assert_same(read(lens_head_from(model), hidden[-1]), out.logits)
+    assert lens_head_from(model).bias is not None
+    assert_reproduced(model)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("field", "value", "message"),
     [
-        ({"blocks": 3}, TypeError, r"Family\.blocks must be a string, got int"),
-        ({"norm": None}, TypeError, r"Family\.norm must be a string, got NoneType"),
-        ({"norm_kind": "batch"}, ValueError, r"norm_kind='batch' is unknown; choose 'rms' or"),
-        ({"norm_offset": "1"}, TypeError, r"Family\.norm_offset must be a number, got str"),
-        ({"logit_scale": 2.0}, TypeError, r"logit_scale must be a string or None, got float"),
-        ({"logit_divisor": 2.0}, TypeError, r"logit_divisor must be a string or None, got float"),
-        ({"softcap": 30.0}, TypeError, r"softcap must be a string or None, got float"),
+        ("blocks", 3, r"Family\.blocks must be a string, got int"),
+        ("norm_kind", "batch", r"norm_kind='batch' is unknown; choose 'rms' or"),
+        ("norm_offset", "1", r"Family\.norm_offset must be a number, got str"),
+        *((x, 2.0, f"{x} must be a string or None") for x in ("logit_scale", "softcap")),
     ],
 )
-def test_what_cannot_be_a_family(change, error, message):
-    with pytest.raises(error, match=message):
-        Family(**{"blocks": "model.layers", "norm": "model.norm", "norm_kind": "rms", **change})
-
-
-def test_what_cannot_be_registered(table):
+def test_what_cannot_be_a_family(table, field, value, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        dataclasses.replace(table["llama"], **{field: value})
     with pytest.raises(TypeError, match="model_type must be a string, .* got type"):
         register_family(int, table["llama"])
     with pytest.raises(TypeError, match="family must be a Family, got dict"):
         register_family("phi", {"blocks": "model.layers"})
 
 
-def test_a_description_that_misses_the_model_says_so(table):
-    model = tiny.model()
-    llama = table["llama"]
-    table["llama"] = dataclasses.replace(llama, blocks="model.h")
-    with pytest.raises(ValueError, match=r"no module 'model\.h', which its Family\.blocks names"):
-        fam.blocks_of(model)
-    table["llama"] = dataclasses.replace(llama, blocks="model")
-    with pytest.raises(TypeError, match=r"'model' of Llama.* must be the nn\.ModuleList .*LlamaM"):
-        fam.blocks_of(model)
-    table["llama"] = dataclasses.replace(llama, softcap="cap")
-    with pytest.raises(ValueError, match="config of LlamaForCausalLM has no 'cap'"):
-        lens_head_from(model)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"blocks": "model.h"}, ValueError, r"no module 'model\.h', which its Family\.blocks name"),
+        ({"blocks": "model"}, TypeError, r"'model' of Llama.* must be the nn\.ModuleList .*LlamaM"),
+        ({"softcap": "cap"}, ValueError, "config of LlamaForCausalLM has no 'cap'"),
+    ],
+    ids=str,
+)
+def test_a_description_that_misses_the_model_says_so(table, change, error, message):
+    table["llama"] = dataclasses.replace(table["llama"], **change)
+    with pytest.raises(error, match=message):
+        verification.verify_lens(tiny.model())
 
 
-def test_an_opt_that_is_no_lens_is_refused():
-    with pytest.raises(ValueError, match="OPTForCausalLM has no module .*no final norm"):
-        lens_head_from(tiny.model("opt", do_layer_norm_before=False))
-    with pytest.raises(ValueError, match="has width 16, its head 8: a projection.*word_embed_proj"):
-        lens_head_from(tiny.model("opt", word_embed_proj_dim=8))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_layer_norm_before": False}, "OPTForCausalLM has no module .*no final norm"),
+        ({"word_embed_proj_dim": 8}, "has width 16, its head 8: a projection.*word_embed_proj"),
+    ],
+)
+def test_an_opt_that_is_no_lens_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lens_head_from(tiny.model("opt", **options))
 
 
 class Packed(torch.Tensor):
@@ -257,106 +210,89 @@ class Packed(torch.Tensor):
 @pytest.mark.parametrize(
     ("replace", "found"),
     [
-        (lambda x: nn.Parameter(x.data.to(torch.int8), requires_grad=False), "torch.int8"),
-        (lambda x: nn.Parameter(x.data.as_subclass(Packed)), "a Packed"),
-        (lambda x: nn.Parameter(x.data.to_sparse()), "sparse_coo"),
+        (lambda x: x.to(torch.int8), "torch.int8"),
+        (lambda x: x.as_subclass(Packed), "a Packed"),
+        (lambda x: x.to_sparse(), "sparse_coo"),
     ],
-    ids=["integer", "subclass", "sparse"],
 )
 @pytest.mark.parametrize("part", ["head", "final norm"])
 def test_weights_that_are_not_plain_are_refused(part, replace, found):
     model = tiny.model()
     module = model.lm_head if part == "head" else model.model.norm
-    weight = module.weight
-    del module.weight
-    module.weight = replace(weight)
+    weight = replace(module.weight.data)
+    module.weight = nn.Parameter(weight, requires_grad=weight.is_floating_point())
     with pytest.raises(TypeError, match=f"weight of the model's {part} must be a dense.*{found}"):
         lens_head_from(model)
 
 
-def test_modules_that_are_not_plain_are_refused():
-    class Adapter(nn.Linear):
-        pass
+class Adapter(nn.Linear):
+    """Not the nn.Linear that it looks like."""
 
+
+def parametrized(norm):
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Identity())
+    return norm
+
+
+def without_eps(norm):
+    del norm.variance_epsilon
+    return norm
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("lm_head", lambda x: Adapter(16, 64), "head is a Adapter, not a plain nn.Linear: merge"),
+        ("norm", parametrized, "final norm is a .*not a plain norm with a weight: merge"),
+        ("norm", lambda x: nn.LayerNorm(16, elementwise_affine=False), "LayerNorm, not a plain"),
+        ("norm", without_eps, "LlamaRMSNorm, has neither variance_epsilon nor eps"),
+    ],
+)
+def test_modules_that_are_not_plain_are_refused(part, change, message):
     model = tiny.model()
-    model.lm_head = Adapter(16, 64)
-    with pytest.raises(TypeError, match="head is a Adapter, not a plain nn.Linear: merge"):
-        lens_head_from(model)
-    model = tiny.model()
-    nn.utils.parametrize.register_parametrization(model.model.norm, "weight", nn.Identity())
-    with pytest.raises(TypeError, match="final norm is a .*not a plain norm with a weight: merge"):
-        lens_head_from(model)
-    model = tiny.model("opt")
-    model.model.decoder.final_layer_norm = nn.LayerNorm(16, elementwise_affine=False)
-    with pytest.raises(TypeError, match="LayerNorm, not a plain norm with a weight"):
-        lens_head_from(model)
-    model = tiny.model()
-    del model.model.norm.variance_epsilon
-    with pytest.raises(TypeError, match="LlamaRMSNorm, has neither variance_epsilon nor eps"):
+    owner = model if part == "lm_head" else model.model
+    setattr(owner, part, change(getattr(owner, part)))
+    with pytest.raises(TypeError, match=message):
         lens_head_from(model)
 
 
-def adapted(model, **options):
-    """Return the model with LoRA in every block, trained away from where it starts."""
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules="all-linear", **options)
-    wrapped = peft.get_peft_model(model, config)
-    for name, parameter in wrapped.named_parameters():
-        if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)
-    return wrapped.eval()
-
-
+@pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
-def test_a_peft_model_is_read_as_the_model_inside(kind):
+def test_a_peft_model_is_read_as_the_model_inside(kind, mixed):
     plain = outputs_of(tiny.model(kind))[2].logits
-    model = adapted(tiny.model(kind))
+    config = peft.LoraConfig(r=2, target_modules="all-linear")
+    model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter, std=0.3)  # away from where it starts
+    model.eval()
     inner = model.base_model.model
     assert fam.causal_lm_of(model) is inner and fam.causal_lm_of(inner) is inner
     assert fam.blocks_of(model) is fam.blocks_of(inner)
     assert fam.decoder_of(model) is fam.decoder_of(inner)
-    hidden, _, out = outputs_of(model)
+    _, _, out = assert_reproduced(model)
     assert (out.logits - plain).abs().max() > 0.01 * plain.abs().max()
-    head = lens_head_from(model)
-    assert head.weight is inner.lm_head.weight
-    with torch.no_grad():
-        assert_same(read(head, hidden[-1]), out.logits)
-    verification.verify_lens(model)
-
-
-def test_a_mixed_peft_model_is_read_as_the_model_inside():
-    peft = pytest.importorskip("peft")
-    inner = tiny.model()
-    model = peft.get_peft_model(inner, peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
-    assert fam.causal_lm_of(model) is inner
-    verification.verify_lens(model)
+    assert lens_head_from(model).weight is inner.lm_head.weight
 
 
 @pytest.mark.parametrize(
-    ("options", "part"),
+    ("config", "part"),
     [
-        ({"target_modules": ["lm_head"]}, "head is a Linear"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "head is a ModulesToSave"),
-        ({"target_modules": ["q_proj"], "modules_to_save": ["norm"]}, "norm is a ModulesToSave"),
+        (LORA(target_modules=["lm_head"]), "head is a Linear"),
+        (LORA(target_modules=["q_proj"], modules_to_save=["lm_head"]), "head is a ModulesToSave"),
+        (LORA(target_modules=["q_proj"], modules_to_save=["norm"]), "norm is a ModulesToSave"),
+        (peft.LNTuningConfig(target_modules=["norm"]), "norm is a LNTuningLayer"),
     ],
+    ids=["LoRA of the head", "saved head", "saved norm", "tuned norm"],
 )
-def test_an_adapter_on_head_or_norm_is_refused_until_it_is_merged(options, part):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(tiny.model(), peft.LoraConfig(**options))
+def test_an_adapter_on_head_or_norm_is_refused_until_it_is_merged(config, part):
+    model = peft.get_peft_model(tiny.model(), config)
     with pytest.raises(TypeError, match=f"{part}.*merge_and_unload.*modules_to_save"):
         lens_head_from(model)
     verification.verify_lens(model.merge_and_unload())
 
 
-def test_a_tuned_norm_is_refused():
-    peft = pytest.importorskip("peft")
-    config = peft.LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
-    with pytest.raises(TypeError, match="final norm is a LNTuningLayer, not a plain norm"):
-        lens_head_from(peft.get_peft_model(tiny.model(), config))
-
-
 def test_virtual_tokens_are_refused():
-    peft = pytest.importorskip("peft")
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(tiny.model(), config)
     for function in (fam.causal_lm_of, fam.blocks_of, lens_head_from, verification.verify_lens):

@@ -1,31 +1,26 @@
 """Models, adapters and tokenizers read from folders and from the Hub's cache; what is refused."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys
 from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
+from huggingface_hub import constants
+from peft import auto
+from transformers import AutoModelForCausalLM
 
+from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
 from tests.support import tiny
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import loading  # noqa: E402
-from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer  # noqa: E402
-
-pytestmark = pytest.mark.hf
 IDS = torch.tensor([[5, 6, 7]])
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Return a folder with a model and a random adapter of it that has no tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    peft = pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -41,6 +36,13 @@ def adapter(files, tmp_path):
     return shutil.copytree(files / "adapter", tmp_path / "copy")
 
 
+def put_on(adapter, model):
+    """Let the adapter be one of another model."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(model)
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture
 def saved(files, tmp_path):
     """Return a copy of the model, to be changed."""
@@ -50,8 +52,6 @@ def saved(files, tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """Return a function that puts a folder into the Hub's cache under a name."""
-    from huggingface_hub import constants
-
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -82,39 +82,29 @@ def refused(words, function, *args):
 
 def test_a_model_is_read_with_the_dtype_asked_for(files, saved):
     model = load_model(str(files / "model"))
-    assert torch.equal(logits(model), logits(tiny.model()))
-    assert not model.training
+    assert torch.equal(logits(model), logits(tiny.model())) and not model.training
     assert load_model(str(files / "model"), "bfloat16").dtype is torch.bfloat16
     tiny.model().to(torch.float16).save_pretrained(saved)
-    for dtype, expected in (("auto", torch.float16), ("float32", torch.float32)):
-        assert load_model(str(saved), dtype).dtype is expected
+    assert load_model(str(saved), "auto").dtype is torch.float16
+    assert load_model(str(saved), "float32").dtype is torch.float32
     refused(["auto, float32, bfloat16, float16", "'int8'"], load_model, str(saved), "int8")
 
 
-def test_an_adapter_is_read_upon_its_model(files):
-    from peft import AutoPeftModelForCausalLM
-
+def test_an_adapter_is_read_with_its_model_and_can_be_trained_on(files):
     model = load_model(str(files / "adapter"))
-    expected = logits(AutoPeftModelForCausalLM.from_pretrained(files / "adapter"))
+    expected = logits(peft.AutoPeftModelForCausalLM.from_pretrained(files / "adapter"))
     assert torch.equal(logits(model), expected)
     assert (expected - logits(tiny.model())).abs().max() > 0.01
-
-
-def test_an_adapter_can_be_trained_on(files):
-    model = load_model(str(files / "adapter"))
     trained = {name for name, x in model.named_parameters() if x.requires_grad}
     assert trained == {name for name, _ in model.named_parameters() if "lora_" in name}
     assert not any(module.training for module in model.modules())
 
 
 def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch):
-    from peft import auto
-
     asked = []
+    ask = lambda repo_id, **_: asked.append(repo_id)  # noqa: E731
     monkeypatch.chdir(files)
-    monkeypatch.setattr(
-        auto, "check_file_exists_on_hf_hub", lambda repo_id, **_: asked.append(repo_id)
-    )
+    monkeypatch.setattr(auto, "check_file_exists_on_hf_hub", ask)
     load_model("adapter")
     assert asked == [str(files / "adapter")]  # no name: a path from the root
 
@@ -128,9 +118,7 @@ def test_an_adapter_has_its_own_tokenizer_or_its_models(files, adapter):
 def test_names_on_the_hub_that_were_downloaded_before(files, adapter, hub):
     name = hub(files / "model", "some/model")
     assert torch.equal(logits(load_model(name)), logits(tiny.model()))
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = name
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    put_on(adapter, name)
     name = hub(adapter, "some/adapter")
     expected = logits(load_model(str(files / "adapter")))
     assert torch.equal(logits(load_model(name)), expected)
@@ -140,25 +128,18 @@ def test_names_on_the_hub_that_were_downloaded_before(files, adapter, hub):
     refused(["'some/pickle'", "adapter_model.safetensors"], load_model, name)
 
 
-def test_nothing_but_safetensors_is_read(files, saved, adapter, monkeypatch):
+def test_nothing_but_safetensors_is_read(saved, adapter, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **_: pytest.fail("a pickle was read"))
+    put_on(adapter, saved)
+    load_model(str(adapter))
     torch.save(tiny.model().state_dict(), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     refused([repr(str(saved)), "model.safetensors", "folder"], load_model, str(saved))
+    refused([repr(str(adapter)), "cannot be read"], load_model, str(adapter))
     torch.save({}, adapter / "adapter_model.bin")
     (adapter / "adapter_model.safetensors").unlink()
     words = [repr(str(adapter)), "adapter_model.safetensors", "save_pretrained"]
     refused(words, load_model, str(adapter))
-
-
-def test_an_adapter_of_a_model_in_a_pickle_is_refused(saved, adapter):
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(saved)
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
-    load_model(str(adapter))
-    torch.save(tiny.model().state_dict(), saved / "pytorch_model.bin")
-    (saved / "model.safetensors").unlink()
-    refused([repr(str(adapter)), "cannot be read"], load_model, str(adapter))
 
 
 def test_an_adapter_needs_peft(files, monkeypatch):
@@ -168,32 +149,27 @@ def test_an_adapter_needs_peft(files, monkeypatch):
 
 
 @pytest.mark.parametrize("download", [False, True])
-def test_the_hub_is_asked_only_if_allowed(files, monkeypatch, download):
+@pytest.mark.parametrize("adapter", [False, True])
+def test_the_hub_is_asked_only_if_allowed(monkeypatch, download, adapter):
     asked = []
 
-    def record(name, result):
+    def record(target, result):
         def function(path, *args, **options):
-            asked.append((name, options["local_files_only"], options.get("trust_remote_code")))
+            asked.append((options["local_files_only"], options.get("trust_remote_code")))
             return result
 
-        return function
+        monkeypatch.setattr(target, function)
 
-    where = str(files / "adapter" / "adapter_config.json")
-    for found in (None, where):
-        monkeypatch.setattr(loading, "find_adapter_config_file", record("find", found))
-        monkeypatch.setattr(loading, "cached_file", record("file", where))
-        for kind in ("AutoModelForCausalLM", "AutoTokenizer", "peft.AutoPeftModelForCausalLM"):
-            module = "" if "." in kind else "lens_kernels.hf.model.loading."
-            monkeypatch.setattr(f"{module}{kind}.from_pretrained", record(kind, Mock()))
-        load_model("some/name", "auto", download)
-        load_tokenizer("some/name", download)
-    local = not download
-    tokenizer = ("AutoTokenizer", local, False)
-    find, file = ("find", local, None), ("file", local, None)
-    assert asked == [
-        *(find, ("AutoModelForCausalLM", local, False), find, tokenizer),
-        *(find, file, ("peft.AutoPeftModelForCausalLM", local, False), find, file, tokenizer),
-    ]
+    where = "a/adapter_config.json"
+    record("lens_kernels.hf.model.loading.find_adapter_config_file", where if adapter else None)
+    record("lens_kernels.hf.model.loading.cached_file", where)
+    for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
+        record(f"lens_kernels.hf.model.loading.{kind}.from_pretrained", Mock())
+    record("peft.AutoPeftModelForCausalLM.from_pretrained", Mock())
+    load_model("some/name", "auto", download)
+    load_tokenizer("some/name", download)
+    found, loaded = [(not download, None)] * (1 + adapter), [(not download, False)]
+    assert asked == [*found, *loaded, *found, *loaded]
 
 
 @pytest.mark.parametrize("function", [load_model, load_tokenizer])
@@ -204,21 +180,21 @@ def test_what_is_missing_says_how_to_go_on(function, hub, tmp_path):
     refused(["folder", "or a name on the Hub"], function, "some/name", *args)
 
 
-BROKEN = {
-    "config.json": load_model,
-    "model.safetensors": load_model,
-    "tokenizer.json": load_tokenizer,
-    "adapter_config.json": load_tokenizer,
-    "adapter_model.safetensors": load_model,
-}
-
-
 @pytest.mark.parametrize("text", ["{}", '{"a"', ""])
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_is_an_error_that_names_the_model(saved, adapter, name, text):
+@pytest.mark.parametrize(
+    ("name", "load"),
+    [
+        ("config.json", load_model),
+        ("model.safetensors", load_model),
+        ("tokenizer.json", load_tokenizer),
+        ("adapter_config.json", load_tokenizer),
+        ("adapter_model.safetensors", load_model),
+    ],
+)
+def test_a_broken_file_is_an_error_that_names_the_model(saved, adapter, name, load, text):
     folder = adapter if "adapter" in name else saved
     (folder / name).write_text(text)
-    refused([repr(str(folder)), "cannot be read: "], BROKEN[name], str(folder))
+    refused([repr(str(folder)), "cannot be read: "], load, str(folder))
 
 
 def test_tokenizers_are_compared_by_their_numbers():

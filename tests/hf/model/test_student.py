@@ -1,45 +1,38 @@
 """The depths that are compared, and students made of some of their teacher's blocks."""
 
+import peft
 import pytest
 import torch
 
+from lens_kernels.hf.model import families as fam
+from lens_kernels.hf.model import verification
+from lens_kernels.hf.model.layers import check_layers, uniform_layers
+from lens_kernels.hf.model.student import shallow_copy
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import families as fam  # noqa: E402
-from lens_kernels.hf.model import verification  # noqa: E402
-from lens_kernels.hf.model.layers import check_layers, uniform_layers  # noqa: E402
-from lens_kernels.hf.model.student import shallow_copy  # noqa: E402
-
-pytestmark = pytest.mark.hf
 
 
 @pytest.mark.parametrize(
-    ("pairs", "layers", "expected"),
+    ("layers", "expected"),
     [
-        (5, 12, [2, 4, 6, 8, 10]),
-        (5, 24, [4, 8, 12, 16, 20]),
-        (5, 48, [8, 16, 24, 32, 40]),
-        (4, 28, [6, 11, 17, 22]),
-        (4, 36, [7, 14, 22, 29]),
-        (1, 5, [2]),
+        (12, [2, 4, 6, 8, 10]),
+        (24, [4, 8, 12, 16, 20]),
+        (48, [8, 16, 24, 32, 40]),
+        (28, [6, 11, 17, 22]),
+        (36, [7, 14, 22, 29]),
+        (5, [2]),
     ],
 )
-def test_uniform_rule_gives_the_papers_lists(pairs, layers, expected):
-    assert uniform_layers(pairs, layers) == expected
+def test_uniform_rule_gives_the_papers_lists(layers, expected):
+    assert uniform_layers(len(expected), layers) == expected
 
 
-@pytest.mark.parametrize("pairs", [0, 4])
-def test_the_uniform_rule_refuses_more_pairs_than_depths(pairs):
-    with pytest.raises(ValueError, match=rf"num_pairs must lie in \[1, 3\].*got {pairs}"):
-        uniform_layers(pairs, 4)
-
-
-@pytest.mark.parametrize("depth", [0, 4])
-def test_depths_that_are_no_lens_are_refused(depth):
+@pytest.mark.parametrize("number", [0, 4])
+def test_depths_that_are_no_lens_are_refused(number):
+    with pytest.raises(ValueError, match=rf"num_pairs must lie in \[1, 3\].*got {number}"):
+        uniform_layers(number, 4)
     assert check_layers("teacher_layers", [1, 3], 4) == [1, 3]
-    with pytest.raises(ValueError, match=rf"teacher_layers must lie in \[1, 3\], got {depth}"):
-        check_layers("teacher_layers", [1, depth], 4)
+    with pytest.raises(ValueError, match=rf"teacher_layers must lie in \[1, 3\], got {number}"):
+        check_layers("teacher_layers", [1, number], 4)
 
 
 def skipping(model, blocks, ids):
@@ -68,15 +61,12 @@ def test_a_shallow_copy_is_the_teacher_without_the_other_blocks(kind, tied):
     teacher = tiny.model(kind, layers=5, tie_word_embeddings=tied)
     ids = torch.arange(2, 26).view(2, 12)
     student = shallow_copy(teacher, [2, 3, 5]).eval()
-    text = student.config.get_text_config()
-    assert text.num_hidden_layers == len(fam.blocks_of(student)) == 3
+    assert student.config.get_text_config().num_hidden_layers == len(fam.blocks_of(student)) == 3
     assert teacher.config.get_text_config().num_hidden_layers == 5
     expected = skipping(teacher, [2, 3, 5], ids)
     with torch.no_grad():
-        found = student(ids).logits
-        whole = teacher(ids).logits
-    torch.testing.assert_close(found, expected)
-    assert (whole - expected).abs().max() > 0.05 * expected.abs().max()
+        torch.testing.assert_close(student(ids).logits, expected)
+        assert (teacher(ids).logits - expected).abs().max() > 0.05 * expected.abs().max()
     head, embedding = student.get_output_embeddings(), student.get_input_embeddings()
     assert (head.weight is embedding.weight) == tied
     verification.verify_lens(student)
@@ -91,39 +81,30 @@ def test_a_shallow_copy_survives_being_saved(tmp_path):
         torch.testing.assert_close(again(ids).logits, student(ids).logits)
 
 
-def test_a_shallow_copy_shares_nothing_and_can_be_trained():
+def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
     teacher = tiny.model(layers=3).requires_grad_(False)
+    teacher.generation_config.max_new_tokens = 7
     student = shallow_copy(teacher, [1, 3])
     own = {parameter.data_ptr() for parameter in teacher.parameters()}
     for parameter in student.parameters():
         assert parameter.requires_grad and parameter.data_ptr() not in own
+    assert student.generation_config.max_new_tokens == 7
+    assert student.generation_config is not teacher.generation_config
 
 
-def test_a_shallow_copy_has_the_teachers_dtypes():
+def test_a_shallow_copy_has_the_teachers_dtypes_and_device():
     """Rotary frequencies are float32 in every model, and in no checkpoint."""
     teacher = tiny.model().to(torch.bfloat16)
     teacher.model.norm.float()
     teacher.model.rotary_emb.float()
     student = shallow_copy(teacher, [1, 2])
-    assert student.model.norm.weight.dtype == torch.float32
-    assert student.lm_head.weight.dtype == student.model.layers[0].mlp.up_proj.weight.dtype
-    assert student.lm_head.weight.dtype == torch.bfloat16
+    mlp = student.model.layers[0].mlp.up_proj
+    dtypes = [module.weight.dtype for module in (student.model.norm, student.lm_head, mlp)]
+    assert dtypes == [torch.float32, torch.bfloat16, torch.bfloat16]
     fresh = tiny.model().model.rotary_emb.inv_freq
     assert torch.equal(student.model.rotary_emb.inv_freq, fresh)
-
-
-def test_a_shallow_copy_lies_where_its_teacher_does():
-    student = shallow_copy(tiny.model().to("meta"), [1, 2])
-    tensors = [*student.parameters(), *student.buffers()]
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
-
-
-def test_a_shallow_copy_generates_as_its_teacher_does():
-    teacher = tiny.model()
-    teacher.generation_config.max_new_tokens = 7
-    student = shallow_copy(teacher, [1, 2])
-    assert student.generation_config.max_new_tokens == 7
-    assert student.generation_config is not teacher.generation_config
+    student = shallow_copy(teacher.to("meta"), [1, 2])
+    assert {x.device.type for x in (*student.parameters(), *student.buffers())} == {"meta"}
 
 
 def test_what_cannot_be_copied_is_refused():
@@ -141,7 +122,6 @@ def test_what_cannot_be_copied_is_refused():
 
 
 def test_an_adapted_teacher_is_copied_once_it_is_merged():
-    peft = pytest.importorskip("peft")
     teacher = peft.get_peft_model(tiny.model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match=r"q_proj.weight' is not one: merge its adapters"):
         shallow_copy(teacher, [1, 2])

@@ -1,22 +1,19 @@
 """The command ``lens-kernels train`` on tiny models: options, files and errors."""
 
-from __future__ import annotations
-
 import json
+import re
 from dataclasses import fields
 
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-pytest.importorskip("transformers")
-from lens_kernels import cli  # noqa: E402
-from lens_kernels.hf import LensDistillConfig, uniform_layers  # noqa: E402
-from lens_kernels.hf.model.loading import load_model  # noqa: E402
-from lens_kernels.hf.training import command  # noqa: E402
-from tests.support.commands import arguments, weights  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels import cli
+from lens_kernels.hf import LensDistillConfig, uniform_layers
+from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training import command
+from tests.support.commands import arguments, weights
 
 
 def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
@@ -33,9 +30,6 @@ def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, cap
     record = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
     assert "beta" not in record  # only what was chosen
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = min(tmp_path.glob("**/events.out.tfevents.*"))  # evaluation begins another
     reader = EventAccumulator(str(events))
     reader.Reload()
@@ -60,31 +54,30 @@ def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkey
     assert not (tmp_path / "out").exists()
 
 
-def test_models_of_other_tokenizers_are_refused(files, tmp_path, capsys):
-    assert cli.main(arguments(files, tmp_path / "out", teacher=files / "other")) == 1
-    assert "number 3 tokens differently: " in capsys.readouterr().err
-
-
-def test_a_missing_model_says_how_to_go_on(files, tmp_path, capsys):
-    assert cli.main(arguments(files, tmp_path / "out", teacher=tmp_path / "none")) == 1
-    shown = capsys.readouterr().err
-    assert "cannot be read" in shown and "allow_download" in shown
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("other", "number 3 tokens differently: "),
+        ("none", "none' cannot be read: .*allow_download"),
+    ],
+)
+def test_models_that_do_not_fit_or_are_missing_are_refused(
+    files, tmp_path, capsys, teacher, message
+):
+    assert cli.main(arguments(files, tmp_path / "out", teacher=files / teacher)) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_lora_trains_an_adapter_and_nothing_else(files, tmp_path):
-    options = {"lora_r": 2, "lora_alpha": 5, "lora_dropout": 0.25}
+    options = {"lora_r": 2, "lora_alpha": 5, "lora_dropout": 0.25, "max_steps": 6}
     targets = ["q_proj", "down_proj"]
-    argv = arguments(files, tmp_path, lora_target_modules=targets, max_steps=6, **options)
-    assert cli.main(argv) == 0
+    assert cli.main(arguments(files, tmp_path, lora_target_modules=targets, **options)) == 0
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (2, 5, 0.25)
     assert set(config["target_modules"]) == set(targets)
-    trained = load_model(str(tmp_path))
-    start = weights(files / "student")
+    trained, start = load_model(str(tmp_path)), weights(files / "student")
     for name, x in trained.get_base_model().state_dict().items():
-        if "lora_" in name:
-            continue
-        assert torch.equal(x, start[name.replace("base_layer.", "")]), name
+        assert "lora_" in name or torch.equal(x, start[name.replace("base_layer.", "")]), name
     moved = [x.abs().max() for name, x in trained.named_parameters() if "lora_B" in name]
     assert len(moved) == 6 and min(moved) > 0  # 3 blocks; the last is reached by the final term
 
@@ -105,8 +98,8 @@ def test_an_adapter_can_be_the_student_and_the_teacher(files, tmp_path, capsys):
 def test_options_come_from_a_file_and_the_command_line_goes_first(files, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("beta: 0.25\nstudent_layers: [1]\nteacher_layers: [2]\nlens_norm: false\n")
-    argv = arguments(files, tmp_path, num_lens_pairs=None)[1:]
-    _, args, chosen = command.parse([*argv, "--config", str(config), "--beta", "0.75"])
+    argv = arguments(files, tmp_path, num_lens_pairs=None, config=config, beta=0.75)[1:]
+    _, args, chosen = command.parse(argv)
     assert (args.beta, args.student_layers, args.lens_norm) == (0.75, [1], False)
     assert chosen["beta"] == 0.75 and chosen["lens_norm"] is False
     assert chosen["output_dir"] == str(tmp_path)
@@ -120,16 +113,16 @@ def test_the_record_holds_plain_values_and_no_secret(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("more", "message"),
+    ("option", "message"),
     [
-        (["--conf", "run.yaml"], "--conf run.yaml"),
-        (["--pres", "gpt2"], "--pres gpt2"),
-        (["--resume_from_checkpoint", "x"], "resumes from the last complete checkpoint"),
+        ("conf", "--conf x"),
+        ("pres", "--pres x"),
+        ("resume_from_checkpoint", "resumes from the last complete checkpoint"),
     ],
 )
-def test_options_without_effect_are_refused(files, tmp_path, capsys, more, message):
+def test_options_without_effect_are_refused(files, tmp_path, capsys, option, message):
     with pytest.raises(SystemExit):
-        command.parse([*arguments(files, tmp_path)[1:], *more])
+        command.parse(arguments(files, tmp_path, **{option: "x"})[1:])
     assert message in capsys.readouterr().err
 
 
@@ -145,10 +138,9 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, more, messa
     ],
 )
 def test_a_bad_file_of_options_is_refused(files, tmp_path, capsys, text, message):
-    config = tmp_path / "run.yaml"
-    config.write_text(text)
+    (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        command.parse([*arguments(files, tmp_path)[1:], "--config", str(config)])
+        command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml")[1:])
     assert message in capsys.readouterr().err
 
 
@@ -162,13 +154,12 @@ def test_a_bad_file_of_options_is_refused(files, tmp_path, capsys, text, message
     ],
 )
 def test_presets_are_the_papers_lists(files, tmp_path, preset, pairs, blocks):
-    argv = arguments(files, tmp_path, num_lens_pairs=None, use_cpu=None, learning_rate=None)[1:]
-    run, args, _ = command.parse([*argv, "--preset", preset, "--bf16", "false"])
+    less = dict.fromkeys(("num_lens_pairs", "use_cpu", "learning_rate"))
+    run, args, _ = command.parse(arguments(files, tmp_path, preset=preset, bf16=False, **less)[1:])
     student, teacher = (uniform_layers(pairs, n) for n in blocks)
-    assert args.student_layers == student
     if preset == "tinyllama":  # the paper rounds this one down
         teacher = [i * 32 // 6 for i in range(1, 6)]
-    assert args.teacher_layers == teacher
+    assert (args.student_layers, args.teacher_layers) == (student, teacher)
     assert (args.kd_ratio, args.lens_coeff, args.final_divergence) == (1.0, 1.0, "reverse_kl")
     assert args.lr_scheduler_type == "cosine" and 0 < args.learning_rate < 1e-3
     assert (run.lora_r == 8) == (preset == "qwen2.5")

@@ -1,19 +1,16 @@
 """Instruction data: what is read, what becomes of it, and where the labels lie."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
-pytest.importorskip("transformers")
-from lens_kernels.hf.model import smollm2  # noqa: E402
-from lens_kernels.hf.training import data  # noqa: E402
-from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels.hf.model import smollm2
+from lens_kernels.hf.training import data
+from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -31,9 +28,6 @@ TALK = [
 
 def bpe(template=CHAT, bos=False, **special):
     """Return a byte-level BPE tokenizer whose merges cross line ends and words."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -79,6 +73,13 @@ def encoded(row, tokenizer, style="chat", **limits):
     return encode(row, tokenizer, prompt_style=style, **{**LIMITS, **limits})
 
 
+def prompt_of(row, tokenizer, style="chat"):
+    """Return the text of a prompt, which begins the example."""
+    ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
+    assert encoded(row, tokenizer, style)["input_ids"][: len(ids)] == ids
+    return tokenizer.decode(ids)
+
+
 def test_rows_of_each_format(write):
     assert read_rows(write(INSTRUCTION, b"  ", {**INSTRUCTION, "input": "é", "id": 3})) == [
         Row(1, ["yes"], instruction="Say it."),
@@ -86,9 +87,9 @@ def test_rows_of_each_format(write):
     ]
     with_bom = b"\xef\xbb\xbf" + json.dumps({"prompt": " a", "completion": ["b ", "c"]}).encode()
     assert read_rows(write(with_bom)) == [Row(1, ["b ", "c"], prompt=" a")]
-    system = {"role": "system", "content": ""}
-    talk = [{**m, "weight": 1} for m in [system, *TALK]]
-    assert read_rows(write({"messages": talk})) == [Row(1, ["two"], messages=[system, *TALK])]
+    talk = [{"role": "system", "content": ""}, *TALK]
+    line = {"messages": [{**m, "weight": 1} for m in talk]}
+    assert read_rows(write(line)) == [Row(1, ["two"], messages=talk)]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +126,6 @@ def test_a_bad_line_is_named(write, line, message):
         ([{**TALK[0], "content": None}], r"messages\[0\].content is a NoneType: expected a string"),
         ([TALK[0], {**TALK[1], "content": ""}], r"messages\[1\].content is empty: expected text"),
         (TALK[:1], "messages has no assistant turn: expected at least one"),
-        ([], "messages has no assistant turn: expected at least one"),
         (TALK[1:], "messages starts with an assistant turn: expected a prompt before it"),
     ],
 )
@@ -134,14 +134,13 @@ def test_bad_messages_are_named(write, messages, message):
         read_rows(write({"messages": messages}))
 
 
-def test_bad_lines_come_together_and_ten_at_most(write):
+@pytest.mark.parametrize(("bad", "end"), [(10, ":11: not JSON"), (17, "and 7 more")])
+def test_bad_lines_come_together_and_ten_at_most(write, bad, end):
     with pytest.raises(ValueError) as error:
-        read_rows(write(INSTRUCTION, *[b"{"] * 17))
-    _, *lines, last = str(error.value).splitlines()
-    assert len(lines) == 10 and ":11: not JSON" in lines[-1] and last == "and 7 more"
-    with pytest.raises(ValueError) as error:
-        read_rows(write(INSTRUCTION, *[b"{"] * 10))
-    assert str(error.value).count("\n") == 10 and "more" not in str(error.value)
+        read_rows(write(INSTRUCTION, *[b"{"] * bad))
+    lines = str(error.value).splitlines()[1:]
+    assert end in lines[-1] and len(lines) == (10 if bad == 10 else 11)
+    assert ":11: not JSON" in lines[9]
 
 
 def test_an_empty_file_is_refused(write):
@@ -149,45 +148,28 @@ def test_an_empty_file_is_refused(write):
         read_rows(write(b"", b"\n"))
 
 
-@pytest.mark.parametrize(
-    ("given", "first", "section"),
-    [
-        ("", "Below is an instruction that describes a task. Write a response", ""),
-        (" ", "Below is an instruction that describes a task. Write a response", ""),
-        (
-            "It",
-            "Below is an instruction that describes a task, paired with an input that provides"
-            " further context. Write a response",
-            "### Input:\nIt\n\n",
-        ),
-    ],
-)
-def test_alpaca_prompt(given, first, section):
-    tokenizer = bpe()
-    row = Row(1, ["yes", "no"], instruction="Say it.", input=given)
-    text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
+@pytest.mark.parametrize("given", ["", " ", "It"])
+def test_alpaca_prompt(given):
+    tokenizer, row = bpe(), Row(1, ["yes", "no"], instruction="Say it.", input=given)
+    more = ", paired with an input that provides further context" if given == "It" else ""
+    section = "### Input:\nIt\n\n" if given == "It" else ""
     prompt = (
-        f"{first} that appropriately completes the request.\n\n### Instruction:\nSay it.\n\n"
-        f"{section}### Response:\n"
+        f"Below is an instruction that describes a task{more}. Write a response that appropriately"
+        f" completes the request.\n\n### Instruction:\nSay it.\n\n{section}### Response:\n"
     )
-    assert (text, learnt) == (prompt + "yes</s>", ["yes</s>"])
+    assert halves(tokenizer, encoded(row, tokenizer, "alpaca")) == (f"{prompt}yes</s>", ["yes</s>"])
 
 
 def test_no_token_straddles_the_border():
-    tokenizer = bpe()
-    row = Row(1, ["cd"], prompt="ab")
-    example = encoded(row, tokenizer)
-    joint = tokenizer("abcd", add_special_tokens=False)["input_ids"]
-    assert len(joint) == 1  # joined, the border would be inside a token
-    assert halves(tokenizer, example) == ("abcd</s>", ["cd</s>"])
-    prompt = data.prompt_ids(row, tokenizer, prompt_style="chat", max_prompt_length=9)
-    assert example["input_ids"][: len(prompt)] == prompt and tokenizer.decode(prompt) == "ab"
+    tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
+    # Joined, the border would be inside a token.
+    assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
+    assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
+    assert prompt_of(row, tokenizer) == "ab"
 
 
 def test_bos_where_the_tokenizer_writes_it():
-    row = Row(1, ["cd"], prompt="ab")
-    begun = encoded(row, bpe(bos=True))
-    plain = encoded(row, bpe())
+    begun, plain = (encoded(Row(1, ["cd"], prompt="ab"), bpe(bos=x)) for x in (True, False))
     assert begun["input_ids"] == [0, *plain["input_ids"]]
     assert begun["labels"] == [-100, *plain["labels"]]
     assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun  # not twice
@@ -209,27 +191,21 @@ def test_instruction_as_a_chat():
     tokenizer = bpe()
     row = Row(1, ["yes", "no"], instruction="Say it.", input="It")
     prompt = "<|im_start|>user\nSay it.\n\nIt<|im_end|>\n<|im_start|>assistant\n"
-    assert halves(tokenizer, encoded(row, tokenizer)) == (
-        f"{prompt}yes<|im_end|>",
-        ["yes<|im_end|>"],
-    )
-    ids = data.prompt_ids(row, tokenizer, prompt_style="chat", max_prompt_length=256)
-    assert tokenizer.decode(ids) == prompt
+    learnt = "yes<|im_end|>"
+    assert halves(tokenizer, encoded(row, tokenizer)) == (prompt + learnt, [learnt])
+    assert prompt_of(row, tokenizer) == prompt
     bare = Row(1, ["yes"], instruction="Say it.", input=" ")
-    assert "Say it.<|im_end|>" in halves(tokenizer, encoded(bare, tokenizer))[0]
+    assert "Say it.<|im_end|>" in prompt_of(bare, tokenizer)
 
 
 @pytest.mark.parametrize("style", data.PROMPT_STYLES)
 def test_every_assistant_turn_is_learnt_up_to_its_end(style):
     tokenizer = bpe()
     row = Row(1, ["two"], messages=[*TALK, {"role": "user", "content": "third"}])
-    example = encoded(row, tokenizer, style)
-    text, learnt = halves(tokenizer, example)
+    text, learnt = halves(tokenizer, encoded(row, tokenizer, style))
     whole = tokenizer.apply_chat_template(TALK, tokenize=False)
     assert text == whole.rstrip("\n") and learnt == [" one <|im_end|>", "two<|im_end|>"]
-    ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
-    assert ids == example["input_ids"][: len(ids)]
-    assert tokenizer.decode(ids) == whole[: whole.index("two")]
+    assert prompt_of(row, tokenizer, style) == whole[: whole.index("two")]
 
 
 @pytest.mark.parametrize(("end", "closed"), [("", "</s>"), ("</s>", "</s>"), ("!", "!</s>")])
@@ -248,87 +224,81 @@ def test_a_turn_is_not_closed_by_a_token_that_is_merely_added():
     assert halves(tokenizer, encoded(row, tokenizer))[1] == ["call</tool></s>"]
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused():
-    only_last = CHAT.replace("{{ m.content }}", "{{ m.content if loop.last else '' }}")
-    with pytest.raises(ValueError, match=r"line 7: .* changes the text before messages\[1\]"):
-        encoded(Row(7, ["two"], messages=TALK), bpe(only_last))
-    counts = CHAT.replace("{% for", "{{ messages | length > 2 }}{% for", 1)
-    with pytest.raises(ValueError, match=r"messages\[3\] .*end the conversation after its first"):
-        encoded(Row(7, ["two"], messages=TALK), bpe(counts))
-
-
-def test_a_template_that_refuses_or_is_missing():
-    row = Row(7, ["yes"], instruction="Say it.")
-    with pytest.raises(ValueError, match=r"line 7: .* template rejects the messages \(no users\)"):
-        encoded(row, bpe("{{ raise_exception('no users') }}"))
-    with pytest.raises(ValueError, match='line 7: .* no chat template: .* prompt_style="alpaca"'):
-        encoded(row, bpe(None))
-    with pytest.raises(ValueError, match="no chat template: .* or rows with prompt and completion"):
-        encoded(Row(7, ["two"], messages=TALK), bpe(None), "alpaca")
-
-
-def test_long_prompts_are_dropped_and_long_wholes_cut():
-    tokenizer = bpe()
-    row = Row(1, ["wxyz"], prompt="mnop")
-    whole = encoded(row, tokenizer, max_prompt_length=4)
-    assert len(whole["input_ids"]) == 9
-    assert encoded(row, tokenizer, max_prompt_length=3) is None
-    options = {"prompt_style": "chat", "max_prompt_length": 4}
-    assert data.prompt_ids(row, tokenizer, **options) == whole["input_ids"][:4]
-    assert data.prompt_ids(row, tokenizer, **{**options, "max_prompt_length": 3}) is None
-    cut = encoded(row, tokenizer, max_length=5)
-    assert cut == {name: ids[:5] for name, ids in whole.items()}
-    assert encoded(row, tokenizer, max_length=4) is None  # no label is left
-
-
-def test_only_the_first_prompt_counts_where_many_turns_are_learnt():
-    tokenizer = bpe()
-    row = Row(1, ["two"], messages=TALK)
-    whole = encoded(row, tokenizer)
-    first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
-    assert encoded(row, tokenizer, max_prompt_length=first) == whole
-    assert encoded(row, tokenizer, max_prompt_length=first - 1) is None
+ASKED, TALKED = Row(7, ["yes"], instruction="Say it."), Row(7, ["two"], messages=TALK)
 
 
 @pytest.mark.parametrize(
-    ("options", "kind", "message"),
+    ("old", "new", "row", "message"),
     [
-        ({"style": "plain"}, ValueError, "prompt_style must be one of alpaca, chat, got 'plain'"),
-        ({"max_length": 1}, ValueError, "max_length must be at least 2, got 1"),
-        ({"max_prompt_length": 0}, ValueError, "max_prompt_length must be at least 1, got 0"),
-        ({"max_length": 9.0}, TypeError, "max_length must be an integer, got float"),
-        ({"max_prompt_length": True}, TypeError, "max_prompt_length must be an integer, got bool"),
+        ("{{ m.content }}", "{{ m.content if loop.last }}", TALKED, r"messages\[1\] when later"),
+        ("{% for", "{{ messages | length > 2 }}{% for", TALKED, r"\[3\] .*end the conversation"),
+        (CHAT, "{{ raise_exception('no users') }}", ASKED, r"rejects the messages \(no users\)"),
+        (CHAT, "", ASKED, 'no chat template: .* prompt_style="alpaca"'),
+        (CHAT, "", TALKED, "no chat template: .* or rows with prompt and completion"),
+    ],
+    ids=["rewrites", "counts", "refuses", "missing", "missing for a talk"],
+)
+def test_a_template_that_rewrites_or_refuses_or_is_missing(old, new, row, message):
+    tokenizer = bpe(CHAT.replace(old, new, 1) or None)
+    with pytest.raises(ValueError, match=f"line 7: .*{message}"):
+        encoded(row, tokenizer, "alpaca" if "rows of" in message else "chat")
+
+
+def test_long_prompts_are_dropped_and_long_wholes_cut():
+    tokenizer, row = bpe(), Row(1, ["wxyz"], prompt="mnop")
+    whole = encoded(row, tokenizer, max_prompt_length=4)
+    assert len(whole["input_ids"]) == 9
+    options = {"prompt_style": "chat", "max_prompt_length": 3}
+    assert data.prompt_ids(row, tokenizer, **options) is None
+    assert encoded(row, tokenizer, max_prompt_length=3) is None
+    assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
+    assert encoded(row, tokenizer, max_length=4) is None  # no label is left
+    # Where many turns are learnt, only the first prompt counts.
+    talk = Row(1, ["two"], messages=TALK)
+    whole = encoded(talk, tokenizer)
+    first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
+    assert encoded(talk, tokenizer, max_prompt_length=first) == whole
+    assert encoded(talk, tokenizer, max_prompt_length=first - 1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("style", "plain", "prompt_style must be one of alpaca, chat, got 'plain'"),
+        ("max_length", 1, "max_length must be at least 2, got 1"),
+        ("max_prompt_length", 0, "max_prompt_length must be at least 1, got 0"),
+        ("max_length", 9.0, "max_length must be an integer, got float"),
+        ("max_prompt_length", True, "max_prompt_length must be an integer, got bool"),
     ],
 )
-def test_options_are_checked(options, kind, message):
-    with pytest.raises(kind, match=message):
-        encoded(Row(1, ["b"], prompt="a"), bpe(), **options)
+def test_options_are_checked(name, value, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        encoded(Row(1, ["b"], prompt="a"), bpe(), **{name: value})
 
 
-def test_a_tokenizer_without_eos_is_refused():
+def test_a_tokenizer_needs_an_end_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
+    assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
+    assert data.padding_id(bpe(pad_token=None)) == 1
+    with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
+        data.padding_id(bpe(pad_token=None, eos_token=None))
 
 
 def test_examples_of_a_file(write, monkeypatch):
     bars = []
-    monkeypatch.setattr(
-        data, "tqdm", lambda rows, *args, **options: bars.append(options["disable"]) or rows
-    )
+    monkeypatch.setattr(data, "tqdm", lambda rows, *_, disable, **__: bars.append(disable) or rows)
     tokenizer = bpe()
     lines = [{"prompt": x, "completion": "z"} for x in ("m", "mnopq", "no")]
     path = write(*lines)
     examples = load_examples(path, tokenizer, max_prompt_length=4, progress=False)
-    assert len(examples) == 2 and examples.dropped == 1
     assert [tokenizer.decode(x["input_ids"]) for x in examples] == ["mz</s>", "noz</s>"]
     assert [x["example_id"] for x in examples] == [0, 1] and examples[-1]["example_id"] == 1
     assert examples[1]["labels"] == [-100, -100, *examples[1]["input_ids"][2:]]
     assert examples.summary() == "3 rows, 1 dropped as too long; 7 tokens, 4 of them labelled"
     load_examples(path, tokenizer)
     assert bars == [True, False]
-    with pytest.raises(
-        ValueError, match="all 1 rows of .*jsonl are too long .* 4 and max_length 512"
-    ):
+    with pytest.raises(ValueError, match="all 1 rows of .*jsonl are too long .* 4 and max_length"):
         load_examples(write(lines[1]), tokenizer, max_prompt_length=4)
 
 
@@ -352,20 +322,12 @@ def test_collator_masks_by_length():
     assert Collator(0, pad_to_multiple_of=3)(examples)["labels"].shape == (2, 3)
 
 
-@pytest.mark.parametrize("options", [{"pad_token_id": -1}, {"pad_to_multiple_of": 0}])
-def test_collator_checks_its_options(options):
-    (name,) = options
+@pytest.mark.parametrize(("name", "value"), [("pad_token_id", -1), ("pad_to_multiple_of", 0)])
+def test_collator_checks_its_options(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
-        Collator(**{"pad_token_id": 0, **options})
+        Collator(**{"pad_token_id": 0, name: value})
     with pytest.raises(TypeError, match=f"{name} must be an integer, got str"):
         Collator(**{"pad_token_id": 0, name: "x"})
-
-
-def test_padding_id():
-    assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
-    assert data.padding_id(bpe(pad_token=None)) == 1
-    with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
-        data.padding_id(bpe(pad_token=None, eos_token=None))
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Two processes train as one: equal steps, equal logs, and nothing that waits for ever."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -13,14 +11,10 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from lens_kernels.hf.training.objective import LensObjective
 from tests.support import ROOT, tiny
-
-pytest.importorskip("transformers")
-from lens_kernels.hf.training.objective import LensObjective  # noqa: E402
-from tests.support.distributed_run import HANG, Result, train_case  # noqa: E402
-from tests.support.training import STUDENT, TEACHER, assert_same_step, uneven_data  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from tests.support.distributed_run import HANG, Result, train_case
+from tests.support.training import STUDENT, TEACHER, assert_same_step, uneven_data
 
 TIMING = ("second", "runtime", "preparation_time", "epoch")
 

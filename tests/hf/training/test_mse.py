@@ -1,20 +1,16 @@
 """The baseline without lenses: what its matrices compute, learn, and where they are kept."""
 
-from __future__ import annotations
-
 import copy
 
+import peft
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from accelerate import FullyShardedDataParallelPlugin  # noqa: E402
-from accelerate.state import AcceleratorState  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-
-from tests.support.training import (  # noqa: E402
+from tests.support.training import (
     STUDENT,
     TEACHER,
     batch_of,
@@ -25,7 +21,6 @@ from tests.support.training import (  # noqa: E402
     weights,
 )
 
-pytestmark = pytest.mark.hf
 MSE = {"mse_coeff": 0.5, "learning_rate": 0.01}
 
 
@@ -65,9 +60,7 @@ def test_the_matrices_are_saved_beside_the_student_and_resumed(tmp_path):
     options = MSE | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = weights(trained(tmp_path / "a", **options))
     folder = tmp_path / "a" / "checkpoint-2"
-    assert (
-        load_file(folder / "model.safetensors").keys() <= tiny.model(**STUDENT).state_dict().keys()
-    )
+    assert load_file(folder / "model.safetensors").keys() <= whole.keys()
     resumed = make_trainer(tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=str(folder))
     for name, x in weights(resumed).items():
@@ -85,9 +78,9 @@ def test_the_best_checkpoint_brings_its_matrices_back(tmp_path):
 
 def test_the_matrices_begin_from_the_seed_alone(tmp_path):
     def first(noise, seed):
-        models = {"student": tiny.model(**STUDENT), "teacher": tiny.model(**TEACHER)}
+        student = tiny.model(**STUDENT)
         torch.manual_seed(noise)  # what a caller did before
-        trainer = make_trainer(tmp_path, mse_coeff=0.5, seed=seed, **models)
+        trainer = make_trainer(tmp_path, mse_coeff=0.5, seed=seed, student=student)
         return trainer.objective.projections[1].weight
 
     one, again, other = first(1, 5), first(2, 5), first(1, 6)
@@ -95,21 +88,16 @@ def test_the_matrices_begin_from_the_seed_alone(tmp_path):
 
 
 def test_sharded_checkpoints_do_not_keep_the_matrices(tmp_path, monkeypatch):
-    def shard(kind):
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
         monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
-
-    shard("FULL_STATE_DICT")
-    make_trainer(tmp_path, mse_coeff=0.5)
-    shard("SHARDED_STATE_DICT")
-    make_trainer(tmp_path)
+        make_trainer(tmp_path, mse_coeff=0.5 * (kind == "FULL_STATE_DICT"))
     with pytest.raises(RuntimeError, match="mse_coeff=0.5 needs .* set state_dict_type FULL_STATE"):
         make_trainer(tmp_path, mse_coeff=0.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_matrices_learn_beside_an_adapter(tmp_path, dtype):
-    peft = pytest.importorskip("peft")
     student = tiny.model(**STUDENT).to(dtype)
     student = peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     trainer = make_trainer(tmp_path, student=student, optim="adamw_torch", **MSE)

@@ -1,22 +1,17 @@
 """The Trainer: every option does what it says, and equal settings give equal steps."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
 import torch
+from transformers import Trainer
 
 from lens_kernels import distillation_loss
+from lens_kernels.hf import LensDistillConfig, LensDistillTrainer, lens_head_from
+from lens_kernels.hf.training import meter
+from lens_kernels.hf.training.config import final_divergence
 from tests.support import tiny
-
-pytest.importorskip("transformers")
-from transformers import Trainer  # noqa: E402
-
-from lens_kernels.hf import LensDistillConfig, LensDistillTrainer, lens_head_from  # noqa: E402
-from lens_kernels.hf.training import meter  # noqa: E402
-from lens_kernels.hf.training.config import final_divergence  # noqa: E402
-from tests.support.training import (  # noqa: E402
+from tests.support.training import (
     STUDENT,
     TEACHER,
     assert_same_step,
@@ -29,7 +24,6 @@ from tests.support.training import (  # noqa: E402
     weights,
 )
 
-pytestmark = pytest.mark.hf
 START = tiny.model(**STUDENT).state_dict()
 
 
@@ -51,91 +45,61 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_parts(tmp_path):
         assert entry["lens"] == pytest.approx((entry["lens_1"] + entry["lens_2"]) / 2, rel=1e-4)
 
 
-def expected_loss(data, **options):
+def expected_loss(data, lens_norm=True, **options):
     """Return the first step's loss, from the models' own hidden states."""
-    student, teacher = tiny.model(**STUDENT), tiny.model(**TEACHER)
+    models = tiny.model(**STUDENT), tiny.model(**TEACHER)
     ids, labels = batch_of(data)
     with torch.no_grad():
-        hs = student(ids, output_hidden_states=True).hidden_states
-        ht = teacher(ids, output_hidden_states=True).hidden_states
-    cut = slice(None, -1)
-    out = distillation_loss(
-        [hs[1][:, cut], hs[2][:, cut]],
-        [ht[1][:, cut], ht[3][:, cut]],
-        options.pop("student_head", lens_head_from(student)),
-        options.pop("teacher_head", lens_head_from(teacher)),
-        student_final=hs[-1][:, cut],
-        teacher_final=ht[-1][:, cut],
-        labels=labels[:, 1:],
-        **options,
-    )
+        hs, ht = (m(ids, output_hidden_states=True).hidden_states for m in models)
+    hs, ht = ([x[:, :-1] for x in hidden] for hidden in (hs, ht))
+    heads = (lens_head_from(m) if lens_norm else m.lm_head.weight for m in models)
+    final = {"student_final": hs[-1], "teacher_final": ht[-1], "labels": labels[:, 1:]}
+    out = distillation_loss([hs[1], hs[2]], [ht[1], ht[3]], *heads, **final, **options)
     return out.loss.item()
 
 
-def bare_heads():
-    heads = (tiny.model(**model).lm_head.weight for model in (STUDENT, TEACHER))
-    return dict(zip(("student_head", "teacher_head"), heads, strict=True))
-
-
 @pytest.mark.parametrize(
-    ("options", "same"),
+    ("option", "name", "value"),
     [
-        ({"lens_divergence": "hellinger"}, {"divergence": "hellinger"}),
-        ({"lens_divergence": "forward_kl"}, {"divergence": "forward_kl"}),
-        ({"lens_divergence": "reverse_kl"}, {"divergence": "reverse_kl"}),
-        ({"lens_divergence": "jeffreys"}, {"divergence": "jeffreys"}),
-        ({"lens_divergence": "tvd"}, {"divergence": "tvd"}),
-        ({"final_divergence": "forward_kl"}, {"final_divergence": "forward_kl"}),
-        ({"final_divergence": "jsd"}, {"final_divergence": "jsd"}),
-        ({"final_divergence": "akl"}, {"final_divergence": "akl"}),
-        (
-            {"final_divergence": "0.5*forward_kl + 2*reverse_kl"},
-            {"final_divergence": {"forward_kl": 0.5, "reverse_kl": 2.0}},
-        ),
-        ({"beta": 0.3}, {"beta": 0.3}),
-        ({"distill_temperature": 2.0}, {"temperature": 2.0}),
-        ({"kd_ratio": 0.5}, {"kd_ratio": 0.5}),
-        ({"lens_coeff": 7.0}, {"lens_coeff": 7.0}),
-        ({"lens_norm": False}, None),
-        ({"vocab_size": 50}, {"vocab_size": 50}),
-        ({"lens_backend": "reference"}, {"backend": "reference"}),
+        ("lens_divergence", "divergence", "hellinger"),
+        ("lens_divergence", "divergence", "forward_kl"),
+        ("final_divergence", "final_divergence", "jsd"),
+        ("final_divergence", "final_divergence", "akl"),
+        ("beta", "beta", 0.3),
+        ("distill_temperature", "temperature", 2.0),
+        ("kd_ratio", "kd_ratio", 0.5),
+        ("lens_coeff", "lens_coeff", 7.0),
+        ("lens_norm", "lens_norm", False),
+        ("vocab_size", "vocab_size", 50),
+        ("lens_backend", "backend", "reference"),
     ],
-    ids=str,
 )
-def test_an_option_of_the_objective_is_that_of_the_function(tmp_path, options, same):
-    ids = tokens(vocab=50)
-    data = [{"input_ids": x, "labels": x} for x in ids]
-    trainer = trained(tmp_path, data=data, max_steps=1, **options)
+def test_an_option_of_the_objective_is_that_of_the_function(tmp_path, option, name, value):
+    data = [{"input_ids": x, "labels": x} for x in tokens(vocab=50)]
+    trainer = trained(tmp_path, data=data, max_steps=1, **{option: value})
     (loss,) = logged(trainer)
-    expected = expected_loss(data[:4], **(bare_heads() if same is None else same))
-    assert loss == pytest.approx(expected, rel=1e-4)
-    if "lens_backend" not in options:
-        assert loss != pytest.approx(expected_loss(data[:4]), rel=1e-3)
+    assert loss == pytest.approx(expected_loss(data[:4], **{name: value}), rel=1e-4)
+    if option == "lens_backend":
+        assert trainer.objective.options.backend == value
     else:
-        assert trainer.objective.options.backend == "reference"
+        assert loss != pytest.approx(expected_loss(data[:4]), rel=1e-3)
 
 
 def test_layers_given_and_counted(tmp_path):
-    for options, layers in (
-        ({"student_layers": [2], "teacher_layers": [1]}, ([2], [1])),
-        ({"num_lens_pairs": 1}, ([2], [2])),
-    ):
+    given = {"student_layers": [2], "teacher_layers": [1]}
+    for options, layers in ((given, ([2], [1])), ({"num_lens_pairs": 1}, ([2], [2]))):
         objective = make_trainer(tmp_path, **options).objective
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
-        trainer = trained(tmp_path, max_steps=1, **options)
-        entry = trainer.state.log_history[0]
+        entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
         assert "lens" not in entry and "lens_1" not in entry  # a lens without weight costs nothing
         assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
 
 def test_models_may_be_given_as_folders(tmp_path, files):
-    config = LensDistillConfig(output_dir=str(tmp_path), num_lens_pairs=2, use_cpu=True)
-    folders = str(files / "student"), str(files / "teacher")
-    trainer = LensDistillTrainer(*folders, config, train_dataset=uneven_data())
-    assert trainer.evaluate(uneven_data())["eval_loss"] == pytest.approx(
-        make_trainer(tmp_path).evaluate(uneven_data())["eval_loss"], rel=1e-5
-    )
+    folders = {name: str(files / name) for name in ("student", "teacher")}
+    loss = make_trainer(tmp_path).evaluate()["eval_loss"]
+    assert make_trainer(tmp_path, **folders).evaluate()["eval_loss"] == pytest.approx(loss)
 
 
 def test_fine_tuning_needs_no_teacher_and_is_the_models_own_loss(tmp_path):
@@ -148,14 +112,8 @@ def test_fine_tuning_needs_no_teacher_and_is_the_models_own_loss(tmp_path):
         assert logged(trainer, key) == pytest.approx([out.loss.item()], rel=1e-4)
     assert trainer.evaluate()["eval_ce"] > 0
     smoothed = trained(tmp_path, label_smoothing_factor=0.3, **options)
-    counted = labels[:, 1:] != -100
-    uniform = -out.logits[:, :-1].log_softmax(-1)[counted].mean().item()
-    expected = 0.7 * out.loss.item() + 0.3 * uniform
-    assert logged(smoothed) == pytest.approx([expected], rel=1e-4)
-    with pytest.raises(ValueError, match="teacher is None: give a teacher, or kd_ratio=0"):
-        make_trainer(tmp_path, teacher=False)
-    with pytest.raises(ValueError, match="label_smoothing_factor=0.3 has no effect"):
-        make_trainer(tmp_path, label_smoothing_factor=0.3, kd_ratio=0.0)
+    uniform = -out.logits[:, :-1].log_softmax(-1)[labels[:, 1:] != -100].mean().item()
+    assert logged(smoothed) == pytest.approx([0.7 * out.loss.item() + 0.3 * uniform], rel=1e-4)
 
 
 def test_evaluation_reports_every_part_over_tokens_not_batches(tmp_path):
@@ -179,8 +137,7 @@ def test_logged_entropies_are_of_the_models_distributions(tmp_path, monkeypatch)
         for logits, name in ((out.logits, "final"), (lens, depth)):
             log_p = logits[:, :-1][labels[:, 1:] != -100].log_softmax(-1)
             expected = -(log_p.exp() * log_p).sum(-1).mean().item()
-            found = entry[f"entropy_{side}_{name}"]
-            assert found == pytest.approx(expected, rel=1e-4), (side, name)
+            assert entry[f"entropy_{side}_{name}"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
@@ -207,8 +164,9 @@ def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
 
 
 def test_gradient_checkpointing_gives_the_same_step(tmp_path):
-    plain = trained(tmp_path, max_steps=1)
-    saving = trained(tmp_path, max_steps=1, gradient_checkpointing=True)
+    plain, saving = (
+        trained(tmp_path, max_steps=1, gradient_checkpointing=x) for x in (False, True)
+    )
     assert saving.model.is_gradient_checkpointing
     assert_same_step(START, weights(plain), weights(saving))
 
@@ -239,48 +197,55 @@ def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lens_divergence", "kl", "lens_divergence='kl' is unknown; choose one of 'jsd'"),
+        ("final_divergence", "0.5*akl+jsd", r"final_divergence='0.5\*akl\+jsd' is unknown"),
+        ("final_divergence", "-1*jsd", "final_divergence"),
+        ("final_divergence", "jsd+jsd", "different names"),
+        ("beta", 1.0, "beta must be finite and lie between 0 and 1, got 1.0"),
+        ("kd_ratio", 1.5, r"kd_ratio must be finite and lie in \[0, 1\], got 1.5"),
+        ("lens_coeff", -1.0, "lens_coeff must be finite"),
+        ("mse_coeff", -1.0, "mse_coeff must be finite"),
+        ("distill_temperature", 0.0, "distill_temperature must be finite"),
+        ("num_lens_pairs", -1, "num_lens_pairs must be at least 0, got -1"),
+        ("student_layers", [1], "student_layers and teacher_layers together, or neither"),
+        ("torch_compile", True, "torch_compile=True is not supported"),
+        ("label_smoothing_factor", 0.1, "label_smoothing_factor=0.1 has no effect"),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "would keep lens gradients"),
+        ("grad_threshold", "fp8", "grad_threshold='fp8' is unknown; choose one of 'bf16'"),
+        ("grad_threshold", "-1", "grad_threshold must be finite and lie in"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_a_model_is_read(tmp_path, name, value, message):
+    with pytest.raises(ValueError, match=message):
+        LensDistillConfig(output_dir=str(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"lens_divergence": "kl"}, "lens_divergence='kl' is unknown; choose one of 'jsd'"),
-        ({"final_divergence": "0.5*akl+jsd"}, r"final_divergence='0.5\*akl\+jsd' is unknown"),
-        ({"final_divergence": "-1*jsd"}, "final_divergence"),
-        ({"final_divergence": "jsd+jsd"}, "different names"),
-        ({"beta": 1.0}, "beta must be finite and lie between 0 and 1, got 1.0"),
-        ({"kd_ratio": 1.5}, r"kd_ratio must be finite and lie in \[0, 1\], got 1.5"),
-        ({"lens_coeff": -1.0}, "lens_coeff must be finite"),
-        ({"mse_coeff": -1.0}, "mse_coeff must be finite"),
-        ({"distill_temperature": 0.0}, "distill_temperature must be finite"),
-        ({"num_lens_pairs": -1}, "num_lens_pairs must be at least 0, got -1"),
-        ({"student_layers": [1]}, "student_layers and teacher_layers together, or neither"),
-        ({"torch_compile": True}, "torch_compile=True is not supported"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 has no effect"),
-        (
-            {"gradient_checkpointing_kwargs": {"use_reentrant": True}},
-            "'use_reentrant': True.* would keep lens gradients",
-        ),
-        ({"grad_threshold": "fp8"}, "grad_threshold='fp8' is unknown; choose one of 'bf16'"),
-        ({"grad_threshold": "-1"}, "grad_threshold must be finite and lie in"),
+        ({"num_lens_pairs": 3}, r"num_pairs must lie in \[1, 2\].*got 3"),
+        ({"num_lens_pairs": 0, "mse_coeff": 1.0}, "mse_coeff needs at least one pair"),
+        ({"student": tiny.model(layers=3, vocab=60)}, r"64.*60|60.*64"),
+        ({"teacher": False}, "teacher is None: give a teacher, or kd_ratio=0"),
+        ({"label_smoothing_factor": 0.3, "kd_ratio": 0.0}, "factor=0.3 has no effect"),
     ],
-    ids=str,
+    ids=["pairs", "no pair", "vocabulary", "no teacher", "smoothing"],
 )
-def test_options_that_cannot_be_are_refused_before_a_model_is_read(tmp_path, options, message):
+def test_what_does_not_fit_the_models_is_refused_before_training(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
-        LensDistillConfig(output_dir=str(tmp_path), **options)
+        make_trainer(tmp_path, **options)
 
 
-def test_what_does_not_fit_the_models_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"num_pairs must lie in \[1, 2\].*got 3"):
-        make_trainer(tmp_path, num_lens_pairs=3)
-    with pytest.raises(ValueError, match="mse_coeff needs at least one pair"):
-        make_trainer(tmp_path, num_lens_pairs=0, mse_coeff=1.0)
-    with pytest.raises(ValueError, match=r"64.*60|60.*64"):
-        make_trainer(tmp_path, student=tiny.model(layers=3, vocab=60))
-
-
-def test_weighted_sums_of_divergences_are_read():
+def test_weighted_sums_of_divergences_are_read(tmp_path):
     assert final_divergence("akl") == "akl"
-    assert final_divergence("0.5*forward_kl+reverse_kl") == {"forward_kl": 0.5, "reverse_kl": 1.0}
     assert final_divergence("1e-1 * jsd") == {"jsd": 0.1}
+    assert final_divergence("0.5*forward_kl+reverse_kl") == {"forward_kl": 0.5, "reverse_kl": 1.0}
+    trainer = trained(tmp_path, max_steps=1, final_divergence="0.5*forward_kl + 2*reverse_kl")
+    weights = {"forward_kl": 0.5, "reverse_kl": 2.0}
+    expected = expected_loss(uneven_data()[:4], final_divergence=weights)
+    assert logged(trainer) == pytest.approx([expected], rel=1e-4)
 
 
 def test_the_teacher_is_held_still(tmp_path):
@@ -293,10 +258,10 @@ def test_padding_does_not_count_in_the_speed(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(meter, "perf_counter", lambda: clock[0])
     trainer = make_trainer(tmp_path)
-    data = uneven_data()[:4]
-    batch = {key: torch.stack([x[key] for x in data]) for key in ("input_ids", "labels")}
-    batch["attention_mask"] = torch.ones_like(batch["labels"])
-    batch["attention_mask"][2:, 5:] = 0
+    ids, labels = batch_of(uneven_data()[:4])
+    mask = torch.ones_like(ids)
+    mask[2:, 5:] = 0
+    batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
     trainer.compute_loss(trainer.model.train(), batch)
     clock[0] = 2.0
     trainer.log({"loss": 0.0})

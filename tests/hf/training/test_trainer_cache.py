@@ -1,14 +1,10 @@
 """Training on a teacher's states from disk."""
 
-from __future__ import annotations
-
 import pytest
+from safetensors import safe_open
 
-pytest.importorskip("transformers")
-from lens_kernels.hf import LensDistillTrainer  # noqa: E402
-from tests.support.training import logged, make_trainer, trained, uneven_data  # noqa: E402
-
-pytestmark = pytest.mark.hf
+from lens_kernels.hf import LensDistillTrainer
+from tests.support.training import logged, make_trainer, trained, uneven_data
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -37,9 +33,7 @@ def test_only_the_trainers_own_data_can_be_had(tmp_path):
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] > 0
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] > 0
     with pytest.raises(TypeError, match="train_dataset of known length.* got a generator"):
-        make_trainer(
-            tmp_path, teacher_cache=str(tmp_path / "other"), data=(x for x in uneven_data())
-        )
+        make_trainer(tmp_path, teacher_cache=str(tmp_path / "o"), data=(x for x in uneven_data()))
 
 
 def test_a_cache_of_another_run_is_refused(tmp_path):
@@ -62,8 +56,6 @@ def test_a_cache_of_mixed_precision_gives_the_same_training(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_states_are_kept_in_the_dtype_asked_for(tmp_path, dtype):
-    from safetensors import safe_open
-
     folder = tmp_path / "cache"
     options = {"teacher_cache": str(folder), "teacher_cache_dtype": dtype, "max_steps": 1}
     cached, plain = trained(tmp_path, **options), trained(tmp_path, max_steps=1)

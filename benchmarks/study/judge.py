@@ -1,0 +1,130 @@
+"""What a student is judged by: dense sums over the vocabulary, apart from the library's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 32  # rows at once
+PROMPT, CONTINUED, PROMPTS = 64, 32, 128  # tokens, tokens, rows
+BINS = 15  # of confidence, for the calibration error
+
+
+def _final(model: Any, rows: Tensor) -> Tensor:
+    """Return log probabilities of the next token, without the last one: (tokens, V)."""
+    return model(input_ids=rows).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+
+
+@torch.no_grad()
+def greedy(model: Any, rows: Tensor) -> Tensor:
+    """Return the model's greedy continuation of the first tokens of rows."""
+    prompts = rows[:PROMPTS, :PROMPT]
+    mask = torch.ones_like(prompts)
+    # No id means padding or end: all continuations have the same length.
+    out = model.generate(
+        prompts, attention_mask=mask, do_sample=False, max_new_tokens=CONTINUED, pad_token_id=0
+    )
+    return out[:, PROMPT:]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The teacher on held-out rows, to which students are compared."""
+
+    teacher: Any
+    rows: Tensor
+    log_p: list[Tensor]  # of each chunk of rows
+    continuation: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, teacher: Any, rows: Tensor) -> Judge:
+        """Run the teacher."""
+        log_p = [_final(teacher, chunk) for chunk in rows.split(CHUNK)]
+        return cls(teacher, rows, log_p, greedy(teacher, rows))
+
+    def _chunks(self, model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Return log p, log q and labels of each chunk."""
+        training = model.training
+        model.eval()
+        for chunk, log_p in zip(self.rows.split(CHUNK), self.log_p, strict=True):
+            yield log_p, _final(model, chunk), chunk[:, 1:].flatten()
+        model.train(training)
+
+    @torch.no_grad()
+    def forward_kl(self, student: Any) -> float:
+        """Return KL(teacher, student) in nats per token."""
+        values = [(p.exp() * (p - q)).sum(-1) for p, q, _ in self._chunks(student)]
+        return torch.cat(values).mean().item()
+
+    @torch.no_grad()
+    def final(self, student: Any) -> dict[str, float]:
+        """Return the metrics of a trained student's output, in nats per token or as shares."""
+        names = ("kl", "reverse_kl", "ce", "entropy", "agreement", "overconfident")
+        values: dict[str, list[Tensor]] = {name: [] for name in names}
+        confidences, hits = [], []
+        for log_p, log_q, labels in self._chunks(student):
+            p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+            top_p, top_q = log_p.max(-1), log_q.max(-1)
+            values["kl"].append((p * d).sum(-1))
+            values["reverse_kl"].append(-(q * d).sum(-1))
+            values["ce"].append(-log_q.gather(1, labels[:, None])[:, 0])
+            values["entropy"].append(-(q * log_q).sum(-1))
+            values["agreement"].append((top_p.indices == top_q.indices).float())
+            values["overconfident"].append((top_q.values > top_p.values).float())
+            confidences.append(top_q.values.exp())
+            hits.append((top_q.indices == labels).float())
+        means = {name: torch.cat(x).mean().item() for name, x in values.items()}
+        means["calibration_error"] = _calibration_error(torch.cat(confidences), torch.cat(hits))
+        same = (greedy(student, self.rows) == self.continuation).float()
+        means["greedy_prefix"] = same.cumprod(1).sum(1).mean().item()
+        return means
+
+    @torch.no_grad()
+    def by_depth(self, student: Any) -> list[dict[str, float]]:
+        """Return, for each block of the student, how its lens compares with the teacher's.
+
+        The teacher's block is the one at the same share of the depth.
+        """
+        depth, teacher_depth = (len(x.model.layers) for x in (student, self.teacher))
+        results = []
+        for i in range(1, depth + 1):
+            j = round(i * teacher_depth / depth)
+            sums: dict[str, list[Tensor]] = {}
+            for chunk in self.rows.split(CHUNK):
+                log_p, log_q = _lens(self.teacher, chunk, j), _lens(student, chunk, i)
+                p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
+                log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
+                parts = {
+                    "entropy_student": -(q * log_q).sum(-1),
+                    "entropy_teacher": -(p * log_p).sum(-1),
+                    "kl": (p * d).sum(-1),
+                    "reverse_kl": -(q * d).sum(-1),
+                    "jsd": ((p * (log_p - log_m)).sum(-1) + (q * (log_q - log_m)).sum(-1)) / 2,
+                    "overconfident": (log_q.amax(-1) > log_p.amax(-1)).float(),
+                }
+                for name, value in parts.items():
+                    sums.setdefault(name, []).append(value)
+            means = {name: torch.cat(x).mean().item() for name, x in sums.items()}
+            results.append({"depth": i, "teacher_depth": j, **means})
+        return results
+
+
+def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
+    """Return log probabilities through the lens after a block; the last one's are the output."""
+    states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
+    hidden = states[depth]
+    if depth < len(states) - 1:  # the last states have been through the norm already
+        hidden = model.model.norm(hidden)
+    return model.lm_head(hidden[:, :-1]).flatten(0, 1).log_softmax(-1)
+
+
+def _calibration_error(confidence: Tensor, hit: Tensor) -> float:
+    """Return the expected calibration error against the text, with bins of equal width."""
+    bins = (confidence * BINS).long().clamp(max=BINS - 1)
+    gaps = torch.zeros(BINS).index_add_(0, bins, confidence - hit)
+    return (gaps.abs().sum() / len(hit)).item()

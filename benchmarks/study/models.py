@@ -1,0 +1,169 @@
+"""Teacher and students, and their training through the library's own Trainer."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from transformers.utils.logging import disable_progress_bar
+
+from benchmarks.study import data
+from benchmarks.study.settings import Run, TeacherSettings
+from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from lens_kernels.hf.model.student import shallow_copy
+
+TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
+HEAD_WIDTH = 32
+# Weight of the lens term at the share x of the training that is done, by the name of the decay.
+DECAYS: dict[str, Callable[[float], float]] = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1.0 - x,
+    "first half": lambda x: float(x < 0.5),
+}
+
+
+def new_model(depth: int, width: int) -> Any:
+    """Return a Llama with random weights from torch's present state."""
+    config = LlamaConfig(
+        vocab_size=data.VOCABULARY,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=depth,
+        num_attention_heads=max(1, width // HEAD_WIDTH),
+        max_position_embeddings=data.ROW,
+        tie_word_embeddings=False,
+        bos_token_id=data.END,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def new_student(run: Run, teacher: Any) -> Any:
+    """Return the student of a run before training; runs of one seed start alike."""
+    if run.blocks:
+        return shallow_copy(teacher, run.blocks).requires_grad_(True)
+    torch.manual_seed(run.seed)
+    return new_model(run.depth, run.width)
+
+
+def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
+    """Return the teacher, trained now if ``folder`` does not hold it."""
+    path = folder / f"teacher-{settings.key}.pt"
+    torch.manual_seed(settings.seed)
+    teacher = new_model(TEACHER_DEPTH, TEACHER_WIDTH)
+    if path.exists():
+        teacher.load_state_dict(torch.load(path))
+    else:
+        run = Run(final="", rate=settings.rate, steps=settings.steps, seed=settings.seed)
+        train(teacher, None, run, data.load(settings.text, folder).train, folder)
+        parts = path.with_suffix(".part")
+        torch.save(teacher.state_dict(), parts)
+        parts.replace(path)
+    return teacher.eval().requires_grad_(False)
+
+
+def train(
+    student: Any,
+    teacher: Any | None,
+    run: Run,
+    rows: Tensor,
+    folder: Path,
+    at_step: Callable[[int], None] = lambda step: None,
+) -> float:
+    """Train a student; return the CPU milliseconds of its median step.
+
+    ``at_step`` is called after each step, outside the time that is measured. The order of the rows
+    depends on the seed alone.
+    """
+    disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    student_layers, teacher_layers = [*zip(*run.pairs, strict=True)] or ((), ())
+    args = LensDistillConfig(
+        output_dir=str(folder / "trainer"),
+        student_layers=[*student_layers],
+        teacher_layers=[*teacher_layers],
+        final_divergence=run.final or "forward_kl",
+        kd_ratio=1.0 if run.final else 0.0,
+        lens_divergence=run.lens or "jsd",
+        lens_coeff=run.coeff if run.lens else 0.0,
+        lens_norm=run.norm,
+        mse_coeff=run.mse,
+        per_device_train_batch_size=run.batch,
+        max_steps=run.steps,
+        learning_rate=run.rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        warmup_steps=run.steps // 12,
+        adam_beta2=0.95,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        seed=run.seed,
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    watch = _Watch(run, at_step)
+    trainer = LensDistillTrainer(
+        student,
+        teacher if run.final else None,
+        args,
+        train_dataset=_Rows(rows),
+        data_collator=_collate,
+        callbacks=[watch],
+    )
+    watch.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    student.eval()
+    return watch.median_ms()
+
+
+class _Watch(TrainerCallback):
+    """Measures steps, calls back after each, and sets the weight of the lens."""
+
+    def __init__(self, run: Run, at_step: Callable[[int], None]) -> None:
+        self.run, self.at_step = run, at_step
+        self.trainer: Any = None
+        self.times: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        objective = self.trainer.objective
+        if self.run.lens and self.run.decay != "constant":
+            share = DECAYS[self.run.decay](state.global_step / self.run.steps)
+            weight = self.run.coeff * share
+            objective.options = replace(objective.options, lens_coeff=weight)
+        self.started = time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.times.append(time.process_time() - self.started)
+        self.at_step(state.global_step)
+
+    def median_ms(self) -> float:
+        return 1e3 * sorted(self.times)[len(self.times) // 2]
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.rows[index]
+
+
+def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
+    batch = torch.stack(rows)
+    return {"input_ids": batch, "labels": batch}

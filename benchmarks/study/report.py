@@ -1,0 +1,114 @@
+"""The tables of the study, made of its results alone."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.study import figures, runs, statistics
+from benchmarks.study.groups import GROUPS, Group
+from benchmarks.study.statistics import Compared
+from benchmarks.support import environment, tables
+
+CSV = environment.DATA / "cpu" / "lens_study.csv"
+FIGURES = environment.ROOT / "benchmarks" / "figures"
+PAGE = environment.ROOT / "docs" / "study.md"
+HEADER = (
+    *("objective", "seeds", "KL(teacher, student)", "against", "difference, %"),
+    *("95 % bootstrap", "95 % Student's t", "verdict"),
+    *("steps to its end, %", "CPU ms a step", "CPU time to its end, %"),
+)
+OTHERS = {
+    "ce": "cross entropy",
+    "reverse_kl": "KL(student, teacher)",
+    "entropy": "entropy",
+    "overconfident": "more confident than the teacher",
+    "calibration_error": "calibration error",
+    "agreement": "same first choice",
+    "greedy_prefix": "tokens of the same continuation",
+}
+
+
+def table(group: Group, results: statistics.Results, seeds: Sequence[int] | None = None) -> str:
+    """Return the comparison of a group as Markdown."""
+    found = statistics.compare(group, results, seeds=seeds)
+    if not found:
+        return "No run is done yet."
+    return tables.markdown_table(HEADER, [_line(each) for each in found])
+
+
+def _line(each: Compared) -> list[str]:
+    kl = f"{each.mean:.4f}" + (f" ± {each.deviation:.4f}" if len(each.seeds) > 1 else "")
+    start = [each.arm.label, str(len(each.seeds)), kl]
+    cpu = f"{each.cpu_ms:.0f}"
+    if each.percent is None or each.cost is None:
+        return [*start, "", "", "", "", "", "", cpu, ""]
+    intervals = [
+        "" if interval is None else f"[{interval[0]:+.2f}, {interval[1]:+.2f}]"
+        for interval in (each.percent.bootstrap, each.percent.student_t)
+    ]
+    difference = [f"{each.percent.mean:+.2f}", *intervals, each.percent.verdict]
+    reached, time = "not reached", "not reached"
+    if each.reached is not None:
+        reached, time = f"{100 * each.reached:.0f}", f"{100 * each.reached * each.cost:.0f}"
+    return [*start, each.arm.versus or "", *difference, reached, cpu, time]
+
+
+def others(group: Group, results: statistics.Results) -> str:
+    """Return the other metrics of a group's outputs; a star marks what is beyond the noise."""
+    columns = {
+        metric: {x.arm.label: x for x in statistics.compare(group, results, metric, absolute=True)}
+        for metric in OTHERS
+    }
+    labels = [arm.label for arm in group.arms if arm.label in columns["ce"]]
+    if not labels:
+        return "No run is done yet."
+    lines = []
+    for label in labels:
+        cells = [label]
+        for metric in OTHERS:
+            each = columns[metric][label]
+            beyond = each.percent is not None and each.percent.verdict in ("lower", "higher")
+            cells.append(f"{each.mean:.4g}" + (" *" if beyond else ""))
+        lines.append(cells)
+    return tables.markdown_table(["objective", *OTHERS.values()], lines)
+
+
+def origin(results: Mapping[str, Mapping[str, str]]) -> str:
+    """Return where and from which code the results are."""
+    said = [f"{len(results)} runs"]
+    for column in ("commit", "device", "threads", "torch", "transformers", "shared_machine"):
+        counts = Counter(row[column] for row in results.values())
+        values = [x if len(counts) == 1 else f"{x} ({n} runs)" for x, n in counts.most_common()]
+        said.append(f"{column.replace('_', ' ')} {', '.join(values)}")
+    hours = sum(float(row["seconds"]) for row in results.values()) / 3600
+    return "; ".join([*said, f"{hours:.1f} hours of runs"]) + "."
+
+
+def publish(csv: Path, page: Path = PAGE, kept: Path = CSV, folder: Path = FIGURES) -> None:
+    """Write the CSV, tables and figures that the documents show."""
+    results = runs.read(csv)
+    if csv.resolve() != kept.resolve():
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(csv, kept)
+    drawn = {path.stem: path for path in figures.all_of(results, folder)}
+
+    def picture(name: str, said: str) -> str:
+        if name not in drawn:
+            return ""
+        return f"\n\n![{said}]({os.path.relpath(drawn[name], page.parent)})"
+
+    contents = {
+        "origin": origin(results),
+        "others": others(GROUPS["main"], results),
+        "depth": picture("study_depth", "Lenses by depth").strip(),
+        "penalties": picture("study_penalties", "Penalty and gradient of each divergence").strip(),
+    }
+    for name, group in GROUPS.items():
+        shown = table(group, results)
+        contents[name] = shown + picture(f"study_{name}", group.question)
+    for name, content in contents.items():
+        tables.rewrite(page, f"<!-- {name} -->", f"<!-- end of {name} -->", content)

@@ -1,0 +1,154 @@
+"""Jobs: each run by itself, its result one line of a CSV, and none is done twice."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import functools
+import io
+import json
+import multiprocessing
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.settings import Run, TeacherSettings
+from benchmarks.support import environment, tables
+
+EVALUATIONS = 12  # in each run, evenly spread
+SETTINGS = [f.name for f in fields(Run)]
+METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error greedy_prefix".split()
+COLUMNS = [
+    *("key", *SETTINGS),
+    *METRICS,
+    *("curve", "by_depth"),  # KL by step; metrics of the lenses by depth: both as JSON
+    *("cpu_ms_per_step", "seconds", "shared_machine"),
+    *("device", "threads", "torch", "transformers", "python", "commit", "date_utc"),
+]
+
+
+def append(path: Path, values: dict[str, Any]) -> None:
+    """Add a result: a whole line or nothing, whoever else writes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    with path.open("a", newline="", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerow(values)
+        file.write(text.getvalue())
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """Return the results by the keys of their runs."""
+    return {row["key"]: row for row in tables.read_csv(path)}
+
+
+@functools.lru_cache(maxsize=2)
+def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, Any]:
+    from benchmarks.study import data, judge, models
+
+    teacher = models.load_teacher(settings, folder)
+    held_out = data.load(settings.text, folder).held_out
+    return teacher, judge.Judge.of(teacher, held_out)
+
+
+def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
+    """Train a teacher before several processes would, each for itself."""
+    from benchmarks.study import models
+
+    models.load_teacher(settings, folder)
+
+
+def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
+    """Do a run and return its result."""
+    import torch
+
+    from benchmarks.study import data, models
+
+    teacher, judge = _teacher_and_judge(run.teacher, folder)
+    student = models.new_student(run, teacher)
+    curve: dict[int, float] = {}
+    every = -(-run.steps // EVALUATIONS)
+
+    def at_step(step: int) -> None:
+        if step % every == 0 or step == run.steps:
+            curve[step] = round(judge.forward_kl(student), 6)
+
+    started = time.perf_counter()
+    rows = data.load(run.teacher.text, folder).train
+    cpu_ms = models.train(student, teacher, run, rows, folder, at_step)
+    final, lenses = judge.final(student), judge.by_depth(student)
+    kept = folder / "students" / f"{run.key}.pt"
+    kept.parent.mkdir(exist_ok=True)
+    torch.save(student.state_dict(), kept)  # so that it can be judged again
+    found = environment.environment(environment.CPU)
+    found["transformers"] = environment.version_of("transformers")
+    return {
+        "key": run.key,
+        **{k: json.dumps(v) if isinstance(v, dict | tuple) else v for k, v in asdict(run).items()},
+        **{name: f"{value:.6g}" for name, value in final.items()},
+        "curve": json.dumps(curve),
+        "by_depth": json.dumps([_short(each) for each in lenses]),
+        "cpu_ms_per_step": round(cpu_ms, 1),
+        "seconds": round(time.perf_counter() - started, 1),
+        "shared_machine": shared_machine,
+        **{name: value for name, value in found.items() if name in COLUMNS},
+    }
+
+
+def _short(values: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.5g}") for name, value in values.items()}
+
+
+def _prepare(threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machine: bool) -> None:
+    """Do what is missing, the first runs first; each result is kept as soon as it is there."""
+    path = folder / "runs.csv"
+    known = read(path)
+    wanted = list({run.key: run for run in runs if run.key not in known}.values())
+    if not wanted:
+        return
+    started = time.perf_counter()
+    # Processes of their own: torch's threads do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, _prepare, (threads,)) as pool:
+        for settings in dict.fromkeys(run.teacher for run in wanted):
+            pool.submit(_make_teacher, settings, folder).result()
+            print(f"{_minutes(started)}  teacher {settings.key} is there", flush=True)
+        futures: dict[Future[dict[str, Any]], Run] = {
+            pool.submit(one, run, folder, shared_machine): run for run in wanted
+        }
+        failed = []
+        for number, future in enumerate(as_completed(futures), 1):
+            begin = f"{_minutes(started)}  {number} of {len(wanted)}: {describe(futures[future])}"
+            if error := future.exception():
+                failed.append(error)
+                print(f"{begin}  FAILED: {error!r}", flush=True)
+                continue
+            result = future.result()
+            append(path, result)
+            end = f"KL {float(result['kl']):.4f}, {result['seconds']:.0f} s"
+            print(f"{begin}  {end}", flush=True)
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(wanted)} runs failed") from failed[0]
+
+
+def describe(run: Run) -> str:
+    """Return the settings that differ from their defaults."""
+    plain = Run()
+    names = [name for name in SETTINGS if getattr(run, name) != getattr(plain, name)]
+    return " ".join(f"{name}={getattr(run, name)}" for name in names) or "defaults"
+
+
+def _minutes(started: float) -> str:
+    return f"{(time.perf_counter() - started) / 60:6.1f} min"

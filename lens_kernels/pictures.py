@@ -1,0 +1,66 @@
+"""The style of every picture, here and in the benchmarks: colours, type, panels and files.
+
+The colours are those of Okabe and Ito, which colour-blind readers can tell apart. matplotlib is
+loaded by the first picture.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
+GREY, LIGHT_GREY = "#666666", "#A6A6A6"
+LOWER = "lower is better"
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}  # not measured
+STYLE: Any = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: pictures are alike on every machine
+    "font.size": 9.0,
+    "figure.titlesize": 11.0,
+    "axes.titlesize": 10.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.7,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5.5,
+    "errorbar.capsize": 2.5,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "savefig.dpi": 144,
+    "svg.hashsalt": "lens_kernels",  # a picture of the same numbers has the same bytes
+}
+
+
+def styled(draw: Callable[..., T]) -> Callable[..., T]:
+    """Make a function draw, and save, in this style."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Any, **options: Any) -> T:
+        import matplotlib
+
+        with matplotlib.rc_context(STYLE):
+            return draw(*args, **options)
+
+    return drawn
+
+
+def canvas(width: float, height: float) -> Any:
+    """Return an empty figure; the size is in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure to ``path``, a PNG, and as SVG beside it."""
+    figure.savefig(path)
+    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,0 +1,254 @@
+"""The study's parts, and as a slow test what a lens must do at the least."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("tokenizers")
+
+import torch
+
+from benchmarks import lens_study
+from benchmarks.study import data, groups, judge, models, report, runs, statistics
+from benchmarks.study.settings import UNIFORM, Run, TeacherSettings
+
+TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
+
+
+def result(run, kl, curve=None, cpu_ms=100.0):
+    """Return the result of a run that was never done."""
+    row = {name: str(kl) for name in runs.METRICS} | {"key": run.key, "curve": json.dumps(curve)}
+    depths = [{"depth": 1.0, "entropy_student": 1.0, "entropy_teacher": 2.0}]
+    depths[0] |= {"kl": 0.1, "reverse_kl": 0.2, "overconfident": 0.5}
+    row |= {"by_depth": json.dumps(depths), "cpu_ms_per_step": str(cpu_ms), "seconds": "1.5"}
+    return {name: row.get(name, "-") for name in runs.COLUMNS}
+
+
+def test_keys_are_of_what_a_run_depends_on():
+    assert Run().key == Run().key
+    changed = [replace(Run(), seed=1), replace(Run(), rate=1e-3), Run(lens="jsd", pairs=UNIFORM)]
+    changed.append(Run(teacher=TeacherSettings(seed=1)))
+    assert len({run.key for run in [Run(), *changed]}) == 5
+
+
+@pytest.mark.parametrize("settings", [{"coeff": 2.0}, {"lens": "jsd"}, {"pairs": UNIFORM}])
+def test_settings_without_an_effect_are_refused(settings):
+    with pytest.raises(ValueError, match="lens"):
+        Run(**settings)
+
+
+@pytest.mark.parametrize("group", [*groups.GROUPS.values(), groups.quick()], ids=lambda x: x.name)
+def test_every_arm_is_a_run_of_its_own_and_has_its_baseline(group):
+    labels = [arm.label for arm in group.arms]
+    assert len(set(labels)) == len(labels)
+    assert len({run.key for run in group.runs()}) == len(labels) * len(group.seeds)
+    assert {arm.versus for arm in group.arms} <= {None, *labels}
+
+
+def test_the_sweep_has_no_seed_of_the_comparisons():
+    sweep = set(groups.GROUPS["rate"].seeds)
+    assert not sweep & {*groups.MAIN_SEEDS, *groups.SECOND_SEEDS}
+    assert not {*groups.MAIN_SEEDS} & {*groups.SECOND_SEEDS}
+
+
+def test_held_out_documents_are_not_trained_on(tmp_path):
+    text = data.load("topics", tmp_path)
+    assert text.held_out.shape == (data.HELD_OUT_ROWS, data.ROW)
+    trained = {tuple(row) for row in text.train.tolist()}
+    assert len(trained) > 800
+    assert not trained & {tuple(row) for row in text.held_out.tolist()}
+    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # as it was kept
+
+
+def test_runs_of_a_seed_start_alike_and_see_the_same_rows(tmp_path, monkeypatch):
+    seen, starts = {}, {}
+    rows = torch.arange(64 * 8).view(64, 8) % data.VOCABULARY
+    teacher = models.new_model(6, 128).eval()
+    collate = models._collate
+    arms = {
+        "ce": replace(TINY, final=""),
+        "kd": TINY,
+        "lens": replace(TINY, lens="jsd", pairs=UNIFORM),
+        "mse": replace(TINY, mse=0.1, pairs=UNIFORM),
+        "other seed": replace(TINY, seed=1),
+    }
+    for name, run in arms.items():
+        order = seen.setdefault(name, [])
+        monkeypatch.setattr(models, "_collate", lambda x, o=order: o.append(x) or collate(x))
+        student = models.new_student(run, teacher)
+        starts[name] = student.lm_head.weight.detach().clone()
+        models.train(student, teacher, run, rows, tmp_path)
+        assert not torch.equal(starts[name], student.lm_head.weight)
+    orders = {name: torch.stack([y for x in batches for y in x]) for name, batches in seen.items()}
+    for name in ("ce", "lens", "mse"):
+        assert torch.equal(starts[name], starts["kd"])
+        assert torch.equal(orders[name], orders["kd"])
+    assert not torch.equal(starts["other seed"], starts["kd"])
+    assert not torch.equal(orders["other seed"], orders["kd"])
+
+
+def test_the_lens_decays_as_said(tmp_path, monkeypatch):
+    weights = []
+    compare = models.LensDistillTrainer.compute_loss
+
+    def watched(trainer, *args, **kwargs):
+        weights.append(trainer.objective.options.lens_coeff)
+        return compare(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    rows = torch.zeros(16, 8, dtype=torch.long)
+    teacher = models.new_model(6, 128).eval()
+    for decay in ("linear", "first half"):
+        run = replace(TINY, lens="jsd", pairs=UNIFORM, coeff=4.0, decay=decay, steps=4)
+        models.train(models.new_student(run, teacher), teacher, run, rows, tmp_path)
+    assert weights == [4.0, 3.0, 2.0, 1.0, 4.0, 4.0, 0.0, 0.0]
+
+
+def test_a_teacher_is_no_different_from_itself():
+    torch.manual_seed(0)
+    teacher = models.new_model(2, 32).eval()
+    rows = torch.randint(data.VOCABULARY, (3, data.ROW))
+    judged = judge.Judge.of(teacher, rows)
+    final = judged.final(teacher)
+    assert final["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert final["agreement"] == 1.0 and final["overconfident"] == 0.0
+    assert final["greedy_prefix"] == judge.CONTINUED
+    other = models.new_model(2, 32).eval()
+    assert judged.forward_kl(other) == pytest.approx(judged.final(other)["kl"]) != 0.0
+    last = judged.by_depth(other)[-1]
+    assert last["kl"] == pytest.approx(judged.final(other)["kl"], rel=1e-4)
+
+
+def test_calibration_error_by_hand():
+    confidence, hit = torch.tensor([0.9, 0.9, 0.3, 1.0]), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    expected = (abs(1.8 - 1.0) + 0.3 + 0.0) / 4
+    assert judge._calibration_error(confidence, hit) == pytest.approx(expected)
+
+
+class Pool:
+    """Calls at once, in this process."""
+
+    def __init__(self, *args):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        pass
+
+    def submit(self, function, *args):
+        future = runs.Future()
+        try:
+            future.set_result(function(*args))
+        except ArithmeticError as error:
+            future.set_exception(error)
+        return future
+
+
+def test_a_run_is_done_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs, "_make_teacher", lambda *args: None)
+    monkeypatch.setattr(runs, "one", lambda run, *args: result(run, 0.5) | {"seconds": 2.0})
+    wanted = [Run(seed=seed) for seed in (1, 2, 2)]
+    runs.do(wanted[:1], tmp_path, 1, 1, False)
+    before = (tmp_path / "runs.csv").read_text()
+    runs.do(wanted, tmp_path, 1, 1, False)
+    after = (tmp_path / "runs.csv").read_text()
+    assert after.startswith(before)
+    assert [*runs.read(tmp_path / "runs.csv")] == [run.key for run in wanted[:2]]
+    runs.do(wanted, tmp_path, 1, 1, False)
+    assert (tmp_path / "runs.csv").read_text() == after
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    def one(run, *args):
+        if run.seed == 1:
+            raise ArithmeticError("broken")
+        return result(run, 0.5) | {"seconds": 2.0}
+
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs, "_make_teacher", lambda *args: None)
+    monkeypatch.setattr(runs, "one", one)
+    with pytest.raises(RuntimeError, match="1 of 2"):
+        runs.do([Run(seed=1), Run(seed=2)], tmp_path, 1, 1, False)
+    assert [*runs.read(tmp_path / "runs.csv")] == [Run(seed=2).key]
+    assert "broken" in capsys.readouterr().out
+
+
+def test_differences_by_hand():
+    gap = statistics.difference([-1.0, -2.0, -3.0])
+    assert gap.mean == -2.0
+    assert gap.student_t == pytest.approx((-2 - 4.303 / 3**0.5, -2 + 4.303 / 3**0.5))
+    assert -3.0 <= gap.bootstrap[0] < -2.0 < gap.bootstrap[1] <= -1.0
+    assert gap.verdict == "within the noise"
+    assert statistics.difference([-1.0, -1.1, -1.2]).verdict == "lower"
+    assert statistics.difference([1.0, 1.1, 1.2]).verdict == "higher"
+    assert statistics.difference([1.0]).verdict == "one seed"
+
+
+def main_results(seeds=(1, 2, 3)):
+    """Return results of the main group in which the JSD lens takes 10 % off and costs half more."""
+    results = {}
+    for arm in groups.GROUPS["main"].arms:
+        for seed in seeds:
+            run = replace(arm.run, seed=seed)
+            better = 0.9 if run.lens == "jsd" else 1.0
+            kl = (0.3 + 0.01 * seed) * better
+            curve = {300: 2 * kl, 600: kl}
+            results[run.key] = result(run, kl, curve, 150.0 if run.lens else 100.0)
+    return results
+
+
+def test_comparisons_are_paired_by_seed():
+    results = main_results()
+    found = {x.arm.label: x for x in statistics.compare(groups.GROUPS["main"], results)}
+    lens = found["forward KL + JSD lens"]
+    # The seeds differ by more than the lens does, and the paired difference does not.
+    assert lens.percent.mean == pytest.approx(-10)
+    assert lens.percent.student_t == pytest.approx((-10, -10))
+    assert lens.percent.verdict == "lower"
+    # From 1.8 to 0.9 of the baseline's end within the second half: there at 8/9 of that half.
+    assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
+    assert lens.cost == 1.5
+    assert found["forward KL"].percent is None
+    assert found["cross entropy"].percent.mean == pytest.approx(0)
+
+
+def test_an_arm_that_stays_behind_never_gets_there():
+    own, base = ({"curve": json.dumps({1: 2.0, 2: x})} for x in (1.5, 1.0))
+    assert statistics._share_to_reach([(own, base)]) is None
+
+
+def test_the_page_is_made_of_the_results(tmp_path, figures):
+    page = tmp_path / "docs" / "study.md"
+    page.parent.mkdir()
+    page.write_text(report.PAGE.read_text())
+    for row in main_results().values():
+        runs.append(tmp_path / "runs.csv", row)
+    report.publish(tmp_path / "runs.csv", page, tmp_path / "kept.csv", tmp_path / "figures")
+    text = page.read_text()
+    assert "| forward KL + JSD lens | 3 | 0.2880 ± 0.0090 | forward KL | -10.00 |" in text
+    assert "](../figures/study_main.svg)" in text
+    for name in ("study_main", "study_depth", "study_penalties"):
+        for kind in ("svg", "png"):
+            assert (tmp_path / "figures" / f"{name}.{kind}").stat().st_size > 1000
+    assert (tmp_path / "kept.csv").read_text() == (tmp_path / "runs.csv").read_text()
+    once = text
+    report.publish(tmp_path / "kept.csv", page, tmp_path / "kept.csv", tmp_path / "figures")
+    assert page.read_text() == once
+
+
+@pytest.mark.slow
+def test_distillation_helps_and_the_lens_helps_it(tmp_path, capsys):
+    """A fault that leaves a lens without effect is seen: the judge shares no code with the loss."""
+    lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
+    found = runs.read(tmp_path / "runs.csv")
+    kd, lens, sft = (found[run.key] for run in groups.quick().runs())
+    assert float(kd["kl"]) < 0.85 * float(sft["kl"])
+    assert float(lens["kl"]) < 0.97 * float(kd["kl"])
+    pairs = zip(*(json.loads(row["by_depth"])[:2] for row in (lens, kd)), strict=True)
+    for with_lens, without in pairs:
+        assert with_lens["jsd"] < 0.85 * without["jsd"]

@@ -1,0 +1,114 @@
+"""The documents, and what they hold: links, headings, examples and commands."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.support import ROOT
+
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    ROOT / "benchmarks" / "README.md",
+    *sorted((ROOT / "docs").glob("**/*.md")),
+]
+FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
+DOWNLOAD = "# Needs a download: "
+
+
+class Block(NamedTuple):
+    """A fenced block of a page: its language, text, and the line that it begins on."""
+
+    page: Path
+    language: str
+    text: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(*languages: str) -> list[Block]:
+    """Return the fenced blocks of all pages in some languages."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        for match in FENCED.finditer(text):
+            if match[1] in languages:
+                line = text.count("\n", 0, match.start()) + 2
+                found.append(Block(page, match[1], match[2], line))
+    return found
+
+
+def prose(page: Path) -> str:
+    """Return a page without its fenced blocks."""
+    return FENCED.sub("", page.read_text())
+
+
+def code_spans(page: Path) -> list[str]:
+    """Return the code between backticks in the prose of a page, each on one line."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
+
+
+def links(page: Path) -> list[str]:
+    """Return where the links and pictures of a page point, a picture in a link included."""
+    inner = LINK.findall(prose(page))
+    return inner + re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(page))
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    found: set[str] = set()
+    for title in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
+        words = re.sub(r"[^\w\- ]", "", title.lower())
+        anchor, number = words.replace(" ", "-"), 0
+        while (name := anchor if not number else f"{anchor}-{number}") in found:
+            number += 1
+        found.add(name)
+    return found
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Yield the commands of all pages, in blocks and in text, with where they stand."""
+    for block in blocks("sh"):
+        for line in block.text.replace("\\\n", " ").splitlines():
+            words = _own(shlex.split(line, comments=True))
+            if words:
+                yield f"{block}: {line}", words
+    for page in PAGES:
+        for span in code_spans(page):
+            if span.startswith(("lens-kernels ", "python ", "make ", "pip ")):
+                yield f"{page.relative_to(ROOT)}: {span}", _own(shlex.split(span))
+
+
+def _own(words: list[str]) -> list[str]:
+    """Return the command of this package where another one starts it as a module."""
+    if "lens_kernels" in words and words[words.index("lens_kernels") - 1] == "-m":
+        return ["lens-kernels", *words[words.index("lens_kernels") + 1 :]]
+    return words
+
+
+class Parsed(BaseException):
+    """Raised where a command has read its arguments, with its parser."""
+
+    def __init__(self, parser: argparse.ArgumentParser) -> None:
+        super().__init__()
+        self.parser = parser
+
+
+def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every command end once it has read its arguments."""
+    parse_args: Any = argparse.ArgumentParser.parse_args
+
+    def parse(self: argparse.ArgumentParser, *args: Any, **options: Any) -> None:
+        parse_args(self, *args, **options)
+        raise Parsed(self)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
