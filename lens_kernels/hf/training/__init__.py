@@ -1,1 +1,1 @@
-"""A distillation: data, objective, Trainer, and the command that runs them."""
+"""Distillation training: data, objective, Trainer and the ``train`` command."""

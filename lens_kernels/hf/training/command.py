@@ -1,4 +1,4 @@
-"""``lens-kernels train``: its options, models and data, and how a run is resumed."""
+"""The ``lens-kernels train`` command: options, models, data and resuming."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from lens_kernels.hf.training.config import LensDistillConfig, option
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
-RECORD, METRICS = "run.yaml", "metrics.json"  # the last is written when a run is done
-DIGESTS = "data.json"  # of the files of data; not in the record, which --config takes as it is
-ALL_LINEAR = "all-linear"  # a word of peft's
+RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
+DIGESTS = "data.json"  # digests of the data files; not in RECORD, which is valid for --config
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer
 
 
 @dataclass
@@ -34,40 +34,42 @@ class RunConfig:
     _argument_group_name = "models and data"
 
     student: str = option(
-        None, "Folder or Hub name of the student, or of an adapter.", required=True
+        None, "Folder or Hub name of the student model, or of a LoRA adapter.", required=True
     )
     train: str = option(
         None,
-        "JSON lines to train on: instruction/input/output, prompt/completion, or messages.",
+        "JSON Lines file to train on. Its keys: instruction/input/output, prompt/completion, or"
+        " messages.",
         required=True,
     )
-    teacher: str | None = option(None, "Folder or Hub name of the teacher, or of an adapter.")
-    eval: str | None = option(None, "JSON lines to evaluate the objective on.")
+    teacher: str | None = option(
+        None, "Folder or Hub name of the teacher model, or of a LoRA adapter."
+    )
+    eval: str | None = option(None, "JSON Lines file to evaluate the objective on.")
     student_blocks: list[int] | None = option(
-        None, "Build the student from these blocks of the model (1 is the first)."
+        None, "Keep only these blocks of the student model (1 is the first)."
     )
     student_dtype: str = option(
         "float32",
-        "Dtype of the student's weights; float16 only under an adapter.",
+        "Dtype of the student's weights. float16 needs an adapter.",
         choices=list(DTYPES),
     )
     teacher_dtype: str = option("auto", "Dtype of the teacher's weights.", choices=list(DTYPES))
     prompt_style: str = option(
         "alpaca",
-        "How instruction/input becomes a prompt: the Alpaca text, or the tokenizer's template.",
+        "How instruction/input becomes a prompt: the Alpaca text or the tokenizer's chat template.",
         choices=list(PROMPT_STYLES),
     )
-    max_length: int = option(512, "Maximum tokens of an example; longer ones are cut.")
+    max_length: int = option(512, "Maximum tokens per example; longer examples are truncated.")
     max_prompt_length: int = option(
-        256, "Maximum tokens of a prompt; examples with longer prompts are dropped."
+        256, "Maximum tokens per prompt; examples with longer prompts are dropped."
     )
-    lora_r: int = option(0, "Rank of LoRA adapters of the student; 0 trains all its weights.")
-    lora_alpha: int = option(32, "LoRA's alpha.")
-    lora_dropout: float = option(0.1, "LoRA's dropout.")
+    lora_r: int = option(0, "Rank of the student's LoRA adapter; 0 trains all weights.")
+    lora_alpha: int = option(32, "Scaling parameter alpha of LoRA.")
+    lora_dropout: float = option(0.1, "Dropout probability of LoRA.")
     lora_target_modules: list[str] | None = option(
         None,
-        "Names of the modules that get an adapter, or all-linear; default: peft's choice for the"
-        " model.",
+        "Names of the modules that LoRA adapts, or all-linear; default: peft's choice.",
     )
     allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
@@ -76,7 +78,7 @@ KINDS: Any = (RunConfig, LensDistillConfig)
 
 
 def presets() -> list[str]:
-    """Return the names of the presets: the paper's pairs of models."""
+    """Return the names of the presets; each is a pair of models from the paper."""
     folder = resources.files("lens_kernels.hf.training") / "presets"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
 
@@ -95,13 +97,13 @@ def build_parser() -> HfArgumentParser:
     parser.add_argument(
         "--preset",
         choices=presets(),
-        help="Options of the paper for a pair of models; all others override them.",
+        help="The paper's options for a pair of models; --config and other options override them.",
     )
     return parser
 
 
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
-    """Return the options, and as a dictionary those that differ from their defaults."""
+    """Return the parsed options, and a dictionary of the options that are not defaults."""
     parser = build_parser()
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config")
@@ -122,7 +124,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
-    # A token is a secret, and the result does not depend on it.
+    # hub_token is a secret and does not affect the result.
     chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
     try:
         config, args, _ = parser.parse_args_into_dataclasses(arguments)
@@ -130,10 +132,10 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
         parser.error(str(error))
     if args.resume_from_checkpoint is not None:
         parser.error(
-            f"--resume_from_checkpoint {args.resume_from_checkpoint} is not an option here: the"
-            " same command resumes from the last complete checkpoint of its output_dir"
+            f"--resume_from_checkpoint {args.resume_from_checkpoint} is not supported: the same"
+            " command resumes from the last complete checkpoint in its output_dir"
         )
-    return config, args, json.loads(json.dumps(chosen))  # plain values, no members of an Enum
+    return config, args, json.loads(json.dumps(chosen))  # converts Enum members to strings
 
 
 def train(
@@ -145,13 +147,13 @@ def train(
     """Distil, save the student in ``output_dir``, and return the last metrics.
 
     Raises:
-        ValueError: Data, models or options do not fit, or ``output_dir`` holds another run, or one
-            whose data have changed since.
+        ValueError: Data, models or options are invalid or incompatible, ``output_dir`` holds a
+            run with other options, or the data have changed since the run started.
     """
     if args.process_index > 0:
         say = _silent
     output = Path(str(args.output_dir))
-    # Checkpoints without optimizer state cannot be resumed exactly, so the run starts anew.
+    # Checkpoints without optimizer state cannot be resumed exactly, so the run restarts.
     checkpoint = None if args.save_only_model else last_checkpoint(output)
     _check_record(output, chosen)
     paths = {
@@ -161,7 +163,7 @@ def train(
     _check_data(output, paths, digests)
     done = _json_of(output / METRICS)
     if done is not None:
-        say(f"{output} holds this run, and it is done: delete {output / METRICS} to repeat it")
+        say(f"{output} holds this run, and it is complete: delete {output / METRICS} to repeat it")
         return dict(done)
     tokenizer = load_tokenizer(config.student, config.allow_download)
     lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
@@ -213,14 +215,14 @@ def _silent(text: str) -> None:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """Return the newest checkpoint that is whole: its ``trainer_state.json`` is written last."""
+    """Return the newest complete checkpoint; ``trainer_state.json`` is written last."""
     states = output.glob("checkpoint-*/trainer_state.json")
     whole = [state.parent for state in states if _json_of(state) is not None]
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 def _json_of(file: Path) -> Any:
-    """Return what a file holds, or None where it is missing or was cut off."""
+    """Return the content of a JSON file, or None if it is missing or truncated."""
     try:
         return json.loads(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -228,7 +230,7 @@ def _json_of(file: Path) -> Any:
 
 
 def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
-    """Refuse to resume a run that was started with other options."""
+    """Raise if the run was started with other options."""
     record = output / RECORD
     if not record.is_file():
         return
@@ -237,19 +239,19 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
     if differing:
         shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
         raise ValueError(
-            f"{output} holds a run with other options: {shown}. Give those of {record} to resume"
-            " it, or another output_dir"
+            f"{output} holds a run with other options: {shown}. Use the options of {record}"
+            " to resume it, or another output_dir"
         )
 
 
 def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Refuse to resume a run whose data files have changed since it started."""
-    before = _json_of(output / DIGESTS) or {}  # none in runs of earlier versions
+    """Raise if the data files have changed since the run started."""
+    before = _json_of(output / DIGESTS) or {}  # runs of earlier versions have no digests
     for name, path in paths.items():
         if before.get(name, digests[name]) != digests[name]:
             raise ValueError(
                 f"{name} file {path} has changed since the run in {output} started: restore it to"
-                " resume, or give another output_dir to start anew"
+                " resume, or use another output_dir to start a new run"
             )
 
 
@@ -262,7 +264,7 @@ def load_student(config: RunConfig) -> Any:
         if hasattr(student, "peft_config"):
             raise ValueError(
                 f"lora_r={config.lora_r} would put a second adapter on {config.student}: leave"
-                " lora_r out to train the one that it has"
+                " lora_r out to train the existing adapter"
             )
         from peft import LoraConfig, get_peft_model
 
@@ -272,7 +274,7 @@ def load_student(config: RunConfig) -> Any:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            # In a list, peft would read the word as a module name.
+            # peft treats all-linear as a module name if it is inside a list.
             target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         )
         student = get_peft_model(student, adapter)
@@ -280,14 +282,14 @@ def load_student(config: RunConfig) -> Any:
 
 
 def load_teacher(config: RunConfig) -> Any:
-    """Return the teacher, or None where there is none."""
+    """Load the teacher, or return None if the config has no teacher."""
     if config.teacher is None:
         return None
     return load_model(config.teacher, config.teacher_dtype, config.allow_download)
 
 
 def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
-    """Turn a YAML file into arguments, so that there is one way to read an option."""
+    """Convert a YAML file to command-line arguments, so one parser checks all options."""
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
@@ -310,5 +312,5 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
 
 def _as_text(value: Any) -> str:
     if value is False:
-        return "no"  # so YAML reads the strategy of that name, and switches take it as well
+        return "no"  # YAML reads the strategy name "no" as False; flags also accept "no"
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

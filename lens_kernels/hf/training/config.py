@@ -1,4 +1,4 @@
-"""The options of a distillation, each described once: ``--help`` is made from them."""
+"""The options of a distillation; ``--help`` shows their descriptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def option(default: Any, text: str, **more: Any) -> Any:
 
 
 def final_divergence(text: str) -> str | dict[str, float]:
-    """Return what ``distillation_loss`` takes for a name, or for ``0.5*forward_kl+reverse_kl``."""
+    """Parse a name, or a sum like ``0.5*forward_kl+reverse_kl``, for ``distillation_loss``."""
     if text in FINAL_NAMES:
         return text
     weights: dict[str, float] = {}
@@ -51,14 +51,15 @@ def final_divergence(text: str) -> str | dict[str, float]:
         if value < 0 or name in weights or name not in FINAL_NAMES[:-1]:
             raise ValueError(
                 f"final_divergence={text!r} is unknown: choose one of {', '.join(FINAL_NAMES)},"
-                " or a weighted sum of different ones but akl, like '0.5*forward_kl + reverse_kl'"
+                " or a weighted sum of different names other than akl, like"
+                " '0.5*forward_kl + reverse_kl'"
             )
         weights[name] = value
     return weights
 
 
 def grad_threshold(given: str | float | None) -> str | float | None:
-    """Return what ``distillation_loss`` takes for a name, or for a number written out."""
+    """Convert a number given as text to a float; return names unchanged."""
     value = given
     if isinstance(given, str) and given not in GRAD_THRESHOLDS:
         with contextlib.suppress(ValueError):
@@ -68,21 +69,21 @@ def grad_threshold(given: str | float | None) -> str | float | None:
 
 @dataclass
 class LensDistillConfig(TrainingArguments):
-    """``TrainingArguments`` and the options of the objective; the defaults are the paper's."""
+    """``TrainingArguments`` plus the options of the objective, whose defaults are the paper's."""
 
     _argument_group_name = "options of the objective, and of transformers' Trainer"
 
     output_dir: str | None = option(
-        None, "Folder for checkpoints, the student and reports.", aliases=["--output"]
+        None, "Folder for checkpoints, the trained student and reports.", aliases=["--output"]
     )
     student_layers: list[int] | None = option(
-        None, "Depths of the student's lenses (1 is the first block); default: evenly spread."
+        None, "Student blocks whose outputs are compared (1 is the first); default: evenly spaced."
     )
     teacher_layers: list[int] | None = option(
-        None, "Depths of the teacher's lenses; default: evenly spread."
+        None, "Teacher blocks, one for each of student_layers; default: evenly spaced."
     )
     num_lens_pairs: int = option(
-        4, "Number of lens pairs if no depths are given; 0 distils without lenses."
+        4, "Number of lens pairs if no layers are given; 0 compares only the final outputs."
     )
     lens_divergence: str = option(
         DistillationOptions.divergence,
@@ -92,30 +93,30 @@ class LensDistillConfig(TrainingArguments):
     lens_coeff: float = option(DistillationOptions.lens_coeff, "Weight of the lens term.")
     lens_norm: bool = option(
         True,
-        "Read intermediate states through the model's final norm. False is what the published"
-        " code does.",
+        "Apply the model's final norm to intermediate states before the output head. The paper's"
+        " published code does not.",
     )
     final_divergence: str = option(
         DistillationOptions.final_divergence,
-        "Divergence of the final outputs: a name, 'akl', or a weighted sum like"
+        "Divergence of the final outputs: a lens divergence, 'akl', or a weighted sum like"
         " '0.5*forward_kl+reverse_kl'.",
     )
     beta: float = option(DistillationOptions.beta, "Weight of the teacher in jsd, in (0, 1).")
     distill_temperature: float = option(
         DistillationOptions.temperature,
-        "Divides both models' logits in every divergence; no factor of its square.",
+        "Temperature that divides both models' logits. The loss is not multiplied by its square.",
     )
     kd_ratio: float = option(
         DistillationOptions.kd_ratio,
-        "Weight of distillation against cross entropy; 0 needs no teacher.",
+        "Weight of distillation; cross entropy has weight 1 - kd_ratio. 0 needs no teacher.",
     )
     mse_coeff: float = option(
         0.0,
-        "Weight of the mean square between the student's states at its layers and a learnt linear"
-        " map of the teacher's: a baseline without lenses.",
+        "Weight of the mean squared error between the student's hidden states and a learnt linear"
+        " map of the teacher's, at the compared layers. It is a baseline for the lenses.",
     )
     vocab_size: int | None = option(
-        None, "Size of the vocabulary prefix that both models share, if their sizes differ."
+        None, "Number of leading vocabulary entries that both models share, if their sizes differ."
     )
     lens_backend: str = option(
         DistillationOptions.backend,
@@ -124,14 +125,13 @@ class LensDistillConfig(TrainingArguments):
     )
     grad_threshold: str | None = option(
         None,
-        "Leave vocabulary entries with less logit gradient than this out of the gradients of the"
-        " loss, which is faster: a number like 1e-6, or 'bf16' to leave out no more of the logits'"
-        " gradient than rounding to bfloat16 may change. The logs then say what share was left out,"
-        " as 'dropped'.",
+        "Skip vocabulary entries whose logit gradients are below this threshold, to speed up the"
+        " backward pass: a number like 1e-6, or 'bf16' to stay within the rounding error of"
+        " bfloat16. The logs report the skipped share of the gradient as 'dropped'.",
     )
     teacher_cache: str | None = option(
         None,
-        "Folder for the teacher's hidden states: written once, after which the teacher never runs.",
+        "Folder to cache the teacher's hidden states. Training then runs without the teacher.",
     )
     teacher_cache_dtype: str = option(
         "float32", "Dtype of the cached hidden states.", choices=list(DTYPES)
@@ -143,8 +143,8 @@ class LensDistillConfig(TrainingArguments):
         # Check first: some versions set environment variables for accelerate in super().
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(
-                "torch_compile=True is not supported: the loss runs inside the student's call, and"
-                " compiles its own parts"
+                "torch_compile=True is not supported, because the loss runs inside the student's"
+                " forward call and compiles its own code: leave it out"
             )
         super().__post_init__()
         check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
@@ -155,17 +155,17 @@ class LensDistillConfig(TrainingArguments):
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} would cut the lenses off"
-                " from the student's blocks: leave it at False, its default"
+                "gradient_checkpointing_kwargs={'use_reentrant': True} would keep lens gradients"
+                " from the student's blocks: use the default, False"
             )
         if self.label_smoothing_factor and self.kd_ratio > 0:
             raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} is for fine-tuning alone"
-                " (kd_ratio=0): cross entropy beside distillation has no smoothing"
+                f"label_smoothing_factor={self.label_smoothing_factor} has no effect if kd_ratio"
+                " is positive: set it to 0, or set kd_ratio=0 to fine-tune without distillation"
             )
 
     def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
-        """Return the depths of student and teacher that are compared."""
+        """Return the blocks of student and teacher whose outputs are compared."""
         if self.student_layers is not None and self.teacher_layers is not None:
             return self.student_layers, self.teacher_layers
         if self.num_lens_pairs == 0:
@@ -176,7 +176,7 @@ class LensDistillConfig(TrainingArguments):
         return student_layers, teacher_layers
 
     def loss_options(self) -> dict[str, Any]:
-        """Return the options of ``distillation_loss`` that the Trainer has too."""
+        """Return the keyword arguments for ``distillation_loss``."""
         names = [x.name for x in fields(DistillationOptions)]
         own = {name: TRAINER_NAMES.get(name, name) for name in names}
         values = {name: getattr(self, x) for name, x in own.items() if hasattr(self, x)}
@@ -185,7 +185,7 @@ class LensDistillConfig(TrainingArguments):
         return values
 
     def objective_options(self) -> Mapping[str, Any]:
-        """Return the options of ``LensObjective``."""
+        """Return the keyword arguments for ``LensObjective``."""
         return {**self.loss_options(), "lens_norm": self.lens_norm, "mse_coeff": self.mse_coeff}
 
     def _check_layers(self) -> None:

@@ -1,4 +1,4 @@
-"""Instruction data: JSON lines read and checked, encoded as prompts and responses, batched."""
+"""Read instruction data from JSON lines, check it, tokenise it and batch it."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 PROMPT_STYLES = ("alpaca", "chat")
 ROLES = ("system", "user", "assistant")
-FORMATS = ("instruction and output", "prompt and completion", "messages")  # the keys of a line
-SHOWN = 10  # bad lines that one error spells out
+FORMATS = ("instruction and output", "prompt and completion", "messages")  # keys of a line
+SHOWN = 10  # maximum number of bad lines in one error message
 
 Example = dict[str, list[int]]
 Messages = list[dict[str, str]]
@@ -30,9 +30,9 @@ Messages = list[dict[str, str]]
 
 @dataclass(frozen=True)
 class Row:
-    """A line of data; of ``instruction``, ``prompt`` and ``messages`` one is filled.
+    """A line of data. Only one of ``instruction``, ``prompt`` and ``messages`` is set.
 
-    Training learns the first of ``references``; messages have one, their last assistant turn.
+    Training uses the first of ``references``. A conversation has one: its last assistant turn.
     """
 
     line: int
@@ -44,14 +44,14 @@ class Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read JSON lines, all of one format, other keys ignored.
+    """Read JSON lines. All lines must have the same format; other keys are ignored.
 
-    The formats: ``instruction``, ``input`` (optional) and ``output``; ``prompt`` and
+    The formats are: ``instruction``, ``input`` (optional) and ``output``; ``prompt`` and
     ``completion``; ``messages``, each with ``role`` and ``content``. ``output`` and ``completion``
-    may be lists of strings: several references.
+    may be lists of strings, which are alternative references.
 
     Raises:
-        ValueError: Lines that cannot be used, as many as ten in one message, or no lines.
+        ValueError: The file has invalid lines (the message lists up to ten), or it is empty.
     """
     rows: list[Row] = []
     bad: list[str] = []
@@ -68,16 +68,16 @@ def read_rows(path: str | Path) -> list[Row]:
                 file_format = file_format or found
                 if found != file_format:
                     raise ValueError(
-                        f"{found} in a file of {file_format}: expected one format a file"
+                        f"{found!r} in a file of {file_format!r}: expected one format per file"
                     )
                 rows.append(_row(number, record, found))
             except ValueError as error:
                 bad.append(f"{path}:{number}: {error}")
     if bad:
         more = f"\nand {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError("lines that cannot be used:\n" + "\n".join(bad[:SHOWN]) + more)
+        raise ValueError("invalid lines:\n" + "\n".join(bad[:SHOWN]) + more)
     if not rows:
-        raise ValueError(f"{path} is empty: expected one JSON object a line")
+        raise ValueError(f"{path} is empty: expected one JSON object per line")
     return rows
 
 
@@ -88,16 +88,16 @@ def _record(raw: bytes) -> Any:
         raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         place = f"column {error.colno} ({error.msg})"
-        raise ValueError(f"not JSON at {place}: expected one object a line") from error
+        raise ValueError(f"not JSON at {place}: expected one object per line") from error
 
 
 def _format(record: Any) -> str:
     if not isinstance(record, dict):
-        raise ValueError(f"a {type(record).__name__}: expected a JSON object")
+        raise ValueError(f"got a {type(record).__name__}: expected a JSON object")
     found = [keys for keys in FORMATS if record.keys() >= set(keys.split(" and "))]
     if len(found) != 1:
         expected = ", or ".join(FORMATS)
-        raise ValueError(f"keys {sorted(record)}: expected {expected}, and only one of these")
+        raise ValueError(f"keys {sorted(record)}: expected {expected}, and only one of them")
     return found[0]
 
 
@@ -128,16 +128,16 @@ def _messages(value: Any) -> Messages:
     for i, message in enumerate(value):
         name = f"messages[{i}]"
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
-            raise ValueError(f"{name} is not an object with role and content")
+            raise ValueError(f"{name} is invalid: expected an object with role and content")
         role = message["role"]
         if role not in ROLES:
             raise ValueError(f"{name}.role is {role!r}: expected one of {', '.join(ROLES)}")
         content = _text(f"{name}.content", message["content"], may_be_blank=role != "assistant")
         messages.append({"role": role, "content": content})
     if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("messages hold no assistant turn: expected at least one, to learn from")
+        raise ValueError("messages has no assistant turn: expected at least one to train on")
     if messages[0]["role"] == "assistant":
-        raise ValueError("messages begin with an assistant turn: expected a prompt in front of it")
+        raise ValueError("messages starts with an assistant turn: expected a prompt before it")
     return messages
 
 
@@ -147,32 +147,33 @@ def _text(name: str, value: Any, may_be_blank: bool = False) -> str:
     if not may_be_blank and not value.strip():
         raise ValueError(f"{name} is empty: expected text")
     if value.encode(errors="ignore").decode() != value:
-        raise ValueError(f"{name} holds half a surrogate pair: expected whole characters")
+        raise ValueError(f"{name} contains half a surrogate pair: expected valid Unicode")
     return value
 
 
 def encode(
     row: Row, tokenizer: Any, *, prompt_style: str, max_length: int, max_prompt_length: int
 ) -> Example | None:
-    """Return ``input_ids`` and ``labels`` of a row, or None where it is too long to learn from.
+    """Return ``input_ids`` and ``labels`` of a row, or None if the row is too long.
 
-    Prompts and responses are tokenised apart, so that no token straddles their border, as none does
-    in generation. Labels are the tokens of responses with the token that ends them, and -100
-    elsewhere. That token is the end of turn written by the chat template; where none is written
-    it is the tokenizer's EOS.
+    Prompts and responses are tokenised separately, so no token spans both, as in generation.
+    Labels are the response tokens, including the end token, and -100 elsewhere. The end token
+    is the end of turn that the chat template writes, or the tokenizer's EOS if it writes none.
+    A row is too long if its first prompt is, or if ``max_length`` leaves no label.
 
     Args:
         row: A row of ``read_rows``.
         tokenizer: A tokenizer with an EOS token.
-        prompt_style: What becomes of instructions: ``"alpaca"`` puts them into the text that
-            Stanford Alpaca uses, ``"chat"`` into a user's message for the tokenizer's chat
-            template. In either style prompts with completions are taken as they are, and messages
-            go through the template, to be learnt at each assistant turn.
-        max_length: Tokens after which the example is cut.
-        max_prompt_length: Tokens that may stand before the first response.
+        prompt_style: How an instruction becomes a prompt. ``"alpaca"`` inserts it into the
+            Stanford Alpaca text. ``"chat"`` renders it as a user message with the tokenizer's chat
+            template. Both styles leave ``prompt`` unchanged and render ``messages`` with the
+            template. Every assistant turn is trained on.
+        max_length: Maximum number of tokens; longer examples are truncated.
+        max_prompt_length: Maximum number of tokens before the first response.
 
     Raises:
-        ValueError: A value out of range, or a tokenizer without EOS or a chat template that serves.
+        ValueError: A value is out of range, the tokenizer has no EOS, or its chat template is
+            missing or rejects the messages.
     """
     _check_prompt(prompt_style, max_prompt_length)
     check_count("max_length", max_length, 2)
@@ -190,7 +191,7 @@ def encode(
 def prompt_ids(
     row: Row, tokenizer: Any, *, prompt_style: str, max_prompt_length: int
 ) -> list[int] | None:
-    """Return the tokens before the last response, as ``encode`` has them, or None if too many."""
+    """Return the tokens that ``encode`` puts before the last response, or None if too many."""
     _check_prompt(prompt_style, max_prompt_length)
     *earlier, (prompt, _) = _turns(row, tokenizer, prompt_style)
     ids = [i for turn in earlier for part in turn for i in part] + prompt
@@ -198,11 +199,9 @@ def prompt_ids(
 
 
 def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens of each prompt and of the response to it."""
+    """Return the tokens of each prompt and of its response."""
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "the tokenizer has no eos_token, which ends responses: set tokenizer.eos_token"
-        )
+        raise ValueError("the tokenizer has no eos_token to end responses: set tokenizer.eos_token")
     if row.messages:
         return _chat_turns(row, row.messages, tokenizer)
     response = row.references[0]
@@ -228,28 +227,28 @@ def _alpaca(row: Row) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # Not verbose: longer texts than the model's are expected here, and cut or dropped.
+    # verbose=False silences a warning about long texts: they are truncated or dropped later.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Return ``ids`` behind a BOS token if the tokenizer writes one, which only a trial tells."""
+    """Prepend BOS to ``ids`` if the tokenizer adds BOS to a sample text."""
     bos, letter = tokenizer.bos_token_id, _ids(tokenizer, "a")
     writes = bos is not None and tokenizer("a")["input_ids"][: 1 + len(letter)] == [bos, *letter]
     return [bos, *ids] if writes and ids[:1] != [bos] else ids
 
 
 def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
-    """Return the tokens of a response that EOS closes, unless it ends in one of ``ends``."""
+    """Return the tokens of a response, plus EOS unless the text ends in one of ``ends``."""
     return _ids(tokenizer, response) + [tokenizer.eos_token_id] * (not response.endswith(ends))
 
 
 def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Cut the rendered conversation where assistant turns begin and end.
+    """Split the rendered conversation where assistant turns begin and end.
 
-    A turn ends before the whitespace that the template puts behind it: that opens the next prompt.
+    Whitespace that the template writes after a turn belongs to the next prompt.
     """
-    # Ends of turns are often special tokens that the tokenizer has no name for.
+    # End-of-turn tokens are often special tokens without an attribute on the tokenizer.
     ends = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     turns = []
     done = ""
@@ -260,10 +259,9 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
         whole = _render(row, messages[: i + 1], tokenizer, add_generation_prompt=False)
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise ValueError(
-                f"line {row.line}: the tokenizer's chat template writes the text before"
-                f" messages[{i}] differently once the conversation goes on, so its turns have no"
-                " fixed place: give a tokenizer whose template only appends, or cut the"
-                " conversation after its first assistant turn"
+                f"line {row.line}: the tokenizer's chat template changes the text before"
+                f" messages[{i}] when later messages are added: use a tokenizer whose template only"
+                " appends, or end the conversation after its first assistant turn"
             )
         response = whole[len(prompt) :].rstrip()
         opening = _ids(tokenizer, prompt[len(done) :])
@@ -275,9 +273,9 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
 def _render(row: Row, messages: Messages, tokenizer: Any, add_generation_prompt: bool) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"line {row.line}: the tokenizer has no chat template: give another tokenizer"
+            f"line {row.line}: the tokenizer has no chat template: use another tokenizer"
             + (
-                ", or rows of prompt and completion"
+                ", or rows with prompt and completion"
                 if row.messages
                 else ', or prompt_style="alpaca"'
             )
@@ -290,8 +288,8 @@ def _render(row: Row, messages: Messages, tokenizer: Any, add_generation_prompt:
         )
     except TemplateError as error:
         raise ValueError(
-            f"line {row.line}: the tokenizer's chat template refuses the messages ({error}):"
-            " mend them, or give another tokenizer"
+            f"line {row.line}: the tokenizer's chat template rejects the messages ({error}):"
+            " correct them, or use another tokenizer"
         ) from error
 
 
@@ -304,7 +302,7 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless the option ``name`` is an integer of ``least`` or more."""
+    """Raise unless the option ``name`` is an integer and at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
@@ -312,7 +310,7 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Encoded rows, each with its position as ``example_id``; ``dropped`` counts those too long."""
+    """Encoded rows; ``example_id`` is the position. ``dropped`` is the number of omitted rows."""
 
     def __init__(self, examples: Sequence[Example], dropped: int) -> None:
         self.examples = examples
@@ -322,11 +320,11 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = range(len(self))[index]  # also of an index that counts from the end
+        position = range(len(self))[index]  # maps negative indices to positions
         return {**self.examples[position], "example_id": position}
 
     def summary(self) -> str:
-        """Return a line about the size of the data."""
+        """Return one line that describes the size of the data."""
         labels = [x for example in self.examples for x in example["labels"]]
         learnt = len(labels) - labels.count(IGNORE_INDEX)
         return (
@@ -344,26 +342,26 @@ def load_examples(
     max_prompt_length: int = 256,
     progress: bool = True,
 ) -> Examples:
-    """Read and encode a file (see ``read_rows`` and ``encode``), leaving out rows too long.
+    """Read and encode a file (see ``read_rows`` and ``encode``); drop rows that are too long.
 
     Raises:
-        ValueError: What ``read_rows`` and ``encode`` refuse, or no row is short enough.
+        ValueError: ``read_rows`` or ``encode`` raises it, or every row is too long.
     """
     rows = read_rows(path)
     limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
-    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # none where it is quick
+    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files
     encoded = [encode(row, tokenizer, prompt_style=prompt_style, **limits) for row in bar]
     examples = [example for example in encoded if example is not None]
     if not examples:
         raise ValueError(
             f"all {len(rows)} rows of {path} are too long for max_prompt_length"
-            f" {max_prompt_length} and max_length {max_length}: raise them"
+            f" {max_prompt_length} and max_length {max_length}: increase them"
         )
     return Examples(examples, dropped=len(rows) - len(examples))
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the tokenizer's padding token, or its EOS: padding is masked, whatever it is."""
+    """Return the tokenizer's padding id, or else its EOS id: padding is masked, so any id works."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
@@ -372,7 +370,7 @@ def padding_id(tokenizer: Any) -> int:
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right; the attention mask goes by length, so any id may pad."""
+    """Pads examples on the right; the attention mask depends on lengths, not on the padding id."""
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None

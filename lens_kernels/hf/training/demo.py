@@ -1,4 +1,4 @@
-"""A real distillation in minutes: SmolLM2-135M into 20 of its 30 blocks, on Python's help texts."""
+"""A short real distillation: SmolLM2-135M into 20 of its 30 blocks, on Python's help topics."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lens_kernels.hf.training.meter import evaluate
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 BLOCK = 128  # tokens of one training example
-HELD_OUT_EVERY = 8  # every eighth topic is kept from training
+HELD_OUT_EVERY = 8  # every eighth topic is held out
 EVAL_BATCHES = 6
 LENS_PAIRS = 3
-# The middle goes: of nine ways to drop ten blocks, this one harms least before training.
+# Of nine ways to drop ten blocks, this one does the least harm before training.
 DROPPED = range(13, 23)
 PROMPT = "The import statement is used to"
 
 
 class _QuietProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss behind it instead of a line for each step."""
+    """The Trainer's progress bar, which shows the loss instead of one log line per step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss."""
@@ -38,9 +38,9 @@ class _QuietProgress(ProgressCallback):
 
 
 def texts() -> tuple[str, str]:
-    """Return text to train on and held-out text: the help topics of the standard library.
+    """Return training text and held-out text from the help topics of the standard library.
 
-    Topics quote each other, so paragraphs that are trained on leave the held-out text.
+    Topics repeat each other, so the held-out text excludes paragraphs of the training text.
     """
     from pydoc_data.topics import topics
 
@@ -54,7 +54,7 @@ def texts() -> tuple[str, str]:
 
 
 def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
-    """Return the text as full blocks of tokens, every token to be predicted."""
+    """Split the text into full blocks of tokens; every token is a label."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     return [{"input_ids": x, "labels": x} for x in ids[: len(ids) // BLOCK * BLOCK].split(BLOCK)]
 
@@ -67,11 +67,11 @@ def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, 
 
 
 def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], None]) -> bool:
-    """Distil, evaluate, draw and save; return whether every row of the table improved."""
+    """Distil, evaluate and save; return whether every row of the table improved."""
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    say("Reading the teacher, SmolLM2-135M-Instruct (the first time it is converted, about 30 s)")
+    say("Loading the teacher, SmolLM2-135M-Instruct (the first run converts it, about 30 s)")
     teacher, tokenizer = smollm2(cache)
     blocks = range(1, teacher.config.num_hidden_layers + 1)
     student = shallow_copy(teacher, [i for i in blocks if i not in DROPPED])
@@ -102,10 +102,10 @@ def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str]
     objective = trainer.objective
     assert objective is not None
     say(
-        f"Teacher: {len(blocks)} blocks. Student: {student.config.num_hidden_layers} of them,"
+        f"Teacher: {len(blocks)} blocks. Student: {student.config.num_hidden_layers} blocks,"
         f" without {DROPPED[0]} to {DROPPED[-1]}."
         f" Lens pairs: {objective.student_layers} | {objective.teacher_layers}."
-        f" Text: {len(train) * BLOCK:,} tokens to train on,"
+        f" Text: {len(train) * BLOCK:,} training tokens,"
         f" {sum(x['labels'].numel() for x in held):,} held out"
     )
     device = trainer.args.device
@@ -141,7 +141,7 @@ def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str]
     say("\n" + report.table([(names[key], before[key], after[key]) for key in before]))
     say(f"\nThe saved student continues: {PROMPT}{sample(folder)}")
     say(
-        f"\nStudent: {folder}\nPictures: {output / 'divergence_by_depth.png'},"
+        f"\nStudent: {folder}\nFigures: {output / 'divergence_by_depth.png'},"
         f" {output / 'loss.png'}\nTime: {time.monotonic() - started:.0f} s"
     )
     return all(after[key] < before[key] for key in before)

@@ -1,4 +1,4 @@
-"""Means over tokens and speed, added up without waiting for the device."""
+"""Means over tokens and training speed, accumulated without device synchronisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _unreduced(sums: Tensor) -> Tensor:
 
 
 class Meter:
-    """Sums over tokens, of any number of batches."""
+    """Accumulates sums over tokens and batches."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -29,7 +29,7 @@ class Meter:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def means(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> dict[str, float]:
-        """Return the means in nats per token, and start anew; ``reduce`` adds up processes."""
+        """Return the means in nats per token and reset; ``reduce`` sums over processes."""
         if not self._sums:
             return {}
         values = reduce(torch.stack([x.double() for x in self._sums.values()])).tolist()
@@ -40,13 +40,13 @@ class Meter:
 
 
 class Speed:
-    """Tokens per second since the last reading, without the time of pauses."""
+    """Tokens per second since the last ``read``; pauses do not count."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Count tokens and seconds from here."""
+        """Reset the tokens and the clock."""
         self._tokens: Tensor | int = 0
         self._since = perf_counter()
 
@@ -56,13 +56,13 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time of what runs inside."""
+        """Exclude the time spent inside the ``with`` block."""
         started = perf_counter()
         yield
         self._since += perf_counter() - started
 
     def read(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> float:
-        """Return the tokens of all processes per second, and start anew."""
+        """Return the tokens per second of all processes, and reset."""
         tokens = reduce(torch.as_tensor(self._tokens).double()).item()
         seconds = perf_counter() - self._since
         self.restart()
@@ -71,7 +71,7 @@ class Speed:
 
 @torch.no_grad()
 def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the means over tokens of all that ``Outcome.sums`` has, in nats per token."""
+    """Return the mean of each entry of ``Outcome.sums``, in nats per token."""
     student: Any = objective.student
     training = student.training
     student.eval()
@@ -81,5 +81,5 @@ def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) 
     student.train(training)
     means = meter.means()
     if not means:
-        raise ValueError("nothing to evaluate on: the batches hold no labelled token")
+        raise ValueError("cannot evaluate: the batches have no labelled token")
     return means

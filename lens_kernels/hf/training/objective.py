@@ -1,4 +1,4 @@
-"""The DistillLens objective of two models on a batch of tokens."""
+"""The DistillLens objective: compares student and teacher on a batch of tokens."""
 
 from __future__ import annotations
 
@@ -21,21 +21,20 @@ from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions
 
-PROJECTIONS = "mse_projections"  # where the student holds what MSE learns
+PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE matrices
 
-
-ENTROPY_STRIDE = 16  # entropies are of every 16th token: about 3 % of the loss's own cost
+ENTROPY_STRIDE = 16  # entropies use every 16th token: about 3 % of the loss's cost
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The objective on one batch.
 
-    ``loss`` carries gradients. ``sums`` are its terms before their weights, as sums over the
-    ``num_tokens`` tokens that count: ``loss``, ``ce``, ``kd``, ``lens``, ``lens_<student depth>``,
-    ``mse``, and for each depth that is compared an estimate of the entropies of both models, as
-    ``entropy_student_<depth>`` and ``entropy_teacher_<depth>``, where the last is ``final``; and
-    with a ``grad_threshold``, while training, ``dropped``, the share that it left out.
+    ``loss`` is differentiable. ``sums`` holds detached sums over the ``num_tokens`` labelled
+    tokens: ``loss`` and its unweighted terms ``ce``, ``kd``, ``lens``,
+    ``lens_<student depth>`` and ``mse``. ``entropy_student_<depth>`` and
+    ``entropy_teacher_<depth>`` estimate the entropies at each compared depth and at ``final``.
+    In training with ``grad_threshold``, the mean of ``dropped`` is the skipped gradient share.
     """
 
     loss: Tensor
@@ -44,13 +43,16 @@ class Outcome:
 
 
 class LensObjective:
-    """Runs student and teacher on a batch and compares them; neither computes logits.
+    """Runs student and teacher on a batch and compares their hidden states.
 
-    ``student_layers[i]`` is compared with ``teacher_layers[i]``, through each model's final norm
-    unless ``lens_norm`` is False; ``options`` go to ``distillation_loss``. With ``mse_coeff`` the
-    objective has a further term in the place of a lens: the mean square of ``P h_teacher -
-    h_student`` with a learnt matrix ``P`` for each pair, in ``projections``. Labels are Hugging
-    Face's: aligned with the input, shifted here.
+    The models' own heads never run, so no full logits are stored. ``student_layers[i]`` is
+    compared with ``teacher_layers[i]``, through each model's final norm unless ``lens_norm`` is
+    False. ``options`` are passed to ``distillation_loss``. ``mse_coeff`` adds the mean square of
+    ``P h_teacher - h_student``, with a learnt matrix ``P`` for each pair in ``projections``.
+    Labels follow Hugging Face: they are aligned with the input and shifted here.
+
+    Raises:
+        ValueError: The layers do not pair up or do not exist, or an option is out of range.
     """
 
     def __init__(
@@ -92,9 +94,9 @@ class LensObjective:
     ) -> Outcome:
         """Return the objective of a batch of ``input_ids``, ``labels`` and other model inputs.
 
-        ``student_call`` is the student as a distributed wrapper holds it, to be called in its
-        place. With ``cache`` the teacher's states are read from there, for the batch's
-        ``example_id``.
+        ``student_call`` is the student inside its distributed wrapper, and is called instead of
+        the student. With ``cache``, the teacher's states of the batch's ``example_id`` are read
+        from the cache.
         """
         inputs = dict(inputs)
         example_ids = inputs.pop("example_id", None)
@@ -125,19 +127,19 @@ class LensObjective:
         with replaced_forward(causal_lm_of(self.student), forward):
             called = self.student if student_call is None else student_call
             loss = called(**inputs)["loss"]
-        # The wrapper may have hung hooks on what it returned.
+        # The wrapper may have attached gradient hooks to the loss that it returned.
         return replace(outcomes[0], loss=loss)
 
     @torch.no_grad()
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
-        """Return the teacher's states at the flat positions ``counted``, the final ones last."""
+        """Return the teacher's states at the flat positions ``counted``, final states last."""
         assert self.teacher is not None
         hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted) for x in [*hidden, final]]
 
     @contextmanager
     def student_with_projections(self) -> Iterator[None]:
-        """Make ``projections`` a part of the student, for all that treats a model's parameters."""
+        """Register ``projections`` in the student, so that optimizers and wrappers find them."""
         holder = causal_lm_of(self.student)
         if self.mse_coeff:
             holder.add_module(PROJECTIONS, self.projections)
@@ -148,12 +150,12 @@ class LensObjective:
                 delattr(holder, PROJECTIONS)
 
     def release_teacher(self) -> None:
-        """Keep the teacher's head alone, for when all its states are in a cache."""
+        """Drop the teacher except its head, once all its states are cached."""
         self._teacher_head = lens_head_from(self.teacher)
         self.teacher = None
 
     def heads(self) -> tuple[LensHead, LensHead]:
-        """Return both models' heads as the lenses read them."""
+        """Return the heads of student and teacher that the lenses use."""
         heads = lens_head_from(self.student), self._whole_teacher_head()
         if self.lens_norm:
             return heads
@@ -169,7 +171,7 @@ class LensObjective:
         labels: Tensor,
         denominator: Tensor | float | None,
     ) -> Outcome:
-        # A lens without weight would be computed for nothing.
+        # Skip the lenses if their weight is 0.
         weight = self.options.kd_ratio * self.options.lens_coeff
         lenses = len(self.student_layers) if weight else 0
         output = distillation_loss(
@@ -183,7 +185,7 @@ class LensObjective:
             **vars(self.options),
         )
         tokens = torch.as_tensor(output.num_tokens if denominator is None else denominator)
-        tokens = torch.where(tokens == 0, 1, tokens)  # as in distillation_loss
+        tokens = torch.where(tokens == 0, 1, tokens)  # avoids 0 / 0, as in distillation_loss
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
             mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
@@ -217,25 +219,27 @@ class LensObjective:
         self, cache: TeacherCache, example_ids: Tensor | None, counted: Tensor
     ) -> list[Tensor]:
         if example_ids is None:
-            raise ValueError("a batch for the teacher cache needs example_id, and has none")
+            raise ValueError(
+                "the teacher cache needs example_id in the batch, got none: add it to the dataset"
+            )
         rows = cache.rows(example_ids.tolist())
         names = [f"layer_{depth}" for depth in self.teacher_layers] + ["final"]
         if len(rows["final"]) != len(counted):
             raise ValueError(
-                f"the teacher cache has {len(rows['final'])} tokens for a batch that counts"
-                f" {len(counted)}: the batch is not made of the examples that it names"
+                f"the teacher cache has {len(rows['final'])} tokens for this batch, expected"
+                f" {len(counted)}: example_id must name the examples of the batch"
             )
         weight = self._whole_teacher_head().weight
         return [rows[name].to(weight.device, weight.dtype) for name in names]
 
     def _new_projections(self) -> nn.ModuleList:
         if not self.student_layers:
-            raise ValueError("mse_coeff needs at least one pair of layers to compare, got none")
+            raise ValueError("mse_coeff needs at least one pair of layers, got none")
         student, teacher = (lens_head_from(x).weight for x in (self.student, self.teacher))
         matrices = nn.ModuleList(
             nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
         )
-        # As the student, but in float16, where nothing learns.
+        # Not in float16: Adam cannot train float16 weights.
         dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
         return matrices.to(student.device, dtype)
 
@@ -250,7 +254,10 @@ class LensObjective:
 
 
 def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return ``compare``, or what runs it inside the call of a head that FSDP gathers by itself."""
+    """Make ``compare`` run in the head's forward call if FSDP shards the head separately.
+
+    FSDP gathers the whole weight only during that call.
+    """
     head = causal_lm_of(student).get_output_embeddings()
     if not isinstance(head, FSDPModule):
         return compare

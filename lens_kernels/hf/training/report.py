@@ -1,4 +1,4 @@
-"""Pictures and tables of a distillation."""
+"""Figures and tables of a distillation."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def depth_figure(
 
 @pictures.styled
 def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergence: str) -> None:
-    """Draw the loss and its two terms over the steps of training."""
+    """Draw the loss and its two terms at each training step."""
     steps = [entry for entry in history if "loss" in entry and "kd" in entry]
     figure = pictures.canvas(6.4, 3.8)
     axes = figure.subplots()
@@ -57,7 +57,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
     ):
         points = [(entry["step"], entry[key]) for entry in steps if key in entry]
         axes.plot(*zip(*points, strict=True), color=colour, label=label)
-    if axes.dataLim.minposy < math.inf:  # a student that equals its teacher has nothing but zeros
+    if axes.dataLim.minposy < math.inf:  # all losses are 0 if the student equals its teacher
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)

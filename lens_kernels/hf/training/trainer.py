@@ -1,4 +1,4 @@
-"""DistillLens on transformers' Trainer, which does everything but the loss."""
+"""Distillation with transformers' Trainer; this subclass replaces the loss."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ from lens_kernels.inputs import IGNORE_INDEX
 class LensDistillTrainer(compat.TrainerHooks, Trainer):
     """Trains ``model`` to agree with ``teacher`` in its output and through its lenses.
 
-    Both are models, or folders that ``load_model`` reads: the student in float32, the teacher as it
-    is. Datasets hold ``input_ids`` and ``labels``, -100 where a token is not to be learnt from.
-    Logged are the parts of the objective in nats per token over all processes (see ``Outcome``) and
-    ``tokens_per_second``; with ``teacher_cache`` the teacher runs over each dataset once.
+    Both are models, or folders for ``load_model``: the student is loaded in float32, the teacher
+    in its saved dtype. Datasets hold ``input_ids`` and ``labels``, which are -100 for tokens that
+    are not trained on. The logs contain the terms of the objective in nats per token over all
+    processes (see ``Outcome``), and ``tokens_per_second``. With ``teacher_cache``, the teacher
+    runs once over each dataset, before training.
 
     Raises:
-        ValueError: No teacher although ``kd_ratio`` is positive; layers, models or vocabularies
-            that do not fit; a teacher cache that is stale or damaged.
-        TypeError: Weights to be trained are in float16.
-        RuntimeError: A way to distribute the student under which its head is out of reach.
+        ValueError: ``kd_ratio`` is positive without a teacher; layers, models or vocabularies do
+            not match; the teacher cache is stale or damaged.
+        TypeError: Trainable weights are in float16.
+        RuntimeError: The parallelism is unsupported: DataParallel, ZeRO-3, or MSE with sharded
+            checkpoints.
     """
 
     args: LensDistillConfig
@@ -49,8 +51,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     ) -> None:
         if teacher is None and args.kd_ratio > 0:
             raise ValueError(
-                f"kd_ratio={args.kd_ratio} distils, but teacher is None: give a teacher, or"
-                " kd_ratio=0 for fine-tuning alone"
+                f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
+                " kd_ratio=0 for fine-tuning without distillation"
             )
         _check_distribution(args)
         if isinstance(model, str):
@@ -69,9 +71,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if args.teacher_cache and trainer.get(name) is not None:
                 trainer[name] = _numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)
-        # The loss is divided by the tokens of the whole accumulated batch, whatever the model does.
+        # Makes the Trainer pass num_items_in_batch, the tokens of all accumulated batches.
         self.model_accepts_loss_kwargs = True
-        # How many processes have their tokens counted in one denominator.
+        # Number of processes whose tokens are in one denominator.
         self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         self._meter, self._eval_meter = Meter(), Meter()
         self._speed = Speed()
@@ -79,10 +81,10 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self.objective: LensObjective | None = None
         if teacher is not None:
             _check_shards(self.accelerator.state, args)
-            # Not by accelerate, which places no model under FSDP: it is to shard them all.
+            # Under FSDP, accelerate moves no model to the device, because it expects to shard it.
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
-            # Here, where the Trainer has seeded: what MSE learns begins at random.
+            # After super(), which sets the seed: the MSE matrices start at random values.
             self.objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
@@ -90,7 +92,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 self._fill_caches(Path(args.teacher_cache))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; what is logged begins here."""
+        """Train as the Trainer does, with fresh meters."""
         self._meter = Meter()
         self._speed.restart()
         compat.forget_preparation(self.model)
@@ -100,13 +102,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return the batches of a step and the number of their tokens that are predicted."""
-        # The Trainer looks only after a step whether it was the last: a run that resumes at its
-        # end, in the middle of an epoch, would make a step too many.
+        """Return the batches of a step and their number of labelled tokens."""
+        # The Trainer checks for the last step only after a step. Without this check, a run that
+        # resumes at its end within an epoch would take one extra step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        # The first token of an example is never predicted, and some versions would count it.
+        # The first token is never predicted, but some versions of transformers count it.
         batches = map(_without_first_label, epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
@@ -117,7 +119,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the objective, divided by the tokens of the global batch where they are known."""
+        """Return the objective, divided by the tokens of the global batch if they are given."""
         if self.objective is None:
             return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
@@ -134,15 +136,15 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the parts of the objective since the last log, and the speed."""
+        """Add the mean terms of the objective since the last log, and the speed."""
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
-            means.pop("loss", None)  # the Trainer's own is the mean over steps
+            means.pop("loss", None)  # keeps the Trainer's loss, a mean over steps
             logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Report each part of the objective, and the loss, as means over tokens."""
+        """Report the loss and its terms as means over tokens."""
         self._eval_meter = Meter()
         with self._speed.paused():
             output = super().evaluation_loop(*args, **kwargs)
@@ -152,29 +154,29 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return output._replace(metrics={**(output.metrics or {}), **parts})
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a batch, without rows that are there a second time to fill it."""
+        """Evaluate a batch without the rows that only pad it to full size."""
         return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the objective, on ``eval_dataset`` or that of the trainer."""
+        """Evaluate the objective on ``eval_dataset``, by default the trainer's."""
         self._check_cached(eval_dataset is None or eval_dataset is self.eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the batches of ``predict``."""
+        """Return the data loader for ``predict``."""
         self._check_cached(test_dataset is self.eval_dataset)
         return super().get_test_dataloader(test_dataset)
 
     def _check_cached(self, own: bool) -> None:
         if self._caches and not own:
             raise ValueError(
-                "with teacher_cache the teacher is gone, and its states are those of the trainer's"
-                " own eval_dataset: give the data as eval_dataset when the trainer is made"
+                "with teacher_cache, only the trainer's own eval_dataset has teacher states: give"
+                " the data as eval_dataset when the trainer is created"
             )
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        # Accelerate repeats rows until all processes have full batches. The last batches of all,
-        # in the order of the processes, have ``remainder`` rows before the repeated ones.
+        # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
+        # of rows that are not repeats in the last batches of all processes, in rank order.
         state, labels = self.accelerator.gradient_state, inputs["labels"]
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
@@ -190,13 +192,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
     ) -> Any:
         if items is not None:
-            items = torch.as_tensor(items).clamp(min=1)  # no tokens, no loss
-        # A copy, because label smoothing takes the labels out.
+            items = torch.as_tensor(items).clamp(min=1)  # avoids 0 / 0 without tokens
+        # Copy the inputs: label smoothing removes the labels from them.
         result: Any = super().compute_loss(model, dict(inputs), return_outputs, items)
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
-        total = torch.where(count == 0, 0.0, total)  # some versions divide by no tokens
+        total = torch.where(count == 0, 0.0, total)  # some versions divide by 0 tokens
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 
@@ -214,7 +216,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return reduced
 
     def _fill_caches(self, folder: Path) -> None:
-        """Run the teacher over every dataset whose states are not kept yet, and let it go."""
+        """Cache the teacher's states of every dataset, then release the teacher."""
         assert self.objective is not None
         objective = self.objective
         device = objective.teacher.get_input_embeddings().weight.device
@@ -247,9 +249,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 self.args.teacher_cache_dtype,
                 self.accelerator.mixed_precision,
             )
-            # The first process of all, then the first of each node, which finds nothing to do
-            # where the disk is shared; then the others.
-            first, desc = self.args.main_process_first, f"the teacher's states, {name}"
+            # Rank 0 builds the cache first, then the first process of each node: it only opens
+            # the cache if the nodes share a disk. The other processes follow.
+            first, desc = self.args.main_process_first, f"caching the teacher's states, {name}"
             with first(local=False, desc=desc), first(desc=desc):
                 self._caches[name] = TeacherCache.open_or_build(
                     folder / name,
@@ -266,7 +268,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return nullcontext() if objective is None else objective.student_with_projections()
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the student without what MSE learns beside it, which goes to a file of its own."""
+        """Write the student, and the MSE matrices to a separate file."""
         model: Any = self.model
         held = model.state_dict() if state_dict is None else state_dict
         learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
@@ -280,16 +282,16 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             save_file(own, folder / f"{PROJECTIONS}.safetensors")
 
     def after_loading(self, checkpoint: str) -> None:
-        """Load what MSE has learnt beside the student."""
+        """Load the MSE matrices."""
         if self.objective is not None and self.objective.mse_coeff:
             learnt = load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors")
-            # Into parameters that may be sharded.
+            # This call splits full tensors over parameters that may be sharded.
             whole = StateDictOptions(full_state_dict=True)
             set_model_state_dict(self.objective.projections, dict(learnt), options=whole)
 
 
 def _without_first_label(batch: Any) -> Any:
-    """Return a batch whose first labels do not count; no loss reads them."""
+    """Return the batch with its first labels set to -100; no loss uses them."""
     if "labels" not in batch:
         return batch
     labels = batch["labels"].clone()
@@ -300,14 +302,14 @@ def _without_first_label(batch: Any) -> Any:
 def _numbered(name: str, dataset: Any) -> _Numbered:
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
         raise TypeError(
-            f"teacher_cache needs a {name} of known length, whose examples can be asked for by"
-            f" number, got a {type(dataset).__name__}"
+            f"teacher_cache needs a {name} of known length that can be indexed,"
+            f" got a {type(dataset).__name__}"
         )
     return _Numbered(dataset)
 
 
 class _Numbered(Dataset):
-    """A dataset whose examples know their place in it."""
+    """A dataset that adds each example's position as ``example_id``."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -324,9 +326,9 @@ def _check_dtype(student: Any) -> None:
     half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
     if half:
         raise TypeError(
-            f"model has {len(half)} parameters to train in float16, {half[0]} the first, and Adam's"
-            " moments are too small for that: read it in float32 (fp16=True computes in float16 all"
-            " the same) or bfloat16, or train an adapter upon it"
+            f"model has {len(half)} parameters to train in float16, {half[0]} the first, but Adam's"
+            " moments underflow in float16: load it in float32 (fp16=True still computes in"
+            " float16) or bfloat16, or train an adapter"
         )
 
 
@@ -335,26 +337,25 @@ def _check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
     shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
     if shared:
         raise ValueError(
-            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, which would"
-            " be trained and held still at once: give a teacher of its own, like"
-            " copy.deepcopy(model)"
+            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, so training"
+            " would change the teacher: give a separate teacher, like copy.deepcopy(model)"
         )
     if args.label_smoothing_factor:
         raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} would not reach the cross"
-            " entropy beside a teacher: leave it at 0, or give no teacher"
+            f"label_smoothing_factor={args.label_smoothing_factor} has no effect with a"
+            " teacher: set it to 0, or give no teacher"
         )
 
 
 def _check_distribution(args: LensDistillConfig) -> None:
     if args.n_gpu > 1:
         raise RuntimeError(
-            f"one process sees {args.n_gpu} GPUs, which would be nn.DataParallel: start one process"
-            " for each, with torchrun or accelerate launch"
+            f"one process sees {args.n_gpu} GPUs, and nn.DataParallel is not supported: start one"
+            " process per GPU with torchrun or accelerate launch"
         )
     if is_deepspeed_zero3_enabled():
         raise RuntimeError(
-            "DeepSpeed ZeRO-3 shards the heads, which the loss needs whole: use ZeRO-1 or 2"
+            "DeepSpeed ZeRO-3 shards the heads, but the loss needs them whole: use ZeRO-1 or ZeRO-2"
         )
 
 
@@ -362,6 +363,6 @@ def _check_shards(state: Any, args: LensDistillConfig) -> None:
     plugin = getattr(state, "fsdp_plugin", None)
     if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
         raise RuntimeError(
-            f"mse_coeff={args.mse_coeff} needs checkpoints that keep what MSE learns apart, and"
-            " sharded ones do not: set state_dict_type FULL_STATE_DICT in fsdp_config"
+            f"mse_coeff={args.mse_coeff} needs full checkpoints to save the MSE matrices:"
+            " set state_dict_type FULL_STATE_DICT in fsdp_config"
         )

@@ -95,24 +95,24 @@ def test_rows_of_each_format(write):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object a line"),
+        (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object per line"),
         (b'{"prompt": "\xff"}', "byte 13 is not UTF-8: save the file as UTF-8"),
         ([1], "a list: expected a JSON object"),
         ({"instruction": "a"}, r"keys \['instruction'\]: expected instruction and output, or"),
-        ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of these"),
-        ({"prompt": "a", "completion": "b"}, "prompt and completion in a file of instruction and"),
+        ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of them"),
+        ({"prompt": "a", "completion": "b"}, "'prompt and completion' in a file of 'instruction"),
         ({**INSTRUCTION, "instruction": 3}, "instruction is a int: expected a string"),
         ({**INSTRUCTION, "instruction": " "}, "instruction is empty: expected text"),
         ({**INSTRUCTION, "input": None}, "input is a NoneType: expected a string"),
         ({**INSTRUCTION, "output": "\n"}, "output is empty: expected text"),
         ({**INSTRUCTION, "output": []}, "output is an empty list: expected at least one string"),
         ({**INSTRUCTION, "output": ["a", 1]}, r"output\[1\] is a int: expected a string"),
-        ({**INSTRUCTION, "output": "\ud800"}, "output holds half a surrogate pair: expected whole"),
+        ({**INSTRUCTION, "output": "\ud800"}, "output contains half a surrogate pair: expected"),
     ],
 )
 def test_a_bad_line_is_named(write, line, message):
     path = write(INSTRUCTION, line)
-    with pytest.raises(ValueError, match=f"lines that cannot be used:\n{path}:2: {'.*' + message}"):
+    with pytest.raises(ValueError, match=f"invalid lines:\n{path}:2: {'.*' + message}"):
         read_rows(path)
 
 
@@ -120,13 +120,13 @@ def test_a_bad_line_is_named(write, line, message):
     ("messages", "message"),
     [
         ("hello", "messages is a str: expected a list of messages"),
-        ([*TALK, {"role": "user"}], r"messages\[4\] is not an object with role and content"),
-        ([*TALK, "hello"], r"messages\[4\] is not an object with role and content"),
+        ([*TALK, {"role": "user"}], r"messages\[4\] is invalid: expected an object with"),
+        ([*TALK, "hello"], r"messages\[4\] is invalid: expected an object with"),
         ([{**TALK[0], "role": "tool"}], r"\[0\].role is 'tool': expected one of system, user, ass"),
         ([{**TALK[0], "content": None}], r"messages\[0\].content is a NoneType: expected a string"),
         ([TALK[0], {**TALK[1], "content": ""}], r"messages\[1\].content is empty: expected text"),
-        (TALK[:1], "messages hold no assistant turn: expected at least one"),
-        (TALK[1:], "messages begin with an assistant turn: expected a prompt in front of it"),
+        (TALK[:1], "messages has no assistant turn: expected at least one"),
+        (TALK[1:], "messages starts with an assistant turn: expected a prompt before it"),
     ],
 )
 def test_bad_messages_are_named(write, messages, message):
@@ -144,7 +144,7 @@ def test_bad_lines_come_together_and_ten_at_most(write, bad, end):
 
 
 def test_an_empty_file_is_refused(write):
-    with pytest.raises(ValueError, match="data.jsonl is empty: expected one JSON object a line"):
+    with pytest.raises(ValueError, match="data.jsonl is empty: expected one JSON object per line"):
         read_rows(write(b"", b"\n"))
 
 
@@ -230,11 +230,11 @@ ASKED, TALKED = Row(7, ["yes"], instruction="Say it."), Row(7, ["two"], messages
 @pytest.mark.parametrize(
     ("old", "new", "row", "message"),
     [
-        ("{{ m.content }}", "{{ m.content if loop.last }}", TALKED, r"messages\[1\] differently"),
-        ("{% for", "{{ messages | length > 2 }}{% for", TALKED, r"\[3\] .*cut the conversation"),
-        (CHAT, "{{ raise_exception('no users') }}", ASKED, r"refuses the messages \(no users\)"),
+        ("{{ m.content }}", "{{ m.content if loop.last }}", TALKED, r"messages\[1\] when later"),
+        ("{% for", "{{ messages | length > 2 }}{% for", TALKED, r"\[3\] .*end the conversation"),
+        (CHAT, "{{ raise_exception('no users') }}", ASKED, r"rejects the messages \(no users\)"),
         (CHAT, "", ASKED, 'no chat template: .* prompt_style="alpaca"'),
-        (CHAT, "", TALKED, "no chat template: .* or rows of prompt and completion"),
+        (CHAT, "", TALKED, "no chat template: .* or rows with prompt and completion"),
     ],
     ids=["rewrites", "counts", "refuses", "missing", "missing for a talk"],
 )
@@ -277,7 +277,7 @@ def test_options_are_checked(name, value, message):
 
 
 def test_a_tokenizer_needs_an_end_and_a_padding_id():
-    with pytest.raises(ValueError, match="no eos_token, which ends responses: set tokenizer.eos_"):
+    with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
     assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
     assert data.padding_id(bpe(pad_token=None)) == 1

@@ -58,7 +58,7 @@ def test_a_run_past_its_last_step_trains_no_further(files, tmp_path, monkeypatch
     monkeypatch.setattr(LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("trained on"))
     capsys.readouterr()
     assert cli.main(argv) == 0
-    assert ("it is done: delete" in capsys.readouterr().out) == finished
+    assert ("it is complete: delete" in capsys.readouterr().out) == finished
     again = weights(tmp_path)
     assert all(torch.equal(end[name], again[name]) for name in end)
     loss = json.loads((tmp_path / "metrics.json").read_text())["eval_loss"]
