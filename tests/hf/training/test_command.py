@@ -62,7 +62,7 @@ def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkey
 
 def test_models_of_other_tokenizers_are_refused(files, tmp_path, capsys):
     assert cli.main(arguments(files, tmp_path / "out", teacher=files / "other")) == 1
-    assert "number 3 tokens differently: " in capsys.readouterr().err
+    assert "different ids for 3 tokens: " in capsys.readouterr().err
 
 
 def test_a_missing_model_says_how_to_go_on(files, tmp_path, capsys):

@@ -245,7 +245,7 @@ def test_every_option_of_inspect_reaches_the_function(files, tmp_path, monkeypat
         ({}, ["--layers", "1:2", "7:3"], r"student layers must lie in \[1, 2\], got 7"),
         ({}, ["--layers", "1:4"], r"teacher layers must lie in \[1, 3\], got 4"),
         ({"text": ""}, [], "text must hold at least one token, got ''"),
-        ({"teacher": "other"}, [], "number 3 tokens differently"),
+        ({"teacher": "other"}, [], "different ids for 3 tokens"),
         ({"teacher": "none"}, [], "the tokenizer '.*none' cannot be read"),
         ({}, ["--divergence", "kl"], "divergence.*'kl'"),
         ({}, ["--top-k", "0"], "top_k must be at least 1, got 0"),
@@ -264,7 +264,7 @@ def test_inspect_says_what_does_not_fit(files, tmp_path, capsys, options, more, 
 @pytest.mark.parametrize("pair", ["1", "1:2:3", "a:b", "1:", "1,2"])
 def test_layers_are_pairs(files, tmp_path, capsys, pair):
     message = stopped(inspection(files, tmp_path, "--layers", "1:2", pair), capsys)
-    assert f"--layers: must be two depths like 5:8, got '{pair}'" in message
+    assert f"--layers: must be two layers such as 5:8, got '{pair}'" in message
 
 
 @pytest.mark.hf
