@@ -20,7 +20,7 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-ker
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    # These commands build their options from functions that import transformers.
+    # Parsing these commands' options imports transformers, so do it only for them.
     heavy = {"train": _train, "eval": _eval, "inspect": _inspect}
     if arguments and arguments[0] in heavy:
         return _run_command(arguments[0], heavy[arguments[0]], arguments[1:])
@@ -32,20 +32,48 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lens-kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("train", help="distil a teacher into a student")
-    commands.add_parser("eval", help="cross entropy, and ROUGE-L of generated answers")
-    commands.add_parser("inspect", help="draw two models through the logit lens")
-    demo = commands.add_parser("demo", help="distil SmolLM2-135M into 20 of its 30 blocks, offline")
-    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for results")
-    demo.add_argument("--cache", type=Path, default=None, help="folder for the converted teacher")
-    demo.add_argument("--steps", type=_positive, default=40, help="optimiser steps")
-    demo.add_argument("--seed", type=int, default=0)
-    commands.add_parser("env", help="versions, devices, and the backend that each would use")
+    commands.add_parser("eval", help="compute cross entropy, and ROUGE-L of generated answers")
+    commands.add_parser("inspect", help="draw the logit-lens predictions of two models")
+    demo = commands.add_parser(
+        "demo", help="distil SmolLM2-135M into 20 of its 30 blocks, without network access"
+    )
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("demo_output"),
+        help="folder for the results; default %(default)s",
+    )
+    demo.add_argument(
+        "--cache",
+        type=Path,
+        default=None,
+        help="folder for the converted teacher; default: the user's cache folder",
+    )
+    demo.add_argument(
+        "--steps", type=_positive, default=40, help="number of optimiser steps; default %(default)s"
+    )
+    demo.add_argument("--seed", type=int, default=0, help="random seed; default %(default)s")
+    commands.add_parser("env", help="show versions, devices, and the backend that each device uses")
     tune = commands.add_parser("tune", help="find the fastest tiles of the Triton kernels")
-    tune.add_argument("--student-width", type=_positive, required=True, help="its hidden size")
-    tune.add_argument("--teacher-width", type=_positive, required=True, help="its hidden size")
-    tune.add_argument("--vocab", type=_positive, required=True, help="entries of the vocabulary")
-    tune.add_argument("--tokens", type=_positive, default=4096, help="default %(default)s")
-    tune.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    tune.add_argument(
+        "--student-width", type=_positive, required=True, help="student's hidden size"
+    )
+    tune.add_argument(
+        "--teacher-width", type=_positive, required=True, help="teacher's hidden size"
+    )
+    tune.add_argument("--vocab", type=_positive, required=True, help="vocabulary size")
+    tune.add_argument(
+        "--tokens",
+        type=_positive,
+        default=4096,
+        help="unmasked tokens in a batch; default %(default)s",
+    )
+    tune.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="dtype of hidden states and heads; default %(default)s",
+    )
     return parser
 
 
@@ -61,14 +89,14 @@ def _say(text: str) -> None:
 
 
 def _quiet_libraries(offline: bool) -> None:
-    if offline:  # otherwise the libraries check the Hub for updates of local files
+    if offline:  # by default, the libraries check the Hub for newer versions of local files
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def _run_command(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
     """Run a command that needs transformers; print expected errors without a traceback."""
-    # A --config file may allow downloads too. If it does not, models are still read locally.
+    # A --config file may allow downloads too, so do not force offline mode with it.
     _quiet_libraries(offline=not any(x.startswith(("--allow", "--config")) for x in argv))
     try:
         command(argv)
@@ -106,15 +134,25 @@ def _inspect(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="lens-kernels inspect",
-        description="Read a text through every lens of two models.",
+        description="Show what the logit lens predicts at every depth of two models, on one text.",
         allow_abbrev=False,
     )
-    parser.add_argument("--student", required=True, help="folder or Hub name of a model")
-    parser.add_argument("--teacher", required=True, help="another of the same tokenizer")
+    parser.add_argument("--student", required=True, help="folder or Hub name of the student")
     parser.add_argument(
-        "--layers", type=_pair, nargs="+", metavar="S:T", help="layers paired in training"
+        "--teacher",
+        required=True,
+        help="folder or Hub name of the teacher; it must have the same tokenizer",
     )
-    parser.add_argument("--allow-download", action="store_true", help="look for models on the Hub")
+    parser.add_argument(
+        "--layers",
+        type=_pair,
+        nargs="+",
+        metavar="S:T",
+        help="pairs of student and teacher layers in training, such as 5:8",
+    )
+    parser.add_argument(
+        "--allow-download", action="store_true", help="allow downloading models from the Hub"
+    )
     add_options(parser, inspect, skip=("student", "teacher", "tokenizer", "pairs"))
     options: dict[str, Any] = vars(parser.parse_args(argv))
     names = [options.pop("student"), options.pop("teacher")]
@@ -132,7 +170,7 @@ def _pair(text: str) -> tuple[int, int]:
     try:
         student, teacher = map(int, text.split(":"))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be two depths like 5:8, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be two layers such as 5:8, got {text!r}") from None
     return student, teacher
 
 
@@ -152,7 +190,7 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"lens-kernels demo: {error}", file=sys.stderr)
         return 1
     if not improved:
-        print("Not every row improved: train for longer (--steps)", file=sys.stderr)
+        print("Not every row improved: train longer, with more --steps", file=sys.stderr)
     return 0 if improved else 1
 
 
@@ -220,5 +258,5 @@ def _tune(args: argparse.Namespace) -> int:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
-    print(f"\nstored in {store.path()}, for calls on this kind of device from now on")
+    print(f"\nstored in {store.path()}; later calls on this kind of device use them")
     return 0

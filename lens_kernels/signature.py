@@ -15,10 +15,10 @@ TYPES = {"str": str, "int": int, "float": float, "Path": Path}
 def add_options(
     parser: argparse.ArgumentParser, function: Callable[..., Any], skip: tuple[str, ...] = ()
 ) -> None:
-    """Give ``parser`` an option for each argument of ``function``, with its docstring's text.
+    """Add an option for each argument of ``function``; its help comes from the docstring.
 
-    Arguments without a default are required, booleans become ``--name`` or ``--no-name``, and
-    sequences take several values.
+    Arguments without a default are required. Booleans become ``--name`` and ``--no-name``.
+    Sequences take several values.
     """
     texts = argument_texts(function)
     for name, parameter in inspect.signature(function).parameters.items():
@@ -39,7 +39,7 @@ def add_options(
             options["required"] = required
             shown = _text(default)
         text = texts[name] if default is None else f"{texts[name]} Default: {shown}."
-        # The help is set afterwards: some versions of Python append a boolean's default to it.
+        # Set the help afterwards: some Python versions append a boolean's default to it.
         parser.add_argument(f"--{option}", **options).help = text.replace("%", "%%")
 
 

@@ -1,6 +1,6 @@
-"""The Hugging Face layer: lenses read off models, hidden states captured, a Trainer, a demo.
+"""The Hugging Face layer: lens heads of models, captured hidden states, a Trainer, a demo.
 
-Every name is loaded when it is first used: reading a lens does not import transformers' Trainer.
+Names are imported on first use, so that a lens head does not import transformers' Trainer.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""The teacher's hidden states on disk, so that later epochs never run the teacher."""
+"""The teacher's hidden states on disk, so that later epochs need not run the teacher."""

@@ -1,4 +1,4 @@
-"""What cached hidden states depend on: the teacher, the data and the tokenizer, as digests."""
+"""The cache key: digests of everything that the cached hidden states depend on."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
-OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # they change the hidden states too
+OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # they too change the hidden states
 # Config entries about a model's origin, which do not change its outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
@@ -27,11 +27,11 @@ Example = Mapping[str, Any]
 
 
 def counted_positions(labels: Any) -> Tensor:
-    """Return the positions of one example that the loss counts: whose next label is not -100."""
+    """Return the positions of one example whose next label is not -100; the loss counts these."""
     labels = torch.as_tensor(labels)
     if labels.dim() != 1:
         raise ValueError(
-            "labels must be those of one example, in one dimension,"
+            "labels must be one-dimensional, the labels of one example,"
             f" got shape {tuple(labels.shape)}: pass one row at a time"
         )
     return (labels[1:] != IGNORE_INDEX).nonzero()[:, 0]
@@ -39,7 +39,7 @@ def counted_positions(labels: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """What a cache depends on: digests of the large things, the small ones as they are."""
+    """Everything a cache depends on: digests of model, data and tokenizer, and the settings."""
 
     model: str
     data: str
@@ -61,8 +61,8 @@ class CacheKey:
     ) -> CacheKey:
         """Return the key of the hidden states of ``model`` after ``layers`` on ``examples``.
 
-        The final normed hidden state always belongs to them. ``dtype`` is that of storage,
-        ``precision`` accelerate's name of the mixed precision that the model runs in.
+        The final normed hidden state is always included. ``dtype`` is the dtype on disk.
+        ``precision`` is accelerate's name for the mixed precision that the teacher runs in.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
@@ -83,7 +83,7 @@ class CacheKey:
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:
-    """Return the digest of the parts one after the other."""
+    """Return the digest of the concatenated parts."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(part)
@@ -91,13 +91,13 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, never wholly in memory."""
+    """Return the digest of a file, read in chunks to save memory."""
     with path.open("rb") as file:
         return digest(iter(lambda: file.read(CHUNK), b""))
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return one spelling of a value as JSON."""
+    """Return a value as JSON; equal values give equal bytes."""
     return json.dumps(
         value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
     ).encode()
@@ -125,13 +125,13 @@ def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
                 f"model must hold its weights, but {name} is on the meta device: load it first"
             )
         yield json_bytes([name, str(tensor.dtype), list(tensor.shape)])
-        # In pieces, so that a model on another device is never copied as a whole.
+        # Copy in pieces: a whole weight from another device may not fit in memory.
         for piece in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
             yield piece.cpu().numpy().data
 
 
 def _adapters(model: Any) -> Any:
-    """Return what the weights of adapters leave open: their scale, and which of them act."""
+    """Return the adapters' configs (such as their scale), and which are active or merged."""
     if not hasattr(model, "peft_config"):
         return None
     from peft import get_model_status
@@ -148,7 +148,7 @@ def _computing(config: Any) -> dict[str, Any]:
 def _tokenizer_part(tokenizer: Any) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Each call of the tokenizer sets these again.
+        # Each tokenizer call sets these two, so they do not identify the tokenizer.
         inner |= {"truncation": None, "padding": None}
     else:
         inner = tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""The files of a teacher cache: shards, and the manifest that vouches for them."""
+"""The files of a teacher cache: shards, and a manifest with their checksums."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DIFFERS = {
 
 @dataclass
 class Shard:
-    """A range of examples and the file that holds them; no checksum: not written yet."""
+    """A range of examples and the file that holds them; without a checksum, it is not written."""
 
     file: str
     first: int
@@ -52,7 +52,7 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """The shards of a cache folder, both written and planned."""
+    """The key of a cache and all its shards, written or planned."""
 
     key: CacheKey
     widths: dict[str, int]
@@ -60,16 +60,16 @@ class Manifest:
 
     @property
     def complete(self) -> bool:
-        """Say whether every shard is written."""
+        """Whether every shard is written."""
         return all(shard.checksum for shard in self.shards)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one position in all its hidden states."""
+        """Bytes of one position, over all stored hidden states."""
         return sum(self.widths.values()) * DTYPES[self.key.dtype].itemsize
 
     def write(self, folder: Path) -> None:
-        """Write it aside and rename it once it is on the disk."""
+        """Write a temporary file and rename it, so that an interruption leaves the old manifest."""
         fields = {**asdict(self), "complete": self.complete}
         fields["checksum"] = digest([json_bytes(fields)])
         partial = folder / f"{MANIFEST}.partial"
@@ -81,7 +81,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, key: CacheKey) -> Manifest:
-        """Return the manifest of ``folder`` if it is sound and was made for ``key``."""
+        """Return the manifest of ``folder``; raise if it is damaged or made for another key."""
         if not (folder / MANIFEST).is_file():
             raise ValueError(
                 f"folder {folder} holds no teacher cache: it has no {MANIFEST};"
@@ -96,7 +96,7 @@ class Manifest:
             raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
         found = fields["key"]
         expected = {**asdict(key), "layers": list(key.layers)}
-        # Another format may have other fields, so nothing else is compared then.
+        # Another format may have other fields, so compare only the format then.
         names = ["format"] if found["format"] != key.format else DIFFERS
         reasons = [
             DIFFERS[name].format(found=found[name], expected=expected[name])
@@ -111,7 +111,7 @@ class Manifest:
 def plan_shards(
     counts: list[int], batch_size: int, max_examples: int, max_rows: int
 ) -> list[Shard]:
-    """Divide the examples into shards of whole batches, so that a batch is never cut."""
+    """Divide the examples into shards of whole batches; no batch is split."""
     shards: list[Shard] = []
     for first in range(0, len(counts), batch_size):
         batch = counts[first : first + batch_size]
@@ -130,10 +130,10 @@ def plan_shards(
 
 
 def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
-    """Write a shard aside, rename it once it is on the disk, and note its checksum."""
+    """Write a shard to a temporary file, rename it, and set its size and checksum."""
     partial = folder / f"{shard.file}.partial"
     save_file(tensors, partial)
-    # save_file makes files that only their owner can read, but a cache may be shared.
+    # Files from save_file are readable by their owner only, but a cache may be shared.
     shutil.copymode(folder / MANIFEST, partial)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
@@ -142,19 +142,20 @@ def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return tensors of a file, mapped and not read."""
+    """Return tensors of a file, memory-mapped: reading is deferred until they are used."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
 
 def is_free(folder: Path) -> bool:
-    """Say whether a cache may be begun in the folder."""
-    # The first manifest may have been interrupted.
+    """Return whether a new cache may be built in the folder."""
+    # An interrupted first write leaves only the manifest's temporary file.
     return not folder.exists() or all(p.name == f"{MANIFEST}.partial" for p in folder.iterdir())
 
 
 def refusal(folder: Path, reason: str) -> ValueError:
-    """Return the error that says why a folder is not taken."""
+    """Return the error that says why a folder is refused."""
     return ValueError(
-        f"folder {folder} is refused: {reason}; delete the folder to make it anew, or pass another"
+        f"folder {folder} is refused: {reason}; delete the folder to build the cache again, or"
+        " pass another folder"
     )

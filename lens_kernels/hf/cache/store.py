@@ -1,7 +1,7 @@
 """The teacher's hidden states on disk, so that only the first epoch of a distillation runs it.
 
-A cache is a folder of safetensors shards and ``manifest.json``, which says what they were made of
-and carries their checksums. One process builds it, others that want it wait; any number read it.
+A cache is a folder of safetensors shards and ``manifest.json``, which holds the cache key and
+the shards' checksums. One process builds a cache while others wait; any number can read it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-COUNTS = "counts"  # of each example of a shard, beside the hidden states
-MAPPED_SHARDS = 64  # at most, so that a long run keeps few of them mapped
+COUNTS = "counts"  # tensor of each shard: the number of rows of each of its examples
+MAPPED_SHARDS = 64  # maximum, so that a long run does not keep every shard mapped
 
 _log = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ RunTeacher = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
 
 
 class TeacherCache:
-    """The rows of a teacher's hidden states that the loss counts, by example.
+    """The teacher's hidden states of each example, at the positions that the loss counts.
 
-    Made by ``open``, ``build`` or ``open_or_build``. It may be pickled and used from the workers
-    of a DataLoader: each maps the shards it reads.
+    Create it with ``open``, ``build`` or ``open_or_build``. It can be pickled for the workers of a
+    DataLoader: each worker maps the shards that it reads.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -58,11 +58,11 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: str | Path, key: CacheKey) -> TeacherCache:
-        """Open a complete cache, every byte of it checked.
+        """Open a complete cache after checking every file's checksum.
 
         Raises:
-            ValueError: The folder holds no cache, or another one, or an incomplete or damaged one;
-                the message says which.
+            ValueError: The folder holds no cache, or its cache is incomplete, damaged or made for
+                another key; the message says which.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder, key)
@@ -91,22 +91,26 @@ class TeacherCache:
         shard_bytes: int = 256 << 20,
         progress: bool = True,
     ) -> TeacherCache:
-        """Make the cache in a new or empty folder, or finish one that was begun for this key.
+        """Build a cache in a new or empty folder, or resume an unfinished build with this key.
 
         Args:
-            folder: Where it is kept.
+            folder: Folder of the cache.
             key: ``CacheKey.of`` the teacher and these ``examples``.
-            examples: Each with ``input_ids`` and ``labels``.
-            run_teacher: Maps a list of examples to a list of their hidden states: for each of
-                ``key.names`` a tensor ``(counted_positions, D)``. Called without gradients.
-            batch_size: Examples to a call of ``run_teacher``.
-            shard_examples: A shard holds no more, except for one batch.
-            shard_bytes: Nor more than this. A build that is resumed keeps the shards it began with.
+            examples: Mappings with ``input_ids`` and ``labels``, both ``(N,)``.
+            run_teacher: Maps a list of examples to a list of mappings, one per example. Each maps
+                every name of ``key.names`` to a tensor ``(counted positions, D)``. Called without
+                gradients.
+            batch_size: Number of examples in a call of ``run_teacher``.
+            shard_examples: Maximum number of examples in a shard that holds several batches.
+            shard_bytes: Maximum size of a shard that holds several batches. A resumed build keeps
+                the shards of its first run.
             progress: Show a progress bar.
 
         Raises:
-            ValueError: The folder holds something else, or ``run_teacher`` returned misfits.
-            RuntimeError: The disk has not enough space.
+            ValueError: An argument is out of range, the folder holds something else, or
+                ``run_teacher`` returned wrong names, shapes or values.
+            TypeError: ``run_teacher`` returned something other than matrices.
+            RuntimeError: The disk does not have enough space.
         """
         folder = Path(folder)
         sizes = {"batch_size": batch_size, "shard_examples": shard_examples}
@@ -116,7 +120,9 @@ class TeacherCache:
         if not len(examples):
             raise ValueError("examples is empty: pass at least one")
         if data_digest(examples) != key.data:
-            raise ValueError("examples are not those of key: make the key with CacheKey.of them")
+            raise ValueError(
+                "examples are not those of key: make the key from them with CacheKey.of"
+            )
         counts = [
             len(counted_positions(x["labels"]))
             for x in map(examples.__getitem__, range(len(examples)))
@@ -166,10 +172,10 @@ class TeacherCache:
         run_teacher: RunTeacher,
         **options: Any,
     ) -> TeacherCache:
-        """Open the cache if it is complete, or make or finish it as ``build`` does.
+        """Open the cache if it is complete, else call ``build``.
 
-        A folder that holds anything else is refused and left as it is. While another process makes
-        it, this one says so and waits.
+        A folder that holds anything else raises an error and is not changed. If another process
+        is building the cache, this one logs a warning and waits.
         """
         folder = Path(folder)
         if not is_free(folder) and Manifest.read(folder, key).complete:
@@ -179,13 +185,13 @@ class TeacherCache:
         try:
             held = lock.acquire(blocking=False)
         except Timeout:
-            _log.warning("another process makes the teacher cache %s: waiting for it", folder)
+            _log.warning("another process is building the teacher cache %s: waiting for it", folder)
             held = lock.acquire()
         with held:
             return cls.build(folder, key, examples, run_teacher, **options)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
-        """Return the rows of the examples, one after the other, for each name of ``key.names``."""
+        """Return, for each name of ``key.names``, the concatenated rows of the examples."""
         ids = [self._checked_id(i) for i in example_ids]
         spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in ids]
         total = sum(stop - start for start, stop in spans)
@@ -210,14 +216,14 @@ class TeacherCache:
         return len(self._starts) - 1
 
     def summary(self) -> str:
-        """Return one line about what is held."""
+        """Return one line with the size, dtype and folder of the cache."""
         return (
             f"teacher cache: {len(self)} examples, {int(self._starts[-1])} rows,"
             f" {self.nbytes / 2**20:.1f} MiB, {self.key.dtype}, {self.folder}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}  # pickled, mapped tensors would be whole shards
+        return {**self.__dict__, "_mapped": {}}  # pickling a mapped tensor would copy its shard
 
     def _checked_id(self, value: Any) -> int:
         try:
@@ -235,7 +241,7 @@ class TeacherCache:
         return i
 
     def _map(self, index: int) -> dict[str, Tensor]:
-        """Return a shard's tensors, views of the mapped file; the longest unused is dropped."""
+        """Return a shard's tensors, memory-mapped; unmap the least recently used shard."""
         if index in self._mapped:
             shard = self._mapped.pop(index)
         else:
@@ -247,7 +253,7 @@ class TeacherCache:
 
 
 class _Store:
-    """The tensors of one shard as they are filled."""
+    """The tensors of one shard while they are filled."""
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
         self.dtype_name = manifest.key.dtype
@@ -289,13 +295,14 @@ def _call(
         if set(result) != set(key.names):
             raise ValueError(
                 f"run_teacher must return hidden states {key.names}, got {sorted(result)}:"
-                " name them as key.names does"
+                " use the names in key.names"
             )
         for name, x in result.items():
             if not isinstance(x, Tensor) or x.dim() != 2:
                 got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
                 raise TypeError(
-                    f"run_teacher must return {name} as a tensor (counted, D), got {got}"
+                    f"run_teacher must return {name} as a tensor of shape (counted positions, D),"
+                    f" got {got}"
                 )
     return results
 
@@ -305,7 +312,7 @@ def _check_space(folder: Path, manifest: Manifest) -> None:
     needed, free = rows * manifest.row_bytes, shutil.disk_usage(folder).free
     if needed > free:
         raise RuntimeError(
-            f"folder {folder} has not enough space: {rows} rows of {manifest.row_bytes} bytes need"
-            f" {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; free some, pass another"
-            " folder, or store fewer layers or a smaller dtype"
+            f"folder {folder} does not have enough space: {rows} rows of {manifest.row_bytes} bytes"
+            f" need {needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free; free some space,"
+            " pass another folder, or store fewer layers or a smaller dtype"
         )

@@ -1,1 +1,1 @@
-"""How good a student is: the objective's parts on held-out text, and its answers scored."""
+"""Evaluation: cross entropy on held-out text, and ROUGE-L of generated answers."""

@@ -1,4 +1,4 @@
-"""Evaluation by generation: ROUGE-L of a model's own answers, beside held-out cross entropy."""
+"""Evaluation by generation: ROUGE-L of a model's answers, and held-out cross entropy."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class RougeResult:
     """ROUGE-L of a model's answers, from 0 to 100."""
 
     scores: dict[int, float]
-    """By seed."""
+    """ROUGE-L by seed."""
     mean: float
     std: float | None
-    """Of the seeds' scores, with one degree of freedom taken; None for one seed."""
+    """Sample standard deviation of ``scores``; None for one seed."""
     rows: int
-    """Rows that were answered."""
+    """Number of rows that were answered."""
     skipped: int
-    """Rows whose prompt was too long."""
+    """Number of rows skipped because their prompt was too long."""
     answers: list[dict[str, Any]]
-    """For each row its ``line``, ``prompt``, ``references``, and ``answers`` by seed."""
+    """For each answered row: ``line``, ``prompt``, ``references``, and ``answers`` by seed."""
 
 
 def evaluate_rouge(
@@ -62,21 +62,21 @@ def evaluate_rouge(
 ) -> RougeResult:
     """Answer every row once for each seed and score the answers against its references.
 
-    Greedy decoding (``do_sample=False``) has no use for more than one seed and takes the first.
+    Greedy decoding (``do_sample=False``) ignores all seeds but the first.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        rows: What ``read_rows`` returns.
-        seeds: Of the sampling, all different.
+        rows: Rows from ``read_rows``.
+        seeds: Seeds of the sampling, all different.
         prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
         max_prompt_length: Rows with a longer prompt are skipped, and counted.
         do_sample: Sample; otherwise decode greedily.
-        options: Further ones of ``generate``.
+        options: Other arguments of ``generate``.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must hold at least one, all different, got {list(seeds)}")
-    load_scorer()  # where it is missing, that is better known before the answers are made
+    load_scorer()  # fail before the slow generation if rouge-score is missing
     asked = [
         (row, ids)
         for row in rows
@@ -90,7 +90,7 @@ def evaluate_rouge(
     if not asked:
         raise ValueError(
             f"rows must hold at least one prompt of max_prompt_length={max_prompt_length} tokens or"
-            f" fewer: got {len(rows)} rows, none of them such; raise max_prompt_length"
+            f" fewer: got {len(rows)} rows, none of them so short; raise max_prompt_length"
         )
     prompts = [ids for _, ids in asked]
     references = [row.references for row, _ in asked]
@@ -128,14 +128,14 @@ def held_out_ce(
 ) -> float:
     """Return the mean cross entropy of the labelled tokens, in nats.
 
-    Only one batch's logits are held at a time; the mean is over tokens, however they fall into
-    batches.
+    Only one batch's logits are held at a time. The mean is over all tokens, so it does not depend
+    on ``batch_size``.
 
     Args:
         model: A causal language model.
-        examples: A sequence or dataset of ``input_ids`` and ``labels``.
-        collator: Makes a batch of a list of examples.
-        batch_size: Examples in a batch.
+        examples: A sequence or dataset of mappings with ``input_ids`` and ``labels``.
+        collator: Combines a list of examples into a batch.
+        batch_size: Number of examples in a batch.
         progress: Show a progress bar.
     """
     check_count("batch_size", batch_size, 1)
@@ -153,7 +153,7 @@ def held_out_ce(
             total += loss.item()
             tokens += int(labelled.sum())
     if tokens == 0:
-        raise ValueError("examples must hold a labelled token after their first, got none")
+        raise ValueError("examples must hold a labelled token after the first position, got none")
     return total / tokens
 
 
@@ -178,26 +178,26 @@ def evaluate_model(
     allow_download: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Evaluate a saved model on a file of instructions; the defaults are the paper's.
+    """Evaluate a saved model on a file of instructions; defaults are the paper's settings.
 
     Args:
         model_path: Folder of a model in safetensors with its tokenizer, or of a peft adapter.
         data_path: JSON lines: instruction/input/output, prompt/completion, or messages.
-        output: Folder for ``eval.json`` (what is returned) and ``answers.jsonl``.
-        prompt_style: How a row becomes a prompt: alpaca, or chat for the tokenizer's template.
-        max_length: Tokens of prompt and reference that cross entropy is computed on.
+        output: Folder for ``eval.json`` (the returned result) and ``answers.jsonl``.
+        prompt_style: How a row becomes a prompt: alpaca, or chat for the tokenizer's chat template.
+        max_length: Maximum number of tokens of prompt and reference, for the cross entropy.
         max_prompt_length: Rows with a longer prompt are skipped, and counted.
         max_new_tokens: Maximum number of tokens in an answer.
         batch_size: Number of rows in a batch.
-        seeds: One set of answers is sampled for each.
+        seeds: Seeds of the sampling; each gives one answer per row.
         do_sample: Sample; otherwise decode greedily, once.
         temperature: Divides the logits before sampling.
-        top_p: Sample from the likeliest tokens that hold this share of the probability.
-        top_k: Sample from so many of the likeliest tokens; 0 for all.
-        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 for no
-            such rule.
-        dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the file's dtype.
-        device: Device to run on; default: the GPU if there is one, else the CPU.
+        top_p: Sample from the most likely tokens whose probabilities add up to this share.
+        top_k: Sample from this number of most likely tokens; 0 for all.
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 allows
+            repetition.
+        dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the checkpoint's dtype.
+        device: Device to run on; if not given, the GPU if there is one, else the CPU.
         allow_download: Allow downloading the model from the Hub by name.
         progress: Show progress bars.
     """

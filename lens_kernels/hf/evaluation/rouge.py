@@ -1,4 +1,4 @@
-"""ROUGE-L as the DistillLens paper scores answers."""
+"""ROUGE-L with the settings of the DistillLens paper."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
     """Return the mean ROUGE-L of the predictions, from 0 to 100.
 
-    The F-measure of stemmed words, the best over each prediction's references.
+    A prediction's score is the F-measure over stemmed words, for its best reference.
 
     Args:
         predictions: One text per row.
-        references: For each row, the texts that are right.
+        references: For each row, a list of correct texts.
     """
     if len(predictions) != len(references):
         raise ValueError(

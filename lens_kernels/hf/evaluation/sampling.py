@@ -1,4 +1,4 @@
-"""A model's own answers to prompts."""
+"""Generate a model's answers to prompts."""
 
 from __future__ import annotations
 
@@ -39,26 +39,25 @@ def generate(
 ) -> list[str]:
     """Return the model's answer to each prompt, in the order of the prompts.
 
-    Every prompt has random numbers of its own, drawn from ``seed`` and its position. An answer is
-    thus the same whatever the batch size, and torch's own generators are left alone. What remains
-    is rounding: batches of other shapes, devices or versions may round logits differently, and a
-    close choice may then fall the other way.
+    Each prompt has its own random numbers, drawn from ``seed`` and its position. They do not depend
+    on the batch size, and torch's global generators are not used. Other batch shapes, devices or
+    versions may still round logits differently, which can change a close choice.
 
-    The generation settings that a model was saved with are ignored, except where it stops.
+    The model's saved generation settings are ignored, except its end-of-text tokens.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
-        prompts: Token ids, not padded.
+        prompts: Token ids of each prompt, not padded.
         seed: Seed of the sampling; greedy decoding does not use it.
         max_new_tokens: Maximum number of tokens in an answer.
-        batch_size: Prompts answered at once.
+        batch_size: Number of prompts in a batch.
         do_sample: Sample; otherwise decode greedily.
         temperature: Divides the logits before sampling.
-        top_p: Sample from the likeliest tokens that hold this share of the probability.
-        top_k: Sample from so many of the likeliest tokens; 0 for all.
-        no_repeat_ngram_size: No n-gram of this size occurs twice, the prompt's included; 0 for no
-            such rule. The paper tests with 6.
+        top_p: Sample from the most likely tokens whose probabilities add up to this share.
+        top_k: Sample from this number of most likely tokens; 0 for all.
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 allows
+            repetition. The paper uses 6.
         progress: Show a progress bar.
     """
     check_count("max_new_tokens", max_new_tokens, 1)
@@ -67,8 +66,8 @@ def generate(
     check_count("no_repeat_ngram_size", no_repeat_ngram_size, 0)
     if no_repeat_ngram_size == 1:
         raise ValueError(
-            "no_repeat_ngram_size must be 0 or at least 2, got 1: no token could occur twice, nor"
-            " any of the prompt at all"
+            "no_repeat_ngram_size must be 0 or at least 2, got 1: with 1, an answer could hold no"
+            " token twice and none of the prompt's tokens"
         )
     hint = "; for greedy decoding use do_sample=False"
     temperature = check_number("temperature", temperature, 0.0, hint=hint)
@@ -80,7 +79,7 @@ def generate(
     stops = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,  # the last processor samples, and greedy decoding takes what it chose
+        do_sample=False,  # _RowSampler adds noise, so that the argmax is a sample
         no_repeat_ngram_size=no_repeat_ngram_size,
         eos_token_id=stops,
         pad_token_id=pad,
@@ -112,10 +111,10 @@ def generate(
 
 
 class _RowSampler(LogitsProcessor):
-    """Adds Gumbel noise from a generator of each row; the largest sum is then a sample.
+    """Adds Gumbel noise to the scores, so that the argmax of each row is a sample.
 
-    torch.multinomial draws for the whole batch at once, and a row's sample would depend on the rows
-    beside it.
+    Each row has its own generator. torch.multinomial draws for the whole batch at once, so a row's
+    sample would depend on the other rows.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -130,7 +129,7 @@ class _RowSampler(LogitsProcessor):
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Put the model into its mode for evaluation, and back."""
+    """Set evaluation mode inside the context and restore the mode on exit."""
     training = model.training
     model.eval()
     try:
@@ -153,7 +152,7 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return all ids that end an answer: chat models have more than the tokenizer's one."""
+    """Return all ids that end an answer: chat models have more than the tokenizer's eos token."""
     ids = model.generation_config.eos_token_id
     found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(i for i in found if i is not None)
@@ -162,7 +161,7 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def _pad_left(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # The mask follows lengths, because a prompt may contain the padding id as a real token.
+    # The mask comes from the lengths, because a prompt may contain the padding id as a real token.
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -178,12 +177,12 @@ def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> No
     if limit is not None and longest + new > limit:
         raise ValueError(
             f"max_new_tokens={new} and the longest prompt, {longest} tokens, must fit the model's"
-            f" {limit} positions; ask for fewer new tokens or skip longer prompts"
+            f" {limit} positions; lower max_new_tokens or leave out long prompts"
         )
 
 
 def chunks(order: list[int], size: int, progress: bool, name: str) -> Iterator[list[int]]:
-    """Yield the positions by ``size``, with a progress bar."""
+    """Yield ``order`` in chunks of ``size``, with a progress bar."""
     with tqdm(total=len(order), desc=name, disable=not progress) as bar:
         for start in range(0, len(order), size):
             chunk = order[start : start + size]

@@ -1,4 +1,4 @@
-"""Pictures of an inspection: divergence and entropy by depth, and the top token of every depth."""
+"""Pictures of an inspection: divergence and entropy by depth, and the top token at every depth."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 FONT = pictures.STYLE["font.family"]
 COLD, HOT = "#F1F5F8", pictures.BLUE
-HOT_FROM = 0.85  # share of the scale above which white is easier to read than black
+HOT_FROM = 0.85  # fraction of the colour scale above which white text is easier to read than black
 MAX_LAYERS, MAX_POSITIONS = 32, 24
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # inches, inches, points
-# Without parse_math=False two dollar signs would make a formula of a token.
+# parse_math=False: a token with two dollar signs is not a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 
 
 def check_matplotlib() -> None:
-    """Raise if matplotlib is missing, and say how to get it."""
+    """Raise an error that says how to install matplotlib if it is missing."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            "the pictures are drawn by matplotlib, which is not installed:"
+            "the pictures need matplotlib, which is not installed:"
             " pip install 'lens-kernels[train]'"
         ) from error
 
@@ -71,7 +71,7 @@ def depth_figure(result: Inspection, path: Path) -> None:
 
 
 def unit(divergence: str) -> str:
-    """Return what a divergence is measured in."""
+    """Return the unit of a divergence, or its upper bound if it has no unit."""
     return "of at most 1" if divergence in ("tvd", "hellinger") else "nats"
 
 
@@ -82,7 +82,7 @@ def first_of(count: int, total: int) -> str:
 
 @pictures.styled
 def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> None:
-    """Draw the likeliest next token of depths x positions, coloured by entropy."""
+    """Draw a table of the most likely next token, depths x positions, coloured by entropy."""
     from matplotlib.colors import LinearSegmentedColormap
 
     depths = shown_depths(reading.depths)
@@ -91,7 +91,7 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
     figure = pictures.canvas(*size)
     axes = figure.subplots()
     entropy = reading.entropy[[i - 1 for i in depths], :count]
-    # A model that is sure of everything has entropy 0 throughout, and a scale needs a length.
+    # If every entropy is 0, the colour scale still needs a positive end.
     end = result.max_entropy or 1.0
     image = axes.imshow(
         entropy.numpy(),
@@ -116,7 +116,7 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
     axes.set_ylabel(f"block of {reading.depths}")
     axes.set_xlabel("token of the text")
     figure.suptitle(
-        f"{role.capitalize()}: likeliest next token by depth, bold where it is the text's"
+        f"{role.capitalize()}: most likely next token by depth; bold: the text's next token"
         f"\n(blocks: {len(depths)} of {reading.depths};"
         f" tokens: {first_of(count, result.total_tokens)})"
     )
@@ -131,7 +131,7 @@ def shown_depths(total: int) -> list[int]:
 
 
 def fit(token: str) -> str:
-    """Return a token as a cell can show it: glyphs that the font has, cut where the cell ends."""
+    """Return a token that fits a cell: missing glyphs become □, long text is cut."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))

@@ -1,4 +1,4 @@
-"""An inspection written to a folder: pictures, numbers and a page."""
+"""Inspect two models and write pictures, numbers and a page to a folder."""
 
 from __future__ import annotations
 
@@ -40,30 +40,30 @@ def inspect(
 ) -> Inspection:
     """Read ``text`` through every lens of both models; write pictures, numbers and a page.
 
-    Into ``output`` go ``divergence_by_depth.png``, ``lens_student.png``, ``lens_teacher.png``,
-    ``data.json`` with every number, and ``inspect.html``, which needs no other file.
+    The files are ``divergence_by_depth.png``, ``lens_student.png``, ``lens_teacher.png``,
+    ``data.json`` with all numbers, and ``inspect.html``, which needs no other file.
 
     Args:
-        student: A causal language model of Hugging Face.
-        teacher: Another, with the same tokenizer.
+        student: A Hugging Face causal language model.
+        teacher: Another causal language model, with the same tokenizer.
         tokenizer: The tokenizer of both.
-        text: What both models read.
-        output: The folder to write to, made if it is missing.
-        pairs: Student and teacher layers of training, to be compared beside equal relative depths.
-        divergence: What compares them: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
+        text: Text that both models read.
+        output: Folder to write to; it is created if missing.
+        pairs: Student and teacher layers paired in training, compared in addition.
+        divergence: Name of the divergence: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
         beta: Weight of the teacher in jsd, in (0, 1).
-        lens_norm: Whether intermediate depths pass the final norm. The last always does.
-        top_k: How many tokens to list for each depth and position.
-        max_tokens: Tokens of the text that are read; the rest is cut off, and the result says so.
-        vocab_size: Size of the vocabulary that both models share, where theirs differ.
+        lens_norm: Apply the final norm at intermediate depths too; the last always has it.
+        top_k: Number of most likely tokens listed for each depth and position.
+        max_tokens: Maximum number of tokens read; the rest of the text is cut off.
+        vocab_size: Size of the shared vocabulary, if the models' vocabulary sizes differ.
 
     Raises:
-        TypeError: ``text``, ``top_k`` or ``max_tokens`` is of another kind.
-        ValueError: An empty text, vocabularies of different size without ``vocab_size``, a
+        TypeError: ``text``, ``top_k`` or ``max_tokens`` has the wrong type.
+        ValueError: An empty text, different vocabulary sizes without ``vocab_size``, a
             tokenizer that does not fit the models, or layers that do not exist.
         RuntimeError: matplotlib is not installed.
     """
-    # Without the library that draws, better to stop before the models run.
+    # Fail before the models run if matplotlib is missing.
     figures.check_matplotlib()
     size = shared_vocabulary(vocab_size, lens_head_from(student), lens_head_from(teacher))
     ids, total = encode(tokenizer, text, max_tokens, size)
@@ -90,7 +90,7 @@ def inspect(
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple[list[int], int]:
-    """Return the first ``max_tokens`` token ids of a text, and how many it has in all."""
+    """Return the first ``max_tokens`` token ids of a text, and the number of all its tokens."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}")
     check_count("max_tokens", max_tokens, 1)
@@ -139,7 +139,7 @@ def numbers(result: Inspection) -> dict[str, Any]:
 def token_text(tokenizer: Any, token: int) -> str:
     """Return a token's text with spaces and control characters made visible."""
     text = tokenizer.decode([token])
-    # Sentencepiece drops a leading space when it decodes a single token.
+    # SentencePiece drops a leading space when it decodes a single token.
     if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" "):
         text = f" {text}"
     return "".join(map(_visible, text)) or "∅"

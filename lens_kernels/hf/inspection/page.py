@@ -78,13 +78,13 @@ document.addEventListener("keydown", (e) => {
 
 
 def write(result: Inspection, output: Path) -> None:
-    """Write ``inspect.html``, with the picture by depth inside, into the folder ``output``."""
+    """Write ``inspect.html``, with the divergence picture embedded, to the folder ``output``."""
     picture = base64.b64encode((output / "divergence_by_depth.png").read_bytes()).decode()
     (output / "inspect.html").write_text(page(result, picture), encoding="utf-8")
 
 
 def page(result: Inspection, picture: str) -> str:
-    """Return the page; ``picture`` is a PNG in base64."""
+    """Return the HTML of the page; ``picture`` is a PNG in base64."""
     title = "Student and teacher through the logit lens"
     models = " and ".join(
         f"the {role} <b>{escape(reading.name)}</b> ({reading.depths} blocks)"
@@ -101,14 +101,15 @@ def page(result: Inspection, picture: str) -> str:
 </head>
 <body>
 <h1>{title}</h1>
-<p>What {models} would say next, if each block were the last.
+<p>The next token that {models} predict if the head reads each block's output.
 Tokens read: {first_of(len(result.tokens), result.total_tokens)}.</p>
 <blockquote>{escape(result.text)}</blockquote>
 <figure><img alt="Divergence and entropy against relative depth; the numbers are in the table below"
 src="data:image/png;base64,{picture}"></figure>
 {_pairs(result)}
 {tables}
-<pre id="detail" role="status">Point at a cell, or tab into a table and use the arrow keys.</pre>
+<pre id="detail" role="status">
+Point at a cell for details, or tab into a table and use the arrow keys.</pre>
 <script>{SCRIPT}</script>
 </body>
 </html>
@@ -146,10 +147,10 @@ def _section(result: Inspection, role: str, reading: Reading) -> str:
             )
             first = False
         rows.append(f'<tr><th scope="row">{depth}</th>{"".join(cells)}</tr>\n')
-    return f"""<h2>{role.capitalize()}: likeliest next token, by block and position</h2>
+    return f"""<h2>{role.capitalize()}: most likely next token, by block and position</h2>
 <div class="legend"><span>entropy 0 <span class="ramp"></span> {top:.2f} nats</span>
-<span><span class="swatch">token</span> as in the text</span>
-<span>␣ space, ⏎ line end, ⇥ tab, ∅ no text</span></div>
+<span><span class="swatch">token</span> is the text's next token</span>
+<span>␣ space, ⏎ line end, ⇥ tab, ∅ token without text</span></div>
 <div class="box"><table class="lens">
 <thead><tr><th scope="row">next</th>{_heads(following)}</tr></thead>
 <tbody>

@@ -1,4 +1,4 @@
-"""A student and its teacher, read through the logit lens of every depth on one text."""
+"""Apply the logit lens at every depth of a student and its teacher, on one text."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Pairs = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Reading:
-    """What the lens of every depth predicts after each token of a text.
+    """Next-token predictions of the lens at every depth, after each token of a text.
 
-    Row ``i - 1`` of a tensor is depth ``i``, the output of block ``i``; the last is the model's own
-    output. ``top_ids`` and ``top_probs`` are ``(L, N, k)``, ``entropy``, in nats, is ``(L, N)``,
-    and ``next_prob``, the probability of the text's next token, ``(L, N - 1)``.
+    Row ``i - 1`` of a tensor belongs to depth ``i``, the output of block ``i``. The last row is the
+    model's own output. ``top_ids`` and ``top_probs`` are ``(L, N, k)``. ``entropy`` is ``(L, N)``,
+    in nats. ``next_prob``, the probability of the text's next token, is ``(L, N - 1)``.
     """
 
     name: str
@@ -53,10 +53,10 @@ class Reading:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Divergence of a student depth from a teacher depth, in nats, for each position.
+    """Divergence between a student depth and a teacher depth, for each position.
 
-    ``relative`` says that the teacher's depth is the one as far up as the student's, ``trained``
-    that the two are a lens pair of training; a comparison can be both.
+    ``relative`` means that both are at the same relative depth. ``trained`` means that they are a
+    lens pair of training. A comparison can be both.
     """
 
     student_depth: int
@@ -73,7 +73,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text and all that was read from it; ``total_tokens`` counts those that were cut off too."""
+    """A text and its readings; ``total_tokens`` includes tokens that were cut off."""
 
     text: str
     ids: list[int]
@@ -92,11 +92,11 @@ class Inspection:
 
     @property
     def max_entropy(self) -> float:
-        """The largest entropy of both models: the end of their common colour scale."""
+        """The largest entropy of both models: the end of the shared colour scale."""
         return max(reading.entropy.max().item() for _, reading in self.sides)
 
     def top(self, reading: Reading, depth: int, position: int) -> tuple[str, bool]:
-        """Return the likeliest next token, and whether it is the text's next token."""
+        """Return the most likely next token, and whether it is the text's next token."""
         token = int(reading.top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == self.ids[position + 1 : position + 2]
 
@@ -110,7 +110,9 @@ def read(
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
     if top_k > vocab:
-        raise ValueError(f"top_k must not exceed the {vocab} entries of the vocabulary: {top_k}")
+        raise ValueError(
+            f"top_k must not exceed the {vocab} entries of the vocabulary, got {top_k}"
+        )
     tokens = torch.tensor(ids, device=head.weight.device)
     verify_lens(model)
     # Submodules may be in another mode than the model.
@@ -121,7 +123,7 @@ def read(
     finally:
         for module in training:
             module.training = True
-    hidden = [h[0] for h in out.hidden_states[1:]]  # the first are the embeddings
+    hidden = [h[0] for h in out.hidden_states[1:]]  # hidden_states[0] holds the embeddings
     assert len(hidden) == len(blocks_of(model))
     # The last hidden state must already be normed. Check that, because the lens skips the norm.
     verify_lens_head(model, _head_at(head, last=True), hidden[-1], out.logits[0])
@@ -147,10 +149,10 @@ def compare(
     beta: float = 0.5,
     vocab_size: int | None = None,
 ) -> list[Comparison]:
-    """Compare each student depth with the teacher's at equal relative depth, and training's pairs.
+    """Compare depths of equal relative depth, and the pairs of training.
 
-    Student depth ``i`` of ``Ls`` meets teacher depth ``round(i * Lt / Ls)``, at least 1, so that
-    the last comparison is that of the final outputs.
+    Student depth ``i`` of ``Ls`` is compared with teacher depth ``max(1, round(i * Lt / Ls))``, so
+    the last comparison is between the final outputs.
     """
     relative = {
         (i, max(1, round(i * teacher.depths / student.depths)))
@@ -202,7 +204,7 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
 
 
 def _name(model: Any) -> str:
-    """Return what to call a model: its repository or folder if it was loaded, else its class."""
+    """Return a model's name: its repository or folder if it was loaded, else its class."""
     inner = causal_lm_of(model)
     origin = inner.config.name_or_path
     if not origin:

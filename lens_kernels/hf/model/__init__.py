@@ -1,1 +1,1 @@
-"""A causal language model: how it is read, its blocks, its lens and its hidden states."""
+"""Causal language models: loading, blocks, lens heads and hidden states."""

@@ -1,4 +1,4 @@
-"""Hidden states taken from a model as it runs, without its logits."""
+"""Capture a model's hidden states in a forward pass, without its logits."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lens_kernels.hf.model.families import blocks_of, decoder_of
 
 @contextmanager
 def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect the outputs of the blocks ``layers`` (1 is the first), by depth.
+    """Collect the outputs of the blocks ``layers`` (1 is the first) in a dict, by depth.
 
-    Only these depths are kept; ``output_hidden_states=True`` would keep every depth. The hooks are
-    on this instance and are removed on exit.
+    Only these depths are kept; ``output_hidden_states=True`` would keep every depth. Forward hooks
+    on ``model`` collect them, and are removed on exit.
     """
     captured: dict[int, Tensor] = {}
     blocks = blocks_of(model)
@@ -38,7 +38,7 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 def hidden_states(
     model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of ``layers`` and the normed final hidden state; the head never runs."""
+    """Return the outputs of ``layers`` and the normed final hidden state. The head is not run."""
     with capture(model, layers) as captured:
         final = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
     return [captured[depth] for depth in layers], final
@@ -46,12 +46,12 @@ def hidden_states(
 
 @contextmanager
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Run ``forward`` where ``module``, or whatever wraps it, is called.
+    """Replace ``module.forward`` by ``forward`` inside the context.
 
     Data-parallel wrappers prepare gradients and gather parameters around the module's call.
     Code that uses the parameters must therefore run inside that call.
     """
-    # accelerate sets a forward on the instance for autocast: restore it.
+    # accelerate sets its own forward on the instance for autocast. It must be restored.
     before = vars(module).get("forward")
     module.forward = forward
     try:

@@ -1,4 +1,4 @@
-"""All knowledge of model families: where blocks, final norm and head are, and what they do."""
+"""Model families: the paths of blocks and final norm, and how logits are computed."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lens_kernels.options import check_number
 
 @dataclass(frozen=True)
 class Family:
-    """How a causal language model makes logits of its last block's output.
+    """How a causal language model computes logits from its last block's output ``h``.
 
-    ``logits = softcap * tanh(s / softcap)`` of ``s = scale * head(norm(h))``, ``head`` being what
-    ``model.get_output_embeddings()`` returns.
+    ``s = scale * head(norm(h))`` and ``logits = softcap * tanh(s / softcap)``, or ``s`` without a
+    soft cap. ``head`` is ``model.get_output_embeddings()``.
 
     Attributes:
         blocks: Path of the ``nn.ModuleList`` of blocks, from the causal language model.
-        norm: Path of the norm between the last block and the head. Its ``eps`` is read from
-            ``variance_epsilon`` or ``eps``, a bias from ``bias``.
+        norm: Path of the norm between the last block and the head. Its eps is the attribute
+            ``variance_epsilon`` or ``eps``, its bias the attribute ``bias``.
         norm_kind: ``"rms"`` or ``"layer"``.
-        norm_offset: What the norm adds to its weight; 1 in Gemma.
-        logit_scale: Name of the config's number that multiplies the logits.
-        logit_divisor: Name of the config's number that divides them.
-        softcap: Name of the config's soft cap of the logits; None there is no cap.
+        norm_offset: Number that the norm adds to its weight; 1 in Gemma.
+        logit_scale: Name of the config entry that multiplies the logits.
+        logit_divisor: Name of the config entry that divides the logits.
+        softcap: Name of the config entry that holds the soft cap; None in the config means no cap.
     """
 
     blocks: str
@@ -41,7 +41,7 @@ class Family:
     softcap: str | None = None
 
     def __post_init__(self) -> None:
-        """Check kinds: a wrong one would show only when a model is read."""
+        """Check types here; otherwise a wrong one fails only when a model is read."""
         for name in ("blocks", "norm", "norm_kind", "logit_scale", "logit_divisor", "softcap"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
@@ -71,7 +71,7 @@ FAMILIES = {
     "cohere": Family("model.layers", "model.norm", "layer", logit_scale="logit_scale"),
     "gemma2": _GEMMA,
     "gemma3_text": _GEMMA,
-    # With images: its forward leaves the text config's cap out.
+    # The multimodal model's forward ignores the soft cap of its text config.
     "gemma3": Family(
         "model.language_model.layers", "model.language_model.norm", "rms", norm_offset=1.0
     ),
@@ -82,16 +82,16 @@ FAMILIES = {
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Make models of ``config.model_type == model_type`` known, or replace what is known of them.
+    """Register the family of models with this ``config.model_type``; replaces an earlier one.
 
-    ``verify_lens(model)`` then tells whether the description is right.
+    ``verify_lens(model)`` then checks the family against a model.
 
     Raises:
-        TypeError: ``model_type`` is not a string, or ``family`` not a ``Family``.
+        TypeError: ``model_type`` is not a string, or ``family`` is not a ``Family``.
     """
     if not isinstance(model_type, str):
         raise TypeError(
-            "model_type must be a string, config.model_type of the models to describe, got"
+            "model_type must be a string, the config.model_type of the models, got"
             f" {type(model_type).__name__}"
         )
     if not isinstance(family, Family):
@@ -103,10 +103,10 @@ def causal_lm_of(model: Any) -> Any:
     """Return the model inside a peft model, or the model itself.
 
     Raises:
-        TypeError: An adapter prepends virtual tokens: hidden states then have more positions than
-            labels, and another model's have not.
+        TypeError: An adapter prepends virtual tokens. Its hidden states have more positions than
+            the labels and the other model's hidden states.
     """
-    # A peft model exists only where peft was imported; importing it takes seconds.
+    # Importing peft takes seconds. If nobody imported it, no model is a peft model.
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model
@@ -114,19 +114,19 @@ def causal_lm_of(model: Any) -> Any:
         if config.is_prompt_learning:
             raise TypeError(
                 f"model has the adapter {name!r} of kind {config.peft_type.value}, whose virtual"
-                " tokens shift the positions of its hidden states; use one that adds no tokens,"
-                " such as LoRA"
+                " tokens shift the positions of its hidden states; use an adapter without virtual"
+                " tokens, such as LoRA"
             )
     return model.base_model.model
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a causal language model, or raise and say how to go on."""
+    """Return the family of a model; for an unknown one, the error explains how to register it."""
     kind = causal_lm_of(model).config.model_type
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
         raise ValueError(
-            f"model type {kind!r} is not known to lens_kernels (known: {known}). Describe it:"
+            f"model type {kind!r} is not known to lens_kernels (known: {known}). Register it:"
             f" lens_kernels.hf.register_family({kind!r}, Family(blocks='model.layers',"
             " norm='model.norm', norm_kind='rms')); or build a LensHead from the model's final norm"
             " and head, and call symmetric_lens_loss or distillation_loss directly"
@@ -135,9 +135,9 @@ def family_of(model: Any) -> Family:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """Return the model without its head: what makes the normed final hidden states of inputs."""
+    """Return the model without its head; its output is the normed final hidden state."""
     inner = causal_lm_of(model)
-    # Some versions name a part as Gemma 3's base that it does not have: it is then its own.
+    # Gemma 3's base_model_prefix is wrong in some versions: base_model is then the model itself.
     decoder: nn.Module = inner.model if inner.base_model is inner else inner.base_model
     return decoder
 
@@ -165,26 +165,26 @@ def _part(model: Any, path: str, field: str) -> nn.Module:
     except AttributeError as error:
         raise ValueError(
             f"{class_name(model)} has no module {path!r}, which its Family.{field} names: pass a"
-            " causal language model with its head, or describe the family by register_family. An"
-            " OPT without do_layer_norm_before has no final norm, and so no lens"
+            " causal language model with its head, or correct the family with register_family. An"
+            " OPT model without do_layer_norm_before has no final norm, so it has no lens"
         ) from error
     return part
 
 
 def class_name(model: Any) -> str:
-    """Return the name of the model's class, for messages."""
+    """Return the name of the model's class, for error messages."""
     return type(causal_lm_of(model)).__name__
 
 
 def lens_head_from(model: Any) -> LensHead:
-    """Return the logit lens of a Hugging Face causal language model, sharing its parameters.
+    """Return the lens head of a Hugging Face causal language model; it shares the parameters.
 
-    Scale and cap are the config's as it is now. ``model`` may be a peft model.
+    Scale and soft cap are read from the config now. ``model`` may be a peft model.
 
     Raises:
-        ValueError: The model's family is not known, or more than a norm stands before the head.
-        TypeError: Head or final norm is quantised, or wrapped by an adapter, so that its weight
-            alone would not say what it computes.
+        ValueError: The model's family is not known, or the config lacks an entry of its family,
+            or there is a projection between final norm and head.
+        TypeError: The head or the final norm is quantised, sharded or wrapped by an adapter.
     """
     family, inner = family_of(model), causal_lm_of(model)
     head = inner.get_output_embeddings()
@@ -200,17 +200,17 @@ def lens_head_from(model: Any) -> LensHead:
     if head.weight.shape[1] != norm.weight.shape[0]:
         raise ValueError(
             f"the final norm of {class_name(model)} has width {norm.weight.shape[0]}, its head"
-            f" {head.weight.shape[1]}: a projection stands between them (in OPT,"
-            " word_embed_proj_dim), which a lens does not know. Build a LensHead of the product of"
-            " both weights"
+            f" {head.weight.shape[1]}: a projection lies between them (in OPT,"
+            " word_embed_proj_dim), which a lens head does not have. Build a LensHead from the"
+            " product of both weights"
         )
     scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
     return LensHead(head.weight, head.bias, norm, scale, _setting(inner, family.softcap, None))
 
 
 def _norm_from(norm: Any, family: Family) -> LensNorm:
-    # A wrapper (an adapter's, modules_to_save, a parametrisation) holds the norm as a child, and
-    # may show a weight of its own that is not the one in use.
+    # A wrapper (adapter, modules_to_save, parametrisation) has the norm as a child. The wrapper's
+    # own weight attribute may not be the weight that it uses.
     if any(True for _ in norm.children()) or getattr(norm, "weight", None) is None:
         raise TypeError(
             f"the model's final norm is a {type(norm).__name__}, not a plain norm with a weight:"
@@ -230,7 +230,7 @@ def _norm_from(norm: Any, family: Family) -> LensNorm:
 
 
 def _check_weight(part: str, weight: Tensor) -> None:
-    # Quantised and sharded weights are subclasses of Tensor, which stand in for other values.
+    # Quantised and sharded weights are subclasses of Tensor that do not hold plain values.
     plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
     if not (plain and weight.is_floating_point()):
         raise TypeError(
@@ -246,6 +246,6 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
     if not hasattr(config, name):
         raise ValueError(
             f"the config of {class_name(model)} has no {name!r}, which its Family names: correct"
-            " the description and register_family it again"
+            " the Family and call register_family again"
         )
     return getattr(config, name)

@@ -1,13 +1,13 @@
-"""Depths that are read through a lens: the even rule of the paper, and the check of given ones."""
+"""The layers of lens pairs: the paper's even spacing, and a check of layers that users pass."""
 
 from __future__ import annotations
 
 
 def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
-    """Return ``num_pairs`` depths spread evenly: ``round(i * num_layers / (num_pairs + 1))``.
+    """Return ``num_pairs`` evenly spaced depths: ``round(i * num_layers / (num_pairs + 1))``.
 
     Depth ``i`` is the output of block ``i``, counted from 1, as in Hugging Face's
-    ``hidden_states``. The rule gives the lists of the DistillLens paper for GPT-2 and Qwen2.5.
+    ``hidden_states``. The result equals the lists of the DistillLens paper for GPT-2 and Qwen2.5.
     """
     if not 1 <= num_pairs < num_layers:
         raise ValueError(
@@ -17,11 +17,11 @@ def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
 
 
 def check_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
-    """Return ``layers`` if every one is the output of a block before the last."""
+    """Return ``layers`` if each is the output of a block before the last, else raise."""
     for i in layers:
         if not 1 <= i < num_layers:
             raise ValueError(
                 f"{name} must lie in [1, {num_layers - 1}], got {i}: 1 is the first block's output,"
-                " and the last block's is the final term already"
+                " and the final loss term already compares the last block's output"
             )
     return layers

@@ -14,13 +14,13 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
-    """Return a causal language model, with its adapter where ``path`` holds one.
+    """Return a causal language model, with its adapter if ``path`` holds one.
 
-    Weights are read from safetensors alone, and no code that comes with a model is run.
+    Only safetensors files are read, and code in the model's repository is not run.
 
     Raises:
-        ValueError: There is no such model or dtype, or the model is not in safetensors.
-        RuntimeError: An adapter, and peft is not installed.
+        ValueError: The model or dtype does not exist, or the model is not in safetensors.
+        RuntimeError: ``path`` holds an adapter, and peft is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -34,30 +34,29 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
         adapter = find_adapter_config_file(path, local_files_only=not download)
         if adapter is None:
             return AutoModelForCausalLM.from_pretrained(path, **options)
-        if not _has(path, "adapter_model.safetensors", download):  # peft would take a pickle then
+        if not _has(path, "adapter_model.safetensors", download):  # peft would load a pickle
             raise ValueError(
-                "an adapter must hold adapter_model.safetensors, and this one does not; save it"
-                " again with save_pretrained"
+                "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
         from peft import AutoPeftModelForCausalLM
 
-        # For a relative path, peft asks the Hub for a tokenizer of that name.
+        # With a relative path, peft looks for a tokenizer of that name on the Hub.
         folder = str(Path(adapter).parent.absolute())
-        # peft freezes adapters by default, and a student must train. Base models load in eval mode.
+        # peft freezes adapters by default, but a student is trained. Base models load in eval mode.
         return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **options).eval()
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f"the model {path!r} needs the package {error.name}: pip install 'lens-kernels[train]'"
         ) from error
-    except Exception as error:  # every format has errors of its own for a file that is broken
+    except Exception as error:  # each file format raises its own errors for broken files
         raise ValueError(_unreadable("model", path, error, download)) from error
 
 
 def load_tokenizer(path: str, download: bool = False) -> Any:
-    """Return the tokenizer of a model, or of an adapter's base model if it has none of its own.
+    """Return the tokenizer of a model, or of its base model if an adapter has none.
 
     Raises:
-        ValueError: There is none.
+        ValueError: No tokenizer can be read.
     """
     try:
         source = path
@@ -72,10 +71,10 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
 
 
 def check_tokenizers(student: Any, teacher: Any) -> None:
-    """Check that both tokenizers give every token the same number.
+    """Check that both tokenizers give every token the same id.
 
     Raises:
-        ValueError: They do not; the message shows where.
+        ValueError: They do not; the message lists tokens that differ.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     differing = [name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]]
@@ -86,8 +85,8 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
             for name in sorted(differing)[:3]
         )
         raise ValueError(
-            f"student and teacher number {len(differing)} tokens differently: {shown}. Their"
-            " distributions cannot be compared: choose models of one tokenizer"
+            f"student and teacher have different ids for {len(differing)} tokens: {shown}. Their"
+            " distributions cannot be compared: choose models with the same tokenizer"
         )
 
 

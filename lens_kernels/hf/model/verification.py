@@ -1,4 +1,4 @@
-"""The check that a lens reads a model's last block as the model itself does."""
+"""Check that a lens head reproduces the model's own logits."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lens_kernels.lens import LensHead
 
 @torch.no_grad()
 def verify_lens(model: Any) -> None:
-    """Run a few tokens and check that the lens reads the last block's output as the model does.
+    """Check on a few tokens that the lens of the last block's output gives the model's logits.
 
-    Training modes and random state stay as they are.
+    The modules' training modes and the random state are unchanged afterwards.
 
     Raises:
-        ValueError: The lens does not give the model's own logits, or its norm not what the model's
-            norm gives of small rows, where ``eps`` counts.
+        ValueError: The lens's logits differ from the model's, or its norm differs from the model's
+            norm on small rows, where ``eps`` matters.
     """
     head = lens_head_from(model)
     embedding = causal_lm_of(model).get_input_embeddings().weight
     tokens = torch.arange(4, device=embedding.device)[None] % len(embedding)
     last = len(blocks_of(model))
-    # Parts may be frozen in another mode than the whole.
+    # Submodules may be in another mode than the model.
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -46,7 +46,7 @@ def verify_lens(model: Any) -> None:
 
 
 def _verify_eps(model: Any, head: LensHead, final: Tensor) -> None:
-    """Compare the norms on rows whose mean square is ``eps``: on others it hardly shows."""
+    """Compare the norms on rows whose mean square is ``eps``; larger rows hide a wrong ``eps``."""
     assert head.norm is not None
     size = final.float().square().mean(-1, keepdim=True).sqrt()
     rows = (final.float() / size * head.norm.eps**0.5).to(final.dtype)
@@ -56,9 +56,9 @@ def _verify_eps(model: Any, head: LensHead, final: Tensor) -> None:
 
 @torch.no_grad()
 def verify_lens_head(model: Any, head: LensHead, final: Tensor, logits: Tensor) -> None:
-    """Check that the lens reads the last block's output as the model itself does.
+    """Check that the lens of the last block's output gives the model's own logits.
 
-    ``final`` is the output of the last block, before the norm, and ``logits`` the model's own.
+    ``final`` is the output of the last block, before the norm. ``logits`` are the model's.
     """
     x = final.float()
     if head.norm is not None:
@@ -74,6 +74,6 @@ def _compare(model: Any, what: str, read: Tensor, own: Tensor) -> None:
     if not error <= limit * largest:
         raise ValueError(
             f"the lens of {class_name(model)} does not reproduce the model's {what}: they differ by"
-            f" {error / largest:.1e} of the largest. Its norm or head does more than its Family"
-            " says: correct that and register_family it again, or build a LensHead by hand"
+            f" {error / largest:.1e} of the largest value. The Family does not describe its"
+            " norm or head: correct it and call register_family again, or build a LensHead by hand"
         )

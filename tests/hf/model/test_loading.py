@@ -200,7 +200,7 @@ def test_a_broken_file_is_an_error_that_names_the_model(saved, adapter, name, lo
 def test_tokenizers_are_compared_by_their_numbers():
     tokenizer = tiny.tokenizer()
     check_tokenizers(tokenizer, tiny.tokenizer())
-    words = ["3 tokens differently", "'(' (student 60, teacher None)", "one tokenizer"]
+    words = ["different ids for 3 tokens", "'(' (student 60, teacher None)", "same tokenizer"]
     refused(words, check_tokenizers, tokenizer, tiny.tokenizer(vocab=60))
     added, swapped = tiny.tokenizer(), tiny.tokenizer()
     added.add_tokens(["one", "two"])

@@ -57,7 +57,7 @@ def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkey
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
-        ("other", "number 3 tokens differently: "),
+        ("other", "different ids for 3 tokens: "),
         ("none", "none' cannot be read: .*allow_download"),
     ],
 )

@@ -175,7 +175,7 @@ def test_every_option_of_inspect_reaches_the_function(files, tmp_path, monkeypat
     ("options", "more", "message"),
     [
         ({}, ["--layers", "1:2", "7:3"], r"student layers must lie in \[1, 2\], got 7"),
-        ({"teacher": "other"}, [], "number 3 tokens differently"),
+        ({"teacher": "other"}, [], "different ids for 3 tokens"),
         ({"teacher": "none"}, [], "the tokenizer '.*none' cannot be read"),
     ],
 )
@@ -189,7 +189,7 @@ def test_inspect_says_what_does_not_fit(files, tmp_path, capsys, options, more, 
 @pytest.mark.parametrize("pair", ["1", "1:2:3", "a:b", "1:", "1,2"])
 def test_layers_are_pairs(files, tmp_path, capsys, pair):
     message = stopped(inspection(files, tmp_path, "--layers", "1:2", pair), capsys)
-    assert f"--layers: must be two depths like 5:8, got '{pair}'" in message
+    assert f"--layers: must be two layers such as 5:8, got '{pair}'" in message
 
 
 def test_options_are_given_and_written_out(files, data, tmp_path, capsys):
