@@ -1,4 +1,4 @@
-"""What the documents claim: examples run, and files that are named exist."""
+"""The documents' examples run, and the files that they name exist."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_file_named_in_the_code_exists():
         assert all((ROOT / p).exists() for p in named), (source, named)
 
 
-def test_the_table_of_plans_is_what_plan_says():
+def test_the_readme_s_table_of_plans_matches_plan():
     assert f"\n{kernel_report.readme_table()}\n" in (ROOT / "README.md").read_text()
 
 
