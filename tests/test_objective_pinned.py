@@ -12,7 +12,6 @@ import torch
 
 from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_loss
 from tests.support.grids import PRECISIONS
-from tests.support.problems import map_head
 
 P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 
@@ -125,7 +124,7 @@ def forward_kl(request):
 
     def loss(student, teacher, student_head=None, teacher_head=None, **options):
         eye = LensHead(torch.eye(4))
-        heads = [map_head(h or eye, lambda x: x.to(dtype)) for h in (student_head, teacher_head)]
+        heads = [(h or eye).map(lambda x: x.to(dtype)) for h in (student_head, teacher_head)]
         hidden = [
             [h.to(dtype) for h in (side if isinstance(side, list) else [side])]
             for side in (student, teacher)
