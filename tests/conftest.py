@@ -8,8 +8,8 @@ import torch
 from lens_kernels import dispatch
 from tests.support.reference_backend import REFERENCE
 
-# The products here are small: beside other processes, waiting for a second thread takes longer
-# than it saves, up to a second for each test.
+# Matrices here are small. On a busy machine, waiting for a second thread costs up to a second
+# for each test, which is more than the thread saves.
 torch.set_num_threads(1)
 dispatch.REGISTRY[REFERENCE.name] = REFERENCE
 
@@ -17,7 +17,7 @@ dispatch.REGISTRY[REFERENCE.name] = REFERENCE
 def pytest_configure(config):
     """Run kernels in Triton's interpreter, which is chosen when they are imported.
 
-    The tests of a GPU alone compile them; all others have tensors of the CPU, wherever they run.
+    Only ``-m gpu`` compiles them. All other tests use CPU tensors, on any machine.
     """
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -30,5 +30,5 @@ def _seed():
 
 @pytest.fixture
 def always_active(monkeypatch):
-    """Leave entries out whatever their share: problems of tests are small, and use many of them."""
+    """Allow any share of active entries, because the small test problems use most of them."""
     monkeypatch.setattr("lens_kernels.backends.head_products.MAX_ACTIVE_SHARE", 1.0)

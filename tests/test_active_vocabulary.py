@@ -1,4 +1,4 @@
-"""The opt-in approximation: what it leaves out, what it gives back, and what it reports."""
+"""The ``grad_threshold`` option: the entries that it skips, and the share that it reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ N, V, D = 24, 600, 16
 
 
 def problem():
-    """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
+    """Return peaked models: most entries get almost no gradient. Head rows share a mean."""
     student = torch.randn(N, D, requires_grad=True)
     teacher = student.detach() + 0.3 * torch.randn(N, D)
     head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
@@ -30,7 +30,7 @@ def gradients(threshold, student, teacher, head, teacher_head, **options):
 
 
 def final(threshold, student, teacher, head, teacher_head, **options):
-    """The dropped share, and the gradients, of a final jsd."""
+    """Return the dropped share and the gradients of a final jsd."""
     finals = {"student_final": student, "teacher_final": teacher, "final_divergence": "jsd"}
     options |= {"grad_threshold": threshold}
     out = distillation_loss([], [], head, teacher_head, **finals, **options)
@@ -60,7 +60,7 @@ def test_threshold_zero_is_exact():
 
 @pytest.mark.parametrize("tile", [7, 3072])
 @pytest.mark.parametrize("weight", [1.0, 1e-4])
-def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
+def test_columns_above_the_threshold_are_used_at_any_token_weight(
     always_active, monkeypatch, weight, tile
 ):
     monkeypatch.setattr(head_products, "CPU_ACTIVE_TILE", tile)
@@ -75,7 +75,7 @@ def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
     assert (d_head[~used] == 0).all()
     error = (d_head[used] - exact[2][used]).abs().max()
     assert error <= 1e-5 * exact[2].abs().max()
-    # The mean of the head rows left out takes what they would have got in sum.
+    # The mean of the skipped head rows stands in for each of them.
     head = inputs[2].detach().double()
     rest = torch.outer(g[:, ~used].sum(1), head[~used].mean(0))
     expected = weight * (g[:, used] @ head[used] + rest)
@@ -86,10 +86,10 @@ def test_columns_above_the_threshold_are_used_whatever_the_weight_of_a_token(
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(("scale", "temperature"), [(1 / 64, 10.0), (4.0, 0.5)])
-def test_the_threshold_is_that_of_the_logits_at_any_scale(
+def test_the_threshold_applies_to_the_logits_gradient_at_any_scale(
     always_active, backend, scale, temperature
 ):
-    """At scale 1/64 and temperature 10 the products' own gradients are 640 times smaller."""
+    """At scale 1/64 and temperature 10, gradients of the matmul are 640 times smaller."""
     student, teacher, weight, teacher_weight = problem()
     with torch.no_grad():
         weight *= temperature / scale
@@ -120,7 +120,7 @@ def test_the_threshold_of_labels_does_not_depend_on_the_temperature(always_activ
     assert_near(*results, 1e-5)
 
 
-def test_what_was_dropped_is_reported(always_active):
+def test_the_dropped_share_is_reported(always_active):
     inputs = problem()
     g = logit_gradients(*inputs)
     assert final(None, *inputs)[0] == 0.0
@@ -132,7 +132,7 @@ def test_what_was_dropped_is_reported(always_active):
     assert final(1e3, *inputs)[0] == 1.0
 
 
-def test_everything_left_out_is_finite_and_chunks_and_masks_go_along(always_active):
+def test_dropping_every_entry_is_finite_with_chunks_and_masks(always_active):
     inputs = problem()
     mask = torch.rand(N) > 0.5
     _, d_student, d_head = gradients(1e3, *inputs, mask=mask, workspace_bytes=5 * 8 * row_stride(V))
@@ -144,7 +144,7 @@ def test_everything_left_out_is_finite_and_chunks_and_masks_go_along(always_acti
         assert (a - b).norm() <= 1e-3 * a.norm()
 
 
-def test_per_token_results_use_it_in_their_backward_pass():
+def test_per_token_losses_use_the_threshold_in_the_backward_pass():
     student, teacher, head, teacher_head = problem()
     rows = symmetric_lens_loss(
         student, teacher, head, teacher_head, reduction="none", grad_threshold=1e3
@@ -166,7 +166,7 @@ def test_torch_compile_takes_a_threshold(always_active):
         assert torch.equal(x, y)
 
 
-def test_a_nan_is_not_taken_for_small():
+def test_entries_with_a_nan_gradient_are_kept():
     student, teacher, head, teacher_head = problem()
     student = student.detach().clone()
     student[0, 0] = float("nan")
@@ -175,16 +175,16 @@ def test_a_nan_is_not_taken_for_small():
 
 
 @pytest.mark.parametrize("threshold", [1e-4, "bf16"])
-def test_blocks_of_the_pointwise_pass_are_surveyed_together(always_active, monkeypatch, threshold):
+def test_statistics_cover_all_blocks_of_the_pointwise_pass(always_active, monkeypatch, threshold):
     inputs = problem()
     whole = final(threshold, *inputs, backend="torch")
     assert whole[0] > 0
-    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows in five blocks
+    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows make five blocks
     assert_near(final(threshold, *inputs, backend="torch"), whole, 1e-5)
 
 
 @pytest.mark.parametrize(("share", "above"), [(0.6, False), (0.75, True)])
-def test_where_most_entries_are_used_all_are(share, above):
+def test_all_entries_are_used_if_most_are_active(share, above):
     inputs = problem()
     threshold = logit_gradients(*inputs).abs().amax(0).quantile(1 - share).item()
     dropped, *found = final(threshold, *inputs)
@@ -196,7 +196,7 @@ def test_where_most_entries_are_used_all_are(share, above):
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
 def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
-    """Near the teacher, where a fixed threshold would drop everything, it drops no more."""
+    """Near the teacher a fixed threshold would drop everything, and the preset does not."""
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
     inputs = student, teacher, head, teacher_head
@@ -217,15 +217,15 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 
 
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
-def test_beside_an_infinite_norm_nothing_is_left_out(large):
-    """The squares of 1e25 are infinite already."""
+def test_an_infinite_norm_keeps_every_entry(large):
+    """The square of 1e25 is infinite in float32."""
     survey = head_products.ColumnStatistics()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))
     assert survey.active(2.0**-9, relative=True).tolist() == [0, 1, 2]
     assert survey.active(0.5, relative=False).tolist() == [0, 1]
 
 
-def test_a_token_counts_by_its_weight_relative_to_the_largest(always_active):
+def test_the_threshold_uses_token_weights_relative_to_the_largest(always_active):
     student, teacher, head, teacher_head = problem()
     other = student.detach().clone().requires_grad_()
     light, threshold = 1e-2, 1e-4

@@ -1,4 +1,4 @@
-"""The command line says what the machine can do, and refuses what makes no sense."""
+"""The command line describes the machine and rejects invalid arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_env_lists_versions_devices_and_backends(capsys):
     assert "only if requested by name" in shown
 
 
-def test_env_says_what_is_not_installed(capsys, monkeypatch):
+def test_env_lists_missing_packages(capsys, monkeypatch):
     monkeypatch.setattr(cli, "PACKAGES", ("torch", "no-such-package"))
     cli.main(["env"])
     assert "no-such-package not installed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a call is said to cost, against operations and allocations that are counted."""
+"""The planned cost of a call against counted operations and allocations."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SIZES = (1536, 4096, 48, 64)
 
 @pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False), (False, False)])
 @pytest.mark.parametrize("workspace", [4 * MIB, 4096 * MIB])
-def test_operations_and_operands_are_those_that_are_counted(monkeypatch, workspace, wanted):
+def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace, wanted):
     made = make(SHAPE)
     grads = dict(zip(("head_grad", "hidden_grad"), wanted, strict=True))
     made.student_head.weight.requires_grad_(grads["head_grad"])
     for h in made.student_hidden:
         h.requires_grad_(grads["hidden_grad"])
     captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
-    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # tiles read the hidden states anew
+    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # each tile rereads the hidden states
     with torch.no_grad(), Products() as products:
         row_chunks.evaluate(captured)
     options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": workspace, **grads}
@@ -38,14 +38,14 @@ def test_operations_and_operands_are_those_that_are_counted(monkeypatch, workspa
     assert products.bytes == sum(multiplied) and len(multiplied) == 1 + any(wanted)
 
 
-def test_the_sweeps_pay_for_parts_of_the_vocabulary():
-    """8192 tokens of 16 bit: 2 MiB for 128 entries, which is the least that is held."""
+def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
+    """For 8192 tokens in 16 bits, the smallest chunk of 128 entries takes 2 MiB."""
     sizes = (8192, 128 * 250, 64, 32)
     whole, parts = (plan(*sizes, workspace_bytes=n)["triton"] for n in (10**9, 4 * MIB + 1))
     assert whole.workspace_bytes == 8192 * 128 * 250 * 2
     assert parts.workspace_bytes == 4 * MIB
     assert plan(*sizes, workspace_bytes=1)["triton"].workspace_bytes == 2 * MIB
-    # Operands of sweep 3, the rows' gradient, and the factor of the head's.
+    # Sweep 3 rereads both operands, the hidden gradient, and the operand of the head's GEMM.
     more = 124 * 8192 * ((64 + 32) * 2 + 2 * 64 * 4 + 64 * 2)
     assert parts.bytes_moved - whole.bytes_moved == more
     no_gradient = plan(*sizes, head_grad=False, hidden_grad=False)["triton"]
@@ -53,8 +53,8 @@ def test_the_sweeps_pay_for_parts_of_the_vocabulary():
     assert [step.name for step in no_gradient.steps] == ["log-sum-exps", "row sums"]
 
 
-def test_wide_factors_take_longer():
-    """In 16 bit a GPU multiplies ten times as fast; where it does not, torch takes wide copies."""
+def test_float32_operands_take_longer():
+    """A GPU multiplies 16 bits ten times as fast; other devices need float32 copies."""
     narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
     emulated = plan(*SIZES, device="mps")["torch"]
     costs = [p.steps[0].cost for p in (narrow, wide, emulated)]
@@ -94,7 +94,7 @@ def test_more_chunks_move_more_and_hold_less():
 def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
     wide = plan(*SIZES, dtype=torch.bfloat16, workspace_bytes=10**12)["torch"]
     narrow = plan(*SIZES, dtype=torch.float32, workspace_bytes=10**12)["torch"]
-    row = 4096 + 16  # one line of a cache more
+    row = 4096 + 16  # one cache line more
     assert wide.workspace_bytes == 1536 * (row * 8 + 4096 * 2)
     assert narrow.workspace_bytes == 1536 * row * 8
 

@@ -34,12 +34,12 @@ def test_auto_finds_a_backend_everywhere_that_is_not_the_reference(device):
 
 
 def tuned_for(monkeypatch, *keys):
-    """A GPU that is not there: only its file of tiles is asked, and no tensor is made on it."""
+    """Pretend that a GPU is tuned for these keys; no tensor is made on it."""
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "tiles", lambda device: dict.fromkeys(keys))
 
 
-def test_auto_takes_the_kernels_once_tuning_has_come_to_its_end(monkeypatch):
+def test_auto_uses_the_kernels_only_after_tuning_has_finished(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     for done, operand, names in (
         ([], bf16, ["torch"]),
@@ -68,7 +68,7 @@ def test_auto_is_torch_where_triton_is_broken(monkeypatch, error):
     assert str(error) in dispatch.REGISTRY["triton"].auto_excluded_reason(CUDA, None)
 
 
-def test_a_compiled_graph_does_not_look_into_the_file_of_tiles(monkeypatch, tmp_path):
+def test_a_compiled_graph_does_not_read_the_tile_file(monkeypatch, tmp_path):
     (tmp_path / "tiles.json").write_text('["gradients"]')
 
     @functools.cache
@@ -88,9 +88,9 @@ def test_a_compiled_graph_does_not_look_into_the_file_of_tiles(monkeypatch, tmp_
 
 
 @pytest.mark.parametrize("how", ["eager", "fullgraph"])
-def test_auto_takes_what_the_plan_says_is_cheaper(monkeypatch, how):
-    """With room for tiles of logits nothing is projected again; without, the head is read and its
-    gradient written anew for every few tokens."""
+def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch, how):
+    """A large workspace favours ``torch``. In a small one it rereads the head, and rewrites the
+    head gradient, for every few tokens."""
     entry = dispatch.REGISTRY["triton"]
     anywhere = dataclasses.replace(entry, auto_excluded_reason=lambda *args: None)
     monkeypatch.setitem(dispatch.REGISTRY, "triton", anywhere)
@@ -124,13 +124,13 @@ def test_auto_takes_what_the_plan_says_is_cheaper(monkeypatch, how):
     [
         ((), contextlib.nullcontext, {}),
         (("weight",), contextlib.nullcontext, {"head_grad": False}),
-        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),  # the norm's is left
+        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),  # norm alone
         (("hidden", "norm"), contextlib.nullcontext, {"hidden_grad": False}),
         ((), torch.no_grad, {"head_grad": False, "hidden_grad": False}),
         ((), lambda: torch.autocast("cpu", torch.bfloat16), {"dtype": torch.bfloat16}),
     ],
 )
-def test_a_plan_of_a_call_is_made_of_its_own_sizes(monkeypatch, frozen, context, planned_with):
+def test_a_call_is_planned_from_its_own_sizes(monkeypatch, frozen, context, planned_with):
     problem = make(Shape((3, 7), 50, 8, 12, 2), divergence="reverse_kl", norm="rms")
     problem.freeze(*(name for name in problem.leaves() if not name.startswith(frozen)))
     with context():
@@ -147,7 +147,7 @@ def free(shape):
     return Plan("free", (), 0)
 
 
-def test_auto_passes_over_a_backend_that_does_not_support_the_tensors(monkeypatch):
+def test_auto_skips_a_backend_that_does_not_support_the_tensors(monkeypatch):
     def unsupported_reason(device, fp64):
         return None if device.type == "cuda" else "no GPU"
 
@@ -169,11 +169,11 @@ def test_a_forced_backend_that_cannot_be_imported_says_so(monkeypatch):
 
 
 def test_a_backend_added_by_the_recipe_takes_part_in_auto_and_in_the_plan(monkeypatch):
-    """Two names in the registry are enough to need a cost for each."""
+    """With two eligible backends, ``auto`` compares their costs."""
     reference = dispatch.REGISTRY["reference"]
     for costs, taken in (
         (free, "new"),
-        (lambda shape: Plan("dear", (Step("x", 1 << 80, 0),), 0), "torch"),
+        (lambda shape: Plan("expensive", (Step("x", 1 << 80, 0),), 0), "torch"),
     ):
         new = Backend("new", reference.module, costs)
         monkeypatch.setitem(dispatch.REGISTRY, "new", new)
@@ -184,7 +184,7 @@ def test_a_backend_added_by_the_recipe_takes_part_in_auto_and_in_the_plan(monkey
     assert_close(loss_of(symmetric_lens_loss, problem), oracle(problem)[0], 1e-7)
 
 
-def test_the_package_has_no_backend_that_its_wheel_cannot_serve():
+def test_every_registered_backend_of_the_package_is_in_its_wheel():
     shipped = {name for name, x in dispatch.REGISTRY.items() if x.module.startswith("lens_kernels")}
     assert shipped == {"torch", "triton"}
 

@@ -1,4 +1,4 @@
-"""``distillation_loss`` against its terms computed apart: loss, metrics, one head gradient."""
+"""``distillation_loss`` against separately computed terms: loss, metrics, one head gradient."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ NO_LENS = Shape((5, 7), 97, 33, 17, 0)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kd_ratio", [0.3, 1.0])
 def test_terms_and_gradients(backend, feature, kd_ratio):
-    """Temperature tempers the divergences and never the cross entropy."""
+    """Temperature applies to the divergences and not to the cross entropy."""
     problem = make_objective(**FEATURES[feature])
     options = {"labels": some_labels(), "kd_ratio": kd_ratio}
     check_objective(problem, backend=backend, room=several_chunks(BATCH), **options)
@@ -34,7 +34,7 @@ def test_terms_and_gradients(backend, feature, kd_ratio):
 @backends
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_cross_entropy_alone_does_no_teacher_work(backend, feature):
-    """``kd_ratio=0`` neither needs a teacher nor reads one, and no lens of the student."""
+    """``kd_ratio=0`` reads neither the teacher nor the student's lens states."""
     problem, labels = make_objective(**FEATURES[feature]), some_labels()
     wide = problem.to(torch.float64)
     truth = terms_of(wide, labels=labels, kd_ratio=0.0, **problem.options)
@@ -78,7 +78,7 @@ def test_lens_coeff(backend, lens_coeff):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("denominator", [None, 17.0])
 def test_labels_mask_and_denominator(backend, labelled, masked, denominator):
-    """A mask overrides the labels in what counts, and cross entropy counts where both do."""
+    """A mask overrides the labels; cross entropy needs a mask of 1 and a label."""
     check_objective(
         make_objective(norm="layer", bias=True),
         labels=some_labels() if labelled else None,
@@ -107,7 +107,7 @@ def test_without_lens_pairs(backend):
 
 @backends
 @pytest.mark.parametrize("by", ["labels", "mask"])
-def test_nothing_counted_is_zero_with_zero_gradients(backend, by):
+def test_no_counted_token_gives_zero_loss_and_gradients(backend, by):
     options = {"labels": torch.full(BATCH.leading, -100)}
     if by == "mask":
         options = {"labels": some_labels(), "mask": torch.zeros(BATCH.leading)}
@@ -120,7 +120,7 @@ def test_nothing_counted_is_zero_with_zero_gradients(backend, by):
 
 @backends
 @pytest.mark.parametrize("final_divergence", ["reverse_kl", "akl"])
-def test_masked_positions_are_inert_whatever_they_hold(backend, final_divergence):
+def test_masked_positions_have_no_effect(backend, final_divergence):
     problem, labels = make_objective(norm="rms"), some_labels()
     options = {"labels": labels, "kd_ratio": 0.5, "final_divergence": final_divergence}
     clean, grads = solve_objective(problem, backend=backend, **options)

@@ -1,4 +1,4 @@
-"""What the documents claim: links lead somewhere, examples run, commands and files exist."""
+"""The documents are true: links resolve, examples run, and the commands and files exist."""
 
 from __future__ import annotations
 

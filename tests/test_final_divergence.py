@@ -19,7 +19,7 @@ BOTH = {"forward_kl": 0.5, "reverse_kl": 2.0}
 SUMS = {
     "two": BOTH,
     "one": {"jsd": 0.3},
-    "four, one of them off": {"jsd": 1, "tvd": 0.0, "hellinger": 2.0, "forward_kl": 0.25},
+    "four, one of weight 0": {"jsd": 1, "tvd": 0.0, "hellinger": 2.0, "forward_kl": 0.25},
     "adaptive": {"akl": 1.0},
     "adaptive and others": {"akl": 0.7, "forward_kl": 0.2, "jsd": 1.5},
 }
@@ -60,7 +60,7 @@ def test_adaptive_kl_of_a_prefix_of_the_vocabulary_with_a_mask_and_a_denominator
 
 
 def share_of(problem, **options):
-    """The head share that a call makes, ``(N,)``."""
+    """Return the head share that a call computes, ``(N,)``."""
     with pytest.MonkeyPatch.context() as patch:
         shares = recorded(patch, adaptive, "head_share")
         objective(problem, **options, **akl)
@@ -82,7 +82,7 @@ def test_masked_rows_are_not_projected_and_the_others_in_chunks(monkeypatch):
 
 
 def given_probabilities(teacher, student):
-    """The loss of one token whose distributions are these, and the student's hidden state."""
+    """Return the loss of a token with these distributions, and the student's hidden state."""
     heads, states = [], []
     for values in (student, teacher):
         x = torch.tensor([values])
@@ -96,14 +96,20 @@ def given_probabilities(teacher, student):
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
-        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),  # the second goes beyond one half
+        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),  # the second entry passes one half
         ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),  # the third does
-        ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),  # none after it is head
+        (
+            [0.04, 0.21, 0.3, 0.22, 0.23],
+            [0.2, 0.3, 0.1, 0.3, 0.1],
+            [2],
+        ),  # later entries are not head
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),  # the first does: the head is never empty
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),  # exactly one half; ties in order
     ],
 )
-def test_the_entry_beyond_one_half_is_of_the_tail_unless_it_is_the_first(teacher, student, head):
+def test_the_entry_that_passes_one_half_is_in_the_tail_unless_it_is_the_first(
+    teacher, student, head
+):
     p, q = (torch.tensor(x).double() for x in (teacher, student))
     assert sorted(oracle.head(p)) == head
     gap = (p - q).abs()
@@ -121,7 +127,7 @@ def test_identical_models_are_exactly_zero(backend):
     assert not any(g.any() for g in problem.gradients(out.loss).values())
 
 
-def test_entries_of_no_probability_change_nothing():
+def test_entries_of_probability_zero_have_no_effect():
     loss, student = given_probabilities([0.6, 0.4, 0.0], [0.2, 0.8, 0.0])
     expected, fewer = given_probabilities([0.6, 0.4], [0.2, 0.8])
     assert_close(loss, expected, 1e-6)
@@ -210,12 +216,12 @@ WRONG = {
 
 @pytest.mark.parametrize("function", [small_objective, DistillationLoss])
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_refused(function, case):
+def test_invalid_final_divergences_are_refused(function, case):
     value, error, words = WRONG[case]
     refused(error, ["final_divergence", *words], function, final_divergence=value)
 
 
-def test_the_share_waits_for_the_last_check(monkeypatch):
+def test_the_share_is_computed_after_all_checks(monkeypatch):
     monkeypatch.setattr(adaptive, "head_share", lambda *args: 1 / 0)
     for options in ({"beta": 1.0}, {"temperature": 0}, {"workspace_bytes": 0}):
         refused(ValueError, [*options], small_objective, **akl, **options)

@@ -50,21 +50,21 @@ def test_every_shape(backend, shape, divergence):
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 36, 37, 38])
 def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
-    """Too little for one row; one; a remainder of one; one short of all, all, and more."""
+    """Less than a row, one row, a last chunk of one row; then 36, 37 and 38 of the 37 rows."""
     problem = make(ODD, **FEATURES["everything"])
     check(problem, backend=backend, workspace_bytes=several_chunks(ODD, rows) or 1)
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
-    """At the ends the mixture is one of the two distributions, but for a part of 1e-6."""
+    """At the extremes, the mixture differs from one of the two distributions by 1e-6."""
     check(make(ODD, std=2.0), backend=backend, beta=beta)
     check(related(ODD, 2.0), 1e-5, backend=backend, beta=beta)
 
 
 @pytest.mark.parametrize("narrow", ["hidden", "head"])
 def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
-    """A float32 head on a 16-bit model, and the reverse: values are those given, as rounded."""
+    """A float32 head on a 16-bit model, and the reverse."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
     if narrow == "head" and backend == "triton":  # the kernels round rows to the head's dtype
@@ -75,7 +75,7 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
 
 
 INFINITE = {
-    # Divergences that are infinite where the teacher, the student, or both lack mass.
+    # The model without mass at some entries, and the divergences that are then infinite.
     "teacher": ("reverse_kl", "jeffreys"),
     "student": ("forward_kl", "jeffreys"),
     "both": (),
@@ -84,8 +84,8 @@ INFINITE = {
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("side", INFINITE)
-def test_infinite_divergences_are_infinite_and_no_others(backend, side, divergence):
-    """Biases of -inf on some entries: of the first tile of a kernel, and of all of the last."""
+def test_divergences_are_infinite_only_where_the_formula_is(backend, side, divergence):
+    """Biases are -inf at one entry of a kernel's first tile and at all entries of its last tile."""
     vocab = 211
     problem = make(Shape((9,), vocab, 8, 12, 1), bias=True, divergence=divergence)
     gone = torch.zeros(vocab, dtype=torch.bool)
@@ -97,7 +97,7 @@ def test_infinite_divergences_are_infinite_and_no_others(backend, side, divergen
     loss, grads = ours(problem, backend=backend)
     if divergence in INFINITE[side]:
         assert loss == math.inf
-        # A student without mass cannot get any: its other logits have the usual gradients.
+        # The gradient is finite where the student has no mass, because its -inf logits stay fixed.
         assert bool(grads["hidden0"].isfinite().all()) is (side == "student")
         return
     wide = problem.to(torch.float64)
@@ -112,7 +112,7 @@ def test_infinite_divergences_are_infinite_and_no_others(backend, side, divergen
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jeffreys"])
 def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
-    """A probability of exp(-300) is 0 in float32, as is that of a logit of -inf."""
+    """In float32 exp(-300) is 0, like the probability of a logit of -inf."""
     problem = make(ODD, bias=True, divergence=divergence)
     with torch.no_grad():
         for head in problem.args()[2:]:
@@ -129,10 +129,10 @@ def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
-    """The loss is exact for the inputs as rounded; gradients only bear the rounding of the result.
+    """The loss is exact for the rounded inputs. Only the final gradients are rounded to 16 bits.
 
-    At std 30 the products' own float32 rounding, not the inputs', is what the loss can show: there
-    the measure is what float32 torch makes of the same inputs.
+    At std 30 the float32 rounding of the matmul dominates the loss, so the limit is relative to the
+    error of float32 torch on the same inputs.
     """
     problem = related(ODD, std, bias=True, divergence=divergence).to(dtype)
     truth = oracle(problem)
@@ -153,10 +153,10 @@ def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
 @pytest.mark.parametrize("std", [10.0, 30.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_peaked_distributions(backend, divergence, std):
-    """Logits of 30 to 100 are rounded by 2e-6 to 4e-6 as float32 numbers, before anything is made
-    of them, and that error is a relative one in every probability. So the bound is that of a logit
-    of two deviations, or relative to dense float32 torch, which suffers it too. Of torch's loss
-    alone nothing may be left, where the errors of its rows happen to cancel.
+    """Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, a relative error in every probability.
+
+    The limit is the rounding of a logit of two standard deviations, or twice the error of dense
+    float32 torch. The second limit alone fails where the row errors of torch happen to cancel.
     """
     problem = related(ODD, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
@@ -181,7 +181,7 @@ def test_masks_differ_per_sample(backend, dtype, reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), -float("inf"), 3e38])
-def test_masked_rows_are_inert_whatever_they_hold(backend, garbage, reduction):
+def test_masked_rows_have_no_effect(backend, garbage, reduction):
     clean = make(BATCH, norm="rms", bias=True)
     mask = torch.rand(BATCH.leading) < 0.6
     options = dict(mask=mask, backend=backend, reduction=reduction)
@@ -195,8 +195,8 @@ def test_masked_rows_are_inert_whatever_they_hold(backend, garbage, reduction):
     assert reduction != "none" or not dirty_loss[:, ~mask].any()
 
 
-def test_masked_rows_are_inert_under_an_infinite_upstream_gradient(backend):
-    """The root of a row that is 0 because it is masked has an infinite slope."""
+def test_masked_rows_have_no_effect_under_an_infinite_upstream_gradient(backend):
+    """The square root has an infinite slope at a masked row, whose loss is 0."""
     problem = make(BATCH)
     mask = torch.rand(BATCH.leading) < 0.6
     rows = loss_of(symmetric_lens_loss, problem, mask=mask, reduction="none", backend=backend)
@@ -208,7 +208,7 @@ def test_masked_rows_are_inert_under_an_infinite_upstream_gradient(backend):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("nothing", ["all masked", "denominator of 0", "no tokens"])
-def test_without_a_token_all_is_zero(backend, nothing, reduction):
+def test_no_token_gives_zero_loss_and_gradients(backend, nothing, reduction):
     leading = (0,) if nothing == "no tokens" else (5, 7)
     options = {"reduction": reduction, "backend": backend}
     if nothing != "no tokens":
@@ -225,7 +225,7 @@ def test_without_a_token_all_is_zero(backend, nothing, reduction):
 
 @pytest.mark.parametrize("mask", [False, True])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
-def test_reduction_none_weighs_each_row_by_its_own_upstream_gradient(backend, feature, mask):
+def test_reduction_none_weights_each_row_by_its_upstream_gradient(backend, feature, mask):
     problem = make(BATCH, std=2.0, **FEATURES[feature])
     options = {"reduction": "none", "mask": torch.rand(BATCH.leading) < 0.5 if mask else None}
     options |= {"backend": backend, "workspace_bytes": several_chunks(BATCH)}
@@ -244,7 +244,7 @@ def test_layer_weights(backend, reduction, kind):
 
 @pytest.mark.parametrize("make_denominator", [float, int, lambda n: torch.tensor([n])])
 def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
-    """Four micro-batches with unequal numbers of tokens, one without any."""
+    """The four micro-batches have unequal numbers of tokens, and one has none."""
     problem = make(BATCH, norm="rms", bias=True)
     mask = torch.rand(BATCH.leading) < 0.5
     mask[3] = False
@@ -260,7 +260,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
-def test_a_denominator_of_less_than_one_is_taken_as_it_is(backend, denominator):
+def test_a_denominator_below_one_is_not_clamped(backend, denominator):
     """Tokens of the global batch over the number of ranks can be less than one."""
     check(make(ODD), denominator=denominator, backend=backend)
 
@@ -268,7 +268,7 @@ def test_a_denominator_of_less_than_one_is_taken_as_it_is(backend, denominator):
 @pytest.mark.parametrize("vocab", [(97, 97), (97, 120), (120, 97)])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_vocabulary_prefix(backend, feature, vocab):
-    """Both softmaxes are taken over the prefix, and what lies beyond it gets no gradient."""
+    """Both softmaxes use the prefix, and entries beyond it get no gradient."""
     prefix, shape = 90, Shape(BATCH.leading, 120, BATCH.student, BATCH.teacher, BATCH.pairs)
     problem = make(shape, **FEATURES[feature])
     problem.student_head, problem.teacher_head = (
@@ -312,7 +312,7 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
-    """Both models put e^-120 on most of the vocabulary: 0 in float32, where 0 log 0 is NaN."""
+    """Both models give most entries e^-120, which is 0 in float32, and 0 log 0 is NaN."""
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
     z_s[..., 7], z_t[..., 7] = 0.0, 0.0
@@ -327,7 +327,7 @@ def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergen
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergence):
-    """The truth is the problem without those columns."""
+    """The true values are those of the problem without these columns."""
     features = {"bias": True, "norm": "layer", "temperature": 1.5, "divergence": divergence}
     closed = torch.zeros(BATCH.vocab, dtype=torch.bool)
     closed[[0, 13, 14, BATCH.vocab - 1]] = True
@@ -343,7 +343,7 @@ def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergenc
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
-    """float32 loses them altogether where it forms a divergence by cancellation."""
+    """A formula with cancellation would lose all digits in float32."""
     problem = nearly_converged(divergence)
     expected, _ = oracle(problem, reduction="none")
     loss = loss_of(symmetric_lens_loss, problem, reduction="none", backend=backend)
@@ -356,8 +356,8 @@ def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, diverg
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_never_negative(backend, divergence, dtype):
-    """From almost equal to unrelated models, every row."""
+def test_no_row_is_negative(backend, divergence, dtype):
+    """The models range from almost equal to unrelated."""
     problem = make(ODD, std=3.0, divergence=divergence)
     problem.teacher_head = LensHead(problem.student_head.weight.detach())
     for distance in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):

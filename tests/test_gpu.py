@@ -1,6 +1,6 @@
-"""Checks of a GPU: marked ``gpu``, at full size; at the end on the CPU, at tiny sizes.
+"""GPU checks at full size, marked ``gpu``, and the same checks on the CPU at tiny sizes.
 
-Those at the end are for a GPU to find no typo.
+The CPU runs find typos before a GPU is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ EVERY = {"backend": BACKENDS, "dtype": DTYPES, "divergence": DIVERGENCES, "featu
 
 
 def gpu(*over, **more):
-    """Mark a test that needs a GPU, for every one of what is named."""
+    """Mark a test that needs a GPU, and parametrise it by these names and values."""
     absent = not torch.cuda.is_available()
     marks = [pytest.mark.gpu, pytest.mark.skipif(absent, reason="no GPU")]
     for name, values in ({name: EVERY[name] for name in over} | more).items():
@@ -41,7 +41,7 @@ def test_kernels_are_compiled():
     pytest.importorskip("triton")
     from lens_kernels.backends.triton.interpreter import INTERPRETING
 
-    assert not INTERPRETING, "TRITON_INTERPRET is set: nothing here would say anything of the GPU"
+    assert not INTERPRETING, "TRITON_INTERPRET is set: these tests would not run compiled kernels"
 
 
 @gpu("dtype", "divergence", "feature", "backend")
@@ -121,7 +121,7 @@ TINY = Shape((5,), 70, 24, 40, 2)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoke(backend):
-    """Each check runs, and passes, on the CPU."""
+    """Each check passes on the CPU."""
     if backend == "triton":
         pytest.importorskip("triton")
     for dtype in DTYPES:
@@ -137,7 +137,7 @@ def test_smoke(backend):
     check.determinism(CPU, backend, torch.bfloat16, "jsd", TINY, runs=2)
 
 
-def test_smoke_of_what_compares_the_backends():
+def test_smoke_of_the_checks_that_compare_backends():
     pytest.importorskip("triton")
     check.agreement(CPU, torch.float32, "jsd", TINY)
     check.agreement(CPU, torch.bfloat16, "tvd", TINY)
@@ -149,7 +149,7 @@ def test_smoke_of_what_compares_the_backends():
 
 
 def test_no_call_but_the_first_has_a_new_key():
-    """Triton's own keys of compiled kernels, found without a GPU: see recompilation.py."""
+    """Triton's keys of compiled kernels are computed without a GPU: see recompilation.py."""
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(

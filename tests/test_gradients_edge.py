@@ -1,4 +1,4 @@
-"""Gradients where things differ from the ordinary: partial, repeated, scaled, odd layouts."""
+"""Gradients in unusual cases: some leaves frozen, repeated or scaled backward, odd layouts."""
 
 import itertools
 
@@ -20,7 +20,7 @@ SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
-    """What asks for a gradient gets the same one, whoever else asks; the rest gets none."""
+    """A leaf's gradient does not depend on the other leaves; frozen leaves get none."""
     shape = Shape((3, 4), 61, 33, 17, 2)  # one tile of a kernel: there are 56 calls
     problem = make(shape, **FEATURES["everything"])
     upstream = torch.rand(2, *shape.leading) if reduction == "none" else None
@@ -37,7 +37,7 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 @pytest.mark.parametrize(
     ("wanted", "student_products"),
     [
-        # Of two pairs: the forward needs one with each head; each kind of gradient one more.
+        # GEMMs with the student's sizes, for two pairs: two forward, and one for each gradient.
         ((), 2),
         (("bias",), 2),
         (("hidden1",), 3),
@@ -51,7 +51,7 @@ def test_frozen_sides_in_every_combination(backend, reduction):
     ids=lambda x: ",".join(x) if isinstance(x, (tuple, list)) else str(x),
 )
 @pytest.mark.parametrize("masked", [False, True])
-def test_work_is_done_only_for_what_is_wanted(monkeypatch, wanted, student_products, masked):
+def test_only_the_required_gradients_cost_work(monkeypatch, wanted, student_products, masked):
     problem = make(BATCH, **FEATURES["everything"]).freeze(*wanted)
     mask = torch.rand(BATCH.leading) < 0.5 if masked else None
     tokens = int(mask.sum()) if masked else BATCH.tokens
@@ -77,7 +77,7 @@ def test_no_gradient_work_without_grad_mode(monkeypatch, context, reduction):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_teacher_gets_no_gradient_ever(backend, reduction):
+def test_the_teacher_never_gets_a_gradient(backend, reduction):
     problem = make(BATCH, norm="rms", bias=True)
     teacher = problem.teacher_hidden + list(problem.teacher_head.tensors().values())
     for x in teacher:
@@ -130,7 +130,7 @@ def test_one_row_s_upstream_gradient_reaches_that_row_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_layer_weights_receive_their_gradient(reduction, dtype):
-    """It is what each pair contributes."""
+    """The gradient of a layer weight is the loss of its pair."""
     problem = make(BATCH)
     weights = torch.tensor([0.5, 2.0], dtype=dtype, requires_grad=True)
     mask = torch.rand(BATCH.leading) < 0.5
@@ -142,7 +142,7 @@ def test_layer_weights_receive_their_gradient(reduction, dtype):
     expected = 3 * rows.flatten(1).sum(1) / (mask.sum() if reduction == "mean" else 1)
     assert weights.grad.dtype is dtype
     assert_close(weights.grad, expected, 1e-6 if dtype is not torch.bfloat16 else 4e-3)
-    # They may be the only ones that take a gradient.
+    # Layer weights may be the only tensors that take a gradient.
     loss_of(symmetric_lens_loss, problem.freeze(), layer_weights=weights).backward()
 
 
@@ -160,7 +160,7 @@ def test_double_backward_is_refused_clearly(of, reduction, keep):
     loss = loss_of(symmetric_lens_loss, problem, **options).sum()
     (grad,) = torch.autograd.grad(loss, wanted[of], create_graph=True, retain_graph=keep)
     with pytest.raises(RuntimeError, match="first derivatives only.*write the loss densely"):
-        # Beside something that is differentiable twice, so that nothing else objects.
+        # The added term is twice differentiable, so that only our operator raises the error.
         (grad.sum() + problem.student_hidden[0].square().sum()).backward()
 
 
@@ -203,7 +203,7 @@ def test_inputs_that_are_not_contiguous(backend, reduction):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_leaves_that_are_views_and_shared(backend):
-    """One hidden state as several pairs, and a slice of one: gradients add up."""
+    """A tensor and its slices enter several pairs, and the gradients add up."""
     base = torch.randn(6, 9, requires_grad=True)
     teacher = torch.randn(5, 9)
     head, other = torch.randn(2, 17, 9)
@@ -222,7 +222,7 @@ def test_results_repeat_bit_for_bit():
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """A mean over thousands of tokens: 1/N is applied after the products, not inside them."""
+    """In a mean over thousands of tokens, 1/N is applied after the GEMMs and not before."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -232,7 +232,7 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
-    """Heads that differ by 0.3 %: logit gradients near 1e-7, which float16 holds to one digit."""
+    """Heads that differ by 0.3 % have logit gradients near 1e-7: float16 keeps one digit."""
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).half().requires_grad_()
     head = (torch.randn(16384, 32) / 32**0.5).half().requires_grad_()
@@ -252,7 +252,7 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
-    """The student gives both entries 1/2, the teacher gives the second one exp(-400)."""
+    """The student gives both entries 1/2; the teacher gives the second entry exp(-400)."""
     student = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     teacher, head = torch.tensor([[0.0, -400.0]]).half(), torch.eye(2).half()
     call = {"divergence": divergence, "backend": backend}
@@ -266,7 +266,7 @@ def test_float16_gradients_of_pairs_with_small_weights(backend):
     options = {"layer_weights": [1.0, 1e-2, 1e-3, 1e-4], "reduction": "sum"}
     _, expected = oracle(problem, **options)
     loss = loss_of(symmetric_lens_loss, problem, backend=backend, **options)
-    # Hidden gradients come out in float16 themselves, so they are read through a larger loss.
+    # Hidden gradients are float16 too: a larger loss keeps them from underflowing.
     grads = problem.gradients(loss, grad_outputs=torch.tensor(2.0**10))
     for i in range(4):
         assert_close(grads[f"hidden{i}"].double() / 2**10, expected[f"hidden{i}"], 1e-3)

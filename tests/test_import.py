@@ -1,4 +1,4 @@
-"""What importing the package loads, and that the op needs nothing but torch."""
+"""Importing the package loads only torch, and the op needs nothing else."""
 
 import pytest
 
@@ -21,7 +21,7 @@ HEAVY = ["transformers", "accelerate", "datasets", "matplotlib", "reference"]
     [
         ("from lens_kernels import symmetric_lens_loss", ["triton", *HEAVY]),
         ("from lens_kernels import *", ["triton", *HEAVY]),
-        (USE, HEAVY),  # torch itself imports triton, where there is one, to call a custom operator
+        (USE, HEAVY),  # torch imports an installed triton to call a custom operator
     ],
     ids=["name", "star", "use"],
 )

@@ -1,7 +1,7 @@
-"""Everything that is refused: the class of the error, and a message that names what is wrong.
+"""Invalid inputs raise an error of the right class, with a message that names the problem.
 
-Each case gives what is wrong, the error, and words its message must hold: the argument, what came,
-and what was expected.
+Each case gives the invalid value, the error, and words that the message must hold: the argument,
+the value that was passed, and the values that are allowed.
 """
 
 import re
@@ -17,7 +17,7 @@ from tests.support.refusals import small_objective as objective
 from tests.support.refusals import small_op as op
 
 
-def test_what_is_well_formed_passes():
+def test_valid_inputs_are_accepted():
     assert op().shape == () and op(reduction="none").shape == (1, 3)
     assert objective(labels=LABELS, kd_ratio=0.5).loss.shape == ()
 
@@ -141,17 +141,17 @@ def test_lens_objects(make, error, words):
 
 
 def number(*values):
-    """Cases of what is no number, by its kind."""
+    """Return cases of values that are not numbers, by type."""
     return {type(x).__name__: (x, TypeError, ["number", type(x).__name__]) for x in values}
 
 
 def outside(words, *values):
-    """Cases of numbers outside the range."""
+    """Return cases of numbers outside the range."""
     return {str(x): (x, ValueError, [*words, str(x)]) for x in values}
 
 
 def unknown(*known):
-    """Cases of a name that is not known, and of what is no name."""
+    """Return cases of unknown names and of values that are not strings."""
     cases = {f"{x!r}": (x, ValueError, [f"{x!r}", *map(repr, known)]) for x in ("js", "JSD", "")}
     others = (None, 1, ["jsd"])
     return cases | {str(x): (x, TypeError, ["string", type(x).__name__]) for x in others}
@@ -159,7 +159,7 @@ def unknown(*known):
 
 NO_NUMBERS = number(True, None, "1", torch.tensor(0.5), [0.5])
 DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"]
-# What an argument may not be, alone.
+# Values that are invalid whatever the other arguments are.
 ARGUMENTS = {
     "mask": {
         "list": ([1, 1, 1], TypeError, ["tensor", "list"]),
@@ -205,7 +205,7 @@ ARGUMENTS = {
         "device": (torch.ones(1, device="meta"), ValueError, ["meta", "cpu"]),
     },
     "denominator": {
-        **number(True, "1", [0.5]),  # None and a tensor are good
+        **number(True, "1", [0.5]),  # None and a tensor are valid
         **outside(["above 0"], 0, -1.0, NAN, INF),
         "two": (torch.ones(2), ValueError, ["one-element", "(2,)"]),
         "no element": (torch.ones(0), ValueError, ["one-element", "(0,)"]),
@@ -215,7 +215,7 @@ ARGUMENTS = {
         "complex": (torch.tensor(1j), TypeError, ["real number", "complex64"]),
         "device": (torch.tensor(1, device="meta"), ValueError, ["meta", "cpu"]),
     },
-    # An open interval, whose ends have names of their own.
+    # An open interval: each of its ends is another divergence, with its own name.
     "beta": NO_NUMBERS
     | outside(["between 0 and 1", "forward_kl", "reverse_kl"], 0, 1, 0.0, 1.0, -0.1, 1.5, NAN, INF),
     "temperature": NO_NUMBERS | outside(["above 0"], 0, -1.0, NAN, INF),
@@ -258,7 +258,7 @@ def test_arguments(argument, case):
 
 
 BIGGER = {"teacher_head": torch.randn(9, 5)}
-# Arguments that are good alone, and not beside the others.
+# Arguments that are valid alone and invalid together.
 TOGETHER = [
     (objective, {"student": []}, ["pair up", "0 and 1"]),
     (objective, {"student_final": torch.randn(4, 4)}, ["student_final has (4,)"]),
@@ -290,12 +290,12 @@ def test_final_hidden_states_are_tensors(side, value):
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 1), (6,), (3, 2)])
-def test_a_mask_of_one_row_is_not_spread_over_the_batch(shape):
+def test_a_mask_is_never_broadcast(shape):
     s, t = torch.randn(2, 3, 4), torch.randn(2, 3, 5)
     refused(ValueError, ["mask", "(2, 3)", str(shape)], op, s, t, mask=torch.ones(shape))
 
 
-def test_options_are_keywords_and_known():
+def test_options_must_be_known_keywords():
     refused(TypeError, ["positional"], lens_loss, S, T, W_S, W_T, None)
     refused(TypeError, ["no_such"], op, no_such=1)
 
@@ -327,7 +327,7 @@ def test_nothing_is_computed_before_the_last_check(monkeypatch, options):
         op(**options)
 
 
-def test_autocast_does_not_let_integers_pass():
+def test_autocast_does_not_accept_integers():
     with torch.autocast("cpu", torch.bfloat16):
         loss = op(S.bfloat16(), T.half(), teacher_head=LensHead(W_T.bfloat16()))
         assert torch.isfinite(loss)

@@ -1,4 +1,4 @@
-"""Imports point one way, and private names of other libraries stay in one module."""
+"""Imports have one direction, and only one module uses private names of other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCES = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 HF = "lens_kernels.hf"
-# The folders of lens_kernels/hf, each with those that it may import from.
+# Each folder of lens_kernels/hf, with the folders that it may import from.
 BELOW = {
     "model": set(),
     "cache": set(),
@@ -28,7 +28,7 @@ BELOW = {
 
 
 def imported(name: str) -> set[str]:
-    """Return the package's modules that a module imports anywhere: at its top, late, for types."""
+    """Return the package's modules that a module imports, at the top or later, or for types."""
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
@@ -59,7 +59,7 @@ def test_the_folders_of_hf_import_one_way():
         assert targets <= BELOW[folder] | {folder}, name
 
 
-DOCUMENTED = {"_replace", "_asdict", "_fields"}  # public in spite of the underscore: NamedTuple
+DOCUMENTED = {"_replace", "_asdict", "_fields"}  # NamedTuple's public names with an underscore
 
 
 def is_private(name: object) -> bool:

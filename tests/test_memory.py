@@ -3,10 +3,10 @@
 The bound, in bytes, for ``L`` pairs of ``N`` tokens:
 
     workspace_bytes                      the two tiles of logits
-  + TEMPORARIES * 4 * 2^18               an eager pointwise step takes blocks of 2^18 logits
+  + TEMPORARIES * 4 * 2^18               eager pointwise steps work on blocks of 2^18 logits
   + 4 * (L N D_s + V D_s)                the gradients, float32
-  + OTHER * 4 * R (D_s + D_t)            a chunk of R rows before and behind the products
-  + SMALL * 4 * L N                      rows, weights, and the sums over them
+  + OTHER * 4 * R (D_s + D_t)            a chunk of R rows before and after the GEMMs
+  + SMALL * 4 * L N                      rows, weights, and their sums
 """
 
 import math
@@ -29,11 +29,11 @@ TEMPORARIES, OTHER, SMALL = 16, 8, 8
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Never compile the pointwise pass: the bound is that of eager steps."""
+    """Never compile the pointwise pass, because the bound assumes eager steps."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
 
 
-def test_the_measurement_sees_temporaries_and_what_is_freed():
+def test_the_measurement_counts_temporaries_and_freed_memory():
     x = torch.zeros(2**20)
     assert 8 * MIB <= peak_bytes(lambda: (x + 1) * 2 + 1) < 9 * MIB
     assert 12 * MIB <= peak_bytes(lambda: (x + 1, x + 2, x + 3)) < 13 * MIB
@@ -41,7 +41,7 @@ def test_the_measurement_sees_temporaries_and_what_is_freed():
 
 
 def peak_of(monkeypatch, problem, **options):
-    """Return the most bytes that the torch backend holds for a call."""
+    """Return the peak memory of the torch backend in a call, in bytes."""
     call = capture_call(monkeypatch, problem, **options)
     return peak_bytes(torch.no_grad()(lambda: row_chunks.evaluate(call)))
 
@@ -57,16 +57,16 @@ def bound(shape, workspace):
     )
 
 
-def test_rows_of_a_tile_begin_at_lines_of_the_cache(monkeypatch):
+def test_rows_of_a_tile_begin_at_cache_lines(monkeypatch):
     tiles = recorded(monkeypatch, matmul, "project")
     call = capture_call(monkeypatch, make(Shape((30,), 501, 8, 8, 1)))
     with torch.no_grad():
         row_chunks.evaluate(call)
     strides = [args[-1].stride() for args, _ in tiles]
-    assert strides == 2 * [(528, 1)]  # 33 lines of 16 logits: 32 would be even
+    assert strides == 2 * [(528, 1)]  # 33 cache lines of 16 logits: the number must be odd
 
 
-LARGE = Shape((2048,), 4099, 32, 48, 2)  # one tile of all its logits would take 32 MiB, two 64
+LARGE = Shape((2048,), 4099, 32, 48, 2)  # a tile with all logits takes 32 MiB
 
 
 @pytest.mark.usefixtures("eager")
@@ -82,8 +82,8 @@ def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
 
 
 @pytest.mark.usefixtures("eager")
-def test_the_workspace_is_what_it_says(monkeypatch):
-    """The peak follows the tiles, which fill the workspace but for the evening out of chunks."""
+def test_the_tiles_fill_the_workspace(monkeypatch):
+    """The peak grows with the tiles, which fill 75 to 100 % of the workspace."""
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
         row = 8 * row_stride(LARGE.vocab)
@@ -112,7 +112,7 @@ def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
 
 @pytest.mark.usefixtures("eager")
 def test_16_bit_heads_are_not_copied(monkeypatch):
-    """They are widened tile by tile: whole copies would take 24 MiB."""
+    """Heads are widened tile by tile; whole copies would take 24 MiB."""
     problem = make(Shape((64,), 8192, 256, 512, 1))
     dtypes = torch.float32, torch.bfloat16
     wide, narrow = (peak_of(monkeypatch, problem.to(dtype)) for dtype in dtypes)
@@ -133,7 +133,7 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
 
 
 def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
-    """All of them, which is the most there can be, with their rows of the head take 15 MiB more."""
+    """Gathering all active entries and their head rows at once would take 15 MiB more."""
     shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
     exact, active = (
         peak_of(monkeypatch, make(shape), grad_threshold=threshold) for threshold in (None, 0.0)
@@ -160,7 +160,7 @@ SYNCHRONISING |= {"masked_select", "unique", "_unique2", "bincount", "repeat_int
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
-def test_the_host_never_waits_but_once_for_a_mask(monkeypatch, feature, labelled, masked):
+def test_the_host_synchronises_only_once_for_a_mask(monkeypatch, feature, labelled, masked):
     shape = Shape((4, 9), 61, 8, 8, 1)
     problem = make_objective(shape, **FEATURES[feature])
     options = {"mask": torch.rand(shape.leading) < 0.5} if masked else {}
@@ -171,7 +171,7 @@ def test_the_host_never_waits_but_once_for_a_mask(monkeypatch, feature, labelled
     with Watch() as watch, torch.no_grad():
         row_chunks.evaluate(call)
     waits = [name for name in watch.names if name in SYNCHRONISING]
-    # Labels bring a mask of their own: the positions that have one.
+    # Labels imply a mask: the positions that have a label.
     assert waits == (["nonzero"] if masked or labelled else [])
 
 
@@ -182,7 +182,7 @@ def test_the_watch_sees_a_synchronisation():
     assert [n for n in watch.names if n in SYNCHRONISING] == ["_local_scalar_dense", "nonzero"]
 
 
-def test_the_backward_pass_waits_for_nothing():
+def test_the_backward_pass_never_synchronises():
     problem = make(Shape((9,), 61, 8, 8, 2), **FEATURES["everything"])
     loss = symmetric_lens_loss(*problem.args())
     with Watch() as watch:

@@ -1,7 +1,7 @@
-"""Frozen values of the objective. A difference here changes what is minimised: say so, or undo it.
+"""Frozen values of the objective. A failure here means that the objective itself has changed.
 
 Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so hidden states are
-logits. Each value is a short sum of logarithms, written beside it; L stands for ln 2.
+logits. The sum of logarithms that gives each value is written beside it; L is ln 2.
 """
 
 import inspect
@@ -12,7 +12,6 @@ import torch
 
 from lens_kernels import LensHead, LensNorm, distillation_loss, symmetric_lens_loss
 from tests.support.grids import PRECISIONS
-from tests.support.problems import map_head
 
 P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 
@@ -114,18 +113,18 @@ def test_defaults(function, own):
     assert {p.name: p.default for p in parameters if p.default is not p.empty} == SHARED | own
 
 
-# Of a whole loss, which float32 forms in a few roundings.
+# Relative tolerances for a loss, which float32 computes with a few roundings.
 RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda x: f"{x[0]}-{str(x[1]).split('.')[1]}")
 def forward_kl(request):
-    """The forward KL, whose value is easy to follow, between heads of one's choice."""
+    """Return the loss with the forward KL, whose values are easy to compute by hand."""
     backend, dtype = request.param
 
     def loss(student, teacher, student_head=None, teacher_head=None, **options):
         eye = LensHead(torch.eye(4))
-        heads = [map_head(h or eye, lambda x: x.to(dtype)) for h in (student_head, teacher_head)]
+        heads = [(h or eye).map(lambda x: x.to(dtype)) for h in (student_head, teacher_head)]
         hidden = [
             [h.to(dtype) for h in (side if isinstance(side, list) else [side])]
             for side in (student, teacher)
@@ -137,7 +136,7 @@ def forward_kl(request):
 
 
 def agrees(loss, value):
-    """Say whether a loss is the value to the digits of its dtype."""
+    """Return whether a loss equals the value within the tolerance of its dtype."""
     return loss.item() == pytest.approx(value, rel=RELATIVE[loss.dtype])
 
 
@@ -152,7 +151,7 @@ def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
 
 
 def test_scale_then_softcap_then_temperature(forward_kl):
-    """softcap tanh(scale (h + b) / softcap) / T of one logit against 0: a coin's probability."""
+    """The student's logits are softcap tanh(scale (h + b) / softcap) / T and 0."""
     h = torch.tensor([[1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     bias = torch.tensor([0.5, 0.0], dtype=torch.float64)
@@ -190,7 +189,7 @@ def test_norms(forward_kl, norm, first, second):
 
 
 def test_reductions_and_weights(forward_kl):
-    """Two pairs, one of them perfect; three tokens, one of them masked: 7/8 L a token."""
+    """One of two pairs has loss 7/8 L a token and the other 0; one of three tokens is masked."""
     student, teacher = logits(Q).expand(3, 4), logits(P).expand(3, 4)
     pairs = ([student, teacher], [teacher, teacher])
     mask = torch.tensor([1, 0, 1])

@@ -1,4 +1,4 @@
-"""Options of a command made from a function's signature and docstring."""
+"""Command-line options that are built from a function's signature and docstring."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def parser():
     return parser
 
 
-def test_texts_are_those_of_the_arguments():
+def test_texts_come_from_the_docstring():
     texts = argument_texts(sample)
     assert list(texts) == [name for name in signature(sample).parameters if name != "hidden"]
     assert texts["text"] == "The first, with code and 50% of: a sign."

@@ -1,4 +1,4 @@
-"""The oldest versions that are tested are those that pyproject.toml allows."""
+"""The oldest tested versions are the lower bounds in pyproject.toml."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The wheel holds the package alone, and works beside its declared dependencies alone."""
+"""The wheel holds only the package and works with only its declared dependencies."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ print(sys.modules["lens_kernels"].__file__)
 
 
 def call(*command: str | Path, folder: Path) -> str:
-    """Run a command in a folder and return what it prints.
+    """Run a command in a folder and return its output.
 
-    It sees no module of this checkout, and kernels that are compiled, as a user does.
+    The command cannot import this checkout and does not use Triton's interpreter.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -55,13 +55,13 @@ def wheel(tmp_path_factory):
 
 
 def needed(name: str) -> set[str]:
-    """Return the installed distributions that one needs, itself included."""
+    """Return a distribution's installed dependencies and its own name."""
     found, left = set(), [name]
     while left:
         name = left.pop()
         try:
             requirements = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:  # a CPU build of torch does without some
+        except metadata.PackageNotFoundError:  # a CPU build of torch lacks some
             continue
         if name not in found:
             found.add(name)
@@ -72,7 +72,7 @@ def needed(name: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Make an environment of the wheel and what it declares, without a network; return its bin."""
+    """Install the wheel and its dependencies into an environment, offline; return its bin."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -101,7 +101,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     assert packed == files
 
 
-def test_the_wheel_computes_a_loss_beside_its_dependencies_alone(environment, tmp_path):
+def test_the_wheel_computes_a_loss_with_only_its_dependencies(environment, tmp_path):
     where = call(environment / "python", "-c", USE, folder=tmp_path)
     assert where.startswith(str(environment.parent))
 

@@ -23,7 +23,7 @@ from tests.mutants.process import run_pytest
 
 ROOT = HERE.parents[1]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "demo_output")
-# Code that cannot be loaded says nothing about the tests.
+# A fault that cannot be loaded does not count as caught.
 NOT_LOADED = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|NameError")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", re.MULTILINE)
 SECONDS = 600  # for the tests of one fault
@@ -56,8 +56,14 @@ def main() -> int:
         "python -m tests.mutants", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="Plant these; write no table.")
-    parser.add_argument("--list", action="store_true", help="Show the faults, and those unfit.")
-    parser.add_argument("--jobs", type=int, default=1, help="Faults at a time. Default: 1.")
+    parser.add_argument(
+        "--list",
+        action="store_true",
+        help="List the faults; mark those that no longer fit the code.",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="Number of faults planted in parallel. Default: 1."
+    )
     options = parser.parse_args()
     faults = {fault.name: fault for fault in read_faults()}
     if options.only:
@@ -82,7 +88,7 @@ def main() -> int:
         tests = list(pool.map(attempt, faults.values()))
         if not any(tests):
             return 1
-        # A test that fails without a fault as well has caught nothing.
+        # A test that also fails without a fault has caught nothing.
         status, output = run_pytest(copies.get(), sorted({*tests} - {""}), None)
     broken = {match[1] for match in FAILED.finditer(output)}
     caught = ["" if test in broken else test for test in tests]

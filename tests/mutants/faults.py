@@ -1,12 +1,12 @@
-"""The lists of faults: a paragraph of ``*.txt`` for each.
+"""Reads the lists of faults. Each paragraph of ``*.txt`` is a fault.
 
 A paragraph is::
 
     name: what is broken
     @ file.py                      only where the code below is in several files
     - the code to replace, which occurs once in the package or in reference/
-    + what replaces it; without such a line the code is deleted
-    > test_file.py -k expression   arguments of pytest; a file of tests is found by its name
+    + the new code; without such a line the old code is deleted
+    > test_file.py -k expression   arguments of pytest; test files are found by name
 """
 
 import shlex
@@ -39,7 +39,7 @@ class Fault:
         return found[0]
 
     def objection(self, root: Path) -> str:
-        """Say why the fault cannot be planted, or return an empty text."""
+        """Return why the fault cannot be planted, or an empty string."""
         try:
             self.target(root), self.arguments(root)
         except LookupError as error:

@@ -1,4 +1,4 @@
-"""Runs of pytest in a folder, each in a process that begins with the large libraries loaded."""
+"""Runs pytest in a folder, in a process that starts with the large libraries loaded."""
 
 import multiprocessing
 import os
@@ -12,8 +12,8 @@ LOADED = ["pytest", "torch._dynamo", "triton.language", "transformers.trainer", 
 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float | None) -> tuple[int, str]:
-    """Return the exit status of pytest in the folder ``root``, and what it printed."""
-    # Before the server starts: it hands them on to what it loads.
+    """Return the exit status and the output of pytest in the folder ``root``."""
+    # The fork server reads these when it starts and loads the libraries.
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     PROCESSES.set_forkserver_preload(LOADED)
     log = root.with_suffix(".log")
@@ -22,7 +22,7 @@ def run_pytest(root: Path, arguments: list[str], timeout: float | None) -> tuple
     process.join(timeout)
     if process.exitcode is None:
         process.kill()
-        return -1, f"no end after {timeout} s"
+        return -1, f"timed out after {timeout} s"
     return process.exitcode, log.read_text()
 
 
@@ -34,7 +34,7 @@ def _pytest(root: Path, arguments: list[str], log: Path) -> None:
     sys.path.insert(0, str(root))
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
-    # Bytecode is found by time and size, which a fault may leave as they were.
+    # Bytecode is keyed by time and size, which a fault may not change.
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
     command = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""The published lens term against ours: equal without its quirks, and what each quirk does."""
+"""The published lens term against ours: equal without its quirks, and each quirk's effect."""
 
 import itertools
 
@@ -12,13 +12,13 @@ from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BACKENDS, Shape
 from tests.support.problems import ours, related
 
-SHAPE = Shape((4, 6), 61, 12, 12, 3)  # four samples, three layers: the tiling meets every sample
+SHAPE = Shape((4, 6), 61, 12, 12, 3)  # with three layers, the tiled mask mixes all four samples
 
 
 @pytest.fixture
 def problem():
     problem = related(SHAPE, std=2.0, norm="rms", bias=True)
-    # The models differ by an amount that grows with the sample: a wrong mask then shows.
+    # The models differ more from sample to sample, so that a wrong mask changes the loss.
     size = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
     problem.teacher_hidden = [
         (h + size * torch.randn_like(h)).detach() for h in problem.student_hidden
@@ -28,7 +28,7 @@ def problem():
 
 @pytest.fixture
 def mask():
-    """Responses of different lengths."""
+    """Return a mask of responses of different lengths."""
     return (torch.arange(6) >= torch.tensor([[0], [2], [4], [5]])).float()
 
 
@@ -37,7 +37,7 @@ def published(problem, mask, quirks=PUBLISHED):
 
 
 def pair_by_pair(problem, mask, final_norm=True):
-    """The mean over samples, pairs and unmasked positions, in the plainest loops."""
+    """Return the mean over samples, pairs and unmasked positions, computed in plain loops."""
     total = 0.0
     for h_s, h_t in zip(problem.student_hidden, problem.teacher_hidden, strict=True):
         for b, t in itertools.product(range(4), range(6)):
@@ -60,7 +60,7 @@ def test_the_tiled_mask_masks_samples_by_each_other(problem, mask):
     right = published(problem, mask, OURS)
     tiled = published(problem, mask, Quirks(tiled_mask=True))
     assert abs(tiled / right - 1) > 0.05
-    # Row b * 3 + l should have the mask of sample b, and gets that of (b * 3 + l) mod 4.
+    # Row b * 3 + l should have the mask of sample b, and gets the mask of (b * 3 + l) mod 4.
     wrong = sum((b * 3 + layer) % 4 != b for b in range(4) for layer in range(3))
     assert wrong == 8
     rows = dense.lens_loss(*problem.args(), reduction="none")

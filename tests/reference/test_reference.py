@@ -1,4 +1,4 @@
-"""The oracle itself: against torch.distributions, torch.nn, and numbers worked out by hand."""
+"""The oracle against torch.distributions, torch.nn, and values computed by hand."""
 
 import math
 
@@ -37,7 +37,7 @@ def test_jsd_is_the_entropy_of_the_mixture_less_the_mean_entropy(pair, beta):
     expected = expected - beta * Categorical(probs=p).entropy()
     expected = expected - (1 - beta) * Categorical(probs=q).entropy()
     torch.testing.assert_close(dense.divergence("jsd", p, q, beta), expected)
-    # The limits at the ends of beta are KL divergences, but only after division by the weight.
+    # As beta goes to 0, jsd / beta goes to a KL divergence.
     small = dense.divergence("jsd", p, q, 1e-5) / 1e-5
     torch.testing.assert_close(small, kl(p, q), rtol=1e-2, atol=0)
 
@@ -53,7 +53,7 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize("name", BY_HAND)
-def test_numbers_worked_out_by_hand(name):
+def test_divergences_match_values_computed_by_hand(name):
     p, q = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], dtype=torch.float64)
     assert dense.divergence(name, p, q).item() == pytest.approx(BY_HAND[name], abs=1e-15)
 
@@ -100,7 +100,7 @@ def test_logits_agree_with_a_linear_layer():
     torch.testing.assert_close(dense.lens_logits(h, head, True, 4), capped[:, :4])
 
 
-def test_the_norm_is_applied_only_where_asked():
+def test_the_norm_is_applied_only_if_requested():
     h, weight = torch.randn(4, 6).double(), torch.randn(9, 6).double()
     head = LensHead(weight, norm=LensNorm("rms", None, eps=0.0))
     torch.testing.assert_close(dense.lens_logits(h, head, False, None), h @ weight.T)

@@ -1,4 +1,4 @@
-"""Arguments of ``lens-kernels train`` on tiny models, and what a run leaves behind."""
+"""Arguments of ``lens-kernels train`` on tiny models, and the results of a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Comparison with a truth, relative to the truth's own largest entry.
+"""Comparison with a true value, relative to its largest entry.
 
-An absolute tolerance above the signal lets a gradient of zeros pass. Here zeros have error 1, NaN
-is always a failure, and the truth itself has to be one that shuffled values would not match.
+An absolute tolerance larger than the gradient would accept zeros. Here zeros have error 1 and NaN
+always fails. The true value itself must differ from its own entries in another order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-LOSS, GRADIENT = 1e-6, 1e-5  # of float32 against the float64 oracle
+LOSS, GRADIENT = 1e-6, 1e-5  # float32 against the float64 oracle
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
@@ -32,7 +32,7 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 def assert_close(actual: Tensor | None, truth: Tensor, tolerance: float, name: str = "") -> None:
     """Fail unless ``relative_error`` of ``actual`` is at most ``tolerance``."""
     assert actual is not None, f"{name}: nothing to compare"
-    assert 0.0 <= tolerance < 0.1, "a tolerance that zeros could pass is no test"
+    assert 0.0 <= tolerance < 0.1, "the tolerance is so large that zeros could pass"
     error = relative_error(actual, truth)
     assert error <= tolerance, f"{name}: relative error {error:.2e} exceeds {tolerance:.0e}"
 
@@ -52,7 +52,7 @@ def assert_gradients(
     tolerance: float,
     zero: tuple[str, ...] = (),
 ) -> None:
-    """Compare named gradients. All must be informative, but those in ``zero``, exactly 0."""
+    """Compare named gradients. Those in ``zero`` must be 0, all others informative."""
     assert actual.keys() == truth.keys()
     for name, expected in truth.items():
         assert expected is not None, f"{name}: the truth has no gradient"

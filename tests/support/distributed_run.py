@@ -1,7 +1,7 @@
-"""What every rank of tests/hf/training/test_distributed.py runs, and its single process too.
+"""The program that every rank of tests/hf/training/test_distributed.py runs.
 
 ``python -m torch.distributed.run ... -m tests.support.distributed_run CASES FOLDER``, where the
-file CASES holds ``{name: arguments of train_case}``. Each rank writes what came out into FOLDER.
+file CASES holds ``{name: arguments of train_case}``. Each rank writes its results to FOLDER.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lens_kernels.hf.training import objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # seconds after which ranks are taken for hung, on any machine
+HANG = 1200  # seconds after which ranks count as hung
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
 @dataclasses.dataclass
 class Result:
-    """The parameters before and after, all that was logged, and the examples the teacher ran on."""
+    """Parameters before and after, logs, and the number of examples that the teacher ran on."""
 
     start: dict[str, torch.Tensor]
     end: dict[str, torch.Tensor]
@@ -83,12 +83,14 @@ def train_case(
         options["teacher_cache"] = str(folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
-        patch.setattr(objective, "ENTROPY_STRIDE", 1)  # every token: a sample depends on the batch
+        patch.setattr(
+            objective, "ENTROPY_STRIDE", 1
+        )  # every token, because a sample depends on the batch
         if processes > 1 and one_node_each:  # as on two machines with one disk
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            # transformers before 5 leaves these to accelerate.
+            # Before version 5, transformers does not set these.
             patch.setenv("FSDP_VERSION", "2")
             patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
@@ -121,7 +123,7 @@ def train_case(
 
 
 def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
-    """Have FSDP on a CPU, where accelerate leaves it out without a word and trains by DDP."""
+    """Make accelerate use FSDP on a CPU, where it would silently use DDP."""
     make = LensDistillTrainer.create_accelerator_and_postprocess
 
     def make_sharding(self: Any) -> None:
@@ -142,7 +144,7 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
 
 
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return the student's parameters, and what MSE has learnt."""
+    """Return the parameters of the student and of the MSE projections."""
     state = dict(trainer.model.state_dict())
     if trainer.objective is not None:
         state |= trainer.objective.projections.state_dict(prefix="learnt.")

@@ -1,4 +1,4 @@
-"""What only a GPU can show, as functions of a device: compiled kernels against the fp64 oracle.
+"""Checks of compiled kernels against the fp64 oracle, as functions of a device.
 
 ``test_gpu.py`` calls them on a GPU at full size, and on the CPU at tiny sizes.
 """
@@ -31,14 +31,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = DTYPES[1:]
 GIB = 1 << 30
 
-# More than a tile of every heuristic, both ways, and sizes that no block divides.
+# Larger than every tile in both dimensions, with sizes that no block divides.
 LARGE = Shape((3, 131), 1531, 197, 331, 1)
-# Wide enough for the tiles of wide models.
+# Wide enough for the tiles that are chosen for wide models.
 WIDE = Shape((150,), 521, 2049, 2600, 1)
 
 
 def on(problem: Problem, device: torch.device) -> Problem:
-    """Return the same numbers on a device, on fresh leaves."""
+    """Return a copy of the problem on a device."""
     there = problem.to(device)
     there.options = moved(problem.options, device)
     return there
@@ -78,7 +78,7 @@ def float32(device, backend, shape, feature, divergence, **options):
 
 
 def half(device, backend, dtype, shape, feature, divergence, **options):
-    """Without a norm logits are exact; with one, its result is rounded as models round it."""
+    """Logits are exact without a norm. A norm's result is rounded to the dtype, as in models."""
     normed = "norm" in FEATURES[feature]
     problem = make(shape, std=2.0 if normed else 3.0, **FEATURES[feature], divergence=divergence)
     problem = problem.to(dtype)
@@ -91,7 +91,7 @@ def half(device, backend, dtype, shape, feature, divergence, **options):
         return
     ulp = torch.finfo(dtype).eps
     baseline = plain_torch(problem)
-    if divergence == "tvd":  # rounding decides at which entries its slope jumps
+    if divergence == "tvd":  # the slope of tvd jumps at ties, which rounding moves
         for name, truth in expected_grads.items():
             cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
             assert cosine > 0.99, name
@@ -113,10 +113,9 @@ def parity(device, backend, dtype, shape, feature, divergence, **options):
 
 
 def large(device, backend, dtype, shape, divergence, mask=False):
-    """The longer the sums, the more rounding: float32 torch is the measure where it errs more.
+    """Compare long sums; the limit is relative to the error of float32 torch if that is larger.
 
-    tvd has a slope that jumps at ties, of which so many entries have some: its gradient is only
-    compared as 16-bit ones are.
+    The slope of tvd jumps at ties, so that its gradient has the tolerance of 16 bits.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
     options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}
@@ -187,7 +186,7 @@ def identical(device, backend, dtype, divergence, shape):
 
 
 def peaked(device, backend, divergence, std, shape):
-    """The bound is the rounding of a logit of two deviations, or relative to that of torch."""
+    """The limit is the rounding of a logit of two standard deviations, or twice torch's error."""
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
     check_beside(
@@ -200,9 +199,9 @@ def peaked(device, backend, divergence, std, shape):
 
 
 def agreement(device, dtype, divergence, shape):
-    """Both backends on the device, beyond what the oracle could be asked for.
+    """Compare the two backends at sizes that are too large for the oracle.
 
-    16-bit rows are not normed: the two round the result of the norm apart, where float32 ends.
+    16-bit problems have no norm, because the backends may round its result differently.
     """
     features = FEATURES["everything" if dtype is torch.float32 else "bias"]
     problem = make(shape, std=2.0, **features, divergence=divergence).to(dtype)
@@ -211,7 +210,7 @@ def agreement(device, dtype, divergence, shape):
     agree(*results, 1e-5, 1e-4 if exact else 2e-2)
 
 
-# What a device's arithmetic, addresses and caches could break
+# Determinism, large offsets and recompilation
 
 
 def determinism(device, backend, dtype, divergence, shape, runs):
@@ -233,11 +232,11 @@ def need(device, size):
         return
     free, _ = torch.cuda.mem_get_info(device)
     if free < size:
-        pytest.skip(f"needs {size / GIB:.0f} GiB of free memory, {free / GIB:.0f} there are")
+        pytest.skip(f"needs {size / GIB:.0f} GiB of free memory, has {free / GIB:.0f}")
 
 
 def random_problem(device, tokens, vocab, widths, dtype, head_grad):
-    """Return a problem made on the device; copies of its heads would not fit everywhere."""
+    """Return a problem that is created on the device, because copies of its heads may not fit."""
     torch.manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -250,7 +249,7 @@ def random_problem(device, tokens, vocab, widths, dtype, head_grad):
 
 
 def same(problem, options, others):
-    """The triton backend gives the same under two sets of options, and the torch backend too."""
+    """Compare the triton backend under two sets of options with the torch backend."""
     truth = solve(symmetric_lens_loss, problem, backend="torch")
     for each in (options, others):
         result = solve(symmetric_lens_loss, problem, backend="triton", **each)
@@ -258,7 +257,7 @@ def same(problem, options, others):
 
 
 def large_gradient(device, tokens, vocab, width, dtype):
-    """More than 2^31 entries of the logits' gradient at once, against a workspace for few."""
+    """Compute a logits' gradient of more than 2^31 entries at once, and in small chunks."""
     everything = tokens * vocab * dtype.itemsize
     need(device, 2 * everything)
     problem = random_problem(device, tokens, vocab, (width, width), dtype, head_grad=True)
@@ -267,7 +266,7 @@ def large_gradient(device, tokens, vocab, width, dtype):
 
 
 def large_head(device, tokens, vocab, width, other_width, dtype):
-    """More than 2^31 entries of a head: the student's, then the teacher's."""
+    """Use a head of more than 2^31 entries: first the student's, then the teacher's."""
     need(device, 3 * vocab * width * dtype.itemsize)
     for widths in ((width, other_width), (other_width, width)):
         problem = random_problem(device, tokens, vocab, widths, dtype, head_grad=False)
@@ -290,7 +289,7 @@ def kernels():
 
 
 def compiled_again(device, calls):
-    """Only the first call compiles, whatever sizes and numbers the next have."""
+    """Check that only the first call compiles; return its number of compiled kernels."""
     compiled = []
     for call in calls:
         recompilation.run(device, **call)

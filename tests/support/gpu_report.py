@@ -1,4 +1,4 @@
-"""Runs the tests that need a GPU, and writes a CSV: a line for each, with versions and device.
+"""Runs the GPU tests and writes a CSV: one line per test, with versions and device.
 
 make test-gpu
 python -m tests.support.gpu_report --out DIR -- -k parity    more arguments for pytest
@@ -18,7 +18,7 @@ import torch
 from benchmarks.support import environment, tables
 from tests.support import ROOT
 
-ORDER = ("passed", "skipped", "failed")  # the outcome of a test is the last one of its phases
+ORDER = ("passed", "skipped", "failed")  # the last of these among a test's phases is its outcome
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""What the functional tests run over, each entry with the reason for which it is there."""
+"""The cases of the functional tests, each with its reason."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 from lens_kernels.backends.torch.layout import row_stride
 
-# Every backend that must agree with the oracle. A new one is added here.
+# All backends that must agree with the oracle. Add a new backend here.
 BACKENDS = ["torch", "triton"]
-# Those of them that compute in float64; the others refuse it.
+# The backends that support float64; the others raise an error.
 FLOAT64_BACKENDS = ["torch"]
-# Everything that a backend computes in.
+# Every backend with each dtype that it computes in.
 PRECISIONS = [
     *((backend, torch.float32) for backend in BACKENDS),
     *((backend, torch.float64) for backend in FLOAT64_BACKENDS),
@@ -38,29 +38,28 @@ class Shape:
 
 ODD = Shape((37,), 211, 29, 41, 1)
 BATCH = Shape((5, 7), 97, 33, 17, 2)
-# Two boundaries of the 768-wide columns of a CPU product, and two steps of the pointwise pass.
-# For the torch backend alone: no other has these boundaries, and an interpreted kernel would take
-# seconds for a case.
+# A CPU matmul takes 768 columns at a time: this vocabulary has two boundaries, and two steps of
+# the pointwise pass. Only the torch backend has these boundaries.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
-    # Primes: nothing divides a chunk, a tile or a vector. The teacher is wider.
+    # Prime sizes, which no chunk, tile or vector divides. The teacher is wider.
     "odd": ODD,
-    # Two leading dimensions; as many pairs as neither of them. The teacher is narrower.
+    # Two leading dimensions, neither equal to the number of pairs. The teacher is narrower.
     "batch": BATCH,
-    # Powers of two, as the kernels like them, and far fewer tokens than a chunk holds.
+    # Powers of two, and far fewer tokens than a chunk holds.
     "aligned": Shape((4,), 64, 16, 16, 3),
-    # One token: means, sums and chunk arithmetic degenerate.
+    # One token, the edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
-    # For the kernels two blocks of rows by three splits of two tiles of the vocabulary: they loop
-    # over tiles inside a split, and merge splits.
+    # The kernels use two blocks of rows and three splits of two tiles, so that they loop over
+    # tiles and merge splits.
     "splits": Shape((70,), 680, 24, 40, 1),
-    # The smallest softmax and the narrowest states.
+    # The smallest vocabulary and the narrowest hidden states.
     "smallest": Shape((4, 3), 2, 2, 1, 2),
-    # More widths than entries: the head is wide and flat.
+    # The hidden size exceeds the vocabulary size.
     "wide": Shape((3, 2), 5, 130, 70, 1),
 }
 
-# What a head or a call may have, one at a time, then all at once.
+# Features of a head or a call, one at a time, then all at once.
 FEATURES = {
     "plain": {},
     "temperature": {"temperature": 2.5},

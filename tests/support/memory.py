@@ -1,4 +1,4 @@
-"""Memory: the most that is held at once, and what nobody has written."""
+"""Peak memory, and control over uninitialised memory."""
 
 import gc
 
@@ -9,11 +9,11 @@ MIB = 2**20
 
 
 def peak_bytes(function):
-    """Return the most bytes that ``function`` held at once beyond those held before.
+    """Return the peak memory that ``function`` adds, in bytes.
 
     The profiler sees every allocation of torch's CPU allocator, those inside operators included.
     """
-    function()  # what is made once and kept is not counted
+    function()  # the first run creates caches, which do not count
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()

@@ -1,4 +1,4 @@
-"""The whole objective: problems with a final pair and labels, and its terms made one by one."""
+"""The whole objective: problems with a final pair and labels, and each term computed alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.problems import Gradients, Problem, make, objective
 
 
 def make_objective(shape: Shape = BATCH, std: float = 2.0, **features: Any) -> Problem:
-    """Return a problem whose last pair, after those of ``shape``, is the final one."""
+    """Return a problem whose last pair is the final output, after the lens pairs of ``shape``."""
     return make(replace(shape, pairs=shape.pairs + 1), std, **features)
 
 
 def some_labels(shape: Shape = BATCH) -> Tensor:
-    """Return a label for seven positions in ten."""
+    """Return labels for about 70 % of the positions."""
     labels = torch.randint(shape.vocab, shape.leading)
     return labels.masked_fill(torch.rand(shape.leading) < 0.3, -100)
 
@@ -43,7 +43,7 @@ def terms_of(
     denominator: float | None = None,
     vocab_size: int | None = None,
 ) -> SimpleNamespace:
-    """Return the terms of a problem in float64, from the oracles, cross entropy by torch."""
+    """Return a problem's terms in float64: divergences by the oracles, cross entropy by torch."""
     s, t, s_head, t_head = problem.args()
     *lenses, last = range(len(s))
     if mask is None:

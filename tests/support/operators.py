@@ -1,11 +1,11 @@
-"""What runs inside a call, seen by torch's dispatcher."""
+"""Dispatch modes that record the operators inside a call."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Records the operators that run and the largest tensor they make."""
+    """Records the operators that run and the size of their largest result."""
 
     def __init__(self):
         super().__init__()
@@ -21,9 +21,9 @@ class Watch(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """Counts operations and operands of matrix products.
+    """Counts the operations and bytes of GEMMs.
 
-    torch's own counter passes over in-place ones, and does not see bytes.
+    torch's own counter ignores in-place GEMMs and does not count bytes.
     """
 
     flops = bytes = 0

@@ -1,4 +1,4 @@
-"""Random problems, and the three ways to solve them: the library, the oracle, and dense torch."""
+"""Random problems and their solution by the library, the oracle, or dense torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Problem:
     def map(self, function: Callable[[Tensor], Tensor], *parts: str) -> Problem:
         """Return the problem with every tensor replaced.
 
-        ``parts`` restrict that to fields with one of these words in their name.
+        If ``parts`` are given, only fields with one of these words in their name change.
         """
         fields = {}
         for name in FIELDS:
@@ -56,7 +56,7 @@ class Problem:
         return replace(self, **fields, options=dict(self.options))
 
     def to(self, target: torch.dtype | torch.device, *parts: str) -> Problem:
-        """Return the same numbers in a dtype or on a device, on fresh leaves."""
+        """Return a copy in a dtype or on a device."""
 
         def leaf(x: Tensor) -> Tensor:
             return x.detach().to(target, copy=True).requires_grad_(x.requires_grad)
@@ -64,13 +64,13 @@ class Problem:
         return self.map(leaf, *parts)
 
     def freeze(self, *trained: str) -> Problem:
-        """Let these leaves alone take a gradient."""
+        """Require gradients for these leaves only."""
         for name, x in self.leaves().items():
             x.requires_grad_(name in trained)
         return self
 
     def imitate(self) -> Problem:
-        """Let the teacher be the student itself."""
+        """Make the teacher equal to the student."""
         self.teacher_hidden = [h.detach().clone() for h in self.student_hidden]
         self.teacher_head = self.student_head
         return self
@@ -85,7 +85,7 @@ class Problem:
         return self.map(spoiled, "hidden")
 
     def gradients(self, loss: Tensor, **backward: Any) -> Gradients:
-        """Return the gradient of ``loss`` for every leaf that asks for one."""
+        """Return the gradient of ``loss`` for every leaf that requires one."""
         wanted = {name: x for name, x in self.leaves().items() if x.requires_grad}
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, **backward)
         return dict(zip(wanted, grads, strict=True))
@@ -124,7 +124,7 @@ def random_head(
 
 
 def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
-    """Return a random problem; ``features`` are those of a head, or options of the call."""
+    """Return a random problem; ``features`` are arguments of a head or options of the call."""
     head = {
         k: features.pop(k)
         for k in ("bias", "norm", "norm_weight", "norm_bias", "offset", "scale", "softcap")
@@ -162,7 +162,7 @@ def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -
 def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Problem:
     """Return student logits a few 1e-4 away from the teacher's: a jsd near 1e-7.
 
-    Rounding of the logits themselves is kept out by an exact head.
+    The head is the identity, so that the logits are not rounded.
     """
     grid = 2.0**-12
     z_t = (torch.randn(tokens, vocab) / grid).round() * grid
@@ -200,7 +200,7 @@ def solve(
 def objective(
     problem: Problem, function: Callable[..., Any] = distillation_loss, **options: Any
 ) -> Any:
-    """Return the whole objective, in which the last pair of hidden states is the final one."""
+    """Return the whole objective; the last pair of hidden states is the final output."""
     return function(
         problem.student_hidden[:-1],
         problem.teacher_hidden[:-1],
@@ -218,7 +218,7 @@ def ours(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
 
 
 def oracle(problem: Problem, upstream: Tensor | None = None, **options: Any) -> Any:
-    """Solve with the dense fp64 oracle, on copies in float64 of the numbers given."""
+    """Solve with the dense oracle, on float64 copies of the problem."""
     for name in ("backend", "workspace_bytes", "grad_threshold"):
         options.pop(name, None)
     if upstream is None and options.get("reduction") == "none":
@@ -237,7 +237,7 @@ def check(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Gradients]:
-    """Compare loss and gradients with the oracle's of this problem, or of another; return them."""
+    """Compare loss and gradients with the oracle's for ``truth``, by default this problem."""
     expected, expected_grads = oracle(truth or problem, upstream, **options)
     if upstream is None and expected.dim() > 0:
         upstream = torch.ones(expected.shape)
@@ -254,7 +254,7 @@ def check_beside(
     loss_limit: Callable[[float], float],
     limit: Callable[[float], float],
 ) -> None:
-    """Compare loss and gradients with the truth; limits are functions of a baseline's error."""
+    """Compare with the truth; limits are functions of a baseline's error."""
     (base, base_grads), (loss, grads), (expected, expected_grads) = baseline, got, truth
     error, most = relative_error(loss, expected), loss_limit(relative_error(base, expected))
     assert error <= most, f"loss: relative error {error:.1e} exceeds {most:.1e}"
@@ -268,7 +268,7 @@ def check_beside(
 
 
 def plain_torch(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
-    """Solve as one writes it in torch: logits in the inputs' dtype, log-softmax in float32."""
+    """Solve in plain torch: logits in the inputs' dtype, log-softmax in float32."""
     return solve(_plain_torch, problem, **options)
 
 
@@ -309,7 +309,7 @@ def _pointwise(divergence: str, lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
-    """Return the shape of some call on a device, which need not exist."""
+    """Return the shape of a small call on a device, which need not exist."""
     dtype = torch.float64 if fp64 else torch.float32
     sizes = {"tokens": 8, "vocab_size": 16, "student_width": 4, "teacher_width": 4}
     needs = {"head_grad": True, "hidden_grad": True, "workspace_bytes": 1 << 20}

@@ -1,8 +1,7 @@
-"""A series of calls for which nothing but the first may compile, and what Triton makes of it.
+"""A series of calls of which only the first may compile kernels.
 
-Run as a program, it needs no GPU: launches are only bound as for an H100, which gives the key under
-which the compiled kernel would be looked up. It prints the number of keys after each call, and
-wants kernels that are not interpreted.
+As a program, this needs no GPU: it binds launches as for an H100, which gives the key of each
+compiled kernel. It prints the number of keys after each call. ``TRITON_INTERPRET`` must be unset.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ CALLS = [
     {**FIRST, "scale": 0.25},
     {**FIRST, "softcap": 1.0},
     {**FIRST, "beta": 0.9},
-    {**FIRST, "kd_ratio": 0.9},  # at 0 there is no teacher, and so another kernel
+    {**FIRST, "kd_ratio": 0.9},  # 0 would need no teacher and use another kernel
 ]
 
 

@@ -1,4 +1,4 @@
-"""The dense fp64 oracle as a backend called ``reference``, added by the recipe in CONTRIBUTING."""
+"""The dense fp64 oracle as a backend called ``reference``, added as CONTRIBUTING describes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows(call: LossCall) -> Tensor:
 def evaluate(call: LossCall) -> LossResult:
     """Return the rows of the call and the gradients of its loss, by autograd.
 
-    In a thread of its own: autograd is switched off inside of an operator.
+    This runs in another thread, because autograd is off inside an operator.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_evaluate, call).result()

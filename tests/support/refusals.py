@@ -1,4 +1,4 @@
-"""Small calls that are well formed but for one argument, and the errors they must end in."""
+"""Small calls whose arguments a test replaces, and a check of the error that follows."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def small_objective(student=(S,), teacher=(T,), student_final=S, teacher_final=T
 
 
 def refused(error, words, function, *args, **kwargs):
-    """Fail unless the call ends in exactly this error, whose message holds these words."""
+    """Fail unless the call raises exactly this error, with these words in its message."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     assert type(caught.value) is error

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-EPS = 0.02  # large enough to matter beside hidden states of size 1
+EPS = 0.02  # large enough to matter for hidden states near 1
 
 
 def model(
@@ -17,7 +17,7 @@ def model(
     seed: int = 0,
     **options: Any,
 ):
-    """Return a random model of a family, in which nothing is the identity; ``options`` go to it."""
+    """Return a random model without identity norms; ``options`` go to its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {
@@ -46,7 +46,7 @@ def model(
 
 
 def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
-    """Return the settings that are a family's own."""
+    """Return the settings that are specific to a family."""
     inner = {"intermediate_size": 2 * width}
     heads = {"num_key_value_heads": 1}
     rms = {**inner, **heads, "rms_norm_eps": EPS, "head_dim": width // 2}
@@ -97,7 +97,7 @@ def _with_images(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer(vocab: int = 64):
-    """Return a tokenizer that knows single characters."""
+    """Return a tokenizer of single characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Tiny trainings: data, trainers that see it in order, and what they are compared by."""
+"""Tiny training runs: data, trainers that read it in order, and helpers that compare runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEACHER = {"layers": 4, "width": 24, "seed": 2}
 
 
 class InOrder(LensDistillTrainer):
-    """Sees its examples in order; only newer versions have an option for that."""
+    """Reads its examples in order, without the option that only newer versions have."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -27,7 +27,7 @@ def tokens(batch: int = 8, length: int = 10, vocab: int = 64) -> torch.Tensor:
 
 
 def uneven_data() -> list[dict[str, torch.Tensor]]:
-    """Return examples with very different numbers of labels; the first has one that counts."""
+    """Return examples with 2 to 10 labels. The next-token shift leaves the first example 1."""
     ids = tokens()
     labels = ids.clone()
     for row, kept in enumerate((2, 10, 5, 10, 3, 9, 10, 4)):
@@ -98,7 +98,7 @@ def logged(trainer: LensDistillTrainer, key: str = "loss", having: str = "loss")
 
 
 def assert_same_step(start: Any, one: Any, other: Any, relative: float = 1e-5) -> None:
-    """Compare two sets of parameters by how far the first moved from ``start``."""
+    """Compare two sets of parameters, relative to the distance from ``start``."""
     moved = 0.0
     for name, x in one.items():
         step = (x - start[name]).abs().max().item()

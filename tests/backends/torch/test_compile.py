@@ -29,7 +29,7 @@ from tests.support.problems import (
 
 @pytest.fixture
 def compiling(monkeypatch):
-    """Compile every pointwise pass, and fail where it silently runs uncompiled."""
+    """Compile every pointwise pass, and fail if one silently runs uncompiled."""
     torch._dynamo.reset()
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     monkeypatch.setattr(compiled_calls, "_compiler_failed", False)
@@ -41,7 +41,7 @@ def compiling(monkeypatch):
 
 @pytest.fixture
 def tracing(compiling, monkeypatch):
-    """Compile as above, but for the code itself."""
+    """Trace as above, but run the traced code eagerly."""
 
     def trace(function):
         return torch.compile(function, dynamic=True, backend="eager")
@@ -54,10 +54,11 @@ def compiled_graphs():
 
 
 @pytest.mark.parametrize("capped", [False, True])
-def test_the_compiled_pass_gives_the_oracle_s_numbers(compiling, capped):
-    """It is compiled once for beta 1/2 and once for all other numbers of a call: 35 tokens in
-    chunks of 5, of 9 with a last one of 8, and all at once; each float as compiled first, then
-    others."""
+def test_the_compiled_pass_matches_the_oracle(compiling, capped):
+    """The pass compiles once for beta 1/2 and once for any other beta.
+
+    Other floats and chunk sizes do not recompile it.
+    """
     before = compiled_graphs()
     for temperature, beta, scale, softcap, rows in (
         (2.0, 0.5, 0.7, 9.0, 5),
@@ -80,8 +81,8 @@ def test_every_divergence_compiled(compiling, divergence, feature):
     check(problem, workspace_bytes=several_chunks(BATCH))
 
 
-def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(tracing):
-    """Neither for the lenses nor for the final output, one call after the other in one process."""
+def test_each_divergence_has_its_own_compiled_code(tracing):
+    """Calls with different lens and final divergences follow each other in one process."""
     problem = make(BATCH, std=2.0)
     options = {"labels": torch.randint(BATCH.vocab, BATCH.leading), "kd_ratio": 0.5}
     for final in (*DIVERGENCES, *DIVERGENCES[:2]):
@@ -95,7 +96,7 @@ def test_compiled_code_of_one_divergence_is_not_taken_for_another_s(tracing):
 
 
 def test_every_variant_of_the_pass_is_compiled(tracing):
-    """More than the 8 at which torch gives up: each divergence, with gradients and without."""
+    """More variants than torch's limit of 8: each divergence, with and without gradients."""
     before = compiled_graphs()
     for divergence in DIVERGENCES:
         problem = make(BATCH, divergence=divergence)
@@ -106,7 +107,7 @@ def test_every_variant_of_the_pass_is_compiled(tracing):
 
 
 def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
-    """Logits 1e-3 apart have a jsd of 1e-7, which ``exp(x) - 1`` would give to 10 %."""
+    """Logits 1e-3 apart have a jsd of 1e-7; ``exp(x) - 1`` would have an error of 10 %."""
     student = 3 * torch.randn(4, 5000)
     teacher = student + 1e-3 * torch.randn(4, 5000)
     formula = table.pointwise(Divergence.JSD, 0.5)
@@ -125,8 +126,8 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
     assert relative_error(grad, true_grad) <= 1e-3
 
 
-def test_the_compiled_search_for_active_entries_finds_what_the_other_does(compiling):
-    """In blocks of several sizes, whose rows have gaps, compiled once."""
+def test_the_compiled_search_finds_the_same_active_entries(compiling):
+    """One compilation serves blocks of several sizes, with gaps between rows."""
     before = compiled_graphs()
     grad = torch.randn(40, 520)[:, :501] * torch.logspace(-3, 0, 501)
     truth, found = ColumnStatistics(), ColumnStatistics(True)
@@ -148,8 +149,8 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
     assert loss == 0 and not any(g.any() for g in grads.values())
 
 
-def test_the_compiled_pass_with_labels_is_the_oracle_s(compiling):
-    """For the numbers of a call that are compiled first, and for others."""
+def test_the_compiled_pass_with_labels_matches_the_oracle(compiling):
+    """The second call has another temperature and beta than the compiled one."""
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[0] = -100
     before = compiled_graphs()
@@ -185,7 +186,7 @@ def unusable_compilers():
 
 
 @pytest.mark.parametrize("case", unusable_compilers())
-def test_an_unusable_compiler_is_warned_of_once_and_changes_nothing(monkeypatch, case):
+def test_an_unusable_compiler_warns_once_and_changes_no_result(monkeypatch, case):
     problem = make(BATCH, std=2.0, norm="rms")
     expected, expected_grads = ours(problem)
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", 0)
@@ -207,7 +208,7 @@ def test_an_unusable_compiler_is_warned_of_once_and_changes_nothing(monkeypatch,
 
 
 def test_a_machine_without_a_compiler(monkeypatch):
-    """The real thing: Inductor looks for a program that does not exist."""
+    """Inductor looks for a compiler that does not exist."""
     import torch._inductor.config
 
     problem = make(BATCH, norm="rms", divergence="hellinger")
@@ -224,7 +225,7 @@ def test_a_machine_without_a_compiler(monkeypatch):
     assert_gradients(grads, expected_grads, 1e-6)
 
 
-def test_an_error_of_ours_inside_the_pass_is_not_taken_for_the_compiler_s(monkeypatch):
+def test_an_error_inside_the_pass_is_not_reported_as_the_compiler_s(monkeypatch):
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     monkeypatch.setattr(compiled_calls, "_compiler_failed", False)
     monkeypatch.setattr(compiled_calls, "_compile", lambda function: failing(ZeroDivisionError()))
@@ -233,7 +234,7 @@ def test_an_error_of_ours_inside_the_pass_is_not_taken_for_the_compiler_s(monkey
 
 
 def outside_and_inside(function):
-    """Return a function, and the same as one node of a user's graph."""
+    """Return a function and its compiled form."""
     torch._dynamo.reset()
     return function, torch.compile(function, fullgraph=True, backend="aot_eager")
 
@@ -317,7 +318,7 @@ def test_opcheck(monkeypatch, feature, dtype, reduction):
 
 
 @pytest.mark.parametrize("case", ["frozen head and labels", "no tokens"])
-def test_opcheck_of_what_is_absent(monkeypatch, case):
+def test_opcheck_with_absent_inputs(monkeypatch, case):
     problem = make_objective().freeze("hidden0", "hidden1")
     options = {"labels": some_labels(), "kd_ratio": 0.5}
     if case == "no tokens":
@@ -346,8 +347,8 @@ def test_opcheck_of_scale_gradients():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduction):
-    """As torch rounds the factors of a linear layer; the logits stay in float32."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # else the logits' gradient as well
+    """Autocast rounds the operands as in a linear layer; the logits stay in float32."""
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round the logits' gradient
     problem = make(BATCH, std=3.0)
     rounded = problem.to(dtype)
     expected, expected_grads = oracle(rounded, reduction=reduction)
@@ -364,7 +365,7 @@ def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduc
         assert_close(grad, expected_grads[name], 1e-5)
 
 
-def test_autocast_brings_mixed_dtypes_together():
+def test_autocast_accepts_mixed_dtypes():
     problem = make(ODD, std=2.0, norm="rms")
     mixed = problem.to(torch.bfloat16, "student_hidden", "teacher_head")
     with torch.autocast("cpu", torch.bfloat16):
@@ -375,8 +376,8 @@ def test_autocast_brings_mixed_dtypes_together():
 
 
 def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
-    """Else the products of gathered entries would be rounded once more, in their results."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # else the logits' gradient is rounded
+    """Otherwise autocast would round the results of GEMMs over gathered entries."""
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round the logits' gradient
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):
         check(problem, 1e-5, truth=problem.to(torch.bfloat16), grad_threshold=0.0)

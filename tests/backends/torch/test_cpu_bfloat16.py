@@ -1,7 +1,7 @@
-"""bfloat16 factors on a CPU with a unit for their products, which oneDNN is told of for them alone.
+"""bfloat16 GEMMs on a CPU with AMX, which are switched on in oneDNN for bfloat16 operands alone.
 
-What is computed hangs on that unit being there and not on its use: factors are rounded before.
-So these tests mean the same on every CPU.
+Operands are rounded if AMX is detected, whether or not the hardware uses it. The tests pretend that
+it is detected, so that they are valid on every CPU.
 """
 
 import threading
@@ -34,12 +34,12 @@ has_amx = matmul._has_amx.__wrapped__
 
 @pytest.fixture(autouse=True)
 def amx(monkeypatch):
-    """Have a CPU with AMX."""
+    """Pretend that the CPU has AMX."""
     monkeypatch.setattr(matmul, "_has_amx", lambda: True)
 
 
 class Products(TorchDispatchMode):
-    """Notes the setting under which matrices are multiplied."""
+    """Records oneDNN's setting at each matmul."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Return under which settings a call makes its products."""
+    """Return a function that gives oneDNN's settings during a call's GEMMs."""
 
     def run(problem, **options):
         options["workspace_bytes"] = several_chunks(ODD)
@@ -68,7 +68,7 @@ def settings(monkeypatch):
 @pytest.mark.parametrize("threshold", [None, 1e-7])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("feature", ["plain", "bias", "softcap"])
-def test_loss_is_exact_and_gradients_bear_one_rounding(
+def test_the_loss_is_exact_and_gradients_are_rounded_once(
     always_active, feature, divergence, threshold
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(torch.bfloat16)
@@ -77,7 +77,7 @@ def test_loss_is_exact_and_gradients_bear_one_rounding(
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-def test_with_a_norm_its_result_is_rounded_as_models_do(norm):
+def test_the_norm_s_result_is_rounded_to_bfloat16(norm):
     problem = make(BATCH, std=2.0, norm=norm).to(torch.bfloat16)
     check_beside(
         plain_torch(problem),
@@ -88,14 +88,14 @@ def test_with_a_norm_its_result_is_rounded_as_models_do(norm):
     )
 
 
-def test_without_the_unit_normed_states_are_not_rounded(monkeypatch):
+def test_without_amx_normed_states_are_not_rounded(monkeypatch):
     monkeypatch.setattr(matmul, "_has_amx", lambda: False)
     problem = make(BATCH, std=2.0, norm="rms").to(torch.bfloat16)
     assert_close(ours(problem)[0], oracle(problem)[0], 1e-6)
 
 
 @pytest.mark.parametrize("threshold", [None, 1e-7])
-def test_only_products_of_bfloat16_factors_are_made_so(always_active, settings, threshold):
+def test_only_bfloat16_operands_use_the_setting(always_active, settings, threshold):
     problem = make(ODD, norm="rms")
     before = SETTING.fp32_precision
     assert settings(problem.to(torch.bfloat16), grad_threshold=threshold) == {"bf16"}
@@ -111,7 +111,7 @@ def test_only_products_of_bfloat16_factors_are_made_so(always_active, settings, 
 @pytest.mark.parametrize(
     "case", ["has it", "has none", "torch cannot tell", "torch cannot be told"]
 )
-def test_the_cpu_is_asked(monkeypatch, case):
+def test_amx_is_detected_from_the_cpu(monkeypatch, case):
     there = {"amx_bf16": case != "has none"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
     if case == "torch cannot tell":
@@ -121,14 +121,14 @@ def test_the_cpu_is_asked(monkeypatch, case):
     assert has_amx() is (case == "has it")
 
 
-def test_float16_has_no_such_unit():
-    """Rounding the logits' gradient would be for nothing."""
+def test_amx_is_not_used_for_float16():
+    """Rounding the logits' gradient to float16 would not be faster."""
     cpu = torch.device("cpu")
     assert matmul.multiplies_natively(torch.bfloat16, torch.float32, cpu)
     assert not matmul.multiplies_natively(torch.float16, torch.float32, cpu)
 
 
-def test_beside_a_float64_model_nothing_is_rounded():
+def test_nothing_is_rounded_if_the_other_model_is_float64():
     check(make(ODD).to(torch.bfloat16).to(torch.float64, "teacher"), 1e-7, 1e-2)
 
 
@@ -139,7 +139,7 @@ def test_adaptive_kl():
 
 @pytest.fixture
 def unset():
-    """Leave the settings as they were."""
+    """Reset the settings after the test."""
     yield
     torch.backends.mkldnn.set_flags(_fp32_precision="none")
     SETTING.fp32_precision = "none"
@@ -156,13 +156,13 @@ def test_the_users_settings_stay(own, above):
         assert SETTING.fp32_precision == "bf16"
         _ = 1 / 0
     assert SETTING.fp32_precision == before
-    if own == "none":  # and what stands above still counts
+    if own == "none":  # the parent setting still applies
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
 
 
 class SignallingLock:
-    """A lock that tells when a thread has to wait for it."""
+    """A lock that signals when a thread has to wait for it."""
 
     def __init__(self, waiting):
         self.lock, self.waiting = threading.Lock(), waiting
@@ -176,7 +176,7 @@ class SignallingLock:
         self.lock.release()
 
 
-def test_two_threads_do_not_leave_it_set(monkeypatch):
+def test_two_threads_restore_the_setting(monkeypatch):
     before = SETTING.fp32_precision
     first_is_in, second_waits_or_is_in = threading.Event(), threading.Event()
     monkeypatch.setattr(matmul, "_setting", SignallingLock(second_waits_or_is_in))

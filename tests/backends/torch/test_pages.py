@@ -1,4 +1,4 @@
-"""The price of new memory on a CPU: what is asked of Linux and of glibc, and that it helps."""
+"""The cost of new memory on a CPU: requests to Linux and glibc, and their effect."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ glibc = pytest.mark.skipif(
 
 
 def asked_for_huge_pages(address):
-    """Say whether the mapping that holds an address is marked so."""
+    """Return whether the mapping that holds an address is marked for huge pages."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
@@ -40,8 +40,8 @@ def asked_for_huge_pages(address):
 
 
 @linux
-def test_whole_huge_pages_of_a_tensor_are_asked_for_and_no_others():
-    # Larger than what malloc keeps, where an earlier tensor may have asked for the pages around it.
+def test_only_whole_huge_pages_of_a_tensor_are_requested():
+    # Too large for a block that malloc reuses, which an earlier tensor may have marked.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
     edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE  # last byte of a page it shares
     assert in_huge_pages(x) is x
@@ -50,7 +50,7 @@ def test_whole_huge_pages_of_a_tensor_are_asked_for_and_no_others():
         assert not asked_for_huge_pages(edge)
 
 
-def test_what_has_no_memory_of_that_kind_is_left_alone(monkeypatch):
+def test_tensors_without_such_memory_are_left_alone(monkeypatch):
     asked = []
     monkeypatch.setattr(pages, "_madvise", lambda: lambda *args: asked.append(args))
     with FakeTensorMode():
@@ -105,14 +105,14 @@ print(faults())
 
 @glibc
 def test_freed_blocks_are_kept():
-    """Twelve of 4 MiB, 5 times: 60 thousand pages if they are given back."""
+    """Five rounds of twelve 4 MiB blocks would fault 60 thousand pages if glibc freed them."""
     command = [sys.executable, "-c", FAULTS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2000
 
 
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_call_whose_pass_is_compiled_asks_for_that(monkeypatch, compiled):
+def test_only_a_compiled_pass_keeps_freed_blocks(monkeypatch, compiled):
     asked = []
     monkeypatch.setattr(pointwise_pass, "is_compiled", lambda *args: compiled)
     monkeypatch.setattr(compiled_calls, "_compile", lambda function: function)

@@ -1,11 +1,11 @@
-"""A GPU that is only a name."""
+"""A pretended GPU."""
 
 import pytest
 
 
 @pytest.fixture
 def some_gpu(monkeypatch):
-    """Let tensors of the CPU count as those of a GPU of this model, for which no tile is known."""
+    """Report CPU tensors as those of a GPU model that has no tuned tiles."""
     from lens_kernels.backends.triton.tiles import store
 
     monkeypatch.setattr(store, "device_name", lambda device: "Some GPU")

@@ -26,7 +26,7 @@ def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["rows", 0, "weight", "bias", "norm_weight", "norm_bias"])
 def test_a_wrong_result_is_named(monkeypatch, wrong):
-    evaluate = agreement.row_chunks.evaluate  # in place of the kernels, and quicker
+    evaluate = agreement.row_chunks.evaluate  # replaces the kernels, to be faster
 
     def faulty(call):
         result = evaluate(call)

@@ -88,8 +88,8 @@ RANGES = {
 
 
 @pytest.mark.parametrize("name", RANGES)
-def test_functions_are_accurate_relative_to_themselves(name):
-    """The exponential of a large number knows no more of it than its last digit."""
+def test_functions_have_a_small_relative_error(name):
+    """The bound of exp grows with its argument, whose rounding it amplifies."""
     x = RANGES[name]
     truth = getattr(torch, name.removesuffix("_near"))(x.double())
     got = unary(name, x)
@@ -101,7 +101,7 @@ def test_functions_are_accurate_relative_to_themselves(name):
         assert torch.equal(got.sign(), x.sign())
 
 
-def test_ends_of_the_ranges():
+def test_functions_at_zero_infinity_and_nan():
     x = torch.tensor([1e30, -1e30, float("inf"), -float("inf"), 0.0, float("nan")])
     got = unary("tanh", x)
     assert got[:5].tolist() == [1.0, -1.0, 1.0, -1.0, 0.0] and got[5].isnan()
@@ -110,7 +110,7 @@ def test_ends_of_the_ranges():
 
 
 def test_minus_does_not_cancel():
-    """``d`` as it is known to the kernels, and p and q the rounded exponentials."""
+    """p and q are rounded exponentials, and ``d`` is the exact difference of their logarithms."""
     lq = -30 * torch.rand(8000)
     d = torch.cat([magnitudes(5.0), -magnitudes(5.0)])[torch.randperm(16000)[:8000]]
     d[:100] = 0.0
@@ -125,7 +125,7 @@ def test_minus_does_not_cancel():
 
 @pytest.fixture(scope="module")
 def log_probabilities():
-    """Every pair of a grid from 0 to far below the smallest number; near pairs; equal pairs."""
+    """Return all pairs of a grid that includes underflow, then near pairs and equal pairs."""
     torch.manual_seed(0)
     grid = torch.cat([torch.linspace(-12, 0, 25), torch.tensor([-20.0, -40.0, -80.0, -110.0])])
     lp, lq = (x.flatten() for x in torch.meshgrid(grid, grid, indexing="ij"))
@@ -143,9 +143,10 @@ def run_table(divergence, lp, lq, beta):
 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
-def test_the_table_is_the_library_s(log_probabilities, divergence, beta):
-    """Relative to itself and to |p - q|, of which near pairs leave a small part. The more digits of
-    a log-probability stand before the point, the fewer its exponential has.
+def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, beta):
+    """The error is relative to the value and to |p - q|.
+
+    The bound grows with the log-probabilities, because larger ones have less accurate exponentials.
     """
     lp, lq = log_probabilities
     wide = lp.double(), lq.double()
@@ -165,7 +166,7 @@ def test_the_table_is_the_library_s(log_probabilities, divergence, beta):
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_tables_agree_on_what_is_infinite(divergence, beta):
-    """Every pair of a probability of 1/2, one that underflows, and none."""
+    """All pairs of the probabilities 1/2, exp(-300) and 0 give the same infinities."""
     some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
     lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
     expected = table.pointwise(Divergence(divergence), beta)(

@@ -1,4 +1,4 @@
-"""The corrected bfloat16 of the interpreter: torch's rounding, and products of the numbers."""
+"""The corrected bfloat16 of the interpreter rounds as torch does, and multiplies correctly."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def cast(x, dtype):
 
 
 def specials():
-    """Ties to even and to odd, the numbers beside them, and the ends of ranges."""
+    """Return rounding ties, their neighbours, and the ends of ranges."""
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x00008000, 0x00018000, 0x7F7F8000, 0x7F7F7FFF])
     ties = torch.cat([ties - 1, ties, ties + 1]).to(torch.int32).view(torch.float32)
     info = torch.finfo(torch.float32)
@@ -50,7 +50,9 @@ def specials():
 
 
 def test_rounding_is_torch_s_bit_for_bit():
-    patterns = torch.randint(-(2**31), 2**31, (1 << 16,)).to(torch.int32)  # any float at all
+    patterns = torch.randint(-(2**31), 2**31, (1 << 16,)).to(
+        torch.int32
+    )  # any bit pattern of a float
     x = torch.cat([patterns.view(torch.float32), torch.randn(1 << 12), specials()])
     x = torch.cat([x, torch.zeros(-x.numel() % 256)])
     got, expected = cast(x, torch.bfloat16), x.to(torch.bfloat16)
@@ -59,12 +61,14 @@ def test_rounding_is_torch_s_bit_for_bit():
     same = got.view(torch.int16) == expected.view(torch.int16)
     assert bool(same[~nan].all()), x[~nan][~same[~nan]][:5]
     cut = (x.view(torch.int32) >> 16).to(torch.int16)
-    assert (cut != expected.view(torch.int16))[~nan].float().mean() > 0.4, "truncation passes too"
+    assert (cut != expected.view(torch.int16))[~nan].float().mean() > 0.4, (
+        "truncation would pass this test"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("rounded", [False, True])
-def test_products_are_of_the_numbers(dtype, rounded):
+def test_dot_multiplies_the_values(dtype, rounded):
     a, b = torch.randn(2, 32, 32).to(dtype)
     out = torch.zeros(32, 32)
     dot_kernel[(1,)](a, b, out, ROUNDED=rounded, SIZE=32)

@@ -1,4 +1,4 @@
-"""What the kernels read and write: odd sizes, strides, offsets, and only inside the tensors."""
+"""Kernels read and write only inside their tensors, at odd sizes, strides and offsets."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.objectives import solve_objective
 from tests.support.problems import check, make, oracle, ours
 
 NAN = float("nan")
-# A width that rows can be read in as they lie, and one that has to be padded.
+# Rows of width 32 are read in place; rows of width 33 are padded first.
 WIDTHS = [32, 33]
 
 
@@ -20,34 +20,34 @@ def garbage(monkeypatch):
 
 
 def rows_inside(x, before, after):
-    """Return a view like ``x`` of rows inside a buffer whose other numbers are NaN."""
+    """Return an uninitialised view shaped like ``x``, inside a buffer that is otherwise NaN."""
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
     rows = torch.full((tokens + 2, before + width + after), NAN)
     return rows[1:-1, before : before + width].unflatten(0, x.shape[:-1])
 
 
 def padded_rows(x):
-    """Rows that a vector load may read as they lie, if their width suits it."""
+    """Return rows whose stride and offset allow vector loads."""
     return rows_inside(x, 16, 16)
 
 
 def far_rows(x):
-    """Rows at a stride and an offset that suit no vector load."""
+    """Return rows whose stride and offset rule out vector loads."""
     return rows_inside(x, 3, 20)
 
 
 def transposed(x):
-    """The first axis is the one with stride 1."""
+    """Return a layout whose first axis has stride 1."""
     return torch.empty(x.shape[::-1]).permute(*reversed(range(x.dim())))
 
 
 def every_other(x):
-    """No axis has stride 1, and NaN lies between."""
+    """Return a layout without a unit stride, with NaN between the entries."""
     return torch.full((*x.shape[:-1], 2 * x.shape[-1]), NAN)[..., ::2]
 
 
 def offset(x):
-    """Contiguous, and begins in the middle of a NaN-filled buffer."""
+    """Return a contiguous layout in the middle of a NaN-filled buffer."""
     return torch.full((x.numel() + 7,), NAN)[5:-2].view(x.shape)
 
 
@@ -80,7 +80,7 @@ def test_layouts(garbage, layout, feature, masked, width):
 
 @pytest.mark.parametrize("width", [1, 15, 16, 17, 32])
 @pytest.mark.parametrize("layout", [padded_rows, far_rows, transposed, every_other, offset, None])
-def test_aligned_rows_are_those_of_an_operand(layout, width):
+def test_aligned_copies_only_unaligned_rows(layout, width):
     x = torch.randn(5, width)
     view = x if layout is None else layout(x).copy_(x)
     rows = aligned(view)
@@ -89,7 +89,7 @@ def test_aligned_rows_are_those_of_an_operand(layout, width):
     wide = rows.as_strided((5, padded(width)), rows.stride())
     assert not wide[:, width:].any()
     if width % ALIGNMENT == 0 and layout in (padded_rows, None):
-        assert rows.data_ptr() == view.data_ptr(), "a copy that was not needed"
+        assert rows.data_ptr() == view.data_ptr(), "aligned rows were copied"
 
 
 def test_a_row_repeated_by_a_stride_of_zero():
@@ -118,13 +118,13 @@ SIZES = {
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(garbage, size, divergence, norm):
-    """Nothing is read that was not written, at the edge of any block."""
+    """No kernel reads uninitialised memory at the edge of a block."""
     problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")
         assert loss == 0 and not any(g.any() for g in grads.values())
         return
-    # A row of one number, less its mean: the norm gives 0 and takes no gradient.
+    # A layer norm of width 1 gives 0 and has no gradient.
     none = ("hidden0", "weight", "norm_weight") if (size, norm) == ("width 1", "layer") else ()
     check(problem, zero=none, backend="triton")
     assert not any(oracle(problem)[1][name].any() for name in none)

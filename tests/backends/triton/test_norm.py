@@ -1,4 +1,4 @@
-"""The kernels of the norm alone: several blocks of rows, in one program and in many."""
+"""The kernels of the norm, over one or more blocks of rows in one or many programs."""
 
 import pytest
 import torch
@@ -18,8 +18,8 @@ KINDS = {
 WIDTH = 300
 BLOCK_N = norm.BLOCK // 512  # rows of a block of this width
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
-# One row; a full block; one row more than a block for each program; several blocks for each
-# program, the last of which is not full.
+# One row; a full block; a block for each program and one row more; several blocks for each
+# program, with a last block that is not full.
 TOKENS = [1, BLOCK_N, BLOCK_N * PROGRAMS + 1, BLOCK_N * 19 + 3]
 
 
@@ -72,7 +72,7 @@ def test_rows_and_their_gradients(name, tokens, masked):
         grad, hidden, index, layer_norm, got["hidden"], got.get("weight"), got.get("bias")
     )
     for key, x in before.items():
-        got[key] = got[key] - x  # they are added to
+        got[key] = got[key] - x  # the kernel adds to the buffer
     if index is not None:
         others = torch.ones(len(hidden), dtype=torch.bool)
         others[index] = False
@@ -101,6 +101,6 @@ def test_a_16_bit_result_is_rounded_once(dtype):
     got = norm.norm_rows(hidden, None, layer_norm, dtype)
     exact = layer_norm.forward(hidden.double())[0]
     assert got.dtype is dtype
-    # Of the two neighbours of the exact number it is the nearer, up to float32's own rounding.
+    # The result is the nearer 16-bit neighbour, except for float32 rounding.
     spacing = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
     assert bool(((got.double() - exact).abs() <= 0.501 * spacing + 1e-6).all())

@@ -1,8 +1,8 @@
-"""Offsets past 2^31 elements: a row's number times its stride is not a 32-bit number.
+"""Offsets beyond 2^31 elements, where a row index times its stride overflows 32 bits.
 
-8192 tokens by 262144 entries are 2^31 logits. What is reserved here is address space; pages that
-nobody writes take no memory. Before the tensors lies as much room again: there an offset that has
-wrapped around finds zeros rather than another process's end.
+8192 tokens by 262144 entries are 2^31 logits. The tests only reserve address space, because pages
+that are never written take no memory. The same room is reserved before each tensor, so that a
+wrapped offset reads zeros instead of crashing.
 """
 
 import mmap
@@ -24,7 +24,7 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def far_apart(x):
-    """Return ``(4, D)`` with rows 2^30 elements apart, in memory that is not there until used."""
+    """Return ``(4, D)`` with rows 2^30 elements apart, in reserved address space."""
     assert x.shape[0] == ROWS and (ROWS - 1) * STRIDE >= 1 << 31
     reach = ROWS * STRIDE + x.shape[1]
     before = 1 << 31
@@ -42,7 +42,7 @@ def solve(hidden, teacher, student_head, teacher_head):
 
 
 @pytest.mark.parametrize("far", ["student_head", "teacher_head", "student", "teacher", "normed"])
-def test_rows_far_apart_are_read_where_they_lie(far):
+def test_rows_far_apart_are_read_in_place(far):
     def rows(name, width):
         x = torch.randn(ROWS, width).to(torch.float16)
         return x, far_apart(x) if name == far.replace("normed", "student") else x

@@ -1,7 +1,7 @@
 """The triton and the torch backend agree, option by option and dtype by dtype.
 
-The functional tests compare each with the oracle in float32. Here they are compared with each other
-in 16 bit, under autocast, with an active vocabulary, and over chunks of any size.
+The functional tests compare both with the oracle in float32. These tests compare the two backends
+in 16 bits, under autocast, with an active vocabulary, and over chunks of any size.
 """
 
 from dataclasses import replace
@@ -17,8 +17,8 @@ from tests.support.problems import make, objective, ours
 
 BACKENDS = ("torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
-# Tolerances by dtype: of the loss, of the loss where the norm's result is rounded before a product,
-# and of gradients, for which the logits' gradient is rounded.
+# Tolerances by dtype, for the loss, the loss with a norm, and gradients. The norm's result and the
+# logits' gradient are rounded to the dtype before a GEMM.
 TOLERANCES = {
     torch.float32: (1e-6, 1e-6, 1e-5),
     torch.float16: (1e-5, 5e-4, 2e-3),
@@ -75,7 +75,7 @@ def test_autocast(feature, dtype):
 
 @pytest.mark.parametrize("rounded", ["bias", "norm"])
 def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
-    """Some models have these."""
+    """Some models keep these parameters in float32."""
     problem = make(BATCH, std=2.0, bias=True, norm="layer", norm_bias=True)
     half = problem.to(torch.bfloat16)
     for side in ("student_head", "teacher_head"):
@@ -86,7 +86,7 @@ def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
 
 
 def active_problem():
-    """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
+    """Return peaked models: most entries get almost no gradient. Head rows share a mean."""
     problem = make(Shape((24,), 400, 16, 16, 1))
     weight = 2.0 * torch.randn(400, 16) + 3.0
     head = type(problem.student_head)
@@ -100,8 +100,10 @@ def active_problem():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 1e-5, 1e-4, 1e-3, 1e3])
 def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
-    """The torch backend leaves out columns of a chunk of tokens, the triton backend of a chunk of
-    the vocabulary. With one chunk they are the same.
+    """With one chunk, both backends skip the same columns.
+
+    The torch backend chooses columns for each chunk of tokens, the triton backend for each chunk
+    of the vocabulary.
     """
     problem = active_problem()
     options = {"final_divergence": "jsd", "grad_threshold": threshold}
@@ -111,13 +113,13 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
     )
     assert_close(got.loss, expected.loss, 1e-6)
     if threshold == 0.0:
-        # Entries whose gradient is 0 in one backend and 1e-12 in the other: none is seen.
+        # Some gradients are 0 in one backend and 1e-12 in the other.
         assert abs(got.dropped) < 1e-6 and abs(expected.dropped) < 1e-6
     else:
         assert_close(got.dropped, expected.dropped, 1e-4, "dropped")
         assert 0 < got.dropped <= 1
     if threshold == 1e3:
-        # It sums to 0 for every row, and so does what the head's mean makes of it.
+        # The logits' gradient sums to 0 over a row, so that the mean head row contributes 0.
         assert got.dropped == 1 and not grads["weight"].any()
         assert grads["hidden0"].abs().max() < 1e-6
         return
@@ -127,7 +129,7 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
 
 
 def test_the_threshold_of_float16(always_active):
-    """The kernels' tiles are multiplied by a headroom there, and so is the threshold."""
+    """In float16 the kernels multiply both tiles and threshold by a headroom."""
     problem = active_problem().to(torch.float16)
     options = {"final_divergence": "jsd", "grad_threshold": 1e-4}
     expected, dropped = (objective(problem, **options, backend=x).dropped for x in BACKENDS)
@@ -135,8 +137,8 @@ def test_the_threshold_of_float16(always_active):
     assert_close(dropped, expected, 0.01)
 
 
-def test_the_active_vocabulary_of_several_chunks_is_near(always_active):
-    """Each chunk of the vocabulary replaces the head rows that it leaves out by their own mean."""
+def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active):
+    """Each chunk of the vocabulary replaces its skipped head rows by their mean."""
     problem = active_problem()
     _, exact = ours(problem, backend="triton")
     one_tile = {"backend": "triton", "workspace_bytes": 1}
@@ -148,7 +150,7 @@ def test_the_active_vocabulary_of_several_chunks_is_near(always_active):
 
 
 def test_chunks_of_any_size():
-    """Chunks of one, two, three and four of seven tiles, against one chunk of all."""
+    """Chunks of one to four of the seven tiles give the same as one chunk."""
     problem = make(Shape((20,), 840, 24, 40, 2), **FEATURES["everything"])
     tile = default(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
     assert tile.block_v == 128

@@ -1,4 +1,4 @@
-"""When the triton backend runs and when it refuses, and what its kernels are compiled for."""
+"""The triton backend's conditions and errors, and the constants of its compiled kernels."""
 
 import importlib
 import importlib.util
@@ -18,7 +18,7 @@ from tests.support.problems import call_shape, loss_of, make, recorded
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
-# The switches of torch for TF32, and what they allow. Each needs a process of its own: once the
+# Settings of TF32 in torch, and whether each allows it. Each needs a process of its own: once the
 # newer switch is set, the older one cannot be read.
 TF32 = {
     "pass": False,
@@ -28,7 +28,7 @@ TF32 = {
     "torch.backends.fp32_precision = 'tf32'": True,
     "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
 }
-if not hasattr(torch.backends, "fp32_precision"):  # torch 2.9 brought the newer switch
+if not hasattr(torch.backends, "fp32_precision"):  # the newer switch came with torch 2.9
     TF32 = {setting: allowed for setting, allowed in TF32.items() if "fp32" not in setting}
 COMPILED = """
 import importlib, json, os, pkgutil, sys, torch
@@ -62,7 +62,7 @@ print(json.dumps([kernels, error, tf32]))
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Return what a fresh Python finds, in which the kernels are not interpreted."""
+    """Return the results of COMPILED in a fresh Python without Triton's interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", COMPILED]
@@ -72,7 +72,7 @@ def compiled():
     return json.loads(result.stdout)
 
 
-def test_on_a_cpu_it_names_the_interpreter_and_the_torch_backend(compiled):
+def test_the_error_on_a_cpu_names_the_interpreter_and_the_torch_backend(compiled):
     _, error, _ = compiled
     for part in ("'triton'", "cpu", "GPUs only", "TRITON_INTERPRET=1", "backend='torch'"):
         assert part in error
@@ -83,15 +83,15 @@ def test_tf32_is_torch_s_choice_by_either_switch(compiled):
     assert tf32 == [10 + allowed for allowed in TF32.values()]
 
 
-# What a kernel may be compiled for: the choice of formulas, and the tile.
+# Constants that a kernel may be compiled for: the formulas and the tile.
 CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D"}
-# Numbers that differ from call to call. Triton must not specialise on 1 or multiples of 16.
+# Numbers that change between calls. Triton must not specialise on 1 or multiples of 16.
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "first_column"}
-# Floats, on whose values Triton does not specialise. An operand contains slope and cap.
+# Floats: Triton does not specialise on their values. An operand contains slope and cap.
 FLOATS = {"operand", "student", "beta", "one_minus_beta", "temperature", "eps", "offset"}
 
 
-def test_nothing_is_compiled_anew_when_numbers_change(compiled):
+def test_new_numbers_do_not_recompile_the_kernels(compiled):
     kernels, _, _ = compiled
     sweeps = {"row_stats_kernel", "row_sums_kernel", "online_kl_kernel", "gradients_kernel"}
     assert kernels.keys() == {*sweeps, "norm_kernel", "norm_backward_kernel"}
@@ -101,11 +101,11 @@ def test_nothing_is_compiled_anew_when_numbers_change(compiled):
         for name in parameters.keys() & COUNTS:
             assert parameters[name] is True, f"{kernel} is compiled for values of {name}"
     seen = {name for parameters in kernels.values() for name in parameters}
-    assert COUNTS | FLOATS <= seen, "renamed: this test no longer looks at all of them"
+    assert COUNTS | FLOATS <= seen, "parameters were renamed: update COUNTS and FLOATS"
 
 
 def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
-    """Integers would be another signature, and 1 a constant."""
+    """Integers would change the signature, and Triton would make 1 a constant."""
     package = importlib.import_module("lens_kernels.backends.triton")
     head_of = package.evaluate.__globals__["_Head"]
     calls = recorded(monkeypatch, package, "evaluate")
@@ -120,8 +120,8 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     assert all(type(x) is float for x in numbers), numbers
 
 
-def test_auto_never_means_the_interpreter():
-    """It could serve tensors of a CPU here, a thousand times slower than torch."""
+def test_auto_never_chooses_the_interpreter():
+    """The interpreter supports CPU tensors here, but is a thousand times slower than torch."""
     assert choose("triton", call_shape(CPU)).name == "triton"
     assert choose("auto", call_shape(CPU)).name == "torch"
 
@@ -134,13 +134,13 @@ def test_auto_never_means_the_interpreter():
         (CUDA, True, "float32.*float64.*backend='torch'"),
     ],
 )
-def test_what_it_cannot_serve_is_refused_with_the_reason(device, fp64, reason):
+def test_unsupported_tensors_are_refused_with_the_reason(device, fp64, reason):
     with pytest.raises(RuntimeError, match=reason):
         choose("triton", call_shape(device, fp64))
     assert choose("auto", call_shape(device, fp64)).name == "torch"
 
 
-def test_without_triton_it_says_how_to_get_it(monkeypatch):
+def test_a_missing_triton_is_reported_with_the_pip_command(monkeypatch):
     find = importlib.util.find_spec
 
     def without_triton(name, *args):

@@ -1,4 +1,4 @@
-"""Tuning, with a timer that makes times up, and tiles that fail as a compiler's would."""
+"""Tuning with invented times, and with tiles that raise compiler errors."""
 
 import importlib.util
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 6)  # hidden sizes, vocabulary size, tokens
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
-# Faster than all others, and wrong or rejected.
+# Faster than all others, and with wrong results or errors.
 BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
@@ -32,13 +32,13 @@ LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]  # in the or
 
 
 def clock(function):
-    """A timer that knows the time of each tile."""
+    """Return the time of a tile."""
     return COST[function.args[-1]]
 
 
 @pytest.fixture(autouse=True)
 def compared(monkeypatch, tmp_path, some_gpu):
-    """Record the comparison with the torch backend instead of making it."""
+    """Record each comparison with the torch backend instead of running it."""
     asked = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(agreement, "check", lambda *args: asked.append(args))
@@ -47,7 +47,7 @@ def compared(monkeypatch, tmp_path, some_gpu):
 
 @pytest.fixture
 def tune(monkeypatch):
-    """Tune over the tiles given, and return the outcomes."""
+    """Return a function that tunes over given tiles and returns the outcomes."""
 
     def run(*others, sizes=SIZES, **options):
         monkeypatch.setattr(search, "candidates", lambda *args: list(others))
@@ -78,14 +78,14 @@ def raising(error):
     return launch
 
 
-def test_nothing_is_tuned_where_the_kernels_are_wrong(tune, monkeypatch):
+def test_wrong_kernels_are_not_tuned(tune, monkeypatch):
     monkeypatch.setattr(agreement, "check", raising(RuntimeError("the kernels disagree")))
     with pytest.raises(RuntimeError, match="disagree"):
         tune(FAST)
     assert not stored()
 
 
-def test_tuning_has_finished_with_its_last_sweep(tune, monkeypatch):
+def test_tuning_finishes_only_with_its_last_sweep(tune, monkeypatch):
     monkeypatch.setattr(store, "INTERPRETING", False)
     with monkeypatch.context() as patch:
         instead(patch, "gradient_chunk", dict.fromkeys([DEFAULT, FAST], raising(OSError())))
@@ -124,7 +124,7 @@ REJECTED = [
 ]
 
 
-def test_rejected_tiles_are_passed_over(tune, monkeypatch):
+def test_rejected_tiles_are_skipped(tune, monkeypatch):
     errors = dict(zip(BROKEN, REJECTED, strict=True))
     for launch in LAUNCHES:
         instead(monkeypatch, launch, {tile: raising(error) for tile, error in errors.items()})
@@ -137,7 +137,7 @@ def test_rejected_tiles_are_passed_over(tune, monkeypatch):
             assert any(f"{tile}: rejected, {reason}" in line for line in lines)
 
 
-def test_other_errors_end_the_search_and_leave_what_was_found(tune, monkeypatch):
+def test_other_errors_end_the_search_and_keep_earlier_results(tune, monkeypatch):
     error = RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
     for other in (error, torch.OutOfMemoryError("CUDA out of memory"), ValueError("a bug")):
         assert search.rejection(other) is None
@@ -160,7 +160,7 @@ def test_the_default_tile_may_be_rejected_too(tune, monkeypatch):
 def wrong_by(factor):
     def launch(original, *args):
         result = original(*args)
-        # Sweep 3 writes into its last argument but one.
+        # Sweep 3 writes into its second-last argument.
         tensor = args[-2] if result is None else getattr(result, "log_sum", getattr(result, "f", 0))
         tensor[3] *= factor
         return result
@@ -179,7 +179,7 @@ def test_tiles_with_other_results_do_not_win(tune, monkeypatch):
             assert "its results are off by" in outcome.rejected[tile]
 
 
-def test_a_tile_that_writes_nothing_does_not_win_by_what_memory_holds(tune, monkeypatch):
+def test_a_tile_that_writes_nothing_is_rejected(tune, monkeypatch):
     instead(monkeypatch, "gradient_chunk", {FAST: lambda original, *args: None})
     assert tune(FAST)[-1].rejected == {FAST: "its results are off by nan of the largest"}
     assert not torch.are_deterministic_algorithms_enabled()
@@ -212,7 +212,7 @@ COMMAND += ["--tokens", "6", "--dtype", "float32"]
         ("compiler", "TRITON_INTERPRET"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(capsys, monkeypatch, missing, reason):
+def test_a_missing_requirement_is_reported_in_one_line(capsys, monkeypatch, missing, reason):
     find = importlib.util.find_spec
     absent = "triton" if missing == "triton" else "no such module"
     monkeypatch.setattr(
@@ -247,7 +247,7 @@ def test_the_command_prints_a_table_and_the_path(command, capsys):
     assert len(stored()) == 5
 
 
-def test_a_folder_that_cannot_be_written_is_known_before_the_search(
+def test_a_read_only_folder_is_reported_before_the_search(
     command, compared, capsys, monkeypatch, tmp_path
 ):
     (tmp_path / "file").write_text("")

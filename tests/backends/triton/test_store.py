@@ -33,7 +33,7 @@ def save(tile=FAST, device=GPU, **changes):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path, some_gpu):
-    """Let lookups believe that kernels are compiled, for an H100. Return the file they read."""
+    """Pretend that kernels are compiled for an H100. Return the path of the tile file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "arch_of", lambda device: SM_90)
@@ -66,7 +66,7 @@ def test_the_file_is_read_once_and_never_by_the_interpreter(compiled, monkeypatc
     assert look() is None
 
 
-def test_a_call_uses_what_was_found(compiled, monkeypatch):
+def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
     """Every sweep looks up the narrower width."""
     monkeypatch.setattr(store, "lookup", lambda sweep, *key: FAST if sweep is GRADIENTS else None)
     asked = recorded(monkeypatch, store, "lookup")
@@ -80,14 +80,14 @@ def test_a_call_uses_what_was_found(compiled, monkeypatch):
 
 
 @pytest.mark.parametrize("extra", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
-def test_what_was_tuned_without_bias_and_softcap_is_not_used_with_them(monkeypatch, extra):
-    """They take registers, for which the tile may be too large."""
+def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
+    """A bias or softcap takes registers, so that the tuned tile may no longer fit."""
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)
     heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))
     call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
     with pytest.raises(TypeError, match="not callable"):
-        call(*heads, divergence="jsd")  # the teacher's own sweep is plain
+        call(*heads, divergence="jsd")  # the teacher's own sweep has no bias or softcap
     call(heads[0], heads[0], divergence="jsd").backward()
 
 
@@ -117,7 +117,7 @@ INVALID = {
 
 
 @pytest.mark.parametrize("content", INVALID.values(), ids=INVALID)
-def test_what_is_invalid_is_ignored_with_one_warning_that_names_the_file(compiled, content):
+def test_invalid_content_is_ignored_with_one_warning_that_names_the_file(compiled, content):
     compiled.parent.mkdir()
     readable = isinstance(content, dict) and bool(content["tiles"])
     if not isinstance(content, bytes):
@@ -127,7 +127,7 @@ def test_what_is_invalid_is_ignored_with_one_warning_that_names_the_file(compile
         assert look() is None
         assert look() is None
     assert len(caught) == 1 and str(compiled) in str(caught[0].message)
-    # A new result repairs it.
+    # Saving a new tile replaces the invalid content.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         save(SLOW)
@@ -154,7 +154,7 @@ def test_other_entries_are_kept_but_not_used(compiled, monkeypatch):
     assert len(json.loads(compiled.read_text())["tiles"]) == 5
 
 
-def test_a_write_that_fails_leaves_the_file_as_it_was(compiled, monkeypatch):
+def test_a_failed_write_does_not_change_the_file(compiled, monkeypatch):
     save(SLOW)
 
     def full(*args):
@@ -176,7 +176,7 @@ def test_processes_that_write_at_once_lose_nothing(compiled, monkeypatch):
     replace = store.os.replace
 
     def slowly(*args):
-        """Leave the others time to read the old file, if nothing locks them out."""
+        """Give unlocked processes time to read the old file."""
         time.sleep(0.02)
         replace(*args)
 

@@ -1,4 +1,4 @@
-"""Sums over the vocabulary, tile by tile and split by split: exact, repeatable, row by row."""
+"""Sums over tiles and splits of the vocabulary are exact, repeatable, and separate by row."""
 
 import importlib
 
@@ -13,16 +13,16 @@ from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.memory import fill_new_tensors
 from tests.support.problems import check, loss_of, make, oracle, ours, without_columns
 
-# Two blocks of rows by four splits: of two tiles, and the last of one. The last tile is not full.
+# Two blocks of rows by four splits. A split has two tiles; the last has one, which is not full.
 SPLITS = Shape((65,), 840, 24, 40, 1)
-# One that takes two sweeps for its sums, and one of both relative entropies, which takes one sweep.
+# The sums of jsd take two sweeps over the vocabulary, those of jeffreys take one.
 PATHS = ["jsd", "jeffreys"]
 INFINITY = float("inf")
 
 
 @pytest.fixture
 def layout():
-    """Check the purpose of the shape, which depends on the interpreter's tile."""
+    """Check that the interpreter's tile divides SPLITS as described above."""
     tile = sizes.default(sizes.Sweep.ONLINE_KL, sizes.ARCHS["interpreter"], torch.float32, 24)
     grid = launch.SplitGrid(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
     assert grid.shape == (2, 4) and grid.tiles_per_split == 2
@@ -35,8 +35,9 @@ def rows(problem, **options):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(layout, divergence):
-    """All logits are multiples of 2^-16 below 64, with the teacher's offset of 50 as well. float32
-    holds them without rounding, so that only the sums can lose digits.
+    """All logits are multiples of 2^-16 below 64, which float32 represents exactly.
+
+    Thus only the sums can lose digits.
     """
     fine, coarse = 2.0**-12, 2.0**-4
     student = (torch.randn(SPLITS.tokens, 16) / fine).round() * fine
@@ -66,7 +67,7 @@ CLOSED = {
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("where", CLOSED)
 def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
-    """The truth is the problem without those columns."""
+    """The true values are those of the problem without these columns."""
     closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
     closed[list(CLOSED[where])] = True
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
@@ -84,8 +85,8 @@ def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, diverg
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("where", ["the last tile of a split", "the first and the last split"])
-def test_a_tile_that_is_infinite_by_itself_does_not_count_without_mass(layout, where, divergence):
-    """The model that weighs the logarithms has no mass in the tile, the other lacks one entry."""
+def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence):
+    """One model has no mass in the tile, so that a missing entry of the other has no effect."""
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
     other, weighing = problem.args()[2:]
     if divergence == "reverse_kl":
@@ -102,7 +103,7 @@ def test_a_tile_that_is_infinite_by_itself_does_not_count_without_mass(layout, w
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("peaks", [(5, 839), (839, 5), (280, 500), (127, 128)])
 def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
-    """Maxima come late or early, in one split or another, and never in the same tile."""
+    """The two models have their maxima in different tiles, in early and late splits."""
     problem = make(SPLITS, std=1.0, bias=True, divergence=divergence)
     heads = problem.student_head, problem.teacher_head
 
@@ -113,7 +114,7 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 
     peak(6.0, 7.0)
     check(problem, backend="triton")
-    peak(30.0, 35.0)  # where no gradient is left
+    peak(30.0, 35.0)  # the gradients underflow here
     expected, _ = oracle(problem)
     assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
 
@@ -138,7 +139,7 @@ def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
 
 
 @pytest.mark.parametrize("divergence", PATHS)
-def test_results_repeat_bit_for_bit_whatever_memory_held(monkeypatch, divergence):
+def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, divergence):
     problem = make(SPLITS, **FEATURES["everything"], divergence=divergence)
     options = {"backend": "triton", "workspace_bytes": 65 * 128 * 4 * 3}  # chunks of 3, 3 and 1
     loss, grads = ours(problem, **options)
@@ -154,7 +155,7 @@ def test_results_repeat_bit_for_bit_whatever_memory_held(monkeypatch, divergence
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_stays_in_its_row(divergence, side):
-    """The loss of a row with NaN is NaN, and that of no other row."""
+    """Only rows with NaN have a loss of NaN."""
     problem = make(Shape((40,), 97, 33, 17, 1), **FEATURES["everything"], divergence=divergence)
     clean = rows(problem).detach()
     bad = torch.zeros(40, dtype=torch.bool)
@@ -171,8 +172,8 @@ def test_nan_stays_in_its_row(divergence, side):
 
 
 @pytest.mark.parametrize("infinite", [INFINITY, -INFINITY])
-def test_an_infinite_logit_that_is_no_probability_is_nan(infinite):
-    """+inf in a row makes its softmax NaN, as torch does."""
+def test_an_infinite_hidden_state_gives_nan_in_its_row_alone(infinite):
+    """As in torch, a logit of +inf makes the softmax NaN."""
     problem = make(BATCH)
     with torch.no_grad():
         problem.student_hidden[0][2, 3] = infinite

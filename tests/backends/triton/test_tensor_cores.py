@@ -52,13 +52,16 @@ class TensorCores(TorchDispatchMode):
 
 
 def products_of(backend, chunks):
-    """Return the 16-bit products of a pair: the torch backend multiplies by two heads as well."""
+    """Return the number of 16-bit GEMMs of a pair; the torch backend also has two forward."""
     return chunks * (4 if backend == "torch" else 2)
 
 
 @pytest.fixture
 def evaluate(monkeypatch, backend):
-    """Run a call as CUDA would: return ``(loss, gradients)`` and the number of 16-bit products."""
+    """Return a function that runs a call as on CUDA.
+
+    It returns ``(loss, gradients)`` and the number of 16-bit GEMMs.
+    """
 
     def natively(dtype, result, device):
         return matmul_natively(dtype, result, torch.device("cuda"))
@@ -92,13 +95,13 @@ def check(got, truth, loss_tolerance=1e-5, tolerance=1e-2):
     [*(("plain", divergence) for divergence in DIVERGENCES), ("bias", "jsd"), ("softcap", "jsd")],
 )
 @pytest.mark.parametrize("dtype", HALF)
-def test_loss_is_exact_and_gradients_bear_one_rounding(
+def test_the_loss_is_exact_and_gradients_are_rounded_once(
     evaluate, backend, dtype, feature, divergence
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(dtype)
     got, products = evaluate(problem, workspace_bytes=several_chunks(BATCH, 12))
-    # The torch backend has 10 bytes of tiles a logit: 9 rows in a chunk. The triton backend has 2,
-    # in which the vocabulary's two tiles fit.
+    # With 10 bytes a logit, the torch backend has 9 rows in a chunk. The triton backend needs 2
+    # bytes a logit, so that one chunk holds the whole vocabulary.
     chunks = 4 if backend == "torch" else 1
     assert products == BATCH.pairs * products_of(backend, chunks)
     check(got, oracle(problem))
@@ -107,9 +110,8 @@ def test_loss_is_exact_and_gradients_bear_one_rounding(
 @backends
 @pytest.mark.parametrize(("norm", "divergence"), [("rms", "jsd"), ("layer", "reverse_kl")])
 @pytest.mark.parametrize("dtype", HALF)
-def test_with_a_norm_its_result_is_rounded_as_models_do(evaluate, dtype, norm, divergence):
-    """A factor of a 16-bit product has 16 bit: the loss is no better than that of torch, which
-    rounds the logits besides, and no worse."""
+def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergence):
+    """A 16-bit GEMM needs 16-bit operands, so that the loss is about as accurate as torch's."""
     problem = make(BATCH, std=2.0, norm=norm, divergence=divergence).to(dtype)
     ulp = torch.finfo(dtype).eps
     check_beside(
@@ -123,11 +125,11 @@ def test_with_a_norm_its_result_is_rounded_as_models_do(evaluate, dtype, norm, d
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    # bfloat16 does not underflow, and the interpreter takes seconds.
+    # Triton is not run in bfloat16, which cannot underflow: the interpreter takes seconds.
     [("torch", torch.float16), ("torch", torch.bfloat16), ("triton", torch.float16)],
 )
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
-    """The weight of a token would make entries of a tile that float16 does not have."""
+    """With token weights inside the tile, its entries would underflow in float16."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))
 
@@ -149,8 +151,8 @@ def test_autocast_multiplies_natively_too(evaluate, backend):
 
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("double", ["student", "teacher"])
-def test_beside_a_float64_model_the_16_bit_one_is_widened(evaluate, double):
-    """CUDA has no product of 16-bit operands into float64."""
+def test_a_16_bit_model_is_widened_if_the_other_is_float64(evaluate, double):
+    """CUDA has no GEMM of 16-bit operands with a float64 result."""
     problem = make(ODD).to(torch.bfloat16).to(torch.float64, double)
     got, products = evaluate(problem)
     assert products == 0
