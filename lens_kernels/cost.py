@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lens_kernels.backends.matmul import multiplies_natively
-from lens_kernels.backends.torch.layout import bytes_per_row, chunk_rows
+from lens_kernels.backends.torch.layout import bytes_per_row, in_place
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
@@ -176,7 +176,7 @@ def dense(shape: CallShape) -> Plan:
 
 def row_chunks(shape: CallShape) -> Plan:
     """Return the plan of the ``torch`` backend: chunks of tokens over the whole vocabulary."""
-    rows = chunk_rows(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
+    rows = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes).tile_rows
     return _row_chunks("torch", shape, rows, rows * shape.bytes_per_row())
 
 

@@ -9,7 +9,7 @@ import torch
 from lens_kernels.backends.torch.layout import row_stride
 
 # Every backend that must agree with the oracle. A new one is added here.
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "triton", "row_kernel"]
 # Those of them that compute in float64; the others refuse it.
 FLOAT64_BACKENDS = ["torch"]
 # Everything that a backend computes in.

@@ -124,6 +124,6 @@ def test_a_call_whose_pass_is_compiled_asks_for_that(monkeypatch, compiled):
     asked = []
     monkeypatch.setattr(pointwise_pass, "is_compiled", lambda *args: compiled)
     monkeypatch.setattr(compiled_calls, "_compile", lambda function: function)
-    monkeypatch.setattr(row_chunks, "keep_freed_blocks", lambda: asked.append(True))
+    monkeypatch.setattr(pointwise_pass, "keep_freed_blocks", lambda: asked.append(True))
     ours(make(Shape((24,), 1000, 8, 16, 1)))
     assert bool(asked) is compiled
