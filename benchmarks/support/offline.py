@@ -43,6 +43,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
     torch.int64: "*i64",
 }
 CONSTANT = "constexpr"
@@ -220,8 +221,8 @@ def _launch(kernel: JITFunction, args: Sequence[Any], kwargs: dict[str, Any]) ->
     )
 
 
-def compile_for(arch: str, launch: Launch) -> Compiled:
-    """Compile a launch for a target and read its resources from the machine code."""
+def machine_code(arch: str, launch: Launch) -> tuple[str, int, int, int, int]:
+    """Return the code of a launch for a target, registers, spilled and shared bytes, programs."""
     module = __import__(launch.module, fromlist=[launch.kernel])
     source = ASTSource(
         getattr(module, launch.kernel),
@@ -233,6 +234,12 @@ def compile_for(arch: str, launch: Launch) -> Compiled:
     shared = compiled.metadata.shared
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     code, registers, spilled, programs = read(compiled, shared)
+    return code, registers, spilled, shared, programs
+
+
+def compile_for(arch: str, launch: Launch) -> Compiled:
+    """Compile a launch for a target and read its resources from the machine code."""
+    code, registers, spilled, shared, programs = machine_code(arch, launch)
     found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
     return Compiled(
         arch,
