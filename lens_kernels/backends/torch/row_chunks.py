@@ -8,7 +8,6 @@ held at any time are those of a tile.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from itertools import groupby
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from lens_kernels.backends import matmul
 from lens_kernels.backends.accumulator import Accumulator
 from lens_kernels.backends.head_products import Survey
 from lens_kernels.backends.pages import in_huge_pages
-from lens_kernels.backends.torch.layout import Piece, row_stride
+from lens_kernels.backends.torch.layout import Piece, has_row_kernel, row_stride
 from lens_kernels.backends.torch.passes import Pass, Terms
 from lens_kernels.backends.torch.pointwise_pass import TorchPass
 from lens_kernels.call import LossCall, LossResult
@@ -40,9 +39,8 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 
 def pass_for(call: LossCall) -> MakePass:
-    """Return the kernel on GPUs with Triton, in float32, and else the pass by torch."""
-    on_gpu = call.row_weight.device.type == "cuda" and call.compute_dtype is torch.float32
-    if on_gpu and importlib.util.find_spec("triton") is not None:
+    """Return the kernel over whole rows where there is one, and else the pass by torch."""
+    if has_row_kernel(call.row_weight.device, call.compute_dtype):
         from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 
         return RowKernelPass
