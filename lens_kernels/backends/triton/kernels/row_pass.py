@@ -179,8 +179,10 @@ def row_pass_kernel(
                 f += tl.sum(f_entry, 1)
                 h += tl.sum(h_entry, 1)
         h_sum = tl.sum(h, 0)
+        loss = tl.sum(f, 0)
+        h_sum = tl.where(loss != loss, loss, h_sum)  # NaN is NaN in the gradient too
         weight = tl.load(weight_ptr + row)
-        tl.store(loss_ptr + row, tl.sum(f, 0))
+        tl.store(loss_ptr + row, loss)
     if labels is not None:
         labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
         label = tl.load(labels_ptr + row)
