@@ -111,20 +111,12 @@ def first_sweep(
         if ONLINE:
             max_s, sum_s, lq = conditional(ys, factor_s)
             max_t, sum_t, lp = conditional(yt, factor_t)
-            max_s, sum_s, lq_old, lq_new = union(maximum_s, total_s, max_s, sum_s, factor_s)
-            max_t, sum_t, lp_old, lp_new = union(maximum_t, total_t, max_t, sum_t, factor_t)
-            # A group beyond the vocabulary has no distribution.
-            real = start + tl.arange(0, LANES) * GROUP < vocab_size
+            maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, max_s, sum_s, factor_s)
+            maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, max_t, sum_t, factor_t)
             if DIVERGENCE != "reverse_kl":
-                more = merged(forward, lp, lq, lp_old, lq_old, lp_new, lq_new, "forward_kl")
-                forward = tl.where(real, more, forward)
+                forward = merged(forward, lp, lq, lp_old, lq_old, lp_new, lq_new, "forward_kl")
             if DIVERGENCE != "forward_kl":
-                more = merged(reverse, lp, lq, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
-                reverse = tl.where(real, more, reverse)
-            maximum_s = tl.where(real, max_s, maximum_s)
-            maximum_t = tl.where(real, max_t, maximum_t)
-            total_s = tl.where(real, sum_s, total_s)
-            total_t = tl.where(real, sum_t, total_t)
+                reverse = merged(reverse, lp, lq, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
         else:
             maximum_s, total_s = with_group(maximum_s, total_s, ys, factor_s)
             if DIVERGENCE is not None:
