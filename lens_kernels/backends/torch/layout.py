@@ -73,7 +73,7 @@ class Layout:
     def counts(self, pairs: int, tokens: int) -> tuple[int, int]:
         """Return the numbers of steps and of tiles."""
         runs, rows, step, tile = self._sizes(pairs, tokens)
-        whole, rest = divmod(rows, step)
+        whole, rest = rows // step, rows % step  # torch.compile knows no divmod
         steps, tiles = whole + bool(rest), whole * math.ceil(step / tile) + math.ceil(rest / tile)
         return runs * steps, runs * tiles
 
@@ -81,7 +81,7 @@ class Layout:
         """Return how many runs of rows there are, and the rows of a run, a step and a tile."""
         runs, rows = (1, pairs * tokens) if self.shared else (pairs, tokens)
         step = max(1, evened(rows, self.grad_rows, self.block))
-        return runs, rows, step, evened(step, self.tile_rows, self.block)
+        return runs, rows, step, max(1, evened(step, self.tile_rows, self.block))
 
 
 def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
