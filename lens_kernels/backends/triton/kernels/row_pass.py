@@ -30,29 +30,30 @@ OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
-def row_of(model, row, stride):
-    """Return what ``read_row`` takes: a row, its map to logits ``factor y``, and the least ``y``.
+def map_of(model):
+    """Return what makes logits of ``y``, and the least ``y``.
 
-    The last stands for logits of -inf, which are ``FLOOR``.
+    The latter stands for logits of -inf, which are ``FLOOR``.
     """
-    z_ptr, bias_ptr, slope, cap = model
+    _, _, slope, cap = model
     factor = factor_of(slope, cap)
-    return z_ptr + row * stride, bias_ptr, slope, cap, factor, tl.maximum(FLOOR / factor, -1e38)
+    return factor, tl.maximum(FLOOR / factor, -1e38)
 
 
 @triton.jit
 def read_row(
-    model, start, vocab_size, LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr
-):
+    model, offset, floor, start, vocab_size,
+    LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Return ``y`` of the entries from ``start`` on, ``(LANES, GROUP)``.
 
     Those beyond the vocabulary have no mass if ``MASKED``, as sums need, and else are anything.
     """
-    row_ptr, bias_ptr, slope, cap, _, floor = model
+    z_ptr, bias_ptr, slope, cap = model
     first = (start + tl.arange(0, LANES) * GROUP)[:, None]
     columns = first + tl.arange(0, GROUP)[None, :]
     # Rows are padded to whole groups. A mask over entries would make 4-byte loads of 16-byte ones.
-    z = tl.load(row_ptr + columns, mask=first < vocab_size, other=0.0)
+    z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
     y = capped(z, slope, cap)
@@ -89,7 +90,7 @@ def of_lanes(value, lp, lq, KIND: tl.constexpr):
 
 @triton.jit
 def first_sweep(
-    student, teacher, temperature, vocab_size,
+    student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
     DIVERGENCE: tl.constexpr, ONLINE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Return maximum and sum of exponentials of each lane, and its relative entropies.
@@ -97,15 +98,13 @@ def first_sweep(
     These are ``(maximum, total)`` of student and teacher, ``total`` of the student at temperature
     1, and the forward and the reverse one. What is not needed is zero.
     """
-    _, _, _, _, factor_s, floor_s = student
-    _, _, _, _, factor_t, floor_t = teacher
     zero = tl.zeros((LANES,), tl.float32)
     maximum_s, total_s, maximum_t, total_t = zero + floor_s, zero, zero + floor_t, zero
     total_1, forward, reverse = zero, zero, zero
     for start in range(0, vocab_size, LANES * GROUP):
-        ys = read_row(student, start, vocab_size, LANES, GROUP, True)
+        ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
         if DIVERGENCE is not None:
-            yt = read_row(teacher, start, vocab_size, LANES, GROUP, True)
+            yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
         if temperature is not None:
             higher, total_1 = with_group(maximum_s, total_1, ys, factor_s * temperature)
         if ONLINE:
@@ -141,14 +140,16 @@ def row_pass_kernel(
         DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys"
     )
     row = tl.program_id(0).to(tl.int64)
-    _, _, slope, cap = student
-    student = row_of(student, row, stride)
-    teacher = row_of(teacher, row, stride) if DIVERGENCE is not None else student
-    row_s_ptr, bias_ptr, _, _, factor_s, floor_s = student
-    _, _, _, _, factor_t, _ = teacher
+    offset = row * stride
+    z_ptr, bias_ptr, slope, cap = student
+    factor_s, floor_s = map_of(student)
+    factor_t, floor_t = factor_s, floor_s
+    if DIVERGENCE is not None:
+        factor_t, floor_t = map_of(teacher)
     maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse = first_sweep(
-        student, teacher, temperature, vocab_size, DIVERGENCE, ONLINE, LANES, GROUP
-    )
+        student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
+        DIVERGENCE, ONLINE, LANES, GROUP,
+    )  # fmt: skip
     max_s, log_sum_s, lanes_q = over_lanes(maximum_s, total_s, factor_s)
     max_t, log_sum_t, lanes_p = over_lanes(maximum_t, total_t, factor_t)
 
@@ -163,8 +164,8 @@ def row_pass_kernel(
                 f += h
         else:
             for start in range(0, vocab_size, LANES * GROUP):
-                ys = read_row(student, start, vocab_size, LANES, GROUP, True)
-                yt = read_row(teacher, start, vocab_size, LANES, GROUP, True)
+                ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
+                yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
                 lq = (ys - max_s) * factor_s - log_sum_s
                 lp = (yt - max_t) * factor_t - log_sum_t
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
@@ -179,7 +180,7 @@ def row_pass_kernel(
         labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
         label = tl.load(labels_ptr + row)
         label_weight = tl.load(label_weight_ptr + row)
-        z = tl.load(row_s_ptr + label)
+        z = tl.load(z_ptr + offset + label)
         if bias_ptr is not None:
             z += tl.load(bias_ptr + label)
         y = capped(z, slope, cap)
@@ -199,11 +200,11 @@ def row_pass_kernel(
         for start in range(0, vocab_size, LANES * GROUP):
             first = (start + tl.arange(0, LANES) * GROUP)[:, None]
             columns = first + tl.arange(0, GROUP)[None, :]
-            ys = read_row(student, start, vocab_size, LANES, GROUP, False)
+            ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, False)
             lq = (ys - max_s) * factor_s - log_sum_s
             grad = tl.zeros((LANES, GROUP), tl.float32)
             if DIVERGENCE is not None:
-                yt = read_row(teacher, start, vocab_size, LANES, GROUP, False)
+                yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
                 lp = (yt - max_t) * factor_t - log_sum_t
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
                 grad = (h_entry - exp(lq) * h_sum) * weight
