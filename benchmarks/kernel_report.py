@@ -3,6 +3,7 @@
     python benchmarks/kernel_report.py                  every variant, bf16, all architectures
     python benchmarks/kernel_report.py --arch sm_90 --dtype float16
     python benchmarks/kernel_report.py --costs-only --docs
+    python benchmarks/kernel_report.py --row-pass-only  the kernel of the torch backend on GPUs
 
 Registers, spilled bytes, shared memory and matrix instructions are read from the machine code; how
 many programs a processor holds follows from them. Costs are arithmetic. Nothing here is timed.
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
     parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
+    parser.add_argument("--row-pass-only", action="store_true", help="compile no other kernel")
     parser.add_argument(
         "--docs", action="store_true", help=f"also write the table of plans into docs/{PAGE.name}"
     )
@@ -132,8 +134,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # Products are rounded to TF32 on NVIDIA alone.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
-    compiled = compile_all(archs, args.dtype)
     versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}
+    if args.dtype != "tf32":  # no product is in it
+        from benchmarks.support import row_report
+
+        kernels = row_report.measure_all(args.arch or row_report.ARCHS, DTYPES[args.dtype])
+        rows = [kernel.columns() | versions for kernel in kernels]
+        tables.print_rows(rows)
+        tables.write_csv(args.out / f"row_pass_{args.dtype}.csv", rows)
+        if args.row_pass_only:
+            return int(any(kernel.spilled_bytes for kernel in kernels))
+    compiled = compile_all(archs, args.dtype)
     rows = [c.columns() | versions for c in compiled]
     tables.print_rows(rows)
     tables.write_csv(args.out / f"kernel_report_{args.dtype}.csv", rows)

@@ -55,6 +55,24 @@ def recompile_limit(variants: int) -> AbstractContextManager[None]:
     return torch._dynamo.config.patch(recompile_limit=variants)
 
 
+def vary_first_size(x: Tensor) -> None:
+    """Let code that ``torch.compile`` makes take ``x`` with any first size.
+
+    Seen in torch 2.8 to 2.13. There is no public function for it; without it the call raises.
+    """
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def tensors_in(values: object) -> list[Tensor]:
+    """Return the tensors in nested tuples.
+
+    Seen in torch 2.8 to 2.13. Without it the call raises.
+    """
+    from torch.utils import _pytree
+
+    return [x for x in _pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
 def compiler_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that Inductor raises without a working C++ compiler.
 

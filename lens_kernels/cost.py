@@ -1,7 +1,7 @@
 """The cost of a call, computed from its shape: operations, traffic and workspace by backend.
 
-Nothing here is measured. Traffic is to and from main memory. It assumes that each sweep or chunk
-reads every operand once; blocks that do not share a cache read the heads more often.
+Nothing here is measured. Traffic is to and from main memory, if each product reads its operands
+once, and nothing that is larger than a GPU's cache stays there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from lens_kernels.backends.matmul import multiplies_natively
-from lens_kernels.backends.torch.layout import bytes_per_row, chunk_rows
+from lens_kernels.backends.torch.layout import (
+    Layout,
+    apart,
+    bytes_per_row,
+    has_row_kernel,
+    in_place,
+    row_stride,
+)
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
@@ -23,6 +30,11 @@ OPERATIONS_PER_BYTE = 200
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
 # The columns of the smallest chunk of the vocabulary that the ``triton`` backend processes.
 COLUMNS = 128
+# Rows of hidden states that are read again for each part of the vocabulary stay in a cache of this
+# size. Data sheets give 40 MiB (A100) and 50 (H100).
+CACHE_BYTES = 32 << 20
+# Entries of a row that a program of the row kernel reads together.
+GROUP = 8
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,20 @@ class CallShape:
         """Return the number of operations for the logits of both models of a pair."""
         return 2 * self.logits * (self.student_width + self.teacher_width)
 
+    @property
+    def with_grad(self) -> bool:
+        """Say whether the gradients of logits are needed."""
+        return self.hidden_grad or self.head_grad
+
+    def row_kernel_bytes(self, models: int) -> int:
+        """Return what the row kernel moves: the logits in each sweep, and their gradients."""
+        # A relative entropy, or labels alone, need no sweep for the sums of a row.
+        online = sum(d in RELATIVE_ENTROPIES for d in self.divergences) + (not self.divergences)
+        sweeps = self.pairs * (2 + self.with_grad) - online
+        entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
+        gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
+        return entries * (sweeps * models * self.compute_dtype.itemsize + gradients)
+
     def bytes_per_row(self) -> int:
         """Return the bytes of the ``torch`` backend's tiles for one token."""
         return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
@@ -142,57 +168,78 @@ class CallShape:
         return rows * both * self.dtype.itemsize
 
     def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
-        """Return the products that turn the logits' gradient into those of hidden states and head.
+        """Return the products that take the gradients of the logits of all pairs.
 
-        The logits' gradient has the dtype ``made_in``. It is split into ``chunks`` of tokens or
-        ``parts`` of the vocabulary.
+        They are made in a dtype, in ``chunks`` of the rows, or for each pair in ``parts`` of the
+        vocabulary. The first product sets the head's gradient, the others add to it.
         """
         wide, factor = self.compute_dtype.itemsize, self.factor.itemsize
-        hidden, head = self.tokens * self.student_width, self.vocab_size * self.student_width
+        rows, head = self.pairs * self.tokens, self.vocab_size * self.student_width
+        hidden = rows * self.student_width
         products = self.hidden_grad + self.head_grad
-        moved = products * self.logits * factor
+        moved = products * self.pairs * self.logits * factor
         if made_in is not self.factor:
-            moved += self.logits * (made_in.itemsize + factor)  # a copy in the dtype of the factors
+            moved += self.pairs * self.logits * (made_in.itemsize + factor)  # a copy as a factor
         if self.hidden_grad:
             moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
         if self.head_grad:
-            moved += parts * hidden * factor + 2 * chunks * head * wide
-        flops = 2 * products * self.logits * self.student_width
+            moved += parts * hidden * factor + (2 * chunks - 1) * head * wide
+        flops = 2 * products * self.pairs * self.logits * self.student_width
         return Step("products of the gradient", flops, moved, factor)
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
-        """Return the plan of these steps, and of the step that all pairs share."""
+        """Return the plan of steps, with those that all backends share."""
         if self.head_grad:
-            # It is set to zero before all pairs, and scaled after them.
-            moved = 3 * self.vocab_size * self.student_width * self.compute_dtype.itemsize
-            steps = [*steps, Step("head gradient set to zero and scaled", 0, moved)]
+            # Multiplied by the loss's own gradient, and copied to the head's dtype. Before that,
+            # float16 has a unit to be multiplied by.
+            wide = self.compute_dtype.itemsize
+            each = 2 * wide + (
+                wide + self.dtype.itemsize if self.dtype is not self.compute_dtype else 0
+            )
+            each += 2 * wide if self.factor is torch.float16 else 0
+            moved = self.vocab_size * self.student_width * each
+            steps = [*steps, Step("head gradient scaled and cast", 0, moved)]
         return Plan(name, tuple(steps), workspace)
 
 
 def dense(shape: CallShape) -> Plan:
     """Return the plan of computing all logits at once, which no backend does."""
     workspace = shape.tokens * shape.bytes_per_row() * shape.pairs
-    return _row_chunks("dense", shape, shape.tokens, workspace)
+    return _row_chunks("dense", shape, Layout(shape.tokens, shape.tokens), workspace)
 
 
 def row_chunks(shape: CallShape) -> Plan:
-    """Return the plan of the ``torch`` backend: chunks of tokens over the whole vocabulary."""
-    rows = chunk_rows(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
-    return _row_chunks("torch", shape, rows, rows * shape.bytes_per_row())
+    """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary."""
+    if not has_row_kernel(shape.device, shape.compute_dtype):
+        layout = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
+        return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
+    rows = shape.pairs * shape.tokens
+    layout = apart(rows, shape.vocab_size, shape.factor, shape.workspace_bytes)
+    tile = layout.tile_rows * row_stride(shape.vocab_size)
+    workspace = tile * (1 + bool(shape.teacher_width)) * shape.compute_dtype.itemsize
+    if shape.with_grad:
+        assert layout.grad_stride is not None
+        workspace += layout.grad_rows * layout.grad_stride * shape.factor.itemsize
+    return _row_chunks("torch", shape, layout, workspace)
 
 
-def _row_chunks(name: str, shape: CallShape, rows: int, workspace: int) -> Plan:
-    chunks = math.ceil(shape.tokens / max(1, rows))
-    tile = shape.logits * shape.compute_dtype.itemsize
-    with_grad = shape.hidden_grad or shape.head_grad
-    reads = shape.operand_bytes(chunks) + 2 * tile
-    steps = [
-        Step("projections", shape.projections, reads, shape.factor.itemsize),
-        Step("pointwise pass", 0, (3 if with_grad else 2) * tile),
-    ]
-    if with_grad:
-        steps.append(shape.gradient_products(shape.compute_dtype, chunks, 1))
-    return shape.plan(name, [step.times(shape.pairs) for step in steps], workspace)
+def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> Plan:
+    steps, tiles = layout.counts(shape.pairs, shape.tokens)
+    models = 1 + bool(shape.teacher_width)
+    logits = shape.pairs * shape.logits * shape.compute_dtype.itemsize
+    rows = shape.pairs * shape.operand_bytes(0)
+    reads = rows + tiles * shape.operand_bytes(1, 0) + models * logits
+    flops = shape.pairs * shape.projections
+    made = [Step("projections", flops, reads, shape.factor.itemsize)]
+    if layout.grad_stride is None:
+        moved = (models + shape.with_grad) * logits
+        made_in = shape.compute_dtype
+    else:
+        moved, made_in = shape.row_kernel_bytes(models), shape.factor
+    made.append(Step("pointwise pass", 0, moved))
+    if shape.with_grad:
+        made.append(shape.gradient_products(made_in, steps, 1))
+    return shape.plan(name, made, workspace)
 
 
 def vocabulary_sweeps(shape: CallShape) -> Plan:
@@ -211,15 +258,18 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
         "row sums": two_sweeps,
         "log-sum-exps and row sums": shape.pairs - two_sweeps,
     }
-    one = shape.projections, shape.operand_bytes(1), operand
+    # Row blocks come first: all rows are read for every block of the vocabulary.
+    cached = shape.operand_bytes(0) <= CACHE_BYTES
+    sweep = shape.operand_bytes(1, 1 if cached else tiles)
+    one = shape.projections, sweep, operand
     steps = [Step(name, *one).times(number) for name, number in sweeps.items() if number]
     workspace = 0
-    if shape.hidden_grad or shape.head_grad:
+    if shape.with_grad:
         workspace = math.ceil(tiles / parts) * column
-        moved = shape.operand_bytes(1, parts) + shape.logits * operand
-        gradient = [
-            Step("gradient of the logits", shape.projections, moved, operand),
-            shape.gradient_products(shape.dtype, 1, parts),
+        moved = shape.operand_bytes(1, parts if cached else tiles) + shape.logits * operand
+        gradient = Step("gradient of the logits", shape.projections, moved, operand)
+        steps += [
+            gradient.times(shape.pairs),
+            shape.gradient_products(shape.dtype, shape.pairs, parts),
         ]
-        steps += [step.times(shape.pairs) for step in gradient]
     return shape.plan("triton", steps, workspace)

@@ -7,11 +7,13 @@ import torch
 
 from lens_kernels import dispatch
 from tests.support.reference_backend import REFERENCE
+from tests.support.row_kernel_backend import ROW_KERNEL
 
 # Matrices here are small. On a busy machine, waiting for a second thread costs up to a second
 # for each test, which is more than the thread saves.
 torch.set_num_threads(1)
-dispatch.REGISTRY[REFERENCE.name] = REFERENCE
+for backend in (REFERENCE, ROW_KERNEL):
+    dispatch.REGISTRY[backend.name] = backend
 
 
 def pytest_configure(config):

@@ -8,6 +8,7 @@ import torch
 from lens_kernels import plan
 from lens_kernels.backends import matmul
 from lens_kernels.backends.torch import pointwise_pass, row_chunks
+from lens_kernels.cost import CallShape
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 from tests.support.grids import Shape
 from tests.support.memory import MIB
@@ -17,6 +18,7 @@ from tests.test_memory import peak_of
 
 SHAPE = Shape((1536,), 4096, 48, 64, 2)
 SIZES = (1536, 4096, 48, 64)
+CUDA = torch.device("cuda")
 
 
 @pytest.mark.parametrize("wanted", [(True, True), (False, True), (True, False), (False, False)])
@@ -92,19 +94,38 @@ def test_more_chunks_move_more_and_hold_less():
 
 
 def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
-    wide = plan(*SIZES, dtype=torch.bfloat16, workspace_bytes=10**12)["torch"]
-    narrow = plan(*SIZES, dtype=torch.float32, workspace_bytes=10**12)["torch"]
-    row = 4096 + 16  # one cache line more
-    assert wide.workspace_bytes == 1536 * (row * 8 + 4096 * 2)
+    options = {"device": "cpu", "workspace_bytes": 10**12}
+    narrow = plan(*SIZES, dtype=torch.float32, **options)["torch"]
+    row = 4096 + 16  # one line of a cache more
     assert narrow.workspace_bytes == 1536 * row * 8
+    wide = CallShape(
+        *SIZES, (Divergence.JSD,), torch.bfloat16, torch.float32, True, True, CUDA, 10**12
+    )
+    assert wide.bytes_per_row() == row * 8 + 4096 * 2
+
+
+def test_on_a_gpu_gradients_have_a_buffer_of_their_own(monkeypatch):
+    """512 rows of both models' logits, and 2048 of gradients: rows of all pairs are in one tile."""
+    row = 4096 + 16
+    whole = 512 * row * 8 + 2048 * 4096 * 2
+    for room, held in ((10**12, whole), (whole - 1, 512 * row * 8 + 1920 * 4096 * 2)):
+        planned = plan(8192, *SIZES[1:], workspace_bytes=room)["torch"]
+        assert planned.workspace_bytes <= held
+        assert planned.workspace_bytes > 0.9 * held
+    one, five = plan(5120, *SIZES[1:]), plan(1024, *SIZES[1:], pairs=5)
+    assert five["torch"].bytes_moved == one["torch"].bytes_moved
+    assert plan(*SIZES, workspace_bytes=1)["torch"].workspace_bytes == row * 8 + 4096 * 2
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert plan(8192, *SIZES[1:])["torch"].workspace_bytes > whole, "no Triton, no kernel"
 
 
 def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
-    one, five = (plan(*SIZES, pairs=n) for n in (1, 5))
+    one, five = (plan(*SIZES, pairs=n, device="cpu") for n in (1, 5))
     for name in ("torch", "triton"):
         assert five[name].flops == 5 * one[name].flops
-        begun = 3 * 4 * 4096 * 48
-        assert five[name].bytes_moved - begun == 5 * (one[name].bytes_moved - begun)
+        # One write instead of a read and a write, and the last multiplication and cast.
+        once = 4096 * 48 * ((2 * 4 + 4 + 2) - 4)
+        assert five[name].bytes_moved - once == 5 * (one[name].bytes_moved - once)
         assert five[name].workspace_bytes == one[name].workspace_bytes
     assert five["dense"].workspace_bytes == 5 * one["dense"].workspace_bytes
 

@@ -187,8 +187,8 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
         yield launches
 
 
-def compile_for(arch: str, launch: Launch) -> Compiled:
-    """Compile a launch for a target and read its resources from the machine code."""
+def machine_code(arch: str, launch: Launch) -> tuple[str, int, int, int, int]:
+    """Return the code of a launch for a target, registers, spilled and shared bytes, programs."""
     module = __import__(launch.module, fromlist=[launch.kernel])
     source = ASTSource(
         getattr(module, launch.kernel),
@@ -200,6 +200,12 @@ def compile_for(arch: str, launch: Launch) -> Compiled:
     shared = compiled.metadata.shared
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     code, registers, spilled, programs = read(compiled, shared)
+    return code, registers, spilled, shared, programs
+
+
+def compile_for(arch: str, launch: Launch) -> Compiled:
+    """Compile a launch for a target and read its resources from the machine code."""
+    code, registers, spilled, shared, programs = machine_code(arch, launch)
     found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
     matrix = max(set(found), key=found.count) if found else "none"
     length = len(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", code, re.MULTILINE))

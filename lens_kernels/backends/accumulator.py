@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backends import head_products
-from lens_kernels.backends.head_products import ColumnStatistics
+from lens_kernels.backends.head_products import ColumnStatistics, Survey
 from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
@@ -32,9 +32,10 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
 class Accumulator:
     """Rows and gradients of one call.
 
-    Tiles of logit gradients, in ``grad_dtype``, are divided by a unit: the largest weight of a
-    token times the slope of its logits, over ``headroom``. Results are multiplied by the unit at
-    the end. A factor of 1/N inside a 16-bit tile would flush most of it to zero.
+    Tiles of logit gradients in float16 are in units of the call: a power of two near the largest
+    weight of a token times the slope of its logits, over ``headroom``. The unit is applied once, at
+    the end: a 1/N inside such a tile would flush most of it to zero. ``grad_threshold`` is relative
+    to the largest weight too.
     """
 
     def __init__(self, call: LossCall, grad_dtype: torch.dtype) -> None:
@@ -44,7 +45,27 @@ class Accumulator:
         self.tokens = tokens if self.index is None else self.index.shape[0]
         self.rows = torch.zeros(call.row_weight.shape, dtype=compute, device=device)
 
-        # Masked rows are left out: their weight may be inf, like the slope of a root at 0.
+        self.weight = call.row_weight.to(compute)
+        self.unit: Tensor | None = None
+        self.relative_threshold = call.threshold_is_relative
+        self.threshold: float | Tensor | None = call.grad_threshold
+        if grad_dtype is torch.float16 or self.threshold is not None:
+            self.set_unit(call, headroom(call, grad_dtype))
+        self.grads = {
+            key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device))
+            for key, x in call.needing_grad().items()
+        }
+        # The first product sets the head's rows, unless active ones are added or there is none.
+        set_rows = call.vocab_size if self.tokens and self.threshold is None else 0
+        for key, grad in self.grads.items():
+            (grad[set_rows:] if key == "weight" else grad).zero_()
+        self.begun = call.vocab_size - set_rows  # rows of the head's gradient that hold numbers
+        # The tiles of gradients in absolute sum: all, and what was left out.
+        self.mass = torch.zeros(2, dtype=compute, device=device)
+
+    def set_unit(self, call: LossCall, scale: float) -> None:
+        """Take the unit out of the weights of rows."""
+        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
@@ -53,19 +74,13 @@ class Accumulator:
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]
             largest = torch.stack(sizes).amax() * call.student_head.scale
-        scale = headroom(call, grad_dtype)
-        self.unit = torch.where(largest > 0, largest, 1.0).to(compute) / scale
-        self.weight = call.row_weight.to(compute) / self.unit
-        self.relative_threshold = call.threshold_is_relative
-        self.threshold = call.grad_threshold
+        largest = torch.where(largest > 0, largest, 1.0).to(self.weight.dtype)
+        mantissa = torch.frexp(largest).mantissa
+        # A power of two, which changes no digit.
+        self.unit = largest / mantissa / scale
+        self.weight = self.weight / self.unit
         if self.threshold is not None and not self.relative_threshold:
-            self.threshold *= scale
-        self.grads = {
-            key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device)).zero_()
-            for key, x in call.needing_grad().items()
-        }
-        # The absolute sums of logit gradients: of all, and of those left out.
-        self.mass = torch.zeros(2, dtype=compute, device=device)
+            self.threshold = self.threshold * scale * mantissa
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
         """Return the keys of the gradients that a pair contributes to."""
@@ -80,38 +95,43 @@ class Accumulator:
         weight: Tensor,
         columns: slice,
         weight_sum: Tensor | None = None,
-        statistics: ColumnStatistics | None = None,
+        survey: Survey | None = None,
     ) -> Tensor | None:
         """Add a tile's part to the head's gradients; return the rows' gradient if it is needed.
 
-        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``, with rows ``x``
-        ``(R, D)`` and ``weight`` ``(C, D)``, the head's rows ``columns``. ``weight_sum``, the sum
-        of these rows, and ``statistics`` of the tile are computed unless they are given.
+        ``grad`` ``(R, C)`` is the gradient of the products of the rows ``x`` ``(R, D)`` with the
+        head's ``weight`` ``(C, D)``, its rows ``columns``, which come in order. The sum of those
+        rows and a survey of the tile are computed unless they are given.
         """
         if "bias" in targets:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
         head_grad = self.grads["weight"][columns] if "weight" in targets else None
-        factors = weight, x, head_grad, bool(targets - {"weight", "bias"})
+        need_hidden = bool(targets - {"weight", "bias"})
+        begun, self.begun = columns.stop <= self.begun, max(self.begun, columns.stop)
+        factors = weight, x, head_grad, need_hidden
         if self.threshold is None:
-            hidden = head_products.full_products(grad, *factors)
+            hidden = head_products.full_products(grad, *factors, begun)
         else:
             if weight_sum is None:
                 weight_sum = weight.sum(0, dtype=self.mass.dtype)
-            if statistics is None:
-                statistics = ColumnStatistics()
-                statistics.add(grad)
-            active = statistics.active(self.threshold, self.relative_threshold)
-            left_out = statistics.mass.index_fill(0, active, 0.0)
+            if survey is None:
+                survey = ColumnStatistics()
+                survey.add(grad)
+            active = survey.active(self.threshold, self.relative_threshold)
             if active.shape[0] > head_products.MAX_ACTIVE_SHARE * grad.shape[1]:
-                left_out, hidden = left_out.zero_(), head_products.full_products(grad, *factors)
+                left_out = torch.zeros_like(self.mass[0])
+                hidden = head_products.full_products(grad, *factors)
             else:
+                left_out = survey.left_out(grad, active)
                 hidden = head_products.active_products(grad, active, weight_sum, *factors)
-            self.mass += torch.stack([statistics.mass.sum(), left_out.sum()])
+            self.mass += torch.stack([survey.total(), left_out])
         return None if hidden is None else hidden.to(self.mass.dtype)
 
     def result(self) -> LossResult:
-        """Return the rows, and the gradients multiplied by the unit."""
-        grads = {key: grad.mul_(self.unit) for key, grad in self.grads.items()}
+        """Return the rows, and the gradients without the unit."""
+        grads = self.grads
+        if self.unit is not None:
+            grads = {key: grad.mul_(self.unit) for key, grad in grads.items()}
         everything, left_out = self.mass
         dropped = torch.where(everything > 0, left_out / everything, everything)
         return LossResult(self.rows, grads, dropped)

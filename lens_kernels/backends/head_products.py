@@ -25,16 +25,22 @@ MAX_ACTIVE_SHARE = 2 / 3
 
 
 def full_products(
-    grad: Tensor, weight: Tensor, x: Tensor, head_grad: Tensor | None, need_hidden: bool
+    grad: Tensor,
+    weight: Tensor,
+    x: Tensor,
+    head_grad: Tensor | None,
+    need_hidden: bool,
+    begun: bool = True,
 ) -> Tensor | None:
     """Add ``grad.T @ x`` to ``head_grad`` if given, and return ``grad @ weight`` if needed.
 
     ``grad`` ``(R, V)`` is a tile of gradients, ``weight`` ``(V, D)`` the head's, ``x`` ``(R, D)``
-    the rows of the tile and ``head_grad`` ``(V, D)``.
+    the rows of the tile and ``head_grad`` ``(V, D)``, to which nothing was written unless
+    ``begun``.
     """
     grad = grad.to(x.dtype)
     if head_grad is not None:
-        matmul.add_head_gradient(grad, x, head_grad)
+        matmul.add_head_gradient(grad, x, head_grad, begun)
     return matmul.product(grad, weight) if need_hidden else None
 
 
@@ -76,13 +82,42 @@ def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return size.amax(0), size.sum(0), size.square().sum(0)
 
 
-class ColumnStatistics:
-    """Statistics of the columns of a tile of gradients, summed block by block."""
+class Survey:
+    """Sizes of the entries of a tile of gradients: of every column, and of all."""
+
+    peak: Tensor  # (V,), the largest absolute value of every column
+    rows = 0
+
+    def total(self) -> Tensor:
+        """Return the sum of all absolute values."""
+        raise NotImplementedError
+
+    def squares_of_all(self) -> Tensor:
+        """Return the sum of all squares."""
+        raise NotImplementedError
+
+    def left_out(self, grad: Tensor, active: Tensor) -> Tensor:
+        """Return the sum of absolute values outside the columns ``active``."""
+        raise NotImplementedError
+
+    def active(self, threshold: float | Tensor, relative: bool) -> Tensor:
+        """Return the columns with a gradient above the threshold, ``(n,)``.
+
+        A ``relative`` threshold is a multiple of the root mean square of the tile. All that is left
+        out is then, in the 2-norm, at most this part of the tile. On a GPU this waits for the
+        device, since the number of columns decides shapes.
+        """
+        entries = self.rows * self.peak.shape[0]
+        bound = threshold * (self.squares_of_all() / entries).sqrt() if relative else threshold
+        # Written so that NaN counts as active. An infinite bound would leave out infinities too.
+        return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
+
+
+class ColumnStatistics(Survey):
+    """A survey by columns, of gradients that are read block by block."""
 
     def __init__(self, compile_sums: bool = False) -> None:
         self.compile_sums = compile_sums
-        self.rows = 0
-        self.peak: Tensor  # (V,), the largest absolute value of every column
         self.mass: Tensor  # (V,), the sum of absolute values of every column
         self.squares: Tensor  # (V,), the sum of squares of every column
 
@@ -95,14 +130,47 @@ class ColumnStatistics:
         self.peak, self.mass, self.squares = peak, mass, squares
         self.rows += grad.shape[0]
 
-    def active(self, threshold: float, relative: bool) -> Tensor:
-        """Return the columns with a gradient above the threshold, ``(n,)``.
+    def total(self) -> Tensor:
+        """Return the sum of all absolute values."""
+        return self.mass.sum()
 
-        A ``relative`` threshold is a multiple of the tile's root mean square. The 2-norm of the
-        entries left out is then at most this multiple of the tile's 2-norm. On a GPU this waits for
-        the device, because the number of columns decides shapes.
-        """
-        entries = self.rows * self.peak.shape[0]
-        bound = threshold * (self.squares.sum() / entries).sqrt() if relative else threshold
-        # In this form NaN counts as active. An infinite bound leaves nothing out.
-        return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
+    def squares_of_all(self) -> Tensor:
+        """Return the sum of all squares."""
+        return self.squares.sum()
+
+    def left_out(self, grad: Tensor, active: Tensor) -> Tensor:
+        """Return the sum of absolute values outside the columns ``active``."""
+        return self.mass.index_fill(0, active, 0.0).sum()
+
+
+class RowStatistics(Survey):
+    """A survey by rows, which a kernel fills as it writes them. Of columns it has the peaks alone.
+
+    Peaks are bits of float32 numbers. Those of positive numbers are in the order of the numbers,
+    and the largest integer is the same in whatever order rows come.
+    """
+
+    def __init__(self, vocab_size: int, stride: int, device: torch.device) -> None:
+        self.bits = torch.zeros(stride, dtype=torch.int32, device=device)
+        self.peak = self.bits.view(torch.float32)[:vocab_size]
+        self.mass: list[Tensor] = []
+        self.squares: list[Tensor] = []
+
+    def add(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what more rows fill: bits, and for each row the sums of sizes and of squares."""
+        self.rows += rows
+        for sums in (self.mass, self.squares):
+            sums.append(self.peak.new_empty(rows))
+        return self.bits, self.mass[-1], self.squares[-1]
+
+    def total(self) -> Tensor:
+        """Return the sum of all absolute values."""
+        return torch.cat(self.mass).sum()
+
+    def squares_of_all(self) -> Tensor:
+        """Return the sum of all squares."""
+        return torch.cat(self.squares).sum()
+
+    def left_out(self, grad: Tensor, active: Tensor) -> Tensor:
+        """Return the sum of absolute values outside the columns ``active``."""
+        return (self.total() - grad[:, active].abs().sum(dtype=self.peak.dtype)).clamp(min=0)

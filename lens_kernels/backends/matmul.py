@@ -131,12 +131,21 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
-def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor) -> None:
-    """Add ``grad.T @ x`` to ``out``; ``grad`` has the dtype of ``x``."""
+def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor, begun: bool) -> None:
+    """Add ``grad.T @ x`` to ``out``, to which nothing was written unless ``begun``.
+
+    ``grad`` is in the dtype of ``x``.
+    """
     if _has_out_dtype(x):
-        torch.addmm(out, grad.t(), x, out_dtype=out.dtype, out=out)
+        if begun:
+            torch.addmm(out, grad.t(), x, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(grad.t(), x, out_dtype=out.dtype, out=out)
         return
     with _as_bfloat16(x.dtype):
         x = x.to(out.dtype)
         for rows, part in _tiles(grad.t(), out.dtype):
-            out[rows].addmm_(part, x)
+            if begun:
+                out[rows].addmm_(part, x)
+            else:
+                torch.mm(part, x, out=out[rows])

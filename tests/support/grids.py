@@ -8,9 +8,9 @@ import torch
 
 from lens_kernels.backends.torch.layout import row_stride
 
-# All backends that must agree with the oracle. Add a new backend here.
-BACKENDS = ["torch", "triton"]
-# The backends that support float64; the others raise an error.
+# Every backend that must agree with the oracle. A new one is added here.
+BACKENDS = ["torch", "triton", "row_kernel"]
+# Those of them that compute in float64; the others refuse it.
 FLOAT64_BACKENDS = ["torch"]
 # Every backend with each dtype that it computes in.
 PRECISIONS = [

@@ -1,15 +1,22 @@
-"""The pointwise pass over a tile of logits: statistics, losses, and the gradient in place."""
+"""The pass in torch, compiled where that pays: statistics, losses, and the gradient in place."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lens_kernels import divergence as table
+from lens_kernels.backends import compiled
+from lens_kernels.backends.head_products import ColumnStatistics
+from lens_kernels.backends.pages import keep_freed_blocks
+from lens_kernels.backends.torch.layout import bytes_per_row, in_place
+from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR, Formula, Mixture
-from lens_kernels.lens import LogitMap
+from lens_kernels.lens import LensHead, LogitMap
 
 # A call over at least this many pairs of logits compiles the pass on a CPU. Measured on 2 cores:
 # once per process compiling takes 6 to 10 s, 24 if Inductor's cache on disk lacks the code, and it
@@ -109,16 +116,6 @@ def _cross_entropy(zs: Tensor, row: Labels, with_grad: bool) -> tuple[Tensor, Te
     return cross_entropy, residual * (row.weight[:, None] * slope)
 
 
-def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:
-    """Return the map with its numbers as the pass takes them."""
-    numbers = {
-        name: torch.tensor(value, dtype=dtype)
-        for name, value in vars(logit_map).items()
-        if isinstance(value, float)
-    }
-    return replace(logit_map, **numbers)
-
-
 def is_compiled(device: torch.device, logits: int) -> bool:
     """Say whether a call over ``logits`` pairs of logits compiles its pointwise pass."""
     return device.type != "cpu" or logits >= CPU_COMPILE_LOGITS
@@ -129,5 +126,81 @@ def block_rows(device: torch.device, compiled: bool, rows: int, vocab_size: int)
     if device.type == "cpu":
         limit = CPU_COMPILED_BLOCK if compiled else CPU_EAGER_BLOCK
         return min(rows, max(1, limit // vocab_size))
-    # Temporaries stay a fraction of the tiles: one block if compiled, about a dozen if not.
-    return max(1, rows // (4 if compiled else 16))
+    # A compiled pass is one kernel, and an eager one makes temporaries as large as its block.
+    return rows if compiled else max(1, rows // 16)
+
+
+class TorchPass:
+    """The pass by torch: eager, or compiled by Inductor."""
+
+    def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
+        compute = call.compute_dtype
+        self.call, self.device = call, call.row_weight.device
+        logits = len(call.student_hidden) * tokens * call.vocab_size
+        self.compiled = is_compiled(self.device, logits)
+        if self.compiled:
+            keep_freed_blocks()
+        row_bytes = bytes_per_row(call.vocab_size, factor, compute)
+        self.layout = in_place(tokens, row_bytes, call.workspace_bytes)
+        # 1 - beta in fp64: in fp32 it has no digits for a beta near 1.
+        beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
+        self.beta = beta, rest
+        self.student, self.untempered = self.maps(call.student_head)
+        self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head)[0]
+
+    def maps(self, head: LensHead) -> list[LogitMap]:
+        """Return the map from products to logits at the call's temperature, and that at 1.
+
+        Their numbers are as the pass takes them.
+        """
+        head = head.prefix(self.call.vocab_size)
+        return [
+            as_tensors(head.logit_map(temperature), self.call.compute_dtype)
+            for temperature in (self.call.temperature, 1.0)
+        ]
+
+    def survey(self) -> ColumnStatistics:
+        """Return an empty survey of gradients."""
+        return ColumnStatistics(self.compiled)
+
+    def run(
+        self,
+        tiles: list[Tensor],
+        terms: Terms,
+        grad: Tensor | None,
+        survey: Any,
+    ) -> list[Tensor]:
+        """Run the pass in blocks of rows; gradients are surveyed while they are in a cache."""
+        step = block_rows(self.device, self.compiled, *tiles[0].shape)
+        blocks = []
+        for start in range(0, tiles[0].shape[0], step):
+            block = slice(start, start + step)
+            # A view that is all of its base would be compiled for that case only.
+            zs, *zt = (tile[block].data for tile in tiles)
+            comparison = labels = None
+            if terms.divergence is not None:
+                assert terms.weight is not None and self.teacher is not None
+                formula = table.pointwise(terms.divergence, self.call.beta)
+                weight = terms.weight[block]
+                comparison = Comparison(
+                    zt[0], weight, self.student, self.teacher, formula, self.beta
+                )
+            if terms.labels is not None:
+                assert terms.label_weight is not None
+                weight = terms.label_weight[block]
+                labels = Labels(terms.labels[block], weight, self.untempered)
+            arguments = zs, comparison, labels, grad is not None
+            blocks.append(compiled.call(self.compiled, tile_pass, *arguments))
+            if survey is not None:
+                survey.add(zs)  # the gradient by now
+        return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
+
+
+def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:
+    """Return the map with its numbers as the pass takes them."""
+    numbers = {
+        name: torch.tensor(value, dtype=dtype)
+        for name, value in vars(logit_map).items()
+        if isinstance(value, float)
+    }
+    return replace(logit_map, **numbers)

@@ -1,39 +1,50 @@
-"""The ``torch`` backend: chunks of tokens against the whole vocabulary, nothing computed twice.
+"""The ``torch`` backend: tiles of tokens against the whole vocabulary, nothing computed twice.
 
-For each chunk both models are projected into two tiles of logits. One pointwise pass yields the
-losses and turns the student's tile into its gradient. Two products turn that into the gradients of
-hidden states and head. That is ``3 D_s + D_t`` multiplications per token and vocabulary entry, the
-dense floor, while the logits held at any time are the two tiles.
+For each tile both models are projected into logits. One pass yields the losses and the gradient of
+the student's products. Two products turn that into the gradients of hidden states and head. That is
+``3 D_s + D_t`` multiplications per token and vocabulary entry, the dense floor, while the logits
+held at any time are those of a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lens_kernels import divergence as table
-from lens_kernels.backends import compiled, matmul
+from lens_kernels.backends import matmul
 from lens_kernels.backends.accumulator import Accumulator
-from lens_kernels.backends.head_products import ColumnStatistics
-from lens_kernels.backends.pages import in_huge_pages, keep_freed_blocks
-from lens_kernels.backends.torch import pointwise_pass
-from lens_kernels.backends.torch.layout import bytes_per_row, chunk_rows, row_stride
-from lens_kernels.backends.torch.pointwise_pass import Comparison, Labels
+from lens_kernels.backends.head_products import Survey
+from lens_kernels.backends.pages import in_huge_pages
+from lens_kernels.backends.torch.layout import Piece, has_row_kernel, row_stride
+from lens_kernels.backends.torch.passes import Pass, Terms
+from lens_kernels.backends.torch.pointwise_pass import TorchPass
 from lens_kernels.call import LossCall, LossResult
-from lens_kernels.lens import LensHead, LogitMap
+from lens_kernels.lens import LensHead
+from lens_kernels.options import Divergence
 
-Rows = Tensor | slice  # of a chunk: a slice, or indices of unmasked tokens
+Rows = Tensor | slice  # of a call: a slice, or indices of unmasked tokens
+MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 
 
-def evaluate(call: LossCall) -> LossResult:
+def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
     """Return the rows of the call and the gradients of its loss."""
-    chunks = _RowChunks(call)
-    for pair in range(len(call.student_hidden)):
-        for rows in chunks:
-            chunks.evaluate(pair, rows)
+    chunks = _RowChunks(call, make_pass or pass_for(call))
+    for tiles in chunks.layout.steps(len(call.student_hidden), chunks.sums.tokens):
+        chunks.step(tiles)
     return chunks.sums.result()
+
+
+def pass_for(call: LossCall) -> MakePass:
+    """Return the kernel over whole rows where there is one, and else the pass by torch."""
+    if has_row_kernel(call.row_weight.device, call.compute_dtype):
+        from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
+
+        return RowKernelPass
+    return TorchPass
 
 
 class _Model:
@@ -44,130 +55,139 @@ class _Model:
         self.compute_dtype = call.compute_dtype
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
         self.weight = self.factors.weight
-        self.tempered = self.logit_map(call.temperature)
 
-    def read(
-        self, hidden: Tensor, rows: Rows, normed: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Return the chunk as a factor, and what the norm's backward needs."""
+    def read(self, hidden: Tensor, rows: Rows, normed: bool) -> _Read:
+        """Return rows of a hidden state as a factor, and what the norm's backward needs."""
         x = hidden[rows].to(self.compute_dtype)
         saved = None
         if normed and self.head.norm is not None:
             x, *statistics = self.head.norm.forward(x)
             saved = (statistics[0], statistics[1])
-        return self.factors.rows(x), saved
+        return _Read(self.factors.rows(x), saved)
 
-    def logit_map(self, temperature: float) -> LogitMap:
-        """Return the map from products to logits, its numbers as the pass takes them."""
-        return pointwise_pass.as_tensors(self.head.logit_map(temperature), self.compute_dtype)
+
+class _Read(NamedTuple):
+    """Rows as a factor of a product, and ``(x_hat, rstd)`` if they went through a norm."""
+
+    x: Tensor
+    saved: tuple[Tensor, Tensor] | None
 
 
 class _RowChunks:
-    """The chunks of a call: their tiles, and the sums over them."""
+    """The steps of a call: their buffers, and the sums over them."""
 
-    def __init__(self, call: LossCall) -> None:
+    def __init__(self, call: LossCall, make_pass: MakePass) -> None:
         self.call = call
         compute = call.compute_dtype
         self.student = _Model(call.student_head, call)
         self.teacher = None if call.teacher_head is None else _Model(call.teacher_head, call)
-        self.sums = Accumulator(call, self.student.factors.dtype)
+        factor = self.student.factors.dtype
+        self.sums = Accumulator(call, factor)
         self.weight_sum: Tensor | None = None
         if call.grad_threshold is not None:
             self.weight_sum = self.student.weight.sum(0, dtype=compute)
-        # 1 - beta in fp64: in fp32 it has no digits for a beta near 1.
-        beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
-        self.beta = beta, rest
-        self.untempered = self.student.logit_map(1.0)
+        self.compare = make_pass(call, factor, self.sums.tokens)
+        self.layout = self.compare.layout
 
-        self.device = call.row_weight.device
-        tokens, pairs = self.sums.tokens, len(call.student_hidden)
-        logits = pairs * tokens * call.vocab_size
-        self.compiled = pointwise_pass.is_compiled(self.device, logits)
-        if self.compiled:
-            keep_freed_blocks()
-        row_bytes = bytes_per_row(call.vocab_size, self.student.factors.dtype, compute)
-        self.chunk_rows = chunk_rows(tokens, row_bytes, call.workspace_bytes)
-        shape = self.chunk_rows, row_stride(call.vocab_size)
+        def buffer(rows: int, stride: int, dtype: torch.dtype) -> Tensor:
+            empty = self.student.weight.new_empty(rows, stride, dtype=dtype)
+            return in_huge_pages(empty)[:, : call.vocab_size]
+
         self.tiles = [
-            in_huge_pages(self.student.weight.new_empty(shape, dtype=compute))[:, : call.vocab_size]
+            buffer(self.layout.tile_rows, row_stride(call.vocab_size), compute)
             for model in (self.student, self.teacher)
             if model is not None
         ]
+        self.grad = self.tiles[0]
+        if self.layout.grad_stride is not None and call.needing_grad():
+            self.grad = buffer(self.layout.grad_rows, self.layout.grad_stride, factor)
 
-    def __iter__(self) -> Iterator[Rows]:
-        """Yield the rows of each chunk."""
-        tokens, index = self.sums.tokens, self.sums.index
-        for start in range(0, tokens, self.chunk_rows or 1):
-            rows = slice(start, min(start + self.chunk_rows, tokens))
-            yield rows if index is None else index[rows]
+    def rows(self, piece: Piece) -> Rows:
+        """Return the tokens of a piece."""
+        rows = slice(piece.start, piece.stop)
+        return rows if self.sums.index is None else self.sums.index[rows]
 
-    def evaluate(self, pair: int, rows: Rows) -> None:
-        """Evaluate one pair on one chunk."""
-        call = self.call
-        normed = call.normed[pair]
-        x, saved = self.student.read(call.student_hidden[pair], rows, normed)
-        tiles = [tile[: x.shape[0]] for tile in self.tiles]
-        matmul.project(x, self.student.weight, tiles[0])
-        if self.teacher is not None:
-            x_teacher, _ = self.teacher.read(call.teacher_hidden[pair], rows, normed)
-            matmul.project(x_teacher, self.teacher.weight, tiles[1])
-
-        targets = self.sums.targets(pair, saved is not None)
-        statistics = None
+    def step(self, tiles: list[list[Piece]]) -> None:
+        """Evaluate tiles one after the other, then make the products of all their gradients."""
+        call, norm = self.call, self.student.head.norm
+        pieces = [piece for tile in tiles for piece in tile]
+        targets: set[int | str] = set()
+        for pair in {piece.pair for piece in pieces}:
+            targets |= self.sums.targets(pair, call.normed[pair] and norm is not None)
+        survey = None
         if targets and self.weight_sum is not None:
-            statistics = ColumnStatistics(self.compiled)
-        self.pointwise(pair, rows, tiles, bool(targets), statistics)
+            survey = self.compare.survey()
+        reads: list[_Read] = []
+        done = 0
+        for tile in tiles:
+            reads += self.project(tile)
+            rows = sum(piece.stop - piece.start for piece in tile)
+            self.evaluate(tile, self.grad[done : done + rows] if targets else None, survey)
+            done += rows
         if not targets:
             return
-        grad, columns = tiles[0], slice(0, call.vocab_size)
         d_x = self.sums.add_head_gradients(
-            targets, grad, x, self.student.weight, columns, self.weight_sum, statistics
-        )
-        if d_x is not None:
-            self.backward_of_norm(pair, rows, d_x, saved)
+            targets, self.grad[:done], _joined([read.x for read in reads]), self.student.weight,
+            slice(0, call.vocab_size), self.weight_sum, survey,
+        )  # fmt: skip
+        if d_x is None:
+            return
+        parts = d_x.split([read.x.shape[0] for read in reads])
+        for piece, read, part in zip(pieces, reads, parts, strict=True):
+            self.backward_of_norm(piece, part, read.saved)
 
-    def pointwise(
-        self,
-        pair: int,
-        rows: Rows,
-        tiles: list[Tensor],
-        with_grad: bool,
-        statistics: ColumnStatistics | None,
-    ) -> None:
-        """Run the pass over the chunk's tiles in blocks of rows, and store the losses.
+    def project(self, tile: list[Piece]) -> list[_Read]:
+        """Fill the tiles of both models, and return the student's rows."""
+        call = self.call
+        reads = []
+        sides = (self.student, call.student_hidden), (self.teacher, call.teacher_hidden)
+        for (model, hidden), logits in zip(sides, self.tiles, strict=False):
+            assert model is not None
+            reads.append(
+                [model.read(hidden[p.pair], self.rows(p), call.normed[p.pair]) for p in tile]
+            )
+            x = _joined([read.x for read in reads[-1]])
+            matmul.project(x, model.weight, logits[: x.shape[0]])
+        return reads[0]
 
-        The statistics of gradients are taken while a block is still in a cache.
-        """
-        call, sums = self.call, self.sums
-        labelled = call.labels is not None and pair == len(call.student_hidden) - 1
-        step = pointwise_pass.block_rows(self.device, self.compiled, *tiles[0].shape)
-        blocks = []
-        for start in range(0, tiles[0].shape[0], step):
-            block = slice(start, start + step)
-            # A view that is all of its base would be compiled for that case only.
-            zs, *zt = (tile[block].data for tile in tiles)
-            comparison = labels = None
-            if self.teacher is not None:
-                weight = sums.weight[pair][rows][block]
-                maps = self.student.tempered, self.teacher.tempered
-                formula = table.pointwise(call.divergences[pair], call.beta)
-                comparison = Comparison(zt[0], weight, *maps, formula, self.beta)
+    def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
+        """Run the pass over a tile, and store the losses. Rows with the same terms go together."""
+        sums = self.sums
+        start = 0
+        for (divergence, labelled), run in groupby(tile, self.kind):
+            pieces = [*run]
+            stop = start + sum(piece.stop - piece.start for piece in pieces)
+            rows = [(piece.pair, self.rows(piece)) for piece in pieces]
+            weight = labels = label_weight = None
+            if divergence is not None:
+                weight = _joined([sums.weight[pair][at] for pair, at in rows])
             if labelled:
-                assert call.labels is not None
-                weight = sums.weight[-1][rows][block]
-                labels = Labels(call.labels[rows][block], weight, self.untempered)
-            arguments = zs, comparison, labels, with_grad
-            blocks.append(compiled.call(self.compiled, pointwise_pass.tile_pass, *arguments))
-            if statistics is not None:
-                statistics.add(zs)  # the gradient by now
-        filled = ([pair] if self.teacher is not None else []) + ([-1] if labelled else [])
-        for row, losses in zip(filled, zip(*blocks, strict=True), strict=True):
-            sums.rows[row, rows] = torch.cat(losses)
+                assert self.call.labels is not None
+                labels = _joined([self.call.labels[at] for _, at in rows])
+                label_weight = _joined([sums.weight[-1][at] for _, at in rows])
+            losses = self.compare.run(
+                [logits[start:stop] for logits in self.tiles],
+                Terms(divergence, weight, labels, label_weight),
+                None if grad is None else grad[start:stop],
+                survey,
+            )
+            sizes = [piece.stop - piece.start for piece in pieces]
+            for (pair, at), *parts in zip(rows, *(x.split(sizes) for x in losses), strict=True):
+                filled = ([] if divergence is None else [pair]) + ([-1] if labelled else [])
+                for row, part in zip(filled, parts, strict=True):
+                    sums.rows[row, at] = part
+            start = stop
+
+    def kind(self, piece: Piece) -> tuple[Divergence | None, bool]:
+        """Return the divergence of a piece, and whether its rows have labels: the last pair's."""
+        call = self.call
+        labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
+        return (call.divergences[piece.pair] if call.divergences else None), labelled
 
     def backward_of_norm(
-        self, pair: int, rows: Rows, grad: Tensor, saved: tuple[Tensor, Tensor] | None
+        self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Carry the gradient of a chunk's factor back through the norm to the hidden state."""
+        """Carry the gradient of rows of a factor back through the norm to the hidden state."""
         grads = self.sums.grads
         if saved is not None:
             x_hat, rstd = saved
@@ -178,5 +198,9 @@ class _RowChunks:
             norm = self.student.head.norm
             assert norm is not None
             grad = norm.backward(grad, x_hat, rstd)
-        if pair in grads:
-            grads[pair][rows] = grad
+        if piece.pair in grads:
+            grads[piece.pair][self.rows(piece)] = grad
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -116,6 +116,6 @@ def test_only_a_compiled_pass_keeps_freed_blocks(monkeypatch, compiled):
     asked = []
     monkeypatch.setattr(pointwise_pass, "is_compiled", lambda *args: compiled)
     monkeypatch.setattr(compiled_calls, "_compile", lambda function: function)
-    monkeypatch.setattr(row_chunks, "keep_freed_blocks", lambda: asked.append(True))
+    monkeypatch.setattr(pointwise_pass, "keep_freed_blocks", lambda: asked.append(True))
     ours(make(Shape((24,), 1000, 8, 16, 1)))
     assert bool(asked) is compiled

@@ -84,6 +84,33 @@ def log_mixture(d, beta, one_minus_beta):
 
 
 @triton.jit
+def log1p_far(e):
+    """``log(1 + e)`` for ``0 <= e <= exp(-NEAR)``, with an error of 2e-8."""
+    y = e * 0.02535015 - 0.09082444
+    y = y * e + 0.16923109
+    y = y * e - 0.24253859
+    y = y * e + 0.33232507
+    y = y * e - 0.49993402
+    y = y * e + 0.99999851
+    return y * e
+
+
+@triton.jit
+def log_cosh_near(square):
+    """``log(cosh(d / 2))`` of ``square = d^2`` for ``|d| <= NEAR``, to 2e-7."""
+    y = square * 3.3756855e-4 - 5.2074352e-3
+    return square * (y * square + 0.12499999)
+
+
+@triton.jit
+def symmetric_near(square):
+    """``d / 2 tanh(d / 2) - log(cosh(d / 2))`` of ``square = d^2`` for ``|d| <= NEAR``, to 2e-8."""
+    y = square * -1.7517901e-4 + 1.7346757e-3
+    y = y * square - 1.5624928e-2
+    return square * (y * square + 0.125)
+
+
+@triton.jit
 def tanh(x):
     """``tanh(x)``: for ``|x| < 1/2`` a polynomial accurate to 6e-8, elsewhere exponentials."""
     # Squaring a reciprocal square root takes three instructions. A division takes nine.

@@ -12,7 +12,12 @@ from torch import Tensor
 from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.device_fns import exp
 from lens_kernels.backends.triton.kernels.launch import Tile
-from lens_kernels.backends.triton.kernels.logits import block_of_rows, load_stats, logits_tile
+from lens_kernels.backends.triton.kernels.logits import (
+    block_of_rows,
+    load_stats,
+    logits_tile,
+    slope_at,
+)
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.options import Divergence
@@ -53,9 +58,6 @@ def gradients_kernel(
         student, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False
     )
     _, _, _, _, _, _, slope, cap = student
-    if cap is not None:
-        t = us * (1.0 / cap)
-        slope = slope - (t * t) * slope
     grad = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if teacher is not None:
         ut = logits_tile(
@@ -76,6 +78,8 @@ def gradients_kernel(
         hit = columns[None, :] == tl.load(labels_ptr + rows)[:, None]
         residual = exp(log_q) - tl.where(hit, 1.0, 0.0)
         grad += residual * (tl.load(label_weight_ptr + rows) * temperature)[:, None]
+    if cap is not None:
+        slope = slope_at(us * (1.0 / cap), slope, cap)
     grad *= slope
     offsets = rows.to(tl.int64)[:, None] * grad_stride + local[None, :]
     tl.store(grad_ptr + offsets, grad.to(grad_ptr.dtype.element_ty), mask=valid[:, None])

@@ -31,6 +31,28 @@ def load_stats(stats, rows):
 
 
 @triton.jit
+def capped(z, slope, cap):
+    """Return ``y`` of a product ``z``, which times ``factor_of`` is its logit."""
+    if cap is not None:
+        z = tanh(z * slope * (1.0 / cap))
+    return z
+
+
+@triton.jit
+def factor_of(slope, cap):
+    """Return what makes logits of ``capped``."""
+    return slope if cap is None else cap
+
+
+@triton.jit
+def slope_at(y, slope, cap):
+    """Return the derivative of a logit with respect to ``z``, where ``capped`` is ``y``."""
+    if cap is not None:
+        slope = slope - (y * y) * slope
+    return slope
+
+
+@triton.jit
 def logits_tile(
     operand,
     rows,
@@ -63,9 +85,7 @@ def logits_tile(
         w_ptrs += BLOCK_K
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
-    u = z * slope
-    if cap is not None:
-        u = tanh(u * (1.0 / cap)) * cap
+    u = capped(z, slope, cap) * factor_of(slope, cap)
     if MASKED:
         u += tl.where(columns < vocab_size, 0.0, FLOOR)[None, :]
     return tl.maximum(u, FLOOR, propagate_nan=tl.PropagateNan.ALL)

@@ -1,12 +1,7 @@
 """Sweeps 1 and 2 in one, for divergences that are sums of relative entropies.
 
-Split the vocabulary into parts. By the chain rule of relative entropy::
-
-    KL(p, q) = sum_parts P KL(p | part, q | part) + KL(P, Q)
-
-where ``P`` and ``Q`` are the probabilities of the parts. The results of two parts are merged
-into those of their union, like running variances. Every term keeps the relative accuracy of the
-pointwise formulas. No projection is computed twice.
+Tiles of a split of the vocabulary merge on the device, splits on the host, both by the chain rule
+of ``relative_entropy``. No projection is computed twice.
 """
 
 from __future__ import annotations
@@ -18,33 +13,12 @@ from torch import Tensor
 
 from lens_kernels import divergence as table
 from lens_kernels.backends.triton.kernels import launch
-from lens_kernels.backends.triton.kernels.device_fns import FLOOR, exp
+from lens_kernels.backends.triton.kernels.device_fns import FLOOR
 from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
 from lens_kernels.backends.triton.kernels.logits import block_of_rows, logits_tile, tiles_of_split
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
-from lens_kernels.backends.triton.kernels.pointwise import pointwise
+from lens_kernels.backends.triton.kernels.relative_entropy import conditional, merged, union
 from lens_kernels.options import Divergence
-
-
-@triton.jit
-def union(maximum, total, other_maximum, other_total):
-    """Return maximum and total of the union of two parts, and the log-probability of each part."""
-    higher = tl.maximum(maximum, other_maximum)
-    here = maximum - higher
-    there = other_maximum - higher
-    both = total * exp(here) + other_total * exp(there)
-    log_sum = tl.log(both)
-    # The log-probability of an empty part is FLOOR, not -inf.
-    has_mass = total > 0
-    here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
-    return higher, both, here, there + tl.log(other_total) - log_sum
-
-
-@triton.jit
-def part_of(log_share, value):
-    """``exp(log_share) value``, or 0 if the part has no mass and an infinite value."""
-    share = exp(log_share)
-    return tl.where((share == 0) & (value == float("inf")), 0.0, share * value)
 
 
 @triton.jit(do_not_specialize=launch.COUNTS)
@@ -82,26 +56,16 @@ def online_kl_kernel(
         ut = logits_tile(
             teacher, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, True
         )
-        # The distributions of both models, conditional on this tile.
-        tile_maximum_s = tl.max(us, 1)
-        tile_maximum_t = tl.max(ut, 1)
-        us -= tile_maximum_s[:, None]
-        ut -= tile_maximum_t[:, None]
-        tile_total_s = tl.sum(exp(us), 1)
-        tile_total_t = tl.sum(exp(ut), 1)
-        lq = us - tl.log(tile_total_s)[:, None]
-        lp = ut - tl.log(tile_total_t)[:, None]
-        forward_f, _ = pointwise(lp, lq, 0.5, 0.5, "forward_kl")
-        reverse_f, _ = pointwise(lp, lq, 0.5, 0.5, "reverse_kl")
-        # Merge this tile with the tiles before it.
-        maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, tile_maximum_s, tile_total_s)
-        maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, tile_maximum_t, tile_total_t)
-        old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "forward_kl")
-        new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, "forward_kl")
-        forward = part_of(lp_old, forward) + part_of(lp_new, tl.sum(forward_f, 1)) + old + new
-        old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, "reverse_kl")
-        new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, "reverse_kl")
-        reverse = part_of(lq_old, reverse) + part_of(lq_new, tl.sum(reverse_f, 1)) + old + new
+        tile_maximum_s, tile_total_s, lq = conditional(us, 1.0)
+        tile_maximum_t, tile_total_t, lp = conditional(ut, 1.0)
+        maximum_s, total_s, lq_old, lq_new = union(
+            maximum_s, total_s, tile_maximum_s, tile_total_s, 1.0
+        )
+        maximum_t, total_t, lp_old, lp_new = union(
+            maximum_t, total_t, tile_maximum_t, tile_total_t, 1.0
+        )
+        forward = merged(forward, lp, lq, lp_old, lq_old, lp_new, lq_new, "forward_kl")
+        reverse = merged(reverse, lp, lq, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
     offsets = tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(maximum_s_ptr + offsets, maximum_s, mask=valid)
     tl.store(total_s_ptr + offsets, total_s, mask=valid)

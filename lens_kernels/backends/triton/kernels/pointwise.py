@@ -6,14 +6,35 @@ That module derives the formulas, and tests compare the two tables. For ``jsd``,
     log(m / q) = log(1 - beta + beta exp(d)),   log(m / p) = log(beta + (1 - beta) exp(-d))
     h = -(1 - beta) q log(m / q),               f = h - beta p log(m / p)
 
-Callers also pass ``1 - beta``, computed in float64. In fp32 the difference would lose its digits
-for ``beta`` near 1.
+At beta 1/2, called ``jsd_half``, one logarithm is enough. With ``c = -log cosh(d / 2)``::
+
+    log(m / q) = d / 2 - c,   log(m / p) = -d / 2 - c,   f = (p + q) (d / 2 tanh(d / 2) + c) / 2
+
+Callers pass ``1 - beta`` as well, rounded from float64: in fp32 it would lose its digits near 1.
 """
 
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.kernels.device_fns import NO_MASS, exp, log_mixture, minus
+from lens_kernels.backends.triton.kernels.device_fns import (
+    LN_2,
+    NEAR,
+    NO_MASS,
+    exp,
+    log1p_far,
+    log_cosh_near,
+    log_mixture,
+    minus,
+    symmetric_near,
+)
+from lens_kernels.options import Divergence
+
+
+def name_of(divergence: Divergence | None, beta: float) -> str | None:
+    """Return the entry of ``pointwise`` for a divergence."""
+    if divergence is Divergence.JSD and beta == 0.5:
+        return "jsd_half"
+    return None if divergence is None else divergence.value
 
 
 @triton.jit
@@ -31,6 +52,17 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         diff = minus(exp(lp * 0.5), root_q, d * 0.5)
         f = diff * diff * 0.5
         h = -root_q * diff * 0.5
+    elif DIVERGENCE == "jsd_half":
+        p = exp(lp)
+        q = exp(lq)
+        size = tl.abs(d)
+        square = d * d
+        near = size < NEAR
+        rest = LN_2 - log1p_far(exp(-size))
+        log_ratio = tl.where(near, -log_cosh_near(square) - d * 0.5, rest - tl.maximum(d, 0.0))
+        far = p * (rest + tl.minimum(d, 0.0)) + q * log_ratio
+        f = 0.5 * tl.where(near, (p + q) * symmetric_near(square), far)
+        h = 0.5 * (q * log_ratio)
     elif DIVERGENCE == "jsd":
         # Outside this range the smaller of p and q does not change the result.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)

@@ -1,0 +1,184 @@
+"""The kernel over whole rows, compiled for GPUs that are not there: what a pair of logits costs.
+
+A pair is one entry of the vocabulary for one token, of both models. Instructions and bytes are
+those of the loops over a row, read from the machine code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.support import offline
+from benchmarks.support.offline import FEATURES, Launch
+from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
+from lens_kernels.backends.triton.kernels.row_pass import OPTIONS
+from lens_kernels.call import LossCall
+from lens_kernels.options import Divergence
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+# What a call may have: nothing else, no gradient, everything.
+VARIANTS = ("plain", "loss only", "labels", "all")
+TOKENS, VOCAB = 16, 4099
+INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
+LABEL = re.compile(r"^\.?(L\w+):")
+BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
+# Loads and stores of device memory, as NVIDIA and AMD write them, and their bytes.
+ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128|U8|U16))?\b|global_(load|store)_(\w+)")
+WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "ushort": 2}
+
+
+@dataclass(frozen=True)
+class RowKernel:
+    """One variant of the kernel for one architecture, and each of its loops per pair of logits."""
+
+    arch: str
+    divergence: str
+    variant: str
+    registers: int
+    spilled_bytes: int
+    warps_per_processor: int  # an estimate
+    loops: tuple[Loop, ...]
+
+    @property
+    def instructions(self) -> float:
+        """Return the instructions for a pair."""
+        return sum(loop.instructions for loop in self.loops)
+
+    @property
+    def bytes_moved(self) -> float:
+        """Return the bytes loaded and stored for a pair."""
+        return sum(loop.bytes_moved for loop in self.loops)
+
+    def columns(self) -> dict[str, Any]:
+        """Return one line of the CSV."""
+        names = ("arch", "divergence", "variant", "registers", "spilled_bytes")
+        widths = sorted({width for loop in self.loops for width in loop.widths})
+        known = {name: getattr(self, name) for name in (*names, "warps_per_processor")}
+        return known | {
+            "sweeps": len(self.loops) or "",
+            "instructions_a_pair": round(self.instructions, 1) or "",
+            "bytes_a_pair": round(self.bytes_moved, 1) or "",
+            "access_bytes": " ".join(map(str, widths)),
+        }
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop over a row: per pair of logits its instructions and bytes; widths of its accesses."""
+
+    instructions: float
+    bytes_moved: float
+    widths: tuple[int, ...]
+
+
+def record(
+    arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
+) -> Launch:
+    """Return the launch of the pass over one tile of logits."""
+    everything, only_loss = variant == "all", variant == "loss only"
+    features = FEATURES["all" if everything else "plain"]
+    heads = [offline.head(dtype, VOCAB, 16, features) for _ in range(2)]
+    hidden = torch.zeros(TOKENS, 16, dtype=dtype)
+    row = torch.ones(TOKENS)
+    labels = torch.zeros(TOKENS, dtype=torch.int64) if everything or variant == "labels" else None
+    call = LossCall(
+        student_hidden=[hidden],
+        teacher_hidden=[hidden],
+        student_head=heads[0],
+        teacher_head=heads[1],
+        mask=None,
+        labels=labels,
+        row_weight=row[None].expand(1 if labels is None else 2, -1),
+        divergences=(divergence,),
+        normed=(False,),
+        needs_grad=[False] * (1 + len(heads[0].tensors())),
+        beta=beta,
+        temperature=2.0 if everything else 1.0,
+        vocab_size=VOCAB,
+        workspace_bytes=1 << 20,
+    )
+    made = RowKernelPass(call, dtype, TOKENS)
+    stride = made.layout.grad_stride
+    assert stride is not None
+    tiles = [torch.zeros(TOKENS, 4112)[:, :VOCAB] for _ in range(2)]
+    grad = None if only_loss else torch.zeros(TOKENS, stride, dtype=dtype)[:, :VOCAB]
+    with offline.recorder(arch) as launches:
+        survey = made.survey() if everything else None
+        made.run(
+            tiles, Terms(divergence, row, labels, None if labels is None else row), grad, survey
+        )
+    (launch,) = launches
+    return launch
+
+
+def measure(
+    arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
+) -> RowKernel:
+    """Compile a variant of the kernel and read its loops."""
+    launch = record(arch, dtype, divergence, variant, beta)
+    code, registers, spilled, _, programs = offline.machine_code(arch, launch)
+    lanes = (64 if arch.startswith("gfx") else 32) * OPTIONS["num_warps"]
+    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes  # of a thread and turn of a loop
+    return RowKernel(
+        arch,
+        launch.fixed()["DIVERGENCE"],
+        variant,
+        registers,
+        spilled,
+        programs * OPTIONS["num_warps"],
+        # AMD's compiler puts parts of a loop outside of it.
+        () if arch.startswith("gfx") else tuple(loop_costs(body, pairs) for body in loops(code)),
+    )
+
+
+def loops(code: str) -> list[list[str]]:
+    """Return the instructions of each innermost loop: from a label to a branch back to it."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    found: list[list[str]] = []
+    last = 0
+    for line in code.splitlines():
+        label = LABEL.match(line)
+        if label:
+            labels[label[1]] = len(instructions)
+        elif INSTRUCTION.match(line):
+            instructions.append(line)
+            branch = BRANCH.search(line)
+            target = labels.get(branch[1] or branch[2]) if branch else None
+            if target is not None and target >= last and len(instructions) - target > 1:
+                found.append(instructions[target:])
+                last = len(instructions)
+    return found
+
+
+def loop_costs(body: list[str], pairs: float) -> Loop:
+    """Return what a loop costs whose turn takes so many pairs of logits in a thread."""
+    widths = []
+    for line in body:
+        access = ACCESS.search(line)
+        if access:
+            width = access[2] or "32"
+            bits = {"U8": 8, "U16": 16}.get(width) or int(width if width.isdigit() else 32)
+            widths.append(WORDS.get(access[4], 1) if access[4] else bits // 8)
+    return Loop(len(body) / pairs, sum(widths) / pairs, tuple(widths))
+
+
+def measure_all(archs: Sequence[str], dtype: torch.dtype) -> list[RowKernel]:
+    """Compile the variants of every divergence, and jsd at another beta than 1/2."""
+    kinds = [(divergence, 0.5) for divergence in Divergence] + [(Divergence.JSD, 0.3)]
+    jobs = [
+        (arch, dtype, divergence, variant, beta)
+        for arch in archs
+        if arch in ARCHS
+        for divergence, beta in kinds
+        for variant in VARIANTS
+    ]
+    with ProcessPoolExecutor() as pool:
+        return [*pool.map(measure, *zip(*jobs, strict=True))]

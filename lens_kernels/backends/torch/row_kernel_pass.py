@@ -1,0 +1,81 @@
+"""The pass by a Triton kernel that takes whole rows, on a GPU: gradients go to a buffer apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lens_kernels.backends.head_products import RowStatistics
+from lens_kernels.backends.torch.layout import apart, row_stride
+from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.backends.triton.kernels.pointwise import name_of
+from lens_kernels.backends.triton.kernels.row_pass import OPTIONS, row_pass_kernel
+from lens_kernels.call import LossCall
+from lens_kernels.lens import LensHead
+
+
+class RowKernelPass:
+    """The pass by ``row_pass_kernel``, for the heads and options of one call."""
+
+    def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
+        self.call = call
+        # The tokens before a mask decide, so that buffers are the same from batch to batch.
+        rows = call.row_weight.shape[1] * len(call.student_hidden)
+        self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes)
+        self.student = self.model(call.student_head)
+        self.teacher = None if call.teacher_head is None else self.model(call.teacher_head)
+
+    def model(self, head: LensHead) -> tuple[Any, ...]:
+        """Return bias, slope and cap of a head, as the kernel takes them."""
+        vocab_size, bias = self.call.vocab_size, head.bias
+        if bias is not None:
+            bias = F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
+        logits = head.logit_map(self.call.temperature)
+        return bias, logits.slope, logits.cap
+
+    def survey(self) -> RowStatistics:
+        """Return an empty survey of gradients."""
+        vocab_size = self.call.vocab_size
+        return RowStatistics(vocab_size, row_stride(vocab_size), self.call.row_weight.device)
+
+    def run(
+        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
+    ) -> list[Tensor]:
+        """Launch the kernel with a program for each row."""
+        call, (zs, *zt) = self.call, tiles
+        rows = zs.shape[0]
+
+        def one() -> Tensor:
+            return zs.new_empty(rows)
+
+        losses: list[Tensor] = []
+        student, teacher = (zs, *self.student), None
+        weight = loss = labels = None
+        if terms.divergence is not None:
+            assert terms.weight is not None and self.teacher is not None
+            teacher = (zt[0], *self.teacher)
+            weight, loss = _aligned(terms.weight), one()
+            losses.append(loss)
+        if terms.labels is not None:
+            assert terms.label_weight is not None
+            labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
+            losses.append(labels[-1])
+        # Triton launches on the current device, wherever the tensors are.
+        with torch.cuda.device_of(zs):
+            row_pass_kernel[(rows,)](
+                student, teacher, labels, weight, loss, grad,
+                None if survey is None else survey.add(rows),
+                zs.stride(0), 0 if grad is None else grad.stride(0), call.vocab_size,
+                call.beta, 1.0 - call.beta,
+                None if labels is None or call.temperature == 1.0 else call.temperature,
+                DIVERGENCE=name_of(terms.divergence, call.beta), **OPTIONS,
+            )  # fmt: skip
+        return losses
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return a copy: the alignment of a slice varies, and Triton compiles for either case."""
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,228 @@
+"""The pass between the products: a program reads a row of both models' logits and writes its G.
+
+A row holds the products of a hidden state with a whole head, in fp32. The first sweep over it makes
+the statistics of both models, the second one the sums of ``f`` and ``h``, and the last one the
+gradient ``G``. The sums of relative entropies are made in the first sweep already.
+
+Entries are read in groups of neighbours, one for each lane: a thread then loads and stores 16 bytes
+at a time. Sums are kept lane by lane until the end of a sweep.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lens_kernels.backends.triton.kernels.device_fns import FLOOR, LOG2_E, exp
+from lens_kernels.backends.triton.kernels.logits import capped, factor_of, slope_at
+from lens_kernels.backends.triton.kernels.pointwise import pointwise
+from lens_kernels.backends.triton.kernels.relative_entropy import (
+    conditional,
+    merged,
+    part_of,
+    share,
+    union,
+)
+
+# A thread for each lane: on sm_90 the kernel takes 40 registers, and six programs share a
+# processor. Triton 3.10 no longer fuses products and sums by default.
+OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
+
+
+@triton.jit
+def map_of(model):
+    """Return what makes logits of ``y``, and the least ``y``.
+
+    The latter stands for logits of -inf, which are ``FLOOR``.
+    """
+    _, _, slope, cap = model
+    factor = factor_of(slope, cap)
+    return factor, tl.maximum(FLOOR / factor, -1e38)
+
+
+@triton.jit
+def read_row(
+    model, offset, floor, start, vocab_size,
+    LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return ``y`` of the entries from ``start`` on, ``(LANES, GROUP)``.
+
+    Those beyond the vocabulary have no mass if ``MASKED``, as sums need, and else are anything.
+    """
+    z_ptr, bias_ptr, slope, cap = model
+    first = (start + tl.arange(0, LANES) * GROUP)[:, None]
+    columns = first + tl.arange(0, GROUP)[None, :]
+    # Rows are padded to whole groups. A mask over entries would make 4-byte loads of 16-byte ones.
+    z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
+    y = capped(z, slope, cap)
+    y = tl.maximum(y, floor, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(columns < vocab_size, y, 2 * floor) if MASKED else y
+
+
+@triton.jit
+def with_group(maximum, total, y, factor):
+    """Return maximum and sum of exponentials of each lane, a group added."""
+    higher = tl.maximum(maximum, tl.max(y, 1))
+    power = factor * LOG2_E
+    total = total * tl.exp2((maximum - higher) * power)
+    return higher, total + tl.sum(tl.exp2((y - higher[:, None]) * power), 1)
+
+
+@triton.jit
+def over_lanes(maximum, total, factor):
+    """Return maximum and log-sum-exp above it of a row, and the log-probability of each lane."""
+    highest = tl.max(maximum, 0)
+    below = (maximum - highest) * factor
+    log_sum = tl.log(tl.sum(total * exp(below), 0))
+    has_mass = total > 0
+    log_total = tl.log(tl.where(has_mass, total, 1.0))
+    return highest, log_sum, tl.where(has_mass, below + (log_total - log_sum), FLOOR)
+
+
+@triton.jit
+def of_lanes(value, lp, lq, KIND: tl.constexpr):
+    """Return what each lane contributes to the relative entropy of the row."""
+    between, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
+    return part_of(share(lp, lq, KIND), value) + between
+
+
+@triton.jit
+def first_sweep(
+    student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
+    DIVERGENCE: tl.constexpr, ONLINE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Return maximum and sum of exponentials of each lane, and its relative entropies.
+
+    These are ``(maximum, total)`` of student and teacher, ``total`` of the student at temperature
+    1, and the forward and the reverse one. What is not needed is zero.
+    """
+    zero = tl.zeros((LANES,), tl.float32)
+    maximum_s, total_s, maximum_t, total_t = zero + floor_s, zero, zero + floor_t, zero
+    total_1, forward, reverse = zero, zero, zero
+    for start in range(0, vocab_size, LANES * GROUP):
+        ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
+        if DIVERGENCE is not None:
+            yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
+        if temperature is not None:
+            higher, total_1 = with_group(maximum_s, total_1, ys, factor_s * temperature)
+        if ONLINE:
+            max_s, sum_s, lq = conditional(ys, factor_s)
+            max_t, sum_t, lp = conditional(yt, factor_t)
+            maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, max_s, sum_s, factor_s)
+            maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, max_t, sum_t, factor_t)
+            if DIVERGENCE != "reverse_kl":
+                forward = merged(forward, lp, lq, lp_old, lq_old, lp_new, lq_new, "forward_kl")
+            if DIVERGENCE != "forward_kl":
+                reverse = merged(reverse, lp, lq, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
+        else:
+            maximum_s, total_s = with_group(maximum_s, total_s, ys, factor_s)
+            if DIVERGENCE is not None:
+                maximum_t, total_t = with_group(maximum_t, total_t, yt, factor_t)
+    return maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse
+
+
+@triton.jit(do_not_specialize=["vocab_size"])
+def row_pass_kernel(
+    student, teacher, labels, weight_ptr, loss_ptr, grad_ptr, survey,
+    stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write the losses of one row and, unless ``grad_ptr`` is None, the gradient of its products.
+
+    ``student`` and ``teacher`` are ``(products, bias, slope, cap)``, ``labels`` are ``(labels,
+    weight, cross entropy)``, to which the temperature does not apply; it is None if it is 1, or
+    without labels. ``survey`` takes the largest ``|G|`` of each column, as bits, and the sums of
+    ``|G|`` and of ``G^2`` of each row. Without a teacher there is no divergence.
+    """
+    ONLINE: tl.constexpr = (
+        DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys"
+    )
+    row = tl.program_id(0).to(tl.int64)
+    offset = row * stride
+    z_ptr, bias_ptr, slope, cap = student
+    factor_s, floor_s = map_of(student)
+    factor_t, floor_t = factor_s, floor_s
+    if DIVERGENCE is not None:
+        factor_t, floor_t = map_of(teacher)
+    maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse = first_sweep(
+        student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
+        DIVERGENCE, ONLINE, LANES, GROUP,
+    )  # fmt: skip
+    max_s, log_sum_s, lanes_q = over_lanes(maximum_s, total_s, factor_s)
+    max_t, log_sum_t, lanes_p = over_lanes(maximum_t, total_t, factor_t)
+
+    if DIVERGENCE is not None:
+        f = tl.zeros((LANES,), tl.float32)
+        h = tl.zeros((LANES,), tl.float32)
+        if ONLINE:
+            if DIVERGENCE != "reverse_kl":
+                f += of_lanes(forward, lanes_p, lanes_q, "forward_kl")
+            if DIVERGENCE != "forward_kl":  # whose h is q - p, which sums to 0
+                h += of_lanes(reverse, lanes_p, lanes_q, "reverse_kl")
+                f += h
+        else:
+            for start in range(0, vocab_size, LANES * GROUP):
+                ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
+                yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
+                lq = (ys - max_s) * factor_s - log_sum_s
+                lp = (yt - max_t) * factor_t - log_sum_t
+                f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+                f += tl.sum(f_entry, 1)
+                h += tl.sum(h_entry, 1)
+        h_sum = tl.sum(h, 0)
+        loss = tl.sum(f, 0)
+        h_sum = tl.where(loss != loss, loss, h_sum)  # NaN is NaN in the gradient too
+        weight = tl.load(weight_ptr + row)
+        tl.store(loss_ptr + row, loss)
+    if labels is not None:
+        labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
+        label = tl.load(labels_ptr + row)
+        label_weight = tl.load(label_weight_ptr + row)
+        z = tl.load(z_ptr + offset + label)
+        if bias_ptr is not None:
+            z += tl.load(bias_ptr + label)
+        y = capped(z, slope, cap)
+        log_q = (tl.maximum(y, floor_s, propagate_nan=tl.PropagateNan.ALL) - max_s) * factor_s
+        log_sum = log_sum_s
+        if temperature is not None:
+            _, log_sum, _ = over_lanes(maximum_s, total_1, factor_s * temperature)
+            log_q *= temperature
+            label_weight *= temperature
+        tl.store(cross_entropy_ptr + row, log_sum - log_q)
+
+    if grad_ptr is not None:
+        mass = tl.zeros((LANES,), tl.float32)
+        squares = tl.zeros((LANES,), tl.float32)
+        if survey is not None:
+            peak_ptr, mass_ptr, squares_ptr = survey
+        for start in range(0, vocab_size, LANES * GROUP):
+            first = (start + tl.arange(0, LANES) * GROUP)[:, None]
+            columns = first + tl.arange(0, GROUP)[None, :]
+            ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, False)
+            lq = (ys - max_s) * factor_s - log_sum_s
+            grad = tl.zeros((LANES, GROUP), tl.float32)
+            if DIVERGENCE is not None:
+                yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
+                lp = (yt - max_t) * factor_t - log_sum_t
+                f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+                grad = (h_entry - exp(lq) * h_sum) * weight
+            if labels is not None:
+                if temperature is not None:
+                    lq = (ys - max_s) * (factor_s * temperature) - log_sum
+                grad += (exp(lq) - tl.where(columns == label, 1.0, 0.0)) * label_weight
+            grad *= slope_at(ys, slope, cap)
+            out = grad_ptr + row * grad_stride + columns
+            tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
+            if survey is not None:
+                size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
+                mass += tl.sum(size, 1)
+                squares += tl.sum(size * size, 1)
+                # Bits of positive numbers are in the order of the numbers, with NaN above them.
+                bits = size.to(tl.int32, bitcast=True)
+                known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
+                tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")
+        if survey is not None:
+            tl.store(mass_ptr + row, tl.sum(mass, 0))
+            tl.store(squares_ptr + row, tl.sum(squares, 0))

@@ -1,0 +1,265 @@
+"""The pass by a kernel over whole rows, interpreted: one tile of logits against float64."""
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, plan
+from lens_kernels import divergence as table
+from lens_kernels.backends.torch import layout
+from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
+from lens_kernels.backends.triton import interpreter
+from lens_kernels.backends.triton.kernels import row_pass
+from lens_kernels.call import LossCall
+from lens_kernels.options import Divergence
+from tests.backends.triton.test_device_fns import run_table
+from tests.support import row_kernel_backend
+from tests.support.compare import GRADIENT, LOSS, assert_close
+from tests.support.grids import DIVERGENCES, FEATURES, Shape, several_chunks
+from tests.support.problems import capture_call, make, oracle, ours
+
+INFINITY = float("inf")
+KINDS = [(name, 0.5) for name in DIVERGENCES] + [("jsd", 0.3)]
+kinds = pytest.mark.parametrize(("divergence", "beta"), KINDS)
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch):
+    """Steps of 64 entries, so that a row has several."""
+    interpreter.prepare()
+    monkeypatch.setitem(row_pass.OPTIONS, "LANES", 8)
+
+
+def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, survey=False):
+    """Return losses and gradient of a tile, whose padding is NaN before and after."""
+    rows, vocab = zs.shape
+    head = head or LensHead(torch.zeros(vocab, 1))
+    divergence = None if divergence is None else Divergence(divergence)
+    hidden = [torch.zeros(rows, 1)]
+    call = LossCall(
+        student_hidden=hidden, teacher_hidden=hidden, student_head=head, teacher_head=head,
+        mask=None, labels=labels, row_weight=torch.ones(1, rows),
+        divergences=(divergence,), normed=(False,), needs_grad=[True, True], beta=beta,
+        temperature=temperature, vocab_size=vocab, workspace_bytes=1 << 20,
+    )  # fmt: skip
+    kernel = RowKernelPass(call, torch.float32, rows)
+
+    def padded(z):
+        tile = torch.full((rows, layout.row_stride(vocab)), float("nan"))
+        tile[:, :vocab] = z
+        return tile[:, :vocab]
+
+    weight = torch.linspace(0.5, 1.5, rows)
+    terms = Terms(divergence, weight, labels, None if labels is None else weight.flip(0))
+    grad = torch.full((rows, layout.grad_stride(vocab)), float("nan"))[:, :vocab]
+    survey = kernel.survey() if survey else None
+    losses = kernel.run([padded(zs), padded(zt)], terms, grad, survey)
+    return losses, grad, survey
+
+
+def truth(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0):
+    """Return the same in float64, by autograd."""
+    zs = zs.double().requires_grad_()
+    lq, lp = (z.clamp(min=table.FLOOR).div(temperature).log_softmax(-1) for z in (zs, zt.double()))
+    weight = torch.linspace(0.5, 1.5, zs.shape[0])
+    formula = table.pointwise(Divergence(divergence), beta)
+    losses = [formula(lp, lq, lp.exp(), lq.exp(), (beta, 1 - beta))[0].sum(-1)]
+    total = (losses[0] * weight).sum()
+    if labels is not None:
+        losses.append(-zs.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+        total = total + (losses[1] * weight.flip(0)).sum()
+    return losses, torch.autograd.grad(total, zs)[0]
+
+
+@kinds
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 1), (1, 2), (3, 64), (2, 65), (4, 211)])
+def test_a_tile_of_any_size(divergence, beta, rows, vocab):
+    zs, zt = 3 * torch.randn(rows, vocab), 3 * torch.randn(rows, vocab)
+    (loss,), grad, _ = run(zs, zt, divergence, beta)
+    (expected,), expected_grad = truth(zs, zt, divergence, beta)
+    if vocab == 1:
+        assert not loss.any() and not grad.any()
+        return
+    assert_close(loss, expected, LOSS)
+    assert_close(grad, expected_grad, GRADIENT)
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_labels_have_no_temperature(divergence, temperature):
+    zs, zt = 3 * torch.randn(3, 150), 3 * torch.randn(3, 150)
+    options = {"labels": torch.tensor([0, 149, 70]), "temperature": temperature}
+    losses, grad, _ = run(zs, zt, divergence, **options)
+    expected, expected_grad = truth(zs, zt, divergence, **options)
+    for got, wanted in zip(losses, expected, strict=True):
+        assert_close(got, wanted, LOSS)
+    assert_close(grad, expected_grad, GRADIENT)
+
+
+@kinds
+@pytest.mark.parametrize("scale", [1.0, 0.02, 300.0])
+def test_rows_without_a_finite_logit_are_uniform(divergence, beta, scale):
+    """The entries beyond the vocabulary are no part of them, whatever multiplies -inf."""
+    vocab = 100
+    head = LensHead(torch.zeros(vocab, 1), scale=scale)
+    nothing = torch.full((2, vocab), -INFINITY)
+    (loss,), grad, _ = run(nothing, nothing, divergence, beta, head=head)
+    assert not loss.any() and not grad.any()
+    zt = torch.randn(2, vocab)
+    (loss,), grad, _ = run(nothing, zt / scale, divergence, beta, head=head)
+    (expected,), expected_grad = truth(torch.zeros(2, vocab), zt, divergence, beta)
+    assert_close(loss, expected, LOSS)
+    assert_close(grad, expected_grad * scale, GRADIENT)
+
+
+@kinds
+def test_groups_at_minus_infinity_in_both_models_are_ignored(divergence, beta):
+    zs, zt = torch.randn(2, 100), torch.randn(2, 100)
+    (expected,), expected_grad = truth(zs[:, 80:], zt[:, 80:], divergence, beta)
+    zs[:, :80] = zt[:, :80] = -INFINITY
+    (loss,), grad, _ = run(zs, zt, divergence, beta)
+    assert_close(loss, expected, LOSS)
+    assert_close(grad[:, 80:], expected_grad, GRADIENT)
+    assert not grad[:, :80].any()
+
+
+@pytest.mark.parametrize(
+    ("divergence", "side"), [("forward_kl", 0), ("reverse_kl", 1), ("jeffreys", 0)]
+)
+def test_a_divergence_from_nothing_is_infinite(divergence, side):
+    logits = torch.randn(2, 2, 100)
+    logits[side, 0, 7] = -INFINITY
+    (loss,), _, _ = run(*logits, divergence)
+    assert loss[0] == INFINITY and loss[1].isfinite()
+
+
+@kinds
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [float("nan"), INFINITY])
+def test_a_row_that_is_not_a_number_stays_alone(divergence, beta, side, value):
+    logits = torch.randn(2, 2, 100)
+    clean = run(*logits, divergence, beta)
+    logits[side, 0, 99] = value
+    (loss,), grad, _ = run(*logits, divergence, beta)
+    assert loss[0].isnan() and grad[0].isnan().any()
+    assert torch.equal(loss[1], clean[0][0][1]) and torch.equal(grad[1], clean[1][1])
+
+
+@kinds
+def test_near_convergence(divergence, beta):
+    """On a grid whose differences are exact; a jsd of 1e-7."""
+    grid = 2.0**-12
+    zt = (torch.randn(3, 500) / grid).round() * grid
+    zs = zt + (torch.randn(3, 500) * 4).round() * grid
+    (loss,), grad, _ = run(zs, zt, divergence, beta)
+    (expected,), expected_grad = truth(zs, zt, divergence, beta)
+    assert_close(loss, expected, 1e-4)
+    assert_close(grad, expected_grad, 1e-3)
+    assert bool((loss > 0).all())
+
+
+def test_the_survey_is_of_what_is_written():
+    zs, zt = 3 * torch.randn(4, 150), 3 * torch.randn(4, 150)
+    _, grad, survey = run(zs, zt, "jsd", survey=True)
+    assert torch.equal(survey.peak, grad.abs().amax(0))
+    assert_close(survey.total(), grad.double().abs().sum(), 1e-6)
+    assert_close(survey.squares_of_all(), grad.double().square().sum(), 1e-6)
+    active = survey.active(1e-3, False)
+    assert 0 < active.numel() < 150
+    rest = grad.index_fill(1, active, 0.0)
+    assert_close(survey.left_out(grad, active), rest.abs().sum(), 1e-4)
+    zs[2, 9] = float("nan")
+    assert run(zs, zt, "jsd", survey=True)[2].peak[9].isnan()
+
+
+def test_half_and_the_general_formula_agree():
+    """``jsd_half`` against the table of the library, relative to itself."""
+    lq = -12 * torch.rand(4000)
+    lp = (lq + torch.randn(4000) * torch.logspace(-7, 1, 4000)).clamp(max=0)
+    wide = lp.double(), lq.double()
+    p, q = (x.exp() for x in wide)
+    expected = table.pointwise(Divergence.JSD, 0.5)(*wide, p, q, (0.5, 0.5))
+    for got, wanted in zip(run_table("jsd_half", lp, lq, 0.5), expected, strict=True):
+        assert bool(((got - wanted).abs() <= 4e-6 * wanted.abs().clamp(min=1e-30)).all())
+
+
+@pytest.mark.parametrize("rows", [7, 30])
+@pytest.mark.parametrize("feature", ["plain", "everything"])
+def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
+    """Tiles that end inside of a pair, with a mask, and the same twice, bit by bit."""
+    shape = Shape((11,), 97, 12, 8, 3)
+    problem = make(shape, **FEATURES[feature])
+    options = {"layer_weights": [0.2, 1.5, 0.7], "mask": torch.rand(11) < 0.8}
+    expected, expected_grads = oracle(problem, **options)
+    options |= {"backend": "row_kernel", "workspace_bytes": several_chunks(shape, rows)}
+    loss, grads = ours(problem, **options)
+    assert_close(loss, expected, LOSS)
+    for name, grad in expected_grads.items():
+        assert_close(grads[name], grad, GRADIENT, name)
+    again, again_grads = ours(problem, **options)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(grads[name], again_grads[name]) for name in grads)
+
+
+def test_steps_are_whole_blocks_that_cover_every_row_once():
+    made = layout.apart(5 * 1000, 5000, torch.bfloat16, 1 << 30)
+    assert (made.tile_rows, made.grad_rows) == (512, 1792)  # three steps of about the same size
+    seen = []
+    for tiles in made.steps(5, 1000):
+        assert sum(p.stop - p.start for tile in tiles for p in tile) <= made.grad_rows
+        for tile in tiles:
+            assert sum(p.stop - p.start for p in tile) <= made.tile_rows
+            seen += [(p.pair, at) for p in tile for at in range(p.start, p.stop)]
+    assert seen == [(pair, at) for pair in range(5) for at in range(1000)]
+    steps, tiles = made.counts(5, 1000)
+    assert steps == 3 == len([*made.steps(5, 1000)])
+    assert tiles == sum(map(len, made.steps(5, 1000)))
+
+
+@pytest.mark.parametrize("room", [1 << 12, 1 << 20, 1 << 24, 1 << 28, 1 << 31])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_fit_the_workspace(room, dtype):
+    made = layout.apart(10**5, 50257, dtype, room)
+    stride = made.grad_stride
+    held = made.tile_rows * layout.row_stride(50257) * 8 + made.grad_rows * stride * dtype.itemsize
+    assert stride % layout.GRAD_LINE == 0 and held <= max(room, 10**6)
+    assert made.tile_rows <= made.grad_rows <= layout.GRAD_ROWS
+    assert made.tile_rows % layout.BLOCK == 0 or held < 2**28
+
+
+@kinds
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_the_plan_counts_the_bytes_that_the_kernel_moves(monkeypatch, divergence, beta, with_grad):
+    counted = 0
+    builder = interpreter.compat.triton_interpreter().InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def count(mask, pointer):
+        nonlocal counted
+        if mask.data.size > 1:  # what there is once for a row is left out
+            counted += (
+                int(mask.data.sum()) * pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
+            )
+
+    def counting_load(self, ptrs, mask, *args):
+        count(mask, ptrs)
+        return load(self, ptrs, mask, *args)
+
+    def counting_store(self, ptrs, value, mask, *args):
+        count(mask, ptrs)
+        return store(self, ptrs, value, mask, *args)
+
+    monkeypatch.setattr(builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(builder, "create_masked_store", counting_store)
+    problem = make(Shape((5,), 211, 8, 8, 2), divergence=divergence, beta=beta)
+    call = capture_call(monkeypatch, problem)
+    if not with_grad:
+        call.needs_grad[:] = [False] * len(call.needs_grad)
+    with torch.no_grad():
+        row_kernel_backend.evaluate(call)
+    wanted = {"head_grad": with_grad, "hidden_grad": with_grad}
+    planned = plan(5, 211, 8, 8, pairs=2, divergence=divergence, dtype=torch.float32, **wanted)[
+        "torch"
+    ]
+    (step,) = [step for step in planned.steps if step.name == "pointwise pass"]
+    assert counted == step.bytes_moved

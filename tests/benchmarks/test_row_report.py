@@ -1,0 +1,66 @@
+"""The kernel over whole rows, compiled for GPUs that are not here: what a pair of logits costs.
+
+In a process of its own: here the kernels are interpreted.
+"""
+
+import importlib.util
+import json
+
+import pytest
+
+from benchmarks.support import row_report
+from tests.benchmarks.test_kernel_report import run
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+SCRIPT = """
+import json, sys, torch
+from benchmarks.support import row_report
+from lens_kernels.options import Divergence
+for job in sys.argv[1:]:
+    arch, divergence, variant = job.split(",")
+    kernel = row_report.measure(arch, torch.bfloat16, Divergence(divergence), variant)
+    widths = sorted({width for loop in kernel.loops for width in loop.widths})
+    print(json.dumps([kernel.spilled_bytes, len(kernel.loops), kernel.bytes_moved,
+                      kernel.instructions, kernel.registers, widths]))
+"""
+# Sweeps, bytes and at most so many instructions for a pair of logits, and registers. Each sweep
+# reads 8 bytes; the last one writes the gradient. Triton's version decides on the rest.
+LIMITS = {
+    "sm_90,jsd,plain": (3, 26, 105, 64),
+    "sm_90,jsd,loss only": (2, 16, 80, 64),
+    "sm_90,reverse_kl,plain": (2, 18, 105, 64),
+    "sm_80,jsd,plain": (3, 26, 110, 64),
+}
+
+
+def test_a_pair_of_logits_costs_no_more_than_counted(tmp_path):
+    lines = run(tmp_path, "-c", SCRIPT, *LIMITS)
+    for (job, limits), line in zip(LIMITS.items(), lines, strict=True):
+        sweeps, size, instructions, registers = limits
+        spilled, loops, moved, counted, used, widths = json.loads(line)
+        assert spilled == 0, job
+        assert (loops, moved) == (sweeps, size), job
+        assert widths == [16], f"{job}: loads and stores of {widths} bytes"
+        assert 0.7 * instructions < counted <= instructions, job
+        assert 0 < used <= registers, job
+
+
+CODE = """
+.L_x_0:
+        /*0000*/                   LDG.E.128.CONSTANT R8, desc[UR8][R6.64] ;
+        /*0010*/                   FADD R8, R8, 1 ;
+        /*0020*/                   STG.E.64 desc[UR8][R4.64], R8 ;
+        /*0030*/              @!P0 BRA `(.L_x_0) ;
+        /*0040*/                   LDG.E R8, desc[UR8][R6.64] ;
+.L_x_1:
+        /*0050*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_loops_and_accesses_are_read_from_the_code():
+    (body,) = row_report.loops(CODE)
+    loop = row_report.loop_costs(body, pairs=2)
+    assert (loop.instructions, loop.bytes_moved, loop.widths) == (2, 12, (16, 8))

@@ -1,0 +1,32 @@
+"""The ``torch`` backend as it is on a GPU, its kernel interpreted, as a backend ``row_kernel``."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+from lens_kernels.backends.torch import row_chunks
+from lens_kernels.call import LossCall, LossResult
+from lens_kernels.dispatch import REGISTRY, Backend
+
+LANES = 16  # of 8 entries
+
+
+def evaluate(call: LossCall) -> LossResult:
+    """Return the rows of the call and the gradients of its loss."""
+    from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
+    from lens_kernels.backends.triton import interpreter
+    from lens_kernels.backends.triton.kernels import row_pass
+
+    interpreter.prepare()
+    # Small steps take less time, and problems of tests need several.
+    with mock.patch.dict(row_pass.OPTIONS, LANES=LANES):
+        return row_chunks.evaluate(call, RowKernelPass)
+
+
+ROW_KERNEL = Backend(
+    "row_kernel",
+    __name__,
+    REGISTRY["torch"].cost,
+    unsupported_reason=REGISTRY["triton"].unsupported_reason,
+    auto_excluded_reason=lambda *args: "only if requested by name",
+)
