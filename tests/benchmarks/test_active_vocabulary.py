@@ -226,8 +226,8 @@ def test_folders_that_are_no_runs_or_not_cut_or_namesakes_are_refused(files, tmp
     (tmp_path / "run.yaml").write_text("student: a\nteacher: a\ntrain: b\noutput_dir: c\n")
     for folders, message in (
         (["teacher"], "holds no run.yaml: give a folder that lens-kernels"),
-        ([tmp_path], "has no student_blocks, .* give a run that cut its st"),
-        (["trained"] * 2, r"--trained names \[.*trained.*, .*trained.*\], .* its own"),
+        ([tmp_path], "has no student_blocks, .* give a run with --student_bl"),
+        (["trained"] * 2, r"different names, got \[.*trained.*, .*trained.*\]: rename them"),
     ):
         with pytest.raises(ValueError, match=message):
             bench.read_trained([files / name for name in folders])

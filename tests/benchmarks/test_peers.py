@@ -149,8 +149,8 @@ larger = at_a_point(lambda inputs: dense(inputs) * 1.01)
 @pytest.mark.parametrize(
     ("loss", "note"),
     [
-        (larger, "something else: loss"),
-        (at_a_point(half_the_gradient), "something else: norm of gradient 0"),
+        (larger, "wrong result: loss"),
+        (at_a_point(half_the_gradient), "wrong result: norm of gradient 0"),
         (at_a_point(failing), "ValueError: of its own"),
     ],
 )
@@ -167,7 +167,7 @@ def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (larger, SystemExit, "dense PyTorch agree, and differ from lens_kernels"),
+        (larger, SystemExit, "dense PyTorch agree, but lens_kernels"),
         (lambda inputs: dense(inputs) * 2, RuntimeError, "lens_kernels.* gives a wrong result"),
         (at_a_point(failing), ValueError, "of its own"),
     ],
