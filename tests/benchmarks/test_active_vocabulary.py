@@ -158,11 +158,11 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
     with pytest.raises(RuntimeError, match="1000.0: the gradient of the hidden state 0 has a rel"):
         bench.measure(chosen, [1e3], 1, {})
     chosen.inputs.student_hidden[1].data[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="1e-05: .* state 1 .* error of nan, .* look for NaN in"):
+    with pytest.raises(RuntimeError, match="1e-05: .* state 1 .* error of nan, .*look for NaN in"):
         bench.measure(chosen, [1e-5], 1, {})
     values = iter([[0.0, 0.0], [0.0, 0.2]])
     monkeypatch.setattr(bench, "errors", lambda found, exact: next(values))
-    with pytest.raises(RuntimeError, match="of the head a relative error of 0.2, .* above 0.1 is"):
+    with pytest.raises(RuntimeError, match="head has a relative error of 0.2, above the limit"):
         bench.measure(problem("final"), [1e-5], 1, {})
 
 
