@@ -1,1 +1,1 @@
-"""Measurements: each script prints a table and writes a CSV, from which ``plot`` draws."""
+"""Benchmarks: each script prints a table and writes a CSV, from which ``plot`` draws figures."""

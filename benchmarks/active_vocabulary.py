@@ -1,16 +1,17 @@
-"""Time against error of the approximation ``grad_threshold``, on hidden states of real models.
+"""Time against error of the ``grad_threshold`` approximation, on hidden states of real models.
 
     python benchmarks/active_vocabulary.py --teacher DIR --data FILE.jsonl --trained FOLDER ...
 
-``--trained`` names folders of ``lens-kernels train`` whose students were cut from the teacher. Each
-student is judged before training (runs that began alike share this state) and after, in two groups:
-all lens pairs in one call (JSD, through the norm), and the final states alone (forward KL).
+``--trained`` names output folders of ``lens-kernels train`` whose students were cut from the
+teacher. Each student is measured before and after training; runs with the same start share the
+state before training. A state has two groups: all lens pairs in one call (JSD, with the norm), and
+the final states alone (forward KL).
 
-The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm, for hidden states the largest
-over the pairs. ``bf16_rounding`` is the error of rounding the exact gradients to bfloat16, for
-hidden states the smallest over the pairs: the stricter yardstick. Times are of loss and backward,
-interleaved; the ratio to the floor is the median of the ratios within the rounds. Groups that are
-in the CSV already are not measured again.
+The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states it is the
+largest over the pairs. ``bf16_rounding`` is the error of rounding the exact gradients to bfloat16;
+for hidden states it is the smallest over the pairs, which is the stricter reference. Loss and
+backward are timed in interleaved rounds; the ratio to the floor is the median of the ratios within
+the rounds. Groups that are in the CSV already are not measured again.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
-WRONG = 0.1  # an error above which nothing is timed
+WRONG = 0.1  # the script stops if an error is larger
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -60,7 +61,7 @@ SHOWN = (
     " min_ratio_to_floor max_ratio_to_floor"
 )
 
-Threshold = Any  # what grad_threshold takes
+Threshold = Any  # a value of grad_threshold
 Row = dict[str, Any]
 
 
@@ -74,13 +75,13 @@ class Trained:
     config: LensDistillConfig
 
     def beginning(self) -> str:
-        """Return what the state before training depends on."""
+        """Return the settings that determine the state before training."""
         run, config = self.run, self.config
         layers = config.student_layers, config.teacher_layers, config.num_lens_pairs
         return str((self.blocks, layers, run.prompt_style, run.max_length, run.max_prompt_length))
 
     def examples(self, data: Path, tokenizer: Any, tokens: int) -> Sequence[Example]:
-        """Return as many examples, encoded as in training, as hold ``tokens`` counted positions."""
+        """Return examples, encoded as in training, with at least ``tokens`` labelled positions."""
         names = "prompt_style", "max_length", "max_prompt_length"
         found = load_examples(data, tokenizer, **{name: getattr(self.run, name) for name in names})
         counted = 0
@@ -89,14 +90,14 @@ class Trained:
             if counted >= tokens:
                 return found.examples[:number]
         raise ValueError(
-            f"--tokens {tokens} is more than the {counted} positions with a label one step on that"
-            f" {data} holds as {self.folder.name} reads it: pass --tokens {counted}, or more data"
+            f"--tokens {tokens} is too large: {data}, encoded as for {self.folder.name}, has"
+            f" {counted} labelled positions; pass --tokens {counted}, or more data"
         )
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """What one call compares, and the heads that it goes through."""
+    """The hidden states of one call, its heads and its divergence."""
 
     inputs: Inputs
     heads: tuple[LensHead, LensHead]
@@ -111,7 +112,7 @@ class Group:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the CSV lacks, then print the table and draw."""
+    """Measure the groups that the CSV lacks, then print the table and draw the figure."""
     args = parse(argv)
     start = time.perf_counter()
     path = args.out / "active_vocabulary.csv"
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done[row["run"], row["state"], row["group"]].append(row)
     students = read_trained(args.trained)
     tokenizer = load_tokenizer(str(args.teacher))
-    # All data before any model: what is missing shows at once.
+    # Read all data before any model, so that missing files show at once.
     examples = [student.examples(args.data, tokenizer, args.tokens) for student in students]
     teacher = load_model(str(args.teacher), "float32")
     begun: set[str] = set()
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             keys = [(trained.folder.name, state, group) for group in GROUPS]
             lacking = [key for key in keys if not wanted <= {r["threshold"] for r in done[key]}]
             if not lacking:
-                print(f"{trained.folder.name} {state}: is there already")
+                print(f"{trained.folder.name} {state}: measured already")
                 continue
             groups = groups_of(trained, state, teacher, batch, args.tokens)
             for key in lacking:
@@ -152,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def threshold_of(text: str) -> Threshold:
-    """Return a number, or a name for the library to check."""
+    """Return a number, or a name, which the library checks."""
     try:
         return float(text)
     except ValueError:
@@ -171,10 +172,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_trained(folders: Sequence[Path]) -> list[Trained]:
-    """Return the runs in folders.
+    """Return the training runs in folders.
 
     Raises:
-        ValueError: No run, one whose student was not cut from a model, or two of one name.
+        ValueError: A folder has no run, or its student was not cut from a model, or two folders
+            have the same name.
     """
     students = []
     for folder in folders:
@@ -187,20 +189,23 @@ def read_trained(folders: Sequence[Path]) -> list[Trained]:
         run, config, _ = command.parse(["--config", str(record)])
         if run.student_blocks is None:
             raise ValueError(
-                f"{record} has no student_blocks, and what the student was before training is"
-                " unknown: give a run that cut its student from the teacher"
+                f"{record} has no student_blocks, so the student before training is unknown: give a"
+                " run with --student_blocks"
             )
         students.append(Trained(folder, run.student_blocks, run, config))
     names = [folder.name for folder in folders]
     if len({*names}) < len(names):
-        raise ValueError(f"--trained names {names}, and results go by name: give each its own")
+        raise ValueError(
+            f"--trained needs folders of different names, got {names}: rename them, because rows of"
+            " the CSV are found by name"
+        )
     return students
 
 
 def groups_of(
     trained: Trained, state: str, teacher: Any, batch: Mapping[str, Tensor], tokens: int
 ) -> dict[str, Group]:
-    """Return both groups of a student in a state, of the first counted positions of a batch."""
+    """Return both groups of a student in a state, for the first labelled positions of a batch."""
     if state == "before":
         student = shallow_copy(teacher, trained.blocks)
     else:
@@ -218,7 +223,7 @@ def groups_of(
     head, teacher_head = lens_head_from(student), lens_head_from(teacher)
     leaf = head.weight.detach().requires_grad_()
     heads = replace(head, weight=leaf), teacher_head
-    # The model has normed its final states already.
+    # The model has applied the norm to its final states already.
     bare = replace(heads[0], norm=None), replace(teacher_head, norm=None)
     groups = {}
     for name, part, used in (("lens", slice(-1), heads), ("final", slice(-1, None), bare)):
@@ -230,7 +235,7 @@ def groups_of(
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Count the logits' gradients, in number and absolute sum: all, and those that are used."""
+    """Count the logits' gradients and their absolute sum: of all entries, and of those used."""
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
 
     def counting(owner: Any, name: str, what: str, at: int, columns: int | None = None) -> Any:
@@ -260,10 +265,10 @@ def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
-    """Return errors and shares by name: of the yardstick, of exact gradients, of thresholds.
+    """Return errors and shares by name: bfloat16 rounding, exact gradients, and thresholds.
 
     Raises:
-        RuntimeError: A threshold is wrong by more than a tenth, or something is not a number.
+        RuntimeError: The error of a threshold is above ``WRONG``, or NaN.
     """
     exact = group.gradients(None)
     *hidden, head = errors([g.bfloat16() for g in exact], exact)
@@ -275,11 +280,11 @@ def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
         *hidden, head = errors(found, exact)
         names = [*(f"hidden state {i}" for i in range(len(hidden))), "head"]
         for what, error in zip(names, (*hidden, head), strict=True):
-            if not error <= WRONG:  # written so that NaN is refused too
+            if not error <= WRONG:  # `not <=` also catches NaN
                 raise RuntimeError(
-                    f"grad_threshold {threshold} gives the gradient of the {what} a relative"
-                    f" error of {error:.2g}, and nothing above {WRONG} is timed: pass smaller"
-                    " --thresholds, and look for NaN in the models if that does not help"
+                    f"grad_threshold {threshold}: the gradient of the {what} has a relative error"
+                    f" of {error:.2g}, above the limit of {WRONG}: pass smaller --thresholds,"
+                    " and look for NaN in the models if that does not help"
                 )
         rows[str(threshold)] = _errors(max(hidden), head) | {
             "used_share": f"{seen['used'] / seen['all']:.5g}",
@@ -310,7 +315,7 @@ def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[st
 
 
 def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: Row) -> list[Row]:
-    """Return the rows of a group; nothing is timed that is wrong."""
+    """Return the rows of a group; errors are checked before anything is timed."""
     judged = judge(group, thresholds)
     times = timed(group, thresholds, rounds)
     (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
@@ -324,7 +329,7 @@ def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: R
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Say for each lens state which threshold of small errors is the quickest."""
+    """Say which threshold with small errors is the fastest, for each state of the lens group."""
     quickest: dict[str, tuple[float, str] | None] = {}
     for row in rows:
         if row["group"] != "lens" or not row["used_share"]:

@@ -1,4 +1,4 @@
-"""Makes the checkout importable for a script that is run by its path, installed or not."""
+"""Makes the checkout importable for scripts that are run by their path without installation."""
 
 import sys
 from pathlib import Path

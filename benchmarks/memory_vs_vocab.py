@@ -1,16 +1,16 @@
-"""Peak memory of loss and backward against vocabulary size, beside the peers.
+"""Peak memory of loss and backward against vocabulary size, compared with the peers.
 
     python benchmarks/memory_vs_vocab.py            under 3 minutes on two cores
     python benchmarks/memory_vs_vocab.py --quick    half a minute, small sizes
 
-Every contender is first checked against the fp64 oracle. A point is then really run and measured
-if its matrix products fit in ``--gemm-seconds`` and its memory in the machine. Otherwise the number
-comes from the same code over fake tensors and is marked ``fake``; where both exist they must agree.
+Every contender is first compared with the fp64 oracle. A point is then run and measured if its
+GEMMs take at most ``--gemm-seconds`` and its memory fits. Otherwise the same code runs over fake
+tensors, and the counted memory is marked ``fake``. Where both numbers exist they must agree.
 
-The peak counts everything above the inputs: temporaries, and the gradients, which are live
-afterwards and the same for everyone (``gradients_mib``). Liger cuts tokens into chunks of 1024 and
-TRL of 4096, so beyond the default of 512 tokens they take more; ``lens_kernels`` keeps to its
-workspace. ``--gemm-seconds 0 --tokens 4096`` shows it over fake tensors within a minute.
+The peak counts everything above the inputs: temporaries and gradients. The gradients are kept and
+are the same for every contender (``gradients_mib``). Liger's chunks have 1024 tokens and TRL's
+4096, so beyond the default of 512 tokens they need more memory. ``lens_kernels`` stays within its
+workspace. ``--gemm-seconds 0 --tokens 4096`` shows this over fake tensors within a minute.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from benchmarks.support.contenders import Contender, gather
 from benchmarks.support.providers import CONTENDERS
 from benchmarks.support.shapes import Job
 
-AGREEMENT = 0.05  # of the measured peak, by which a fake one may be off
-SHARE_OF_MEMORY = 0.5  # of what is available, that one run may take with its inputs
-# Compiled code takes no fake tensors: its points are measured or missing, and get more time.
+AGREEMENT = 0.05  # allowed relative difference of counted and measured peaks
+SHARE_OF_MEMORY = 0.5  # share of the available memory for one run with its inputs
+# Compiled code cannot run over fake tensors, so its points get more time to be measured.
 PATIENCE_WITHOUT_FAKES = 3
-DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]  # like dense, but more
+DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]  # like dense, but with more memory
 COLUMNS = (
     "contender label pairs vocab_entries tokens student_width teacher_width dtype method"
     " peak_with_gradients_mib gradients_mib fake_peak_with_gradients_mib note"
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = {key: CONTENDERS[key] for key in args.contenders}
     contenders, missing = gather(chosen, device, needed=chosen)
     rate = timing.matmul_rate(device)
-    print(f"matrix products run at {rate / 1e9:.0f} GFLOP/s; {args.tokens} tokens")
+    print(f"GEMMs run at {rate / 1e9:.0f} GFLOP/s; {args.tokens} tokens")
     rows: list[dict[str, Any]] = []
     for vocab in args.vocab:
         jobs = [Job(args.tokens, vocab, pairs, device=device) for pairs in sorted(args.pairs)]
@@ -79,7 +79,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--gemm-seconds",
         type=float,
         default=2.0,
-        help="really run points whose matrix products take at most this long (default %(default)s)",
+        help="run and measure a point if its GEMMs take at most this time (default %(default)s)",
     )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=DEFAULT)
     args = parser.parse_args(argv)
@@ -97,7 +97,7 @@ def row(contender: Contender, job: Job, *more: dict[str, str]) -> dict[str, Any]
 def points(
     jobs: Sequence[Job], contenders: Iterable[Contender], rate: float, gemm_seconds: float
 ) -> list[dict[str, Any]]:
-    """Return the rows of all contenders at one vocabulary size, for each job's number of pairs."""
+    """Return the rows of all contenders at one vocabulary size, for each number of pairs."""
     inputs = None
     rows = []
     for job in jobs:
@@ -129,13 +129,13 @@ def points(
 def too_large(
     contender: Contender, job: Job, fake: memory.Memory | None, rate: float, gemm_seconds: float
 ) -> str | None:
-    """Say why a point is not run for real, or return None."""
+    """Return why a point is not run and measured, or None."""
     needed = job.gemm_flops() / rate
     if needed > gemm_seconds * (PATIENCE_WITHOUT_FAKES if fake is None else 1):
-        return f"time: {needed:.0f} s of matrix products"
+        return f"time: {needed:.0f} s of GEMMs"
     if job.device.type != "cpu":
         return None
-    if fake is None:  # compiled code takes no more than the same code uncompiled
+    if fake is None:  # compiled code needs at most the memory of the same code uncompiled
         bound = CONTENDERS.get(f"{contender.key}_uncompiled")
         fake = bound and bound.fake_memory(job)
     inputs = job.vocab * (job.student_width + job.teacher_width) * 4
@@ -146,7 +146,7 @@ def too_large(
 
 
 def print_results(rows: Sequence[dict[str, Any]]) -> None:
-    """Print peak memory by contender and vocabulary, a table for each number of pairs."""
+    """Print a table of peak memory by contender and vocabulary size for each number of pairs."""
     shown = [each for each in rows if each["method"] != "absent"]
     vocabularies = sorted({each["vocab_entries"] for each in shown})
     for pairs in sorted({each["pairs"] for each in shown}):

@@ -1,15 +1,15 @@
-"""Time and peak memory on a GPU, at the sizes of real models, beside the floor and the peers.
+"""Time and peak memory on a GPU at the sizes of real models, compared with the floor and peers.
 
     make bench-gpu
-    python benchmarks/speed_gpu.py --shapes gpt2 --contenders triton torch    a part of it
+    python benchmarks/speed_gpu.py --shapes gpt2 --contenders triton torch    only these
 
-Loss and backward, and the loss alone. Times are those of CUDA events, the median of interleaved
-rounds with the quickest and the slowest. The peak counts everything above the inputs, gradients
-included. The floor is the matrix products alone, by ``torch.mm`` of plain operands: four, and two
-for the loss alone. float32 products are exact, not TF32.
+It measures loss with backward, and the loss alone. Times come from CUDA events: the median,
+fastest and slowest of interleaved rounds. The peak counts everything above the inputs, gradients
+included. The floor is the time of the GEMMs alone, by ``torch.mm`` of plain operands: four GEMMs,
+or two for the loss alone. float32 GEMMs do not use TF32.
 
-What does not fit, or fails, stands in the CSV with the reason. The CSV grows with every job: a
-stopped run leaves the results that it had.
+Jobs that do not fit or fail are in the CSV with the reason. The CSV is written after every job, so
+a stopped run keeps its results.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
-    parser.add_argument("--tiny", action="store_true", help="one tiny job, to try the script")
+    parser.add_argument("--tiny", action="store_true", help="one tiny job that tests the script")
     args = parser.parse_args(argv)
     if args.tiny:
         args.shapes, args.tokens, args.rounds = [*TINY], [16], 2
@@ -84,7 +84,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def row(key: str, *parts: Mapping[str, Any], **more: str) -> dict[str, Any]:
     """Return one line of the CSV."""
-    label = "matrix products alone" if key == FLOOR else CONTENDERS[key].label()
+    label = "GEMMs alone" if key == FLOOR else CONTENDERS[key].label()
     names = {"contender": key, "label": label, "rounds": 0, **more}
     return tables.row(COLUMNS, names, *parts)
 
@@ -127,7 +127,7 @@ def job_rows(
 def functions(
     inputs: shapes.Inputs, contenders: Mapping[str, Contender], backward: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Return what is measured, by key, on shared inputs."""
+    """Return the functions to measure, by key, on shared inputs."""
     forward = torch.no_grad()(lambda loss, inputs: loss(inputs))
     call = step if backward else forward
     calls = {key: partial(call, each.load(), inputs) for key, each in contenders.items()}
@@ -139,7 +139,7 @@ def measured_memory(
 ) -> memory.Memory | str:
     """Return the memory of a function's second run, or why it does not run."""
     try:
-        function()  # what the first run compiles and caches is not counted
+        function()  # so that compilation and caches are not counted
         inputs.clear()
         return memory.measure(function, device)
     except Exception as error:

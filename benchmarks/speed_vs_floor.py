@@ -1,13 +1,13 @@
-"""Time of loss and backward against the floor: the four products with the heads alone.
+"""Time of loss and backward against the floor: the time of their four GEMMs alone.
 
     python benchmarks/speed_vs_floor.py                          about a minute on two cores
     python benchmarks/speed_vs_floor.py --uncompiled --bf16      more rows
 
-The floor makes each product by one ``torch.mm`` of plain operands in the dtype of the row.
-``floor_tiled`` makes them by the backend's own functions: in tiles on a CPU, which is faster there,
-and in fp32 wherever a device cannot sum 16-bit products in fp32. Rounds follow one that is not
-timed. Ratios are those of the medians; on a busy machine look at ``best_ratio_to_floor``, that of
-the quickest rounds.
+The floor runs each GEMM as one ``torch.mm`` of plain operands in the dtype of the row.
+``floor_tiled`` uses the backend's own functions: in tiles on a CPU, which is faster there, and in
+fp32 if the device has no 16-bit GEMM with fp32 accumulation. The first round is not timed. Ratios
+are ratios of medians. On a busy machine use ``best_ratio_to_floor``, the ratio of the fastest
+rounds.
 """
 
 from __future__ import annotations

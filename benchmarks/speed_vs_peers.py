@@ -1,20 +1,20 @@
-"""Time of loss and backward beside the peers and the floor: tokens, vocabulary, pairs, mask.
+"""Time of loss and backward against peers and floor, by tokens, vocabulary, pairs and mask.
 
     python benchmarks/speed_vs_peers.py                     under 15 minutes on two quiet cores
-    python benchmarks/speed_vs_peers.py --sweep models      sizes of other models, 4 minutes more
-    python benchmarks/speed_vs_peers.py --quick             tiny sizes, to try the script
+    python benchmarks/speed_vs_peers.py --sweep models      sizes of four models, 4 more minutes
+    python benchmarks/speed_vs_peers.py --quick             tiny sizes that test the script
 
-The floor is the four products with the heads alone, of the tokens that count. Every contender is
-first checked against the fp64 oracle, and at each point its loss and the norms of its gradients are
-compared with those of the first one. Where they differ, dense PyTorch decides: a peer that is wrong
-is not timed, and if the first one is wrong the run ends. Compilers run before the timed rounds. In
-each round every contender has its turn at every point. Ratios are taken within a round, because the
-clock of a machine drifts; their medians count.
+The floor is the time of the four GEMMs with the heads, for the unmasked tokens. Every contender is
+first compared with the fp64 oracle. At each point, its loss and gradient norms are compared with
+those of the contender that ran first. If they differ, dense PyTorch decides: a wrong peer is not
+timed, and a wrong first contender ends the run. Compilation runs before the timed rounds. Each
+round runs every contender at every point. Ratios are taken within a round, because the speed of a
+machine drifts; the median is reported.
 
-Slow contenders take part in every other round and not at every point; the CSV says so. The same
-command resumes a stopped run on the same machine, code and versions. If a contender is new at a
-point, all are timed there again. The sweep ``memory`` runs ours and TRL once, and counts the bytes
-of the others over fake tensors: they take too long or do not fit.
+Slow contenders run in every other round and at fewer points; the CSV says where. The same command
+resumes a stopped run on the same machine, code and versions. A new contender at a point makes all
+others run there again. The sweep ``memory`` runs lens_kernels and TRL once. It counts the bytes of
+the others over fake tensors, because they take too long or do not fit.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=SWEEPS,
         default=SWEEPS[:-1],
-        help="all but models unless given",
+        help="default: all except models",
     )
-    parser.add_argument("--tokens", type=int, help="1024, with --quick 64")
+    parser.add_argument("--tokens", type=int, help="default 1024, with --quick 64")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument(
         "--docs", action="store_true", help=f"also write the tables into docs/{PAGE.name}"

@@ -1,8 +1,8 @@
-"""What a step of the trainer costs beside its parts: the models' passes, and the loss alone.
+"""Time of a step of the trainer, and of its parts: the models' passes, and the loss alone.
 
-Models have SmolLM2-135M's shape with random weights; the student has some of its blocks. The
-trainer's step less the models' own passes is the cost of the lens there. It is compared with the
-operation alone on hidden states of the same shape, and with dense PyTorch in its place.
+The models have SmolLM2-135M's shape with random weights; the student has fewer blocks. The time of
+a step minus the models' passes is the time of the loss in the trainer. It is compared with the
+operation alone on hidden states of the same shape, and with dense PyTorch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
 
 
 def model(args: argparse.Namespace, blocks: int) -> Any:
-    """Return a Llama of SmolLM2's proportions with random weights."""
+    """Return a Llama with SmolLM2's proportions and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,7 +1,7 @@
-"""The style of every picture, here and in the benchmarks: colours, type, panels and files.
+"""The style of every picture of the library and the benchmarks: colours, fonts, panels and files.
 
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart. matplotlib is
-loaded by the first picture.
+imported when the first picture is drawn.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, LIGHT_GREY = "#666666", "#A6A6A6"
 LOWER = "lower is better"
-HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}  # not measured
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}  # counted values
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: pictures are alike on every machine
+    "font.family": "DejaVu Sans",  # shipped with matplotlib, so pictures look the same everywhere
     "font.size": 9.0,
     "figure.titlesize": 11.0,
     "axes.titlesize": 10.0,
@@ -36,12 +36,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # a picture of the same numbers has the same bytes
+    "svg.hashsalt": "lens_kernels",  # the same numbers give the same bytes
 }
 
 
 def styled(draw: Callable[..., T]) -> Callable[..., T]:
-    """Make a function draw, and save, in this style."""
+    """Decorate a function so that it draws and saves in this style."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **options: Any) -> T:
@@ -61,6 +61,6 @@ def canvas(width: float, height: float) -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure to ``path``, a PNG, and as SVG beside it."""
+    """Write a figure as PNG to ``path`` and as SVG next to it."""
     figure.savefig(path)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

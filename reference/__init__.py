@@ -1,1 +1,1 @@
-"""The references of the tests: slow, dense, in float64, written from the definitions."""
+"""References for the tests: slow, dense, float64, written from the definitions."""

@@ -9,10 +9,7 @@ from reference import dense
 
 
 def head(p: Tensor, mass: float = 0.5) -> list[int]:
-    """Return the most probable entries of one distribution, while their sum is within ``mass``.
-
-    The first entry always belongs to them.
-    """
+    """Return the most probable entries whose sum is at most ``mass``, and at least one entry."""
     entries: list[int] = []
     held = 0.0
     for entry in sorted(range(len(p)), key=lambda i: -p[i].item()):
@@ -24,7 +21,7 @@ def head(p: Tensor, mass: float = 0.5) -> list[int]:
 
 
 def head_share(p: Tensor, q: Tensor) -> float:
-    """Return the share of the head's gap in that of all entries, one half if there is no gap."""
+    """Return the share of ``sum |p - q|`` that lies in the head, or 0.5 if ``p == q``."""
     gap = (p - q).abs().tolist()
     of_head = set(head(p))
     gap_head = sum(g for i, g in enumerate(gap) if i in of_head)
@@ -33,7 +30,7 @@ def head_share(p: Tensor, q: Tensor) -> float:
 
 
 def adaptive_kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return the adaptive KL of teacher ``p`` and student ``q``, ``(..., V)``, by row."""
+    """Return the adaptive KL of teacher ``p`` and student ``q`` ``(..., V)`` for each row."""
     vocab = p.shape[-1]
     pairs = zip(p.reshape(-1, vocab), q.detach().reshape(-1, vocab), strict=True)
     share = torch.tensor([head_share(*pair) for pair in pairs], dtype=p.dtype)

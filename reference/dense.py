@@ -1,7 +1,7 @@
-"""The dense oracle: every quantity by its definition, in float64, differentiated by autograd.
+"""The dense oracle: every quantity is computed by its definition, in float64, with autograd.
 
-It shares no code with the library. Probabilities are explicit, and divergences are sums over them.
-Heads are any objects with the attributes of ``lens_kernels.LensHead``.
+It shares no code with the library. It stores all probabilities and sums divergences over them.
+A head is any object with the attributes of ``lens_kernels.LensHead``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def rows(
     vocab_size: int | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Return each pair's divergence by row, and with ``labels`` a last row of cross entropy."""
+    """Return the divergences ``(L, ...)`` by token; ``labels`` append a row of cross entropy."""
     values = []
     for h_s, h_t, name, with_norm in zip(
         student_hidden, teacher_hidden, divergences, normed, strict=True
@@ -109,7 +109,7 @@ def lens_loss(
     denominator: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Return the loss that ``symmetric_lens_loss`` defines, for lists of hidden states."""
+    """Return the loss as ``symmetric_lens_loss`` defines it, for lists of hidden states."""
     pairs = len(student_hidden)
     weights = [1 / pairs] * pairs if layer_weights is None else layer_weights
     values = rows(

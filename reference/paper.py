@@ -1,12 +1,12 @@
 """The lens term of DistillLens (arXiv 2602.13567) as its published code computes it.
 
-For comparison only. It is written from a description of that code. The code departs from this
-library's objective in three ways. Each one is a switch, off by default:
+For comparison only; written from a description of that code. The published code differs from this
+library's objective in three ways. Each difference is a switch, off by default:
 
-- ``tiled_mask``: lens logits are laid out sample by sample, layers innermost, but the mask is tiled
-  with samples innermost. With more than one sample, most rows get another sample's mask.
+- ``tiled_mask``: lens logits are ordered with layers innermost, but the mask is tiled with samples
+  innermost. With more than one sample, most rows get another sample's mask.
 - ``log_epsilon``: a number added to the mixture inside its logarithm, published as 1e-8. It lowers
-  every divergence by about ``epsilon * V``, so identical distributions have a negative one.
+  every divergence by about ``epsilon * V``, so it is negative for identical distributions.
 - ``final_norm=False``: for both models, intermediate hidden states reach the head without the
   final norm.
 
@@ -27,7 +27,7 @@ from reference import dense
 
 @dataclass(frozen=True)
 class Quirks:
-    """Which departures of the published code to reproduce."""
+    """The differences of the published code to reproduce."""
 
     tiled_mask: bool = False
     log_epsilon: float = 0.0
@@ -62,8 +62,7 @@ def lens_term(
     """Return the lens term of the objective, a mean over samples, layers and unmasked positions.
 
     Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. The
-    result is in float64. Without an unmasked position it is 0, where the published code divides 0
-    by 0.
+    result is in float64. It is 0 if all positions are masked; the published code divides 0 by 0.
     """
     samples, layers = student_hidden[0].shape[0], len(student_hidden)
 

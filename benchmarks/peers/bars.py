@@ -1,7 +1,7 @@
-"""Bounds on the figures of ``speed_vs_peers.py``, and the figures, from its CSV alone.
+"""Bounds on the results of ``speed_vs_peers.py``, and its tables, computed from its CSV.
 
-A ratio of times is taken within each round, where both were timed shortly after one another. The
-median over the rounds counts; the lowest and the highest stand beside it.
+A ratio of times is taken within each round, where both were timed within a short time. The median
+over the rounds is compared with the bound, and printed with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Row = Mapping[str, str]
 
 
 def at(tokens: int = 1024, vocab: int = 50257, pairs: int = 1, masked: float = 0.0) -> str:
-    """Return the name of a point of GPT-2's widths."""
+    """Return the name of a point with GPT-2's hidden sizes."""
     return Point((), "gpt2", Job(tokens, vocab, pairs, masked=masked)).key()
 
 
@@ -33,9 +33,9 @@ END = "<!-- end of what speed_vs_peers.py made -->"
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound on a ratio: of what is measured for ``top`` to the same for ``bottom``.
+    """A bound on a ratio: the ``quantity`` of ``top`` divided by that of ``bottom``.
 
-    Each is a point and a contender; what is measured is a column of the CSV.
+    ``top`` and ``bottom`` are (point, contender); ``quantity`` is a column of the CSV.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Bar:
     quantity: str = "times_ms"
 
     def ratios(self, rows: Sequence[Row]) -> list[float]:
-        """Return the ratio in every round that both have, or none if one is missing."""
+        """Return the ratio in every round that both have, or an empty list if one is missing."""
         found = {(row["point"], row["contender"]): row[self.quantity] for row in rows}
         top, bottom = found.get(self.top), found.get(self.bottom)
         if not top or not bottom:
@@ -65,15 +65,16 @@ def _against(peer: str, point: str, limit: float, name: str, quantity: str = "ti
 
 
 def _growth(what: str, larger: str, smaller: str, factor: float = 2) -> Bar:
-    """Return the bound of 2.1 for each doubling."""
+    """Return a bound on the growth: at most 2.1 for each doubling."""
     sides = (larger, "lens_kernels"), (smaller, "lens_kernels")
     return Bar(f"lens_kernels, {what}", *sides, 2.1 ** math.log2(factor), at_most=True)
 
 
+MEMORY = "temporary memory, large size"
 PUBLISHED = "DistillLens as published / lens_kernels, 5 pairs, half masked"
 BARS = (
-    Bar("lens_kernels / four products", (BASE, "lens_kernels"), (BASE, FLOOR), 1.10, True),
-    _against("dense", BASE, 2.4, "dense PyTorch, as lean as can be / lens_kernels"),
+    Bar("lens_kernels / four GEMMs", (BASE, "lens_kernels"), (BASE, FLOOR), 1.10, True),
+    _against("dense", BASE, 2.4, "dense PyTorch, lean / lens_kernels"),
     _against("dense_kl_div", BASE, 2.4, "dense PyTorch, F.kl_div / lens_kernels"),
     _against("liger", BASE, 1.2, "Liger, compiled / lens_kernels"),
     _against("trl", BASE, 3.0, "TRL / lens_kernels"),
@@ -83,16 +84,16 @@ BARS = (
     _growth("50k / 25k entries", HALF, at(512, 25128)),
     _growth("100k / 50k entries", at(512, 100514), HALF),
     _growth("5 pairs / 1, half masked", FIVE, at(masked=0.5), 5),
-    _against("dense", LARGE, 50, "temporaries: dense PyTorch / lens_kernels", "temporaries_mib"),
-    _against("trl", LARGE, 4, "temporaries: TRL / lens_kernels", "temporaries_mib"),
-    _against("trl", LARGE, 1, "time there: TRL / lens_kernels"),
+    _against("dense", LARGE, 50, f"{MEMORY}: dense PyTorch / lens_kernels", "temporaries_mib"),
+    _against("trl", LARGE, 4, f"{MEMORY}: TRL / lens_kernels", "temporaries_mib"),
+    _against("trl", LARGE, 1, "time, large size: TRL / lens_kernels"),
 )
 VERDICT = ("ratio", "bound", "measured", "range", "")
-BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "of the products")
+BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "time / four GEMMs")
 
 
 def verdict(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line of cells for each bar: what, the bound, the ratio with its range, the end."""
+    """Return a line of cells for each bound: name, limit, ratio, range, and met or missed."""
     lines = []
     for bar in BARS:
         found = bar.ratios(rows)
@@ -108,7 +109,7 @@ def verdict(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def base_times(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line of cells for each contender at the point that most bars are about."""
+    """Return a line of cells for each contender at the point of most bounds."""
     lines, order = [], [*dict.fromkeys(row["contender"] for row in rows)]
     for row in sorted(rows, key=lambda row: order.index(row["contender"])):
         if row["point"] == BASE and row["median_ms"]:
@@ -119,11 +120,11 @@ def base_times(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def both_tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], list[list[str]]]]:
-    """Return header and lines of the times and of the verdict."""
+    """Return header and lines of both tables: times, and ratios with their bounds."""
     return [(BASE_TIMES, base_times(rows)), (VERDICT, verdict(rows))]
 
 
 def write_tables(path: Path, rows: Sequence[Row]) -> None:
-    """Write the tables of a page anew; ValueError if it has no place for them."""
+    """Replace the tables of a page; ValueError if it has no place for them."""
     made = [tables.markdown_table(*table) for table in both_tables(rows) if table[1]]
     tables.rewrite(path, BEGIN, END, "\n\n".join(made))

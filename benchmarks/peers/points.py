@@ -1,4 +1,4 @@
-"""The points that ``speed_vs_peers.py`` measures, and who takes part where."""
+"""The points that ``speed_vs_peers.py`` measures, and the contenders at each point."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FLOOR = "floor"
 SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
 COMPILED = ("lens_kernels", "triton", "dense_compiled", "liger", "liger_fused")
 SLOW = ("liger_uncompiled", "trl", "published")
-ONCE = "dense_kl_div"  # like dense, but slower: at the first point alone
+ONCE = "dense_kl_div"  # like dense, but slower: timed only at the first point
 TINY = Model("tiny", 24, 40, 1000)
 SHOWN = ("gpt2", "tinyllama", "smollm2", "qwen2.5")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One job, the sweeps that it belongs to, and who is left out because it takes too long."""
+    """One job, the sweeps that it belongs to, and the contenders that are too slow for it."""
 
     sweeps: tuple[str, ...]
     model: str
@@ -33,15 +33,15 @@ class Point:
         return f"{self.model} N{job.tokens} V{job.vocab} L{job.pairs} masked {job.masked:g}"
 
     def columns(self) -> dict[str, Any]:
-        """Return what the CSV says of it."""
+        """Return its columns of the CSV."""
         names = {"point": self.key(), "sweeps": " ".join(self.sweeps), "model": self.model}
         return names | self.job.columns()
 
 
 def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point]:
-    """Return every point; one that belongs to several sweeps is there once.
+    """Return every point once, even if it belongs to several sweeps.
 
-    The sweep of the vocabulary takes half of the tokens, those of other models a quarter.
+    The vocabulary sweep has half of the tokens, the models sweep a quarter.
     """
     models = {"tiny": TINY} if quick else {name: MODELS[name] for name in SHOWN}
     first, model = next(iter(models.items()))
@@ -69,7 +69,7 @@ def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point
 
 
 def takes_part(key: str, number: int) -> bool:
-    """Say whether a contender has a turn in a round; 0 is the one before the timed ones."""
+    """Say whether a contender runs in a round; round 0 compiles and is not timed."""
     if number == 0:
         return key in COMPILED
     return key not in SLOW or number % 2 == 1

@@ -1,4 +1,4 @@
-"""The CSV of ``speed_vs_peers.py``: a row for each contender at each point, kept over runs."""
+"""The CSV of ``speed_vs_peers.py``: a row for each contender at each point, kept between runs."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class Results:
     """The rows, by point and contender."""
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
-        """Read what a run that was stopped has left.
+        """Read the rows that a stopped run has written.
 
         Raises:
-            RuntimeError: It was measured with other code, versions, or on another machine.
+            RuntimeError: They were measured with other code, versions, or on another machine.
         """
         self.path = path
         self.environment = environment
         self._rows: dict[tuple[str, str], dict[str, str]] = {}
         for row in tables.read_own_csv(path, environment):
-            # Who is missing altogether, and what fits into memory, is found anew.
+            # Missing contenders and available memory are checked again in each run.
             if row["point"] and not row["note"].startswith("does not fit"):
                 self._rows[row["point"], row["contender"]] = row
 
@@ -65,7 +65,7 @@ class Results:
         return row
 
     def save(self) -> None:
-        """Relate the times to the floor's, round by round, and write the file."""
+        """Compute the ratios to the floor, round by round, and write the file."""
         for (place, _), row in self._rows.items():
             if floor := self._rows.get((place, FLOOR)):
                 ratios = Timing.read(row["times_ms"]).ratios(Timing.read(floor["times_ms"]))

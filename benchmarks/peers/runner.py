@@ -1,4 +1,4 @@
-"""The rounds of ``speed_vs_peers.py``: who has a turn at a point, and what comes of it."""
+"""The rounds of ``speed_vs_peers.py``: times every contender at a point."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.support import memory, products, providers, shapes, timing
 from benchmarks.support.contenders import Contender, first_line, step
 
 RUN_AT_THE_LARGE_POINT = ("lens_kernels", "trl")
-AVAILABLE = 0.9  # of main memory, that a contender may take
+AVAILABLE = 0.9  # the share of the available memory that a contender may use
 
 
 class Runner:
@@ -23,14 +23,14 @@ class Runner:
     def __init__(
         self, point: Point, contenders: Mapping[str, Contender], results: Results, rounds: int
     ) -> None:
-        """Say who is left out, and who has been timed already."""
+        """Print which contenders are left out, and which rounds exist already."""
         self.point, self.results, self.rounds = point, results, rounds
         self.contenders = dict(contenders)
         self.first, self.expected = "", (0.0,)
         for key, contender in contenders.items():
             if results.times(point, key):
                 continue
-            left_out = "left out here, to save time" if key in point.left_out else None
+            left_out = "left out at this point to save time" if key in point.left_out else None
             reason = (
                 results.row(point, key).get("note") or left_out or too_large(contender, point.job)
             )
@@ -38,12 +38,12 @@ class Runner:
                 self._leave_out(key, reason)
         done = {key: len(results.times(point, key)) for key in (FLOOR, *self.contenders)}
         if any(done.values()):
-            print(f"{point.key()}: rounds that are there already: {done}", flush=True)
+            print(f"{point.key()}: rounds measured already: {done}", flush=True)
 
     def turn(self, number: int) -> None:
-        """Run a round, and write its results once all had their turn.
+        """Run a round, and write its results after all contenders have run.
 
-        If one lacks the round, all take it again: they are compared with one another.
+        If one contender lacks the round, all repeat it, because ratios are taken within rounds.
         """
         if not self._is_due(number):
             return
@@ -69,7 +69,9 @@ class Runner:
     def _leave_out(self, key: str, reason: str) -> None:
         title = self.contenders.pop(key).label()
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
-        if self.results.row(self.point, key).get("note") != reason:  # else it keeps its date
+        if (
+            self.results.row(self.point, key).get("note") != reason
+        ):  # an unchanged row keeps its date
             self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:
@@ -82,7 +84,7 @@ class Runner:
         return any(number not in self.results.times(self.point, k) for k in self._keys(number))
 
     def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
-        """Return the time of one call, whose results must be those of the others."""
+        """Return the time of one call, after comparing its results with the others'."""
         job = self.point.job
         if key == FLOOR:
             cut = counted(inputs)
@@ -94,27 +96,27 @@ class Runner:
         if contender.difference(job, seen, self.expected):
             _, truth = providers.CONTENDERS["dense"].observe(inputs, lambda call, device: call())
             if problem := contender.difference(job, seen, truth):
-                raise RuntimeError(f"{contender.label()} computes something else: {problem}")
+                raise RuntimeError(f"{contender.label()} gives a wrong result: {problem}")
             raise SystemExit(
-                f"{self.point.key()}: {contender.label()} and dense PyTorch agree, and differ from"
-                f" {self.first}, which was first"
+                f"{self.point.key()}: {contender.label()} and dense PyTorch agree, but"
+                f" {self.first}, which ran first, gives another result"
             )
         return elapsed
 
 
 def counted(inputs: shapes.Inputs) -> shapes.Inputs:
-    """Return the inputs without masked rows: the floor does not even pick them."""
+    """Return the inputs without masked rows, so that the floor does not spend time on masking."""
     student = [inputs.counted(x).detach() for x in inputs.student_hidden]
     teacher = [inputs.counted(x) for x in inputs.teacher_hidden]
     return replace(inputs, student_hidden=student, teacher_hidden=teacher, mask=None)
 
 
 def too_large(contender: Contender, job: shapes.Job) -> str | None:
-    """Say that a contender does not fit into main memory, as far as fakes tell; or return None."""
-    # Fakes cannot drop the masked rows: an upper bound for those who do.
+    """Return a message if the counted memory exceeds the available memory, else None."""
+    # Fake tensors cannot drop masked rows, so this is an upper bound.
     try:
         fake = contender.fake_memory(replace(job, masked=0.0))
-    except Exception:  # what fails shall say so in its turn
+    except Exception:  # the real run will show the error
         return None
     if fake is None or fake.peak <= AVAILABLE * memory.available():
         return None
@@ -122,17 +124,17 @@ def too_large(contender: Contender, job: shapes.Job) -> str | None:
 
 
 def large_point(point: Point, contenders: Mapping[str, Contender], results: Results) -> None:
-    """Count everyone's temporary memory; ours and TRL are run, measured and timed once."""
+    """Count every contender's temporary memory; really run lens_kernels and TRL, once."""
     expected: tuple[float, ...] | None = None
     for key, contender in contenders.items():
         if results.row(point, key):
-            print(f"{point.key()}: {key} is there already", flush=True)
+            print(f"{point.key()}: {key} is measured already", flush=True)
             continue
         if key in point.left_out:
             continue
         times: dict[int, float] = {}
         if key in RUN_AT_THE_LARGE_POINT:
-            # What compiles does so before it is timed.
+            # A smaller job first, so that compilation is not timed.
             step(contender.load(), replace(point.job, tokens=point.job.tokens // 4, pairs=1).make())
             (used, elapsed), seen = contender.observe(point.job.make(), _memory_and_seconds)
             expected = expected or seen
@@ -142,7 +144,12 @@ def large_point(point: Point, contenders: Mapping[str, Contender], results: Resu
         elif counts := contender.fake_memory(point.job):
             used, method, note = counts, "fake", "not run: takes too long"
         else:
-            results.put(point, key, contender.label(), note="not run, and fakes cannot tell")
+            results.put(
+                point,
+                key,
+                contender.label(),
+                note="not run: cannot be counted over fakes",
+            )
             continue
         size = memory.mib(used.peak - used.kept)
         columns = {"temporaries_mib": size, "memory_method": method, "note": note}

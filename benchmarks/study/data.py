@@ -19,7 +19,7 @@ VOCABULARY = 2048
 ROW = 128  # tokens
 HELD_OUT_ROWS = 128
 # The documentation of Django, BSD-3-Clause: 640 files, 6.1 million characters of English prose and
-# some code. Only the source distribution has it; pip brings that file of 10.8 MB.
+# some code. Only the source distribution contains it; pip downloads that file of 10.8 MB.
 DJANGO = "Django==5.2.8"
 DJANGO_FILE = "django-5.2.8.tar.gz"
 DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
@@ -29,14 +29,14 @@ END = 0  # the token between documents
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of ``ROW`` tokens: to train on, and of other documents to judge on."""
+    """Rows of ``ROW`` tokens for training, and rows of held-out documents for evaluation."""
 
     train: Tensor
     held_out: Tensor
 
 
 def load(source: str, folder: Path) -> Text:
-    """Return the rows of a source, from ``folder`` if they have been made before."""
+    """Return the rows of a source, read from ``folder`` if they exist there."""
     path = folder / f"text-{source}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def _django(folder: Path) -> list[str]:
     """Return the files of Django's documentation."""
     path = folder / DJANGO_FILE
     if not path.exists():
-        # Its metadata are made by the setuptools that are installed: nothing else is downloaded.
+        # The installed setuptools makes the metadata, so that nothing else is downloaded.
         flags = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q", "-d"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         subprocess.run([*pip, *flags, str(folder), DJANGO], check=True)
@@ -69,14 +69,14 @@ def _django(folder: Path) -> list[str]:
 
 
 def _topics() -> list[str]:
-    """Return the texts of Python's ``help``: small, and no network is needed."""
+    """Return the texts of Python's ``help``: small, and without a download."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
 
 
 def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
-    """Return the rows to train on and those of held-out documents."""
+    """Return the rows for training and those of held-out documents."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     random.Random(0).shuffle(documents)
@@ -90,7 +90,7 @@ def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
     )
     tokenizer.train_from_iterator(documents, trainer)
     encoded = [[*tokenizer.encode(text).ids, END] for text in documents]
-    # Whole documents are held out, until they fill the rows.
+    # Whole documents are held out, as many as the held-out rows need.
     count, total = 0, 0
     while total < HELD_OUT_ROWS * ROW:
         total += len(encoded[count])

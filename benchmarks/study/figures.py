@@ -1,4 +1,4 @@
-"""The pictures of the study, drawn from its results alone."""
+"""The pictures of the study, drawn only from its results."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
 
 @pictures.styled
 def penalties(folder: Path, teacher: float = 0.2) -> Path:
-    """Draw what each divergence asks of a student's probability of one of two outcomes."""
+    """Draw value and gradient of each divergence against one of two probabilities of a student."""
     q = torch.linspace(0.001, 0.999, 999)
     drawn = pictures.canvas(11, 4)
     left, right = drawn.subplots(1, 2)
@@ -127,7 +127,7 @@ def _save(drawn: Any, folder: Path, name: str) -> Path:
 
 
 def all_of(results: statistics.Results, folder: Path) -> list[Path]:
-    """Draw everything that there are results for."""
+    """Draw every picture that has results."""
     paths = [forest(group, results, folder) for group in GROUPS.values()]
     paths += [by_depth(GROUPS["main"], results, folder), penalties(folder)]
     return [path for path in paths if path is not None]

@@ -26,7 +26,7 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "jeffreys", "tvd", "hellinger"
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective, as a run of no particular seed, and the arm it is compared with."""
+    """An objective, as a run whose seed is replaced, and the arm that it is compared with."""
 
     label: str
     run: Run
@@ -43,14 +43,14 @@ class Group:
     seeds: tuple[int, ...] = SEEDS
 
     def runs(self, seeds: tuple[int, ...] | None = None) -> Iterator[Run]:
-        """Return all runs; those of a seed follow each other, for paired comparisons."""
+        """Return all runs, seed by seed, so that early results can be compared in pairs."""
         for seed in seeds or self.seeds:
             for arm in self.arms:
                 yield replace(arm.run, seed=seed)
 
 
 def with_and_without(label: str, run: Run, pairs: Pairs = UNIFORM) -> tuple[Arm, Arm]:
-    """Return an arm without a lens, and the same with a JSD lens."""
+    """Return an arm without a lens, and the same arm with a JSD lens."""
     return Arm(label, run), Arm(f"{label} + lens", replace(run, lens="jsd", pairs=pairs), label)
 
 
@@ -168,7 +168,7 @@ def _teacher() -> Group:
     return Group("teacher", "Does it depend on the teacher?", tuple(arms))
 
 
-# In the order in which they are worth their time.
+# The most important groups are first.
 GROUPS = {
     group.name: group
     for group in (
@@ -191,10 +191,10 @@ GROUPS = {
 
 
 def quick() -> Group:
-    """Return a small form of the comparison, for a test: minutes, and no network.
+    """Return a small version of the comparison for tests: a few minutes, and no network.
 
-    The student is cut from the teacher and trained for a few steps, with a heavy lens. There a lens
-    helps most, so that a small run sees it.
+    The student is cut from the teacher and trained for a few steps, with a large weight of the
+    lens. The lens helps most there, so a small run can show the effect.
     """
     student = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
     plain = student | {"teacher": TeacherSettings(text="topics", steps=400)}

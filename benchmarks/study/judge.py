@@ -1,4 +1,4 @@
-"""What a student is judged by: dense sums over the vocabulary, apart from the library's own."""
+"""The metrics of a student: dense sums over the vocabulary, without the library's loss."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 32  # rows at once
+CHUNK = 32  # rows per batch
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128  # tokens, tokens, rows
-BINS = 15  # of confidence, for the calibration error
+BINS = 15  # of confidence, in the calibration error
 
 
 def _final(model: Any, rows: Tensor) -> Tensor:
-    """Return log probabilities of the next token, without the last one: (tokens, V)."""
+    """Return log probabilities of the next token ``(tokens, V)``; the last position has none."""
     return model(input_ids=rows).logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
 
@@ -24,7 +24,7 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
     """Return the model's greedy continuation of the first tokens of rows."""
     prompts = rows[:PROMPTS, :PROMPT]
     mask = torch.ones_like(prompts)
-    # No id means padding or end: all continuations have the same length.
+    # Nothing is padded: the model has no end token, so continuations have equal lengths.
     out = model.generate(
         prompts, attention_mask=mask, do_sample=False, max_new_tokens=CONTINUED, pad_token_id=0
     )
@@ -33,17 +33,17 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """The teacher on held-out rows, to which students are compared."""
+    """The teacher's results on held-out rows, which students are compared with."""
 
     teacher: Any
     rows: Tensor
-    log_p: list[Tensor]  # of each chunk of rows
+    log_p: list[Tensor]  # one tensor per chunk of rows
     continuation: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, teacher: Any, rows: Tensor) -> Judge:
-        """Run the teacher."""
+        """Run the teacher on the rows."""
         log_p = [_final(teacher, chunk) for chunk in rows.split(CHUNK)]
         return cls(teacher, rows, log_p, greedy(teacher, rows))
 
@@ -86,9 +86,9 @@ class Judge:
 
     @torch.no_grad()
     def by_depth(self, student: Any) -> list[dict[str, float]]:
-        """Return, for each block of the student, how its lens compares with the teacher's.
+        """Return the metrics of the student's lens against the teacher's, for each block.
 
-        The teacher's block is the one at the same share of the depth.
+        The teacher's block is the one at the same relative depth.
         """
         depth, teacher_depth = (len(x.model.layers) for x in (student, self.teacher))
         results = []
@@ -115,10 +115,10 @@ class Judge:
 
 
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
-    """Return log probabilities through the lens after a block; the last one's are the output."""
+    """Return log probabilities of the lens after a block; after the last block, the output's."""
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
-    if depth < len(states) - 1:  # the last states have been through the norm already
+    if depth < len(states) - 1:  # the model has applied the norm to the last states already
         hidden = model.model.norm(hidden)
     return model.lm_head(hidden[:, :-1]).flatten(0, 1).log_softmax(-1)
 

@@ -1,4 +1,4 @@
-"""Teacher and students, and their training through the library's own Trainer."""
+"""Teacher and students, and their training with the library's Trainer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
-# Weight of the lens term at the share x of the training that is done, by the name of the decay.
+# Factor of the lens weight after the share x of the training, by the name of the decay.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
@@ -30,7 +30,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def new_model(depth: int, width: int) -> Any:
-    """Return a Llama with random weights from torch's present state."""
+    """Return a Llama with random weights, drawn from torch's current random state."""
     config = LlamaConfig(
         vocab_size=data.VOCABULARY,
         hidden_size=width,
@@ -47,7 +47,7 @@ def new_model(depth: int, width: int) -> Any:
 
 
 def new_student(run: Run, teacher: Any) -> Any:
-    """Return the student of a run before training; runs of one seed start alike."""
+    """Return the untrained student of a run; runs with the same seed have the same weights."""
     if run.blocks:
         return shallow_copy(teacher, run.blocks).requires_grad_(True)
     torch.manual_seed(run.seed)
@@ -55,7 +55,7 @@ def new_student(run: Run, teacher: Any) -> Any:
 
 
 def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
-    """Return the teacher, trained now if ``folder`` does not hold it."""
+    """Return the teacher; train it first if ``folder`` does not hold it."""
     path = folder / f"teacher-{settings.key}.pt"
     torch.manual_seed(settings.seed)
     teacher = new_model(TEACHER_DEPTH, TEACHER_WIDTH)
@@ -80,8 +80,8 @@ def train(
 ) -> float:
     """Train a student; return the CPU milliseconds of its median step.
 
-    ``at_step`` is called after each step, outside the time that is measured. The order of the rows
-    depends on the seed alone.
+    ``at_step`` is called after each step, outside the measured time. The order of the rows
+    depends only on the seed.
     """
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
@@ -130,7 +130,7 @@ def train(
 
 
 class _Watch(TrainerCallback):
-    """Measures steps, calls back after each, and sets the weight of the lens."""
+    """Measures the time of steps, calls ``at_step``, and sets the weight of the lens."""
 
     def __init__(self, run: Run, at_step: Callable[[int], None]) -> None:
         self.run, self.at_step = run, at_step

@@ -1,4 +1,4 @@
-"""The tables of the study, made of its results alone."""
+"""The tables of the study, made only from its results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _line(each: Compared) -> list[str]:
 
 
 def others(group: Group, results: statistics.Results) -> str:
-    """Return the other metrics of a group's outputs; a star marks what is beyond the noise."""
+    """Return the other metrics of a group; a star marks differences beyond the noise."""
     columns = {
         metric: {x.arm.label: x for x in statistics.compare(group, results, metric, absolute=True)}
         for metric in OTHERS
@@ -78,7 +78,7 @@ def others(group: Group, results: statistics.Results) -> str:
 
 
 def origin(results: Mapping[str, Mapping[str, str]]) -> str:
-    """Return where and from which code the results are."""
+    """Return the machine, versions and commits of the results."""
     said = [f"{len(results)} runs"]
     for column in ("commit", "device", "threads", "torch", "transformers", "shared_machine"):
         counts = Counter(row[column] for row in results.values())
@@ -89,7 +89,7 @@ def origin(results: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def publish(csv: Path, page: Path = PAGE, kept: Path = CSV, folder: Path = FIGURES) -> None:
-    """Write the CSV, tables and figures that the documents show."""
+    """Write the CSV, tables and figures of the documentation."""
     results = runs.read(csv)
     if csv.resolve() != kept.resolve():
         kept.parent.mkdir(parents=True, exist_ok=True)

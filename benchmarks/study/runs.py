@@ -1,4 +1,4 @@
-"""Jobs: each run by itself, its result one line of a CSV, and none is done twice."""
+"""Does the runs: each run is independent, gives one line of a CSV, and is not repeated."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from typing import Any
 from benchmarks.study.settings import Run, TeacherSettings
 from benchmarks.support import environment, tables
 
-EVALUATIONS = 12  # in each run, evenly spread
+EVALUATIONS = 12  # per run, evenly spaced
 SETTINGS = [f.name for f in fields(Run)]
 METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error greedy_prefix".split()
 COLUMNS = [
     *("key", *SETTINGS),
     *METRICS,
-    *("curve", "by_depth"),  # KL by step; metrics of the lenses by depth: both as JSON
+    *("curve", "by_depth"),  # as JSON: KL by step, and metrics of the lenses by depth
     *("cpu_ms_per_step", "seconds", "shared_machine"),
     *("device", "threads", "torch", "transformers", "python", "commit", "date_utc"),
 ]
 
 
 def append(path: Path, values: dict[str, Any]) -> None:
-    """Add a result: a whole line or nothing, whoever else writes."""
+    """Add a result as a whole line, even if other processes write at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -58,7 +58,7 @@ def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, An
 
 
 def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
-    """Train a teacher before several processes would, each for itself."""
+    """Train a teacher once, before several processes need it."""
     from benchmarks.study import models
 
     models.load_teacher(settings, folder)
@@ -85,7 +85,7 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     final, lenses = judge.final(student), judge.by_depth(student)
     kept = folder / "students" / f"{run.key}.pt"
     kept.parent.mkdir(exist_ok=True)
-    torch.save(student.state_dict(), kept)  # so that it can be judged again
+    torch.save(student.state_dict(), kept)  # so that it can be evaluated again
     found = environment.environment(environment.CPU)
     found["transformers"] = environment.version_of("transformers")
     return {
@@ -112,19 +112,19 @@ def _prepare(threads: int) -> None:
 
 
 def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machine: bool) -> None:
-    """Do what is missing, the first runs first; each result is kept as soon as it is there."""
+    """Do the missing runs in order; each result is written as soon as its run ends."""
     path = folder / "runs.csv"
     known = read(path)
     wanted = list({run.key: run for run in runs if run.key not in known}.values())
     if not wanted:
         return
     started = time.perf_counter()
-    # Processes of their own: torch's threads do not survive a fork.
+    # Spawned processes, because torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _prepare, (threads,)) as pool:
         for settings in dict.fromkeys(run.teacher for run in wanted):
             pool.submit(_make_teacher, settings, folder).result()
-            print(f"{_minutes(started)}  teacher {settings.key} is there", flush=True)
+            print(f"{_minutes(started)}  teacher {settings.key} is ready", flush=True)
         futures: dict[Future[dict[str, Any]], Run] = {
             pool.submit(one, run, folder, shared_machine): run for run in wanted
         }

@@ -1,4 +1,4 @@
-"""What a run is: every setting that its result depends on, and the key made of them."""
+"""The settings of a run: everything that its result depends on, and a key made of them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class TeacherSettings:
 
     @property
     def key(self) -> str:
-        """A name of its own for these settings."""
+        """A unique name for these settings."""
         return _key(self)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A student and how it is trained. Runs that differ in ``seed`` alone are repetitions.
+    """A student and how it is trained. Runs that differ only in ``seed`` are repetitions.
 
     ``final`` is empty for cross entropy without a teacher. ``lens`` is empty for no lens; then
     ``coeff``, ``decay`` and ``norm`` keep their defaults. ``pairs`` are (student, teacher) depths.
@@ -57,18 +57,18 @@ class Run:
         """Refuse settings that have no effect: equal runs must have equal keys."""
         plain = (self.coeff, self.decay, self.norm) == (1.0, "constant", True)
         if not self.lens and not plain:
-            raise ValueError("coeff, decay and norm are a lens's, and there is none")
+            raise ValueError("coeff, decay and norm need a lens: set lens, or keep their defaults")
         if bool(self.lens or self.mse) != bool(self.pairs):
-            raise ValueError(f"pairs must be given for a lens or mse alone, got {self.pairs}")
+            raise ValueError(f"pairs must be given only with lens or mse, got {self.pairs}")
 
     @property
     def key(self) -> str:
-        """A name of its own for these settings."""
+        """A unique name for these settings."""
         return _key(self)
 
 
 def _key(settings: Run | TeacherSettings) -> str:
-    # Settings at their defaults are left out: a new one does not make old results another run's.
+    # Defaults are left out, so that a new setting does not change the keys of old results.
     values, defaults = asdict(settings), {f.name: f.default for f in fields(settings)}
     said = {k: v for k, v in values.items() if k == "rate" or getattr(settings, k) != defaults[k]}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]

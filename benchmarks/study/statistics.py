@@ -1,4 +1,4 @@
-"""Comparisons paired by seed, and what may be said of them."""
+"""Comparisons paired by seed, with intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, with 95 % intervals where there are seeds for them."""
+    """The mean of paired differences, with 95 % intervals if there are at least two seeds."""
 
     mean: float
     bootstrap: Interval | None
@@ -29,7 +29,7 @@ class Difference:
     def verdict(self) -> str:
         """``lower``, ``higher``, ``within the noise`` or ``one seed``, by Student's t.
 
-        The bootstrap of a few values is too narrow: it knows no value beyond theirs.
+        The bootstrap of a few values is too narrow, because it only resamples these values.
         """
         if self.student_t is None:
             return "one seed"
@@ -38,7 +38,7 @@ class Difference:
 
 
 def difference(values: Sequence[float]) -> Difference:
-    """Return the mean and the intervals of differences, one of each seed."""
+    """Return the mean and the intervals of differences, one value per seed."""
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Difference(mean, None, None)
@@ -51,16 +51,16 @@ def difference(values: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm's results over seeds, and against its baseline over the seeds that both have."""
+    """An arm's results over seeds, and its difference from its baseline over shared seeds."""
 
     arm: Arm
     seeds: tuple[int, ...]
     mean: float
     deviation: float
     percent: Difference | None
-    reached: float | None  # share of the steps after which the baseline's end is reached
-    cpu_ms: float  # of a step
-    cost: float | None  # of a step, in steps of the baseline
+    reached: float | None  # share of the steps needed to reach the baseline's final KL
+    cpu_ms: float  # per step
+    cost: float | None  # CPU time of a step, relative to the baseline's
 
 
 def compare(
@@ -108,12 +108,12 @@ def _of(arm: Arm, results: Results, seeds: Sequence[int]) -> dict[int, Mapping[s
 
 
 def curve(row: Mapping[str, str]) -> list[tuple[int, float]]:
-    """Return the KL of a run after each number of steps that it was evaluated at."""
+    """Return the KL of a run at each evaluated step."""
     return sorted((int(step), value) for step, value in json.loads(row["curve"]).items())
 
 
 def mean_curve(arm: Arm, results: Results, seeds: Sequence[int]) -> list[tuple[int, float]]:
-    """Return the mean over seeds of the KL after each number of steps."""
+    """Return the mean over seeds of the KL at each evaluated step."""
     curves = [dict(curve(row)) for row in _of(arm, results, seeds).values()]
     shared = sorted(set.intersection(*map(set, curves))) if curves else []
     return [(step, statistics.fmean(each[step] for each in curves)) for step in shared]
@@ -129,9 +129,9 @@ def by_depth(
 
 
 def _share_to_reach(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]]) -> float | None:
-    """Return the mean share of the steps after which an arm is where its baseline ends.
+    """Return the mean share of the steps that an arm needs to reach its baseline's final KL.
 
-    Between evaluations the curve is a straight line. None if a run never comes there.
+    The curve is interpolated linearly between evaluations. None if a run never reaches it.
     """
     shares = []
     for own, base in rows:

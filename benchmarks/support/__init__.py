@@ -1,1 +1,1 @@
-"""What the scripts share: contenders, sizes, instruments, records, tables and figures."""
+"""Shared code of the scripts: contenders, sizes, measurement, records, tables and figures."""

@@ -1,7 +1,7 @@
 """Every private interface of another library that only the benchmarks use.
 
-Each entry says what it is for, in which versions it was seen, and what happens without it. Those
-that the package uses too are in ``lens_kernels/compat.py``.
+Each entry states its purpose, the versions that have it, and the effect if it is missing.
+Interfaces that the package uses too are in ``lens_kernels/compat.py``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# The class of modes that see every operator. torch documents it under this name. Seen in torch 2.8
-# to 2.13; without it fake runs cannot be counted, and those points are missing.
+# The base class of modes that intercept every operator. torch documents it under this name. Seen
+# in torch 2.8 to 2.13. Without it, fake runs cannot be counted, and those points are missing.
 DispatchMode = TorchDispatchMode
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
-    """Make tensors that have sizes and no memory.
+    """Return a mode in which tensors have sizes but no memory.
 
     Seen in torch 2.8 to 2.13. Without it, sizes that do not fit cannot be counted.
     """
@@ -49,10 +49,10 @@ def body_of(operator: Any) -> Callable[..., Any] | None:
 
 
 def allocations(profiler: torch.profiler.profile) -> list[int]:
-    """Return the bytes of every allocation, and of every release as less than 0, in their order.
+    """Return the bytes of every allocation, and minus the bytes of every release, in order.
 
-    The public results of the profiler have sums only. Seen in torch 2.8 to 2.13. Without it no
-    memory is measured on a CPU.
+    The profiler's public results have only sums. Seen in torch 2.8 to 2.13. Without it, no
+    memory can be measured on a CPU.
     """
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     records = [event for event in events if event.name() == "[memory]"]
@@ -60,9 +60,9 @@ def allocations(profiler: torch.profiler.profile) -> list[int]:
 
 
 def static_sizes() -> AbstractContextManager[None]:
-    """Let ``torch.compile`` compile every size apart, also where a peer calls it.
+    """Let ``torch.compile`` compile every size separately, also inside a peer.
 
-    Seen in torch 2.8 to 2.13. Without it code for any size is made from the second size on, which
-    was measured to take 1.5 times the memory.
+    Seen in torch 2.8 to 2.13. Without it, the second size compiles code for dynamic sizes, which
+    took 1.5 times the memory (measured).
     """
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)

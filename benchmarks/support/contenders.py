@@ -1,6 +1,6 @@
-"""One way to compute the loss of a job: whether it runs here, is right, and what memory it takes.
+"""Contenders: ways to compute the loss of a job, with their checks and their counted memory.
 
-What a contender computes is compared with the fp64 oracle before it is measured.
+The results of a contender are compared with the fp64 oracle before it is measured.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Loss = Callable[[Inputs], Tensor]
 class Contender:
     """One way to compute the loss of a job.
 
-    ``load`` imports what it needs and returns ``loss(inputs)``. ``on_fakes`` prepares a run over
-    fake tensors on a CPU; None says that there can be none. ``epsilon`` is what its logarithm adds
-    to the mixture, which lowers the loss by ``epsilon * V`` at most.
+    ``load`` imports the packages and returns ``loss(inputs)``. ``on_fakes`` prepares a run over
+    fake tensors on a CPU; None means that it cannot run over them. ``epsilon`` is added to the
+    mixture inside the logarithm, which lowers the loss by at most ``epsilon * V``.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Contender:
         return {"contender": self.key, "label": self.label()}
 
     def objection(self, device: torch.device) -> str | None:
-        """Say why the contender cannot run on a device, or return None."""
+        """Return why the contender cannot run on a device, or None."""
         if self.gpu_only and device.type == "cpu":
             return "needs a GPU"
         module = self.package.replace("-", "_")
@@ -59,13 +59,13 @@ class Contender:
             return f"not installed; pip install {self.package}=={self.release}"
         try:
             self.load()
-        except Exception as error:  # peers pull in much that can fail in its own way
+        except Exception as error:  # peers import many packages that can fail in many ways
             return f"cannot be loaded: {first_line(error)}"
         return None
 
     def fake_memory(self, job: Job) -> memory.Memory | None:
-        """Return what a run over fake tensors counts, where there can be one."""
-        # On a GPU the peers and the compiled pass launch kernels, which take no fake tensors.
+        """Return the memory counted over fake tensors, or None if that is impossible."""
+        # On a GPU the peers and the compiled pass launch kernels, which do not accept fake tensors.
         if self.on_fakes is None or job.device.type != "cpu":
             return None
         loss = self.load()
@@ -76,16 +76,16 @@ class Contender:
     def observe(
         self, inputs: Inputs, instrument: Callable[[Callable[[], Any], torch.device], T]
     ) -> tuple[T, tuple[float, ...]]:
-        """Return what an instrument says of one step, and the step's loss and gradient norms."""
+        """Measure one step; return the measurement, and the step's loss and gradient norms."""
         loss, values = self.load(), []
-        inputs.clear()  # before the instrument looks
+        inputs.clear()  # so that old gradients are not measured
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())
         return said, (values[0].item(), *norms)
 
     def difference(self, job: Job, seen: tuple[float, ...], other: tuple[float, ...]) -> str | None:
-        """Say where a loss and its gradient norms differ from those of others, or return None."""
+        """Return where the loss or a gradient norm differs from the other's, or None."""
         names = ["loss"] + [f"norm of gradient {i}" for i in range(len(seen) - 1)]
         for name, mine, theirs in zip(names, seen, other, strict=True):
             allowed = 1e-3 * theirs
@@ -97,22 +97,22 @@ class Contender:
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:
-    """Compute the loss and its gradients anew; the value is returned without its graph."""
+    """Clear gradients, compute loss and gradients, and return the detached loss."""
     inputs.clear()
     value = loss(inputs)
-    # A constant, because Liger reads the upstream gradient on the host, where a fake has no value.
+    # A constant: Liger reads the upstream gradient on the host, and a fake tensor has no value.
     value.backward(gradient=torch.tensor(1.0, device=value.device))
     return value.detach()
 
 
 def check(contender: Contender, device: torch.device) -> None:
-    """Raise unless loss and gradients are those of the fp64 oracle for two small pairs.
+    """Raise unless loss and gradients agree with the fp64 oracle for two small pairs.
 
-    Once with all tokens, and once with some of them masked.
+    This is checked without a mask and with some tokens masked.
     """
     problems = [x for masked in (0.0, 0.4) for x in _problems(contender, device, masked)]
     if problems:
-        raise RuntimeError(f"{contender.label()} computes something else: {'; '.join(problems)}")
+        raise RuntimeError(f"{contender.label()} gives a wrong result: {'; '.join(problems)}")
 
 
 def _problems(contender: Contender, device: torch.device, masked: float) -> list[str]:
@@ -130,7 +130,7 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
     exact = step(truth, inputs).item()
     problems = []
     if not abs(value - exact) <= 1e-5 * exact + contender.epsilon * job.vocab:
-        problems.append(f"loss {value:.8g} instead of {exact:.8g}")
+        problems.append(f"loss {value:.8g}, expected {exact:.8g}")
     for i, (grad, x) in enumerate(zip(found, inputs.leaves(), strict=True)):
         if grad is None:
             problems.append(f"no gradient {i}")
@@ -142,10 +142,10 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
 def gather(
     contenders: Mapping[str, Contender], device: torch.device, needed: Container[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the contenders that run on a device, and the reasons of the others.
+    """Return the contenders that run on a device, and why the others do not.
 
-    One that fails, or computes something else, is among the others. If it is ``needed``, the run
-    ends.
+    A contender that fails or gives a wrong result is left out. If it is ``needed``, its error is
+    raised.
     """
     present: dict[str, Contender] = {}
     missing: dict[str, str] = {}

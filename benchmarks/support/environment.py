@@ -1,4 +1,4 @@
-"""The record of where a number was measured: code, versions, machine and date."""
+"""Records the origin of a measurement: code, versions, machine and date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEERS = ("liger-kernel", "trl")
 
 
 def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.ArgumentParser:
-    """Return a parser with the options that scripts have in common, and numbers with defaults."""
+    """Return a parser with the options that all scripts share, and integer options."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
     if on_device:
@@ -30,7 +30,7 @@ def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.
 
 
 def add_numbers(parser: argparse.ArgumentParser, **numbers: int) -> None:
-    """Add an option for each number, which is its default."""
+    """Add an integer option for each name, with the number as its default."""
     for name, number in numbers.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=number, help="default %(default)s")
@@ -45,7 +45,7 @@ def version_of(package: str) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return what a number depends on besides the job."""
+    """Return the machine, versions and commit of a measurement."""
     return {
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
@@ -79,10 +79,10 @@ def driver_version(device: torch.device) -> str:
 
 
 def no_gpu() -> str | None:
-    """Say that there is no GPU, or return None."""
+    """Return a message if there is no GPU, else None."""
     if torch.cuda.is_available():
         return None
-    return f"this runs on a GPU, and torch {torch.__version__} finds none"
+    return f"this needs a GPU, but torch {torch.__version__} finds none"
 
 
 def file_name(kind: str, device: torch.device) -> str:
@@ -101,7 +101,7 @@ def device_name(device: torch.device) -> str:
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     if "model name" not in found:
         return platform.processor() or platform.machine()
-    # Virtual machines give several generations of processors one name.
+    # Virtual machines use the same name for several generations of processors.
     numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
     return ", ".join([found["model name"].strip(), *numbers])
 

@@ -1,11 +1,11 @@
 """Peak memory of a function: of a real run, and of the same run over fake tensors.
 
-A real run on a CPU is watched through the records that the profiler takes of every allocation and
-release of the CPU allocator, wherever it happens: in C++, in custom operators, in compiled code.
-It misses what a BLAS library packs in memory of its own. On a GPU CUDA's own counters are read.
+On a CPU, the profiler records every allocation and release of PyTorch's CPU allocator: in C++, in
+custom operators and in compiled code. It misses the buffers that a BLAS library allocates itself.
+On a GPU, CUDA's counters are read.
 
-A fake run allocates nothing, so there ``StorageTracker`` adds up the storages that operators create
-and notices when they die. The tests compare the two.
+A fake run allocates nothing. There, ``StorageTracker`` adds the sizes of the storages that
+operators create, and subtracts them when the storages are freed. The tests compare the two.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from benchmarks.support import compat
 
 MIB = 1 << 20
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler writes to stderr on every use
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on every use
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes above those that were live before: at the highest point, and still at the end.
+    """Bytes above those in use before the run: the highest number, and that at the end.
 
-    The peak includes what stays, which is what was asked for: the loss and the gradients.
+    The peak includes the memory that is kept: the loss and the gradients.
     """
 
     peak: int
@@ -56,7 +56,7 @@ def measure(function: Callable[[], Any], device: torch.device) -> Memory:
     if device.type == "cuda":
         return _measure_cuda(function, device)
     if device.type != "cpu":
-        raise ValueError(f"memory is measured on cpu and cuda, not on {device.type}")
+        raise ValueError(f"memory can be measured on cpu and cuda, got {device.type!r}")
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     with _no_collection(), profiler:
         result = function()
@@ -84,12 +84,12 @@ def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
 class StorageTracker(compat.DispatchMode):
     """Counts the bytes of the storages that operators create while the mode is active.
 
-    Views and in-place results share a storage that is known already. Storages that only come in as
-    arguments existed before and count as nothing.
+    Views and in-place results share a storage that is counted already. Storages that appear first
+    as arguments existed before and are not counted.
     """
 
     def __init__(self) -> None:
-        """Start with nothing."""
+        """Start with no storage."""
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -97,12 +97,12 @@ class StorageTracker(compat.DispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator and look at what it returns."""
+        """Run an operator and count the storages of its results."""
         kwargs = kwargs or {}
         self._see((args, kwargs), created=False)
         if body := compat.body_of(func):
-            # Modes do not see into a custom operator, and over fake tensors its fake replaces it.
-            # What the body allocates is the point, so the body itself is run.
+            # A mode does not see inside a custom operator, and fake tensors run its fake version.
+            # The body's allocations must be counted, so the body itself is run.
             with self:
                 result = body(*args, **kwargs)
         else:
@@ -126,7 +126,7 @@ class StorageTracker(compat.DispatchMode):
 
 
 def track(function: Callable[[], Any]) -> Memory:
-    """Run ``function`` under the tracker; it may work on real tensors or on fake ones."""
+    """Run ``function`` under the tracker; it may use real or fake tensors."""
     with _no_collection(), StorageTracker() as tracker:
         result = function()
     memory = Memory(tracker.peak, tracker.live)
@@ -136,7 +136,7 @@ def track(function: Callable[[], Any]) -> Memory:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Keep the garbage collector out: nobody can tell what it frees, and when."""
+    """Disable the garbage collector, because it frees memory at unpredictable times."""
     gc.disable()
     try:
         yield

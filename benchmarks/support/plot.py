@@ -1,6 +1,6 @@
-"""Figures, drawn from the CSV files alone: a function for each.
+"""Figures: each function draws one from a CSV file.
 
-python -m benchmarks.support.plot    draws those of benchmarks/figures/ anew
+python -m benchmarks.support.plot    redraws the figures of benchmarks/figures/
 """
 
 from __future__ import annotations
@@ -34,14 +34,15 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # what a threshold must reach to be worth its while
-PRODUCTS = f"time / time of the four products\n({LOWER})"
+SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # the goal for a threshold: error and time
+GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
 
 def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
-    """Make a function of a CSV's rows one of its path; it writes a picture there, or at ``png``.
+    """Turn a function that draws rows into one that reads a CSV and writes a picture.
 
-    It returns the picture's path, or says why there is none.
+    The picture is written to ``png``, by default next to the CSV. The new function returns its
+    path, or why there is none.
     """
 
     @pictures.styled
@@ -61,21 +62,21 @@ def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
 
 
 def no_matplotlib() -> str | None:
-    """Say that there can be no figure, or return None."""
+    """Return a message if matplotlib is missing, else None."""
     if importlib.util.find_spec("matplotlib") is not None:
         return None
     return "no picture: matplotlib is not installed; pip install matplotlib"
 
 
 def _log2(axis: Any, said: Callable[[float], str]) -> None:
-    """Make the vertical axis logarithmic, and say its numbers in words."""
+    """Make the vertical axis logarithmic, with formatted tick labels."""
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
     axis.minorticks_off()
 
 
 def _by(rows: Rows, *columns: str) -> dict[Any, Rows]:
-    """Return the rows by what they have in some columns, in the order of their first one."""
+    """Group rows by their values in some columns; groups are in order of appearance."""
     groups: dict[Any, Rows] = {}
     for row in rows:
         key = tuple(row[name] for name in columns)
@@ -97,7 +98,7 @@ def _pairs(count: str) -> str:
 
 
 def _key(color: str, **style: Any) -> Any:
-    """Return a mark for the legend that is not drawn."""
+    """Return a legend entry that is not drawn in the plot."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, **style)
@@ -132,7 +133,7 @@ def memory_vs_vocab(rows: Rows) -> Any:
         _log2(axis, _size)
         axis.set(title=_pairs(pairs), xlabel="vocabulary entries (k: 1024)")
     axes[0].set_ylabel(f"peak memory above the inputs\n({LOWER})")
-    handles["the gradients alone: nobody needs less"] = _key(pictures.BLACK, linestyle=":")
+    handles["the gradients alone: the lower bound"] = _key(pictures.BLACK, linestyle=":")
     handles["solid: measured in one run"] = _key(pictures.BLACK, marker="o", linestyle="")
     if any(row["method"] == "fake" for row in rows):
         hollow = _key(pictures.BLACK, marker="o", linestyle="", **HOLLOW)
@@ -147,7 +148,7 @@ def memory_vs_vocab(rows: Rows) -> Any:
     return drawn
 
 
-# The column of the CSV along each sweep, the label of its axis, and how a value is said.
+# For each sweep: the column of the CSV, the label of its axis, and the format of a value.
 SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
     "tokens": ("tokens", "tokens", lambda text: f"{int(text):,} tokens"),
     "vocab": ("vocab_entries", "vocabulary entries", lambda text: f"{int(text):,} entries"),
@@ -189,7 +190,7 @@ def speed_vs_peers(rows: Rows) -> Any:
     if timed := [row for own in in_sweep.values() for row in own]:
         rounds = sorted({int(row["rounds"]) for row in timed})
         drawn.suptitle(
-            "Loss and backward: median times, and whiskers from the quickest to the slowest, of"
+            "Loss and backward: median times, and whiskers from the fastest to the slowest, of"
             f" {' or '.join(map(str, rounds))} interleaved rounds\n"
             f"{timed[0]['dtype']}, {timed[0]['device']}, {timed[0]['threads']} threads"
         )
@@ -197,7 +198,7 @@ def speed_vs_peers(rows: Rows) -> Any:
 
 
 def _lines(axis: Any, rows: Rows, sweep: str) -> None:
-    """Draw the time of each contender along a sweep, side by side at each of its points."""
+    """Draw the time of each contender along a sweep, side by side at each point."""
     column, label, _ = SPEED_AXES[sweep]
     places = sorted({float(row[column]) for row in rows})
     contenders = _by(sorted(rows, key=lambda row: [*STYLES].index(row["contender"])), "contender")
@@ -243,7 +244,7 @@ def _model_bars(axis: Any, rows: Rows) -> None:
     axis.set_xticks(range(len(models)), [name.replace(" < ", "\nunder ") for name in names])
     axis.tick_params("x", labelsize=7)
     axis.set_title(f"Time by models\n{int(rows[0]['tokens']):,} tokens, 1 lens pair")
-    axis.set(xlabel="student under teacher", ylabel=PRODUCTS)
+    axis.set(xlabel="student under teacher", ylabel=GEMMS)
 
 
 def _temporaries(axis: Any, rows: Rows) -> None:
@@ -266,14 +267,14 @@ def _temporaries(axis: Any, rows: Rows) -> None:
 def active_vocabulary(rows: Rows) -> Any:
     """Draw time over the floor against error for the lens pairs, a curve for each student.
 
-    The error of a threshold is the larger of the hidden states' and the head's. On the final states
-    almost every threshold leaves nothing out: there is no curve to draw.
+    The error of a threshold is the larger of the hidden states' and the head's. The final
+    states are not drawn, because almost every threshold leaves nothing out there.
     """
     rows = [row for row in rows if row["group"] == "lens" and row["used_share"]]
     runs, curves = [*_by(rows, "run")], {}
     drawn = pictures.canvas(7.2, 5.4)
     axis, handles = drawn.subplots(), {}
-    # Exact gradients have a place on this axis too: their error is 0.
+    # The axis is linear near 0, where the exact gradients are.
     smallest = min((error for row in rows if (error := _error(row))), default=SMALL_ERROR)
     axis.set_xscale("symlog", linthresh=smallest / 1.5, linscale=0.4)
     for (run, state), own in _by(rows, "run", "state").items():
@@ -291,11 +292,11 @@ def active_vocabulary(rows: Rows) -> Any:
     axis.axhline(1, color=pictures.BLACK, linestyle=":")
     wanted = {"color": pictures.GREEN, "alpha": 0.13, "linewidth": 0}
     axis.fill_between([-SMALL_ERROR, SMALL_ERROR], WANTED_RATIO, **wanted)
-    axis.set(xlabel=f"relative error of the gradients, 2-norm ({LOWER})", ylabel=PRODUCTS)
+    axis.set(xlabel=f"relative error of the gradients, 2-norm ({LOWER})", ylabel=GEMMS)
     axis.xaxis.set_major_formatter(lambda error, _: f"{error:.0e}" if error else "0 (exact)")
     axis.set_xlim(left=-smallest / 4)
     axis.set_ylim(bottom=0)
-    handles["the four products alone"] = _key(pictures.BLACK, linestyle=":")
+    handles["the four GEMMs alone"] = _key(pictures.BLACK, linestyle=":")
     said = f"wanted: error below {SMALL_ERROR:g}, time below {WANTED_RATIO:g}"
     handles[said] = _key(pictures.GREEN, linewidth=8, alpha=0.2)
     _legend(drawn, handles, 2)

@@ -1,4 +1,4 @@
-"""The floor: the matrix products that no contender can do without."""
+"""The floor: the GEMMs that every contender needs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import torch
 from benchmarks.support.shapes import Inputs
 from lens_kernels.backends import matmul
 
-TITLE = "the four products alone"
+TITLE = "the four GEMMs alone"
 
 
 def products(inputs: Inputs, backward: bool = True) -> None:
-    """Make the four products of each pair; the student's logits stand in for their gradient.
+    """Run the four GEMMs of each pair; the student's logits replace their gradient.
 
-    Without ``backward`` only the first two.
+    Without ``backward``, run only the two projections.
     """
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
@@ -26,7 +26,7 @@ def products(inputs: Inputs, backward: bool = True) -> None:
 
 
 def tiled_products(inputs: Inputs) -> None:
-    """Do the same with the functions and the precision of the ``torch`` backend."""
+    """Run the same GEMMs with the functions and the precision of the ``torch`` backend."""
     ours, theirs = (
         matmul.Factors(head.detach(), None, torch.float32)
         for head in (inputs.student_head, inputs.teacher_head)

@@ -1,8 +1,8 @@
-"""The contenders, all on one job: jsd with beta 1/2, no norm, no bias, mean over pairs and tokens.
+"""The contenders, for one loss: jsd with beta 1/2, no norm, no bias, mean over pairs and tokens.
 
-Gradients go to the student's hidden states and to its head. The peers know one pair per call, so
-for several pairs their losses are averaged, as a user would, before one backward pass. Masked
-tokens do not count; each contender's docstring says what it does about them.
+Gradients are computed for the student's hidden states and its head. Peers take one pair per call,
+so for several pairs their losses are averaged before one backward pass, as a user would do. Masked
+tokens do not count; each contender's docstring says how it excludes them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PUBLISHED_EPSILON = 1e-8
 def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
     """Make ``loss(student, student_head, teacher, teacher_head)`` the mean over all pairs.
 
-    It gets the rows of the tokens that count. If it is ``labelled``, it gets all rows, and last
-    Liger's labels, which are -100 for masked tokens.
+    ``loss`` gets the rows of the unmasked tokens. If ``labelled``, it gets all rows and, as the
+    last argument, Liger's labels, which are -100 for masked tokens.
     """
 
     def one(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
@@ -46,7 +46,7 @@ def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
     def mean(inputs: Inputs) -> Tensor:
         pairs = zip(inputs.student_hidden, inputs.teacher_hidden, strict=True)
         losses = [one(student, teacher, inputs) for student, teacher in pairs]
-        # Not divided by 1: Liger copies its gradients unless the upstream gradient is exactly 1.
+        # No division by 1: Liger copies its gradients unless the upstream gradient is exactly 1.
         return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
 
     return mean
@@ -66,7 +66,7 @@ def ours(inputs: Inputs, backend: str = "torch") -> Tensor:
 
 
 def _lean_jsd(student: Tensor, student_head: Tensor, teacher: Tensor, their_head: Tensor) -> Tensor:
-    """Plain PyTorch, with as few passes as it can be written; masked rows are dropped first."""
+    """Plain PyTorch with as few passes over the logits as possible; masked rows are dropped."""
     lq = (student @ student_head.t()).float().log_softmax(-1)
     with torch.no_grad():
         lp = (teacher @ their_head.t()).float().log_softmax(-1)
@@ -79,7 +79,7 @@ dense = per_pair(_lean_jsd)
 
 
 def _dense_compiled() -> Loss:
-    """Return the same as one graph for ``torch.compile``; masked rows are dropped outside it."""
+    """Return the same under ``torch.compile``; masked rows are dropped outside the graph."""
     return per_pair(_each_size_apart(torch.compile(_lean_jsd, fullgraph=True)))
 
 
@@ -100,7 +100,7 @@ def published(inputs: Inputs) -> Tensor:
     """DistillLens as published: all rows of all pairs at once, multiplied by the mask at the end.
 
     It holds both softmaxes and their mixture, in float32, and takes the logarithm of ``m + 1e-8``.
-    One sample: there the mask's tiling of the published code is right.
+    There is one sample, for which the published code's mask is correct.
     """
 
     def softmax(hidden: list[Tensor], head: Tensor) -> Tensor:
@@ -118,7 +118,7 @@ def published(inputs: Inputs) -> Tensor:
 
 
 def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile each size apart, as in training, which has one size only."""
+    """Compile each size separately, as in training, which has only one size."""
 
     def apart(*args: Tensor) -> Tensor:
         with compat.static_sizes():
@@ -137,7 +137,7 @@ def _liger(compiled: bool) -> Loss:
 
 
 def _liger_fused() -> Loss:
-    """Return Liger's Triton operator; it projects all rows and ignores labels as above."""
+    """Return Liger's Triton operator; it projects all rows and ignores masked labels."""
     fused = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
     return per_pair(fused.LigerFusedLinearJSD(jsd_beta=0.5), labelled=True)
 
@@ -145,7 +145,7 @@ def _liger_fused() -> Loss:
 def _trl() -> Loss:
     """Return TRL's function; masked rows are dropped first, as its trainer does on GPUs.
 
-    Elsewhere that trainer projects all rows, to keep their number, and masks the losses.
+    On other devices TRL's trainer projects all rows, for a fixed size, and masks the losses.
     """
     function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
@@ -165,9 +165,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def _backend_on_fakes() -> Iterator[None]:
     """Let fake tensors through the ``torch`` backend on a CPU.
 
-    Its compiled pass takes real tensors only. It returns one loss for each row, overwrites the
-    student's logits, and meanwhile holds three blocks of their size (measured, torch 2.13). The
-    products are made in one piece: they write into what exists, whatever the size of the piece.
+    Its compiled pass accepts only real tensors. It returns one loss per row, overwrites the
+    student's logits, and uses three temporary buffers of their size (measured, torch 2.13). The
+    GEMMs run in one piece: they write into existing buffers, so tiles would not change the memory.
     """
     original = compiled.call
 
@@ -213,7 +213,7 @@ PEERS = _by_key(
 )
 CONTENDERS = {OURS.key: OURS, **PEERS}
 
-# In the comparison of speed alone.
+# Only for the comparison of speed.
 FUSED = "Liger {version} fused JSD (Triton)"
 SPEED_CONTENDERS = _by_key(
     Contender("dense_compiled", "dense PyTorch, torch.compile", _dense_compiled, on_fakes=None),

@@ -1,4 +1,4 @@
-"""Sizes: of real models, and of one job with its inputs."""
+"""The sizes of real models, and the sizes and inputs of one job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Model:
-    """Widths of a student and of a larger model as its teacher, and their vocabulary."""
+    """Hidden sizes of a student and its teacher, and their vocabulary size."""
 
     name: str
     student: int
@@ -39,7 +39,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Job:
-    """The sizes of a problem; the widths are those of GPT-2 small under GPT-2 XL."""
+    """The sizes of a problem; default hidden sizes are GPT-2 124M's (student) and 1.5B's."""
 
     tokens: int
     vocab: int
@@ -63,7 +63,7 @@ class Job:
         }
 
     def gemm_flops(self) -> int:
-        """Return the floor: two projections and two gradients for each pair."""
+        """Return the operations of the floor: two projections and two gradients per pair."""
         width = 3 * self.student_width + self.teacher_width
         return 2 * self.pairs * (self.tokens - self.ignored()) * self.vocab * width
 
@@ -76,7 +76,7 @@ class Job:
         torch.manual_seed(0)
 
         def random(rows: int, width: int, scale: float) -> Tensor:
-            # Rows repeat after 8192: a benchmark does not wait for 10^9 random numbers.
+            # Rows repeat after 8192, because 10^9 random numbers would take too long.
             block = torch.randn(min(rows, 8192), width, device=self.device) * scale
             return block.repeat(-(-rows // block.shape[0]), 1)[:rows].to(self.dtype)
 
@@ -96,7 +96,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Hidden states ``(N, D)`` for each pair, heads ``(V, D)``, and which tokens count."""
+    """Hidden states ``(N, D)`` of each pair, heads ``(V, D)``, and the mask, True if counted."""
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
@@ -119,5 +119,5 @@ class Inputs:
         return replace(self, **first)
 
     def counted(self, hidden: Tensor) -> Tensor:
-        """Return the rows of the tokens that count."""
+        """Return the rows of the unmasked tokens."""
         return hidden if self.mask is None else hidden[self.mask]

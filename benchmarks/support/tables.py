@@ -1,4 +1,4 @@
-"""Rows of results: as CSV, as Markdown, and on the screen."""
+"""Rows of results as CSV, as Markdown, and on the screen."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one line of a CSV: its columns, in order, as the parts give them, or empty."""
+    """Return one line of a CSV: each column in order, from the parts, or empty."""
     values = {name: value for part in parts for name, value in part.items()}
     return {name: values.get(name, "") for name in columns.split()}
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, all with the same keys, units being part of the keys."""
+    """Write rows, all with the same keys; a key includes its unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -24,7 +24,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, none if there is no file."""
+    """Return the rows of a CSV file, or no rows if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -32,7 +32,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows that an earlier run left, whenever that was.
+    """Return the rows that an earlier run wrote; its date does not matter.
 
     Raises:
         RuntimeError: They were measured under other conditions.
@@ -49,7 +49,7 @@ def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, st
 
 
 def rewrite(path: Path, begin: str, end: str, content: str) -> None:
-    """Write new content between two lines of a document.
+    """Replace the content between two lines of a document.
 
     Raises:
         ValueError: The document does not hold both lines in this order.
@@ -68,7 +68,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table, the first column to the left and the others to the right."""
+    """Print a table, with the first column left-aligned and the others right-aligned."""
     widths = [max(len(cells[i]) for cells in (header, *rows)) for i in range(len(header))]
     for line in (header, ["-" * width for width in widths], *rows):
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
@@ -76,6 +76,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Print some columns of rows, or all, with a dash for what is empty."""
+    """Print some columns of rows, or all columns, with a dash for empty cells."""
     columns = columns or list(rows[0])
     print_table(columns, [[str(each[name]) or "-" for name in columns] for each in rows])

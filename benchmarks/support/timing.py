@@ -1,4 +1,4 @@
-"""The timing protocol: interleaved rounds, and ratios taken within the rounds."""
+"""The timing protocol: interleaved rounds, and ratios within the rounds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Timing:
 
     @property
     def median_ms(self) -> float:
-        """The middle of the rounds."""
+        """The median over the rounds."""
         return statistics.median(self.by_round.values())
 
     def ratios(self, other: Timing) -> list[float]:
@@ -37,9 +37,9 @@ class Timing:
         return [self.by_round[number] / other.by_round[number] for number in both]
 
     def columns(self, digits: int = 2, floor: Timing | None = None) -> dict[str, Any]:
-        """Return what a CSV says of the times, nothing but ``rounds`` if there are none.
+        """Return the columns of a CSV; only ``rounds`` if there are no times.
 
-        The ratio to a floor is that of the medians.
+        The ratio to a floor is a ratio of medians.
         """
         columns: dict[str, Any] = {"rounds": len(self.by_round)}
         if times := self.by_round.values():
@@ -58,8 +58,8 @@ def time_interleaved(
 ) -> dict[str, Timing]:
     """Time functions in rounds, each once per round, after one unmeasured round.
 
-    Interleaving spreads a disturbance of the machine over all of them, and each round starts with
-    another one. Caches need no flushing: the heads alone exceed every cache.
+    Interleaving spreads disturbances of the machine over all functions. Each round starts with
+    another function. Caches need not be flushed, because the heads are larger than every cache.
     """
     times: dict[str, dict[int, float]] = {name: {} for name in functions}
     for number in range(rounds + 1):
@@ -80,7 +80,7 @@ def rotated(names: Sequence[str], number: int) -> list[str]:
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of one call with the device's work; on a GPU by CUDA events."""
+    """Return the time of one call including the device's work; on a GPU, by CUDA events."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -96,7 +96,7 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Return fp32 operations per second of a matrix product as large as those of a lens."""
+    """Return the fp32 operations per second of a GEMM of a lens's size."""
     x, weight = torch.randn(512, 1024, device=device), torch.randn(8192, 1024, device=device)
     best = min(seconds(lambda: x @ weight.t(), device) for _ in range(5))
     return 2 * 512 * 1024 * 8192 / best

@@ -74,10 +74,10 @@ def test_a_run_from_end_to_end_and_once_more(files, tmp_path, figures, clock, ca
     assert figure.stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert "trained before, lens, both errors below" in printed and "bf16_rounding" in printed
-    # All is there already; nothing is measured or changed.
+    # Everything is measured already; nothing is measured or changed.
     monkeypatch.setattr(bench, "measure", None)
     assert run(files, tmp_path, *options) == rows
-    assert "trained after: is there already" in capsys.readouterr().out
+    assert "trained after: measured already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
@@ -155,14 +155,14 @@ def test_the_yardstick_is_the_pair_that_rounding_harms_least():
 def test_nothing_is_timed_that_is_wrong(monkeypatch):
     monkeypatch.setattr(timing, "time_interleaved", None)
     chosen = problem()
-    with pytest.raises(RuntimeError, match="1000.0 gives the gradient of the hidden state 0 a rel"):
+    with pytest.raises(RuntimeError, match="1000.0: the gradient of the hidden state 0 has a rel"):
         bench.measure(chosen, [1e3], 1, {})
     chosen.inputs.student_hidden[1].data[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="1e-05 .* state 1 .* error of nan, .* look for NaN in"):
+    with pytest.raises(RuntimeError, match="1e-05: .* state 1 .* error of nan, .*look for NaN in"):
         bench.measure(chosen, [1e-5], 1, {})
     values = iter([[0.0, 0.0], [0.0, 0.2]])
     monkeypatch.setattr(bench, "errors", lambda found, exact: next(values))
-    with pytest.raises(RuntimeError, match="of the head a relative error of 0.2, .* above 0.1 is"):
+    with pytest.raises(RuntimeError, match="head has a relative error of 0.2, above the limit"):
         bench.measure(problem("final"), [1e-5], 1, {})
 
 
@@ -212,13 +212,13 @@ def test_runs_that_began_alike_share_the_state_before(files, tmp_path):
 def test_too_few_rows_are_found_before_any_model_is_read(files, tmp_path, monkeypatch):
     assert len(run(files, tmp_path / "all", "--tokens", str(COUNTED))) == 20
     monkeypatch.setattr(bench, "load_model", None)
-    message = f"--tokens {COUNTED + 1} is more than the {COUNTED} positions with a label"
-    with pytest.raises(ValueError, match=f"{message} .*: pass --tokens {COUNTED}, or more data"):
+    message = f"--tokens {COUNTED + 1} is too large: .* {COUNTED} labelled positions"
+    with pytest.raises(ValueError, match=f"{message}; pass --tokens {COUNTED}, or more data"):
         run(files, tmp_path, "--tokens", str(COUNTED + 1))
     (trained,) = bench.read_trained([files / "trained"])
     data = SimpleNamespace(examples=[{"labels": [5, -100, 6, 7]}])
     monkeypatch.setattr(bench, "load_examples", lambda *args, **options: data)
-    with pytest.raises(ValueError, match="--tokens 3 is more than the 2 positions"):
+    with pytest.raises(ValueError, match="--tokens 3 is too large: .*2 labelled positions"):
         trained.examples(files / "train.jsonl", None, 3)
 
 
@@ -226,8 +226,8 @@ def test_folders_that_are_no_runs_or_not_cut_or_namesakes_are_refused(files, tmp
     (tmp_path / "run.yaml").write_text("student: a\nteacher: a\ntrain: b\noutput_dir: c\n")
     for folders, message in (
         (["teacher"], "holds no run.yaml: give a folder that lens-kernels"),
-        ([tmp_path], "has no student_blocks, .* give a run that cut its st"),
-        (["trained"] * 2, r"--trained names \[.*trained.*, .*trained.*\], .* its own"),
+        ([tmp_path], "has no student_blocks, .* give a run with --student_bl"),
+        (["trained"] * 2, r"different names, got \[.*trained.*, .*trained.*\]: rename them"),
     ):
         with pytest.raises(ValueError, match=message):
             bench.read_trained([files / name for name in folders])

@@ -54,14 +54,14 @@ def test_verdict(five, end):
     found = {line[0]: ", ".join(line[1:]) for line in lines if line[-1] != "not measured"}
     assert found.pop("lens_kernels, 5 pairs / 1, half masked").endswith(end)
     assert found == {
-        "lens_kernels / four products": "at most 1.10, 1.05, 1.02 to 1.20, met",
-        "dense PyTorch, as lean as can be / lens_kernels": "at least 2.40, 2.00, 2.00 to 2.20,"
-        " missed",
+        "lens_kernels / four GEMMs": "at most 1.10, 1.05, 1.02 to 1.20, met",
+        "dense PyTorch, lean / lens_kernels": "at least 2.40, 2.00, 2.00 to 2.20, missed",
         "TRL / lens_kernels": "at least 3.00, 3.25, 2.50 to 4.00, met",
         "lens_kernels, 1024 / 512 tokens": "at most 2.10, 2.40, 2.10 to 4.08, missed",
-        "temporaries: dense PyTorch / lens_kernels": "at least 50.00, 49.90, once, missed",
-        "temporaries: TRL / lens_kernels": "at least 4.00, 5.00, once, met",
-        "time there: TRL / lens_kernels": "at least 1.00, 0.89, once, missed",
+        "temporary memory, large size: dense PyTorch / lens_kernels": "at least 50.00, 49.90, once,"
+        " missed",
+        "temporary memory, large size: TRL / lens_kernels": "at least 4.00, 5.00, once, met",
+        "time, large size: TRL / lens_kernels": "at least 1.00, 0.89, once, missed",
     }
 
 

@@ -21,8 +21,8 @@ def test_without_a_gpu_reports_say_so_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pytest, "main", None)
     monkeypatch.setattr(speed_gpu, "gather", None)
     assert gpu_report.main(["--out", str(tmp_path)]) == 1
-    assert "this runs on a GPU, and torch" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="this runs on a GPU, and torch"):
+    assert "this needs a GPU, but torch" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="this needs a GPU, but torch"):
         speed_gpu.main(["--out", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 

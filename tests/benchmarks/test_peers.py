@@ -58,7 +58,7 @@ def test_a_run_from_end_to_end(tmp_path, figures, clock, capsys):
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
     assert rows["", "triton"]["note"] == "needs a GPU"
-    assert rows[name(32), "published"]["note"] == "left out here, to save time"
+    assert rows[name(32), "published"]["note"] == "left out at this point to save time"
     assert rows[name(), "published"]["note"] == "slow: every other round"
     assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
@@ -101,7 +101,7 @@ def test_a_stopped_run_keeps_whole_turns_and_is_resumed(tmp_path, clock, monkeyp
     rounds = {row["times_ms"].count(":") for key, row in after.items() if key[1] != "published"}
     assert rounds == {3}
     printed = capsys.readouterr().out
-    assert f"{name()}: rounds that are there already: {{'floor': 2" in printed
+    assert f"{name()}: rounds measured already: {{'floor': 2" in printed
     assert "round 1" not in printed
     assert run(tmp_path, *options) == after
 
@@ -149,8 +149,8 @@ larger = at_a_point(lambda inputs: dense(inputs) * 1.01)
 @pytest.mark.parametrize(
     ("loss", "note"),
     [
-        (larger, "something else: loss"),
-        (at_a_point(half_the_gradient), "something else: norm of gradient 0"),
+        (larger, "wrong result: loss"),
+        (at_a_point(half_the_gradient), "wrong result: norm of gradient 0"),
         (at_a_point(failing), "ValueError: of its own"),
     ],
 )
@@ -167,8 +167,8 @@ def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys
 @pytest.mark.parametrize(
     ("loss", "error", "message"),
     [
-        (larger, SystemExit, "dense PyTorch agree, and differ from lens_kernels"),
-        (lambda inputs: dense(inputs) * 2, RuntimeError, "lens_kernels.* computes something else"),
+        (larger, SystemExit, "dense PyTorch agree, but lens_kernels"),
+        (lambda inputs: dense(inputs) * 2, RuntimeError, "lens_kernels.* gives a wrong result"),
         (at_a_point(failing), ValueError, "of its own"),
     ],
     ids=["at a point", "everywhere", "fails"],
@@ -183,7 +183,7 @@ def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(tmp_pat
     before = run(tmp_path, *MASK, contenders=("lens_kernels",))
     install("dense", larger)
     after = run(tmp_path, *MASK)
-    assert "computes something else" in after[name(), "dense"]["note"]
+    assert "gives a wrong result" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
     assert run(tmp_path, *MASK) == after  # who was refused is not tried again by the same code
