@@ -49,7 +49,9 @@ def states(rows):
     return [*dict.fromkeys((row["run"], row["state"], row["group"]) for row in rows)]
 
 
-def test_a_run_from_end_to_end_and_once_more(files, tmp_path, figures, clock, capsys, monkeypatch):
+def test_second_run_reuses_the_results_of_the_first(
+    files, tmp_path, figures, clock, capsys, monkeypatch
+):
     figure = tmp_path / "curve.png"
     options = "--figure", str(figure), "--rounds", "2"
     rows = run(files, tmp_path, *options)
@@ -81,7 +83,7 @@ def test_a_run_from_end_to_end_and_once_more(files, tmp_path, figures, clock, ca
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
-def test_what_is_timed_is_loss_and_backward_of_the_group(monkeypatch, group):
+def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
     asked, floors, inner = [], [], bench.symmetric_lens_loss
 
     def loss(*args, **options):
@@ -124,7 +126,7 @@ def dense_gradients(group):
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
-def test_errors_and_shares_are_those_of_the_gradients(always_active, group):
+def test_errors_and_shares_match_the_dense_gradients(always_active, group):
     chosen = problem(group)
     *hidden, head = chosen.gradients(None)
     dense, thresholds = dense_gradients(chosen), [1e-5, 1e-4, 1e-3]
@@ -141,7 +143,7 @@ def test_errors_and_shares_are_those_of_the_gradients(always_active, group):
         assert row["head_error"] == pytest.approx(relative(near_head, head), rel=1e-2)
 
 
-def test_the_yardstick_is_the_pair_that_rounding_harms_least():
+def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
@@ -152,7 +154,7 @@ def test_the_yardstick_is_the_pair_that_rounding_harms_least():
     assert float(row["head_error"]) == pytest.approx(found[2], rel=5e-3)
 
 
-def test_nothing_is_timed_that_is_wrong(monkeypatch):
+def test_wrong_gradients_are_refused_before_timing(monkeypatch):
     monkeypatch.setattr(timing, "time_interleaved", None)
     chosen = problem()
     with pytest.raises(RuntimeError, match="1000.0 gives the gradient of the hidden state 0 a rel"):
@@ -167,7 +169,7 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
 
 
 @pytest.mark.parametrize("state", ["before", "after"])
-def test_states_are_the_cut_teacher_and_the_trained_folder(files, state):
+def test_states_come_from_the_cut_teacher_and_the_trained_student(files, state):
     (trained,) = bench.read_trained([files / "trained"])
     tokenizer = bench.load_tokenizer(str(files / "teacher"))
     examples = trained.examples(files / "train.jsonl", tokenizer, 20)
@@ -198,7 +200,7 @@ def test_states_are_the_cut_teacher_and_the_trained_folder(files, state):
             assert torch.equal(head.weight, (inputs.student_head, inputs.teacher_head)[side])
 
 
-def test_runs_that_began_alike_share_the_state_before(files, tmp_path):
+def test_runs_with_equal_starts_share_the_state_before_training(files, tmp_path):
     for name in ("alike", "other"):
         shutil.copytree(files / "trained", files / name)
     record = files / "other" / "run.yaml"
@@ -209,7 +211,7 @@ def test_runs_that_began_alike_share_the_state_before(files, tmp_path):
     assert found == [*both[:2], "alike after", *both[2:]]
 
 
-def test_too_few_rows_are_found_before_any_model_is_read(files, tmp_path, monkeypatch):
+def test_too_few_tokens_are_refused_before_any_model_is_loaded(files, tmp_path, monkeypatch):
     assert len(run(files, tmp_path / "all", "--tokens", str(COUNTED))) == 20
     monkeypatch.setattr(bench, "load_model", None)
     message = f"--tokens {COUNTED + 1} is more than the {COUNTED} positions with a label"
@@ -222,7 +224,7 @@ def test_too_few_rows_are_found_before_any_model_is_read(files, tmp_path, monkey
         trained.examples(files / "train.jsonl", None, 3)
 
 
-def test_folders_that_are_no_runs_or_not_cut_or_namesakes_are_refused(files, tmp_path):
+def test_unusable_trained_folders_are_refused(files, tmp_path):
     (tmp_path / "run.yaml").write_text("student: a\nteacher: a\ntrain: b\noutput_dir: c\n")
     for folders, message in (
         (["teacher"], "holds no run.yaml: give a folder that lens-kernels"),
@@ -233,7 +235,7 @@ def test_folders_that_are_no_runs_or_not_cut_or_namesakes_are_refused(files, tmp
             bench.read_trained([files / name for name in folders])
 
 
-def test_results_measured_otherwise_are_not_added_to(files, tmp_path):
+def test_results_with_other_settings_are_not_extended(files, tmp_path):
     run(files, tmp_path)
     before = (tmp_path / "active_vocabulary.csv").read_text()
     with pytest.raises(RuntimeError, match="with tokens '20', and this run has '21'; move the"):
@@ -241,7 +243,7 @@ def test_results_measured_otherwise_are_not_added_to(files, tmp_path):
     assert (tmp_path / "active_vocabulary.csv").read_text() == before
 
 
-def test_work_that_was_stopped_keeps_what_it_has_and_goes_on(files, tmp_path, monkeypatch):
+def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypatch):
     calls, inner = [], bench.measure
 
     def measure(*args):
@@ -282,7 +284,7 @@ def curves():
     return rows
 
 
-def test_the_verdict_is_the_quickest_threshold_whose_errors_are_both_small():
+def test_verdict_is_the_fastest_threshold_with_both_errors_small():
     rows = curves()
     start = "lens, both errors below 0.001:"
     assert bench.verdicts(rows) == [

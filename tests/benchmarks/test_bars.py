@@ -32,7 +32,7 @@ def made(contender, point, times="", temporaries=""):
 
 
 @pytest.mark.parametrize(("five", "end"), [(5590, "met"), (5610, "missed")])
-def test_verdict(five, end):
+def test_verdict_compares_ratios_with_the_bars(five, end):
     base = bars.BASE
     rows = [
         made("floor", base, "1:1000 2:2000 3:1000"),
@@ -65,7 +65,7 @@ def test_verdict(five, end):
     }
 
 
-def test_tables_of_the_page(tmp_path):
+def test_write_tables_replaces_the_tables_of_the_page(tmp_path):
     rows = [made("floor", bars.BASE, "1:1000 2:1500"), made("trl", bars.BASE)]
     page = tmp_path / "page.md"
     text = f"a\n{bars.BEGIN}\nold\n{bars.END}\nb"
@@ -83,7 +83,7 @@ def test_tables_of_the_page(tmp_path):
         assert page.read_text() == broken
 
 
-def test_the_page_says_what_the_csv_gives(tmp_path):
+def test_page_agrees_with_the_csv(tmp_path):
     """Without a CSV it says of each bar that it is not measured."""
     copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
@@ -91,7 +91,7 @@ def test_the_page_says_what_the_csv_gives(tmp_path):
     assert copy.read_text() == text
 
 
-def test_the_option_writes_the_page(tmp_path, monkeypatch):
+def test_docs_option_writes_the_page(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"{bars.BEGIN}\n{bars.END}\n")
     monkeypatch.setattr(speed_vs_peers, "PAGE", page)

@@ -17,7 +17,7 @@ VERSIONS = ("device", "driver", "cuda", "hip", "torch", "triton", "python", "com
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_reports_say_so_at_once(tmp_path, capsys, monkeypatch):
+def test_gpu_reports_stop_at_once_without_a_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pytest, "main", None)
     monkeypatch.setattr(speed_gpu, "gather", None)
     assert gpu_report.main(["--out", str(tmp_path)]) == 1
@@ -71,7 +71,7 @@ def test_the_report_has_a_line_for_every_test(tmp_path):
         assert row["device"] == "Some GPU (80 GB)" and row["torch"] == torch.__version__
 
 
-def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
+def test_speed_gpu_runs_end_to_end(tmp_path, clock, monkeypatch):
     checked = []
     monkeypatch.setattr(contenders, "check", lambda each, device: checked.append(each.key))
     options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--dtypes", "bfloat16"]
@@ -102,7 +102,7 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
         ("torch", ValueError("a bug")),
     ],
 )
-def test_what_does_not_fit_and_peers_that_fail_stand_in_the_table(monkeypatch, capsys, key, error):
+def test_table_lists_out_of_memory_and_failing_peers(monkeypatch, capsys, key, error):
     def loss(inputs):
         raise error
 

@@ -46,7 +46,7 @@ def test_both_instruments_count_temporaries_views_and_in_place_operators(functio
         assert seen.kept == pytest.approx(kept * MIB, abs=SLACK)
 
 
-def test_rounds_are_interleaved_and_start_each_with_another(clock):
+def test_rounds_are_interleaved_and_rotated(clock):
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = timing.time_interleaved(functions, 2, CPU)
@@ -55,13 +55,13 @@ def test_rounds_are_interleaved_and_start_each_with_another(clock):
     assert times == {"a": {1: 6e3, 2: 8e3}, "b": {1: 4e3, 2: 9e3}, "c": {1: 5e3, 2: 7e3}}
 
 
-def test_a_time_is_that_of_one_call(monkeypatch):
+def test_seconds_times_one_call(monkeypatch):
     calls, now = [], iter([5.0, 7.5])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     assert (timing.seconds(lambda: calls.append(1), CPU), calls) == (2.5, [1])
 
 
-def test_ratios_are_those_of_the_rounds_that_both_have():
+def test_ratios_use_only_common_rounds():
     floor, mine = timing.Timing.read("1:10.00 2:20.00 3:40.00"), timing.Timing({3: 80.0, 1: 12.0})
     assert mine.ratios(floor) == [1.2, 2.0]
     assert timing.Timing.read(str(mine)) == mine
@@ -70,7 +70,7 @@ def test_ratios_are_those_of_the_rounds_that_both_have():
     assert timing.Timing({}).columns() == {"rounds": 0}
 
 
-def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+def test_commit_is_the_last_one_that_changed_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
 
     def git(*args):

@@ -52,7 +52,7 @@ def run(tmp_path, *command):
 
 
 @pytest.mark.parametrize("names", ["sm_80 gfx942 large", "sm_90 sm_100"])
-def test_only_a_tile_that_is_too_large_spills_and_all_use_the_matrix_units(tmp_path, names):
+def test_shipped_tiles_do_not_spill_and_use_the_matrix_units(tmp_path, names):
     lines = run(tmp_path, "-c", SCRIPT, *names.split())
     shipped = [line for line in lines if not line.startswith("large ")]
     assert {line.split()[0] for line in lines} == {*names.split()} and len(shipped) >= 8
@@ -61,14 +61,14 @@ def test_only_a_tile_that_is_too_large_spills_and_all_use_the_matrix_units(tmp_p
 
 
 @pytest.mark.slow
-def test_every_variant(tmp_path):
+def test_report_finds_no_spills_in_any_variant(tmp_path):
     run(tmp_path, "benchmarks/kernel_report.py", "--out", str(tmp_path))
     rows = tables.read_csv(tmp_path / "kernel_report_bfloat16.csv")
     assert {row["arch"] for row in rows} == {*kernel_report.ARCHS}
     assert all(row["spilled_bytes"] == "0" for row in rows)
 
 
-def test_costs_are_those_of_the_products():
+def test_costs_count_the_gemms():
     model = kernel_report.Model("toy", student=2, teacher=3, vocab=10)
     rows = {row["step"]: row for row in kernel_report.cost_rows(model, tokens=10**11)}
     # 2 N V = 2 TFLOP for each unit of width.

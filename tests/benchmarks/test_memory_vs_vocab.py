@@ -46,14 +46,14 @@ def test_without_matplotlib_the_rest_still_runs(tmp_path, figures, monkeypatch, 
 
 
 @pytest.mark.parametrize(("rate", "method"), [(1e15, "measured"), (1.0, "fake")])
-def test_points_that_take_too_long_come_from_fake_tensors(rate, method):
+def test_expensive_points_use_fake_tensors(rate, method):
     job = Job(tokens=128, vocab=8192)
     (row,) = memory_vs_vocab.points([job], [CONTENDERS["dense"]], rate, gemm_seconds=1.0)
     assert row["method"] == method
     assert bool(row["note"]) == (method == "fake")
 
 
-def test_speed_is_related_to_the_floor_of_the_same_dtype(tmp_path, clock):
+def test_speed_ratios_use_the_floor_of_the_same_dtype(tmp_path, clock):
     sizes = ["--tokens", "64", "--vocab", "2000", "--student-width", "64", "--teacher-width", "96"]
     options = ["--device", "cpu", "--rounds", "2", "--uncompiled", "--bf16"]
     speed_vs_floor.main([*sizes, *options, "--out", str(tmp_path)])

@@ -34,7 +34,7 @@ def name(tokens=64, vocab=1000, pairs=1, masked=0):
     return f"tiny N{tokens} V{vocab} L{pairs} masked {masked:g}"
 
 
-def test_a_run_from_end_to_end(tmp_path, figures, clock, capsys):
+def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock, capsys):
     everyone = ("lens_kernels", "triton", "dense", "published")
     rows = run(tmp_path, "--rounds", "3", "--sweep", *speed_points.SWEEPS, contenders=everyone)
     timed = {key: row["rounds"] for key, row in rows.items() if row["times_ms"]}
@@ -79,7 +79,7 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
     assert run(tmp_path, "--sweep", "memory") == rows  # not measured again
 
 
-def test_a_stopped_run_keeps_whole_turns_and_is_resumed(tmp_path, clock, monkeypatch, capsys):
+def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
         # 2 points x ours before; 4 + 3 in round 1; 3 of 4 are missing in round 2
@@ -106,7 +106,7 @@ def test_a_stopped_run_keeps_whole_turns_and_is_resumed(tmp_path, clock, monkeyp
     assert run(tmp_path, *options) == after
 
 
-def test_a_resumed_run_asks_again_who_was_missing_but_not_who_was_left_out(tmp_path, monkeypatch):
+def test_resumed_run_retries_missing_contenders_but_not_skipped_points(tmp_path, monkeypatch):
     options = {"contenders": ("lens_kernels", "published")}
     with monkeypatch.context() as patch:
         gone = replace(speed_vs_peers.CONTENDERS["published"], gpu_only=True)
@@ -154,7 +154,9 @@ larger = at_a_point(lambda inputs: dense(inputs) * 1.01)
         (at_a_point(failing), "ValueError: of its own"),
     ],
 )
-def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys, loss, note):
+def test_contender_that_is_wrong_or_fails_at_a_point_is_not_timed(
+    tmp_path, install, capsys, loss, note
+):
     install("dense", loss)
     rows = run(tmp_path, *MASK, contenders=TWO)
     printed = capsys.readouterr().out
@@ -173,13 +175,13 @@ def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys
     ],
     ids=["at a point", "everywhere", "fails"],
 )
-def test_ours_ends_the_run_if_it_is_wrong_or_fails(tmp_path, install, loss, error, message):
+def test_run_ends_if_lens_kernels_is_wrong_or_fails(tmp_path, install, loss, error, message):
     install("lens_kernels", loss)
     with pytest.raises(error, match=message):
         run(tmp_path, *MASK, contenders=TWO)
 
 
-def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(tmp_path, install, clock):
+def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install, clock):
     before = run(tmp_path, *MASK, contenders=("lens_kernels",))
     install("dense", larger)
     after = run(tmp_path, *MASK)
@@ -189,7 +191,7 @@ def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(tmp_pat
     assert run(tmp_path, *MASK) == after  # who was refused is not tried again by the same code
 
 
-def test_what_does_not_fit_is_said_and_not_run(tmp_path, monkeypatch):
+def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 700_000)
     row = run(tmp_path, *MASK, contenders=TWO)[name(), "dense"]
     assert row["note"].startswith("does not fit: ") and not row["times_ms"]
@@ -199,7 +201,7 @@ def test_what_does_not_fit_is_said_and_not_run(tmp_path, monkeypatch):
     assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # kept
 
 
-def test_the_floor_multiplies_the_tokens_that_count(monkeypatch, tmp_path):
+def test_floor_multiplies_only_counted_tokens(monkeypatch, tmp_path):
     seen = set()
 
     def multiply(inputs):
@@ -211,7 +213,7 @@ def test_the_floor_multiplies_the_tokens_that_count(monkeypatch, tmp_path):
     assert seen == {(None, 64, 64), (None, 32, 32)}
 
 
-def test_slow_contenders_have_every_other_round():
+def test_slow_contenders_run_in_every_other_round():
     rounds = {key: [n for n in range(6) if takes_part(key, n)] for key in ("trl", "lens_kernels")}
     assert rounds == {"trl": [1, 3, 5], "lens_kernels": [*range(6)]}
     assert {*SLOW} < speed_vs_peers.CONTENDERS.keys()

