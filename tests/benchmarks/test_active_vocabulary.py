@@ -1,4 +1,4 @@
-"""The curve of ``grad_threshold``: errors and shares counted by hand, and a run from end to end."""
+"""The benchmark of ``grad_threshold``: its errors, shares, files, verdict and figure."""
 
 import shutil
 from types import SimpleNamespace
@@ -18,14 +18,14 @@ from reference.dense import divergence, lens_logits, softmax
 from tests.support import commands, tiny
 
 pytestmark = pytest.mark.hf
-COUNTED = sum(len(word) + 1 for word in commands.WORDS)  # letters of a response, and its end
+COUNTED = sum(len(word) + 1 for word in commands.WORDS)  # the letters of each response and EOS
 BLOCKS, STUDENT_LAYERS, TEACHER_LAYERS = [1, 3, 4], [1, 2], [2, 3]
 N, V, D = 24, 600, 16
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a teacher, data, and a student that was trained."""
+    """Return a folder with a teacher, data and a trained student."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model(seed=2).save_pretrained(folder / "teacher")
     tiny.tokenizer().save_pretrained(folder / "teacher")
@@ -65,7 +65,7 @@ def test_second_run_reuses_the_results_of_the_first(
         if row["threshold"] == "0.0":
             assert max(float(row["hidden_error"]), float(row["head_error"])) < 1e-6
             assert float(row["used_share"]) > 0.9 and float(row["dropped_share"]) < 1e-6
-    # The clock adds a second with each call: 4 to warm up, then two rounds of 4, each rotated.
+    # Each call takes one second more: 4 warm-up calls, then two rotated rounds of 4 calls.
     columns = ("ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor", "median_ms")
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
@@ -76,7 +76,7 @@ def test_second_run_reuses_the_results_of_the_first(
     assert figure.stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert "trained before, lens, both errors below" in printed and "bf16_rounding" in printed
-    # All is there already; nothing is measured or changed.
+    # All results exist already: nothing is measured again.
     monkeypatch.setattr(bench, "measure", None)
     assert run(files, tmp_path, *options) == rows
     assert "trained after: is there already" in capsys.readouterr().out
@@ -100,7 +100,10 @@ def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
 
 
 def problem(group="lens"):
-    """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
+    """Return two peaked models; most vocabulary entries get almost no gradient.
+
+    The rows of the head have a mean that is not zero.
+    """
     students = [torch.randn(N, D, requires_grad=True) for _ in range(2 if group == "lens" else 1)]
     teachers = [x.detach() + 0.3 * torch.randn(N, D) for x in students]
     head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
@@ -115,7 +118,7 @@ def relative(found, exact):
 
 
 def dense_gradients(group):
-    """Return the gradients of the logits of all pairs."""
+    """Return the dense gradients of the logits, one matrix per pair."""
     sides, gradients = (group.inputs.student_hidden, group.inputs.teacher_hidden), []
     for pair in zip(*sides, strict=True):
         logits = (lens_logits(x, h, True, None) for x, h in zip(pair, group.heads, strict=True))
@@ -147,7 +150,7 @@ def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
-    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # of the exact one's norm
+    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # relative to the exact norm
     row = bench.judge(chosen, [])["bf16_rounding"]
     assert found[0] != found[1]
     assert float(row["hidden_error"]) == pytest.approx(min(found[:2]), rel=5e-3)
@@ -173,7 +176,7 @@ def test_states_come_from_the_cut_teacher_and_the_trained_student(files, state):
     (trained,) = bench.read_trained([files / "trained"])
     tokenizer = bench.load_tokenizer(str(files / "teacher"))
     examples = trained.examples(files / "train.jsonl", tokenizer, 20)
-    assert len(examples) == 2  # 10 and 16 letters and ends
+    assert len(examples) == 2  # 10 and 16 tokens, including EOS
     batch = bench.Collator(1)(examples)
     teacher, student = (load_model(str(files / "teacher"), "float32") for _ in range(2))
     groups = bench.groups_of(trained, state, teacher, batch, 20)
@@ -257,12 +260,12 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
     after = run(files, tmp_path)
     assert len(calls) == 5 and after[: len(before)] == before
     assert (len(states(before)), len(states(after))) == (3, 4)
-    run(files, tmp_path, "--thresholds", "1e-4")  # another one: all is measured anew
+    run(files, tmp_path, "--thresholds", "1e-4")  # another threshold: all states are measured again
     assert len(calls) == 9
 
 
 def curves():
-    """Return rows as in the CSV of two states, whose quickest threshold has too large an error."""
+    """Return CSV rows of two states; the fastest threshold has too large an error."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6

@@ -1,4 +1,4 @@
-"""The bounds on the speed comparison, and the tables of the page, from rows of its CSV."""
+"""The performance bounds and the tables of the page are computed from the rows of the CSV."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_the_default_run_measures_every_bar():
 
 
 def made(contender, point, times="", temporaries=""):
-    """A row as the verdict reads it."""
+    """Return a CSV row with the columns that ``verdict`` reads."""
     timing = {"median_ms": "", **Timing.read(times).columns()}
     row = {"contender": contender, "label": contender.upper(), "point": point, "times_ms": times}
     row |= {"temporaries_mib": temporaries, "ratio_to_floor": "1.25"}
@@ -36,7 +36,7 @@ def test_verdict_compares_ratios_with_the_bars(five, end):
     base = bars.BASE
     rows = [
         made("floor", base, "1:1000 2:2000 3:1000"),
-        # The machine was slow in round 2; the ratio of the medians would be 1.2.
+        # Round 2 was slow for all; the ratio of the medians would be 1.2.
         made("lens_kernels", base, "1:1050 2:2040 3:1200"),
         made("dense", base, "1:2100 2:4080 3:2640"),
         made("trl", base, "1:4200 3:3000"),
@@ -45,7 +45,7 @@ def test_verdict_compares_ratios_with_the_bars(five, end):
         made("dense", bars.LARGE, "", "4990"),
         made("trl", bars.LARGE, "1:8000", "500"),
         made("liger", base.replace("gpt2", "tiny"), "1:9999"),
-        # Five pairs may cost as much as doublings of them may.
+        # Five pairs may take at most 5.6 times as long as one pair.
         made("lens_kernels", "gpt2 N1024 V50257 L1 masked 0.5", "1:1000"),
         made("lens_kernels", bars.FIVE, f"1:{five}"),
     ]
@@ -84,7 +84,7 @@ def test_write_tables_replaces_the_tables_of_the_page(tmp_path):
 
 
 def test_page_agrees_with_the_csv(tmp_path):
-    """Without a CSV it says of each bar that it is not measured."""
+    """Without a CSV, the page lists each bound as not measured."""
     copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
     bars.write_tables(copy, tables.read_csv(environment.DATA / "cpu" / "speed_vs_peers.csv"))

@@ -1,4 +1,4 @@
-"""The contenders: all compute the same, and fake tensors tell their memory."""
+"""The contenders compute equal losses, and fake tensors predict their memory."""
 
 import functools
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from benchmarks.support.environment import CPU
 from benchmarks.support.providers import CONTENDERS, SPEED_CONTENDERS, dense
 from benchmarks.support.shapes import Job
 
-# Liger's default compiles for many seconds; the scripts check it themselves before they measure.
+# Liger's default compiles for many seconds; the scripts check it before they measure.
 KEYS = [key for key in CONTENDERS if key != "liger"]
 
 
@@ -27,7 +27,7 @@ def contender(request):
 
 @pytest.mark.parametrize("contender", [*KEYS, "dense_compiled", "published"], indirect=True)
 def test_contender_computes_the_loss_and_gradients_of_the_oracle(contender, monkeypatch):
-    # The graph is the contender's own; the code that the compiler makes of it is not.
+    # This tests the contender's graph without the cost of compiling it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     check(contender, CPU)
 
@@ -105,7 +105,7 @@ def test_fake_tensors_predict_the_memory_of_a_real_run(contender, pairs):
 
 
 def test_fake_tensors_predict_the_memory_of_the_compiled_pass(monkeypatch):
-    """Calls over many logits compile the pass: its stand-in over fake tensors allocates as much."""
+    """Large calls compile the pass; its fake-tensor substitute allocates the same memory."""
     monkeypatch.setattr(providers.pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     job = Job(tokens=256, vocab=20000, student_width=16, teacher_width=24)
     assert_fakes_are_right(CONTENDERS["lens_kernels"], job, kept=False)

@@ -1,4 +1,4 @@
-"""What measures: peak memory, real and over fake tensors, and the timing protocol."""
+"""The measuring tools: peak memory of real and fake tensors, the timing protocol, the commit."""
 
 import subprocess
 
@@ -9,16 +9,16 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-SLACK = MIB // 32  # scalars, and what PyTorch allocates the first time it does something
+SLACK = MIB // 32  # for scalars and PyTorch's one-time allocations
 
 
 def watched(function):
-    """What both instruments say of a real run on a CPU."""
+    """Return the memory of a real run on a CPU, as seen by both instruments."""
     return memory.measure(function, CPU), memory.track(function)
 
 
 def allocations():
-    """Peak 12 MiB, of which 4 MiB stay."""
+    """Allocate 12 MiB at the peak and return 4 MiB; comments give the MiB in use."""
     a = torch.empty(1024, 1024)  # 4 MiB
     b = a + 1  # 8
     del a  # 4
@@ -34,7 +34,7 @@ def allocations():
     ("function", "peak", "kept"),
     [
         (lambda x: allocations(), 12, 4),
-        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # a storage from before
+        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # views of an existing storage
         (lambda x: (x.add_(1), x * 2)[0], 4, 0),
     ],
     ids=["temporaries", "views", "in place"],

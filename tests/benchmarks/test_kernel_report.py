@@ -1,6 +1,6 @@
-"""The shipped tiles, compiled for GPUs that are not here: no spills, products by matrix units.
+"""The shipped tiles compile for absent GPUs without spills, and their GEMMs use matrix units.
 
-In processes of their own: here the kernels are interpreted.
+The tests start new processes because this one interprets the kernels.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
-# Each kernel once with each of its tiles. Those of the norms depend on no architecture. "large"
-# gives sm_80 a tile whose accumulator, 128 x 256 for 4 warps, takes more registers than there are.
+# Compiles each kernel once with each of its tiles. The norms' tiles are equal on all architectures.
+# "large" is sm_80 with a tile whose accumulator, 128 x 256 for 4 warps, exceeds the registers.
 SCRIPT = """
 import sys, torch
 from benchmarks.support import offline
@@ -71,7 +71,7 @@ def test_report_finds_no_spills_in_any_variant(tmp_path):
 def test_costs_count_the_gemms():
     model = kernel_report.Model("toy", student=2, teacher=3, vocab=10)
     rows = {row["step"]: row for row in kernel_report.cost_rows(model, tokens=10**11)}
-    # 2 N V = 2 TFLOP for each unit of width.
+    # A GEMM takes 2 N V = 2 TFLOP for each unit of hidden size.
     assert rows["dense floor"]["tflop"] == 2 * (3 * 2 + 3)
     assert rows["all, jsd tvd hellinger"]["tflop"] == 2 * (3 * (2 + 3) + 2 * 2)
     assert rows["all, KL family"]["tflop"] == 2 * (2 * (2 + 3) + 2 * 2)

@@ -1,4 +1,4 @@
-"""The study's parts, and as a slow test what a lens must do at the least."""
+"""The parts of the lens study, and a slow test that the lens improves distillation."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
 
 
 def result(run, kl, curve=None, cpu_ms=100.0):
-    """Return the result of a run that was never done."""
+    """Return an invented result of a run."""
     row = {name: str(kl) for name in runs.METRICS} | {"key": run.key, "curve": json.dumps(curve)}
     depths = [{"depth": 1.0, "entropy_student": 1.0, "entropy_teacher": 2.0}]
     depths[0] |= {"kl": 0.1, "reverse_kl": 0.2, "overconfident": 0.5}
@@ -59,7 +59,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     trained = {tuple(row) for row in text.train.tolist()}
     assert len(trained) > 800
     assert not trained & {tuple(row) for row in text.held_out.tolist()}
-    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # as it was kept
+    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # read from the saved file
 
 
 def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_calibration_error_matches_a_computation_by_hand():
 
 
 class Pool:
-    """Calls at once, in this process."""
+    """A pool that calls each function immediately, in this process."""
 
     def __init__(self, *args):
         pass
@@ -190,7 +190,7 @@ def test_differences_match_computations_by_hand():
 
 
 def main_results(seeds=(1, 2, 3)):
-    """Return results of the main group in which the JSD lens takes 10 % off and costs half more."""
+    """Return results of the main group; the JSD lens lowers KL by 10 % and costs 50 % more."""
     results = {}
     for arm in groups.GROUPS["main"].arms:
         for seed in seeds:
@@ -206,11 +206,11 @@ def test_comparisons_are_paired_by_seed():
     results = main_results()
     found = {x.arm.label: x for x in statistics.compare(groups.GROUPS["main"], results)}
     lens = found["forward KL + JSD lens"]
-    # The seeds differ by more than the lens does, and the paired difference does not.
+    # Losses vary between seeds, but the paired difference in percent does not.
     assert lens.percent.mean == pytest.approx(-10)
     assert lens.percent.student_t == pytest.approx((-10, -10))
     assert lens.percent.verdict == "lower"
-    # From 1.8 to 0.9 of the baseline's end within the second half: there at 8/9 of that half.
+    # In the second half, KL falls from 1.8 to 0.9 of the baseline's end: it is 1 after 8/9 of it.
     assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
     assert lens.cost == 1.5
     assert found["forward KL"].percent is None
@@ -243,7 +243,7 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
 
 @pytest.mark.slow
 def test_distillation_improves_on_fine_tuning_and_the_lens_on_distillation(tmp_path, capsys):
-    """A fault that leaves a lens without effect is seen: the judge shares no code with the loss."""
+    """The judge shares no code with the loss, so it detects a lens without effect."""
     lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")
     kd, lens, sft = (found[run.key] for run in groups.quick().runs())

@@ -1,4 +1,4 @@
-"""The speed comparison: same work for all, and nothing lost or mixed over runs."""
+"""The speed comparison: equal work for all contenders; resumed runs keep earlier results."""
 
 import statistics
 from dataclasses import replace
@@ -19,7 +19,7 @@ MASK, TOKENS = (("--sweep", sweep, "--rounds", "1") for sweep in ("mask", "token
 
 
 def run(out, *options, contenders=EVERYONE):
-    """A run of tiny sizes; its rows by point and contender."""
+    """Run the comparison at tiny sizes; return its rows by point and contender."""
     command = ["--quick", "--device", "cpu", "--out", str(out), *options]
     speed_vs_peers.main([*command, "--contenders", *contenders])
     return read(out)
@@ -53,7 +53,7 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
         assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
         assert ratios or row["sweeps"] == "memory"
         assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
-    # 8 points: ours before, then in a point's first round from the second contender on.
+    # Calls 1 to 8 warm up lens_kernels at 8 points. Round 1 starts with the second contender.
     assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
@@ -63,7 +63,9 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
     assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert f"round 3 of 3: {name()}: dense" in printed
-    assert printed.count("not measured") == len(speed_vs_peers.bars.BARS)  # tiny sizes are no proof
+    assert printed.count("not measured") == len(
+        speed_vs_peers.bars.BARS
+    )  # the bounds are for full sizes
 
 
 def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
@@ -74,15 +76,15 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
     (point,) = [p for p in points(64, CPU, quick=True) if p.sweeps == ("memory",)]
     for row in (ours, other):
         counted = CONTENDERS[row["contender"]].fake_memory(point.job)
-        above = (counted.peak - counted.kept) / memory.MIB  # the gradients are not temporary
+        above = (counted.peak - counted.kept) / memory.MIB  # gradients are not temporaries
         assert above > 8 and float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
-    assert run(tmp_path, "--sweep", "memory") == rows  # not measured again
+    assert run(tmp_path, "--sweep", "memory") == rows  # the second run measures nothing
 
 
 def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
-        # 2 points x ours before; 4 + 3 in round 1; 3 of 4 are missing in round 2
+        # Calls: 2 to warm up, 4 + 3 in round 1, 4 + 1 in round 2 when it is interrupted.
         if elapsed == 14:
             raise KeyboardInterrupt
         return elapsed
@@ -120,7 +122,7 @@ def test_resumed_run_retries_missing_contenders_but_not_skipped_points(tmp_path,
 
 @pytest.fixture
 def install(monkeypatch):
-    """Let a contender compute something else."""
+    """Return a function that replaces the loss of a contender."""
     known = speed_vs_peers.CONTENDERS
 
     def install(key, loss):
@@ -130,7 +132,7 @@ def install(monkeypatch):
 
 
 def at_a_point(change):
-    """Compute something else than when the contender was checked."""
+    """Return a loss that is correct at the size of the check and changed at larger sizes."""
     return lambda inputs: (change if len(inputs.student_hidden[0]) > 24 else dense)(inputs)
 
 
@@ -188,7 +190,7 @@ def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install,
     assert "computes something else" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
-    assert run(tmp_path, *MASK) == after  # who was refused is not tried again by the same code
+    assert run(tmp_path, *MASK) == after  # the same code does not retry a refused contender
 
 
 def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkeypatch):
@@ -198,7 +200,7 @@ def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # kept
+    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # times are kept
 
 
 def test_floor_multiplies_only_counted_tokens(monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""``lens_kernels.hf`` loads what is asked for, and nothing else."""
+"""``lens_kernels.hf`` imports a module only when one of its names is used."""
 
 from tests.support.fresh import run_fresh
 

@@ -1,4 +1,4 @@
-"""A teacher's states come back from disk as they were, or not at all."""
+"""The teacher cache returns the stored states or raises an error."""
 
 import copy
 import json
@@ -15,11 +15,11 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 from tests.support import tiny
 
 LAYERS = (1, 3)
-BATCH, SHARD = 2, 4  # three shards of nine examples
+BATCH, SHARD = 2, 4  # nine examples make three shards
 
 
 def make_examples():
-    """Nine examples of several lengths, prompts masked; three without a counted token."""
+    """Return nine examples of several lengths; three of them have no counted token."""
     generator, made = torch.Generator().manual_seed(0), []
     for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
@@ -28,7 +28,7 @@ def make_examples():
 
 
 class Teacher:
-    """Counts its calls; ``fail_at`` is the call that raises."""
+    """A teacher that counts its calls; the call number ``fail_at`` raises."""
 
     def __init__(self, model, fail_at=None):
         self.model, self.fail_at, self.calls = model, fail_at, []
@@ -64,7 +64,7 @@ def key(model, examples):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, model, examples, key):
-    """Return a folder that holds a cache; tests that change it take a copy."""
+    """Return a folder with a cache; tests that change it use ``own``, a copy."""
     folder = tmp_path_factory.mktemp("cache")
     build(folder, key, examples, Teacher(model))
     return folder
@@ -122,9 +122,9 @@ def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, example
     before = len(pickle.dumps(cache))
     for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
         assert_same(cache.rows(ids), expected(model, examples, ids))
-    assert list(cache._mapped) == [0, 2]  # three shards, of which the longest unused was dropped
+    assert list(cache._mapped) == [0, 2]  # the least recently used shard was unmapped
     assert len(pickle.dumps(cache)) == before
-    for ids in ([], [1, 4, 7]):  # no example, and those without counted tokens
+    for ids in ([], [1, 4, 7]):  # no examples, and examples without counted tokens
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
 
@@ -157,7 +157,7 @@ def test_unknown_examples_are_refused(built, key):
 def test_two_builds_write_identical_files_and_leave_no_partial_files(
     built, tmp_path, model, examples, key
 ):
-    (tmp_path / "manifest.json.partial").write_text("{")  # interrupted while writing the first
+    (tmp_path / "manifest.json.partial").write_text("{")  # as left by an interrupted first write
     build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)
     shards = [f"shard-0000{i}.safetensors" for i in range(3)]
@@ -207,7 +207,9 @@ def test_build_replaces_damaged_shards_and_open_or_build_refuses_them(
     flip(own / "shard-00001.safetensors")
     with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
         build(own, key, examples, teacher, make=TeacherCache.open_or_build)
-    build(own, key, examples, teacher, batch_size=1, shard_examples=1)  # shards keep their size
+    build(
+        own, key, examples, teacher, batch_size=1, shard_examples=1
+    )  # existing shards keep their size
     assert teacher.calls == [1, 1, 1, 1]
     assert files(own) == files(built)  # the model ran example by example both times
 
@@ -250,7 +252,7 @@ def masked(examples):
     return [x | {"attention_mask": [1] * len(x["labels"])} for x in examples]
 
 
-# What was changed of the arguments of ``CacheKey.of``, how, and what the refusal says.
+# The changed argument of ``CacheKey.of``, the change, and the error message.
 @pytest.mark.parametrize(
     ("argument", "change", "match"),
     [

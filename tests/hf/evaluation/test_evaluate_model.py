@@ -1,4 +1,4 @@
-"""Evaluation of saved models: scores and files."""
+"""Evaluation of saved models: scores, and the files that hold them."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Answers, their scores and held-out cross entropy, on tiny models."""
+"""Generated answers, their ROUGE-L and the held-out cross entropy of tiny models."""
 
 import statistics
 import sys
@@ -16,13 +16,13 @@ from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.training.data import Collator, Row, prompt_ids
 from tests.support import tiny
 
-# Of three lengths; the padding's id, 1, stands inside one and in front of another.
+# The prompts have three lengths. The padding id, 1, is inside one and begins another.
 PROMPTS = [[5, 6, 7], [8, 1, 9, 10, 11, 12, 13], [1, 14], [20, 21, 22]]
 MANY = [[i, i + 1] for i in range(5, 25)]
 
 
 def greedy(model, prompt, count):
-    """Return the answer's ids by the model's own logits, without padding or cache."""
+    """Return the ids of the greedy answer, computed without padding or cache."""
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -34,7 +34,7 @@ def greedy(model, prompt, count):
 
 
 def undecoded():
-    """Return a tokenizer that leaves answers as ids."""
+    """Return a tokenizer whose ``decode`` returns the ids."""
     tokenizer = tiny.tokenizer()
     tokenizer.decode = lambda ids, skip_special_tokens: ids
     return tokenizer
@@ -71,7 +71,7 @@ def test_missing_rouge_score_raises_before_generation(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_greedy_answers_match_unpadded_decoding_in_order(kind, batch_size):
     model, expected = tiny.model(kind), [greedy(tiny.model(kind), x, 12) for x in PROMPTS]
-    saved = model.generation_config  # is ignored, and kept
+    saved = model.generation_config  # generate ignores it and restores it
     saved.repetition_penalty, saved.min_new_tokens = 9.0, 12
     options = {"max_new_tokens": 12, "batch_size": batch_size, "do_sample": False}
     assert generate(model, undecoded(), PROMPTS, seed=0, **options) == expected
@@ -107,7 +107,7 @@ def test_samples_follow_the_models_distribution(options):
     seen = [answers.count([] if token == 1 else [token]) / count for token in ids.tolist()]
     assert sum(seen) == pytest.approx(1) and 1 < (probabilities > 0).sum()
     for found, probability in zip(seen, probabilities.tolist(), strict=True):
-        # 4.5 standard deviations
+        # The bound is 4.5 standard deviations.
         assert abs(found - probability) <= 4.5 * (probability / count) ** 0.5 + bool(found) / count
 
 
@@ -251,7 +251,9 @@ def test_cross_entropy_of_a_low_precision_model_is_summed_in_float32():
 
 
 def test_held_out_ce_refuses_unlabelled_data_and_a_batch_size_of_0():
-    first_only = [{"input_ids": [5, 6], "labels": [5, -100]}]  # nothing predicts the first token
+    first_only = [
+        {"input_ids": [5, 6], "labels": [5, -100]}
+    ]  # no position predicts the first token
     with pytest.raises(ValueError, match="examples must hold a labelled token"):
         held_out_ce(tiny.model(), first_only, Collator(1))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

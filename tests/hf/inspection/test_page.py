@@ -1,4 +1,4 @@
-"""Numbers, page and pictures of an inspection show what was read."""
+"""The data file, page and pictures of an inspection agree with the readings."""
 
 import json
 import warnings
@@ -41,7 +41,7 @@ def test_data_json_holds_every_number(inspected, output):
 
 
 class Page(HTMLParser):
-    """Tables of lenses as ``{depth: [(text, classes, detail)]}``, and every tag of the page."""
+    """The lens tables of a page as ``{depth: [(text, classes, detail)]}``, and its tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -126,7 +126,7 @@ def test_page_is_one_file_and_escapes_tokens_texts_and_names(inspected, output):
 
 @pytest.fixture(scope="module")
 def drawn(inspected, tmp_path_factory):
-    """Figures by file name, as they were when saved, and the folder of their files."""
+    """Yield the saved figures by file name, and the folder of their files."""
     kept, save = {}, Figure.savefig
     folder = tmp_path_factory.mktemp("drawn")
 
@@ -179,13 +179,13 @@ def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspecte
             right = [token] == TEXT[x + 1 : x + 2]
             shown = figures.fit(token_text(OddTokenizer(), token))
             assert cell == (shown, "bold" if right else "normal")
-        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block on top
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block is on top
         (image,) = axes.images
         assert image.get_clim() == (0, inspected.max_entropy)
         torch.testing.assert_close(torch.from_numpy(image.get_array().data), reading.entropy)
         labels = axes.get_xticklabels()
         assert [t.get_text() for t in labels] == [figures.fit(t) for t in inspected.tokens]
-        # Dollar signs in a token are no formula.
+        # Dollar signs in a token must not start a formula.
         assert not any(t.get_parse_math() for t in (*labels, *axes.texts))
 
 

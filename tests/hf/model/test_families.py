@@ -1,4 +1,4 @@
-"""Every family's lens is the model's own output, a wrong one is refused, and blocks are copied."""
+"""The lens of every model family reproduces the model's logits; wrong families are refused."""
 
 import dataclasses
 import sys
@@ -22,13 +22,13 @@ LORA = peft.LoraConfig
 
 @pytest.fixture
 def table(monkeypatch):
-    """The table of families, put back after the test."""
+    """Return the table of families, which is restored after the test."""
     monkeypatch.setattr(fam, "FAMILIES", dict(fam.FAMILIES))
     return fam.FAMILIES
 
 
 def outputs_of(model):
-    """Return the outputs of all blocks, of the final norm, and of the model."""
+    """Return the outputs of the blocks, of the final norm and of the model."""
     outputs = []
     modules = [*fam.blocks_of(model), fam.final_norm_of(model)]
     hooks = [x.register_forward_hook(lambda m, a, out: outputs.append(out)) for x in modules]
@@ -45,7 +45,7 @@ def read(head: LensHead, h):
 
 
 def assert_reproduced(model):
-    """The last block's output, read through the lens, is the model's own; return that."""
+    """Check that the lens of the last block gives the model's logits; return all outputs."""
     hidden, final, out = outputs_of(model)
     with torch.no_grad():
         found = read(lens_head_from(model), hidden[-1])
@@ -87,7 +87,7 @@ def test_lens_head_reads_scale_and_softcap_from_the_current_config():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma3_text", {"softcap": None}),
-        ("gemma3", {"softcap": "final_logit_softcapping"}),  # which it does not apply
+        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 does not apply it
         ("gpt2", {"norm_kind": "rms"}),
     ],
     ids=str,
@@ -117,7 +117,7 @@ def test_verify_lens_refuses_a_wrong_eps_even_for_large_hidden_states(monkeypatc
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # there are more tokens in its text
+    model = tiny.model(vocab=3)  # smaller than the number of tokens in the text
     verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
@@ -149,7 +149,7 @@ def test_verify_lens_head_refuses_logits_that_the_lens_does_not_reproduce():
 
 
 def test_register_family_adds_an_architecture(table):
-    """Phi's head has a bias."""
+    """Phi is not in the table, and its head has a bias."""
     model = tiny.model("phi")
     with pytest.raises(ValueError, match=r"'phi' is not known .*llama.*register_family.*LensHead"):
         lens_head_from(model)
@@ -204,7 +204,7 @@ def test_opt_variants_without_a_lens_are_refused(options, message):
 
 
 class Packed(torch.Tensor):
-    """A tensor that stands in for other values."""
+    """A tensor subclass, as quantization libraries use."""
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_lens_head_from_refuses_weights_that_are_not_dense_floats(part, replace,
 
 
 class Adapter(nn.Linear):
-    """Not the nn.Linear that it looks like."""
+    """A subclass of nn.Linear, as adapters use."""
 
 
 def parametrized(norm):
@@ -264,7 +264,9 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)  # away from where it starts
+            nn.init.normal_(
+                parameter, std=0.3
+            )  # LoRA starts with zeros, which would change nothing
     model.eval()
     inner = model.base_model.model
     assert fam.causal_lm_of(model) is inner and fam.causal_lm_of(inner) is inner

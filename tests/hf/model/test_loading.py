@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers read from folders and from the Hub's cache; what is refused."""
+"""Loading of models, adapters and tokenizers from folders and from the Hub's cache."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a model and a random adapter of it that has no tokenizer."""
+    """Return a folder with a model and a random adapter for it without a tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -32,12 +32,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def adapter(files, tmp_path):
-    """Return a copy of the adapter, to be changed."""
+    """Return a copy of the adapter that a test may change."""
     return shutil.copytree(files / "adapter", tmp_path / "copy")
 
 
 def put_on(adapter, model):
-    """Let the adapter be one of another model."""
+    """Set the base model of the adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(model)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -45,17 +45,17 @@ def put_on(adapter, model):
 
 @pytest.fixture
 def saved(files, tmp_path):
-    """Return a copy of the model, to be changed."""
+    """Return a copy of the model that a test may change."""
     return shutil.copytree(files / "model", tmp_path / "model")
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Return a function that puts a folder into the Hub's cache under a name."""
+    """Return a function that copies a folder into the Hub's cache under a name."""
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # transformers before 5 keeps a copy.
+    # transformers before 5 keeps its own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -106,7 +106,7 @@ def test_relative_path_of_an_adapter_is_not_taken_for_a_hub_name(files, monkeypa
     monkeypatch.chdir(files)
     monkeypatch.setattr(auto, "check_file_exists_on_hf_hub", ask)
     load_model("adapter")
-    assert asked == [str(files / "adapter")]  # no name: a path from the root
+    assert asked == [str(files / "adapter")]  # an absolute path cannot be a name on the Hub
 
 
 def test_adapter_uses_its_own_tokenizer_or_that_of_its_base_model(files, adapter):

@@ -1,4 +1,4 @@
-"""The depths that are compared, and students made of some of their teacher's blocks."""
+"""The depths that lenses compare, and students made of some blocks of their teacher."""
 
 import peft
 import pytest
@@ -37,7 +37,7 @@ def test_layers_out_of_range_are_refused(number):
 
 
 def skipping(model, blocks, ids):
-    """Return the logits of the model where only ``blocks`` run."""
+    """Return the logits of the model if only ``blocks`` run."""
 
     def skip(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -58,7 +58,7 @@ def skipping(model, blocks, ids):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", sorted(fam.FAMILIES))
 def test_shallow_copy_equals_the_teacher_without_the_other_blocks(kind, tied):
-    """The kept blocks attend as they did: of the first five, the odd ones slide."""
+    """Each kept block keeps its attention type: blocks 1, 3 and 5 may use a sliding window."""
     teacher = tiny.model(kind, layers=5, tie_word_embeddings=tied)
     ids = torch.arange(2, 26).view(2, 12)
     student = shallow_copy(teacher, [2, 3, 5]).eval()
@@ -94,7 +94,7 @@ def test_shallow_copy_shares_no_parameters_and_keeps_the_generation_config():
 
 
 def test_shallow_copy_has_the_teachers_dtypes_and_device():
-    """Rotary frequencies are float32 in every model, and in no checkpoint."""
+    """Rotary frequencies are always float32, and no checkpoint contains them."""
     teacher = tiny.model().to(torch.bfloat16)
     teacher.model.norm.float()
     teacher.model.rotary_emb.float()
@@ -117,7 +117,7 @@ def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     weight.data = weight.data.to(torch.int8)
     with pytest.raises(TypeError, match=r"'model.layers.1.mlp.up_proj.weight' is not one: merge"):
         shallow_copy(teacher, [1, 2])
-    weight.data = torch.zeros(3)  # packed
+    weight.data = torch.zeros(3)  # as packed weights have another shape
     with pytest.raises(TypeError, match="plain floating-point weights.*dequantise"):
         shallow_copy(teacher, [1, 2])
 

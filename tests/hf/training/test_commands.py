@@ -23,7 +23,7 @@ FILES = ["data.json", "inspect.html", *(f"{x}.{y}" for x in PICTURES for y in ("
 
 @pytest.fixture
 def data(tmp_path):
-    """Return a file of one row that is answered and one that is too long."""
+    """Return a data file with one usable row and one row whose prompt is too long."""
     prompts = {"say: ": "a b", "too long " * 3: "c"}
     write_rows(tmp_path / "data", [{"prompt": p, "completion": c} for p, c in prompts.items()])
     return tmp_path / "data"
@@ -53,7 +53,7 @@ def inspection(files, output, *more, text="a cat sat", teacher="teacher"):
 
 
 def stopped(argv, capsys):
-    """Return the message of a command that refuses its arguments, without the usage."""
+    """Return the error message of a command with bad arguments, without the usage."""
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
@@ -61,7 +61,7 @@ def stopped(argv, capsys):
 
 
 def received(monkeypatch, target, argv, result=None):
-    """Return the arguments by name that the command gives to its function."""
+    """Return the arguments, by name, with which the command calls its function."""
     module, name = target.rsplit(".", 1)
     function, calls = getattr(sys.modules[module], name), []
 
@@ -106,7 +106,7 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
     assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN
     few = {"model_path": "m", "data_path": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
-    for more in ({}, switches):  # not given, and given as they are by default
+    for more in ({}, switches):  # without switches, and with every switch at its default
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
         assert found == defaults | few
 

@@ -1,4 +1,4 @@
-"""Instruction data: what is read, what becomes of it, and where the labels lie."""
+"""Instruction data: reading files, encoding rows, and the positions of labels."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ TALK = [
 
 
 def bpe(template=CHAT, bos=False, **special):
-    """Return a byte-level BPE tokenizer whose merges cross line ends and words."""
+    """Return a byte-level BPE tokenizer with merges across line ends and words."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -58,7 +58,7 @@ def write(tmp_path):
 
 
 def halves(tokenizer, example):
-    """Return the whole text of an example and the texts of its labelled runs."""
+    """Return the text of an example and the texts of its labelled spans."""
     runs, before = [], -100
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         assert label in (token, -100)
@@ -74,7 +74,7 @@ def encoded(row, tokenizer, style="chat", **limits):
 
 
 def prompt_of(row, tokenizer, style="chat"):
-    """Return the text of a prompt, which begins the example."""
+    """Return the text of a prompt; check that the encoded row starts with it."""
     ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
     assert encoded(row, tokenizer, style)["input_ids"][: len(ids)] == ids
     return tokenizer.decode(ids)
@@ -162,7 +162,7 @@ def test_alpaca_prompt(given):
 
 def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
-    # Joined, the border would be inside a token.
+    # One token would span both if they were tokenized together.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
     assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
     assert prompt_of(row, tokenizer) == "ab"
@@ -172,9 +172,11 @@ def test_bos_is_added_once_where_the_tokenizer_adds_it():
     begun, plain = (encoded(Row(1, ["cd"], prompt="ab"), bpe(bos=x)) for x in (True, False))
     assert begun["input_ids"] == [0, *plain["input_ids"]]
     assert begun["labels"] == [-100, *plain["labels"]]
-    assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun  # not twice
+    assert (
+        encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
+    )  # a BOS in the prompt is not repeated
     talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
-    assert 0 not in talk["input_ids"]  # the template's matter
+    assert 0 not in talk["input_ids"]  # the chat template decides about BOS
 
 
 def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
@@ -183,7 +185,7 @@ def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
     for answer in ("cd", "cd</s>"):
         example = encoded(Row(1, [answer], prompt="ab"), tokenizer)
         assert example["labels"].count(1) == 1 and example["labels"][-1] == 1
-    # A verbatim completion is closed by EOS alone: no template stands behind another token.
+    # Only EOS ends a verbatim completion, because no template defines another end token.
     assert encoded(Row(1, ["cd<|im_end|>"], prompt="ab"), tokenizer)["labels"][-2:] == [3, 1]
 
 
@@ -212,7 +214,7 @@ def test_every_assistant_turn_is_labelled_including_its_end(style):
 def test_eos_ends_a_turn_that_the_template_leaves_open(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
-    # What trails an open turn cannot be told from the template's line end.
+    # Whitespace after an open turn cannot be distinguished from the template's line end.
     written = " one " if end else " one"
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
 
@@ -252,8 +254,8 @@ def test_long_prompts_are_dropped_and_long_examples_are_cut():
     assert data.prompt_ids(row, tokenizer, **options) is None
     assert encoded(row, tokenizer, max_prompt_length=3) is None
     assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
-    assert encoded(row, tokenizer, max_length=4) is None  # no label is left
-    # Where many turns are learnt, only the first prompt counts.
+    assert encoded(row, tokenizer, max_length=4) is None  # no label remains
+    # If several turns are labelled, max_prompt_length limits only the first prompt.
     talk = Row(1, ["two"], messages=TALK)
     whole = encoded(talk, tokenizer)
     first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
@@ -279,7 +281,7 @@ def test_encode_checks_its_options(name, value, message):
 def test_tokenizer_must_have_eos_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
-    assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
+    assert data.padding_id(bpe(pad_token="<s>")) == 0  # 0 is a valid id
     assert data.padding_id(bpe(pad_token=None)) == 1
     with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
         data.padding_id(bpe(pad_token=None, eos_token=None))
@@ -340,7 +342,7 @@ def test_template_of_smollm2_is_supported(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    # Some versions of transformers write BOS in front of what a GGUF tokenizer reads.
+    # Some versions of transformers prepend BOS with a tokenizer from a GGUF file.
     assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
         "Yes, it is.<|im_end|>"
     ]

@@ -1,4 +1,4 @@
-"""The objective of two models on a batch, and what capturing their states leaves behind."""
+"""The objective of two models on a batch, and the cleanup after capturing their states."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""``lens-kernels train`` given twice: a run resumes to the same end, or says why it cannot."""
+"""A second call of ``lens-kernels train`` resumes its run or explains why it cannot."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.support.commands import arguments, weights
 
 
 def interrupt(monkeypatch, argv, before_step):
-    """Run until the step that a power cut would have hit."""
+    """Run the command and interrupt it before the given training step."""
     calls = []
     step = LensDistillTrainer.training_step
 
@@ -48,14 +48,18 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, capsys, finished):
-    argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")  # 4 to an epoch
+    argv = arguments(
+        files, tmp_path, max_steps=5, eval=files / "eval.jsonl"
+    )  # an epoch has 4 steps
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
-    if not finished:  # cut off between the last checkpoint and the end
+    if not finished:  # as if interrupted after the last checkpoint
         (tmp_path / "metrics.json").write_text(metrics[:-5])
         (tmp_path / "model.safetensors").unlink()
     forbidden = "training_step" if not finished else "train"
-    monkeypatch.setattr(LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("trained on"))
+    monkeypatch.setattr(
+        LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("the run trained again")
+    )
     capsys.readouterr()
     assert cli.main(argv) == 0
     assert ("it is complete: delete" in capsys.readouterr().out) == finished
@@ -109,5 +113,5 @@ def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, cap
     assert cli.main(argv) == 1
     message = f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore"
     assert message in capsys.readouterr().err
-    (tmp_path / "out" / "data.json").unlink()  # as in runs of earlier versions
+    (tmp_path / "out" / "data.json").unlink()  # earlier versions did not write it
     assert cli.main(argv) == 0
