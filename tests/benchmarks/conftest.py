@@ -1,4 +1,4 @@
-"""A clock that no machine can slow down, and no figures where none are looked at."""
+"""Fixtures of the benchmark tests: a fake clock, and no figures unless a test needs them."""
 
 import itertools
 
@@ -9,20 +9,20 @@ from benchmarks.support import plot, timing
 
 @pytest.fixture(autouse=True)
 def without_figures(request, monkeypatch):
-    """Draw nothing, which would take most of the time of a tiny run, but for those who ask."""
+    """Skip figures unless a test uses ``figures``: they take most of the time of a tiny run."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(plot, "no_matplotlib", lambda: "no picture")
 
 
 @pytest.fixture
 def figures():
-    """Let a test draw."""
+    """Draw figures in this test."""
     pytest.importorskip("matplotlib")
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Let the first timed call take 1 s, the second 2 s, and so on; return the calls' number."""
+    """Let the first timed call take 1 s, the second 2 s, and so on."""
     ticks = itertools.count(1)
 
     def seconds(function, device):

@@ -1,4 +1,4 @@
-"""The curve of ``grad_threshold``: errors and shares counted by hand, and a run from end to end."""
+"""The benchmark of ``grad_threshold``: its errors, shares, files, verdict and figure."""
 
 import shutil
 from types import SimpleNamespace
@@ -18,14 +18,14 @@ from reference.dense import divergence, lens_logits, softmax
 from tests.support import commands, tiny
 
 pytestmark = pytest.mark.hf
-COUNTED = sum(len(word) + 1 for word in commands.WORDS)  # letters of a response, and its end
+COUNTED = sum(len(word) + 1 for word in commands.WORDS)  # the letters of each response and EOS
 BLOCKS, STUDENT_LAYERS, TEACHER_LAYERS = [1, 3, 4], [1, 2], [2, 3]
 N, V, D = 24, 600, 16
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a teacher, data, and a student that was trained."""
+    """Return a folder with a teacher, data and a trained student."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model(seed=2).save_pretrained(folder / "teacher")
     tiny.tokenizer().save_pretrained(folder / "teacher")
@@ -49,7 +49,9 @@ def states(rows):
     return [*dict.fromkeys((row["run"], row["state"], row["group"]) for row in rows)]
 
 
-def test_a_run_from_end_to_end_and_once_more(files, tmp_path, figures, clock, capsys, monkeypatch):
+def test_second_run_reuses_the_results_of_the_first(
+    files, tmp_path, figures, clock, capsys, monkeypatch
+):
     figure = tmp_path / "curve.png"
     options = "--figure", str(figure), "--rounds", "2"
     rows = run(files, tmp_path, *options)
@@ -63,7 +65,7 @@ def test_a_run_from_end_to_end_and_once_more(files, tmp_path, figures, clock, ca
         if row["threshold"] == "0.0":
             assert max(float(row["hidden_error"]), float(row["head_error"])) < 1e-6
             assert float(row["used_share"]) > 0.9 and float(row["dropped_share"]) < 1e-6
-    # The clock adds a second with each call: 4 to warm up, then two rounds of 4, each rotated.
+    # Each call takes one second more: 4 warm-up calls, then two rotated rounds of 4 calls.
     columns = ("ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor", "median_ms")
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
@@ -74,14 +76,14 @@ def test_a_run_from_end_to_end_and_once_more(files, tmp_path, figures, clock, ca
     assert figure.stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert "trained before, lens, both errors below" in printed and "bf16_rounding" in printed
-    # Everything is measured already; nothing is measured or changed.
+    # All results exist already: nothing is measured again.
     monkeypatch.setattr(bench, "measure", None)
     assert run(files, tmp_path, *options) == rows
     assert "trained after: measured already" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
-def test_what_is_timed_is_loss_and_backward_of_the_group(monkeypatch, group):
+def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
     asked, floors, inner = [], [], bench.symmetric_lens_loss
 
     def loss(*args, **options):
@@ -98,7 +100,10 @@ def test_what_is_timed_is_loss_and_backward_of_the_group(monkeypatch, group):
 
 
 def problem(group="lens"):
-    """Peaked models, most of whose vocabulary gets almost no gradient; head rows share a mean."""
+    """Return two peaked models; most vocabulary entries get almost no gradient.
+
+    The rows of the head have a mean that is not zero.
+    """
     students = [torch.randn(N, D, requires_grad=True) for _ in range(2 if group == "lens" else 1)]
     teachers = [x.detach() + 0.3 * torch.randn(N, D) for x in students]
     head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
@@ -113,7 +118,7 @@ def relative(found, exact):
 
 
 def dense_gradients(group):
-    """Return the gradients of the logits of all pairs."""
+    """Return the dense gradients of the logits, one matrix per pair."""
     sides, gradients = (group.inputs.student_hidden, group.inputs.teacher_hidden), []
     for pair in zip(*sides, strict=True):
         logits = (lens_logits(x, h, True, None) for x, h in zip(pair, group.heads, strict=True))
@@ -124,7 +129,7 @@ def dense_gradients(group):
 
 
 @pytest.mark.parametrize("group", bench.GROUPS)
-def test_errors_and_shares_are_those_of_the_gradients(always_active, group):
+def test_errors_and_shares_match_the_dense_gradients(always_active, group):
     chosen = problem(group)
     *hidden, head = chosen.gradients(None)
     dense, thresholds = dense_gradients(chosen), [1e-5, 1e-4, 1e-3]
@@ -141,18 +146,18 @@ def test_errors_and_shares_are_those_of_the_gradients(always_active, group):
         assert row["head_error"] == pytest.approx(relative(near_head, head), rel=1e-2)
 
 
-def test_the_yardstick_is_the_pair_that_rounding_harms_least():
+def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
-    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # of the exact one's norm
+    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # relative to the exact norm
     row = bench.judge(chosen, [])["bf16_rounding"]
     assert found[0] != found[1]
     assert float(row["hidden_error"]) == pytest.approx(min(found[:2]), rel=5e-3)
     assert float(row["head_error"]) == pytest.approx(found[2], rel=5e-3)
 
 
-def test_nothing_is_timed_that_is_wrong(monkeypatch):
+def test_wrong_gradients_are_refused_before_timing(monkeypatch):
     monkeypatch.setattr(timing, "time_interleaved", None)
     chosen = problem()
     with pytest.raises(RuntimeError, match="1000.0: the gradient of the hidden state 0 has a rel"):
@@ -167,11 +172,11 @@ def test_nothing_is_timed_that_is_wrong(monkeypatch):
 
 
 @pytest.mark.parametrize("state", ["before", "after"])
-def test_states_are_the_cut_teacher_and_the_trained_folder(files, state):
+def test_states_come_from_the_cut_teacher_and_the_trained_student(files, state):
     (trained,) = bench.read_trained([files / "trained"])
     tokenizer = bench.load_tokenizer(str(files / "teacher"))
     examples = trained.examples(files / "train.jsonl", tokenizer, 20)
-    assert len(examples) == 2  # 10 and 16 letters and ends
+    assert len(examples) == 2  # 10 and 16 tokens, including EOS
     batch = bench.Collator(1)(examples)
     teacher, student = (load_model(str(files / "teacher"), "float32") for _ in range(2))
     groups = bench.groups_of(trained, state, teacher, batch, 20)
@@ -198,7 +203,7 @@ def test_states_are_the_cut_teacher_and_the_trained_folder(files, state):
             assert torch.equal(head.weight, (inputs.student_head, inputs.teacher_head)[side])
 
 
-def test_runs_that_began_alike_share_the_state_before(files, tmp_path):
+def test_runs_with_equal_starts_share_the_state_before_training(files, tmp_path):
     for name in ("alike", "other"):
         shutil.copytree(files / "trained", files / name)
     record = files / "other" / "run.yaml"
@@ -209,7 +214,7 @@ def test_runs_that_began_alike_share_the_state_before(files, tmp_path):
     assert found == [*both[:2], "alike after", *both[2:]]
 
 
-def test_too_few_rows_are_found_before_any_model_is_read(files, tmp_path, monkeypatch):
+def test_too_few_tokens_are_refused_before_any_model_is_loaded(files, tmp_path, monkeypatch):
     assert len(run(files, tmp_path / "all", "--tokens", str(COUNTED))) == 20
     monkeypatch.setattr(bench, "load_model", None)
     message = f"--tokens {COUNTED + 1} is too large: .* {COUNTED} labelled positions"
@@ -222,7 +227,7 @@ def test_too_few_rows_are_found_before_any_model_is_read(files, tmp_path, monkey
         trained.examples(files / "train.jsonl", None, 3)
 
 
-def test_folders_that_are_no_runs_or_not_cut_or_namesakes_are_refused(files, tmp_path):
+def test_unusable_trained_folders_are_refused(files, tmp_path):
     (tmp_path / "run.yaml").write_text("student: a\nteacher: a\ntrain: b\noutput_dir: c\n")
     for folders, message in (
         (["teacher"], "holds no run.yaml: give a folder that lens-kernels"),
@@ -233,7 +238,7 @@ def test_folders_that_are_no_runs_or_not_cut_or_namesakes_are_refused(files, tmp
             bench.read_trained([files / name for name in folders])
 
 
-def test_results_measured_otherwise_are_not_added_to(files, tmp_path):
+def test_results_with_other_settings_are_not_extended(files, tmp_path):
     run(files, tmp_path)
     before = (tmp_path / "active_vocabulary.csv").read_text()
     with pytest.raises(RuntimeError, match="with tokens '20', and this run has '21'; move the"):
@@ -241,7 +246,7 @@ def test_results_measured_otherwise_are_not_added_to(files, tmp_path):
     assert (tmp_path / "active_vocabulary.csv").read_text() == before
 
 
-def test_work_that_was_stopped_keeps_what_it_has_and_goes_on(files, tmp_path, monkeypatch):
+def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypatch):
     calls, inner = [], bench.measure
 
     def measure(*args):
@@ -255,12 +260,12 @@ def test_work_that_was_stopped_keeps_what_it_has_and_goes_on(files, tmp_path, mo
     after = run(files, tmp_path)
     assert len(calls) == 5 and after[: len(before)] == before
     assert (len(states(before)), len(states(after))) == (3, 4)
-    run(files, tmp_path, "--thresholds", "1e-4")  # another one: all is measured anew
+    run(files, tmp_path, "--thresholds", "1e-4")  # another threshold: all states are measured again
     assert len(calls) == 9
 
 
 def curves():
-    """Return rows as in the CSV of two states, whose quickest threshold has too large an error."""
+    """Return CSV rows of two states; the fastest threshold has too large an error."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6
@@ -282,7 +287,7 @@ def curves():
     return rows
 
 
-def test_the_verdict_is_the_quickest_threshold_whose_errors_are_both_small():
+def test_verdict_is_the_fastest_threshold_with_both_errors_small():
     rows = curves()
     start = "lens, both errors below 0.001:"
     assert bench.verdicts(rows) == [

@@ -1,4 +1,4 @@
-"""The bounds on the speed comparison, and the tables of the page, from rows of its CSV."""
+"""The performance bounds and the tables of the page are computed from the rows of the CSV."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_the_default_run_measures_every_bar():
 
 
 def made(contender, point, times="", temporaries=""):
-    """A row as the verdict reads it."""
+    """Return a CSV row with the columns that ``verdict`` reads."""
     timing = {"median_ms": "", **Timing.read(times).columns()}
     row = {"contender": contender, "label": contender.upper(), "point": point, "times_ms": times}
     row |= {"temporaries_mib": temporaries, "ratio_to_floor": "1.25"}
@@ -32,11 +32,11 @@ def made(contender, point, times="", temporaries=""):
 
 
 @pytest.mark.parametrize(("five", "end"), [(5590, "met"), (5610, "missed")])
-def test_verdict(five, end):
+def test_verdict_compares_ratios_with_the_bars(five, end):
     base = bars.BASE
     rows = [
         made("floor", base, "1:1000 2:2000 3:1000"),
-        # The machine was slow in round 2; the ratio of the medians would be 1.2.
+        # Round 2 was slow for all; the ratio of the medians would be 1.2.
         made("lens_kernels", base, "1:1050 2:2040 3:1200"),
         made("dense", base, "1:2100 2:4080 3:2640"),
         made("trl", base, "1:4200 3:3000"),
@@ -45,7 +45,7 @@ def test_verdict(five, end):
         made("dense", bars.LARGE, "", "4990"),
         made("trl", bars.LARGE, "1:8000", "500"),
         made("liger", base.replace("gpt2", "tiny"), "1:9999"),
-        # Five pairs may cost as much as doublings of them may.
+        # Five pairs may take at most 5.6 times as long as one pair.
         made("lens_kernels", "gpt2 N1024 V50257 L1 masked 0.5", "1:1000"),
         made("lens_kernels", bars.FIVE, f"1:{five}"),
     ]
@@ -65,7 +65,7 @@ def test_verdict(five, end):
     }
 
 
-def test_tables_of_the_page(tmp_path):
+def test_write_tables_replaces_the_tables_of_the_page(tmp_path):
     rows = [made("floor", bars.BASE, "1:1000 2:1500"), made("trl", bars.BASE)]
     page = tmp_path / "page.md"
     text = f"a\n{bars.BEGIN}\nold\n{bars.END}\nb"
@@ -83,15 +83,15 @@ def test_tables_of_the_page(tmp_path):
         assert page.read_text() == broken
 
 
-def test_the_page_says_what_the_csv_gives(tmp_path):
-    """Without a CSV it says of each bar that it is not measured."""
+def test_page_agrees_with_the_csv(tmp_path):
+    """Without a CSV, the page lists each bound as not measured."""
     copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
     bars.write_tables(copy, tables.read_csv(environment.DATA / "cpu" / "speed_vs_peers.csv"))
     assert copy.read_text() == text
 
 
-def test_the_option_writes_the_page(tmp_path, monkeypatch):
+def test_docs_option_writes_the_page(tmp_path, monkeypatch):
     page = tmp_path / "page.md"
     page.write_text(f"{bars.BEGIN}\n{bars.END}\n")
     monkeypatch.setattr(speed_vs_peers, "PAGE", page)

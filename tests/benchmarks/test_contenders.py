@@ -1,4 +1,4 @@
-"""The contenders: all compute the same, and fake tensors tell their memory."""
+"""The contenders compute equal losses, and fake tensors predict their memory."""
 
 import functools
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ from benchmarks.support.environment import CPU
 from benchmarks.support.providers import CONTENDERS, SPEED_CONTENDERS, dense
 from benchmarks.support.shapes import Job
 
-# Liger's default compiles for many seconds; the scripts check it themselves before they measure.
+# Liger's default compiles for many seconds; the scripts check it before they measure.
 KEYS = [key for key in CONTENDERS if key != "liger"]
 
 
@@ -27,7 +27,7 @@ def contender(request):
 
 @pytest.mark.parametrize("contender", [*KEYS, "dense_compiled", "published"], indirect=True)
 def test_contender_computes_the_loss_and_gradients_of_the_oracle(contender, monkeypatch):
-    # The graph is the contender's own; the code that the compiler makes of it is not.
+    # This tests the contender's graph without the cost of compiling it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     check(contender, CPU)
 
@@ -46,7 +46,7 @@ def test_check_refuses_a_contender_that_computes_something_else(wrong, message):
 
 
 @pytest.mark.parametrize(("by", "epsilon"), [(1e-8, 1e-8), (1e-8, 0.0), (3e-8, 1e-8)])
-def test_a_loss_may_be_too_low_by_what_its_own_epsilon_takes(by, epsilon):
+def test_check_allows_a_loss_lower_by_the_contenders_epsilon(by, epsilon):
     def lower(inputs):
         return dense(inputs) - by * inputs.student_head.shape[0]
 
@@ -56,7 +56,7 @@ def test_a_loss_may_be_too_low_by_what_its_own_epsilon_takes(by, epsilon):
     assert {c.key: c.epsilon for c in known if c.epsilon} == {"published": 1e-8}
 
 
-def test_who_cannot_run_or_is_wrong_is_listed_with_the_reason(capsys):
+def test_gather_lists_unusable_contenders_with_the_reason(capsys):
     def broken():
         raise OSError("libsomething.so is missing\nmore")
 
@@ -81,7 +81,7 @@ def test_who_cannot_run_or_is_wrong_is_listed_with_the_reason(capsys):
         gather(everyone, CPU, needed=["wrong"])
 
 
-def test_a_mask_takes_its_share_of_tokens_and_of_the_floor():
+def test_mask_reduces_tokens_and_floor_by_its_share():
     job = Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
     inputs, unmasked = job.make(), replace(job, masked=0.0)
     assert inputs.mask.sum() == 30 and 0 < inputs.mask[:10].sum() < 10  # scattered
@@ -99,13 +99,13 @@ def assert_fakes_are_right(contender, job, kept=True):
 
 @pytest.mark.parametrize("pairs", [1, 3])
 @pytest.mark.parametrize("contender", KEYS, indirect=True)
-def test_fake_tensors_tell_what_a_real_run_takes(contender, pairs):
+def test_fake_tensors_predict_the_memory_of_a_real_run(contender, pairs):
     job = Job(tokens=128, vocab=6000, pairs=pairs, student_width=64, teacher_width=96)
     assert_fakes_are_right(contender, job)
 
 
-def test_fake_tensors_tell_what_the_compiled_pass_takes(monkeypatch):
-    """Calls over many logits compile the pass: its stand-in over fake tensors allocates as much."""
+def test_fake_tensors_predict_the_memory_of_the_compiled_pass(monkeypatch):
+    """Large calls compile the pass; its fake-tensor substitute allocates the same memory."""
     monkeypatch.setattr(providers.pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     job = Job(tokens=256, vocab=20000, student_width=16, teacher_width=24)
     assert_fakes_are_right(CONTENDERS["lens_kernels"], job, kept=False)

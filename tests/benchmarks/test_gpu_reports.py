@@ -1,4 +1,4 @@
-"""What make test-gpu and make bench-gpu run, tried without a GPU."""
+"""The programs of ``make test-gpu`` and ``make bench-gpu``, tested without a GPU."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ VERSIONS = ("device", "driver", "cuda", "hip", "torch", "triton", "python", "com
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_reports_say_so_at_once(tmp_path, capsys, monkeypatch):
+def test_gpu_reports_stop_at_once_without_a_gpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pytest, "main", None)
     monkeypatch.setattr(speed_gpu, "gather", None)
     assert gpu_report.main(["--out", str(tmp_path)]) == 1
@@ -71,7 +71,7 @@ def test_the_report_has_a_line_for_every_test(tmp_path):
         assert row["device"] == "Some GPU (80 GB)" and row["torch"] == torch.__version__
 
 
-def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
+def test_speed_gpu_runs_end_to_end(tmp_path, clock, monkeypatch):
     checked = []
     monkeypatch.setattr(contenders, "check", lambda each, device: checked.append(each.key))
     options = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--dtypes", "bfloat16"]
@@ -83,12 +83,14 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
         for mode in ("forward+backward", "forward")
         for key in ("floor", "triton", "torch", "dense")
     ]
-    # The clock adds a second with each call: 4 to warm up, then two rounds of 4, each rotated.
+    # Each call takes one second more: 4 warm-up calls, then two rotated rounds of 4 calls.
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows]
     assert found[1:3] == ["5000.000 8500.000 12000.000 0.89", "6000.000 7500.000 9000.000 0.79"]
     assert found[5].split()[1::2] == ["20500.000", "0.95"]
-    assert rows[3]["gradients_mib"] == "0.01" and rows[7]["gradients_mib"] == "0.00"  # no backward
+    assert (
+        rows[3]["gradients_mib"] == "0.01" and rows[7]["gradients_mib"] == "0.00"
+    )  # forward has no gradients
     for row in rows:
         assert float(row["peak_with_gradients_mib"]) >= float(row["gradients_mib"])
         assert set(VERSIONS) <= row.keys() and row["rounds"] == "2"
@@ -102,16 +104,18 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path, clock, monkeypatch):
         ("torch", ValueError("a bug")),
     ],
 )
-def test_what_does_not_fit_and_peers_that_fail_stand_in_the_table(monkeypatch, capsys, key, error):
+def test_table_lists_out_of_memory_and_failing_peers(monkeypatch, capsys, key, error):
     def loss(inputs):
         raise error
 
-    monkeypatch.setattr(speed_gpu.gc, "collect", lambda: None)  # slow beside a whole test-suite
+    monkeypatch.setattr(
+        speed_gpu.gc, "collect", lambda: None
+    )  # slow while the whole test suite is loaded
     chosen = {name: speed_gpu.CONTENDERS[name] for name in ("torch", "trl")}
     chosen["trl"] = replace(chosen["trl"], load=lambda: dense)
     chosen[key] = replace(chosen[key], load=lambda: loss)
     job = Job(8, 60, 1, 16, 24)
-    if str(error) == "a bug":  # of ours
+    if str(error) == "a bug":  # an unexpected error of lens_kernels ends the run
         with pytest.raises(RuntimeError, match="backend 'torch'.*ValueError: a bug"):
             speed_gpu.job_rows("tiny", job, chosen, rounds=1)
         return

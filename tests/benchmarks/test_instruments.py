@@ -1,4 +1,4 @@
-"""What measures: peak memory, real and over fake tensors, and the timing protocol."""
+"""The measuring tools: peak memory of real and fake tensors, the timing protocol, the commit."""
 
 import subprocess
 
@@ -9,16 +9,16 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-SLACK = MIB // 32  # scalars, and what PyTorch allocates the first time it does something
+SLACK = MIB // 32  # for scalars and PyTorch's one-time allocations
 
 
 def watched(function):
-    """What both instruments say of a real run on a CPU."""
+    """Return the memory of a real run on a CPU, as seen by both instruments."""
     return memory.measure(function, CPU), memory.track(function)
 
 
 def allocations():
-    """Peak 12 MiB, of which 4 MiB stay."""
+    """Allocate 12 MiB at the peak and return 4 MiB; comments give the MiB in use."""
     a = torch.empty(1024, 1024)  # 4 MiB
     b = a + 1  # 8
     del a  # 4
@@ -34,7 +34,7 @@ def allocations():
     ("function", "peak", "kept"),
     [
         (lambda x: allocations(), 12, 4),
-        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # a storage from before
+        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # views of an existing storage
         (lambda x: (x.add_(1), x * 2)[0], 4, 0),
     ],
     ids=["temporaries", "views", "in place"],
@@ -46,7 +46,7 @@ def test_both_instruments_count_temporaries_views_and_in_place_operators(functio
         assert seen.kept == pytest.approx(kept * MIB, abs=SLACK)
 
 
-def test_rounds_are_interleaved_and_start_each_with_another(clock):
+def test_rounds_are_interleaved_and_rotated(clock):
     order = []
     functions = {name: lambda name=name: order.append(name) for name in "abc"}
     timings = timing.time_interleaved(functions, 2, CPU)
@@ -55,13 +55,13 @@ def test_rounds_are_interleaved_and_start_each_with_another(clock):
     assert times == {"a": {1: 6e3, 2: 8e3}, "b": {1: 4e3, 2: 9e3}, "c": {1: 5e3, 2: 7e3}}
 
 
-def test_a_time_is_that_of_one_call(monkeypatch):
+def test_seconds_times_one_call(monkeypatch):
     calls, now = [], iter([5.0, 7.5])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now))
     assert (timing.seconds(lambda: calls.append(1), CPU), calls) == (2.5, [1])
 
 
-def test_ratios_are_those_of_the_rounds_that_both_have():
+def test_ratios_use_only_common_rounds():
     floor, mine = timing.Timing.read("1:10.00 2:20.00 3:40.00"), timing.Timing({3: 80.0, 1: 12.0})
     assert mine.ratios(floor) == [1.2, 2.0]
     assert timing.Timing.read(str(mine)) == mine
@@ -70,7 +70,7 @@ def test_ratios_are_those_of_the_rounds_that_both_have():
     assert timing.Timing({}).columns() == {"rounds": 0}
 
 
-def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+def test_commit_is_the_last_one_that_changed_the_code(tmp_path, monkeypatch):
     monkeypatch.setattr(environment, "ROOT", tmp_path)
 
     def git(*args):

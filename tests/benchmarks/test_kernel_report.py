@@ -1,6 +1,6 @@
-"""The shipped tiles, compiled for GPUs that are not here: no spills, products by matrix units.
+"""The shipped tiles compile for absent GPUs without spills, and their GEMMs use matrix units.
 
-In processes of their own: here the kernels are interpreted.
+The tests start new processes because this one interprets the kernels.
 """
 
 import importlib.util
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
-# Each kernel once with each of its tiles. Those of the norms depend on no architecture. "large"
-# gives sm_80 a tile whose accumulator, 128 x 256 for 4 warps, takes more registers than there are.
+# Compiles each kernel once with each of its tiles. The norms' tiles are equal on all architectures.
+# "large" is sm_80 with a tile whose accumulator, 128 x 256 for 4 warps, exceeds the registers.
 SCRIPT = """
 import sys, torch
 from benchmarks.support import offline
@@ -52,7 +52,7 @@ def run(tmp_path, *command):
 
 
 @pytest.mark.parametrize("names", ["sm_80 gfx942 large", "sm_90 sm_100"])
-def test_only_a_tile_that_is_too_large_spills_and_all_use_the_matrix_units(tmp_path, names):
+def test_shipped_tiles_do_not_spill_and_use_the_matrix_units(tmp_path, names):
     lines = run(tmp_path, "-c", SCRIPT, *names.split())
     shipped = [line for line in lines if not line.startswith("large ")]
     assert {line.split()[0] for line in lines} == {*names.split()} and len(shipped) >= 8
@@ -61,17 +61,17 @@ def test_only_a_tile_that_is_too_large_spills_and_all_use_the_matrix_units(tmp_p
 
 
 @pytest.mark.slow
-def test_every_variant(tmp_path):
+def test_report_finds_no_spills_in_any_variant(tmp_path):
     run(tmp_path, "benchmarks/kernel_report.py", "--out", str(tmp_path))
     rows = tables.read_csv(tmp_path / "kernel_report_bfloat16.csv")
     assert {row["arch"] for row in rows} == {*kernel_report.ARCHS}
     assert all(row["spilled_bytes"] == "0" for row in rows)
 
 
-def test_costs_are_those_of_the_products():
+def test_costs_count_the_gemms():
     model = kernel_report.Model("toy", student=2, teacher=3, vocab=10)
     rows = {row["step"]: row for row in kernel_report.cost_rows(model, tokens=10**11)}
-    # 2 N V = 2 TFLOP for each unit of width.
+    # A GEMM takes 2 N V = 2 TFLOP for each unit of hidden size.
     assert rows["dense floor"]["tflop"] == 2 * (3 * 2 + 3)
     assert rows["all, jsd tvd hellinger"]["tflop"] == 2 * (3 * (2 + 3) + 2 * 2)
     assert rows["all, KL family"]["tflop"] == 2 * (2 * (2 + 3) + 2 * 2)

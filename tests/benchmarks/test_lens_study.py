@@ -1,4 +1,4 @@
-"""The study's parts, and as a slow test what a lens must do at the least."""
+"""The parts of the lens study, and a slow test that the lens improves distillation."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
 
 
 def result(run, kl, curve=None, cpu_ms=100.0):
-    """Return the result of a run that was never done."""
+    """Return an invented result of a run."""
     row = {name: str(kl) for name in runs.METRICS} | {"key": run.key, "curve": json.dumps(curve)}
     depths = [{"depth": 1.0, "entropy_student": 1.0, "entropy_teacher": 2.0}]
     depths[0] |= {"kl": 0.1, "reverse_kl": 0.2, "overconfident": 0.5}
@@ -26,7 +26,7 @@ def result(run, kl, curve=None, cpu_ms=100.0):
     return {name: row.get(name, "-") for name in runs.COLUMNS}
 
 
-def test_keys_are_of_what_a_run_depends_on():
+def test_key_changes_with_the_settings_of_a_run():
     assert Run().key == Run().key
     changed = [replace(Run(), seed=1), replace(Run(), rate=1e-3), Run(lens="jsd", pairs=UNIFORM)]
     changed.append(Run(teacher=TeacherSettings(seed=1)))
@@ -40,14 +40,14 @@ def test_settings_without_an_effect_are_refused(settings):
 
 
 @pytest.mark.parametrize("group", [*groups.GROUPS.values(), groups.quick()], ids=lambda x: x.name)
-def test_every_arm_is_a_run_of_its_own_and_has_its_baseline(group):
+def test_every_arm_has_its_own_runs_and_a_baseline_in_its_group(group):
     labels = [arm.label for arm in group.arms]
     assert len(set(labels)) == len(labels)
     assert len({run.key for run in group.runs()}) == len(labels) * len(group.seeds)
     assert {arm.versus for arm in group.arms} <= {None, *labels}
 
 
-def test_the_sweep_has_no_seed_of_the_comparisons():
+def test_sweep_and_comparisons_use_different_seeds():
     sweep = set(groups.GROUPS["rate"].seeds)
     assert not sweep & {*groups.MAIN_SEEDS, *groups.SECOND_SEEDS}
     assert not {*groups.MAIN_SEEDS} & {*groups.SECOND_SEEDS}
@@ -59,10 +59,10 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     trained = {tuple(row) for row in text.train.tolist()}
     assert len(trained) > 800
     assert not trained & {tuple(row) for row in text.held_out.tolist()}
-    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # as it was kept
+    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # read from the saved file
 
 
-def test_runs_of_a_seed_start_alike_and_see_the_same_rows(tmp_path, monkeypatch):
+def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):
     seen, starts = {}, {}
     rows = torch.arange(64 * 8).view(64, 8) % data.VOCABULARY
     teacher = models.new_model(6, 128).eval()
@@ -89,7 +89,7 @@ def test_runs_of_a_seed_start_alike_and_see_the_same_rows(tmp_path, monkeypatch)
     assert not torch.equal(orders["other seed"], orders["kd"])
 
 
-def test_the_lens_decays_as_said(tmp_path, monkeypatch):
+def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
     weights = []
     compare = models.LensDistillTrainer.compute_loss
 
@@ -106,7 +106,7 @@ def test_the_lens_decays_as_said(tmp_path, monkeypatch):
     assert weights == [4.0, 3.0, 2.0, 1.0, 4.0, 4.0, 0.0, 0.0]
 
 
-def test_a_teacher_is_no_different_from_itself():
+def test_judge_finds_no_difference_between_a_teacher_and_itself():
     torch.manual_seed(0)
     teacher = models.new_model(2, 32).eval()
     rows = torch.randint(data.VOCABULARY, (3, data.ROW))
@@ -121,14 +121,14 @@ def test_a_teacher_is_no_different_from_itself():
     assert last["kl"] == pytest.approx(judged.final(other)["kl"], rel=1e-4)
 
 
-def test_calibration_error_by_hand():
+def test_calibration_error_matches_a_computation_by_hand():
     confidence, hit = torch.tensor([0.9, 0.9, 0.3, 1.0]), torch.tensor([1.0, 0.0, 0.0, 1.0])
     expected = (abs(1.8 - 1.0) + 0.3 + 0.0) / 4
     assert judge._calibration_error(confidence, hit) == pytest.approx(expected)
 
 
 class Pool:
-    """Calls at once, in this process."""
+    """A pool that calls each function immediately, in this process."""
 
     def __init__(self, *args):
         pass
@@ -148,7 +148,7 @@ class Pool:
         return future
 
 
-def test_a_run_is_done_once(tmp_path, monkeypatch, capsys):
+def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
     monkeypatch.setattr(runs, "_make_teacher", lambda *args: None)
     monkeypatch.setattr(runs, "one", lambda run, *args: result(run, 0.5) | {"seconds": 2.0})
@@ -178,7 +178,7 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys
     assert "broken" in capsys.readouterr().out
 
 
-def test_differences_by_hand():
+def test_differences_match_computations_by_hand():
     gap = statistics.difference([-1.0, -2.0, -3.0])
     assert gap.mean == -2.0
     assert gap.student_t == pytest.approx((-2 - 4.303 / 3**0.5, -2 + 4.303 / 3**0.5))
@@ -190,7 +190,7 @@ def test_differences_by_hand():
 
 
 def main_results(seeds=(1, 2, 3)):
-    """Return results of the main group in which the JSD lens takes 10 % off and costs half more."""
+    """Return results of the main group; the JSD lens lowers KL by 10 % and costs 50 % more."""
     results = {}
     for arm in groups.GROUPS["main"].arms:
         for seed in seeds:
@@ -206,23 +206,23 @@ def test_comparisons_are_paired_by_seed():
     results = main_results()
     found = {x.arm.label: x for x in statistics.compare(groups.GROUPS["main"], results)}
     lens = found["forward KL + JSD lens"]
-    # The seeds differ by more than the lens does, and the paired difference does not.
+    # Losses vary between seeds, but the paired difference in percent does not.
     assert lens.percent.mean == pytest.approx(-10)
     assert lens.percent.student_t == pytest.approx((-10, -10))
     assert lens.percent.verdict == "lower"
-    # From 1.8 to 0.9 of the baseline's end within the second half: there at 8/9 of that half.
+    # In the second half, KL falls from 1.8 to 0.9 of the baseline's end: it is 1 after 8/9 of it.
     assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
     assert lens.cost == 1.5
     assert found["forward KL"].percent is None
     assert found["cross entropy"].percent.mean == pytest.approx(0)
 
 
-def test_an_arm_that_stays_behind_never_gets_there():
+def test_worse_arm_never_reaches_the_baseline():
     own, base = ({"curve": json.dumps({1: 2.0, 2: x})} for x in (1.5, 1.0))
     assert statistics._share_to_reach([(own, base)]) is None
 
 
-def test_the_page_is_made_of_the_results(tmp_path, figures):
+def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
     page = tmp_path / "docs" / "study.md"
     page.parent.mkdir()
     page.write_text(report.PAGE.read_text())
@@ -242,8 +242,8 @@ def test_the_page_is_made_of_the_results(tmp_path, figures):
 
 
 @pytest.mark.slow
-def test_distillation_helps_and_the_lens_helps_it(tmp_path, capsys):
-    """A fault that leaves a lens without effect is seen: the judge shares no code with the loss."""
+def test_distillation_improves_on_fine_tuning_and_the_lens_on_distillation(tmp_path, capsys):
+    """The judge shares no code with the loss, so it detects a lens without effect."""
     lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")
     kd, lens, sft = (found[run.key] for run in groups.quick().runs())

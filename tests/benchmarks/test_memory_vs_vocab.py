@@ -1,4 +1,4 @@
-"""``memory_vs_vocab.py`` and ``speed_vs_floor.py`` from end to end, at small sizes."""
+"""``memory_vs_vocab.py`` and ``speed_vs_floor.py`` run end to end at small sizes."""
 
 import os
 import subprocess
@@ -46,20 +46,20 @@ def test_without_matplotlib_the_rest_still_runs(tmp_path, figures, monkeypatch, 
 
 
 @pytest.mark.parametrize(("rate", "method"), [(1e15, "measured"), (1.0, "fake")])
-def test_points_that_take_too_long_come_from_fake_tensors(rate, method):
+def test_expensive_points_use_fake_tensors(rate, method):
     job = Job(tokens=128, vocab=8192)
     (row,) = memory_vs_vocab.points([job], [CONTENDERS["dense"]], rate, gemm_seconds=1.0)
     assert row["method"] == method
     assert bool(row["note"]) == (method == "fake")
 
 
-def test_speed_is_related_to_the_floor_of_the_same_dtype(tmp_path, clock):
+def test_speed_ratios_use_the_floor_of_the_same_dtype(tmp_path, clock):
     sizes = ["--tokens", "64", "--vocab", "2000", "--student-width", "64", "--teacher-width", "96"]
     options = ["--device", "cpu", "--rounds", "2", "--uncompiled", "--bf16"]
     speed_vs_floor.main([*sizes, *options, "--out", str(tmp_path)])
     rows = tables.read_csv(tmp_path / "speed_vs_floor.csv")
     assert [row["dtype"] for row in rows] == ["float32"] * 6 + ["bfloat16"] * 6
-    # The clock adds a second with each call: 6 to warm up, then two rounds of 6, each rotated.
+    # Each call takes one second more: 6 warm-up calls, then two rotated rounds of 6 calls.
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor", "best_ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows]
     assert found[1] == "7000.0 12500.0 18000.0 0.86 0.58"

@@ -1,4 +1,4 @@
-"""The speed comparison: same work for all, and nothing lost or mixed over runs."""
+"""The speed comparison: equal work for all contenders; resumed runs keep earlier results."""
 
 import statistics
 from dataclasses import replace
@@ -19,7 +19,7 @@ MASK, TOKENS = (("--sweep", sweep, "--rounds", "1") for sweep in ("mask", "token
 
 
 def run(out, *options, contenders=EVERYONE):
-    """A run of tiny sizes; its rows by point and contender."""
+    """Run the comparison at tiny sizes; return its rows by point and contender."""
     command = ["--quick", "--device", "cpu", "--out", str(out), *options]
     speed_vs_peers.main([*command, "--contenders", *contenders])
     return read(out)
@@ -34,7 +34,7 @@ def name(tokens=64, vocab=1000, pairs=1, masked=0):
     return f"tiny N{tokens} V{vocab} L{pairs} masked {masked:g}"
 
 
-def test_a_run_from_end_to_end(tmp_path, figures, clock, capsys):
+def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock, capsys):
     everyone = ("lens_kernels", "triton", "dense", "published")
     rows = run(tmp_path, "--rounds", "3", "--sweep", *speed_points.SWEEPS, contenders=everyone)
     timed = {key: row["rounds"] for key, row in rows.items() if row["times_ms"]}
@@ -53,7 +53,7 @@ def test_a_run_from_end_to_end(tmp_path, figures, clock, capsys):
         assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
         assert ratios or row["sweeps"] == "memory"
         assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
-    # 8 points: ours before, then in a point's first round from the second contender on.
+    # Calls 1 to 8 warm up lens_kernels at 8 points. Round 1 starts with the second contender.
     assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
@@ -63,7 +63,9 @@ def test_a_run_from_end_to_end(tmp_path, figures, clock, capsys):
     assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert f"round 3 of 3: {name()}: dense" in printed
-    assert printed.count("not measured") == len(speed_vs_peers.bars.BARS)  # tiny sizes are no proof
+    assert printed.count("not measured") == len(
+        speed_vs_peers.bars.BARS
+    )  # the bounds are for full sizes
 
 
 def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
@@ -74,15 +76,15 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
     (point,) = [p for p in points(64, CPU, quick=True) if p.sweeps == ("memory",)]
     for row in (ours, other):
         counted = CONTENDERS[row["contender"]].fake_memory(point.job)
-        above = (counted.peak - counted.kept) / memory.MIB  # the gradients are not temporary
+        above = (counted.peak - counted.kept) / memory.MIB  # gradients are not temporaries
         assert above > 8 and float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
-    assert run(tmp_path, "--sweep", "memory") == rows  # not measured again
+    assert run(tmp_path, "--sweep", "memory") == rows  # the second run measures nothing
 
 
-def test_a_stopped_run_keeps_whole_turns_and_is_resumed(tmp_path, clock, monkeypatch, capsys):
+def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
-        # 2 points x ours before; 4 + 3 in round 1; 3 of 4 are missing in round 2
+        # Calls: 2 to warm up, 4 + 3 in round 1, 4 + 1 in round 2 when it is interrupted.
         if elapsed == 14:
             raise KeyboardInterrupt
         return elapsed
@@ -106,7 +108,7 @@ def test_a_stopped_run_keeps_whole_turns_and_is_resumed(tmp_path, clock, monkeyp
     assert run(tmp_path, *options) == after
 
 
-def test_a_resumed_run_asks_again_who_was_missing_but_not_who_was_left_out(tmp_path, monkeypatch):
+def test_resumed_run_retries_missing_contenders_but_not_skipped_points(tmp_path, monkeypatch):
     options = {"contenders": ("lens_kernels", "published")}
     with monkeypatch.context() as patch:
         gone = replace(speed_vs_peers.CONTENDERS["published"], gpu_only=True)
@@ -120,7 +122,7 @@ def test_a_resumed_run_asks_again_who_was_missing_but_not_who_was_left_out(tmp_p
 
 @pytest.fixture
 def install(monkeypatch):
-    """Let a contender compute something else."""
+    """Return a function that replaces the loss of a contender."""
     known = speed_vs_peers.CONTENDERS
 
     def install(key, loss):
@@ -130,7 +132,7 @@ def install(monkeypatch):
 
 
 def at_a_point(change):
-    """Compute something else than when the contender was checked."""
+    """Return a loss that is correct at the size of the check and changed at larger sizes."""
     return lambda inputs: (change if len(inputs.student_hidden[0]) > 24 else dense)(inputs)
 
 
@@ -154,7 +156,9 @@ larger = at_a_point(lambda inputs: dense(inputs) * 1.01)
         (at_a_point(failing), "ValueError: of its own"),
     ],
 )
-def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys, loss, note):
+def test_contender_that_is_wrong_or_fails_at_a_point_is_not_timed(
+    tmp_path, install, capsys, loss, note
+):
     install("dense", loss)
     rows = run(tmp_path, *MASK, contenders=TWO)
     printed = capsys.readouterr().out
@@ -173,33 +177,33 @@ def test_who_is_wrong_or_fails_at_a_point_is_not_timed(tmp_path, install, capsys
     ],
     ids=["at a point", "everywhere", "fails"],
 )
-def test_ours_ends_the_run_if_it_is_wrong_or_fails(tmp_path, install, loss, error, message):
+def test_run_ends_if_lens_kernels_is_wrong_or_fails(tmp_path, install, loss, error, message):
     install("lens_kernels", loss)
     with pytest.raises(error, match=message):
         run(tmp_path, *MASK, contenders=TWO)
 
 
-def test_a_contender_that_is_added_is_compared_and_timed_with_the_others(tmp_path, install, clock):
+def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install, clock):
     before = run(tmp_path, *MASK, contenders=("lens_kernels",))
     install("dense", larger)
     after = run(tmp_path, *MASK)
     assert "gives a wrong result" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
-    assert run(tmp_path, *MASK) == after  # who was refused is not tried again by the same code
+    assert run(tmp_path, *MASK) == after  # the same code does not retry a refused contender
 
 
-def test_what_does_not_fit_is_said_and_not_run(tmp_path, monkeypatch):
+def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "available", lambda: 700_000)
     row = run(tmp_path, *MASK, contenders=TWO)[name(), "dense"]
     assert row["note"].startswith("does not fit: ") and not row["times_ms"]
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # kept
+    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # times are kept
 
 
-def test_the_floor_multiplies_the_tokens_that_count(monkeypatch, tmp_path):
+def test_floor_multiplies_only_counted_tokens(monkeypatch, tmp_path):
     seen = set()
 
     def multiply(inputs):
@@ -211,7 +215,7 @@ def test_the_floor_multiplies_the_tokens_that_count(monkeypatch, tmp_path):
     assert seen == {(None, 64, 64), (None, 32, 32)}
 
 
-def test_slow_contenders_have_every_other_round():
+def test_slow_contenders_run_in_every_other_round():
     rounds = {key: [n for n in range(6) if takes_part(key, n)] for key in ("trl", "lens_kernels")}
     assert rounds == {"trl": [1, 3, 5], "lens_kernels": [*range(6)]}
     assert {*SLOW} < speed_vs_peers.CONTENDERS.keys()

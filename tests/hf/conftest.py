@@ -1,4 +1,4 @@
-"""What the tests of Hugging Face's side share. Without transformers there are none."""
+"""Fixtures of the Hugging Face tests. Without transformers, these tests are not collected."""
 
 import gc
 import importlib.util
@@ -21,9 +21,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen():
-    """Take what is loaded out of the garbage collection that every training starts with.
+    """Exclude loaded objects from the garbage collection at the start of every training.
 
-    With transformers loaded, one takes half a second.
+    With transformers loaded, one collection takes half a second.
     """
     gc.freeze()
     yield
@@ -32,19 +32,19 @@ def _frozen():
 
 @pytest.fixture
 def pictures():
-    """Ask for the picture of a run's loss."""
+    """Draw the loss picture of a run."""
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
-    """Leave the picture out, which takes longer than a tiny run, unless a test asks for it."""
+    """Skip the loss picture unless a test uses ``pictures``: it takes longer than a tiny run."""
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("lens_kernels.hf.training.report.loss_figure", lambda *_: None)
 
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """Return a folder with a student, a teacher, a model of another tokenizer, and data."""
+    """Return a folder with a student, a teacher, a model with another tokenizer, and data."""
     folder = tmp_path_factory.mktemp("files")
     for name, model, vocab in (
         ("student", tiny.model(layers=3, seed=1), 64),

@@ -1,4 +1,4 @@
-"""``lens_kernels.hf`` loads what is asked for, and nothing else."""
+"""``lens_kernels.hf`` imports a module only when one of its names is used."""
 
 from tests.support.fresh import run_fresh
 
@@ -19,7 +19,7 @@ except AttributeError as error:
 """
 
 
-def test_a_name_is_loaded_when_it_is_used():
+def test_hf_imports_a_name_when_it_is_used():
     result = run_fresh(PROGRAM)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "module 'lens_kernels.hf' has no attribute 'no_such_name'\n"

@@ -1,7 +1,7 @@
-"""The program that every rank of tests/hf/training/test_distributed.py runs.
+"""The program of every rank, and of the single process, in tests/hf/training/test_distributed.py.
 
 ``python -m torch.distributed.run ... -m tests.support.distributed_run CASES FOLDER``, where the
-file CASES holds ``{name: arguments of train_case}``. Each rank writes its results to FOLDER.
+file CASES holds ``{name: arguments of train_case}``. Each rank writes its results into FOLDER.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from lens_kernels.hf.training import objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # seconds after which ranks count as hung
+HANG = 1200  # seconds after which ranks count as hung, on any machine
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
 @dataclasses.dataclass
 class Result:
-    """Parameters before and after, logs, and the number of examples that the teacher ran on."""
+    """Parameters before and after, all logs, and the number of examples the teacher ran on."""
 
     start: dict[str, torch.Tensor]
     end: dict[str, torch.Tensor]
@@ -67,7 +67,7 @@ def train_case(
     evaluate_first: bool = False,
     **options: Any,
 ) -> Result:
-    """Train a tiny student on ``rows`` examples a step, however many processes share them."""
+    """Train a tiny student on ``rows`` examples a step, divided among all processes."""
     processes = accelerate.PartialState(cpu=True).num_processes
     ran = []
 
@@ -85,7 +85,7 @@ def train_case(
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
         patch.setattr(
             objective, "ENTROPY_STRIDE", 1
-        )  # every token, because a sample depends on the batch
+        )  # all tokens, because a sample depends on the batch
         if processes > 1 and one_node_each:  # as on two machines with one disk
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
@@ -123,7 +123,7 @@ def train_case(
 
 
 def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
-    """Make accelerate use FSDP on a CPU, where it would silently use DDP."""
+    """Enable FSDP on a CPU, where accelerate silently uses DDP instead."""
     make = LensDistillTrainer.create_accelerator_and_postprocess
 
     def make_sharding(self: Any) -> None:
@@ -144,7 +144,7 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
 
 
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters of the student and of the MSE projections."""
+    """Return the parameters of the student and of the MSE projections, unsharded."""
     state = dict(trainer.model.state_dict())
     if trainer.objective is not None:
         state |= trainer.objective.projections.state_dict(prefix="learnt.")

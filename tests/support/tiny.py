@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models and a tokenizer built from configs, without any download."""
+"""Tiny Hugging Face models and a tokenizer, built from configs without downloads."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-EPS = 0.02  # large enough to matter for hidden states near 1
+EPS = 0.02  # large enough to change the norm of hidden states of size 1
 
 
 def model(
@@ -17,7 +17,7 @@ def model(
     seed: int = 0,
     **options: Any,
 ):
-    """Return a random model without identity norms; ``options`` go to its config."""
+    """Return a random model whose norms and biases are random too; ``options`` set its config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {
@@ -46,7 +46,7 @@ def model(
 
 
 def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
-    """Return the settings that are specific to a family."""
+    """Return the settings that only this family has."""
     inner = {"intermediate_size": 2 * width}
     heads = {"num_key_value_heads": 1}
     rms = {**inner, **heads, "rms_norm_eps": EPS, "head_dim": width // 2}
@@ -90,14 +90,16 @@ def _with_images(text: dict[str, Any]) -> dict[str, Any]:
         "text_config": text,
         "vision_config": vision,
         "mm_tokens_per_image": 4,
-        "image_token_index": text["vocab_size"],  # no token of the text is an image
+        "image_token_index": text[
+            "vocab_size"
+        ],  # outside the vocabulary, so that no text contains an image
         "initializer_range": 0.5,
         "tie_word_embeddings": text.get("tie_word_embeddings", True),
     }
 
 
 def tokenizer(vocab: int = 64):
-    """Return a tokenizer of single characters."""
+    """Return a tokenizer whose tokens are single characters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The key of a teacher cache changes with what the states depend on, and with nothing else."""
+"""The key of a teacher cache changes only with the inputs of the states; how caches are built."""
 
 import copy
 import threading
@@ -14,7 +14,7 @@ from lens_kernels.hf.cache import store
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-HANG = 120  # seconds after which a thread is taken for hung, on any machine
+HANG = 120  # seconds after which a thread counts as hung, on any machine
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},
@@ -30,13 +30,13 @@ def key_of(model, examples=EXAMPLES, layers=(1,), tokenizer=None, dtype="float32
     return CacheKey.of(model, examples, layers, tokenizer, dtype)
 
 
-def test_equal_models_have_one_key_wherever_they_lie(model):
+def test_equal_models_have_one_key_whatever_their_path(model):
     other = tiny.model(layers=2)
     other.config._name_or_path, other.config.transformers_version = "elsewhere", "0"
     assert key_of(other) == key_of(model)
 
 
-def test_the_key_reads_large_and_strided_weights_piece_by_piece(model, monkeypatch):
+def test_key_does_not_depend_on_read_size_or_strides(model, monkeypatch):
     whole = key_of(model)
     monkeypatch.setattr(cache_key, "CHUNK", 24)
     assert key_of(model) == whole
@@ -46,7 +46,7 @@ def test_the_key_reads_large_and_strided_weights_piece_by_piece(model, monkeypat
     assert not weight.is_contiguous() and key_of(strided) == whole
 
 
-def test_dtype_and_shape_of_weights_belong_to_the_key(model):
+def test_dtype_and_shape_of_weights_change_the_key(model):
     for change in (lambda w: w.view(torch.int32), lambda w: w.flatten()):
         changed = copy.deepcopy(model)
         changed.register_buffer("extra", torch.ones(2, 3))
@@ -55,7 +55,7 @@ def test_dtype_and_shape_of_weights_belong_to_the_key(model):
         assert key_of(changed).model != before.model
 
 
-def test_weights_that_are_not_there_are_refused(model):
+def test_models_on_the_meta_device_are_refused(model):
     with pytest.raises(ValueError, match="must hold its weights, but .* meta device: load it"):
         key_of(copy.deepcopy(model).to("meta"))
 
@@ -66,21 +66,21 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
         assert key_of(model, [{k: kind(v) for k, v in x.items()} for x in EXAMPLES]) == want
 
 
-def test_where_one_example_ends_belongs_to_the_key(model):
+def test_boundaries_between_examples_change_the_key(model):
     both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
     moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
-    # The same numbers one after the other, of one example and of two.
+    # One example and two examples whose concatenated numbers are equal.
     one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
     cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
     assert len({key_of(model, examples).data for examples in cuts}) == 6
 
 
-def test_the_order_of_layers_does_not_matter(model):
+def test_order_of_layers_does_not_change_the_key(model):
     assert key_of(model, layers=[2, 1, 2]) == key_of(model, layers=(1, 2))
     assert key_of(model, layers=[2, 1]).names == ["layer_1", "layer_2", "final"]
 
 
-def test_dtypes_of_storage_by_value_or_name(model):
+def test_storage_dtype_may_be_a_torch_dtype_or_a_name(model):
     assert key_of(model, dtype=torch.bfloat16) == key_of(model, dtype="bfloat16")
     with pytest.raises(TypeError, match="one of float32, bfloat16, float16, got int8"):
         key_of(model, dtype="int8")
@@ -95,7 +95,7 @@ def test_using_a_tokenizer_does_not_change_its_digest(model):
     assert key_of(model, tokenizer=tokenizer) != before
 
 
-def test_a_slow_tokenizer_is_its_vocabulary_and_special_tokens(model):
+def test_key_of_a_slow_tokenizer_depends_on_vocabulary_and_special_tokens(model):
     def digest(vocabulary, eos):
         special = {"eos_token": eos}
         slow = {"is_fast": False, "get_vocab": lambda: vocabulary, "special_tokens_map": special}
@@ -106,7 +106,7 @@ def test_a_slow_tokenizer_is_its_vocabulary_and_special_tokens(model):
     assert want not in (digest({"a": 1, "b": 0}, "a"), digest({"a": 0, "b": 1}, "b"))
 
 
-def test_adapters_belong_to_the_key():
+def test_adapters_change_the_key():
     def adapted(alpha):
         torch.manual_seed(0)
         modules = {"target_modules": ["v_proj", "q_proj"], "init_lora_weights": False}
@@ -117,7 +117,7 @@ def test_adapters_belong_to_the_key():
     model = adapted(4)
     want = key_of(model)
     assert key_of(adapted(4)) == want
-    assert key_of(adapted(8)).model != want.model  # the same weights, scaled otherwise
+    assert key_of(adapted(8)).model != want.model  # the same weights with another scale
     with model.disable_adapter():
         assert key_of(model).model != want.model
     model.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data[0, 0] += 1
@@ -125,7 +125,7 @@ def test_adapters_belong_to_the_key():
 
 
 def states(batch):
-    """Return random states of the right shapes."""
+    """Return random states of the expected shapes."""
     return [
         {name: torch.randn(len(counted_positions(x["labels"])), 3) for name in ("layer_1", "final")}
         for x in batch
@@ -150,7 +150,7 @@ def build(folder, key, run=states, examples=EXAMPLES, **options):
     ],
     ids=["name", "list", "vector", "rows", "width", "large", "nan"],
 )
-def test_results_that_do_not_fit_are_refused(tmp_path, model, change, match):
+def test_build_refuses_bad_results_of_run_teacher(tmp_path, model, change, match):
     def run(batch):
         first, second = states(batch)
         return [first, second | change]
@@ -171,13 +171,13 @@ def test_results_that_do_not_fit_are_refused(tmp_path, model, change, match):
         ({"examples": EXAMPLES[:1]}, "examples are not those of key: make the key"),
     ],
 )
-def test_arguments_out_of_range_are_refused(tmp_path, model, options, match):
+def test_build_refuses_bad_arguments(tmp_path, model, options, match):
     with pytest.raises(ValueError, match=match):
         build(tmp_path / "new", key_of(model), **options)
     assert not (tmp_path / "new").exists()
 
 
-def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, model, monkeypatch):
+def test_build_refuses_a_full_disk_before_writing(tmp_path, model, monkeypatch):
     free = SimpleNamespace(free=4 * 24 - 1)
     monkeypatch.setattr("shutil.disk_usage", lambda path: free)
     with pytest.raises(RuntimeError, match="enough space: 4 rows of 24 bytes need .* pass another"):
@@ -189,13 +189,13 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, model,
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys, shown):
-    for _ in range(2):  # made, then found
+    for _ in range(2):  # the first call builds the cache, the second one finds it
         build(tmp_path, key_of(model), batch_size=1, progress=shown)
         printed = capsys.readouterr().err
         assert ("teacher cache: 100%" in printed and "2/2" in printed) == shown == bool(printed)
 
 
-def test_the_teacher_runs_without_gradients_and_size_and_summary_are_told(tmp_path, model):
+def test_build_disables_gradients_and_reports_size_and_summary(tmp_path, model):
     def run(batch):
         assert not torch.is_grad_enabled()
         return states(batch)
@@ -205,10 +205,8 @@ def test_the_teacher_runs_without_gradients_and_size_and_summary_are_told(tmp_pa
     assert cache.summary() == f"teacher cache: 2 examples, 4 rows, 0.0 MiB, float32, {tmp_path}"
 
 
-def test_of_two_that_want_a_cache_one_makes_it_and_one_says_that_it_waits(
-    tmp_path, model, monkeypatch
-):
-    """No clock: the maker goes on once the other has said that it waits."""
+def test_second_builder_of_a_cache_waits_for_the_first(tmp_path, model, monkeypatch):
+    """The first builder continues after the second one has logged that it waits."""
     folder, key, makers, said, found = tmp_path / "cache", key_of(model), [], [], []
     begun, waits = threading.Event(), threading.Event()
 

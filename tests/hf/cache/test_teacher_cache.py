@@ -1,4 +1,4 @@
-"""A teacher's states come back from disk as they were, or not at all."""
+"""The teacher cache returns the stored states or raises an error."""
 
 import copy
 import json
@@ -15,11 +15,11 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 from tests.support import tiny
 
 LAYERS = (1, 3)
-BATCH, SHARD = 2, 4  # three shards of nine examples
+BATCH, SHARD = 2, 4  # nine examples make three shards
 
 
 def make_examples():
-    """Nine examples of several lengths, prompts masked; three without a counted token."""
+    """Return nine examples of several lengths; three of them have no counted token."""
     generator, made = torch.Generator().manual_seed(0), []
     for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
@@ -28,7 +28,7 @@ def make_examples():
 
 
 class Teacher:
-    """Counts its calls; ``fail_at`` is the call that raises."""
+    """A teacher that counts its calls; the call number ``fail_at`` raises."""
 
     def __init__(self, model, fail_at=None):
         self.model, self.fail_at, self.calls = model, fail_at, []
@@ -64,7 +64,7 @@ def key(model, examples):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, model, examples, key):
-    """Return a folder that holds a cache; tests that change it take a copy."""
+    """Return a folder with a cache; tests that change it use ``own``, a copy."""
     folder = tmp_path_factory.mktemp("cache")
     build(folder, key, examples, Teacher(model))
     return folder
@@ -100,7 +100,7 @@ def assert_same(got, want):
     ("labels", "at"),
     [([-100, -100, 5, 6], [1, 2]), ([5, -100, 7], [1]), ([5], []), ([], []), ([-100, -100], [])],
 )
-def test_a_position_counts_if_its_next_label_does(labels, at):
+def test_position_counts_if_the_next_label_is_not_ignored(labels, at):
     assert counted_positions(labels).tolist() == at
     assert counted_positions(torch.tensor(labels, dtype=torch.int64)).tolist() == at
     with pytest.raises(ValueError, match=r"labels must be .* got shape \(2, 3\): pass one row"):
@@ -108,7 +108,7 @@ def test_a_position_counts_if_its_next_label_does(labels, at):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_rows_come_back_as_they_were_in_the_dtype_of_storage(tmp_path, model, examples, dtype):
+def test_cache_returns_the_states_in_the_storage_dtype(tmp_path, model, examples, dtype):
     key = CacheKey.of(model, examples, LAYERS, dtype=dtype)
     build(tmp_path / "a" / "b", key, examples, Teacher(model))
     cache = TeacherCache.open(tmp_path / "a" / "b", key)
@@ -116,19 +116,19 @@ def test_rows_come_back_as_they_were_in_the_dtype_of_storage(tmp_path, model, ex
     assert_same(cache.rows(range(9)), expected(model, examples, range(9), dtype))
 
 
-def test_lookups_in_any_order_and_repeated(built, key, model, examples, monkeypatch):
+def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, examples, monkeypatch):
     monkeypatch.setattr(teacher_cache, "MAPPED_SHARDS", 2)
     cache = TeacherCache.open(built, key)
     before = len(pickle.dumps(cache))
     for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
         assert_same(cache.rows(ids), expected(model, examples, ids))
-    assert list(cache._mapped) == [0, 2]  # three shards, of which the longest unused was dropped
+    assert list(cache._mapped) == [0, 2]  # the least recently used shard was unmapped
     assert len(pickle.dumps(cache)) == before
-    for ids in ([], [1, 4, 7]):  # no example, and those without counted tokens
+    for ids in ([], [1, 4, 7]):  # no examples, and examples without counted tokens
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
 
-def test_a_shard_without_any_row(tmp_path, model):
+def test_shards_may_hold_no_rows(tmp_path, model):
     examples = [{"input_ids": [3, 4], "labels": [-100, -100]}] * 3
     key = CacheKey.of(model, examples, LAYERS)
     cache = build(tmp_path, key, examples, Teacher(model), shard_examples=1, batch_size=1)
@@ -136,7 +136,7 @@ def test_a_shard_without_any_row(tmp_path, model):
 
 
 @pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
-def test_workers_of_a_dataloader_read_it(built, key, model, examples, context):
+def test_dataloader_workers_can_read_the_cache(built, key, model, examples, context):
     cache = TeacherCache.open(built, key)
     cache.rows(range(9))
     options = {"num_workers": 2, "collate_fn": cache.rows, "multiprocessing_context": context}
@@ -154,8 +154,10 @@ def test_unknown_examples_are_refused(built, key):
         cache.rows([1.5])
 
 
-def test_two_builds_are_identical_and_nothing_else_is_left(built, tmp_path, model, examples, key):
-    (tmp_path / "manifest.json.partial").write_text("{")  # interrupted while writing the first
+def test_two_builds_write_identical_files_and_leave_no_partial_files(
+    built, tmp_path, model, examples, key
+):
+    (tmp_path / "manifest.json.partial").write_text("{")  # as left by an interrupted first write
     build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)
     shards = [f"shard-0000{i}.safetensors" for i in range(3)]
@@ -171,7 +173,7 @@ def test_two_builds_are_identical_and_nothing_else_is_left(built, tmp_path, mode
         ({"shard_bytes": 13 * 3 * 16 * 4}, [(0, 4, 13), (4, 4, 6), (8, 1, 1)]),
     ],
 )
-def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(
+def test_shards_are_limited_by_examples_and_bytes_and_hold_whole_batches(
     tmp_path, model, examples, key, limit, wanted
 ):
     build(tmp_path, key, examples, Teacher(model), **limit)
@@ -180,7 +182,9 @@ def test_a_shard_ends_by_examples_or_bytes_and_never_inside_a_batch(
 
 
 @pytest.mark.parametrize("fail_at", range(5))
-def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, model, examples, key, fail_at):
+def test_interrupted_build_resumes_after_its_last_whole_shard(
+    built, tmp_path, model, examples, key, fail_at
+):
     folder = tmp_path / "cache"
     broken = Teacher(model, fail_at)
     with pytest.raises(RuntimeError, match="boom"):
@@ -194,7 +198,7 @@ def test_an_interrupted_build_goes_on_where_it_was(built, tmp_path, model, examp
     assert files(folder) == files(built)
 
 
-def test_damaged_shards_are_made_anew_by_a_build_and_refused_where_all_is_complete(
+def test_build_replaces_damaged_shards_and_open_or_build_refuses_them(
     own, built, model, examples, key
 ):
     teacher = Teacher(model)
@@ -203,7 +207,9 @@ def test_damaged_shards_are_made_anew_by_a_build_and_refused_where_all_is_comple
     flip(own / "shard-00001.safetensors")
     with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
         build(own, key, examples, teacher, make=TeacherCache.open_or_build)
-    build(own, key, examples, teacher, batch_size=1, shard_examples=1)  # shards keep their size
+    build(
+        own, key, examples, teacher, batch_size=1, shard_examples=1
+    )  # existing shards keep their size
     assert teacher.calls == [1, 1, 1, 1]
     assert files(own) == files(built)  # the model ran example by example both times
 
@@ -235,7 +241,7 @@ def edit(path):
         ("manifest.json", lambda p: p.write_text("{}"), "cannot be read"),
     ],
 )
-def test_damage_is_refused(own, key, file, change, match):
+def test_open_refuses_damaged_files(own, key, file, change, match):
     change(own / file)
     message = f"own is refused: {file} {match}.*; delete the folder .* pass an"
     with pytest.raises(ValueError, match=message):
@@ -246,7 +252,7 @@ def masked(examples):
     return [x | {"attention_mask": [1] * len(x["labels"])} for x in examples]
 
 
-# What was changed of the arguments of ``CacheKey.of``, how, and what the refusal says.
+# The changed argument of ``CacheKey.of``, the change, and the error message.
 @pytest.mark.parametrize(
     ("argument", "change", "match"),
     [
@@ -263,7 +269,7 @@ def masked(examples):
     ],
 )
 @torch.no_grad()
-def test_a_cache_of_something_else_is_refused_and_left(
+def test_cache_with_another_key_is_refused_and_unchanged(
     built, model, examples, argument, change, match
 ):
     given = {"model": model, "examples": examples, "layers": [*LAYERS], "dtype": "float32"}
@@ -282,7 +288,7 @@ def test_a_cache_of_something_else_is_refused_and_left(
     assert files(built) == before
 
 
-def test_every_difference_is_named_but_beside_another_format(built, key):
+def test_error_names_every_difference_or_only_the_format(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
     with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
@@ -290,7 +296,7 @@ def test_every_difference_is_named_but_beside_another_format(built, key):
         TeacherCache.open(built, replace(other, format=3))
 
 
-def test_a_folder_of_something_else_is_refused_and_left(tmp_path, examples, key):
+def test_folder_without_a_cache_is_refused_and_unchanged(tmp_path, examples, key):
     (tmp_path / "thesis.txt").write_text("mine")
     for make in (TeacherCache.build, TeacherCache.open_or_build):
         with pytest.raises(ValueError, match="holds no teacher cache: it has no manifest.json"):

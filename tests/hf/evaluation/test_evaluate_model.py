@@ -1,4 +1,4 @@
-"""Evaluation of saved models: scores and files."""
+"""Evaluation of saved models: scores, and the files that hold them."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_scores_answers_and_settings_are_returned_and_written(files, data, tmp_p
     assert ce != rounded["cross_entropy"] == pytest.approx(ce, rel=0.05)
 
 
-def test_a_model_with_an_adapter_answers_as_the_merged_one():
+def test_adapter_answers_alike_before_and_after_merging():
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)
     model, tokenizer = peft.get_peft_model(tiny.model(), config), tiny.tokenizer()
     options = {"seed": 0, "max_new_tokens": 12, "do_sample": False}
@@ -66,7 +66,7 @@ def test_a_model_with_an_adapter_answers_as_the_merged_one():
 
 
 @pytest.mark.parametrize("allow", [False, True])
-def test_the_hub_is_asked_only_if_allowed(data, monkeypatch, allow):
+def test_models_are_downloaded_only_if_allowed(data, monkeypatch, allow):
     asked = []
     for name in ("model", "tokenizer"):
         made = getattr(tiny, name)()

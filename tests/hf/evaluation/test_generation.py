@@ -1,4 +1,4 @@
-"""Answers, their scores and held-out cross entropy, on tiny models."""
+"""Generated answers, their ROUGE-L and the held-out cross entropy of tiny models."""
 
 import statistics
 import sys
@@ -16,13 +16,13 @@ from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.training.data import Collator, Row, prompt_ids
 from tests.support import tiny
 
-# Of three lengths; the padding's id, 1, stands inside one and in front of another.
+# The prompts have three lengths. The padding id, 1, is inside one and begins another.
 PROMPTS = [[5, 6, 7], [8, 1, 9, 10, 11, 12, 13], [1, 14], [20, 21, 22]]
 MANY = [[i, i + 1] for i in range(5, 25)]
 
 
 def greedy(model, prompt, count):
-    """Return the answer's ids by the model's own logits, without padding or cache."""
+    """Return the ids of the greedy answer, computed without padding or cache."""
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -34,13 +34,13 @@ def greedy(model, prompt, count):
 
 
 def undecoded():
-    """Return a tokenizer that leaves answers as ids."""
+    """Return a tokenizer whose ``decode`` returns the ids."""
     tokenizer = tiny.tokenizer()
     tokenizer.decode = lambda ids, skip_special_tokens: ids
     return tokenizer
 
 
-def test_rouge_l_is_the_f_measure_of_stemmed_words_best_over_references_times_100():
+def test_rouge_l_is_100_times_the_f_measure_of_the_best_reference():
     assert rouge_l(["the cat sat"], [["the cat sat on the mat"]]) == pytest.approx(200 / 3)
     assert rouge_l(["Running"], [["runs"]]) == 100
     assert rouge_l(["a b", "a b"], [["a c"], ["x y", "a b", "x"]]) == pytest.approx(75)
@@ -55,12 +55,12 @@ def test_rouge_l_is_the_f_measure_of_stemmed_words_best_over_references_times_10
         (["a"], [[]], r"references\[0\] must hold at least one text"),
     ],
 )
-def test_rouge_l_refuses(predictions, references, message):
+def test_rouge_l_refuses_bad_arguments(predictions, references, message):
     with pytest.raises((TypeError, ValueError), match=message):
         rouge_l(predictions, references)
 
 
-def test_without_rouge_score_nothing_is_generated(monkeypatch):
+def test_missing_rouge_score_raises_before_generation(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     monkeypatch.setattr(generation, "generate", lambda *args, **options: pytest.fail("generated"))
     with pytest.raises(RuntimeError, match=r"pip install 'lens-kernels\[train\]'"):
@@ -69,9 +69,9 @@ def test_without_rouge_score_nothing_is_generated(monkeypatch):
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_greedy_answers_are_the_models_own_and_in_order(kind, batch_size):
+def test_greedy_answers_match_unpadded_decoding_in_order(kind, batch_size):
     model, expected = tiny.model(kind), [greedy(tiny.model(kind), x, 12) for x in PROMPTS]
-    saved = model.generation_config  # is ignored, and kept
+    saved = model.generation_config  # generate ignores it and restores it
     saved.repetition_penalty, saved.min_new_tokens = 9.0, 12
     options = {"max_new_tokens": 12, "batch_size": batch_size, "do_sample": False}
     assert generate(model, undecoded(), PROMPTS, seed=0, **options) == expected
@@ -79,7 +79,7 @@ def test_greedy_answers_are_the_models_own_and_in_order(kind, batch_size):
     assert model.generation_config is saved
 
 
-def test_sampled_answers_depend_on_seed_and_position_alone():
+def test_sampled_answers_depend_only_on_seed_and_position():
     model, tokenizer, prompts = tiny.model(), tiny.tokenizer(), [*PROMPTS, PROMPTS[0]]
     options, state = {"max_new_tokens": 12, "temperature": 2.0}, torch.random.get_rng_state()
     answers = generate(model, tokenizer, prompts, seed=3, batch_size=1, **options)
@@ -93,7 +93,7 @@ def test_sampled_answers_depend_on_seed_and_position_alone():
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 3.0, "top_k": 20, "top_p": 0.5}])
-def test_samples_have_the_models_distribution(options):
+def test_samples_follow_the_models_distribution(options):
     model, prompt, count = tiny.model(), PROMPTS[1], 4000
     with torch.no_grad():
         logits = model(torch.tensor([prompt])).logits[0, -1] / options.get("temperature", 1.0)
@@ -107,12 +107,12 @@ def test_samples_have_the_models_distribution(options):
     seen = [answers.count([] if token == 1 else [token]) / count for token in ids.tolist()]
     assert sum(seen) == pytest.approx(1) and 1 < (probabilities > 0).sum()
     for found, probability in zip(seen, probabilities.tolist(), strict=True):
-        # 4.5 standard deviations
+        # The bound is 4.5 standard deviations.
         assert abs(found - probability) <= 4.5 * (probability / count) ** 0.5 + bool(found) / count
 
 
 @pytest.mark.parametrize("size", [0, 2])
-def test_no_ngram_occurs_twice(size):
+def test_no_repeat_ngram_size_prevents_repeated_ngrams(size):
     options = {"max_new_tokens": 40, "do_sample": False, "no_repeat_ngram_size": size}
     answers = generate(tiny.model(), undecoded(), MANY, seed=0, **options)
     pairs = [[*zip(ids, ids[1:], strict=False)] for ids in answers]
@@ -120,7 +120,7 @@ def test_no_ngram_occurs_twice(size):
     assert any(len(x) > len({*x}) for x in pairs) == (size == 0)
 
 
-def test_an_answer_ends_at_any_stop_of_model_or_tokenizer():
+def test_answers_end_at_any_eos_of_model_or_tokenizer():
     model, tokenizer = tiny.model(), undecoded()
     answers = ((prompt, greedy(model, prompt, 12)) for prompt in MANY)
     prompt, ids = next((prompt, ids) for prompt, ids in answers if len(set(ids[:5])) == 5)
@@ -141,7 +141,7 @@ def test_special_tokens_are_left_out_of_answers():
     assert generate(model, tokenizer, PROMPTS[:1], **options) == [""]
 
 
-def test_the_model_evaluates_and_gets_its_mode_back():
+def test_evaluation_uses_eval_mode_and_restores_the_models_mode():
     model, tokenizer = tiny.model().train(), tiny.tokenizer()
     modes, saved = [], model.generation_config
     model.register_forward_hook(lambda *args: modes.append(model.training))
@@ -168,7 +168,7 @@ def test_the_model_evaluates_and_gets_its_mode_back():
         ("prompts", [[5], []], r"prompts\[1\] must hold at least one token"),
     ],
 )
-def test_generate_refuses(name, value, message):
+def test_generate_refuses_bad_arguments(name, value, message):
     arguments = {"prompts": PROMPTS, "seed": 0, "max_new_tokens": 2, name: value}
     with pytest.raises(ValueError, match=message):
         generate(tiny.model(), tiny.tokenizer(), **arguments)
@@ -182,7 +182,7 @@ ROWS = [row(1), row(3, "much too long " * 3), row(4, "go", ["x y", "q"])]
 OPTIONS = {"max_prompt_length": 20, "max_new_tokens": 8}
 
 
-def test_rows_are_answered_for_each_seed_and_scored(monkeypatch):
+def test_evaluate_rouge_scores_the_answers_of_each_seed(monkeypatch):
     model, tokenizer, asked = tiny.model(), tiny.tokenizer(), []
     canned = {10: ["a b c", "y"], 20: ["a b", "q"], 30: ["x", "x"]}
 
@@ -204,7 +204,7 @@ def test_rows_are_answered_for_each_seed_and_scored(monkeypatch):
     assert result.answers[1] == answers | {"prompt": tokenizer.decode(prompts[1])}
 
 
-def test_greedy_decoding_takes_one_seed():
+def test_greedy_decoding_uses_only_the_first_seed():
     options = {"seeds": (7, 8), "do_sample": False, **OPTIONS}
     result = evaluate_rouge(tiny.model(), tiny.tokenizer(), ROWS, **options)
     assert (result.scores, result.std) == ({7: result.mean}, None)
@@ -218,7 +218,7 @@ def test_greedy_decoding_takes_one_seed():
         ("max_prompt_length", 1, "max_prompt_length=1 .* got 3 rows, none"),
     ],
 )
-def test_evaluate_rouge_refuses(name, value, message):
+def test_evaluate_rouge_refuses_bad_arguments(name, value, message):
     with pytest.raises(ValueError, match=message):
         evaluate_rouge(tiny.model(), tiny.tokenizer(), ROWS, **{**OPTIONS, name: value})
 
@@ -250,8 +250,10 @@ def test_cross_entropy_of_a_low_precision_model_is_summed_in_float32():
     assert held_out_ce(model, examples, Collator(1)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_cross_entropy_needs_a_labelled_token_and_a_batch():
-    first_only = [{"input_ids": [5, 6], "labels": [5, -100]}]  # nothing predicts the first token
+def test_held_out_ce_refuses_unlabelled_data_and_a_batch_size_of_0():
+    first_only = [
+        {"input_ids": [5, 6], "labels": [5, -100]}
+    ]  # no position predicts the first token
     with pytest.raises(ValueError, match="examples must hold a labelled token"):
         held_out_ce(tiny.model(), first_only, Collator(1))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""Readings and divergences checked against plain torch; what is refused."""
+"""Lens readings and divergences agree with plain torch; bad arguments are refused."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
 
 
 def probabilities(model, ids, depth, lens_norm=True):
-    """Return the lens of a Llama's depth, made of its own modules."""
+    """Return the lens distribution of a Llama at ``depth``, computed by its own modules."""
     with torch.no_grad():
         out = model(torch.tensor([ids]), output_hidden_states=True)
         if depth == model.config.get_text_config().num_hidden_layers:
@@ -49,20 +49,20 @@ def teacher():
 
 @pytest.mark.parametrize("lens_norm", [True, False])
 @pytest.mark.parametrize("kind", sorted(FAMILIES))
-def test_the_last_depth_is_the_models_own_output(kind, lens_norm):
+def test_lens_of_the_last_block_is_the_models_output(kind, lens_norm):
     model = tiny.model(kind)
     check_reading(ins.read(model, TEXT, lens_norm, 5), 4, probabilities(model, TEXT, 4), TEXT)
 
 
 @pytest.mark.parametrize("lens_norm", [True, False])
-def test_every_other_depth_is_read_by_norm_and_head(teacher, lens_norm):
+def test_lens_of_earlier_blocks_applies_norm_and_head(teacher, lens_norm):
     reading = ins.read(teacher, TEXT, lens_norm, 5)
     assert reading.depths == 5
     for depth in range(1, 5):
         check_reading(reading, depth, probabilities(teacher, TEXT, depth, lens_norm), TEXT)
 
 
-def test_dropout_is_off_while_reading_and_modes_are_kept():
+def test_read_disables_dropout_and_restores_the_mode():
     model = tiny.model("gpt2", resid_pdrop=0.5)
     expected = ins.read(model, TEXT, True, 3).entropy
     model.train()
@@ -72,7 +72,7 @@ def test_dropout_is_off_while_reading_and_modes_are_kept():
     assert not model.transformer.h[0].training
 
 
-def test_models_that_the_lens_would_read_wrongly_are_refused(student, teacher):
+def test_read_refuses_models_that_the_lens_does_not_reproduce(student, teacher):
     def not_normed(module, args, kwargs, out):
         if kwargs.get("output_hidden_states"):
             out.hidden_states = (*out.hidden_states[:-1], out.hidden_states[-2])
@@ -86,7 +86,7 @@ def test_models_that_the_lens_would_read_wrongly_are_refused(student, teacher):
 
 @pytest.mark.parametrize("lens_norm", [True, False])
 @pytest.mark.parametrize("name", ["jsd", "forward_kl"])
-def test_divergences_are_those_of_the_lenses(student, teacher, name, lens_norm):
+def test_compare_gives_the_divergences_of_the_lens_distributions(student, teacher, name, lens_norm):
     readings = [ins.read(model, TEXT, lens_norm, 1) for model in (student, teacher)]
     found = ins.compare(*readings, ([1, 2], [1, 3]), name, 0.3)
     shape = [(c.student_depth, c.teacher_depth, c.relative, c.trained) for c in found]
@@ -98,12 +98,12 @@ def test_divergences_are_those_of_the_lenses(student, teacher, name, lens_norm):
         truth = true_divergence(name, p, q, 0.3)
         torch.testing.assert_close(c.divergence, truth, **CLOSE)
         assert c.mean == pytest.approx(truth.mean().item(), rel=1e-4)
-    shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)  # less deep than the student
+    shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)  # fewer blocks than the student
     found = ins.compare(readings[0], shallow)
     assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]
 
 
-def test_vocabularies_of_different_size_share_a_prefix_or_raise(student, tmp_path):
+def test_vocab_size_is_required_if_vocabulary_sizes_differ(student, tmp_path):
     ids, larger = [3, 4, 5], tiny.model(layers=2, vocab=70)
     arguments = (student, larger, OddTokenizer(), "3 4 5", tmp_path)
     with pytest.raises(ValueError, match="student_head has 64 .*, teacher_head has 70.*=64"):
@@ -133,25 +133,25 @@ def test_vocabularies_of_different_size_share_a_prefix_or_raise(student, tmp_pat
         ("divergence", "kl", "divergence='kl' is unknown"),
     ],
 )
-def test_errors(student, teacher, tmp_path, name, value, message):
+def test_inspect_refuses_bad_arguments(student, teacher, tmp_path, name, value, message):
     given = {"text": "3 4", "output": tmp_path} | {name: value}
     with pytest.raises((TypeError, ValueError), match=message):
         inspecting.inspect(student, teacher, OddTokenizer(), **given)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tokenizer_that_begins_every_text_does_not_hide_an_empty_one():
+def test_empty_text_is_refused_even_if_the_tokenizer_adds_bos():
     with pytest.raises(ValueError, match="text must hold at least one token, got ''"):
         inspecting.encode(lambda text: {"input_ids": [0]}, "", 64, 64)
 
 
-def test_without_matplotlib_the_error_says_how_to_get_it(student, tmp_path, monkeypatch):
+def test_error_without_matplotlib_names_the_package_to_install(student, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pip install 'lens-kernels\[train\]'"):
         inspecting.inspect(student, student, OddTokenizer(), "3 4", tmp_path)
 
 
-def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
+def test_every_output_says_that_a_long_text_was_cut(student, tmp_path):
     result = inspecting.inspect(student, student, OddTokenizer(), "3 4 5", tmp_path, max_tokens=2)
     assert len(result.tokens) == 2 and result.total_tokens == 3
     assert "Tokens read: the first 2 of 3." in (tmp_path / "inspect.html").read_text()
@@ -159,17 +159,17 @@ def test_a_long_text_is_cut_and_every_output_says_so(student, tmp_path):
     assert data["total_tokens"] == 3 and len(data["student"]["entropy"][0]) == 2
 
 
-def test_tokens_are_made_visible():
+def test_token_text_makes_invisible_characters_visible():
     tokenizer = OddTokenizer()
     texts = [inspecting.token_text(tokenizer, i) for i in range(len(ODD))]
     assert texts[:4] == ODD[:4] and texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
     tokenizer.convert_ids_to_tokens = lambda token: "▁the"
-    for decoded in ("the", " the"):  # SentencePiece drops the space of a token alone
+    for decoded in ("the", " the"):  # SentencePiece drops the space of a single token
         tokenizer.decode = lambda ids, decoded=decoded: decoded
         assert inspecting.token_text(tokenizer, 3) == "␣the"
 
 
-def test_a_loaded_model_is_called_by_its_folder_or_repository(student, tmp_path):
+def test_model_name_is_its_folder_or_repository(student, tmp_path):
     names = {"": "LlamaForCausalLM", "someone/model": "someone/model", str(tmp_path): tmp_path.name}
     for path, name in names.items():
         student.config.name_or_path = path

@@ -1,4 +1,4 @@
-"""Numbers, page and pictures of an inspection show what was read."""
+"""The data file, page and pictures of an inspection agree with the readings."""
 
 import json
 import warnings
@@ -27,7 +27,7 @@ def inspected(output):
     return inspection.inspected(output)
 
 
-def test_data_holds_every_number(inspected, output):
+def test_data_json_holds_every_number(inspected, output):
     data = json.loads((output / "data.json").read_text())
     assert data["ids"] == TEXT and data["tokens"][3] == "␣x"
     for role, reading in inspected.sides:
@@ -41,7 +41,7 @@ def test_data_holds_every_number(inspected, output):
 
 
 class Page(HTMLParser):
-    """Tables of lenses as ``{depth: [(text, classes, detail)]}``, and every tag of the page."""
+    """The lens tables of a page as ``{depth: [(text, classes, detail)]}``, and its tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -126,7 +126,7 @@ def test_page_is_one_file_and_escapes_tokens_texts_and_names(inspected, output):
 
 @pytest.fixture(scope="module")
 def drawn(inspected, tmp_path_factory):
-    """Figures by file name, as they were when saved, and the folder of their files."""
+    """Yield the saved figures by file name, and the folder of their files."""
     kept, save = {}, Figure.savefig
     folder = tmp_path_factory.mktemp("drawn")
 
@@ -162,14 +162,14 @@ def test_depth_picture_shows_the_numbers(drawn, inspected):
         assert list(line.get_ydata()) == reading.entropy.mean(1).tolist()
 
 
-def test_depth_picture_without_trained_pairs_does_not_speak_of_them(drawn, inspected, tmp_path):
+def test_legend_of_depth_picture_omits_absent_trained_pairs(drawn, inspected, tmp_path):
     relative = [c for c in inspected.comparisons if not c.trained]
     figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
     (text,) = drawn[0]["untrained"].axes[0].get_legend().get_texts()
     assert text.get_text() == "equal relative depth"
 
 
-def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
+def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspected):
     for role, reading in inspected.sides:
         axes = drawn[0][f"lens_{role}.png"].axes[0]
         cells = {t.get_position(): (t.get_text(), t.get_weight()) for t in axes.texts}
@@ -179,17 +179,17 @@ def test_lens_picture_shows_the_likeliest_token_in_its_place(drawn, inspected):
             right = [token] == TEXT[x + 1 : x + 2]
             shown = figures.fit(token_text(OddTokenizer(), token))
             assert cell == (shown, "bold" if right else "normal")
-        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block on top
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block is on top
         (image,) = axes.images
         assert image.get_clim() == (0, inspected.max_entropy)
         torch.testing.assert_close(torch.from_numpy(image.get_array().data), reading.entropy)
         labels = axes.get_xticklabels()
         assert [t.get_text() for t in labels] == [figures.fit(t) for t in inspected.tokens]
-        # Dollar signs in a token are no formula.
+        # Dollar signs in a token must not start a formula.
         assert not any(t.get_parse_math() for t in (*labels, *axes.texts))
 
 
-def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
+def test_title_of_a_large_picture_says_which_part_it_shows(drawn, inspected, tmp_path):
     top_ids = torch.arange(40)[:, None, None].expand(40, 30, 1)
     many = {"top_ids": top_ids, "entropy": torch.rand(40, 30), "hidden": [torch.empty(0)] * 40}
     deep, names = replace(inspected.student, **many), {i: f"w{i}" for i in range(40)}
@@ -204,7 +204,7 @@ def test_a_large_picture_is_thinned_and_says_so(drawn, inspected, tmp_path):
     assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn[0]["deep"].get_suptitle()
 
 
-def test_cells_hold_what_fits_and_what_the_font_has():
+def test_fit_cuts_long_text_and_replaces_missing_glyphs():
     assert figures.fit("␣the") == "␣the"
     assert figures.fit("日本") == "□□"
     long = figures.fit("Supercalifragilistic")
@@ -212,7 +212,7 @@ def test_cells_hold_what_fits_and_what_the_font_has():
     assert len(figures.fit("W" * 20)) < len(figures.fit("i" * 20))
 
 
-def test_models_that_are_sure_of_everything_have_a_scale(drawn, inspected, tmp_path):
+def test_colour_scale_exists_if_every_entropy_is_zero(drawn, inspected, tmp_path):
     student, teacher = (replace(x, entropy=0 * x.entropy) for _, x in inspected.sides)
     sure = replace(inspected, student=student, teacher=teacher)
     figures.lens_figure(sure, "student", student, tmp_path / "sure")

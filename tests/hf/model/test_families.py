@@ -1,4 +1,4 @@
-"""Every family's lens is the model's own output, a wrong one is refused, and blocks are copied."""
+"""The lens of every model family reproduces the model's logits; wrong families are refused."""
 
 import dataclasses
 import sys
@@ -22,13 +22,13 @@ LORA = peft.LoraConfig
 
 @pytest.fixture
 def table(monkeypatch):
-    """The table of families, put back after the test."""
+    """Return the table of families, which is restored after the test."""
     monkeypatch.setattr(fam, "FAMILIES", dict(fam.FAMILIES))
     return fam.FAMILIES
 
 
 def outputs_of(model):
-    """Return the outputs of all blocks, of the final norm, and of the model."""
+    """Return the outputs of the blocks, of the final norm and of the model."""
     outputs = []
     modules = [*fam.blocks_of(model), fam.final_norm_of(model)]
     hooks = [x.register_forward_hook(lambda m, a, out: outputs.append(out)) for x in modules]
@@ -45,7 +45,7 @@ def read(head: LensHead, h):
 
 
 def assert_reproduced(model):
-    """The last block's output, read through the lens, is the model's own; return that."""
+    """Check that the lens of the last block gives the model's logits; return all outputs."""
     hidden, final, out = outputs_of(model)
     with torch.no_grad():
         found = read(lens_head_from(model), hidden[-1])
@@ -56,7 +56,7 @@ def assert_reproduced(model):
 
 
 @pytest.mark.parametrize("kind", KNOWN)
-def test_last_block_read_through_the_lens_is_the_models_own_output(kind):
+def test_lens_of_the_last_block_reproduces_the_models_logits(kind):
     assert sorted(fam.FAMILIES) == KNOWN
     model = tiny.model(kind)
     hidden, final, out = assert_reproduced(model)
@@ -71,7 +71,7 @@ def test_last_block_read_through_the_lens_is_the_models_own_output(kind):
         verification.verify_lens(tiny.model(kind).to(dtype))
 
 
-def test_scale_and_cap_are_the_configs_at_the_time_of_the_call():
+def test_lens_head_reads_scale_and_softcap_from_the_current_config():
     granite, gemma = tiny.model("granite"), tiny.model("gemma3_text")
     assert (lens_head_from(granite).scale, lens_head_from(gemma).softcap) == (1 / 3, 6.0)
     granite.config.logits_scaling, gemma.config.final_logit_softcapping = 4.0, None
@@ -87,13 +87,13 @@ def test_scale_and_cap_are_the_configs_at_the_time_of_the_call():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma3_text", {"softcap": None}),
-        ("gemma3", {"softcap": "final_logit_softcapping"}),  # which it does not apply
+        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 does not apply it
         ("gpt2", {"norm_kind": "rms"}),
     ],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_wrong_description_is_refused(table, kind, change, dtype):
+def test_verify_lens_refuses_a_wrong_family(table, kind, change, dtype):
     model = tiny.model(kind).to(dtype)
     verification.verify_lens(model)
     table[kind] = dataclasses.replace(table[kind], **change)
@@ -103,7 +103,7 @@ def test_a_wrong_description_is_refused(table, kind, change, dtype):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_wrong_eps_is_refused_even_where_hidden_states_are_large(monkeypatch, kind, dtype):
+def test_verify_lens_refuses_a_wrong_eps_even_for_large_hidden_states(monkeypatch, kind, dtype):
     model = tiny.model(kind).to(dtype)
     norm = fam.final_norm_of(model)
     name = "variance_epsilon" if hasattr(norm, "variance_epsilon") else "eps"
@@ -116,14 +116,14 @@ def test_a_wrong_eps_is_refused_even_where_hidden_states_are_large(monkeypatch, 
         verification.verify_lens(model)
 
 
-def test_verification_of_a_small_vocabulary_and_of_a_head_that_starts_at_zero():
-    model = tiny.model(vocab=3)  # there are more tokens in its text
+def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
+    model = tiny.model(vocab=3)  # smaller than the number of tokens in the text
     verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
 
 
-def test_verification_leaves_the_model_and_the_random_state_as_they_were():
+def test_verify_lens_changes_neither_the_model_nor_the_random_state():
     model = tiny.model("gpt2", attn_pdrop=0.5).train()
     fam.blocks_of(model)[1].eval()
     modes = [module.training for module in model.modules()]
@@ -138,7 +138,7 @@ def test_verification_leaves_the_model_and_the_random_state_as_they_were():
     assert not any(block._forward_hooks for block in fam.blocks_of(model))
 
 
-def test_a_lens_that_does_not_reproduce_the_logits_is_refused():
+def test_verify_lens_head_refuses_logits_that_the_lens_does_not_reproduce():
     model = tiny.model()
     hidden, _, out = outputs_of(model)
     head = lens_head_from(model)
@@ -148,8 +148,8 @@ def test_a_lens_that_does_not_reproduce_the_logits_is_refused():
             verification.verify_lens_head(model, head, hidden[-1], wrong)
 
 
-def test_a_family_can_be_registered(table):
-    """Phi's head has a bias."""
+def test_register_family_adds_an_architecture(table):
+    """Phi is not in the table, and its head has a bias."""
     model = tiny.model("phi")
     with pytest.raises(ValueError, match=r"'phi' is not known .*llama.*register_family.*LensHead"):
         lens_head_from(model)
@@ -167,7 +167,7 @@ def test_a_family_can_be_registered(table):
         *((x, 2.0, f"{x} must be a string or None") for x in ("logit_scale", "softcap")),
     ],
 )
-def test_what_cannot_be_a_family(table, field, value, message):
+def test_invalid_families_are_refused(table, field, value, message):
     with pytest.raises((TypeError, ValueError), match=message):
         dataclasses.replace(table["llama"], **{field: value})
     with pytest.raises(TypeError, match="model_type must be a string, .* got type"):
@@ -185,7 +185,7 @@ def test_what_cannot_be_a_family(table, field, value, message):
     ],
     ids=str,
 )
-def test_a_description_that_misses_the_model_says_so(table, change, error, message):
+def test_a_family_that_does_not_fit_the_model_is_refused(table, change, error, message):
     table["llama"] = dataclasses.replace(table["llama"], **change)
     with pytest.raises(error, match=message):
         verification.verify_lens(tiny.model())
@@ -198,13 +198,13 @@ def test_a_description_that_misses_the_model_says_so(table, change, error, messa
         ({"word_embed_proj_dim": 8}, "has width 16, its head 8: a projection.*word_embed_proj"),
     ],
 )
-def test_an_opt_that_is_no_lens_is_refused(options, message):
+def test_opt_variants_without_a_lens_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         lens_head_from(tiny.model("opt", **options))
 
 
 class Packed(torch.Tensor):
-    """A tensor that stands in for other values."""
+    """A tensor subclass, as quantization libraries use."""
 
 
 @pytest.mark.parametrize(
@@ -216,7 +216,7 @@ class Packed(torch.Tensor):
     ],
 )
 @pytest.mark.parametrize("part", ["head", "final norm"])
-def test_weights_that_are_not_plain_are_refused(part, replace, found):
+def test_lens_head_from_refuses_weights_that_are_not_dense_floats(part, replace, found):
     model = tiny.model()
     module = model.lm_head if part == "head" else model.model.norm
     weight = replace(module.weight.data)
@@ -226,7 +226,7 @@ def test_weights_that_are_not_plain_are_refused(part, replace, found):
 
 
 class Adapter(nn.Linear):
-    """Not the nn.Linear that it looks like."""
+    """A subclass of nn.Linear, as adapters use."""
 
 
 def parametrized(norm):
@@ -248,7 +248,7 @@ def without_eps(norm):
         ("norm", without_eps, "LlamaRMSNorm, has neither variance_epsilon nor eps"),
     ],
 )
-def test_modules_that_are_not_plain_are_refused(part, change, message):
+def test_lens_head_from_refuses_modified_modules(part, change, message):
     model = tiny.model()
     owner = model if part == "lm_head" else model.model
     setattr(owner, part, change(getattr(owner, part)))
@@ -258,13 +258,15 @@ def test_modules_that_are_not_plain_are_refused(part, change, message):
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2", "opt"])
-def test_a_peft_model_is_read_as_the_model_inside(kind, mixed):
+def test_lens_reproduces_a_peft_model(kind, mixed):
     plain = outputs_of(tiny.model(kind))[2].logits
     config = peft.LoraConfig(r=2, target_modules="all-linear")
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            nn.init.normal_(parameter, std=0.3)  # away from where it starts
+            nn.init.normal_(
+                parameter, std=0.3
+            )  # LoRA starts with zeros, which would change nothing
     model.eval()
     inner = model.base_model.model
     assert fam.causal_lm_of(model) is inner and fam.causal_lm_of(inner) is inner
@@ -292,7 +294,7 @@ def test_an_adapter_on_head_or_norm_is_refused_until_it_is_merged(config, part):
     verification.verify_lens(model.merge_and_unload())
 
 
-def test_virtual_tokens_are_refused():
+def test_prompt_tuning_is_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = peft.get_peft_model(tiny.model(), config)
     for function in (fam.causal_lm_of, fam.blocks_of, lens_head_from, verification.verify_lens):
@@ -300,6 +302,6 @@ def test_virtual_tokens_are_refused():
             function(model)
 
 
-def test_peft_is_not_imported(monkeypatch):
+def test_verify_lens_does_not_import_peft(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)  # importing it raises
     verification.verify_lens(tiny.model())

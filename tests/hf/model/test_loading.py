@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers read from folders and from the Hub's cache; what is refused."""
+"""Loading of models, adapters and tokenizers from folders and from the Hub's cache."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a model and a random adapter of it that has no tokenizer."""
+    """Return a folder with a model and a random adapter for it without a tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -32,12 +32,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def adapter(files, tmp_path):
-    """Return a copy of the adapter, to be changed."""
+    """Return a copy of the adapter that a test may change."""
     return shutil.copytree(files / "adapter", tmp_path / "copy")
 
 
 def put_on(adapter, model):
-    """Let the adapter be one of another model."""
+    """Set the base model of the adapter."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(model)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -45,17 +45,17 @@ def put_on(adapter, model):
 
 @pytest.fixture
 def saved(files, tmp_path):
-    """Return a copy of the model, to be changed."""
+    """Return a copy of the model that a test may change."""
     return shutil.copytree(files / "model", tmp_path / "model")
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Return a function that puts a folder into the Hub's cache under a name."""
+    """Return a function that copies a folder into the Hub's cache under a name."""
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # transformers before 5 keeps a copy.
+    # transformers before 5 keeps its own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -80,7 +80,7 @@ def refused(words, function, *args):
         assert word in str(caught.value)
 
 
-def test_a_model_is_read_with_the_dtype_asked_for(files, saved):
+def test_load_model_uses_the_requested_dtype(files, saved):
     model = load_model(str(files / "model"))
     assert torch.equal(logits(model), logits(tiny.model())) and not model.training
     assert load_model(str(files / "model"), "bfloat16").dtype is torch.bfloat16
@@ -90,7 +90,7 @@ def test_a_model_is_read_with_the_dtype_asked_for(files, saved):
     refused(["auto, float32, bfloat16, float16", "'int8'"], load_model, str(saved), "int8")
 
 
-def test_an_adapter_is_read_with_its_model_and_can_be_trained_on(files):
+def test_load_model_loads_an_adapter_that_is_trainable(files):
     model = load_model(str(files / "adapter"))
     expected = logits(peft.AutoPeftModelForCausalLM.from_pretrained(files / "adapter"))
     assert torch.equal(logits(model), expected)
@@ -100,22 +100,22 @@ def test_an_adapter_is_read_with_its_model_and_can_be_trained_on(files):
     assert not any(module.training for module in model.modules())
 
 
-def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch):
+def test_relative_path_of_an_adapter_is_not_taken_for_a_hub_name(files, monkeypatch):
     asked = []
     ask = lambda repo_id, **_: asked.append(repo_id)  # noqa: E731
     monkeypatch.chdir(files)
     monkeypatch.setattr(auto, "check_file_exists_on_hf_hub", ask)
     load_model("adapter")
-    assert asked == [str(files / "adapter")]  # no name: a path from the root
+    assert asked == [str(files / "adapter")]  # an absolute path cannot be a name on the Hub
 
 
-def test_an_adapter_has_its_own_tokenizer_or_its_models(files, adapter):
+def test_adapter_uses_its_own_tokenizer_or_that_of_its_base_model(files, adapter):
     assert load_tokenizer(str(adapter)).get_vocab() == tiny.tokenizer().get_vocab()
     tiny.tokenizer(vocab=60).save_pretrained(adapter)
     assert load_tokenizer(str(adapter)).get_vocab() == tiny.tokenizer(60).get_vocab()
 
 
-def test_names_on_the_hub_that_were_downloaded_before(files, adapter, hub):
+def test_hub_names_are_loaded_from_the_local_cache(files, adapter, hub):
     name = hub(files / "model", "some/model")
     assert torch.equal(logits(load_model(name)), logits(tiny.model()))
     put_on(adapter, name)
@@ -128,7 +128,7 @@ def test_names_on_the_hub_that_were_downloaded_before(files, adapter, hub):
     refused(["'some/pickle'", "adapter_model.safetensors"], load_model, name)
 
 
-def test_nothing_but_safetensors_is_read(saved, adapter, monkeypatch):
+def test_weights_are_read_only_from_safetensors(saved, adapter, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **_: pytest.fail("a pickle was read"))
     put_on(adapter, saved)
     load_model(str(adapter))
@@ -150,7 +150,7 @@ def test_an_adapter_needs_peft(files, monkeypatch):
 
 @pytest.mark.parametrize("download", [False, True])
 @pytest.mark.parametrize("adapter", [False, True])
-def test_the_hub_is_asked_only_if_allowed(monkeypatch, download, adapter):
+def test_models_are_downloaded_only_if_allowed(monkeypatch, download, adapter):
     asked = []
 
     def record(target, result):
@@ -173,7 +173,7 @@ def test_the_hub_is_asked_only_if_allowed(monkeypatch, download, adapter):
 
 
 @pytest.mark.parametrize("function", [load_model, load_tokenizer])
-def test_what_is_missing_says_how_to_go_on(function, hub, tmp_path):
+def test_errors_for_missing_models_suggest_a_fix(function, hub, tmp_path):
     for path in (str(tmp_path / "none"), "some/name", str(tmp_path)):
         refused([repr(path), "cannot be read", "or allow_download for a name"], function, path)
     args = ("auto", True) if function is load_model else (True,)
@@ -191,13 +191,13 @@ def test_what_is_missing_says_how_to_go_on(function, hub, tmp_path):
         ("adapter_model.safetensors", load_model),
     ],
 )
-def test_a_broken_file_is_an_error_that_names_the_model(saved, adapter, name, load, text):
+def test_error_for_a_broken_file_names_the_model(saved, adapter, name, load, text):
     folder = adapter if "adapter" in name else saved
     (folder / name).write_text(text)
     refused([repr(str(folder)), "cannot be read: "], load, str(folder))
 
 
-def test_tokenizers_are_compared_by_their_numbers():
+def test_check_tokenizers_compares_token_ids():
     tokenizer = tiny.tokenizer()
     check_tokenizers(tokenizer, tiny.tokenizer())
     words = ["different ids for 3 tokens", "'(' (student 60, teacher None)", "same tokenizer"]

@@ -1,4 +1,4 @@
-"""The depths that are compared, and students made of some of their teacher's blocks."""
+"""The depths that lenses compare, and students made of some blocks of their teacher."""
 
 import peft
 import pytest
@@ -23,12 +23,12 @@ from tests.support.compare import assert_close
         (5, [2]),
     ],
 )
-def test_uniform_rule_gives_the_papers_lists(layers, expected):
+def test_uniform_layers_gives_the_lists_of_the_paper(layers, expected):
     assert uniform_layers(len(expected), layers) == expected
 
 
 @pytest.mark.parametrize("number", [0, 4])
-def test_depths_that_are_no_lens_are_refused(number):
+def test_layers_out_of_range_are_refused(number):
     with pytest.raises(ValueError, match=rf"num_pairs must lie in \[1, 3\].*got {number}"):
         uniform_layers(number, 4)
     assert check_layers("teacher_layers", [1, 3], 4) == [1, 3]
@@ -37,7 +37,7 @@ def test_depths_that_are_no_lens_are_refused(number):
 
 
 def skipping(model, blocks, ids):
-    """Return the logits of the model where only ``blocks`` run."""
+    """Return the logits of the model if only ``blocks`` run."""
 
     def skip(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -57,8 +57,8 @@ def skipping(model, blocks, ids):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", sorted(fam.FAMILIES))
-def test_a_shallow_copy_is_the_teacher_without_the_other_blocks(kind, tied):
-    """The kept blocks attend as they did: of the first five, the odd ones slide."""
+def test_shallow_copy_equals_the_teacher_without_the_other_blocks(kind, tied):
+    """Each kept block keeps its attention type: blocks 1, 3 and 5 may use a sliding window."""
     teacher = tiny.model(kind, layers=5, tie_word_embeddings=tied)
     ids = torch.arange(2, 26).view(2, 12)
     student = shallow_copy(teacher, [2, 3, 5]).eval()
@@ -73,7 +73,7 @@ def test_a_shallow_copy_is_the_teacher_without_the_other_blocks(kind, tied):
     verification.verify_lens(student)
 
 
-def test_a_shallow_copy_survives_being_saved(tmp_path):
+def test_shallow_copy_can_be_saved_and_loaded(tmp_path):
     student = shallow_copy(tiny.model("gemma2", layers=5), [2, 3, 5]).eval()
     student.save_pretrained(tmp_path)
     again = type(student).from_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_a_shallow_copy_survives_being_saved(tmp_path):
         torch.testing.assert_close(again(ids).logits, student(ids).logits)
 
 
-def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
+def test_shallow_copy_shares_no_parameters_and_keeps_the_generation_config():
     teacher = tiny.model(layers=3).requires_grad_(False)
     teacher.generation_config.max_new_tokens = 7
     student = shallow_copy(teacher, [1, 3])
@@ -93,8 +93,8 @@ def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
     assert student.generation_config is not teacher.generation_config
 
 
-def test_a_shallow_copy_has_the_teachers_dtypes_and_device():
-    """Rotary frequencies are float32 in every model, and in no checkpoint."""
+def test_shallow_copy_has_the_teachers_dtypes_and_device():
+    """Rotary frequencies are always float32, and no checkpoint contains them."""
     teacher = tiny.model().to(torch.bfloat16)
     teacher.model.norm.float()
     teacher.model.rotary_emb.float()
@@ -108,7 +108,7 @@ def test_a_shallow_copy_has_the_teachers_dtypes_and_device():
     assert {x.device.type for x in (*student.parameters(), *student.buffers())} == {"meta"}
 
 
-def test_what_cannot_be_copied_is_refused():
+def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     teacher = tiny.model(layers=6)
     with pytest.raises(ValueError, match=r"blocks must lie in \[1, 6\], got 7"):
         shallow_copy(teacher, [1, 7])
@@ -117,12 +117,12 @@ def test_what_cannot_be_copied_is_refused():
     weight.data = weight.data.to(torch.int8)
     with pytest.raises(TypeError, match=r"'model.layers.1.mlp.up_proj.weight' is not one: merge"):
         shallow_copy(teacher, [1, 2])
-    weight.data = torch.zeros(3)  # packed
+    weight.data = torch.zeros(3)  # as packed weights have another shape
     with pytest.raises(TypeError, match="plain floating-point weights.*dequantise"):
         shallow_copy(teacher, [1, 2])
 
 
-def test_an_adapted_teacher_is_copied_once_it_is_merged():
+def test_shallow_copy_refuses_adapters_until_they_are_merged():
     teacher = peft.get_peft_model(tiny.model(), peft.LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(TypeError, match=r"q_proj.weight' is not one: merge its adapters"):
         shallow_copy(teacher, [1, 2])

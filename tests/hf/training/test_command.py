@@ -16,7 +16,7 @@ from lens_kernels.hf.training import command
 from tests.support.commands import arguments, weights
 
 
-def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
+def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
     argv = arguments(files, tmp_path, eval=files / "eval.jsonl", report_to="tensorboard")
     assert cli.main(argv) == 0
     shown = capsys.readouterr().out
@@ -29,15 +29,15 @@ def test_a_run_leaves_a_student_its_options_and_its_history(files, tmp_path, cap
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     record = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
-    assert "beta" not in record  # only what was chosen
-    events = min(tmp_path.glob("**/events.out.tfevents.*"))  # evaluation begins another
+    assert "beta" not in record  # only the given options are recorded
+    events = min(tmp_path.glob("**/events.out.tfevents.*"))  # evaluation writes another file
     reader = EventAccumulator(str(events))
     reader.Reload()
     for tag in ("ce", "kd", "lens_1", "lens_2", "entropy_teacher_final", "tokens_per_second"):
         assert len(reader.Scalars(f"train/{tag}")) == 4
 
 
-def test_the_recorded_options_make_the_same_student_again(files, tmp_path):
+def test_recorded_options_reproduce_the_student(files, tmp_path):
     assert cli.main(arguments(files, tmp_path / "one", seed=3)) == 0
     again = ["train", "--config", str(tmp_path / "one" / "run.yaml")]
     assert cli.main([*again, "--output", str(tmp_path / "two")]) == 0
@@ -45,7 +45,7 @@ def test_the_recorded_options_make_the_same_student_again(files, tmp_path):
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkeypatch, capsys):
+def test_bad_data_stops_the_run_before_any_model_is_loaded(files, tmp_path, monkeypatch, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((files / "train.jsonl").read_text() + '{"prompt": "x"}\n')
     monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("a model was read"))
@@ -61,14 +61,12 @@ def test_bad_data_stops_the_run_before_any_model_is_read(files, tmp_path, monkey
         ("none", "none' cannot be read: .*allow_download"),
     ],
 )
-def test_models_that_do_not_fit_or_are_missing_are_refused(
-    files, tmp_path, capsys, teacher, message
-):
+def test_train_refuses_mismatched_and_missing_models(files, tmp_path, capsys, teacher, message):
     assert cli.main(arguments(files, tmp_path / "out", teacher=files / teacher)) == 1
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_lora_trains_an_adapter_and_nothing_else(files, tmp_path):
+def test_lora_trains_only_the_adapter(files, tmp_path):
     options = {"lora_r": 2, "lora_alpha": 5, "lora_dropout": 0.25, "max_steps": 6}
     targets = ["q_proj", "down_proj"]
     assert cli.main(arguments(files, tmp_path, lora_target_modules=targets, **options)) == 0
@@ -79,7 +77,7 @@ def test_lora_trains_an_adapter_and_nothing_else(files, tmp_path):
     for name, x in trained.get_base_model().state_dict().items():
         assert "lora_" in name or torch.equal(x, start[name.replace("base_layer.", "")]), name
     moved = [x.abs().max() for name, x in trained.named_parameters() if "lora_B" in name]
-    assert len(moved) == 6 and min(moved) > 0  # 3 blocks; the last is reached by the final term
+    assert len(moved) == 6 and min(moved) > 0  # two modules in each of 3 blocks
 
 
 def test_an_adapter_can_be_the_student_and_the_teacher(files, tmp_path, capsys):
@@ -95,7 +93,7 @@ def test_an_adapter_can_be_the_student_and_the_teacher(files, tmp_path, capsys):
     assert "lora_r=2 would put a second adapter on" in capsys.readouterr().err
 
 
-def test_options_come_from_a_file_and_the_command_line_goes_first(files, tmp_path):
+def test_command_line_options_override_the_file(files, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text("beta: 0.25\nstudent_layers: [1]\nteacher_layers: [2]\nlens_norm: false\n")
     argv = arguments(files, tmp_path, num_lens_pairs=None, config=config, beta=0.75)[1:]
@@ -105,7 +103,7 @@ def test_options_come_from_a_file_and_the_command_line_goes_first(files, tmp_pat
     assert chosen["output_dir"] == str(tmp_path)
 
 
-def test_the_record_holds_plain_values_and_no_secret(files, tmp_path):
+def test_recorded_options_are_plain_values_without_secrets(files, tmp_path):
     argv = arguments(files, tmp_path, debug=["underflow_overflow"], hub_token="hf_secret")[1:]
     _, args, chosen = command.parse(argv)
     assert args.hub_token == "hf_secret" and "hub_token" not in chosen
@@ -137,7 +135,7 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("lens_divergence: kl", "invalid choice: 'kl'"),
     ],
 )
-def test_a_bad_file_of_options_is_refused(files, tmp_path, capsys, text, message):
+def test_bad_options_files_are_refused(files, tmp_path, capsys, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit):
         command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml")[1:])
@@ -153,7 +151,7 @@ def test_a_bad_file_of_options_is_refused(files, tmp_path, capsys, text, message
         ("qwen2.5", 4, (28, 36)),
     ],
 )
-def test_presets_are_the_papers_lists(files, tmp_path, preset, pairs, blocks):
+def test_presets_use_the_layers_of_the_paper(files, tmp_path, preset, pairs, blocks):
     less = dict.fromkeys(("num_lens_pairs", "use_cpu", "learning_rate"))
     run, args, _ = command.parse(arguments(files, tmp_path, preset=preset, bf16=False, **less)[1:])
     student, teacher = (uniform_layers(pairs, n) for n in blocks)
@@ -166,7 +164,7 @@ def test_presets_are_the_papers_lists(files, tmp_path, preset, pairs, blocks):
     assert preset in command.presets()
 
 
-def test_help_describes_every_option_of_ours(capsys):
+def test_help_describes_every_option_of_this_project(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     shown = capsys.readouterr().out

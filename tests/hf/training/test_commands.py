@@ -23,7 +23,7 @@ FILES = ["data.json", "inspect.html", *(f"{x}.{y}" for x in PICTURES for y in ("
 
 @pytest.fixture
 def data(tmp_path):
-    """Return a file of one row that is answered and one that is too long."""
+    """Return a data file with one usable row and one row whose prompt is too long."""
     prompts = {"say: ": "a b", "too long " * 3: "c"}
     write_rows(tmp_path / "data", [{"prompt": p, "completion": c} for p, c in prompts.items()])
     return tmp_path / "data"
@@ -53,7 +53,7 @@ def inspection(files, output, *more, text="a cat sat", teacher="teacher"):
 
 
 def stopped(argv, capsys):
-    """Return the message of a command that refuses its arguments, without the usage."""
+    """Return the error message of a command with bad arguments, without the usage."""
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
@@ -61,7 +61,7 @@ def stopped(argv, capsys):
 
 
 def received(monkeypatch, target, argv, result=None):
-    """Return the arguments by name that the command gives to its function."""
+    """Return the arguments, by name, with which the command calls its function."""
     module, name = target.rsplit(".", 1)
     function, calls = getattr(sys.modules[module], name), []
 
@@ -106,7 +106,7 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
     assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN
     few = {"model_path": "m", "data_path": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
-    for more in ({}, switches):  # not given, and given as they are by default
+    for more in ({}, switches):  # without switches, and with every switch at its default
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
         assert found == defaults | few
 
@@ -120,7 +120,7 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
         (["--output", __file__], "exists"),
     ],
 )
-def test_eval_says_what_does_not_fit(files, data, capsys, more, message):
+def test_eval_reports_bad_options(files, data, capsys, more, message):
     assert cli.main(evaluation(files, data, *more)) == 1
     shown = capsys.readouterr()
     assert re.search(f"^lens-kernels eval: .*{re.escape(message)}", shown.err, re.MULTILINE)
@@ -179,7 +179,7 @@ def test_every_option_of_inspect_reaches_the_function(files, tmp_path, monkeypat
         ({"teacher": "none"}, [], "the tokenizer '.*none' cannot be read"),
     ],
 )
-def test_inspect_says_what_does_not_fit(files, tmp_path, capsys, options, more, message):
+def test_inspect_reports_bad_options_and_models(files, tmp_path, capsys, options, more, message):
     assert cli.main(inspection(files, tmp_path / "out", *more, **options)) == 1
     shown = capsys.readouterr().err
     assert re.search(f"^lens-kernels inspect: .*{message}", shown, re.MULTILINE)
@@ -187,19 +187,19 @@ def test_inspect_says_what_does_not_fit(files, tmp_path, capsys, options, more, 
 
 
 @pytest.mark.parametrize("pair", ["1", "1:2:3", "a:b", "1:", "1,2"])
-def test_layers_are_pairs(files, tmp_path, capsys, pair):
+def test_layers_option_takes_pairs(files, tmp_path, capsys, pair):
     message = stopped(inspection(files, tmp_path, "--layers", "1:2", pair), capsys)
     assert f"--layers: must be two layers such as 5:8, got '{pair}'" in message
 
 
-def test_options_are_given_and_written_out(files, data, tmp_path, capsys):
+def test_required_options_and_full_option_names_are_enforced(files, data, tmp_path, capsys):
     assert "required: --model-path, --data-path" in stopped(["eval"], capsys)
     assert "--temp 1" in stopped(evaluation(files, data, "--temp", "1"), capsys)
     assert "--max 3" in stopped(inspection(files, tmp_path, "--max", "3"), capsys)
 
 
 @pytest.mark.parametrize("function", [generation.evaluate_model, inspecting.inspect])
-def test_help_shows_every_text_once_and_the_default(function, capsys, monkeypatch):
+def test_help_shows_every_description_once_with_its_default(function, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
     name = function.__name__.removesuffix("uate_model")
     with pytest.raises(SystemExit) as stop:
@@ -224,7 +224,7 @@ def test_help_shows_every_text_once_and_the_default(function, capsys, monkeypatc
 
 
 @pytest.mark.parametrize("name", ["eval", "inspect", "train"])
-def test_without_transformers_it_says_what_to_install(name, capsys, monkeypatch):
+def test_commands_name_a_missing_package_to_install(name, capsys, monkeypatch):
     monkeypatch.setattr(cli, f"_{name}", lambda argv: __import__("a_module_that_is_missing"))
     assert cli.main([name]) == 1
     expected = f"{name} needs a_module_that_is_missing: pip install 'lens-kernels[train]'\n"

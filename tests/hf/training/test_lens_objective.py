@@ -1,4 +1,4 @@
-"""The objective of two models on a batch, and what capturing their states leaves behind."""
+"""The objective of two models on a batch, and the cleanup after capturing their states."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support import tiny
 from tests.support.training import STUDENT, TEACHER, batch_of, tokens, uneven_data
 
 
-def test_a_model_is_as_it_was_after_a_capture_even_after_an_error():
+def test_capture_restores_the_model_even_after_an_error():
     model = tiny.model()
     with pytest.raises(RuntimeError, match="boom"), capture(model, [1, 2]):
         raise RuntimeError("boom")
@@ -24,7 +24,7 @@ def test_a_model_is_as_it_was_after_a_capture_even_after_an_error():
         assert vars(model).get("forward") is before
 
 
-def test_layers_that_are_no_lens_are_refused():
+def test_lens_objective_refuses_bad_layers():
     models = tiny.model(layers=4), tiny.model(layers=6)
     with pytest.raises(ValueError, match=r"student_layers must lie in \[1, 3\], got 4"):
         LensObjective(*models, [4], [1])
@@ -36,7 +36,7 @@ def objective(**options):
     return LensObjective(tiny.model(**STUDENT), tiny.model(**TEACHER), [1, 2], [1, 3], **options)
 
 
-def test_cross_entropy_is_the_students_own_over_the_shifted_labels():
+def test_cross_entropy_equals_the_students_own_loss():
     goal, (ids, labels) = objective(kd_ratio=0.5), batch_of(uneven_data()[:3])
     out = goal({"input_ids": ids, "labels": labels})
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_cross_entropy_is_the_students_own_over_the_shifted_labels():
     assert out.num_tokens == (labels[:, 1:] != -100).sum()
 
 
-def test_right_padding_changes_nothing():
+def test_right_padding_does_not_change_the_loss():
     ids = tokens(batch=2)
     whole = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     fill = {"input_ids": 1, "labels": -100, "attention_mask": 0}
@@ -53,7 +53,7 @@ def test_right_padding_changes_nothing():
     torch.testing.assert_close(objective()(whole).loss, objective()(padded).loss)
 
 
-def test_evaluation_weighs_batches_by_their_tokens():
+def test_evaluate_weighs_batches_by_their_tokens():
     goal, data = objective(), uneven_data()[:4]
     whole, *split = (
         dict(zip(("input_ids", "labels"), batch_of(x), strict=True))
@@ -66,7 +66,7 @@ def test_evaluation_weighs_batches_by_their_tokens():
         evaluate(goal, [])
 
 
-def test_the_entropies_of_some_tokens_stand_for_all(monkeypatch):
+def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
     ids = torch.full((2, 20), 7)  # so that every position has the same distribution
     some = objective()({"input_ids": ids, "labels": ids}).sums
     monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)

@@ -1,4 +1,4 @@
-"""The baseline without lenses: what its matrices compute, learn, and where they are kept."""
+"""The MSE term between hidden states: its value, and how its projections are trained and saved."""
 
 import copy
 
@@ -24,7 +24,7 @@ from tests.support.training import (
 MSE = {"mse_coeff": 0.5, "learning_rate": 0.01}
 
 
-def test_the_term_is_the_mean_square(tmp_path):
+def test_mse_term_is_the_mean_square_over_counted_tokens(tmp_path):
     trainer = make_trainer(tmp_path, lens_coeff=0.0, max_steps=1, **MSE)
     start = copy.deepcopy(trainer.objective.projections)
     ids, labels = batch_of(uneven_data()[:4])
@@ -42,7 +42,7 @@ def test_the_term_is_the_mean_square(tmp_path):
     assert entry["loss"] == pytest.approx(entry["kd"] + 0.5 * entry["mse"], rel=1e-4)
 
 
-def test_the_student_holds_the_matrices_only_while_it_trains(tmp_path, monkeypatch):
+def test_student_holds_the_projections_only_during_training(tmp_path, monkeypatch):
     names = set(tiny.model(**STUDENT).state_dict())
     trainer = make_trainer(tmp_path, max_steps=1, **MSE)
     assert set(trainer.model.state_dict()) == names
@@ -56,7 +56,7 @@ def test_the_student_holds_the_matrices_only_while_it_trains(tmp_path, monkeypat
     assert set(trainer.model.state_dict()) == names
 
 
-def test_the_matrices_are_saved_beside_the_student_and_resumed(tmp_path):
+def test_checkpoints_restore_the_projections(tmp_path):
     options = MSE | {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = weights(trained(tmp_path / "a", **options))
     folder = tmp_path / "a" / "checkpoint-2"
@@ -67,7 +67,7 @@ def test_the_matrices_are_saved_beside_the_student_and_resumed(tmp_path):
         torch.testing.assert_close(x, whole[name], rtol=0, atol=1e-6, msg=name)
 
 
-def test_the_best_checkpoint_brings_its_matrices_back(tmp_path):
+def test_loading_the_best_checkpoint_restores_its_projections(tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
     options |= {"eval_strategy": "steps", "eval_steps": 1, "greater_is_better": True}
     trainer = trained(tmp_path, max_steps=4, **MSE, **options)
@@ -76,10 +76,10 @@ def test_the_best_checkpoint_brings_its_matrices_back(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(max(losses), rel=1e-6)
 
 
-def test_the_matrices_begin_from_the_seed_alone(tmp_path):
+def test_initial_projections_depend_only_on_the_seed(tmp_path):
     def first(noise, seed):
         student = tiny.model(**STUDENT)
-        torch.manual_seed(noise)  # what a caller did before
+        torch.manual_seed(noise)  # the global random state must not matter
         trainer = make_trainer(tmp_path, mse_coeff=0.5, seed=seed, student=student)
         return trainer.objective.projections[1].weight
 
@@ -87,7 +87,7 @@ def test_the_matrices_begin_from_the_seed_alone(tmp_path):
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
-def test_sharded_checkpoints_do_not_keep_the_matrices(tmp_path, monkeypatch):
+def test_mse_refuses_sharded_checkpoints(tmp_path, monkeypatch):
     for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
         plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=kind)
         monkeypatch.setattr(AcceleratorState, "fsdp_plugin", plugin, raising=False)
@@ -97,7 +97,7 @@ def test_sharded_checkpoints_do_not_keep_the_matrices(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_the_matrices_learn_beside_an_adapter(tmp_path, dtype):
+def test_projections_are_trained_with_an_adapter(tmp_path, dtype):
     student = tiny.model(**STUDENT).to(dtype)
     student = peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     trainer = make_trainer(tmp_path, student=student, optim="adamw_torch", **MSE)
@@ -108,7 +108,7 @@ def test_the_matrices_learn_beside_an_adapter(tmp_path, dtype):
         assert not torch.equal(matrix.weight, before.weight)
 
 
-def test_weights_in_float16_are_not_trained(tmp_path):
+def test_training_float16_weights_is_refused(tmp_path):
     student = tiny.model(**STUDENT).to(torch.float16)
     message = r"model has 30 parameters to train in float16, model\.embed_tokens\.weight the first"
     for options in ({}, {"teacher": False, "kd_ratio": 0.0}):

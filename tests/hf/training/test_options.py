@@ -1,4 +1,4 @@
-"""Every option of ``lens-kernels train`` reaches its configuration, and what uses it there."""
+"""Every option of ``lens-kernels train`` reaches the configuration and has its effect."""
 
 from dataclasses import fields
 
@@ -15,7 +15,7 @@ from tests.support.commands import arguments, first_loss, weights, write_rows
 from tests.support.training import logged, trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Each option of ours with values that are not its default; of a choice all others.
+# Each option of this project with values other than its default; choices list all other values.
 GIVEN = yaml.safe_load("""{
 student: [s], train: [d], teacher: [t], eval: [e], student_blocks: [[1, 3]],
 student_dtype: [auto, bfloat16, float16], teacher_dtype: [float32, bfloat16, float16],
@@ -62,8 +62,8 @@ def plain_loss(files, tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_of_16_bits_round_the_loss_of_a_run(files, tmp_path, plain_loss, dtype):
-    # Float16 carries an adapter alone, which begins at nothing.
+def test_weights_of_16_bits_change_the_loss_only_by_rounding(files, tmp_path, plain_loss, dtype):
+    # Only an adapter can be trained on float16 weights; it starts at zero.
     adapter = {"lora_r": 2, "lora_target_modules": ["q_proj"]} if dtype == "float16" else {}
     for name, more in (("student_dtype", adapter), ("teacher_dtype", {})):
         loss = first_loss(files, tmp_path / name, **{name: dtype}, **more)
@@ -79,11 +79,11 @@ def test_weights_of_16_bits_round_the_loss_of_a_run(files, tmp_path, plain_loss,
     [{"max_length": 8}, {"max_prompt_length": 9}, {"seed": 5}, {"kd_ratio": 0.0, "teacher": None}],
     ids=str,
 )
-def test_options_of_models_and_data_change_the_run(files, tmp_path, plain_loss, options):
+def test_options_of_models_and_data_change_the_loss(files, tmp_path, plain_loss, options):
     assert first_loss(files, tmp_path, **options) != pytest.approx(plain_loss, rel=1e-6)
 
 
-def test_student_blocks_make_the_student(files, tmp_path):
+def test_student_blocks_select_the_students_blocks(files, tmp_path):
     first_loss(files, tmp_path, student_blocks=[1, 3], num_lens_pairs=1, learning_rate=1e-12)
     start, end = (
         [layer.mlp.up_proj.weight for layer in load_model(str(folder)).model.layers]
@@ -92,7 +92,7 @@ def test_student_blocks_make_the_student(files, tmp_path):
     torch.testing.assert_close(end, [start[0], start[2]])
 
 
-def test_prompts_are_made_in_the_style_asked_for(files, tmp_path, capsys):
+def test_prompt_style_selects_the_template(files, tmp_path, capsys):
     asked, verbatim, student = (tmp_path / x for x in ("asked", "verbatim", "student"))
     write_rows(asked, [{"instruction": "sing", "output": "la la"}])
     write_rows(verbatim, [{"prompt": "(sing)= ", "completion": "la la"}])
@@ -124,7 +124,7 @@ def test_all_linear_modules_get_an_adapter(files, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["no", "'no'", "off"])
-def test_a_strategy_of_a_file_may_be_no(files, tmp_path, text):
+def test_strategies_in_an_options_file_may_be_no(files, tmp_path, text):
     config = tmp_path / "run.yaml"
     config.write_text(f"save_strategy: {text}\neval_strategy: {text}\nlens_norm: {text}\n")
     _, args, chosen = command.parse(arguments(files, tmp_path / "out", config=config)[1:])
@@ -133,7 +133,7 @@ def test_a_strategy_of_a_file_may_be_no(files, tmp_path, text):
 
 
 @pytest.mark.parametrize("download", [False, True])
-def test_the_hub_is_asked_only_where_that_is_allowed(files, tmp_path, monkeypatch, download):
+def test_models_are_downloaded_only_if_allowed(files, tmp_path, monkeypatch, download):
     asked = []
 
     def watch(name):
@@ -146,7 +146,7 @@ def test_the_hub_is_asked_only_where_that_is_allowed(files, tmp_path, monkeypatc
     assert asked == [download] * 4
 
 
-def test_a_gradient_threshold_is_used_and_says_what_it_left_out(tmp_path):
+def test_grad_threshold_logs_the_dropped_share(tmp_path):
     def dropped(**options):
         more = {"batch": 2, "max_steps": 1, "eval_strategy": "steps"}
         return logged(trained(tmp_path, **more, **options), "dropped", having="dropped")

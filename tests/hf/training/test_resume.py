@@ -1,4 +1,4 @@
-"""``lens-kernels train`` given twice: a run resumes to the same end, or says why it cannot."""
+"""A second call of ``lens-kernels train`` resumes its run or explains why it cannot."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.support.commands import arguments, weights
 
 
 def interrupt(monkeypatch, argv, before_step):
-    """Run until the step that a power cut would have hit."""
+    """Run the command and interrupt it before the given training step."""
     calls = []
     step = LensDistillTrainer.training_step
 
@@ -34,7 +34,7 @@ def assert_equal(one, other, error=0.0):
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_an_interrupted_run_resumes_to_the_same_end(files, tmp_path, monkeypatch, capsys, cache):
+def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, capsys, cache):
     options = {"max_steps": 6, "gradient_accumulation_steps": 2}
     options |= {"teacher_cache": tmp_path / "cache"} if cache else {}
     assert cli.main(arguments(files, tmp_path / "whole", **options)) == 0
@@ -47,15 +47,19 @@ def test_an_interrupted_run_resumes_to_the_same_end(files, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_run_past_its_last_step_trains_no_further(files, tmp_path, monkeypatch, capsys, finished):
-    argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")  # 4 to an epoch
+def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, capsys, finished):
+    argv = arguments(
+        files, tmp_path, max_steps=5, eval=files / "eval.jsonl"
+    )  # an epoch has 4 steps
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
-    if not finished:  # cut off between the last checkpoint and the end
+    if not finished:  # as if interrupted after the last checkpoint
         (tmp_path / "metrics.json").write_text(metrics[:-5])
         (tmp_path / "model.safetensors").unlink()
     forbidden = "training_step" if not finished else "train"
-    monkeypatch.setattr(LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("trained on"))
+    monkeypatch.setattr(
+        LensDistillTrainer, forbidden, lambda *_, **__: pytest.fail("the run trained again")
+    )
     capsys.readouterr()
     assert cli.main(argv) == 0
     assert ("it is complete: delete" in capsys.readouterr().out) == finished
@@ -65,7 +69,7 @@ def test_a_run_past_its_last_step_trains_no_further(files, tmp_path, monkeypatch
     assert loss == pytest.approx(json.loads(metrics)["eval_loss"], rel=1e-6)
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
+def test_incomplete_checkpoints_are_skipped(tmp_path):
     assert command.last_checkpoint(tmp_path / "nothing") is None
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
@@ -78,7 +82,7 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(tmp_path):
     assert command.last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
-def test_without_the_optimizers_state_a_run_starts_anew(files, tmp_path, monkeypatch, capsys):
+def test_run_without_optimizer_state_starts_over(files, tmp_path, monkeypatch, capsys):
     options = {"max_steps": 5, "save_only_model": True}
     assert cli.main(arguments(files, tmp_path / "whole", **options)) == 0
     argv = arguments(files, tmp_path / "cut", **options)
@@ -97,9 +101,7 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("name", "done"), [("train", False), ("eval", True)])
-def test_a_run_does_not_resume_with_data_that_have_changed(
-    files, tmp_path, monkeypatch, capsys, name, done
-):
+def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, capsys, name, done):
     data, before = tmp_path / "data.jsonl", (files / "train.jsonl").read_text()
     data.write_text(before)
     argv = arguments(files, tmp_path / "out", **{"eval": files / "eval.jsonl", name: data})
@@ -111,5 +113,5 @@ def test_a_run_does_not_resume_with_data_that_have_changed(
     assert cli.main(argv) == 1
     message = f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore"
     assert message in capsys.readouterr().err
-    (tmp_path / "out" / "data.json").unlink()  # as in runs of earlier versions
+    (tmp_path / "out" / "data.json").unlink()  # earlier versions did not write it
     assert cli.main(argv) == 0

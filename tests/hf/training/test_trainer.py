@@ -1,4 +1,4 @@
-"""The Trainer: every option does what it says, and equal settings give equal steps."""
+"""The Trainer: every option has its effect, and equivalent settings give equal steps."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_parts(tmp_path):
 
 
 def expected_loss(data, lens_norm=True, **options):
-    """Return the first step's loss, from the models' own hidden states."""
+    """Return the loss of the first step, computed from the models' own hidden states."""
     models = tiny.model(**STUDENT), tiny.model(**TEACHER)
     ids, labels = batch_of(data)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def expected_loss(data, lens_norm=True, **options):
         ("lens_backend", "backend", "reference"),
     ],
 )
-def test_an_option_of_the_objective_is_that_of_the_function(tmp_path, option, name, value):
+def test_trainer_options_reach_the_loss_function(tmp_path, option, name, value):
     data = [{"input_ids": x, "labels": x} for x in tokens(vocab=50)]
     trainer = trained(tmp_path, data=data, max_steps=1, **{option: value})
     (loss,) = logged(trainer)
@@ -85,14 +85,14 @@ def test_an_option_of_the_objective_is_that_of_the_function(tmp_path, option, na
         assert loss != pytest.approx(expected_loss(data[:4]), rel=1e-3)
 
 
-def test_layers_given_and_counted(tmp_path):
+def test_layers_are_given_or_spread_evenly(tmp_path):
     given = {"student_layers": [2], "teacher_layers": [1]}
     for options, layers in ((given, ([2], [1])), ({"num_lens_pairs": 1}, ([2], [2]))):
         objective = make_trainer(tmp_path, **options).objective
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
         entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
-        assert "lens" not in entry and "lens_1" not in entry  # a lens without weight costs nothing
+        assert "lens" not in entry and "lens_1" not in entry  # a lens with weight 0 is not computed
         assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_models_may_be_given_as_folders(tmp_path, files):
     assert make_trainer(tmp_path, **folders).evaluate()["eval_loss"] == pytest.approx(loss)
 
 
-def test_fine_tuning_needs_no_teacher_and_is_the_models_own_loss(tmp_path):
+def test_fine_tuning_without_a_teacher_gives_the_models_own_loss(tmp_path):
     options = {"teacher": False, "kd_ratio": 0.0, "max_steps": 1}
     trainer = trained(tmp_path, **options)
     ids, labels = batch_of(uneven_data()[:4])
@@ -125,7 +125,7 @@ def test_evaluation_reports_every_part_over_tokens_not_batches(tmp_path):
     assert one["eval_loss"] == pytest.approx(one["eval_kd"] + one["eval_lens"], rel=1e-4)
 
 
-def test_logged_entropies_are_of_the_models_distributions(tmp_path, monkeypatch):
+def test_logged_entropies_match_the_models_distributions(tmp_path, monkeypatch):
     monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
     entry = trained(tmp_path, max_steps=1).state.log_history[0]
     ids, labels = batch_of(uneven_data()[:4])
@@ -140,8 +140,8 @@ def test_logged_entropies_are_of_the_models_distributions(tmp_path, monkeypatch)
             assert entry[f"entropy_{side}_{name}"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
-    """A clock that only this test moves: a second for a step, an hour for all else."""
+def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
+    """The clock is faked: a step takes one second, and everything else takes an hour."""
     now = [0.0]
     monkeypatch.setattr(meter, "perf_counter", lambda: now[0])
 
@@ -158,7 +158,7 @@ def test_the_speed_is_that_of_training_alone(tmp_path, monkeypatch):
     taking(3600.0, Trainer, "evaluation_loop")
     options = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, **options)
-    now[0] += 3600.0  # as a cache takes time before training
+    now[0] += 3600.0  # as if a cache were built before training
     trainer.train()
     assert logged(trainer, "tokens_per_second") == [40.0, 40.0]  # 4 rows of 10 tokens a step
 
@@ -171,7 +171,7 @@ def test_gradient_checkpointing_gives_the_same_step(tmp_path):
     assert_same_step(START, weights(plain), weights(saving))
 
 
-def test_training_leaves_no_hook_behind_and_the_teacher_alone(tmp_path):
+def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
     trainer = make_trainer(tmp_path, batch=8, max_steps=12)
     models = trainer.model, trainer.objective.teacher
     calls = []
@@ -179,7 +179,7 @@ def test_training_leaves_no_hook_behind_and_the_teacher_alone(tmp_path):
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert logged(trainer)[-1] < 0.9 * logged(trainer)[0]
-    assert not calls  # no head runs
+    assert not calls  # the models' own heads never run
     for model in models:
         assert "forward" not in vars(model)
         assert not any(block._forward_hooks for block in model.model.layers)
@@ -187,9 +187,9 @@ def test_training_leaves_no_hook_behind_and_the_teacher_alone(tmp_path):
         assert x.grad is None and torch.equal(x, y)
 
 
-def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
+def test_models_that_share_parameters_are_refused(tmp_path):
     student = tiny.model(layers=4, seed=1)
-    for teacher in (student, copy.copy(student)):  # the copy is another object of these weights
+    for teacher in (student, copy.copy(student)):  # the shallow copy shares all weights
         with pytest.raises(ValueError, match=r"share 39 parameters, model\.embed_tokens\.weight"):
             make_trainer(tmp_path, student=student, teacher=teacher)
         assert all(x.requires_grad for x in student.parameters())
@@ -217,7 +217,7 @@ def test_a_student_that_is_its_own_teacher_is_refused(tmp_path):
         ("grad_threshold", "-1", "grad_threshold must be finite and lie in"),
     ],
 )
-def test_options_that_cannot_be_are_refused_before_a_model_is_read(tmp_path, name, value, message):
+def test_config_refuses_bad_options(tmp_path, name, value, message):
     with pytest.raises(ValueError, match=message):
         LensDistillConfig(output_dir=str(tmp_path), **{name: value})
 
@@ -233,12 +233,12 @@ def test_options_that_cannot_be_are_refused_before_a_model_is_read(tmp_path, nam
     ],
     ids=["pairs", "no pair", "vocabulary", "no teacher", "smoothing"],
 )
-def test_what_does_not_fit_the_models_is_refused_before_training(tmp_path, options, message):
+def test_trainer_refuses_options_that_do_not_fit_the_models(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, **options)
 
 
-def test_weighted_sums_of_divergences_are_read(tmp_path):
+def test_final_divergence_may_be_a_weighted_sum(tmp_path):
     assert final_divergence("akl") == "akl"
     assert final_divergence("1e-1 * jsd") == {"jsd": 0.1}
     assert final_divergence("0.5*forward_kl+reverse_kl") == {"forward_kl": 0.5, "reverse_kl": 1.0}
@@ -248,13 +248,13 @@ def test_weighted_sums_of_divergences_are_read(tmp_path):
     assert logged(trainer) == pytest.approx([expected], rel=1e-4)
 
 
-def test_the_teacher_is_held_still(tmp_path):
+def test_teacher_is_in_eval_mode_without_gradients(tmp_path):
     teacher = make_trainer(tmp_path, teacher=tiny.model(**TEACHER).train()).objective.teacher
     assert not any(part.training for part in teacher.modules())
     assert not any(x.requires_grad for x in teacher.parameters())
 
 
-def test_padding_does_not_count_in_the_speed(tmp_path, monkeypatch):
+def test_logged_speed_excludes_padding(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(meter, "perf_counter", lambda: clock[0])
     trainer = make_trainer(tmp_path)

@@ -1,4 +1,4 @@
-"""Training on a teacher's states from disk."""
+"""Training on the teacher's states from a cache on disk."""
 
 import pytest
 from safetensors import safe_open
@@ -8,9 +8,9 @@ from tests.support.training import logged, make_trainer, trained, uneven_data
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_training_is_the_same_and_the_teacher_never_runs(tmp_path, accumulate):
+def test_cached_training_equals_plain_training_without_the_teacher(tmp_path, accumulate):
     options = {"max_steps": -1, "num_train_epochs": 2, "batch": 2, "accumulate": accumulate}
-    options |= {"learning_rate": 0.05, "kind": LensDistillTrainer}  # in random order
+    options |= {"learning_rate": 0.05, "kind": LensDistillTrainer}  # this kind shuffles
     plain = trained(tmp_path / "a", **options)
     options["teacher_cache"] = str(tmp_path / "cache")
     cached = make_trainer(tmp_path / "b", **options)
@@ -24,7 +24,7 @@ def test_the_training_is_the_same_and_the_teacher_never_runs(tmp_path, accumulat
     assert logged(third) == logged(cached)
 
 
-def test_only_the_trainers_own_data_can_be_had(tmp_path):
+def test_cache_serves_only_the_trainers_own_data(tmp_path):
     trainer = make_trainer(tmp_path, teacher_cache=str(tmp_path / "cache"))
     other = [{**x, "example_id": i} for i, x in enumerate(uneven_data()[:3])]
     for function in (trainer.evaluate, trainer.predict):
@@ -55,7 +55,7 @@ def test_a_cache_of_mixed_precision_gives_the_same_training(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_states_are_kept_in_the_dtype_asked_for(tmp_path, dtype):
+def test_teacher_cache_dtype_sets_the_storage_dtype(tmp_path, dtype):
     folder = tmp_path / "cache"
     options = {"teacher_cache": str(folder), "teacher_cache_dtype": dtype, "max_steps": 1}
     cached, plain = trained(tmp_path, **options), trained(tmp_path, max_steps=1)
