@@ -7,7 +7,14 @@ from lens_kernels import DistillationLoss, SymmetricLensLoss, distillation_loss
 from lens_kernels import symmetric_lens_loss as lens_loss
 from lens_kernels.backends.torch import row_chunks
 from tests.support.compare import assert_close, assert_gradients
-from tests.support.grids import BACKENDS, BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
+from tests.support.grids import (
+    BATCH,
+    DIVERGENCES,
+    FEATURES,
+    WITH_SLOW_ROW_KERNEL,
+    Shape,
+    several_chunks,
+)
 from tests.support.objectives import (
     check_objective,
     make_objective,
@@ -17,7 +24,7 @@ from tests.support.objectives import (
 )
 from tests.support.problems import Problem, capture_call, objective
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 NO_LENS = Shape((5, 7), 97, 33, 17, 0)
 
 

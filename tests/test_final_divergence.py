@@ -7,13 +7,13 @@ from lens_kernels import DistillationLoss, LensHead, adaptive, distillation_loss
 from reference import adaptive as oracle
 from reference import dense
 from tests.support.compare import assert_close
-from tests.support.grids import BACKENDS, BATCH, FEATURES, SHAPES, Shape, several_chunks
+from tests.support.grids import BATCH, FEATURES, SHAPES, WITH_SLOW_ROW_KERNEL, Shape, several_chunks
 from tests.support.memory import peak_bytes
 from tests.support.objectives import check_objective, make_objective, some_labels
 from tests.support.problems import capture_call, objective, recorded
 from tests.support.refusals import INF, NAN, refused, small_objective
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 akl = {"final_divergence": "akl"}
 BOTH = {"forward_kl": 0.5, "reverse_kl": 2.0}
 SUMS = {

@@ -10,12 +10,12 @@ from lens_kernels.backends.torch.layout import row_stride
 from reference import dense
 from tests.support.compare import LOSS, assert_close, assert_gradients
 from tests.support.grids import (
-    BACKENDS,
     BATCH,
     DIVERGENCES,
     FEATURES,
     ODD,
     SHAPES,
+    WITH_SLOW_ROW_KERNEL,
     Shape,
     several_chunks,
 )
@@ -32,7 +32,7 @@ from tests.support.problems import (
     without_columns,
 )
 
-pytestmark = pytest.mark.parametrize("backend", BACKENDS)
+pytestmark = pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -9,7 +9,7 @@ from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends.torch import row_chunks
 from reference import dense
 from tests.support.compare import assert_close
-from tests.support.grids import BACKENDS, BATCH, FEATURES, ODD, Shape, several_chunks
+from tests.support.grids import BATCH, FEATURES, ODD, WITH_SLOW_ROW_KERNEL, Shape, several_chunks
 from tests.support.operators import Products
 from tests.support.problems import capture_call, check, loss_of, make, oracle, ours
 
@@ -17,7 +17,7 @@ LEAVES = ["hidden0", "hidden1", "weight", "bias", "norm_weight", "norm_bias"]
 SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, n)]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
     """A leaf's gradient does not depend on the other leaves; frozen leaves get none."""
@@ -75,7 +75,7 @@ def test_no_gradient_work_without_grad_mode(monkeypatch, context, reduction):
     assert not loss.requires_grad and torch.equal(loss, expected)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_teacher_never_gets_a_gradient(backend, reduction):
     problem = make(BATCH, norm="rms", bias=True)
@@ -105,7 +105,7 @@ def test_a_second_backward_gives_the_same(reduction):
         assert torch.equal(doubled[name], 2 * grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("upstream", [3.0, -0.25, 1e-6])
 def test_a_scalar_upstream_gradient_scales(backend, upstream):
     check(make(ODD, bias=True), upstream=torch.tensor(upstream), backend=backend)
@@ -191,7 +191,7 @@ def strided(x):
     return view.requires_grad_(x.requires_grad)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_inputs_that_are_not_contiguous(backend, reduction):
     problem = make(BATCH, **FEATURES["everything"])
@@ -201,7 +201,7 @@ def test_inputs_that_are_not_contiguous(backend, reduction):
     check(problem.map(strided), truth=problem, backend=backend, **options)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 def test_leaves_that_are_views_and_shared(backend):
     """A tensor and its slices enter several pairs, and the gradients add up."""
     base = torch.randn(6, 9, requires_grad=True)
@@ -229,7 +229,7 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
     assert_close(grads["weight"], expected["weight"], 2e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
     """Heads that differ by 0.3 % have logit gradients near 1e-7: float16 keeps one digit."""
@@ -249,7 +249,7 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
     assert_close(grads[1].double(), expected[1], 1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
     """The student gives both entries 1/2; the teacher gives the second entry exp(-400)."""
@@ -260,7 +260,7 @@ def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergen
     assert student.grad[0].tolist() == pytest.approx([-size, size], rel=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 def test_float16_gradients_of_pairs_with_small_weights(backend):
     problem = make(Shape((32,), 2000, 16, 16, 4), std=2.0).to(torch.float16)
     options = {"layer_weights": [1.0, 1e-2, 1e-3, 1e-4], "reduction": "sum"}

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 
 from lens_kernels.backends.torch.layout import row_stride
 
-# Every backend that must agree with the oracle. A new one is added here.
-BACKENDS = ["torch", "triton", "row_kernel"]
-# Those of them that compute in float64; the others refuse it.
+# All backends that must agree with the oracle. Add a new backend here.
+BACKENDS = ["torch", "triton"]
+# The torch backend as on a GPU, its kernel interpreted. Some grids run it only with the slow tests.
+ROW_KERNEL = "row_kernel"
+WITH_SLOW_ROW_KERNEL = [*BACKENDS, pytest.param(ROW_KERNEL, marks=pytest.mark.slow)]
+# The backends that support float64; the others raise an error.
 FLOAT64_BACKENDS = ["torch"]
 # Every backend with each dtype that it computes in.
 PRECISIONS = [
-    *((backend, torch.float32) for backend in BACKENDS),
+    *((backend, torch.float32) for backend in (*BACKENDS, ROW_KERNEL)),
     *((backend, torch.float64) for backend in FLOAT64_BACKENDS),
 ]
 

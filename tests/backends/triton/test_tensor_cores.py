@@ -21,6 +21,7 @@ from tests.support.grids import (
     FEATURES,
     FLOAT64_BACKENDS,
     ODD,
+    ROW_KERNEL,
     Shape,
     several_chunks,
 )
@@ -28,7 +29,7 @@ from tests.support.objectives import make_objective, solve_objective, some_label
 from tests.support.problems import capture_call, check_beside, make, oracle, plain_torch, related
 
 HALF = (torch.bfloat16, torch.float16)
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
 class TensorCores(TorchDispatchMode):
