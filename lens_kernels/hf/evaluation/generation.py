@@ -14,8 +14,9 @@ import torch
 from torch.nn import functional as F
 
 from lens_kernels.hf.evaluation.rouge import load_scorer, rouge_l
-from lens_kernels.hf.evaluation.sampling import chunks, evaluating, generate
+from lens_kernels.hf.evaluation.sampling import chunks, generate
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import (
     Collator,
     Row,

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import check_count, padding_id
 from lens_kernels.options import check_number
 
@@ -125,17 +126,6 @@ class _RowSampler(LogitsProcessor):
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores - noise.log()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Set evaluation mode inside the context and restore the mode on exit."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from lens_kernels.hf.model.families import (
     lens_head_from,
 )
 from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.state import evaluating, without_autocast
 from lens_kernels.hf.model.verification import verify_lens, verify_lens_head
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.lens import LensHead
@@ -115,14 +116,8 @@ def read(
         )
     tokens = torch.tensor(ids, device=head.weight.device)
     verify_lens(model)
-    # Submodules may be in another mode than the model.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model), without_autocast(tokens.device):
         out = model(input_ids=tokens[None], output_hidden_states=True, use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
     hidden = [h[0] for h in out.hidden_states[1:]]  # hidden_states[0] holds the embeddings
     assert len(hidden) == len(blocks_of(model))
     # The last hidden state must already be normed. Check that, because the lens skips the norm.

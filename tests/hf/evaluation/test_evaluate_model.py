@@ -1,6 +1,8 @@
 """Evaluation of saved models: scores and files."""
 
 import json
+from contextlib import nullcontext
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -63,6 +65,24 @@ def test_a_model_with_an_adapter_answers_as_the_merged_one():
     assert model.get_base_model().generation_config is settings
     assert answer == generate(model.merge_and_unload(), tokenizer, [[5, 6, 7]], **options)
     assert answer != generate(tiny.model(), tokenizer, [[5, 6, 7]], **options)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_frozen_submodules_stay_in_evaluation_mode(monkeypatch, interrupted):
+    model, tokenizer = tiny.model().train(), tiny.tokenizer()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    example = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    runs = [
+        lambda: generate(model, tokenizer, [[5, 6]], seed=0, max_new_tokens=1),
+        lambda: held_out_ce(model, [example], Collator(1)),
+    ]
+    if interrupted:
+        monkeypatch.setattr(model.model, "forward", Mock(side_effect=KeyboardInterrupt))
+    for run in runs:
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            run()
+        assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("allow", [False, True])
