@@ -91,7 +91,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     result = set_peft_model_state_dict(adapted, weights)
     if added and not any(len(x) == tokens for x in weights.values()):
         raise ValueError(
-            f"the adapter's tokenizer has {tokens} tokens, more than the embeddings of its base model"
+            f"the adapter's tokenizer has {tokens} tokens, more than the embeddings of its base"
             f" {base!r}, and the adapter holds no embeddings: save them with the adapter"
         )
     missing = [key for key in result.missing_keys if "default" in key.split(".")]
@@ -107,8 +107,8 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
     shown = ", ".join(map(repr, found[:3])) + (", ..." if found[3:] else "")
     raise ValueError(
         f"its files in {path!r} {what}: {len(found)} keys, {shown}. The config and the weights"
-        " must describe the same model: save both again with save_pretrained, from the model without"
-        " wrappers such as torch.compile and DataParallel"
+        " must describe the same model: save both again with save_pretrained, without wrappers"
+        " such as torch.compile and DataParallel"
     )
 
 
