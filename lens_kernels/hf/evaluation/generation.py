@@ -59,6 +59,7 @@ def evaluate_rouge(
     prompt_style: str = "alpaca",
     max_prompt_length: int = 256,
     do_sample: bool = True,
+    rouge_tokenizer: str = "english",
     **options: Any,
 ) -> RougeResult:
     """Answer every row once for each seed and score the answers against its references.
@@ -73,11 +74,12 @@ def evaluate_rouge(
         prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
         max_prompt_length: Rows with a longer prompt are skipped, and counted.
         do_sample: Sample; otherwise decode greedily.
+        rouge_tokenizer: How ROUGE-L finds words; see ``rouge_l``.
         options: Other arguments of ``generate``.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must hold at least one, all different, got {list(seeds)}")
-    load_scorer()  # fail before the slow generation if rouge-score is missing
+    load_scorer(rouge_tokenizer)  # fail before the slow generation if rouge-score is missing
     asked = [
         (row, ids)
         for row in rows
@@ -99,7 +101,7 @@ def evaluate_rouge(
         seed: generate(model, tokenizer, prompts, seed=seed, do_sample=do_sample, **options)
         for seed in (seeds if do_sample else seeds[:1])
     }
-    scores = {seed: rouge_l(texts, references) for seed, texts in answers.items()}
+    scores = {seed: rouge_l(texts, references, rouge_tokenizer) for seed, texts in answers.items()}
     return RougeResult(
         scores=scores,
         mean=statistics.fmean(scores.values()),
@@ -174,6 +176,7 @@ def evaluate_model(
     top_p: float = 1.0,
     top_k: int = 0,
     no_repeat_ngram_size: int = 6,
+    rouge_tokenizer: str = "english",
     dtype: str = "float32",
     device: str | None = None,
     allow_download: bool = False,
@@ -197,6 +200,8 @@ def evaluate_model(
         top_k: Sample from this number of most likely tokens; 0 for all.
         no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 allows
             repetition.
+        rouge_tokenizer: How ROUGE-L finds words: english, the paper's, for ASCII letters and digits
+            only, or unicode for any language.
         dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the checkpoint's dtype.
         device: Device to run on; if not given, the GPU if there is one, else the CPU.
         allow_download: Allow downloading the model from the Hub by name.
@@ -220,6 +225,7 @@ def evaluate_model(
         "top_p": top_p,
         "top_k": top_k,
         "no_repeat_ngram_size": no_repeat_ngram_size,
+        "rouge_tokenizer": rouge_tokenizer,
     }
     examples = load_examples(
         data_path, tokenizer, max_length=max_length, progress=progress, **lengths

@@ -53,7 +53,8 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
 def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     found, _ = PretrainedConfig.get_config_dict(path, local_files_only=options["local_files_only"])
     _check_kernels(found)
-    model, info = AutoModelForCausalLM.from_pretrained(path, **options, output_loading_info=True)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(path, **options, output_loading_info=True)
     # transformers gives weights that it does not find random values, with a warning only.
     _check_keys("lack weights of the model", path, info["missing_keys"])
     # A reward head beside a whole model changes nothing. A key of a part that the model has does:
@@ -88,7 +89,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     # peft reports missing keys by a warning and does not report others. Loading returns both.
     weights = load_peft_weights(str(folder), device=str(adapted.device))
-    result = set_peft_model_state_dict(adapted, weights)
+    result: Any = set_peft_model_state_dict(adapted, weights)
     if added and not any(len(x) == tokens for x in weights.values()):
         raise ValueError(
             f"the adapter's tokenizer has {tokens} tokens, more than the embeddings of its base"

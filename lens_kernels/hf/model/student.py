@@ -92,9 +92,10 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    # The same operations on the same weights: only a device's choice of kernels may differ.
     error, largest = (own - expected).abs().max(), expected.abs().max()
-    if not error <= 1e-3 * largest:
+    # Casting a model to 16 bits rounds its rotary frequencies too, and the copy has fresh ones.
+    exact = embedding.dtype in (torch.float32, torch.float64) and not mixed
+    if not error <= (1e-3 if exact else 5e-2) * largest:
         raise ValueError(
             f"blocks {list(blocks)} of {class_name(teacher)} make no student: without the others,"
             f" the teacher's logits differ by {error / largest:.1e} of the largest. What a block"
