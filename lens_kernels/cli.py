@@ -118,14 +118,14 @@ def _train(argv: list[str]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
-    from lens_kernels.hf.evaluation.generation import evaluate_model, table
+    from lens_kernels.hf.evaluation.generation import evaluate_model
 
     summary = (evaluate_model.__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(
         prog="lens-kernels eval", description=summary, allow_abbrev=False
     )
-    add_options(parser, evaluate_model)
-    _say(table(evaluate_model(**vars(parser.parse_args(argv)))))
+    add_options(parser, evaluate_model, skip=("say",))
+    evaluate_model(**vars(parser.parse_args(argv)), say=_say)
 
 
 def _inspect(argv: list[str]) -> None:
