@@ -210,7 +210,7 @@ def test_help_shows_every_text_once_and_the_default(function, capsys, monkeypatc
     assert name == "inspect" or shown.count(function.__doc__.split("\n")[0]) == 1
     texts, parameters = argument_texts(function), signature(function).parameters
     assert texts.keys() == parameters.keys()
-    for key in parameters.keys() - {"student", "teacher", "tokenizer", "pairs"}:
+    for key in parameters.keys() - {"student", "teacher", "tokenizer", "pairs", "say"}:
         default, option = parameters[key].default, key.replace("_", "-")
         (line,) = re.findall(rf"^  --{option}[ ,].*\n(?:    .*\n)?", shown, re.MULTILINE)
         assert texts[key] in line and shown.count(f" --{option} ") <= 3
@@ -227,7 +227,10 @@ def test_help_shows_every_text_once_and_the_default(function, capsys, monkeypatc
 def test_without_transformers_it_says_what_to_install(name, capsys, monkeypatch):
     monkeypatch.setattr(cli, f"_{name}", lambda argv: __import__("a_module_that_is_missing"))
     assert cli.main([name]) == 1
-    expected = f"{name} needs a_module_that_is_missing: pip install 'lens-kernels[train]'\n"
+    expected = (
+        f"{name}: the package a_module_that_is_missing is not installed:"
+        " pip install a-module-that-is-missing\n"
+    )
     assert capsys.readouterr().err == f"lens-kernels {expected}"
 
 
@@ -236,7 +239,7 @@ def test_without_transformers_it_says_what_to_install(name, capsys, monkeypatch)
 )
 def test_the_libraries_are_offline_unless_downloads_are_allowed(monkeypatch, argv):
     said = []
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda offline: said.append(offline))
+    monkeypatch.setattr(cli, "_prepare", lambda download: said.append(not download))
     monkeypatch.setattr(cli, "_train", lambda argv: None)
     assert cli.main(["train", *argv]) == 0
     assert said == ["--allow" not in " ".join(argv)]
