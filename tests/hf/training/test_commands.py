@@ -79,7 +79,9 @@ def received(monkeypatch, target, argv, result=None):
 
 RESULT = {"cross_entropy": 2.5, "rouge_l": 31.0, "rouge_l_std": None, "rouge_l_by_seed": {}}
 RESULT |= {"rows": 1, "skipped": 1}
+SAY = {"say": cli._say}
 GIVEN = yaml.safe_load("""{
+    "rouge_tokenizer": "unicode",
 model_path: m, data_path: d, output: o, prompt_style: chat, max_length: 5, max_prompt_length: 6,
 max_new_tokens: 7, batch_size: 3, seeds: [4, 2], do_sample: false, temperature: 0.5, top_p: 0.25,
 top_k: 9, no_repeat_ngram_size: 2, dtype: bfloat16, device: meta, allow_download: true,
@@ -101,14 +103,15 @@ def test_eval_writes_its_files_and_prints_the_table(files, data, tmp_path, capsy
 def test_every_option_of_eval_reaches_the_function(monkeypatch):
     target = "lens_kernels.hf.evaluation.generation.evaluate_model"
     defaults = {k: p.default for k, p in signature(generation.evaluate_model).parameters.items()}
+    del defaults["say"]
     assert GIVEN.keys() == defaults.keys()
     assert all(value != defaults[name] for name, value in GIVEN.items())
-    assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN
+    assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN | SAY
     few = {"model_path": "m", "data_path": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
     for more in ({}, switches):  # not given, and given as they are by default
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
-        assert found == defaults | few
+        assert found == defaults | few | SAY
 
 
 @pytest.mark.parametrize(
