@@ -138,6 +138,11 @@ def test_autocast_around_or_inside_the_model_changes_no_verdict(table, kind):
     with torch.autocast("cpu", torch.bfloat16):
         verification.verify_lens(model)
         assert torch.is_autocast_enabled("cpu")
+        # An error of 2 % would pass as rounding if the check ran under autocast.
+        hook = model.lm_head.register_forward_hook(lambda module, args, output: 1.02 * output)
+        with pytest.raises(ValueError, match="does not reproduce the model's logits"):
+            verification.verify_lens(model)
+        hook.remove()
     prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, None, True)
     verification.verify_lens(prepared)
     table[model.config.model_type] = dataclasses.replace(table[kind], norm_offset=0.5)
