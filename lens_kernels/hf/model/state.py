@@ -26,4 +26,4 @@ def evaluating(model: Any) -> Iterator[None]:
 
 def without_autocast(device: torch.device) -> torch.autocast:
     """Return a context that computes in the dtypes of weights and inputs."""
-    return torch.autocast(device_type=device.type, enabled=False)
+    return torch.autocast(device.type, None, False)
