@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_kernels import cache
+from lens_kernels.failures import guarded
 from lens_kernels.signature import add_options
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "trl")
@@ -25,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments and arguments[0] in heavy:
         return _run_command(arguments[0], heavy[arguments[0]], arguments[1:])
     args = _parser().parse_args(arguments)
-    return {"demo": _demo, "env": _env, "tune": _tune}[args.command](args)
+    run = {"demo": _demo, "env": _env, "tune": _tune}[args.command]
+    return guarded(args.command, lambda: run(args))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,26 +90,52 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _quiet_libraries(offline: bool) -> None:
-    if offline:  # by default, the libraries check the Hub for newer versions of local files
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def _prepare(download: bool) -> None:
+    """Set what libraries read when they are imported."""
+    if not download:  # by default, the libraries check the Hub for newer versions of local files
+        os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        # torch keeps pickles of compiled code, by default in a folder that others can create first.
+        folder = cache.folder() / "inductor"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folder.chmod(0o700)
+        except OSError:  # torch's own choice, if there is no place for ours
+            return
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+def _allows_download(argv: list[str]) -> bool:
+    """Return whether the options or the ``--config`` file allow downloads.
+
+    The libraries read the answer when they are imported, which the real parsers need.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--allow-download", "--allow_download", nargs="?", const="true")
+    parser.add_argument("--config", nargs="?")
+    given = parser.parse_known_args(argv)[0]
+    value = given.allow_download
+    if value is None and given.config is not None:
+        import yaml
+
+        try:
+            options = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
+            value = options.get("allow_download")
+        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            return False  # the command reports what is wrong with the file
+    return str(value).lower() in ("true", "t", "yes", "y", "1")
 
 
 def _run_command(name: str, command: Callable[[list[str]], None], argv: list[str]) -> int:
-    """Run a command that needs transformers; print expected errors without a traceback."""
-    # A --config file may allow downloads too, so do not force offline mode with it.
-    _quiet_libraries(offline=not any(x.startswith(("--allow", "--config")) for x in argv))
-    try:
+    """Run a command that needs transformers."""
+
+    def run() -> int:
+        _prepare(_allows_download(argv))
         command(argv)
-    except ImportError as error:
-        needed = f"{error.name or error}: pip install 'lens-kernels[train]'"
-        print(f"lens-kernels {name} needs {needed}", file=sys.stderr)
-        return 1
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        print(f"lens-kernels {name}: {error}", file=sys.stderr)
-        return 1
-    return 0
+        return 0
+
+    return guarded(name, run)
 
 
 def _train(argv: list[str]) -> None:
@@ -118,14 +146,14 @@ def _train(argv: list[str]) -> None:
 
 
 def _eval(argv: list[str]) -> None:
-    from lens_kernels.hf.evaluation.generation import evaluate_model, table
+    from lens_kernels.hf.evaluation.generation import evaluate_model
 
     summary = (evaluate_model.__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(
         prog="lens-kernels eval", description=summary, allow_abbrev=False
     )
-    add_options(parser, evaluate_model)
-    _say(table(evaluate_model(**vars(parser.parse_args(argv)))))
+    add_options(parser, evaluate_model, skip=("say",))
+    evaluate_model(**vars(parser.parse_args(argv)), say=_say)
 
 
 def _inspect(argv: list[str]) -> None:
@@ -175,20 +203,11 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    _quiet_libraries(offline=True)
-    try:
-        from lens_kernels.hf.training import demo
-    except ImportError as error:
-        print(f"lens-kernels demo needs {error.name}: pip install 'lens-kernels[demo]'")
-        return 1
+    _prepare(download=False)
+    from lens_kernels.hf.training import demo
 
-    try:
-        improved = demo.distil(
-            args.output, args.cache or cache.folder(), args.steps, args.seed, _say
-        )
-    except RuntimeError as error:
-        print(f"lens-kernels demo: {error}", file=sys.stderr)
-        return 1
+    folder = args.cache or cache.folder()
+    improved = demo.distil(args.output, folder, args.steps, args.seed, _say)
     if not improved:
         print("Not every row improved: train longer, with more --steps", file=sys.stderr)
     return 0 if improved else 1
@@ -248,9 +267,6 @@ def _tune(args: argparse.Namespace) -> int:
         outcomes = tune.tune(*sizes, getattr(torch, args.dtype), say=_say)
     except OSError as error:
         print(f"lens-kernels tune: results cannot be stored: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        print(f"lens-kernels tune: {error}", file=sys.stderr)
         return 1
     print()
     header = ("sweep", "width", "default tile", "ms", "best tile", "ms", "tried", "skipped")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from lens_kernels import __version__, cli
+from lens_kernels import __version__, cli, failures
+from lens_kernels.options import check_number
 
 
 def test_env_lists_versions_devices_and_backends(capsys):
@@ -38,3 +41,102 @@ def test_bad_arguments_end_with_usage(arguments, capsys):
         cli.main(arguments)
     assert stop.value.code == 2
     assert "usage: lens-kernels" in capsys.readouterr().err
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("labels"), RuntimeError("shapes"), AssertionError(), RecursionError("deep")]
+)
+def test_an_error_of_any_kind_is_a_message_that_names_its_traceback(error, capsys):
+    assert failures.guarded("eval", raising(error)) == 1
+    shown = capsys.readouterr().err
+    assert (
+        shown.startswith(f"lens-kernels eval: {type(error).__name__}") and "Traceback" not in shown
+    )
+    file = Path(shown.rpartition("(traceback: ")[2].rstrip(")\n"))
+    assert "in run\n" in file.read_text()
+    file.unlink()
+
+
+def test_an_error_of_this_package_is_its_message(capsys):
+    assert failures.guarded("eval", lambda: check_number("width", "a", 0.0)) == 1
+    shown = capsys.readouterr().err
+    assert "width" in shown and "traceback" not in shown
+    assert failures.guarded("eval", raising(FileNotFoundError(2, "No such file", "a.json"))) == 1
+    assert capsys.readouterr().err.endswith("No such file: 'a.json'\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_a_full_memory_says_what_to_do(error, capsys):
+    assert failures.guarded("eval", raising(error)) == 1
+    assert "The memory is full: use smaller batches" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_with_its_status(capsys):
+    assert failures.guarded("eval", raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == "lens-kernels eval: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [
+        ("peft.tuners", "pip install 'lens-kernels[train]'"),
+        ("rouge_score", "pip install 'lens-kernels[train]'"),
+        ("gguf", "pip install 'lens-kernels[demo]'"),
+        ("transformers", "pip install 'lens-kernels[hf]'"),
+        ("sentencepiece", "pip install sentencepiece"),
+    ],
+)
+def test_a_missing_package_is_installed_by_an_extra_that_holds_it(module, command, capsys):
+    error = ModuleNotFoundError(f"No module named {module!r}", name=module)
+    assert failures.guarded("eval", raising(error)) == 1
+    assert capsys.readouterr().err.endswith(f"is not installed: {command}\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "config", "allowed"),
+    [
+        ([], None, False),
+        (["--allow-download"], None, True),
+        (["--allow_download", "false"], None, False),
+        (["--no-allow-download"], None, False),
+        ([], "student: a", False),
+        ([], "allow_download: yes", True),
+        (["--allow_download", "no"], "allow_download: true", False),
+        ([], "- a list", False),
+        ([], "a: [", False),
+    ],
+)
+def test_downloads_are_off_unless_the_options_allow_them(tmp_path, argv, config, allowed):
+    if config is not None:
+        (tmp_path / "config").write_text(config)
+        argv = [*argv, "--config", str(tmp_path / "config")]
+    assert cli._allows_download(argv) is allowed
+
+
+def test_the_commands_set_offline_mode_and_a_private_cache(tmp_path, monkeypatch):
+    for name in ("HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "0")  # put back after the test
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cli._prepare(download=True)
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == "0"
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    cli._prepare(download=False)
+    folder = tmp_path / "lens_kernels" / "inductor"
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")

@@ -1,4 +1,8 @@
-"""The files of a teacher cache: shards, and a manifest with their checksums."""
+"""The files of a teacher cache: shards, and a manifest with their checksums.
+
+Checksums detect damage, not tampering: whoever can write to the folder can write them too. So
+names of files are computed, never read, and new files are made exclusively.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +76,7 @@ class Manifest:
         """Write a temporary file and rename it, so that an interruption leaves the old manifest."""
         fields = {**asdict(self), "complete": self.complete}
         fields["checksum"] = digest([json_bytes(fields)])
-        partial = folder / f"{MANIFEST}.partial"
+        partial = _new_file(folder / f"{MANIFEST}.partial")
         with partial.open("w", encoding="utf-8") as file:
             json.dump(fields, file, indent=1)
             file.flush()
@@ -90,22 +94,46 @@ class Manifest:
         try:
             fields = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             sound = fields.pop("checksum") == digest([json_bytes(fields)])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            found, widths = fields["key"], fields["widths"]
+            shards = [Shard(**shard) for shard in fields["shards"]]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise refusal(folder, f"{MANIFEST} cannot be read ({error!r})") from error
         if not sound:
             raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
-        found = fields["key"]
         expected = {**asdict(key), "layers": list(key.layers)}
         # Another format may have other fields, so compare only the format then.
-        names = ["format"] if found["format"] != key.format else DIFFERS
+        found = found if isinstance(found, dict) else {}
+        names = ["format"] if found.get("format") != key.format else DIFFERS
         reasons = [
-            DIFFERS[name].format(found=found[name], expected=expected[name])
+            DIFFERS[name].format(found=found.get(name), expected=expected[name])
             for name in names
-            if found[name] != expected[name]
+            if found.get(name) != expected[name]
         ]
         if reasons:
             raise refusal(folder, "; ".join(reasons))
-        return cls(key, fields["widths"], [Shard(**shard) for shard in fields["shards"]])
+        whole = isinstance(widths, dict) and list(widths) == key.names and bool(shards)
+        whole = whole and all(type(x) is int and x > 0 for x in widths.values())
+        first = 0
+        for index, shard in enumerate(shards):
+            counts = (shard.first, shard.examples, shard.rows)
+            whole = whole and all(type(x) is int and x >= 0 for x in counts)
+            whole = whole and (shard.file, shard.first) == (shard_name(index), first)
+            first += shard.examples if whole else 0
+        if not whole:
+            raise refusal(folder, f"{MANIFEST} describes other files than a teacher cache has")
+        return cls(key, widths, shards)
+
+
+def shard_name(index: int) -> str:
+    """Return the file name of a shard."""
+    return f"shard-{index:05d}.safetensors"
+
+
+def _new_file(path: Path) -> Path:
+    """Create an empty file; a link that stands there is removed and not followed."""
+    path.unlink(missing_ok=True)
+    path.open("x").close()
+    return path
 
 
 def plan_shards(
@@ -125,13 +153,13 @@ def plan_shards(
             last.examples += examples
             last.rows += rows
         else:
-            shards.append(Shard(f"shard-{len(shards):05d}.safetensors", first, examples, rows))
+            shards.append(Shard(shard_name(len(shards)), first, examples, rows))
     return shards
 
 
 def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
     """Write a shard to a temporary file, rename it, and set its size and checksum."""
-    partial = folder / f"{shard.file}.partial"
+    partial = _new_file(folder / f"{shard.file}.partial")
     save_file(tensors, partial)
     # Files from save_file are readable by their owner only, but a cache may be shared.
     shutil.copymode(folder / MANIFEST, partial)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import logging
 import statistics
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -14,8 +17,14 @@ import torch
 from torch.nn import functional as F
 
 from lens_kernels.hf.evaluation.rouge import load_scorer, rouge_l
-from lens_kernels.hf.evaluation.sampling import chunks, evaluating, generate
-from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.evaluation.sampling import (
+    check_lengths,
+    check_sampling,
+    chunks,
+    generate,
+)
+from lens_kernels.hf.model.loading import DTYPES, load_model, load_tokenizer
+from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import (
     Collator,
     Row,
@@ -29,7 +38,10 @@ from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.version import __version__
 
 SEEDS = (10, 20, 30, 40, 50)
+CHECKED = frozenset(inspect.signature(check_sampling).parameters)
 PACKAGES = ("torch", "transformers", "peft", "rouge-score")
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,8 @@ def evaluate_rouge(
     prompt_style: str = "alpaca",
     max_prompt_length: int = 256,
     do_sample: bool = True,
+    rouge_tokenizer: str = "english",
+    after_seed: Callable[[RougeResult], None] | None = None,
     **options: Any,
 ) -> RougeResult:
     """Answer every row once for each seed and score the answers against its references.
@@ -72,49 +86,62 @@ def evaluate_rouge(
         prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
         max_prompt_length: Rows with a longer prompt are skipped, and counted.
         do_sample: Sample; otherwise decode greedily.
+        rouge_tokenizer: How ROUGE-L finds words; see ``rouge_l``.
+        after_seed: Called after each seed with the result so far.
         options: Other arguments of ``generate``.
     """
+    check_seeds(seeds)
+    load_scorer(rouge_tokenizer)  # fail before the slow generation if rouge-score is missing
+    asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
+    answers: dict[int, list[str]] = {}
+    scores: dict[int, float] = {}
+    result = None
+    for seed in seeds if do_sample else seeds[:1]:
+        prompts = [ids for _, ids in asked]
+        texts = generate(model, tokenizer, prompts, seed=seed, do_sample=do_sample, **options)
+        references = [row.references for row, _ in asked]
+        answers[seed], scores[seed] = texts, rouge_l(texts, references, rouge_tokenizer)
+        result = RougeResult(
+            scores=dict(scores),
+            mean=statistics.fmean(scores.values()),
+            std=statistics.stdev(scores.values()) if len(scores) > 1 else None,
+            rows=len(asked),
+            skipped=len(rows) - len(asked),
+            answers=[
+                {
+                    "line": row.line,
+                    "prompt": tokenizer.decode(ids),
+                    "references": list(row.references),
+                    "answers": {seed: texts[i] for seed, texts in answers.items()},
+                }
+                for i, (row, ids) in enumerate(asked)
+            ],
+        )
+        if after_seed is not None:
+            after_seed(result)
+    assert result is not None
+    return result
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check that there is a seed, and that all are different."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must hold at least one, all different, got {list(seeds)}")
-    load_scorer()  # fail before the slow generation if rouge-score is missing
-    asked = [
-        (row, ids)
-        for row in rows
-        if (
-            ids := prompt_ids(
-                row, tokenizer, prompt_style=prompt_style, max_prompt_length=max_prompt_length
-            )
-        )
-        is not None
-    ]
+
+
+def asked_rows(
+    rows: Sequence[Row], tokenizer: Any, prompt_style: str, max_prompt_length: int
+) -> list[tuple[Row, list[int]]]:
+    """Return the rows whose prompt is short enough, each with the prompt's token ids."""
+    lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
+    prompts = ((row, prompt_ids(row, tokenizer, **lengths)) for row in rows)
+    asked = [(row, ids) for row, ids in prompts if ids is not None]
     if not asked:
         raise ValueError(
             f"rows must hold at least one prompt of max_prompt_length={max_prompt_length} tokens or"
             f" fewer: got {len(rows)} rows, none of them so short; raise max_prompt_length"
         )
-    prompts = [ids for _, ids in asked]
-    references = [row.references for row, _ in asked]
-    answers = {
-        seed: generate(model, tokenizer, prompts, seed=seed, do_sample=do_sample, **options)
-        for seed in (seeds if do_sample else seeds[:1])
-    }
-    scores = {seed: rouge_l(texts, references) for seed, texts in answers.items()}
-    return RougeResult(
-        scores=scores,
-        mean=statistics.fmean(scores.values()),
-        std=statistics.stdev(scores.values()) if len(scores) > 1 else None,
-        rows=len(asked),
-        skipped=len(rows) - len(asked),
-        answers=[
-            {
-                "line": row.line,
-                "prompt": tokenizer.decode(ids),
-                "references": list(row.references),
-                "answers": {seed: texts[i] for seed, texts in answers.items()},
-            }
-            for i, (row, ids) in enumerate(asked)
-        ],
-    )
+    return asked
 
 
 @torch.no_grad()
@@ -173,12 +200,18 @@ def evaluate_model(
     top_p: float = 1.0,
     top_k: int = 0,
     no_repeat_ngram_size: int = 6,
+    rouge_tokenizer: str = "english",
     dtype: str = "float32",
     device: str | None = None,
     allow_download: bool = False,
     progress: bool = True,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Evaluate a saved model on a file of instructions; defaults are the paper's settings.
+
+    Arguments, data and ``output`` are checked before the model is loaded. The files are written
+    again after each seed. Files that cannot be written do not end the work: scores are reported by
+    ``say`` first.
 
     Args:
         model_path: Folder of a model in safetensors with its tokenizer, or of a peft adapter.
@@ -196,19 +229,19 @@ def evaluate_model(
         top_k: Sample from this number of most likely tokens; 0 for all.
         no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 allows
             repetition.
+        rouge_tokenizer: How ROUGE-L finds words: english, the paper's, for ASCII letters and digits
+            only, or unicode for any language.
         dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the checkpoint's dtype.
         device: Device to run on; if not given, the GPU if there is one, else the CPU.
         allow_download: Allow downloading the model from the Hub by name.
         progress: Show progress bars.
+        say: Called with the scores as text, as soon as they are known.
+
+    Raises:
+        ValueError: An argument, the data or the model is invalid.
+        RuntimeError: A package or the device is missing.
+        OSError: ``output`` cannot be written.
     """
-    folder = None if output is None else Path(output)
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = read_rows(data_path)
-    tokenizer = load_tokenizer(str(model_path), allow_download)
-    model = load_model(str(model_path), dtype, allow_download).to(device)
     lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
     sampling: dict[str, Any] = {
         "seeds": list(seeds),
@@ -219,36 +252,90 @@ def evaluate_model(
         "top_p": top_p,
         "top_k": top_k,
         "no_repeat_ngram_size": no_repeat_ngram_size,
+        "rouge_tokenizer": rouge_tokenizer,
     }
+    check_seeds(seeds)
+    check_sampling(**{k: v for k, v in sampling.items() if k in CHECKED})
+    load_scorer(rouge_tokenizer)
+    check_count("max_length", max_length, 1)
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.empty(1, device=device)  # fails if there is no such device
+    folder = None if output is None else Path(output)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # fails if the folder cannot be written
+    rows = read_rows(data_path)
+    tokenizer = load_tokenizer(str(model_path), allow_download)
+    asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
     examples = load_examples(
         data_path, tokenizer, max_length=max_length, progress=progress, **lengths
     )
+    model = load_model(str(model_path), dtype, allow_download).to(device)
+    check_lengths(model, [ids for _, ids in asked], max_new_tokens)
     collator = Collator(padding_id(tokenizer))
     cross_entropy = held_out_ce(model, examples, collator, batch_size, progress=progress)
-    rouge = evaluate_rouge(model, tokenizer, rows, progress=progress, **lengths, **sampling)
-    result = {
+    settings = {
+        "model_path": str(model_path),
+        "data_path": str(data_path),
+        "max_length": max_length,
+        "dtype": dtype,
+        "device": device,
+        **lengths,
+        **sampling,
+    }
+    result: dict[str, Any] = {}
+
+    def after_seed(rouge: RougeResult) -> None:
+        result.clear()
+        result.update(_summary(cross_entropy, rouge, settings))
+        last = not do_sample or len(rouge.scores) == len(seeds)
+        if say is not None:
+            seed, score = list(rouge.scores.items())[-1]
+            say(table(result) if last else f"ROUGE-L, seed {seed}: {score:.4f}")
+        if folder is None:
+            return
+        try:
+            _write(folder, result, rouge.answers)
+        except OSError as error:
+            if last:
+                raise
+            _log.warning("%s cannot be written after this seed: %s", folder, error)
+
+    if say is not None:
+        say(f"cross entropy: {cross_entropy:.4f} nats per token")
+    evaluate_rouge(
+        model, tokenizer, rows, progress=progress, after_seed=after_seed, **lengths, **sampling
+    )
+    return result
+
+
+def _summary(
+    cross_entropy: float, rouge: RougeResult, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
         "cross_entropy": cross_entropy,
         "rouge_l": rouge.mean,
         "rouge_l_std": rouge.std,
         "rouge_l_by_seed": {str(seed): score for seed, score in rouge.scores.items()},
         "rows": rouge.rows,
         "skipped": rouge.skipped,
-        "settings": {
-            "model_path": str(model_path),
-            "data_path": str(data_path),
-            "max_length": max_length,
-            "dtype": dtype,
-            "device": device,
-            **lengths,
-            **sampling,
-        },
+        "settings": dict(settings),
         "versions": {"lens-kernels": __version__} | {name: _version(name) for name in PACKAGES},
     }
-    if folder is not None:
-        text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rouge.answers)
-        (folder / "answers.jsonl").write_text(text, encoding="utf-8")
-        (folder / "eval.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
+
+
+def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]]) -> None:
+    """Write the results to temporary files and rename them, so that none is left incomplete."""
+    lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answers)
+    texts = {"answers.jsonl": lines, "eval.json": json.dumps(result, indent=1) + "\n"}
+    for name, text in texts.items():
+        partial = folder / f"{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(folder / name)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -1,20 +1,33 @@
-"""ROUGE-L with the settings of the DistillLens paper."""
+"""ROUGE-L: with the settings of the DistillLens paper, or for text in any script."""
 
 from __future__ import annotations
 
+import unicodedata
+import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
+TOKENIZERS = ("english", "unicode")
+# First words of the names of letters in scripts without spaces between words.
+UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
-def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
+
+def rouge_l(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "english"
+) -> float:
     """Return the mean ROUGE-L of the predictions, from 0 to 100.
 
-    A prediction's score is the F-measure over stemmed words, for its best reference.
+    A prediction's score is the F-measure over words, for its best reference. Warns if
+    ``"english"`` loses letters of a reference.
 
     Args:
         predictions: One text per row.
         references: For each row, a list of correct texts.
+        tokenizer: ``"english"``, the paper's: stemmed words of ASCII letters and digits; all other
+            characters are lost. ``"unicode"``: words in any script, not stemmed.
     """
+    scorer = load_scorer(tokenizer)
     if len(predictions) != len(references):
         raise ValueError(
             "predictions and references must pair up:"
@@ -31,18 +44,56 @@ def rouge_l(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> 
             raise ValueError(
                 f"references[{i}] must hold at least one text, got none; leave the row out"
             )
-    scorer = load_scorer()
+    lost = sum(any(not word.isascii() for word in words(" ".join(x))) for x in references)
+    if tokenizer == "english" and lost:
+        warnings.warn(
+            f"{lost} of {len(references)} rows have references with letters outside ASCII, which"
+            " the ROUGE-L tokenizer 'english' drops: use 'unicode' for their language",
+            stacklevel=2,
+        )
     pairs = zip(predictions, references, strict=True)
     scores = [scorer.score_multi(texts, x)["rougeL"].fmeasure for x, texts in pairs]
     return float(100 * sum(scores) / len(scores))
 
 
-def load_scorer() -> Any:
+def words(text: str) -> list[str]:
+    """Return the words of a text, without regard to case and to equivalent encodings.
+
+    A word is a run of letters, marks and digits. In scripts without spaces, each letter is one.
+    """
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    found = []
+    for inside, run in groupby(text, lambda c: unicodedata.category(c)[0] in "LMN"):
+        if not inside:
+            continue
+        word = ""
+        for char in run:
+            mark = unicodedata.category(char)[0] == "M"
+            alone = unicodedata.name(char, "").startswith(UNSPACED)
+            before = word and unicodedata.name(word[0], "").startswith(UNSPACED)
+            if word and not mark and (alone or before):
+                found.append(word)
+                word = ""
+            word += char
+        found.append(word)
+    return found
+
+
+class _Words:
+    """The tokenizer ``"unicode"`` in the form that rouge-score expects."""
+
+    tokenize = staticmethod(words)
+
+
+def load_scorer(tokenizer: str = "english") -> Any:
     """Return the scorer of the package rouge-score."""
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise RuntimeError(
             "ROUGE-L needs the package rouge-score: pip install 'lens-kernels[train]'"
         ) from error
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    chosen = _Words() if tokenizer == "unicode" else None
+    return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=chosen)

@@ -18,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import check_count, padding_id
 from lens_kernels.options import check_number
 
@@ -60,20 +61,15 @@ def generate(
             repetition. The paper uses 6.
         progress: Show a progress bar.
     """
-    check_count("max_new_tokens", max_new_tokens, 1)
-    check_count("batch_size", batch_size, 1)
-    check_count("top_k", top_k, 0)
-    check_count("no_repeat_ngram_size", no_repeat_ngram_size, 0)
-    if no_repeat_ngram_size == 1:
-        raise ValueError(
-            "no_repeat_ngram_size must be 0 or at least 2, got 1: with 1, an answer could hold no"
-            " token twice and none of the prompt's tokens"
-        )
-    hint = "; for greedy decoding use do_sample=False"
-    temperature = check_number("temperature", temperature, 0.0, hint=hint)
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}; 1 samples from all tokens")
-    _check_lengths(model, prompts, max_new_tokens)
+    check_sampling(
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+    )
+    check_lengths(model, prompts, max_new_tokens)
 
     pad = padding_id(tokenizer)
     stops = _stop_ids(model, tokenizer)
@@ -87,7 +83,7 @@ def generate(
     )
     warpers: list[LogitsProcessor] = []
     if do_sample:
-        warpers.append(TemperatureLogitsWarper(temperature))
+        warpers.append(TemperatureLogitsWarper(float(temperature)))
         warpers += [TopKLogitsWarper(top_k)] if top_k else []
         warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
     source = torch.Generator().manual_seed(seed)
@@ -128,17 +124,6 @@ class _RowSampler(LogitsProcessor):
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Set evaluation mode inside the context and restore the mode on exit."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-@contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     # generate() fills a config argument with the model's saved settings, such as a repetition
     # penalty. Two models would then be scored with different settings.
@@ -168,7 +153,33 @@ def _pad_left(
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+def check_sampling(
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    no_repeat_ngram_size: int,
+) -> None:
+    """Check the arguments of ``generate`` that need no model."""
+    check_count("max_new_tokens", max_new_tokens, 1)
+    check_count("batch_size", batch_size, 1)
+    check_count("top_k", top_k, 0)
+    check_count("no_repeat_ngram_size", no_repeat_ngram_size, 0)
+    if no_repeat_ngram_size == 1:
+        raise ValueError(
+            "no_repeat_ngram_size must be 0 or at least 2, got 1: with 1, an answer could hold no"
+            " token twice and none of the prompt's tokens"
+        )
+    hint = "; for greedy decoding use do_sample=False"
+    check_number("temperature", temperature, 0.0, hint=hint)
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}; 1 samples from all tokens")
+
+
+def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Check that the longest prompt and ``new`` tokens fit the model's positions."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] must hold at least one token, got none")

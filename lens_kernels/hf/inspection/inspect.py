@@ -15,6 +15,7 @@ from lens_kernels.hf.inspection.reading import (
     Reading,
     compare,
     read,
+    visible,
 )
 from lens_kernels.hf.model.families import lens_head_from
 from lens_kernels.hf.training.data import check_count
@@ -142,10 +143,4 @@ def token_text(tokenizer: Any, token: int) -> str:
     # SentencePiece drops a leading space when it decodes a single token.
     if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" "):
         text = f" {text}"
-    return "".join(map(_visible, text)) or "∅"
-
-
-def _visible(char: str) -> str:
-    if char in MARKS:
-        return MARKS[char]
-    return char if char.isprintable() else f"\\u{ord(char):04x}"
+    return "".join(MARKS.get(char) or visible(char) for char in text) or "∅"

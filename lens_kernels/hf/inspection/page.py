@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 from html import escape
 from pathlib import Path
 
 from lens_kernels.hf.inspection.figures import HOT_FROM, first_of, unit
-from lens_kernels.hf.inspection.reading import Inspection, Reading
+from lens_kernels.hf.inspection.reading import Inspection, Reading, visible
+
+WHITE = " \n\t"
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2530; --soft: #5a6672; --line: #d5dbe1;
@@ -77,6 +80,14 @@ document.addEventListener("keydown", (e) => {
 """
 
 
+# The browser runs no script but this one and loads nothing, whatever texts and names hold.
+DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
+POLICY = (
+    "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"
+    f" style-src 'unsafe-inline'; script-src 'sha256-{DIGEST}'"
+)
+
+
 def write(result: Inspection, output: Path) -> None:
     """Write ``inspect.html``, with the divergence picture embedded, to the folder ``output``."""
     picture = base64.b64encode((output / "divergence_by_depth.png").read_bytes()).decode()
@@ -87,7 +98,7 @@ def page(result: Inspection, picture: str) -> str:
     """Return the HTML of the page; ``picture`` is a PNG in base64."""
     title = "Student and teacher through the logit lens"
     models = " and ".join(
-        f"the {role} <b>{escape(reading.name)}</b> ({reading.depths} blocks)"
+        f"the {role} <b>{escape(visible(reading.name))}</b> ({reading.depths} blocks)"
         for role, reading in result.sides
     )
     tables = "".join(_section(result, role, reading) for role, reading in result.sides)
@@ -95,6 +106,7 @@ def page(result: Inspection, picture: str) -> str:
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title>
 <style>{STYLE}</style>
@@ -103,7 +115,7 @@ def page(result: Inspection, picture: str) -> str:
 <h1>{title}</h1>
 <p>The next token that {models} predict if the head reads each block's output.
 Tokens read: {first_of(len(result.tokens), result.total_tokens)}.</p>
-<blockquote>{escape(result.text)}</blockquote>
+<blockquote>{escape(visible(result.text, keep=WHITE))}</blockquote>
 <figure><img alt="Divergence and entropy against relative depth; the numbers are in the table below"
 src="data:image/png;base64,{picture}"></figure>
 {_pairs(result)}

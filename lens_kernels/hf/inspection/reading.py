@@ -17,6 +17,7 @@ from lens_kernels.hf.model.families import (
     lens_head_from,
 )
 from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.state import evaluating, without_autocast
 from lens_kernels.hf.model.verification import verify_lens, verify_lens_head
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.lens import LensHead
@@ -115,14 +116,8 @@ def read(
         )
     tokens = torch.tensor(ids, device=head.weight.device)
     verify_lens(model)
-    # Submodules may be in another mode than the model.
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with evaluating(model), without_autocast(tokens.device):
         out = model(input_ids=tokens[None], output_hidden_states=True, use_cache=False)
-    finally:
-        for module in training:
-            module.training = True
     hidden = [h[0] for h in out.hidden_states[1:]]  # hidden_states[0] holds the embeddings
     assert len(hidden) == len(blocks_of(model))
     # The last hidden state must already be normed. Check that, because the lens skips the norm.
@@ -201,6 +196,18 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
     sides = zip(("student", "teacher"), pairs, (student, teacher), strict=True)
     layers = [check_layers(f"pairs, {name} layers", list(x), total) for name, x, total in sides]
     return set(zip(*layers, strict=True))
+
+
+def visible(text: str, keep: str = " ") -> str:
+    """Return a text with the characters escaped that show nothing or change the others' order.
+
+    Control, format (bidirectional ones among them) and space characters, except those in ``keep``.
+    """
+    return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
+
+
+def _escape(char: str) -> str:
+    return f"\\u{ord(char):04x}"
 
 
 def _name(model: Any) -> str:

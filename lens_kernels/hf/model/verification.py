@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens_kernels.hf.model.capture import capture
 from lens_kernels.hf.model.families import (
@@ -15,63 +15,111 @@ from lens_kernels.hf.model.families import (
     final_norm_of,
     lens_head_from,
 )
+from lens_kernels.hf.model.state import evaluating, without_autocast
 from lens_kernels.lens import LensHead
+
+# Largest head products that are probed. A soft cap far below the last bends them all; a scale
+# shows at each.
+PROBES = (1.0, 60.0, 1000.0)
 
 
 @torch.no_grad()
 def verify_lens(model: Any) -> None:
     """Check on a few tokens that the lens of the last block's output gives the model's logits.
 
-    The modules' training modes and the random state are unchanged afterwards.
+    Three checks: the whole lens on the model's own hidden states; the norm on random rows of size
+    1 and of the size where ``eps`` matters; scale and soft cap on numbers put in the place of the
+    head's products, since the model's own logits may be too small to show a cap.
+
+    Autocast around the call has no effect. The modules' training modes and the random state are
+    unchanged afterwards.
 
     Raises:
-        ValueError: The lens's logits differ from the model's, or its norm differs from the model's
-            norm on small rows, where ``eps`` matters.
+        ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
     """
     head = lens_head_from(model)
-    embedding = causal_lm_of(model).get_input_embeddings().weight
-    tokens = torch.arange(4, device=embedding.device)[None] % len(embedding)
+    with evaluating(model), without_autocast(head.weight.device):
+        _verify_logits(model, head)
+        _verify_norm(model, head)
+        _verify_map(model, head)
+
+
+def _verify_logits(model: Any, head: LensHead) -> None:
     last = len(blocks_of(model))
-    # Submodules may be in another mode than the model.
-    training = [module for module in model.modules() if module.training]
+    # accelerate wraps a model's own forward in autocast, which no context around it disables.
+    rounded = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        rounded.append(torch.is_autocast_enabled(head.weight.device.type))
+
+    hook = causal_lm_of(model).get_output_embeddings().register_forward_hook(note)
     try:
-        model.eval()
         with capture(model, [last]) as captured:
-            logits = model(tokens, use_cache=False, return_dict=True).logits
-        verify_lens_head(model, head, captured[last], logits)
-        _verify_eps(model, head, captured[last])
+            logits = _logits(model, head)
     finally:
-        for module in training:
-            module.training = True
+        hook.remove()
+    verify_lens_head(model, head, captured[last], logits, rounded=any(rounded))
 
 
-def _verify_eps(model: Any, head: LensHead, final: Tensor) -> None:
-    """Compare the norms on rows whose mean square is ``eps``; larger rows hide a wrong ``eps``."""
-    assert head.norm is not None
-    size = final.float().square().mean(-1, keepdim=True).sqrt()
-    rows = (final.float() / size * head.norm.eps**0.5).to(final.dtype)
-    normed = final_norm_of(model)(rows)
-    _compare(model, "norm", head.norm.forward(rows.float())[0], normed)
+def _logits(model: Any, head: LensHead) -> Tensor:
+    tokens = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
+    logits: Tensor = model(tokens, use_cache=False, return_dict=True).logits
+    return logits
+
+
+def _verify_norm(model: Any, head: LensHead) -> None:
+    """Compare the norms on random rows; rows of size 1 alone would hide a wrong ``eps``."""
+    assert head.norm is not None and head.norm.weight is not None
+    weight = head.norm.weight
+    rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
+    for size in (1.0, head.norm.eps**0.5):
+        x = (size * rows).to(weight.device, weight.dtype)
+        _compare(model, "norm", head.norm.forward(x.float())[0], final_norm_of(model)(x), weight)
+
+
+def _verify_map(model: Any, head: LensHead) -> None:
+    """Compare the maps from the head's products to logits, on numbers put in their place."""
+    for size in PROBES:
+        ramp = torch.linspace(-size, size, len(head.weight), device=head.weight.device)
+        put = ramp if head.bias is None else ramp + head.bias.float()
+
+        def replace(module: nn.Module, args: Any, output: Tensor, put: Tensor = put) -> Tensor:
+            return put.expand(output.shape)
+
+        hook = causal_lm_of(model).get_output_embeddings().register_forward_hook(replace)
+        try:
+            own = _logits(model, head)
+        finally:
+            hook.remove()
+        # The products are float32 here, whatever the weights are, so the check can be strict.
+        _compare(model, "logits", head.logits(ramp.clone(), 1.0)[0], own[0, -1], own)
 
 
 @torch.no_grad()
-def verify_lens_head(model: Any, head: LensHead, final: Tensor, logits: Tensor) -> None:
+def verify_lens_head(
+    model: Any, head: LensHead, final: Tensor, logits: Tensor, rounded: bool = False
+) -> None:
     """Check that the lens of the last block's output gives the model's own logits.
 
     ``final`` is the output of the last block, before the norm. ``logits`` are the model's.
+    ``rounded`` says that the model computed them under autocast.
     """
     x = final.float()
     if head.norm is not None:
         x = head.norm.forward(x)[0]
     read, _ = head.logits(x @ head.weight.float().T, 1.0)
-    _compare(model, "logits", read, logits)
+    # A model with 16-bit weights may return float32 logits; they are still rounded.
+    _compare(model, "logits", read, logits, logits, head.weight, rounded=rounded)
 
 
-def _compare(model: Any, what: str, read: Tensor, own: Tensor) -> None:
+def _compare(
+    model: Any, what: str, read: Tensor, own: Tensor, *computed: Tensor, rounded: bool = False
+) -> None:
+    """Raise if ``read`` and ``own`` differ by more than the rounding of the dtypes ``computed``."""
     largest = own.float().abs().max()
     error = (read - own.float()).abs().max()
-    limit = 1e-3 if own.dtype in (torch.float32, torch.float64) else 5e-2
-    if not error <= limit * largest:
+    exact = not rounded and all(x.dtype in (torch.float32, torch.float64) for x in computed)
+    if not error <= (1e-3 if exact else 5e-2) * largest:
         raise ValueError(
             f"the lens of {class_name(model)} does not reproduce the model's {what}: they differ by"
             f" {error / largest:.1e} of the largest value. The Family does not describe its"

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from lens_kernels.hf.cache import store as teacher_cache
+from lens_kernels.hf.cache.key import digest, json_bytes
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
@@ -246,6 +247,65 @@ def test_open_refuses_damaged_files(own, key, file, change, match):
     message = f"own is refused: {file} {match}.*; delete the folder .* pass an"
     with pytest.raises(ValueError, match=message):
         TeacherCache.open(own, key)
+
+
+def craft(folder, change):
+    """Change the manifest and give it the checksum of its new content."""
+    fields = json.loads((folder / "manifest.json").read_text())
+    del fields["checksum"]
+    change(fields)
+    fields["checksum"] = digest([json_bytes(fields)])
+    (folder / "manifest.json").write_text(json.dumps(fields))
+
+
+@pytest.mark.parametrize("name", ["../x", "{outside}", "shard-00001.safetensors", "x", 3])
+@pytest.mark.parametrize("open_it", [False, True])
+def test_no_file_that_a_manifest_names_is_touched(own, key, model, examples, name, open_it):
+    outside = own.parent / "x"
+    outside.write_text("mine")
+    shard = {"file": str(outside) if name == "{outside}" else name, "checksum": None, "size": None}
+    craft(own, lambda fields: fields["shards"][0].update(shard))
+    before = files(own)
+    with pytest.raises(ValueError, match=r"refused: manifest\.json describes other files"):
+        TeacherCache.open(own, key) if open_it else build(own, key, examples, Teacher(model))
+    assert outside.read_text() == "mine" and files(own) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.pop("shards"),
+        lambda fields: fields.update(shards=3),
+        lambda fields: fields.update(shards=[]),
+        lambda fields: fields.update(shards=[{}]),
+        lambda fields: fields.update(key=3),
+        lambda fields: fields["key"].pop("data"),
+        lambda fields: fields.update(widths={"final": 16}),
+        lambda fields: fields["widths"].update(final="16"),
+        lambda fields: fields["shards"][1].update(first=0),
+        lambda fields: fields["shards"][1].update(rows=-1),
+    ],
+)
+def test_a_manifest_of_another_shape_is_refused(own, key, model, examples, change):
+    craft(own, change)
+    for run in (
+        lambda: TeacherCache.open(own, key),
+        lambda: build(own, key, examples, Teacher(model), TeacherCache.open_or_build),
+    ):
+        with pytest.raises(ValueError, match="is refused: "):
+            run()
+
+
+@pytest.mark.parametrize("name", ["manifest.json.partial", "shard-00000.safetensors.partial"])
+def test_a_planted_link_is_not_followed(own, key, model, examples, name):
+    outside = own.parent / "x"
+    outside.write_text("mine")
+    (own / name).symlink_to(outside)
+    (own / "shard-00000.safetensors").unlink()
+    build(own, key, examples, Teacher(model))
+    assert outside.read_text() == "mine"
+    assert TeacherCache.open(own, key).nbytes and not (own / name).exists()
+    assert not (own / "manifest.json").is_symlink()
 
 
 def masked(examples):

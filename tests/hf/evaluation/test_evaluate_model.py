@@ -1,6 +1,10 @@
 """Evaluation of saved models: scores, and the files that hold them."""
 
 import json
+import re
+from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -63,6 +67,83 @@ def test_adapter_answers_alike_before_and_after_merging():
     assert model.get_base_model().generation_config is settings
     assert answer == generate(model.merge_and_unload(), tokenizer, [[5, 6, 7]], **options)
     assert answer != generate(tiny.model(), tokenizer, [[5, 6, 7]], **options)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("temperature", 0.0, "temperature"),
+        ("top_p", 2.0, "top_p must lie in"),
+        ("seeds", (1, 1), "seeds must hold"),
+        ("batch_size", 0, "batch_size must be"),
+        ("max_length", 0, "max_length must be"),
+        ("dtype", "int8", "dtype must be one of"),
+        ("device", "nothing", "nothing"),
+        ("prompt_style", "poem", "prompt_style must be"),
+        ("max_prompt_length", 1, "raise max_prompt_length"),
+        ("rouge_tokenizer", "en", "english, unicode"),
+        ("output", __file__, __file__),
+    ],
+)
+def test_everything_is_checked_before_the_model_is_loaded(
+    files, data, monkeypatch, option, value, message
+):
+    monkeypatch.setattr(generation, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises((ValueError, RuntimeError, OSError), match=re.escape(message)):
+        evaluate_model(files / "student", data, **{**OPTIONS, option: value})
+
+
+def test_a_full_disk_costs_no_score(files, data, tmp_path, monkeypatch, caplog):
+    said, write = [], Path.write_text
+    run = lambda: evaluate_model(  # noqa: E731
+        files / "student", data, output=tmp_path / "out", say=said.append, **OPTIONS
+    )
+    result = run()
+    expected, said[:] = list(said), []
+    assert len(expected) == 3 and expected[-1] == table(result)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        run()
+    assert said == expected and "cannot be written after this seed" in caplog.text
+    monkeypatch.setattr(Path, "write_text", write)
+    assert json.loads((tmp_path / "out" / "eval.json").read_text()) == result
+
+
+def test_each_seed_is_saved_as_it_ends(files, data, tmp_path, monkeypatch):
+    calls = []
+
+    def stop(*args, **options):
+        calls.append(options["seed"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*args, **options)
+
+    monkeypatch.setattr(generation, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(files / "student", data, output=tmp_path, **OPTIONS)
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert list(result["rouge_l_by_seed"]) == ["1"] and result["rouge_l_std"] is None
+    lines = (tmp_path / "answers.jsonl").read_text("utf-8").splitlines()
+    assert [list(json.loads(x)["answers"]) for x in lines] == [["1"], ["1"]]
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_frozen_submodules_stay_in_evaluation_mode(monkeypatch, interrupted):
+    model, tokenizer = tiny.model().train(), tiny.tokenizer()
+    model.model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    example = {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}
+    runs = [
+        lambda: generate(model, tokenizer, [[5, 6]], seed=0, max_new_tokens=1),
+        lambda: held_out_ce(model, [example], Collator(1)),
+    ]
+    if interrupted:
+        monkeypatch.setattr(model.model, "forward", Mock(side_effect=KeyboardInterrupt))
+    for run in runs:
+        with pytest.raises(KeyboardInterrupt) if interrupted else nullcontext():
+            run()
+        assert [module.training for module in model.modules()] == modes
 
 
 @pytest.mark.parametrize("allow", [False, True])

@@ -2,6 +2,7 @@
 
 import statistics
 import sys
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lens_kernels.hf.evaluation.generation import (
     evaluate_rouge,
     held_out_ce,
 )
-from lens_kernels.hf.evaluation.rouge import rouge_l
+from lens_kernels.hf.evaluation.rouge import rouge_l, words
 from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.training.data import Collator, Row, prompt_ids
 from tests.support import tiny
@@ -44,6 +45,36 @@ def test_rouge_l_is_100_times_the_f_measure_of_the_best_reference():
     assert rouge_l(["the cat sat"], [["the cat sat on the mat"]]) == pytest.approx(200 / 3)
     assert rouge_l(["Running"], [["runs"]]) == 100
     assert rouge_l(["a b", "a b"], [["a c"], ["x y", "a b", "x"]]) == pytest.approx(75)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "expected"),
+    [
+        ("été", "été", 100),
+        ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),  # two words of three
+        ("猫坐着", "猫坐下", 200 / 3),  # a word is a character
+        ("हिन्दी में", "हिन्दी में", 100),
+        ("ไทย", "ไท", 80),
+        ("mot", "été", 0),
+    ],
+)
+def test_rouge_l_of_text_in_any_script(text, other, expected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rouge_l([text], [[other]], "unicode") == pytest.approx(expected)
+
+
+def test_the_english_tokenizer_warns_of_letters_that_it_loses():
+    with pytest.warns(UserWarning, match="1 of 2 rows .* outside ASCII.*use 'unicode'"):
+        assert rouge_l(["猫", "a"], [["猫"], ["a", "b – c"]]) == 50
+    with pytest.raises(ValueError, match="tokenizer must be one of english, unicode, got 'en'"):
+        rouge_l(["a"], [["a"]], "en")
+
+
+def test_words_of_a_text():
+    assert words("L'Été, 2 Straße_x; हिन्दी!") == ["l", "été", "2", "strasse", "x", "हिन्दी"]
+    assert words("東京tower カメラ ก็") == [*"東京", "tower", *"カメラ", "ก็"]
+    assert words("—") == []
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The data file, page and pictures of an inspection agree with the readings."""
 
+import base64
+import hashlib
 import json
 import warnings
 from dataclasses import replace
@@ -218,3 +220,19 @@ def test_colour_scale_exists_if_every_entropy_is_zero(drawn, inspected, tmp_path
     figures.lens_figure(sure, "student", student, tmp_path / "sure")
     assert drawn[0]["sure"].axes[0].images[0].get_clim() == (0, 1)
     assert "--h:0" in inspect_page.page(sure, "")
+
+
+def test_no_text_or_name_can_disguise_or_run(inspected):
+    odd = replace(
+        inspected,
+        text="a\u202eb\x1b[2Jc\n\td <script>x</script>",
+        student=replace(inspected.student, name="good\u2066\x07model\n"),
+    )
+    made = inspect_page.page(odd, "")
+    assert "a\\u202eb\\u001b[2Jc\n\td &lt;script&gt;" in made
+    assert "<b>good\\u2066\\u0007model\\u000a</b>" in made
+    assert all(c.isprintable() or c in "\n\t" for c in made)
+    (policy,) = (x["content"] for tag, x in Page(made).tags if x.get("http-equiv"))
+    script = made.partition("<script>")[2].partition("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}'" in policy and policy.startswith("default-src 'none';")

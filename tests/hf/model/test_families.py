@@ -6,6 +6,7 @@ import sys
 import peft
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from lens_kernels import LensHead
@@ -121,6 +122,59 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
     verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
+
+
+@pytest.mark.parametrize("kind", KNOWN)
+def test_a_padding_row_of_zeros_is_no_difference(kind):
+    """Fresh models have such a row; gemma2, gemma3 and cohere have it by default."""
+    model = tiny.model(kind, pad_token_id=0)
+    model.get_input_embeddings().weight.data[0] = 0.0
+    verification.verify_lens(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+def test_autocast_around_or_inside_the_model_changes_no_verdict(table, kind):
+    model = tiny.model(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        verification.verify_lens(model)
+        assert torch.is_autocast_enabled("cpu")
+        # An error of 2 % would pass as rounding if the check ran under autocast.
+        hook = model.lm_head.register_forward_hook(lambda module, args, output: 1.02 * output)
+        with pytest.raises(ValueError, match="does not reproduce the model's logits"):
+            verification.verify_lens(model)
+        hook.remove()
+    prepared = Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model, None, True)
+    verification.verify_lens(prepared)
+    table[model.config.model_type] = dataclasses.replace(table[kind], norm_offset=0.5)
+    with pytest.raises(ValueError, match="does not reproduce"):
+        verification.verify_lens(prepared)
+
+
+def test_float32_logits_of_a_16_bit_model_are_rounded_all_the_same():
+    model = tiny.model(width=64).to(torch.bfloat16)
+    forward = model.forward
+    outputs = []
+
+    def upcast(*args, **options):
+        out = forward(*args, **options)
+        out.logits = out.logits.float()
+        outputs.append(out)
+        return out
+
+    model.forward = upcast
+    verification.verify_lens(model)
+    assert outputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cap", [30.0, 300.0])
+def test_a_cap_far_above_the_logits_at_hand_is_checked(table, dtype, cap):
+    model = tiny.model("gemma2", final_logit_softcapping=cap, initializer_range=0.1).to(dtype)
+    assert outputs_of(model)[2].logits.abs().max() < 0.1 * cap
+    verification.verify_lens(model)
+    table["gemma2"] = dataclasses.replace(table["gemma2"], softcap=None)
+    with pytest.raises(ValueError, match="does not reproduce the model's logits"):
+        verification.verify_lens(model)
 
 
 def test_verify_lens_changes_neither_the_model_nor_the_random_state():

@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
-from huggingface_hub import constants
-from peft import auto
+from huggingface_hub import HfApi, constants
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
@@ -100,13 +100,89 @@ def test_load_model_loads_an_adapter_that_is_trainable(files):
     assert not any(module.training for module in model.modules())
 
 
-def test_relative_path_of_an_adapter_is_not_taken_for_a_hub_name(files, monkeypatch):
-    asked = []
-    ask = lambda repo_id, **_: asked.append(repo_id)  # noqa: E731
+def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch):
     monkeypatch.chdir(files)
-    monkeypatch.setattr(auto, "check_file_exists_on_hf_hub", ask)
-    load_model("adapter")
-    assert asked == [str(files / "adapter")]  # an absolute path cannot be a name on the Hub
+    monkeypatch.setattr(HfApi, "file_exists", lambda *args, **_: pytest.fail("the Hub was asked"))
+    expected = logits(load_model(str(files / "adapter")))
+    assert torch.equal(logits(load_model("adapter")), expected)
+
+
+def renamed(file, change):
+    """Rename the keys of a safetensors file; None drops a key."""
+    tensors = {change(key): x for key, x in load_file(file).items()}
+    tensors.pop(None, None)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "base_model.model."])
+def test_weights_under_other_names_are_not_replaced_by_random_ones(saved, adapter, prefix):
+    renamed(saved / "model.safetensors", lambda key: prefix + key)
+    words = [repr(str(saved)), "lack weights of the model", "'lm_head.weight'", "save_pretrained"]
+    refused(words, load_model, str(saved))
+    put_on(adapter, saved)
+    refused([repr(str(adapter)), *words], load_model, str(adapter))
+
+
+def test_one_missing_weight_is_refused_and_tied_heads_and_value_heads_are_not(saved):
+    file = saved / "model.safetensors"
+    renamed(file, lambda key: None if key == "model.norm.weight" else key)
+    refused(["1 keys, 'model.norm.weight'"], load_model, str(saved))
+    tiny.model(tie_word_embeddings=True).save_pretrained(saved)
+    renamed(file, lambda key: None if key == "lm_head.weight" else key)
+    save_file(load_file(file) | {"v_head.weight": torch.ones(1)}, file, {"format": "pt"})
+    expected = logits(tiny.model(tie_word_embeddings=True))
+    assert torch.equal(logits(load_model(str(saved))), expected)
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 3}, {"attention_bias": False}], ids=str)
+def test_a_config_that_leaves_weights_out_is_refused(saved, change):
+    tiny.model(attention_bias=True).save_pretrained(saved)
+    load_model(str(saved))
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | change))
+    refused(["hold weights that the model does not use", "model.layers."], load_model, str(saved))
+
+
+@pytest.mark.parametrize("layers", [3, 5])
+def test_an_adapter_of_a_model_of_another_depth_is_refused(saved, adapter, layers):
+    """The adapter has four blocks; all others would read it as the base model alone."""
+    tiny.model(layers=layers).save_pretrained(saved)
+    put_on(adapter, saved)
+    what = "lack weights of the adapter" if layers > 4 else "hold weights that the model lacks"
+    refused([repr(str(adapter)), what, f"layers.{min(layers, 4)}."], load_model, str(adapter))
+
+
+def test_an_adapter_with_more_tokens_needs_their_embeddings(files, adapter):
+    tokenizer = tiny.tokenizer()
+    tokenizer.add_tokens([f"new{i}" for i in range(9)])
+    tokenizer.save_pretrained(adapter)
+    refused(["has 72 tokens", "holds no embeddings"], load_model, str(adapter))
+    base = AutoModelForCausalLM.from_pretrained(files / "model")
+    base.resize_token_embeddings(72)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, init_lora_weights=False)
+    whole = peft.get_peft_model(base, config).eval()
+    whole.save_pretrained(adapter, save_embedding_layers=True)
+    assert torch.equal(logits(load_model(str(adapter))), logits(whole))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"task_type": "SEQ_CLS"}, ["task_type must be CAUSAL_LM, got"]),
+        ({"base_model_name_or_path": ""}, ["names no base_model_name_or_path", "Save it"]),
+    ],
+)
+def test_an_adapter_of_something_else_is_refused(adapter, change, words):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    refused(words, load_model, str(adapter))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_kernels_that_a_config_names_are_not_fetched(saved, key):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {key: "some-one/kernels"}))
+    refused([f"{key}='some-one/kernels'", "is not run", "remove"], load_model, str(saved))
 
 
 def test_adapter_uses_its_own_tokenizer_or_that_of_its_base_model(files, adapter):
@@ -149,27 +225,33 @@ def test_an_adapter_needs_peft(files, monkeypatch):
 
 
 @pytest.mark.parametrize("download", [False, True])
-@pytest.mark.parametrize("adapter", [False, True])
-def test_models_are_downloaded_only_if_allowed(monkeypatch, download, adapter):
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_hub_is_asked_only_if_allowed(files, adapter, monkeypatch, download, adapted):
+    put_on(adapter, "some/base")
     asked = []
 
     def record(target, result):
         def function(path, *args, **options):
-            asked.append((options["local_files_only"], options.get("trust_remote_code")))
+            asked.append((path, options["local_files_only"]))
+            assert options.get("trust_remote_code") in (None, False)
             return result
 
         monkeypatch.setattr(target, function)
 
-    where = "a/adapter_config.json"
-    record("lens_kernels.hf.model.loading.find_adapter_config_file", where if adapter else None)
-    record("lens_kernels.hf.model.loading.cached_file", where)
-    for kind in ("AutoModelForCausalLM", "AutoTokenizer"):
-        record(f"lens_kernels.hf.model.loading.{kind}.from_pretrained", Mock())
-    record("peft.AutoPeftModelForCausalLM.from_pretrained", Mock())
+    where = str(adapter / "adapter_config.json")
+    module = "lens_kernels.hf.model.loading"
+    record(f"{module}.find_adapter_config_file", where if adapted else None)
+    record(f"{module}.cached_file", where)
+    record(f"{module}.PretrainedConfig.get_config_dict", ({}, {}))
+    loaded = tiny.model(), {"missing_keys": [], "unexpected_keys": []}
+    record(f"{module}.AutoModelForCausalLM.from_pretrained", loaded)
+    record(f"{module}.AutoTokenizer.from_pretrained", Mock())
     load_model("some/name", "auto", download)
     load_tokenizer("some/name", download)
-    found, loaded = [(not download, None)] * (1 + adapter), [(not download, False)]
-    assert asked == [*found, *loaded, *found, *loaded]
+    base = "some/base" if adapted else "some/name"
+    found = ["some/name"] * (1 + adapted)
+    names = [*found, base, base, *found, "some/name"]
+    assert asked == [(name, not download) for name in names]
 
 
 @pytest.mark.parametrize("function", [load_model, load_tokenizer])

@@ -3,6 +3,7 @@
 import peft
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lens_kernels.hf.model import families as fam
 from lens_kernels.hf.model import verification
@@ -82,7 +83,35 @@ def test_shallow_copy_can_be_saved_and_loaded(tmp_path):
         torch.testing.assert_close(again(ids).logits, student(ids).logits)
 
 
-def test_shallow_copy_shares_no_parameters_and_keeps_the_generation_config():
+def test_blocks_that_depend_on_their_depth_are_refused():
+    teacher = tiny.model("gpt2", layers=5, scale_attn_by_inverse_layer_idx=True)
+    with pytest.raises(ValueError, match=r"blocks \[2, 4\] of GPT2.*logits differ.*depth"):
+        shallow_copy(teacher, [2, 4])
+    assert not any(block._forward_hooks for block in fam.blocks_of(teacher))
+    first = shallow_copy(teacher, [1, 2]).eval()
+    ids = torch.arange(2, 14)[None]
+    with torch.no_grad():
+        assert_close(first(ids).logits, skipping(teacher, [1, 2], ids), 1e-5)
+
+
+def test_lists_by_layer_are_cut_and_lists_of_ids_are_not():
+    teacher = tiny.model(layers=4, eos_token_id=[1, 2, 3, 4])
+    teacher.config.by_layer = [10, 20, 30, 40]
+    config = shallow_copy(teacher, [2, 4]).config
+    assert (config.by_layer, config.eos_token_id) == ([20, 40], [1, 2, 3, 4])
+    assert teacher.config.by_layer == [10, 20, 30, 40]
+
+
+def test_a_shallow_copy_does_not_bear_the_teachers_name(tmp_path):
+    """An adapter of the copy would record the teacher as its base model."""
+    tiny.model().save_pretrained(tmp_path)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
+    student = peft.get_peft_model(shallow_copy(teacher, [1, 3]), peft.LoraConfig())
+    assert teacher.name_or_path == str(tmp_path)
+    assert not student.peft_config["default"].base_model_name_or_path
+
+
+def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
     teacher = tiny.model(layers=3).requires_grad_(False)
     teacher.generation_config.max_new_tokens = 7
     student = shallow_copy(teacher, [1, 3])
@@ -112,6 +141,9 @@ def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     teacher = tiny.model(layers=6)
     with pytest.raises(ValueError, match=r"blocks must lie in \[1, 6\], got 7"):
         shallow_copy(teacher, [1, 7])
+    for blocks in ([], [2, 1], [1, 1]):
+        with pytest.raises(ValueError, match="blocks must hold at least one and increase, got"):
+            shallow_copy(teacher, blocks)
     weight = teacher.model.layers[1].mlp.up_proj.weight
     weight.requires_grad_(False)
     weight.data = weight.data.to(torch.int8)

@@ -79,7 +79,9 @@ def received(monkeypatch, target, argv, result=None):
 
 RESULT = {"cross_entropy": 2.5, "rouge_l": 31.0, "rouge_l_std": None, "rouge_l_by_seed": {}}
 RESULT |= {"rows": 1, "skipped": 1}
+SAY = {"say": cli._say}
 GIVEN = yaml.safe_load("""{
+    "rouge_tokenizer": "unicode",
 model_path: m, data_path: d, output: o, prompt_style: chat, max_length: 5, max_prompt_length: 6,
 max_new_tokens: 7, batch_size: 3, seeds: [4, 2], do_sample: false, temperature: 0.5, top_p: 0.25,
 top_k: 9, no_repeat_ngram_size: 2, dtype: bfloat16, device: meta, allow_download: true,
@@ -101,14 +103,15 @@ def test_eval_writes_its_files_and_prints_the_table(files, data, tmp_path, capsy
 def test_every_option_of_eval_reaches_the_function(monkeypatch):
     target = "lens_kernels.hf.evaluation.generation.evaluate_model"
     defaults = {k: p.default for k, p in signature(generation.evaluate_model).parameters.items()}
+    del defaults["say"]
     assert GIVEN.keys() == defaults.keys()
     assert all(value != defaults[name] for name, value in GIVEN.items())
-    assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN
+    assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN | SAY
     few = {"model_path": "m", "data_path": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
     for more in ({}, switches):  # without switches, and with every switch at its default
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
-        assert found == defaults | few
+        assert found == defaults | few | SAY
 
 
 @pytest.mark.parametrize(
@@ -210,7 +213,7 @@ def test_help_shows_every_description_once_with_its_default(function, capsys, mo
     assert name == "inspect" or shown.count(function.__doc__.split("\n")[0]) == 1
     texts, parameters = argument_texts(function), signature(function).parameters
     assert texts.keys() == parameters.keys()
-    for key in parameters.keys() - {"student", "teacher", "tokenizer", "pairs"}:
+    for key in parameters.keys() - {"student", "teacher", "tokenizer", "pairs", "say"}:
         default, option = parameters[key].default, key.replace("_", "-")
         (line,) = re.findall(rf"^  --{option}[ ,].*\n(?:    .*\n)?", shown, re.MULTILINE)
         assert texts[key] in line and shown.count(f" --{option} ") <= 3
@@ -227,7 +230,10 @@ def test_help_shows_every_description_once_with_its_default(function, capsys, mo
 def test_commands_name_a_missing_package_to_install(name, capsys, monkeypatch):
     monkeypatch.setattr(cli, f"_{name}", lambda argv: __import__("a_module_that_is_missing"))
     assert cli.main([name]) == 1
-    expected = f"{name} needs a_module_that_is_missing: pip install 'lens-kernels[train]'\n"
+    expected = (
+        f"{name}: the package a_module_that_is_missing is not installed:"
+        " pip install a-module-that-is-missing\n"
+    )
     assert capsys.readouterr().err == f"lens-kernels {expected}"
 
 
@@ -236,7 +242,7 @@ def test_commands_name_a_missing_package_to_install(name, capsys, monkeypatch):
 )
 def test_the_libraries_are_offline_unless_downloads_are_allowed(monkeypatch, argv):
     said = []
-    monkeypatch.setattr(cli, "_quiet_libraries", lambda offline: said.append(offline))
+    monkeypatch.setattr(cli, "_prepare", lambda download: said.append(not download))
     monkeypatch.setattr(cli, "_train", lambda argv: None)
     assert cli.main(["train", *argv]) == 0
     assert said == ["--allow" not in " ".join(argv)]

@@ -91,3 +91,10 @@ def test_the_real_teacher_is_converted_once(tmp_path):
     again, _ = smollm2.smollm2(tmp_path)
     for x, y in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_a_teacher_of_another_hash_is_refused(tmp_path):
+    (tmp_path / smollm2.GGUF).write_bytes(b"GGUF")
+    with pytest.raises(RuntimeError, match="has the SHA-256 .*, expected b179c95.*: install it"):
+        smollm2._convert(str(tmp_path), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
