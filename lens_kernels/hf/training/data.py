@@ -1,154 +1,34 @@
-"""Read instruction data from JSON lines, check it, tokenise it and batch it."""
+"""Tokenise instruction data: prompts, responses and their labels."""
 
 from __future__ import annotations
 
-import codecs
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from jinja2 import TemplateError
-from torch import Tensor
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from lens_kernels.hf.training.collation import Collator, check_count, padding_id
+from lens_kernels.hf.training.formats import Messages, Row, read_rows
 from lens_kernels.inputs import IGNORE_INDEX
 
+__all__ = [
+    "Collator",
+    "Examples",
+    "Row",
+    "check_count",
+    "encode",
+    "load_examples",
+    "padding_id",
+    "prompt_ids",
+    "read_rows",
+]
+
 PROMPT_STYLES = ("alpaca", "chat")
-ROLES = ("system", "user", "assistant")
-FORMATS = ("instruction and output", "prompt and completion", "messages")  # keys of a line
-SHOWN = 10  # maximum number of bad lines in one error message
 
 Example = dict[str, list[int]]
-Messages = list[dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of data. Only one of ``instruction``, ``prompt`` and ``messages`` is set.
-
-    Training uses the first of ``references``. A conversation has one: its last assistant turn.
-    """
-
-    line: int
-    references: list[str]
-    instruction: str = ""
-    input: str = ""
-    prompt: str = ""
-    messages: Messages = field(default_factory=list)
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """Read JSON lines. All lines must have the same format; other keys are ignored.
-
-    The formats are: ``instruction``, ``input`` (optional) and ``output``; ``prompt`` and
-    ``completion``; ``messages``, each with ``role`` and ``content``. ``output`` and ``completion``
-    may be lists of strings, which are alternative references.
-
-    Raises:
-        ValueError: The file has invalid lines (the message lists up to ten), or it is empty.
-    """
-    rows: list[Row] = []
-    bad: list[str] = []
-    file_format = ""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.strip():
-                continue
-            try:
-                record = _record(raw)
-                found = _format(record)
-                file_format = file_format or found
-                if found != file_format:
-                    raise ValueError(
-                        f"{found!r} in a file of {file_format!r}: expected one format per file"
-                    )
-                rows.append(_row(number, record, found))
-            except ValueError as error:
-                bad.append(f"{path}:{number}: {error}")
-    if bad:
-        more = f"\nand {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError("invalid lines:\n" + "\n".join(bad[:SHOWN]) + more)
-    if not rows:
-        raise ValueError(f"{path} is empty: expected one JSON object per line")
-    return rows
-
-
-def _record(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno} ({error.msg})"
-        raise ValueError(f"not JSON at {place}: expected one object per line") from error
-
-
-def _format(record: Any) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(f"got a {type(record).__name__}: expected a JSON object")
-    found = [keys for keys in FORMATS if record.keys() >= set(keys.split(" and "))]
-    if len(found) != 1:
-        expected = ", or ".join(FORMATS)
-        raise ValueError(f"keys {sorted(record)}: expected {expected}, and only one of them")
-    return found[0]
-
-
-def _row(line: int, record: Any, found: str) -> Row:
-    if found == "messages":
-        messages = _messages(record["messages"])
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        return Row(line, answers[-1:], messages=messages)
-    question, answer = found.split(" and ")
-    text = _text(question, record[question])
-    outputs = record[answer]
-    if outputs == []:
-        raise ValueError(f"{answer} is an empty list: expected at least one string")
-    if isinstance(outputs, list):
-        references = [_text(f"{answer}[{i}]", x) for i, x in enumerate(outputs)]
-    else:
-        references = [_text(answer, outputs)]
-    if question == "prompt":
-        return Row(line, references, prompt=text)
-    context = _text("input", record.get("input", ""), may_be_blank=True)
-    return Row(line, references, instruction=text, input=context)
-
-
-def _messages(value: Any) -> Messages:
-    if not isinstance(value, list):
-        raise ValueError(f"messages is a {type(value).__name__}: expected a list of messages")
-    messages = []
-    for i, message in enumerate(value):
-        name = f"messages[{i}]"
-        if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
-            raise ValueError(f"{name} is invalid: expected an object with role and content")
-        role = message["role"]
-        if role not in ROLES:
-            raise ValueError(f"{name}.role is {role!r}: expected one of {', '.join(ROLES)}")
-        content = _text(f"{name}.content", message["content"], may_be_blank=role != "assistant")
-        messages.append({"role": role, "content": content})
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("messages has no assistant turn: expected at least one to train on")
-    if messages[0]["role"] == "assistant":
-        raise ValueError("messages starts with an assistant turn: expected a prompt before it")
-    return messages
-
-
-def _text(name: str, value: Any, may_be_blank: bool = False) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{name} is a {type(value).__name__}: expected a string")
-    if not may_be_blank and not value.strip():
-        raise ValueError(f"{name} is empty: expected text")
-    if value.encode(errors="ignore").decode() != value:
-        raise ValueError(f"{name} contains half a surrogate pair: expected valid Unicode")
-    return value
 
 
 def encode(
@@ -301,14 +181,6 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
     check_count("max_prompt_length", max_prompt_length, 1)
 
 
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless the option ``name`` is an integer and at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-
-
 class Examples(Dataset[dict[str, Any]]):
     """Encoded rows; ``example_id`` is the position. ``dropped`` is the number of omitted rows."""
 
@@ -358,41 +230,3 @@ def load_examples(
             f" {max_prompt_length} and max_length {max_length}: increase them"
         )
     return Examples(examples, dropped=len(rows) - len(examples))
-
-
-def padding_id(tokenizer: Any) -> int:
-    """Return the tokenizer's padding id, or else its EOS id: padding is masked, so any id works."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return int(token)
-    raise ValueError("the tokenizer has neither pad_token nor eos_token: set tokenizer.pad_token")
-
-
-@dataclass(frozen=True)
-class Collator:
-    """Pads examples on the right; the attention mask depends on lengths, not on the padding id."""
-
-    pad_token_id: int
-    pad_to_multiple_of: int | None = None
-
-    def __post_init__(self) -> None:
-        check_count("pad_token_id", self.pad_token_id, 0)
-        if self.pad_to_multiple_of is not None:
-            check_count("pad_to_multiple_of", self.pad_to_multiple_of, 1)
-
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``labels``, ``attention_mask``, and ``example_id`` if given."""
-        ids = [torch.as_tensor(x["input_ids"]) for x in examples]
-        labels = [torch.as_tensor(x["labels"]) for x in examples]
-        batch = {
-            "input_ids": self._padded(ids, self.pad_token_id),
-            "labels": self._padded(labels, IGNORE_INDEX),
-            "attention_mask": self._padded([torch.ones_like(x) for x in ids], 0),
-        }
-        if "example_id" in examples[0]:
-            batch["example_id"] = torch.tensor([x["example_id"] for x in examples])
-        return batch
-
-    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
-        batch = pad_sequence(rows, batch_first=True, padding_value=value)
-        return pad(batch, (0, -batch.shape[1] % (self.pad_to_multiple_of or 1)), value=value)

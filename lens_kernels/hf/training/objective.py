@@ -17,6 +17,7 @@ from lens_kernels.hf.model.capture import hidden_states, replaced_forward
 from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_from
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.verification import verify_lens
+from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions
@@ -98,6 +99,7 @@ class LensObjective:
         the student. With ``cache``, the teacher's states of the batch's ``example_id`` are read
         from the cache.
         """
+        check_batch(inputs)
         inputs = dict(inputs)
         example_ids = inputs.pop("example_id", None)
         labels = inputs.pop("labels")

@@ -19,8 +19,8 @@ from transformers.trainer_utils import EvalLoopOutput
 from lens_kernels import compat
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training.collation import Collator, check_batch, padding_id
 from lens_kernels.hf.training.config import LensDistillConfig
-from lens_kernels.hf.training.data import Collator, padding_id
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.inputs import IGNORE_INDEX
@@ -65,8 +65,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             teacher.requires_grad_(False)
             teacher.eval()
         tokenizer = trainer.get("processing_class")
-        if trainer.get("data_collator") is None and tokenizer is not None:
-            trainer["data_collator"] = Collator(padding_id(tokenizer))
+        if trainer.get("data_collator") is None:
+            # Padding is masked, so without a tokenizer any id works.
+            trainer["data_collator"] = Collator(0 if tokenizer is None else padding_id(tokenizer))
         for name in ("train_dataset", "eval_dataset"):
             if args.teacher_cache and trainer.get(name) is not None:
                 trainer[name] = _numbered(name, trainer[name])
@@ -177,6 +178,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
         # of rows that are not repeats in the last batches of all processes, in rank order.
+        check_batch(inputs)
         state, labels = self.accelerator.gradient_state, inputs["labels"]
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
@@ -191,6 +193,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
     ) -> Any:
+        check_batch(inputs)
         if items is not None:
             items = torch.as_tensor(items).clamp(min=1)  # avoids 0 / 0 without tokens
         # Copy the inputs: label smoothing removes the labels from them.

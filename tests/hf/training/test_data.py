@@ -322,6 +322,24 @@ def test_collator_masks_by_length():
     assert Collator(0, pad_to_multiple_of=3)(examples)["labels"].shape == (2, 3)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [1, 2]}, r"labels of example 1 .* \(2,\), and input_ids \(3,\): give one"),
+        ({"attention_mask": [1] * 4}, r"attention_mask of example 1 .* \(4,\), and input_ids"),
+        ({"input_ids": [[5, 6, 7]]}, r"input_ids of example 1 .* \(1, 3\).* in one dimension"),
+        ({"position_ids": [0, 1, 2]}, r"example 1 .* columns .*'position_ids'\], and example 0"),
+        ({"idx": 3}, "example 1 of a batch has the column 'idx': expected some of attention_mask"),
+    ],
+)
+def test_collator_refuses_what_it_cannot_batch(change, message):
+    example = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    with pytest.raises(ValueError, match=message):
+        Collator(1)([example, {**example, **change}])
+    with pytest.raises(ValueError, match="example 0 of a batch has no labels, only input_ids: "):
+        Collator(1)([{"input_ids": [1]}])
+
+
 @pytest.mark.parametrize(("name", "value"), [("pad_token_id", -1), ("pad_to_multiple_of", 0)])
 def test_collator_checks_its_options(name, value):
     with pytest.raises(ValueError, match=f"{name} must be at least"):
