@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def encode(
 ) -> Example | None:
     """Return ``input_ids`` and ``labels`` of a row, or None if the row is too long.
 
-    Prompts and responses are tokenised separately, so no token spans both, as in generation.
+    Prompts and responses are tokenised separately, so no token spans both, as in generation. The
+    space that SentencePiece writes before a text is left out of all but the first.
     Labels are the response tokens, including the end token, and -100 elsewhere. The end token
     is the end of turn that the chat template writes, or the tokenizer's EOS if it writes none.
     A row is too long if its first prompt is, or if ``max_length`` leaves no label.
@@ -55,8 +56,14 @@ def encode(
         ValueError: A value is out of range, the tokenizer has no EOS, or its chat template is
             missing or rejects the messages.
     """
-    _check_prompt(prompt_style, max_prompt_length)
     check_count("max_length", max_length, 2)
+    whole = _whole(row, tokenizer, prompt_style, max_prompt_length)
+    return None if whole is None else _cut(whole, max_length)
+
+
+def _whole(row: Row, tokenizer: Any, prompt_style: str, max_prompt_length: int) -> Example | None:
+    """Return a row's example of any length, or None if its first prompt is too long."""
+    _check_prompt(prompt_style, max_prompt_length)
     turns = _turns(row, tokenizer, prompt_style)
     if len(turns[0][0]) > max_prompt_length:
         return None
@@ -64,7 +71,12 @@ def encode(
     for prompt, response in turns:
         example["input_ids"] += prompt + response
         example["labels"] += [IGNORE_INDEX] * len(prompt) + response
-    example = {name: ids[:max_length] for name, ids in example.items()}
+    return example
+
+
+def _cut(whole: Example, max_length: int) -> Example | None:
+    """Return the first tokens of an example, or None if no label is among them."""
+    example = {name: ids[:max_length] for name, ids in whole.items()}
     return example if set(example["labels"]) - {IGNORE_INDEX} else None
 
 
@@ -111,6 +123,30 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def _further_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text behind other text.
+
+    SentencePiece tokenizers write a space before every text that they are given alone. Here the
+    text follows a character whose tokens are cut off again.
+    """
+    if not any(ids not in (None, _ids(tokenizer, "a")) for ids in _behind(tokenizer, "a")):
+        return _ids(tokenizer, text)
+    for ids in _behind(tokenizer, text):
+        if ids is not None:
+            return ids
+    raise ValueError(
+        f"the tokenizer adds a space before {text[:40]!r}, which cannot be taken away: use another"
+        " tokenizer, or pass data with input_ids and labels"
+    )
+
+
+def _behind(tokenizer: Any, text: str) -> Iterator[list[int] | None]:
+    """Return the tokens of ``text`` behind characters, or None where they share a token."""
+    for character in ("\n", "."):
+        before, whole = _ids(tokenizer, character), _ids(tokenizer, character + text)
+        yield whole[len(before) :] if whole[: len(before)] == before else None
+
+
 def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
     """Prepend BOS to ``ids`` if the tokenizer adds BOS to a sample text."""
     bos, letter = tokenizer.bos_token_id, _ids(tokenizer, "a")
@@ -120,7 +156,8 @@ def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
 
 def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
     """Return the tokens of a response, plus EOS unless the text ends in one of ``ends``."""
-    return _ids(tokenizer, response) + [tokenizer.eos_token_id] * (not response.endswith(ends))
+    ids = _further_ids(tokenizer, response)
+    return ids + [tokenizer.eos_token_id] * (not response.endswith(ends))
 
 
 def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
@@ -144,7 +181,8 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
                 " appends, or end the conversation after its first assistant turn"
             )
         response = whole[len(prompt) :].rstrip()
-        opening = _ids(tokenizer, prompt[len(done) :])
+        tokenise = _further_ids if done else _ids
+        opening = tokenise(tokenizer, prompt[len(done) :])
         turns.append((opening, _end(tokenizer, response, tokenizer.eos_token, *ends)))
         done = prompt + response
     return turns
@@ -182,11 +220,15 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Encoded rows; ``example_id`` is the position. ``dropped`` is the number of omitted rows."""
+    """Encoded rows; ``example_id`` is the position.
 
-    def __init__(self, examples: Sequence[Example], dropped: int) -> None:
+    ``dropped`` rows were omitted, and ``cut`` rows lost tokens that would have been labelled.
+    """
+
+    def __init__(self, examples: Sequence[Example], dropped: int, cut: int = 0) -> None:
         self.examples = examples
         self.dropped = dropped
+        self.cut = cut
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -200,8 +242,8 @@ class Examples(Dataset[dict[str, Any]]):
         labels = [x for example in self.examples for x in example["labels"]]
         learnt = len(labels) - labels.count(IGNORE_INDEX)
         return (
-            f"{len(self) + self.dropped} rows, {self.dropped} dropped as too long;"
-            f" {len(labels)} tokens, {learnt} of them labelled"
+            f"{len(self) + self.dropped} rows, {self.dropped} dropped as too long, {self.cut}"
+            f" with responses cut at max_length; {len(labels)} tokens, {learnt} of them labelled"
         )
 
 
@@ -220,13 +262,18 @@ def load_examples(
         ValueError: ``read_rows`` or ``encode`` raises it, or every row is too long.
     """
     rows = read_rows(path)
-    limits = {"max_length": max_length, "max_prompt_length": max_prompt_length}
     bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files
-    encoded = [encode(row, tokenizer, prompt_style=prompt_style, **limits) for row in bar]
-    examples = [example for example in encoded if example is not None]
+    check_count("max_length", max_length, 2)
+    examples, cut = [], 0
+    for row in bar:
+        whole = _whole(row, tokenizer, prompt_style, max_prompt_length)
+        example = None if whole is None else _cut(whole, max_length)
+        if whole is not None and example is not None:
+            examples.append(example)
+            cut += any(label != IGNORE_INDEX for label in whole["labels"][max_length:])
     if not examples:
         raise ValueError(
             f"all {len(rows)} rows of {path} are too long for max_prompt_length"
             f" {max_prompt_length} and max_length {max_length}: increase them"
         )
-    return Examples(examples, dropped=len(rows) - len(examples))
+    return Examples(examples, dropped=len(rows) - len(examples), cut=cut)
