@@ -52,9 +52,14 @@ class Collator:
         if self.pad_to_multiple_of is not None:
             check_count("pad_to_multiple_of", self.pad_to_multiple_of, 1)
 
+    @staticmethod
+    def columns() -> set[str]:
+        """Return the names of the columns that can be batched."""
+        return {"input_ids", "example_id", *PER_TOKEN}
+
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return ``input_ids``, ``labels``, ``attention_mask``, and other given columns."""
-        rows = [_columns(i, example) for i, example in enumerate(examples)]
+        rows = [columns_of(f"example {i} of a batch", x) for i, x in enumerate(examples)]
         for i, row in enumerate(rows):
             if row.keys() != rows[0].keys():
                 raise ValueError(
@@ -74,18 +79,18 @@ class Collator:
         return pad(batch, (0, -batch.shape[1] % (self.pad_to_multiple_of or 1)), value=value)
 
 
-def _columns(place: int, example: Mapping[str, Any]) -> dict[str, Tensor]:
+def columns_of(where: str, example: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the columns of an example as tensors, with an ``attention_mask``."""
-    known = {"input_ids", "example_id", *PER_TOKEN}
-    if unknown := sorted(example.keys() - known):
-        raise ValueError(
-            f"example {place} of a batch has the column {unknown[0]!r}: expected some of"
-            f" {', '.join(sorted(known))}; remove the column, or pass a data_collator"
-        )
+    known = Collator.columns()
     if missing := sorted({"input_ids", "labels"} - example.keys()):
         raise ValueError(
-            f"example {place} of a batch has no {missing[0]}, only {', '.join(sorted(example))}:"
+            f"{where} has no {missing[0]}, only {', '.join(sorted(example))}:"
             " tokenise the data (see load_examples)"
+        )
+    if unknown := sorted(example.keys() - known):
+        raise ValueError(
+            f"{where} has the column {unknown[0]!r}: expected some of"
+            f" {', '.join(sorted(known))}; remove the column, or pass a data_collator"
         )
     columns = {name: torch.as_tensor(x) for name, x in example.items()}
     ids = columns["input_ids"]
@@ -93,7 +98,7 @@ def _columns(place: int, example: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, values in columns.items():
         if name != "example_id" and (values.dim() != 1 or values.shape != ids.shape):
             raise ValueError(
-                f"{name} of example {place} of a batch has shape {tuple(values.shape)}, and"
+                f"{name} of {where} has shape {tuple(values.shape)}, and"
                 f" input_ids {tuple(ids.shape)}: give one number per token, in one dimension"
             )
     return columns

@@ -79,6 +79,7 @@ class LensObjective:
         self.teacher_layers = check_layers(
             "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
         )
+        _check_own_loss(student)
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)
         for model in (student, teacher):
@@ -253,6 +254,17 @@ class LensObjective:
             )
         ]
         return torch.stack(sums).mean()
+
+
+def _check_own_loss(student: Any) -> None:
+    """Raise if the student's own loss has a term that distillation would drop."""
+    config = student.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "the student's config has output_router_logits=True, which adds a router loss to its"
+            " own loss, but distillation adds none: set model.config.output_router_logits = False"
+            " to train without it"
+        )
 
 
 def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
