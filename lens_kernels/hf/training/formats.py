@@ -70,12 +70,21 @@ def read_rows(path: str | Path) -> list[Row]:
 
 def _record(raw: bytes) -> Any:
     try:
-        return json.loads(raw.decode())
+        return json.loads(raw.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
         raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
     except json.JSONDecodeError as error:
         place = f"column {error.colno} ({error.msg})"
         raise ValueError(f"not JSON at {place}: expected one object per line") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is there twice: keep one of them")
+    return record
 
 
 def _format(record: Any) -> str:

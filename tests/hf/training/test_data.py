@@ -105,6 +105,8 @@ def test_rows_of_each_format(write):
     [
         (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object per line"),
         (b'{"prompt": "\xff"}', "byte 13 is not UTF-8: save the file as UTF-8"),
+        (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "key 'prompt' is there twice: keep"),
+        (b'{"messages": [{"role": "user", "role": "x"}]}', "the key 'role' is there twice: keep"),
         ([1], "a list: expected a JSON object"),
         ({"instruction": "a"}, r"keys \['instruction'\]: expected instruction and output, or"),
         ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of them"),
