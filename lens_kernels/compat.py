@@ -106,6 +106,14 @@ def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
         interpreter._patch_lang = wrap(interpreter._patch_lang)
 
 
+def is_compiled(model: object) -> bool:
+    """Say whether a model was returned by ``torch.compile``.
+
+    ``_orig_mod`` is the wrapped module in torch 2.8 to 2.13. Without it such a model fails later.
+    """
+    return hasattr(model, "_orig_mod")
+
+
 def class_before_sharding(module: object) -> type:
     """Return the class of a module as it was before ``fully_shard`` replaced it.
 

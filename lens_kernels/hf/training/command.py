@@ -291,7 +291,7 @@ def load_teacher(config: RunConfig) -> Any:
 def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
     """Convert a YAML file to command-line arguments, so one parser checks all options."""
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, _UniqueLoader) or {}
     except yaml.YAMLError as error:
         parser.error(f"{name} is not YAML: {error}")
     if not isinstance(values, dict):
@@ -308,6 +308,20 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
         items = value if isinstance(value, list) else [value]
         arguments += [f"--{key}", *map(_as_text, items)]
     return arguments
+
+
+class _UniqueLoader(yaml.SafeLoader):
+    """Reads YAML in which no key is there twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if key in seen:
+                line = key_node.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: the key {key!r} is there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 def _as_text(value: Any) -> str:

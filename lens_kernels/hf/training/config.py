@@ -24,6 +24,7 @@ from lens_kernels.options import (
 )
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
+DEFAULT_PAIRS = 4
 # Options of ``distillation_loss`` that the Trainer's config names differently.
 TRAINER_NAMES = {
     "divergence": "lens_divergence",
@@ -82,8 +83,10 @@ class LensDistillConfig(TrainingArguments):
     teacher_layers: list[int] | None = option(
         None, "Teacher blocks, one for each of student_layers; default: evenly spaced."
     )
-    num_lens_pairs: int = option(
-        4, "Number of lens pairs if no layers are given; 0 compares only the final outputs."
+    num_lens_pairs: int | None = option(
+        None,
+        "Number of lens pairs if no layers are given; 0 compares only the final outputs. Default:"
+        f" {DEFAULT_PAIRS}, or all blocks but the last of a smaller model.",
     )
     lens_divergence: str = option(
         DistillationOptions.divergence,
@@ -168,12 +171,18 @@ class LensDistillConfig(TrainingArguments):
         """Return the blocks of student and teacher whose outputs are compared."""
         if self.student_layers is not None and self.teacher_layers is not None:
             return self.student_layers, self.teacher_layers
-        if self.num_lens_pairs == 0:
+        blocks = [len(blocks_of(model)) for model in (student, teacher)]
+        most, pairs = min(blocks) - 1, self.num_lens_pairs
+        if pairs is None:
+            pairs = min(DEFAULT_PAIRS, most)
+        if pairs > most:
+            raise ValueError(
+                f"num_lens_pairs must be at most {most} for a student of {blocks[0]} blocks and a"
+                f" teacher of {blocks[1]}, got {pairs}: set a smaller number"
+            )
+        if pairs == 0:
             return [], []
-        student_layers, teacher_layers = (
-            uniform_layers(self.num_lens_pairs, len(blocks_of(m))) for m in (student, teacher)
-        )
-        return student_layers, teacher_layers
+        return uniform_layers(pairs, blocks[0]), uniform_layers(pairs, blocks[1])
 
     def loss_options(self) -> dict[str, Any]:
         """Return the keyword arguments for ``distillation_loss``."""
@@ -195,5 +204,5 @@ class LensDistillConfig(TrainingArguments):
                 "give student_layers and teacher_layers together, or neither:"
                 f" got {given[0]} and {given[1]}"
             )
-        if self.num_lens_pairs < 0:
+        if self.num_lens_pairs is not None and self.num_lens_pairs < 0:
             raise ValueError(f"num_lens_pairs must be at least 0, got {self.num_lens_pairs}")

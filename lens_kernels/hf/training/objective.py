@@ -17,6 +17,7 @@ from lens_kernels.hf.model.capture import hidden_states, replaced_forward
 from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_from
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.verification import verify_lens
+from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions
@@ -78,6 +79,7 @@ class LensObjective:
         self.teacher_layers = check_layers(
             "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
         )
+        _check_own_loss(student)
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)
         for model in (student, teacher):
@@ -98,6 +100,7 @@ class LensObjective:
         the student. With ``cache``, the teacher's states of the batch's ``example_id`` are read
         from the cache.
         """
+        check_batch(inputs)
         inputs = dict(inputs)
         example_ids = inputs.pop("example_id", None)
         labels = inputs.pop("labels")
@@ -251,6 +254,17 @@ class LensObjective:
             )
         ]
         return torch.stack(sums).mean()
+
+
+def _check_own_loss(student: Any) -> None:
+    """Raise if the student's own loss has a term that distillation would drop."""
+    config = student.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        raise ValueError(
+            "the student's config has output_router_logits=True, which adds a router loss to its"
+            " own loss, but distillation adds none: set model.config.output_router_logits = False"
+            " to train without it"
+        )
 
 
 def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:

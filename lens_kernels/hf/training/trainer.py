@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -13,14 +14,23 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.utils.data import Dataset
 from transformers import Trainer
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from lens_kernels import compat
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training.checks import (
+    check_arguments,
+    check_data,
+    check_distribution,
+    check_dtype,
+    check_model,
+    check_shards,
+    check_teacher,
+    check_weights,
+)
+from lens_kernels.hf.training.collation import Collator, check_batch, padding_id
 from lens_kernels.hf.training.config import LensDistillConfig
-from lens_kernels.hf.training.data import Collator, padding_id
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.inputs import IGNORE_INDEX
@@ -54,20 +64,27 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
                 " kd_ratio=0 for fine-tuning without distillation"
             )
-        _check_distribution(args)
+        check_arguments(trainer, teacher)
+        check_distribution(args)
+        check_model("model", model)
+        check_model("teacher", teacher)
         if isinstance(model, str):
             model = load_model(model, "float32")
         if isinstance(teacher, str):
             teacher = load_model(teacher)
-        _check_dtype(model)
+        check_dtype(model)
         if teacher is not None:
-            _check_teacher(model, teacher, args)
+            check_teacher(model, teacher, args)
             teacher.requires_grad_(False)
             teacher.eval()
         tokenizer = trainer.get("processing_class")
-        if trainer.get("data_collator") is None and tokenizer is not None:
-            trainer["data_collator"] = Collator(padding_id(tokenizer))
+        if trainer.get("data_collator") is None:
+            # Padding is masked, so without a tokenizer any id works.
+            trainer["data_collator"] = Collator(0 if tokenizer is None else padding_id(tokenizer))
+        models = [model] if teacher is None else [model, teacher]
         for name in ("train_dataset", "eval_dataset"):
+            if trainer.get(name) is not None and model is not None:
+                check_data(name, trainer[name], models, trainer["data_collator"])
             if args.teacher_cache and trainer.get(name) is not None:
                 trainer[name] = _numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)
@@ -78,9 +95,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._meter, self._eval_meter = Meter(), Meter()
         self._speed = Speed()
         self._caches: dict[str, TeacherCache] = {}
+        self._labelled: Tensor | None = None
+        self._optimizer_given = (trainer.get("optimizers") or (None,))[0] is not None
         self.objective: LensObjective | None = None
         if teacher is not None:
-            _check_shards(self.accelerator.state, args)
+            check_shards(self.accelerator.state, args)
             # Under FSDP, accelerate moves no model to the device, because it expects to shard it.
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
@@ -96,8 +115,34 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._meter = Meter()
         self._speed.restart()
         compat.forget_preparation(self.model)
+        self._labelled = None
+        self._check_optimizer()
         with self._student_with_projections():
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        if self._labelled is not None and not self._sum_over_processes(self._labelled):
+            raise ValueError(
+                "no step had a labelled token, so nothing was learnt: label the tokens of the"
+                f" responses, and others {IGNORE_INDEX}"
+            )
+        model: Any = self.model
+        check_weights(dict(model.named_parameters()), self._trained())
+        return result
+
+    def _trained(self) -> list[str]:
+        model: Any = self.model
+        return [name for name, x in model.named_parameters() if x.requires_grad]
+
+    def _check_optimizer(self) -> None:
+        if self.objective is None or not self._optimizer_given:
+            return
+        optimizer: Any = self.optimizer
+        held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+        if any(id(x) not in held for x in self.objective.projections.parameters()):
+            raise ValueError(
+                "the optimizer lacks the matrices of mse_coeff, which would stay random: call"
+                " trainer.optimizer.add_param_group({'params':"
+                " list(trainer.objective.projections.parameters())}) before train()"
+            )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
@@ -139,7 +184,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         """Add the mean terms of the objective since the last log, and the speed."""
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
-            means.pop("loss", None)  # keeps the Trainer's loss, a mean over steps
+            loss = means.pop("loss", 0.0)
+            # In float16, the scaler skips steps that overflow.
+            if not math.isfinite(loss) and self.accelerator.mixed_precision != "fp16":
+                raise ValueError(
+                    f"the loss is {loss} at step {self.state.global_step}, so training cannot go"
+                    " on: lower learning_rate, or check the weights of model and teacher"
+                )
+            # The Trainer's own loss, a mean over steps, stays in the log.
             logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
         super().log(logs, *args, **kwargs)
 
@@ -177,6 +229,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
         # of rows that are not repeats in the last batches of all processes, in rank order.
+        check_batch(inputs)
         state, labels = self.accelerator.gradient_state, inputs["labels"]
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
@@ -191,6 +244,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
     ) -> Any:
+        check_batch(inputs)
         if items is not None:
             items = torch.as_tensor(items).clamp(min=1)  # avoids 0 / 0 without tokens
         # Copy the inputs: label smoothing removes the labels from them.
@@ -207,6 +261,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             self._eval_meter.add(outcome)
             return
         self._meter.add(outcome)
+        tokens = outcome.num_tokens.detach()
+        self._labelled = tokens if self._labelled is None else self._labelled + tokens
         mask = inputs.get("attention_mask")
         self._speed.add(inputs["input_ids"].numel() if mask is None else mask.sum())
 
@@ -271,6 +327,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         """Write the student, and the MSE matrices to a separate file."""
         model: Any = self.model
         held = model.state_dict() if state_dict is None else state_dict
+        check_weights(held, self._trained())
         learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
         if not learnt:
             super().write_model(output_dir, state_dict)
@@ -319,50 +376,3 @@ class _Numbered(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {**self.dataset[index], "example_id": index}
-
-
-def _check_dtype(student: Any) -> None:
-    parameters = student.named_parameters()
-    half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
-    if half:
-        raise TypeError(
-            f"model has {len(half)} parameters to train in float16, {half[0]} the first, but Adam's"
-            " moments underflow in float16: load it in float32 (fp16=True still computes in"
-            " float16) or bfloat16, or train an adapter"
-        )
-
-
-def _check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
-    held = {id(x) for x in teacher.parameters()}
-    shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
-    if shared:
-        raise ValueError(
-            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, so training"
-            " would change the teacher: give a separate teacher, like copy.deepcopy(model)"
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} has no effect with a"
-            " teacher: set it to 0, or give no teacher"
-        )
-
-
-def _check_distribution(args: LensDistillConfig) -> None:
-    if args.n_gpu > 1:
-        raise RuntimeError(
-            f"one process sees {args.n_gpu} GPUs, and nn.DataParallel is not supported: start one"
-            " process per GPU with torchrun or accelerate launch"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise RuntimeError(
-            "DeepSpeed ZeRO-3 shards the heads, but the loss needs them whole: use ZeRO-1 or ZeRO-2"
-        )
-
-
-def _check_shards(state: Any, args: LensDistillConfig) -> None:
-    plugin = getattr(state, "fsdp_plugin", None)
-    if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
-        raise RuntimeError(
-            f"mse_coeff={args.mse_coeff} needs full checkpoints to save the MSE matrices:"
-            " set state_dict_type FULL_STATE_DICT in fsdp_config"
-        )

@@ -5,7 +5,15 @@ import json
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import (
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from lens_kernels.hf.model import smollm2
@@ -97,6 +105,8 @@ def test_read_rows_reads_each_format(write):
     [
         (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object per line"),
         (b'{"prompt": "\xff"}', "byte 13 is not UTF-8: save the file as UTF-8"),
+        (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "key 'prompt' is there twice: keep"),
+        (b'{"messages": [{"role": "user", "role": "x"}]}', "the key 'role' is there twice: keep"),
         ([1], "a list: expected a JSON object"),
         ({"instruction": "a"}, r"keys \['instruction'\]: expected instruction and output, or"),
         ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of them"),
@@ -297,11 +307,68 @@ def test_load_examples_reads_a_file(write, monkeypatch):
     assert [tokenizer.decode(x["input_ids"]) for x in examples] == ["mz</s>", "noz</s>"]
     assert [x["example_id"] for x in examples] == [0, 1] and examples[-1]["example_id"] == 1
     assert examples[1]["labels"] == [-100, -100, *examples[1]["input_ids"][2:]]
-    assert examples.summary() == "3 rows, 1 dropped as too long; 7 tokens, 4 of them labelled"
+    told = "3 rows, 1 dropped as too long, 0 with responses cut at max_length;"
+    assert examples.summary() == f"{told} 7 tokens, 4 of them labelled"
     load_examples(path, tokenizer)
     assert bars == [True, False]
     with pytest.raises(ValueError, match="all 1 rows of .*jsonl are too long .* 4 and max_length"):
         load_examples(write(lines[1]), tokenizer, max_prompt_length=4)
+
+
+def test_cut_responses_are_counted(write):
+    lines = [{"prompt": "m", "completion": x} for x in ("z", "wx", "wxyz")]
+    examples = load_examples(write(*lines), bpe(), max_length=4)
+    assert [len(x["input_ids"]) for x in examples] == [3, 4, 4] and examples.cut == 1
+    assert "3 rows, 0 dropped as too long, 1 with responses cut at max_length" in examples.summary()
+    # Tokens after the last response are no loss.
+    talk = {"messages": TALK}
+    whole = load_examples(write(talk), bpe())[0]
+    assert load_examples(write(talk), bpe(), max_length=len(whole["labels"])).cut == 0
+    assert load_examples(write(talk), bpe(), max_length=len(whole["labels"]) - 1).cut == 1
+
+
+def sentencepiece(kind):
+    """Return a tokenizer that writes a space before a text, as Llama 2 and Mistral do."""
+    letters = [chr(x) for x in range(33, 127)]
+    names = ["<unk>", "<s>", "</s>", "[A]", *(f"<0x{x:02X}>" for x in range(256))]
+    merges = [("▁", "P"), ("i", "s"), ("▁P", "a"), ("P", "a")]
+    names = [*dict.fromkeys([*names, "▁", *letters, *map("".join, merges)])]
+    vocab = {name: i for i, name in enumerate(names)}
+    inner = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    if kind == "normalizer":
+        steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        inner.normalizer = normalizers.Sequence(steps)
+    else:
+        inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    pieces = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    inner.decoder = decoders.Sequence([*pieces, decoders.Strip(" ", 1, 0)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, chat_template=CHAT, **special)
+
+
+def prefixed():
+    """Return a byte-level tokenizer that writes a space before a text."""
+    tokenizer = bpe()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["normalizer", "metaspace", "bytes"])
+def test_no_space_is_written_before_a_response(kind):
+    tokenizer = prefixed() if kind == "bytes" else sentencepiece(kind)
+    for prompt, answer in (("Say:\n", "Paris"), ("Say:", " Paris"), ("Say:", "\nParis\n\n")):
+        row = Row(1, [answer], prompt=prompt)
+        ids = encoded(row, tokenizer)["input_ids"]
+        assert tokenizer.decode(ids).lstrip(" ") == f"{prompt}{answer}</s>"
+        prompt_of(row, tokenizer)  # generation reads the same tokens
+    if kind != "bytes":
+        labels = encoded(Row(1, ["Paris"], prompt="Say:\n"), tokenizer)["labels"]
+        learnt = [x for x in labels if x != -100]
+        assert tokenizer.convert_ids_to_tokens(learnt) == ["Pa", "r", "is", "</s>"]
+    text, _ = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
+    assert "assistant\n one <|im_end|>" in text and "assistant\ntwo<|im_end|>" in text
+    if kind != "bytes":  # its special tokens are added ones, and it writes a space after each
+        assert "</s>\n<|im_start|>user\nsecond" in text
 
 
 def test_collator_masks_by_length():
@@ -322,6 +389,24 @@ def test_collator_masks_by_length():
     assert wider["input_ids"].tolist() == [[5, 1, 1, 0], [6, 1, 0, 0]]
     assert wider["labels"][:, 3].tolist() == [-100, -100] and "example_id" not in wider
     assert Collator(0, pad_to_multiple_of=3)(examples)["labels"].shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [1, 2]}, r"labels of example 1 .* \(2,\), and input_ids \(3,\): give one"),
+        ({"attention_mask": [1] * 4}, r"attention_mask of example 1 .* \(4,\), and input_ids"),
+        ({"input_ids": [[5, 6, 7]]}, r"input_ids of example 1 .* \(1, 3\).* in one dimension"),
+        ({"position_ids": [0, 1, 2]}, r"example 1 .* columns .*'position_ids'\], and example 0"),
+        ({"idx": 3}, "example 1 of a batch has the column 'idx': expected some of attention_mask"),
+    ],
+)
+def test_collator_refuses_what_it_cannot_batch(change, message):
+    example = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+    with pytest.raises(ValueError, match=message):
+        Collator(1)([example, {**example, **change}])
+    with pytest.raises(ValueError, match="example 0 of a batch has no labels, only input_ids: "):
+        Collator(1)([{"input_ids": [1]}])
 
 
 @pytest.mark.parametrize(("name", "value"), [("pad_token_id", -1), ("pad_to_multiple_of", 0)])

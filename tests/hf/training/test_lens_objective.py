@@ -5,9 +5,10 @@ import torch
 
 from lens_kernels.hf import LensObjective, capture
 from lens_kernels.hf.model.capture import replaced_forward
+from lens_kernels.hf.training.collation import Collator
 from lens_kernels.hf.training.meter import evaluate
 from tests.support import tiny
-from tests.support.training import STUDENT, TEACHER, batch_of, tokens, uneven_data
+from tests.support.training import STUDENT, TEACHER, batch_of, make_trainer, tokens, uneven_data
 
 
 def test_capture_restores_the_model_even_after_an_error():
@@ -75,3 +76,46 @@ def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
     assert len(names) == 6
     for name in names:
         torch.testing.assert_close(some[name], every[name], rtol=1e-4, atol=0.0)
+
+
+def parts(examples, **options):
+    """Return the loss's terms of examples that the collator makes a batch of, in float64."""
+    models = [tiny.model(**x, **options).double() for x in (STUDENT, TEACHER)]
+    out = LensObjective(*models, [1, 2], [1, 3], kd_ratio=0.5)(Collator(1)(examples))
+    return {name: (x / out.num_tokens).item() for name, x in out.sums.items()}
+
+
+def test_masks_and_positions_of_the_data_reach_the_models():
+    (ids,) = tokens(batch=1, length=6).tolist()
+    plain = {"input_ids": ids, "labels": ids}
+    left = {
+        "input_ids": [9, 9, 9, *ids],
+        "labels": [-100, -100, -100, -100, *ids[1:]],
+        "attention_mask": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+    }
+    longer = tokens(batch=1, length=12).tolist()[0]
+    # Rotary positions (float32) are relative, so only the mask matters; those of GPT-2 are not.
+    other = {"input_ids": longer, "labels": [-100] * 12, "attention_mask": [1] * 12}
+    names = ("loss", "ce", "kd", "lens_1", "lens_2")
+    expected, found = parts([plain]), parts([left, other])
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+    placed = {**left, "position_ids": [0, 0, 0, *range(6)]}
+    expected, found = (parts([x], kind="gpt2") for x in (plain, placed))
+    for name in names:
+        assert found[name] == pytest.approx(expected[name], rel=1e-6), name
+
+
+@pytest.mark.parametrize("fine_tune", [False, True])
+def test_labels_of_another_width_are_refused(tmp_path, fine_tune):
+    ids = tokens(batch=2, length=5)
+    message = r"labels have shape \(2, 4\), and input_ids \(2, 5\): give one label per token"
+    batch = {"input_ids": ids, "labels": ids[:, 1:]}
+    options = {"teacher": False, "kd_ratio": 0.0} if fine_tune else {}
+    trainer = make_trainer(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        trainer.compute_loss(trainer.model, batch)
+    with pytest.raises(ValueError, match=r"no labels, only input_ids: give data with"):
+        trainer.compute_loss(trainer.model, {"input_ids": ids})
+    with pytest.raises(ValueError, match=r"no labels, only input_ids: give data with"):
+        trainer.prediction_step(trainer.model, {"input_ids": ids}, True)

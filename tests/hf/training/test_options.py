@@ -155,3 +155,13 @@ def test_grad_threshold_logs_the_dropped_share(tmp_path):
     assert dropped(grad_threshold=1000) == dropped(accumulate=2, grad_threshold=1000) == [1.0]
     (few,), (some,) = dropped(grad_threshold="bf16"), dropped(grad_threshold="1e-2")
     assert 0.0 <= few < 1e-3 < some < 1.0
+
+
+def test_a_key_that_is_twice_in_a_file_is_refused(files, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    for text in ("beta: 0.3\nseed: 1\nbeta: 0.4\n", "a: 1\nb:\n  {beta: 1, beta: 2}\n"):
+        config.write_text(text)
+        with pytest.raises(SystemExit):
+            command.parse(arguments(files, tmp_path / "out", config=config)[1:])
+        shown = capsys.readouterr().err
+        assert f"{config} is not YAML: line 3: the key 'beta' is there twice" in shown

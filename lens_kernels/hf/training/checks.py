@@ -1,0 +1,196 @@
+"""Checks of what a trainer is given, before it trains."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from lens_kernels import compat
+from lens_kernels.hf.training.collation import Collator, columns_of
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.inputs import IGNORE_INDEX
+
+# Arguments that other trainers take, and what takes their place here.
+ELSEWHERE = {
+    "peft_config": "wrap the model with peft.get_peft_model first",
+    "teacher_model": "pass it as teacher",
+    "tokenizer": "pass it as processing_class",
+}
+OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
+
+
+def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
+    """Raise on an argument that the trainer does not take, or cannot serve with a teacher."""
+    known = inspect.signature(Trainer.__init__).parameters
+    for name in given:
+        if name in known:
+            continue
+        close = difflib.get_close_matches(name, known, 1)
+        hint = ELSEWHERE.get(name, f"did you mean {close[0]}?" if close else "leave it out")
+        raise TypeError(f"LensDistillTrainer does not take {name}: {hint}")
+    for name in OF_LOGITS:
+        if teacher is not None and given.get(name) is not None:
+            raise ValueError(
+                f"{name} needs logits, but with a teacher none are stored: leave it out, or train"
+                " without a teacher"
+            )
+
+
+def check_model(name: str, model: Any) -> None:
+    """Raise if a model is no folder, or is a compiled module."""
+    if isinstance(model, str):
+        if not Path(model).is_dir():
+            raise ValueError(
+                f"{name}={model!r} is not a folder: give the folder of a model, or load the model"
+                " with from_pretrained and pass the model"
+            )
+    elif compat.is_compiled(model):
+        raise TypeError(
+            f"{name} is compiled, but the loss runs inside the student's forward call and compiles"
+            " its own code: pass the model as it was before torch.compile"
+        )
+
+
+def check_data(name: str, dataset: Any, models: Sequence[Any], collator: Any) -> None:
+    """Check every example of a dataset that can be indexed against the models.
+
+    Raises:
+        ValueError: An example lacks a column, is longer than the positions of a model, or holds
+            an id without an embedding; or no example has a label that counts.
+    """
+    if isinstance(dataset, Mapping):
+        for key, part in dataset.items():
+            check_data(f"{name}[{key!r}]", part, models, collator)
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return
+    ours = isinstance(collator, Collator)
+    rows = min(model.get_input_embeddings().weight.shape[0] for model in models)
+    positions = min((x for x in map(_learnt_positions, models) if x is not None), default=None)
+    labelled = 0
+    for i in range(len(dataset)):
+        where, example = f"example {i} of {name}", dataset[i]
+        if ours:
+            example = columns_of(where, _model_columns(example))
+            labelled += int((example["labels"][1:] != IGNORE_INDEX).sum())
+        elif not isinstance(example, Mapping):
+            return  # only its collator can read it
+        for column in ("input_ids", "labels", "position_ids"):
+            if column in example:
+                _check_ids(where, column, torch.as_tensor(example[column]), rows, positions)
+    if ours and len(dataset) and not labelled:
+        raise ValueError(
+            f"{name} has no token to train on: every label after the first is {IGNORE_INDEX}; label"
+            " the tokens of the responses"
+        )
+
+
+def _model_columns(example: Any) -> Any:
+    """Return an example without columns that the Trainer removes before the collator."""
+    if not isinstance(example, Mapping):
+        raise TypeError(
+            f"an example is a {type(example).__name__}: expected a mapping with input_ids and"
+            " labels, or pass a data_collator"
+        )
+    known = Collator.columns()
+    return {k: x for k, x in example.items() if k in known} or example
+
+
+def _check_ids(where: str, column: str, ids: Tensor, rows: int, positions: int | None) -> None:
+    if not ids.numel():
+        raise ValueError(f"{where} has no {column}: leave the example out")
+    if positions is not None and column != "labels":
+        reach = ids.max().item() + 1 if column == "position_ids" else ids.shape[-1]
+        if reach > positions:
+            raise ValueError(
+                f"{where} reaches position {reach}, but a model has only {positions}: set a smaller"
+                " max_length"
+            )
+    if column == "position_ids":
+        return
+    wrong = ids[(ids >= rows) | (ids < 0)]
+    wrong = wrong[wrong != IGNORE_INDEX] if column == "labels" else wrong
+    if wrong.numel():
+        raise ValueError(
+            f"{column} of {where} hold {wrong[0].item()}, but a model has embeddings for 0 to"
+            f" {rows - 1} only: use the models' own tokenizer, or resize their embeddings"
+        )
+
+
+def _learnt_positions(model: Any) -> int | None:
+    """Return how many positions a model has, or None if they are computed."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and ("pos" in last or last == "wpe"):
+            return limit
+    return None
+
+
+def check_weights(names: Mapping[str, Tensor], trained: Sequence[str]) -> None:
+    """Raise if trained weights are not finite."""
+    bad = [x for x in trained if x in names and not names[x].isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"{len(bad)} trained weights are not finite, {bad[0]} the first, so they are not"
+            " saved: lower learning_rate, or set max_grad_norm"
+        )
+
+
+def check_dtype(student: Any) -> None:
+    """Raise if trainable weights are in float16."""
+    parameters = student.named_parameters()
+    half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
+    if half:
+        raise TypeError(
+            f"model has {len(half)} parameters to train in float16, {half[0]} the first, but Adam's"
+            " moments underflow in float16: load it in float32 (fp16=True still computes in"
+            " float16) or bfloat16, or train an adapter"
+        )
+
+
+def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
+    """Raise if training would change the teacher, or ignore an option because of it."""
+    held = {id(x) for x in teacher.parameters()}
+    shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
+    if shared:
+        raise ValueError(
+            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, so training"
+            " would change the teacher: give a separate teacher, like copy.deepcopy(model)"
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} has no effect with a"
+            " teacher: set it to 0, or give no teacher"
+        )
+
+
+def check_distribution(args: LensDistillConfig) -> None:
+    """Raise if the parallelism cannot run this loss."""
+    if args.n_gpu > 1:
+        raise RuntimeError(
+            f"one process sees {args.n_gpu} GPUs, and nn.DataParallel is not supported: start one"
+            " process per GPU with torchrun or accelerate launch"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise RuntimeError(
+            "DeepSpeed ZeRO-3 shards the heads, but the loss needs them whole: use ZeRO-1 or ZeRO-2"
+        )
+
+
+def check_shards(state: Any, args: LensDistillConfig) -> None:
+    """Raise if the MSE matrices could not be saved."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+        raise RuntimeError(
+            f"mse_coeff={args.mse_coeff} needs full checkpoints to save the MSE matrices:"
+            " set state_dict_type FULL_STATE_DICT in fsdp_config"
+        )

@@ -1,0 +1,124 @@
+"""Check tokenised examples and pad them to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from lens_kernels.inputs import IGNORE_INDEX
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise unless the option ``name`` is an integer and at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Return the tokenizer's padding id, or else its EOS id: padding is masked, so any id works."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    raise ValueError("the tokenizer has neither pad_token nor eos_token: set tokenizer.pad_token")
+
+
+# Columns with one number per token, and the number at padding. Models read no padding token, so
+# positions and token types there may be any valid number.
+PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pads examples on the right; without ``attention_mask``, the mask depends on their lengths.
+
+    Raises:
+        ValueError: An example lacks a column that others have, or its columns differ in length;
+            a column is unknown.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count("pad_token_id", self.pad_token_id, 0)
+        if self.pad_to_multiple_of is not None:
+            check_count("pad_to_multiple_of", self.pad_to_multiple_of, 1)
+
+    @staticmethod
+    def columns() -> set[str]:
+        """Return the names of the columns that can be batched."""
+        return {"input_ids", "example_id", *PER_TOKEN}
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``labels``, ``attention_mask``, and other given columns."""
+        rows = [columns_of(f"example {i} of a batch", x) for i, x in enumerate(examples)]
+        for i, row in enumerate(rows):
+            if row.keys() != rows[0].keys():
+                raise ValueError(
+                    f"example {i} of a batch has the columns {sorted(row)}, and example 0 has"
+                    f" {sorted(rows[0])}: give all examples the same columns"
+                )
+        batch = {"input_ids": self._padded([row["input_ids"] for row in rows], self.pad_token_id)}
+        for name, value in PER_TOKEN.items():
+            if name in rows[0]:
+                batch[name] = self._padded([row[name] for row in rows], value)
+        if "example_id" in rows[0]:
+            batch["example_id"] = torch.stack([row["example_id"] for row in rows])
+        return batch
+
+    def _padded(self, rows: list[Tensor], value: int) -> Tensor:
+        batch = pad_sequence(rows, batch_first=True, padding_value=value)
+        return pad(batch, (0, -batch.shape[1] % (self.pad_to_multiple_of or 1)), value=value)
+
+
+def columns_of(where: str, example: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the columns of an example as tensors, with an ``attention_mask``."""
+    known = Collator.columns()
+    if missing := sorted({"input_ids", "labels"} - example.keys()):
+        raise ValueError(
+            f"{where} has no {missing[0]}, only {', '.join(sorted(example))}:"
+            " tokenise the data (see load_examples)"
+        )
+    if unknown := sorted(example.keys() - known):
+        raise ValueError(
+            f"{where} has the column {unknown[0]!r}: expected some of"
+            f" {', '.join(sorted(known))}; remove the column, or pass a data_collator"
+        )
+    columns = {name: torch.as_tensor(x) for name, x in example.items()}
+    ids = columns["input_ids"]
+    columns.setdefault("attention_mask", torch.ones_like(ids))
+    for name, values in columns.items():
+        if name != "example_id" and (values.dim() != 1 or values.shape != ids.shape):
+            raise ValueError(
+                f"{name} of {where} has shape {tuple(values.shape)}, and"
+                f" input_ids {tuple(ids.shape)}: give one number per token, in one dimension"
+            )
+    return columns
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Check that a batch has ``labels`` of the shape of its ``input_ids``.
+
+    Raises:
+        ValueError: It has not.
+    """
+    for name in ("input_ids", "labels"):
+        if name not in batch:
+            raise ValueError(
+                f"the batch has no {name}, only {', '.join(sorted(batch))}: give data with"
+                " input_ids and labels, or a data_collator that adds them"
+            )
+    shapes = [tuple(batch[name].shape) for name in ("labels", "input_ids")]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"labels have shape {shapes[0]}, and input_ids {shapes[1]}: give one label per token,"
+            f" {IGNORE_INDEX} where nothing is trained on; they are shifted here"
+        )

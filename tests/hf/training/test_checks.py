@@ -1,0 +1,156 @@
+"""What a trainer is given is checked before it trains, and what it saves has learnt."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from tests.support import tiny
+from tests.support.training import STUDENT, TEACHER, make_trainer
+
+IDS = [5, 6, 7, 8, 9, 10]
+ROW = {"input_ids": IDS, "labels": IDS}
+TUNE = {"teacher": False, "kd_ratio": 0.0}
+
+
+def given(folder, teacher=True, student=None, **arguments):
+    """Return a trainer with arguments of its own."""
+    options = {} if teacher else {"kd_ratio": 0.0}
+    config = LensDistillConfig(output_dir=str(folder), use_cpu=True, report_to="none", **options)
+    teacher = tiny.model(**TEACHER) if teacher else None
+    student = tiny.model(**STUDENT) if student is None else student
+    return LensDistillTrainer(student, teacher, config, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": IDS[1:]}, r"labels of example 1 of train_dataset has shape \(5,\), and input"),
+        ({"input_ids": [*IDS[1:], 64]}, "input_ids of example 1 of train_dataset hold 64, but a"),
+        ({"labels": [*IDS[1:], 64]}, "labels of example 1 of train_dataset hold 64, but a model"),
+        ({"labels": [*IDS[1:], -1]}, "labels of example 1 of train_dataset hold -1, but a model"),
+        ({"input_ids": []}, r"labels of example 1 .*shape \(6,\), and input_ids \(0,\)"),
+        ({"input_ids": [], "labels": []}, "example 1 of train_dataset has no input_ids: leave"),
+    ],
+)
+@pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
+def test_data_that_do_not_fit_are_refused_before_training(tmp_path, options, change, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, data=[ROW, {**ROW, **change}], **options)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
+    models = {
+        "student": tiny.model(kind, **STUDENT),
+        "teacher": tiny.model(kind, **TEACHER, max_position_embeddings=10),
+    }
+    for length, column in ((10, "input_ids"), (11, "input_ids"), (10, "position_ids")):
+        row = {"input_ids": [5] * length, "labels": [5] * length}
+        if column == "position_ids":
+            row[column] = [*range(9), 10]
+        if length == 10 and column == "input_ids":
+            make_trainer(tmp_path, data=[row], **models)  # 64 and 10 positions
+            continue
+        with pytest.raises(ValueError, match="example 0 of train_dataset reaches position 11, but"):
+            make_trainer(tmp_path, data=[row], **models)
+    with pytest.raises(ValueError, match=r"example 0 of eval_dataset\['a'\] reaches position 65"):
+        row = {"input_ids": [5] * 65, "labels": [5] * 65}
+        given(tmp_path, False, models["student"], eval_dataset={"a": [row]})
+    # Rotary positions are computed: none is missing.
+    make_trainer(tmp_path, data=[{"input_ids": [5] * 70, "labels": [5] * 70}])
+
+
+@pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
+def test_data_without_a_label_are_refused(tmp_path, options):
+    nothing = {**ROW, "labels": [7, *[-100] * 5]}  # no token predicts the first
+    with pytest.raises(ValueError, match="train_dataset has no token to train on: every label"):
+        make_trainer(tmp_path, data=[nothing] * 4, **options)
+    trainer = make_trainer(tmp_path, data=[nothing] * 4 + [ROW], max_steps=1, **options)
+    with pytest.raises(ValueError, match="no step had a labelled token, so nothing was learnt"):
+        trainer.train()  # its one step reads four rows of the five
+
+
+@pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
+def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
+    trainer = make_trainer(tmp_path, max_steps=1, **options)
+    trainer.save_model()
+    before = load_file(tmp_path / "model.safetensors")
+    with torch.no_grad():
+        trainer.model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    message = r"1 trained weights are not finite, model\.layers\.1\.mlp\.up_proj\.weight the first"
+    with pytest.raises(ValueError, match=message):
+        trainer.save_model()
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
+    trainer = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=3, **options)
+    with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
+        trainer.train()
+    quiet = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=1, **options)
+    with pytest.raises(ValueError, match="trained weights are not finite"):
+        quiet.train()
+
+
+def test_an_optimizer_of_ones_own_must_hold_the_matrices(tmp_path):
+    student = tiny.model(**STUDENT)
+    config = LensDistillConfig(
+        output_dir=str(tmp_path), use_cpu=True, report_to="none", mse_coeff=0.5, max_steps=2
+    )
+    optimizer = torch.optim.SGD(student.parameters(), 0.01)
+    trainer = LensDistillTrainer(
+        student, tiny.model(**TEACHER), config, train_dataset=[ROW], optimizers=(optimizer, None)
+    )
+    with pytest.raises(ValueError, match=r"optimizer lacks the matrices of mse_coeff"):
+        trainer.train()
+    matrices = list(trainer.objective.projections.parameters())
+    trainer.optimizer.add_param_group({"params": matrices})
+    start = [x.detach().clone() for x in matrices]
+    trainer.train()
+    assert not any(map(torch.equal, start, matrices))
+
+
+def test_a_router_loss_is_not_dropped(tmp_path):
+    student = tiny.model(**STUDENT)
+    student.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True, which adds a router loss"):
+        make_trainer(tmp_path, student=student)
+    make_trainer(tmp_path, student=student, **TUNE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"peft_config": 1}, "does not take peft_config: wrap the model with peft.get_peft_model"),
+        ({"teacher_model": 1}, "does not take teacher_model: pass it as teacher"),
+        ({"train_data": 1}, "does not take train_data: did you mean train_dataset"),
+        ({"compute_metrics": len}, "compute_metrics needs logits, but with a teacher none are"),
+        ({"compute_loss_func": len}, "compute_loss_func needs logits, but with a teacher none"),
+        ({"train_dataset": [{"text": "a"}]}, "0 of train_dataset has no input_ids, only text: tok"),
+        ({"train_dataset": ["text"]}, "an example is a str: expected a mapping with input_ids"),
+        ({"student": "some/name"}, "model='some/name' is not a folder: give .* from_pretrained"),
+        ({"student": torch.compile(tiny.model(**STUDENT))}, "model is compiled, .* as it was befo"),
+    ],
+    ids=lambda x: None if isinstance(x, str) else next(iter(x)),
+)
+def test_what_the_trainer_cannot_serve_is_refused_with_what_to_do(tmp_path, arguments, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        given(tmp_path, **arguments)
+
+
+def test_rows_of_different_lengths_are_padded_without_a_tokenizer(tmp_path):
+    short = {"input_ids": IDS[:3], "labels": IDS[:3]}
+    both, *single = (
+        make_trainer(tmp_path, data=x).evaluate(x) for x in ([ROW, short], [ROW], [short])
+    )
+    expected = (5 * single[0]["eval_loss"] + 2 * single[1]["eval_loss"]) / 7
+    assert both["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_default_number_of_lens_pairs_fits_small_models(tmp_path):
+    for blocks, layers in ((6, [1, 2, 4, 5]), (4, [1, 2, 3]), (2, [1]), (1, [])):
+        student = tiny.model(layers=blocks, seed=1)
+        objective = make_trainer(
+            tmp_path, student=student, teacher=tiny.model(layers=6), num_lens_pairs=None
+        ).objective
+        assert objective.student_layers == layers
+        assert len(objective.teacher_layers) == len(layers)
