@@ -20,7 +20,8 @@ VERDICTS = {"lower": pictures.GREEN, "higher": pictures.VERMILION}
 def forest(group: Group, results: statistics.Results, folder: Path) -> Path | None:
     """Draw the differences of a group from their baselines, and KL by steps."""
     found = [x for x in statistics.compare(group, results) if x.percent is not None]
-    if not found:
+    compared = [arm for arm in group.arms if arm.versus]
+    if not found or 2 * len(found) < len(compared):  # too little to look at
         return None
     drawn = pictures.canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])
@@ -40,7 +41,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
     left.axvline(0, color="black", lw=1)
     left.margins(y=0.5 / len(found) + 0.02)
     to = f" from {found[0].arm.versus}" if same else ""
-    _finish(left, f"difference of KL(teacher, student){to}, %", "x")
+    _finish(left, f"difference of KL(teacher, student){to}, % (lower is better)", "x")
     left.set_xlabel("thick: 95 % bootstrap over seeds; thin: 95 % Student's t", fontsize=8)
     for number, arm in enumerate(group.arms):
         points = statistics.mean_curve(arm, results, group.seeds)
@@ -54,8 +55,9 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         axis("{x:g}")
     right.set_xlabel("steps")
     right.legend(fontsize=6.5)
-    _finish(right, "KL(teacher, student) on held-out text, mean of the seeds", "both")
-    drawn.suptitle(group.question)
+    _finish(right, "KL(teacher, student) on held-out text, nats (lower is better)", "both")
+    counts = sorted({len(x.seeds) for x in found})
+    drawn.suptitle(f"{group.question} Means of {' to '.join(map(str, counts))} seeds")
     return _save(drawn, folder, f"study_{group.name}")
 
 
