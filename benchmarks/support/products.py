@@ -40,4 +40,4 @@ def tiled_products(inputs: Inputs) -> None:
         matmul.project(x, ours.weight, tile)
         grad = tile.to(x.dtype)
         matmul.product(grad, ours.weight)
-        matmul.add_head_gradient(grad, x, d_head)
+        matmul.add_head_gradient(grad, x, d_head, begun=True)

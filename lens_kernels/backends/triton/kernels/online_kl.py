@@ -17,7 +17,12 @@ from lens_kernels.backends.triton.kernels.device_fns import FLOOR
 from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
 from lens_kernels.backends.triton.kernels.logits import block_of_rows, logits_tile, tiles_of_split
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
-from lens_kernels.backends.triton.kernels.relative_entropy import conditional, merged, union
+from lens_kernels.backends.triton.kernels.relative_entropy import (
+    conditional,
+    merged,
+    of_tile,
+    union,
+)
 from lens_kernels.options import Divergence
 
 
@@ -58,14 +63,17 @@ def online_kl_kernel(
         )
         tile_maximum_s, tile_total_s, lq = conditional(us, 1.0)
         tile_maximum_t, tile_total_t, lp = conditional(ut, 1.0)
+        # Before the union, so that the registers of the tile are free.
+        forward_part = of_tile(lp, lq, "forward_kl")
+        reverse_part = of_tile(lp, lq, "reverse_kl")
         maximum_s, total_s, lq_old, lq_new = union(
             maximum_s, total_s, tile_maximum_s, tile_total_s, 1.0
         )
         maximum_t, total_t, lp_old, lp_new = union(
             maximum_t, total_t, tile_maximum_t, tile_total_t, 1.0
         )
-        forward = merged(forward, lp, lq, lp_old, lq_old, lp_new, lq_new, "forward_kl")
-        reverse = merged(reverse, lp, lq, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
+        forward = merged(forward, forward_part, lp_old, lq_old, lp_new, lq_new, "forward_kl")
+        reverse = merged(reverse, reverse_part, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
     offsets = tl.program_id(1).to(tl.int64) * tokens + rows
     tl.store(maximum_s_ptr + offsets, maximum_s, mask=valid)
     tl.store(total_s_ptr + offsets, total_s, mask=valid)

@@ -56,13 +56,19 @@ def share(lp, lq, KIND: tl.constexpr):
 
 
 @triton.jit
-def merged(value, lp, lq, lp_old, lq_old, lp_new, lq_new, KIND: tl.constexpr):
-    """Return the relative entropy of parts with ``value`` together with the rows of a tile.
-
-    ``lp`` and ``lq`` are the tile's own log-probabilities, the others those of both parts.
-    """
+def of_tile(lp, lq, KIND: tl.constexpr):
+    """Return the relative entropy of each row of a tile from its own log-probabilities."""
     f, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
+    return tl.sum(f, 1)
+
+
+@triton.jit
+def merged(value, part, lp_old, lq_old, lp_new, lq_new, KIND: tl.constexpr):
+    """Return the relative entropy of the union of parts with ``value`` and a tile with ``part``.
+
+    The log-probabilities are those of both parts in the union.
+    """
     old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, KIND)
     new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, KIND)
     value = part_of(share(lp_old, lq_old, KIND), value)
-    return value + part_of(share(lp_new, lq_new, KIND), tl.sum(f, 1)) + old + new
+    return value + part_of(share(lp_new, lq_new, KIND), part) + old + new

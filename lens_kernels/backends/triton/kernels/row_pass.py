@@ -19,6 +19,7 @@ from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.backends.triton.kernels.relative_entropy import (
     conditional,
     merged,
+    of_tile,
     part_of,
     share,
     union,
@@ -113,9 +114,11 @@ def first_sweep(
             maximum_s, total_s, lq_old, lq_new = union(maximum_s, total_s, max_s, sum_s, factor_s)
             maximum_t, total_t, lp_old, lp_new = union(maximum_t, total_t, max_t, sum_t, factor_t)
             if DIVERGENCE != "reverse_kl":
-                forward = merged(forward, lp, lq, lp_old, lq_old, lp_new, lq_new, "forward_kl")
+                part = of_tile(lp, lq, "forward_kl")
+                forward = merged(forward, part, lp_old, lq_old, lp_new, lq_new, "forward_kl")
             if DIVERGENCE != "forward_kl":
-                reverse = merged(reverse, lp, lq, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
+                part = of_tile(lp, lq, "reverse_kl")
+                reverse = merged(reverse, part, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
         else:
             maximum_s, total_s = with_group(maximum_s, total_s, ys, factor_s)
             if DIVERGENCE is not None:
