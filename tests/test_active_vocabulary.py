@@ -196,7 +196,7 @@ def test_all_entries_are_used_if_most_are_active(share, above):
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
 def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
-    """Near the teacher a fixed threshold would drop everything, and the preset does not."""
+    """Near the teacher a fixed threshold would drop every entry. The preset keeps some."""
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
     inputs = student, teacher, head, teacher_head

@@ -19,7 +19,7 @@ from lens_kernels.pictures import HOLLOW, LOWER
 
 Row = Mapping[str, str]
 Rows = list[dict[str, str]]
-# A colour and a marker. Greys are versions of dense PyTorch.
+# Colour and marker of each implementation. Dense PyTorch is grey.
 STYLES = {
     "floor": (pictures.BLACK, ""),
     "lens_kernels": (pictures.VERMILION, "o"),

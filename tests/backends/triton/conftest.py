@@ -1,4 +1,4 @@
-"""A pretended GPU."""
+"""A simulated GPU."""
 
 import pytest
 

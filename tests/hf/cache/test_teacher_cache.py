@@ -29,7 +29,7 @@ def make_examples():
 
 
 class Teacher:
-    """A teacher that counts its calls; the call number ``fail_at`` raises."""
+    """A teacher that counts its calls. Call number ``fail_at`` raises an error."""
 
     def __init__(self, model, fail_at=None):
         self.model, self.fail_at, self.calls = model, fail_at, []
