@@ -156,7 +156,9 @@ def test_peaked_distributions(backend, divergence, std):
     """Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, a relative error in every probability.
 
     The limit is the rounding of a logit of two standard deviations, or twice the error of dense
-    float32 torch. The second limit alone fails where the row errors of torch happen to cancel.
+    float32 torch. The second limit alone fails where the row errors of torch happen to cancel: over
+    40 problems of each kind, the error of dense torch was between 0 and 3.9 roundings of one
+    standard deviation, that of the Triton kernels between 0 and 1.8.
     """
     problem = related(ODD, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std

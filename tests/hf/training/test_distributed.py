@@ -52,8 +52,11 @@ def assert_same_logs(one, other, name, relative=1e-4):
                 assert b[key] == pytest.approx(value, rel=relative, abs=1e-6), (name, key)
 
 
-def assert_ranks_equal_one_process(tmp_path, cases, relative=5e-5):
-    """Check for each case that two ranks train like one process; return the ranks' results."""
+def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
+    """Check for each case that two ranks train like one process; return the ranks' results.
+
+    The largest rounding error seen is 1.4e-5: torch 2.8, one thread, plain fine-tuning.
+    """
     results = two_ranks(tmp_path / "ranks", cases)
     for name, ranks in results.items():
         whole = train_case(tmp_path / name, **cases[name])
