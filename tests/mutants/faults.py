@@ -25,7 +25,7 @@ class Fault:
     lines: dict[str, list[str]] = field(default_factory=dict)
 
     def text(self, mark: str) -> str:
-        """Return the text of the lines that begin with ``mark``."""
+        """Return the text of the lines marked with ``mark``, without the marks."""
         return "\n".join(self.lines.get(mark, []))
 
     def target(self, root: Path) -> Path:
@@ -35,11 +35,11 @@ class Fault:
             for path in (root / folder).rglob(self.text("@") or "*.py"):
                 found += [path] * path.read_text().count(self.text("-"))
         if len(found) != 1:
-            raise LookupError(f"the code occurs {len(found)} times")
+            raise LookupError(f"the code to replace occurs {len(found)} times, expected once")
         return found[0]
 
     def objection(self, root: Path) -> str:
-        """Return why the fault cannot be planted, or an empty string."""
+        """Return the reason why the fault cannot be planted, or an empty string."""
         try:
             self.target(root), self.arguments(root)
         except LookupError as error:
@@ -47,21 +47,21 @@ class Fault:
         return ""
 
     def arguments(self, root: Path) -> list[str]:
-        """Return the arguments of pytest, or raise LookupError."""
+        """Return the arguments for pytest, or raise LookupError if they name no single file."""
         arguments = []
         for word in shlex.split(self.text(">")):
             name, *rest = word.split("::")
             if name.endswith(".py"):
                 paths = [p for p in (root / "tests").rglob(name) if "benchmarks" not in p.parts]
                 if len(paths) != 1:
-                    raise LookupError(f"{name} names {len(paths)} files of tests")
+                    raise LookupError(f"{len(paths)} test files are called {name}, expected one")
                 word = "::".join([str(paths[0].relative_to(root)), *rest])
             arguments.append(word)
         return arguments
 
 
 def read_faults() -> list[Fault]:
-    """Return the faults of all lists."""
+    """Return the faults of all ``*.txt`` files."""
     faults = []
     for path in sorted(HERE.glob("*.txt")):
         for paragraph in path.read_text().strip().split("\n\n"):

@@ -1,4 +1,4 @@
-"""Tuning with invented times, and with tiles that raise compiler errors."""
+"""Tuning, with a fake clock and with tiles that fail or give wrong results."""
 
 import importlib.util
 
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 6)  # hidden sizes, vocabulary size, tokens
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
-# Faster than all others, and with wrong results or errors.
+# These tiles are the fastest, but tests give them wrong results or errors.
 BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
@@ -32,7 +32,7 @@ LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]  # in the or
 
 
 def clock(function):
-    """Return the time of a tile."""
+    """Return the fake time of the tile that is measured."""
     return COST[function.args[-1]]
 
 
@@ -61,7 +61,7 @@ def stored():
 
 
 def instead(monkeypatch, name, replacements):
-    """Replace a sweep's launch for some tiles."""
+    """Replace the launch of some tiles in a sweep."""
     original = getattr(search, name)
 
     def launch(*args):
@@ -228,7 +228,7 @@ def test_a_missing_requirement_is_reported_in_one_line(capsys, monkeypatch, miss
 
 @pytest.fixture
 def command(monkeypatch):
-    """Let the command tune on the CPU."""
+    """Let ``lens-kernels tune`` run on the CPU, with the fake clock."""
     monkeypatch.setattr(tuning, "unsupported_reason", lambda: None)
     monkeypatch.setattr(search, "candidates", lambda *args: [FAST])
     tune = tuning.tune
