@@ -1,4 +1,4 @@
-"""Command-line options that are built from a function's signature and docstring."""
+"""Command-line options that are generated from a function's signature and docstring."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def assert_informative(truth: Tensor, tolerance: float, name: str = "") -> None:
         if size > 1:
             error = relative_error(truth.roll(1, dim), truth)
             assert error > 10 * tolerance, (
-                f"{name}: the truth is insensitive to the order along axis {dim}"
+                f"{name}: axis {dim} of the truth is insensitive to order"
             )
 
 

@@ -31,7 +31,7 @@ FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_sta
 
 @dataclasses.dataclass
 class Result:
-    """The parameters before and after training, all logs, and how many examples the teacher read."""
+    """Parameters before and after training, all logs, and how many examples the teacher read."""
 
     start: dict[str, torch.Tensor]
     end: dict[str, torch.Tensor]

@@ -249,7 +249,7 @@ def need(device, size):
 
 
 def random_problem(device, tokens, vocab, widths, dtype, head_grad):
-    """Return a problem created on the device, because the memory may not hold a copy of its heads."""
+    """Return a problem created on the device, because a copy of its heads may not fit in memory."""
     torch.manual_seed(0)
 
     def random(*shape, scale=1.0):

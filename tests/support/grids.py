@@ -88,5 +88,8 @@ FEATURES = {
 
 
 def several_chunks(shape: Shape, rows: int = 5) -> int:
-    """Return the ``workspace_bytes`` with which a chunk holds ``rows`` fp32 rows of two tiles."""
+    """Return a ``workspace_bytes`` for chunks of ``rows`` rows.
+
+    A row holds the fp32 logits of both models.
+    """
     return rows * row_stride(shape.vocab) * 2 * 4

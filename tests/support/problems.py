@@ -173,7 +173,10 @@ def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Pr
 
 
 def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]:
-    """Return a problem with biases of -inf at some entries, and the same without those entries."""
+    """Return two problems with equal results.
+
+    The first has biases of -inf at the closed entries, and the second lacks these entries.
+    """
     shut, reduced = replace(problem), replace(problem)
     for name in ("student_head", "teacher_head"):
         head = getattr(problem, name)

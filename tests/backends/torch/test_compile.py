@@ -159,7 +159,10 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
 
 
 def test_the_compiled_pass_with_labels_matches_the_oracle(compiling):
-    """Results with labels match the oracle; another temperature and beta do not recompile the pass."""
+    """With labels, results match the oracle.
+
+    Another temperature and beta do not recompile the pass.
+    """
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[0] = -100
     before = compiled_graphs()

@@ -10,7 +10,7 @@ from lens_kernels.options import Divergence
 
 
 def test_only_the_number_of_rows_varies(monkeypatch):
-    """The pass is compiled once for each vocabulary size, and not again for other numbers of rows."""
+    """The pass is compiled once for each vocabulary size, and not again for other row counts."""
     torch._dynamo.reset()
     vocabs = []
 

@@ -1,4 +1,4 @@
-"""Triton's interpreter, as the library corrects it, rounds to bfloat16 and multiplies like torch."""
+"""Triton's interpreter, as the library corrects it, rounds to bfloat16 and multiplies as torch."""
 
 import pytest
 import torch

@@ -118,7 +118,7 @@ SIZES = {
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(garbage, size, divergence, norm):
-    """Sizes at the edge of a block, or below a block, do not let kernels read uninitialised memory."""
+    """At sizes of a block or less, and just above, kernels read no uninitialised memory."""
     problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")
