@@ -30,7 +30,8 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
     for h in made.student_hidden:
         h.requires_grad_(grads["hidden_grad"])
     captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
-    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # one tile reads hidden states once
+    # With a single tile of the vocabulary, the hidden states are read only once.
+    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)
     with torch.no_grad(), Products() as products:
         row_chunks.evaluate(captured)
     options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": workspace, **grads}
@@ -72,7 +73,7 @@ def test_float32_operands_take_longer():
 
 
 @pytest.mark.parametrize("workspace", [4 * MIB, 25 * MIB])
-def test_workspace_is_what_is_allocated_beside_the_gradients(monkeypatch, workspace):
+def test_workspace_is_the_memory_allocated_beside_the_gradients(monkeypatch, workspace):
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
     gradients = 4 * (2 * 1536 * 48 + 4096 * 48)
@@ -82,7 +83,7 @@ def test_workspace_is_what_is_allocated_beside_the_gradients(monkeypatch, worksp
     assert 0.75 * workspace < planned["torch"].workspace_bytes <= workspace
 
 
-def test_the_torch_backend_makes_the_products_of_the_dense_floor_and_triton_more():
+def test_torch_has_the_flops_of_the_dense_floor_and_triton_has_more():
     floor = 2 * 1536 * 4096 * (3 * 48 + 64)
     for name in Divergence:
         plans = plan(*SIZES, divergence=name.value)
@@ -100,7 +101,7 @@ def test_more_chunks_move_more_and_hold_less():
     assert small.flops == large.flops
 
 
-def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
+def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
     options = {"device": "cpu", "workspace_bytes": 10**12}
     narrow = plan(*SIZES, dtype=torch.float32, **options)["torch"]
     row = 4096 + 16  # rows are padded by a cache line of 16 logits
@@ -153,6 +154,6 @@ def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
         ((5, 5, 5, 5), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32, "),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(sizes, options, error, message):
+def test_invalid_sizes_are_refused(sizes, options, error, message):
     with pytest.raises(error, match=message):
         plan(*sizes, **options)

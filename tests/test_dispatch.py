@@ -1,4 +1,4 @@
-"""Which backend a call uses: chosen by ``auto``, by name, or refused."""
+"""The backend of a call: how ``auto`` chooses it, how users choose it, and which choices fail."""
 
 import contextlib
 import dataclasses

@@ -115,7 +115,7 @@ def test_the_messages_explained_are_those_of_the_package():
 def folder(tmp_path_factory):
     """Return a folder with the files that examples read.
 
-    Tiny models replace the real ones there.
+    It holds tiny models, also under the names of real ones.
     """
     pytest.importorskip("transformers")
     from tests.support import commands, tiny
@@ -142,7 +142,7 @@ def test_examples_run(block, folder, monkeypatch):
 
 @pytest.fixture
 def parsing(folder, monkeypatch):
-    """Let commands stop when they have parsed their arguments, beside the run.yaml of the pages."""
+    """Let commands stop after parsing, in a folder with the run.yaml that the pages show."""
     monkeypatch.chdir(folder)
     (options,) = documents.blocks("yaml")
     Path("run.yaml").write_text(options.text)

@@ -60,7 +60,7 @@ def test_adaptive_kl_of_a_prefix_of_the_vocabulary_with_a_mask_and_a_denominator
 
 
 def share_of(problem, **options):
-    """Return the share of the head that a call computes for each token, of shape ``(N,)``."""
+    """Return the share of the adaptive KL's head that a call computes for each token, ``(N,)``."""
     with pytest.MonkeyPatch.context() as patch:
         shares = recorded(patch, adaptive, "head_share")
         objective(problem, **options, **akl)
@@ -93,6 +93,7 @@ def given_probabilities(teacher, student):
     return distillation_loss([], [], *heads, **finals, **akl).loss, states[0]
 
 
+# The head holds the most probable entries of the teacher, before the entry that passes one half.
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
@@ -154,7 +155,7 @@ def test_adaptive_kl_in_16_bit(backend, narrow, dtype):
 
 
 @backends
-def test_autocast_rounds_what_the_share_is_made_of(backend):
+def test_autocast_rounds_the_operands_of_the_share(backend):
     problem = make_objective()
     rounded = problem.to(torch.bfloat16).to(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

@@ -168,11 +168,12 @@ def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
 @pytest.mark.parametrize("std", [10.0, 30.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_peaked_distributions(backend, divergence, std):
-    """Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, a relative error in every probability.
+    """Losses of peaked models are as accurate as float32 logits allow.
 
-    The limit is the rounding of a logit of two standard deviations, or twice the error of dense
-    float32 torch. The second limit alone would be too small where the errors of torch's rows cancel
-    by chance.
+    Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
+    probability. The limit is the rounding of a logit of two standard deviations, or twice the error
+    of dense float32 torch. The second limit alone would be too small where the errors of torch's
+    rows cancel by chance.
     """
     problem = related(ODD, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
@@ -283,7 +284,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
 def test_a_denominator_below_one_is_not_clamped(backend, denominator):
-    """A denominator may be below one, as the number of tokens divided by the number of ranks."""
+    """A denominator may be below one, like the number of all tokens over the number of ranks."""
     check(make(ODD), denominator=denominator, backend=backend)
 
 

@@ -1,6 +1,6 @@
 """Checks on a GPU at full size, marked ``gpu``, and the same checks on the CPU at tiny sizes.
 
-The runs on the CPU find typos before a GPU is used.
+The checks on the CPU find typos before a GPU is used.
 """
 
 from __future__ import annotations

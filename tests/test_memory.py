@@ -1,6 +1,6 @@
-"""Peak memory under a stated bound, no tensor of tokens x vocabulary, and no host synchronisation.
+"""The torch backend keeps its peak memory below a bound, and rarely makes the host wait.
 
-The bound, in bytes, for ``L`` pairs of ``N`` tokens:
+The bound, in bytes, for ``L`` pairs of ``N`` tokens is the sum of:
 
     workspace_bytes                      the two tiles of logits
   + TEMPORARIES * 4 * 2^18               eager pointwise steps work on blocks of 2^18 logits

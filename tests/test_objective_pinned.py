@@ -1,6 +1,4 @@
-"""Fixed values of the objective.
-
-If a test here fails, the objective itself has changed.
+"""Fixed values of the objective: if a test here fails, the objective itself has changed.
 
 Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so that hidden
 states are logits. Comments give each value as a sum of logarithms, where L is ln 2.

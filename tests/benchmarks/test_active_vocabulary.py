@@ -18,7 +18,8 @@ from reference.dense import divergence, lens_logits, softmax
 from tests.support import commands, tiny
 
 pytestmark = pytest.mark.hf
-COUNTED = sum(len(word) + 1 for word in commands.WORDS)  # letters and EOS
+# The labelled tokens are the letters of each response and an EOS token.
+COUNTED = sum(len(word) + 1 for word in commands.WORDS)
 BLOCKS, STUDENT_LAYERS, TEACHER_LAYERS = [1, 3, 4], [1, 2], [2, 3]
 N, V, D = 24, 600, 16
 
@@ -150,7 +151,7 @@ def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
-    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # (4 - 1) / 1
+    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # relative to the norm of head
     row = bench.judge(chosen, [])["bf16_rounding"]
     assert found[0] != found[1]
     assert float(row["hidden_error"]) == pytest.approx(min(found[:2]), rel=5e-3)

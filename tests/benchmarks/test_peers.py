@@ -200,7 +200,7 @@ def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # kept
+    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # times are kept
 
 
 def test_floor_multiplies_only_counted_tokens(monkeypatch, tmp_path):

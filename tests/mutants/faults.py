@@ -1,12 +1,12 @@
-"""Reads the lists of faults. Each paragraph of ``*.txt`` is a fault.
+"""Reads the lists of faults. Each paragraph of a ``*.txt`` file is a fault.
 
-A paragraph is::
+A paragraph has these lines::
 
     name: what is broken
-    @ file.py                      only where the code below is in several files
+    @ file.py                      only if the code below occurs in several files
     - the code to replace, which occurs once in the package or in reference/
-    + the new code; without such a line the old code is deleted
-    > test_file.py -k expression   arguments of pytest; test files are found by name
+    + the new code; without this line, the old code is deleted
+    > test_file.py -k expression   arguments for pytest, which name a test file without its folder
 """
 
 import shlex
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Fault:
-    """A fault to plant."""
+    """A fault to plant: its name, its description, and the lines of its paragraph."""
 
     name: str
     what: str

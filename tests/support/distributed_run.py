@@ -25,7 +25,7 @@ from lens_kernels.hf.training import objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # after these seconds, a rank counts as hung, even on a slow machine
+HANG = 1200  # a rank counts as hung after this many seconds
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
@@ -156,7 +156,7 @@ def _whole(trainer: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # as in tests/hf/conftest.py
+    gc.freeze()  # like the fixture in tests/hf/conftest.py
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = accelerate.PartialState(cpu=True).process_index
     for name, arguments in cases.items():

@@ -1,6 +1,4 @@
-"""Checks of compiled kernels against the float64 oracle.
-
-Their first argument is a device.
+"""Checks of compiled kernels against the float64 oracle, on the device that is passed first.
 
 ``test_gpu.py`` calls them on a GPU at full size, and on the CPU at tiny sizes.
 """
@@ -121,10 +119,8 @@ def parity(device, backend, dtype, shape, feature, divergence, **options):
 def large(device, backend, dtype, shape, divergence, mask=False):
     """Compare long sums with the oracle.
 
-    The limit follows the error of plain float32 torch.
-
-    The gradient of tvd has the tolerance of 16 bits in float32 too, because its slope jumps at
-    ties.
+    The limit is at least twice the error of plain float32 torch. The gradient of tvd has the limit
+    of 16 bits even in float32, because its slope jumps at ties.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
     options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}
@@ -270,7 +266,7 @@ def same(problem, options, others):
 
 
 def large_gradient(device, tokens, vocab, width, dtype):
-    """Compute a gradient of more than 2^31 logits in one chunk, and in many chunks."""
+    """Check a gradient of more than 2^31 logits, computed in one chunk and in many chunks."""
     everything = tokens * vocab * dtype.itemsize
     need(device, 2 * everything)
     problem = random_problem(device, tokens, vocab, (width, width), dtype, head_grad=True)
@@ -279,7 +275,7 @@ def large_gradient(device, tokens, vocab, width, dtype):
 
 
 def large_head(device, tokens, vocab, width, other_width, dtype):
-    """Run with a head of more than 2^31 entries, first the student's, then the teacher's."""
+    """Check heads of more than 2^31 entries: first the student's, then the teacher's."""
     need(device, 3 * vocab * width * dtype.itemsize)
     for widths in ((width, other_width), (other_width, width)):
         problem = random_problem(device, tokens, vocab, widths, dtype, head_grad=False)

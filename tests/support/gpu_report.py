@@ -18,7 +18,7 @@ import torch
 from benchmarks.support import environment, tables
 from tests.support import ROOT
 
-ORDER = ("passed", "skipped", "failed")  # a test has the worst outcome of its phases
+ORDER = ("passed", "skipped", "failed")  # from best to worst; the worst phase decides
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""The ``torch`` backend as on a GPU, as a backend ``row_kernel`` whose kernel is interpreted."""
+"""The backend ``row_kernel``: the ``torch`` backend as on a GPU, with an interpreted kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lens_kernels.backends.torch import row_chunks
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.dispatch import REGISTRY, Backend
 
-LANES = 16  # of 8 entries each
+LANES = 16  # each lane reads 8 entries
 
 
 def evaluate(call: LossCall) -> LossResult:

@@ -82,7 +82,7 @@ def test_every_divergence_compiled(compiling, divergence, feature):
 
 
 def test_each_divergence_has_its_own_compiled_code(tracing):
-    """Calls with other divergences, in the same process, do not reuse the code of earlier calls."""
+    """A call with another divergence does not reuse the compiled code of an earlier call."""
     problem = make(BATCH, std=2.0)
     options = {"labels": torch.randint(BATCH.vocab, BATCH.leading), "kd_ratio": 0.5}
     for final in (*DIVERGENCES, *DIVERGENCES[:2]):
@@ -388,7 +388,7 @@ def test_autocast_accepts_mixed_dtypes():
 
 
 def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
-    """The op switches autocast off inside, where it would round the results of gathered GEMMs."""
+    """Autocast is off inside the op. Otherwise it would round the results of some GEMMs."""
     monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round gradients
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,6 +1,4 @@
-"""GEMMs in bfloat16 on CPUs with AMX.
-
-Only bfloat16 operands switch oneDNN to bfloat16.
+"""GEMMs in bfloat16 on CPUs with AMX: only bfloat16 operands switch oneDNN to bfloat16.
 
 Operands are rounded if AMX is detected, whether or not the hardware uses it. The tests pretend that
 AMX is detected, so that they are valid on every CPU.
@@ -124,7 +122,7 @@ def test_amx_is_detected_from_the_cpu(monkeypatch, case):
 
 
 def test_amx_is_not_used_for_float16():
-    """Float16 operands are not rounded for AMX, because float16 GEMMs would not be faster."""
+    """AMX is not used for float16, because rounding operands to float16 would not be faster."""
     cpu = torch.device("cpu")
     assert matmul.multiplies_natively(torch.bfloat16, torch.float32, cpu)
     assert not matmul.multiplies_natively(torch.float16, torch.float32, cpu)

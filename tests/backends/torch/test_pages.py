@@ -41,7 +41,7 @@ def asked_for_huge_pages(address):
 
 @linux
 def test_only_whole_huge_pages_of_a_tensor_are_requested():
-    # malloc does not reuse blocks of this size, which an earlier tensor may have marked.
+    # A smaller block might be reused from an earlier tensor, which marked it for huge pages.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
     # The last byte of the first page, which other memory shares.
     edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE

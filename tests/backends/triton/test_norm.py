@@ -18,8 +18,8 @@ KINDS = {
 WIDTH = 300
 BLOCK_N = norm.BLOCK // 512  # rows of one block at this width
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
-# One row. A full block. One block for each program and one row more. Several blocks for each
-# program, the last of them not full.
+# Numbers of rows: one row; a full block; a block for each program and one row more; and several
+# blocks for each program, with a last block that is not full.
 TOKENS = [1, BLOCK_N, BLOCK_N * PROGRAMS + 1, BLOCK_N * 19 + 3]
 
 

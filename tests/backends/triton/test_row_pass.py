@@ -99,7 +99,7 @@ def test_labels_have_no_temperature(divergence, temperature):
 @kinds
 @pytest.mark.parametrize("scale", [1.0, 0.02, 300.0])
 def test_rows_without_a_finite_logit_are_uniform(divergence, beta, scale):
-    """Rows of -inf alone are uniform over the vocabulary, at any scale.
+    """A row with only logits of -inf is uniform over the vocabulary, at any scale.
 
     The padding beyond the vocabulary gets no probability.
     """
@@ -164,7 +164,7 @@ def test_near_convergence(divergence, beta):
     assert bool((loss > 0).all())
 
 
-def test_the_survey_is_of_what_is_written():
+def test_the_survey_describes_the_written_gradient():
     zs, zt = 3 * torch.randn(4, 150), 3 * torch.randn(4, 150)
     _, grad, survey = run(zs, zt, "jsd", survey=True)
     assert torch.equal(survey.peak, grad.abs().amax(0))

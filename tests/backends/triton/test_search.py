@@ -28,7 +28,12 @@ KEYS = [
     (Sweep.GRADIENTS, 24),
 ]  # fmt: skip
 COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
-LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]  # in the order of Sweep
+LAUNCHES = [
+    "row_stats",
+    "online_kl",
+    "row_sums",
+    "gradient_chunk",
+]  # in the order of Sweep
 
 
 def clock(function):

@@ -86,7 +86,7 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
     """Heads with a bias or softcap do not use tuned tiles.
 
-    Tuning runs without both, and they take registers, so that a tuned tile may not fit.
+    Tuning uses heads without them, and they take registers, so that a tuned tile may not fit.
     """
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)

@@ -2,7 +2,7 @@
 
 On CUDA, a GEMM of 16-bit operands can return float32. The gradient of the logits is rounded to 16
 bits before its GEMMs. ``torch.mm`` and ``torch.addmm`` have no such variant on a CPU. A dispatch
-mode emulates it, with the restrictions of CUDA.
+mode emulates this variant, with the restrictions of CUDA.
 """
 
 import contextlib

@@ -118,7 +118,7 @@ def test_verify_lens_refuses_a_wrong_eps_even_for_large_hidden_states(monkeypatc
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # fewer entries than the check has tokens
+    model = tiny.model(vocab=3)  # the text of the check has more tokens
     verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
@@ -171,7 +171,7 @@ def test_float32_logits_of_a_16_bit_model_are_rounded_all_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", [30.0, 300.0])
-def test_a_cap_far_above_the_logits_at_hand_is_checked(table, dtype, cap):
+def test_a_softcap_far_above_the_logits_is_checked(table, dtype, cap):
     model = tiny.model("gemma2", final_logit_softcapping=cap, initializer_range=0.1).to(dtype)
     assert outputs_of(model)[2].logits.abs().max() < 0.1 * cap
     verification.verify_lens(model)

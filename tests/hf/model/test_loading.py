@@ -147,7 +147,7 @@ def test_a_config_that_leaves_weights_out_is_refused(saved, change):
 def test_an_adapter_of_a_model_of_another_depth_is_refused(saved, adapter, layers):
     """An adapter of four blocks is refused on three or five blocks.
 
-    Otherwise the blocks that do not match would run without it.
+    Otherwise a part of the adapter or of the model would be ignored silently.
     """
     tiny.model(layers=layers).save_pretrained(saved)
     put_on(adapter, saved)

@@ -59,7 +59,7 @@ def skipping(model, blocks, ids):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", sorted(fam.FAMILIES))
 def test_shallow_copy_equals_the_teacher_without_the_other_blocks(kind, tied):
-    """A copy of some blocks computes what the teacher does without the others.
+    """A copy of some blocks computes what the teacher computes without the other blocks.
 
     Each block keeps its attention type: blocks 1, 3 and 5 may use a sliding window.
     """
@@ -105,7 +105,7 @@ def test_lists_by_layer_are_cut_and_lists_of_ids_are_not():
     assert teacher.config.by_layer == [10, 20, 30, 40]
 
 
-def test_a_shallow_copy_does_not_bear_the_teachers_name(tmp_path):
+def test_a_shallow_copy_does_not_keep_the_teachers_name(tmp_path):
     """The copy does not keep the teacher's name.
 
     Otherwise an adapter of the copy would record the teacher as its base model.

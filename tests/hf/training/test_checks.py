@@ -92,7 +92,7 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
         quiet.train()
 
 
-def test_an_optimizer_of_ones_own_must_hold_the_matrices(tmp_path):
+def test_a_users_optimizer_must_hold_the_matrices(tmp_path):
     student = tiny.model(**STUDENT)
     config = LensDistillConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", mse_coeff=0.5, max_steps=2
@@ -133,7 +133,7 @@ def test_a_router_loss_is_not_dropped(tmp_path):
     ],
     ids=lambda x: None if isinstance(x, str) else next(iter(x)),
 )
-def test_what_the_trainer_cannot_serve_is_refused_with_what_to_do(tmp_path, arguments, message):
+def test_unsupported_arguments_are_refused_with_a_fix(tmp_path, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         given(tmp_path, **arguments)
 

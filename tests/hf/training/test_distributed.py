@@ -120,7 +120,7 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
         "cache": {"fsdp": True, "cache": True},
         "lora": {"fsdp": True, "lora": True},
         "resumed": RESUMED,
-        "lora_resumed": RESUMED | {"lora": True},  # whose checkpoints hold only the adapter
+        "lora_resumed": RESUMED | {"lora": True},  # FSDP checkpoints hold only the adapter
     }
     # Some cases have errors of 5e-5, because the second step amplifies rounding.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
@@ -142,6 +142,6 @@ def test_sharded_weights_are_refused(mesh, part):
     assert objective(batch).loss.isfinite()
     module = student.lm_head if part == "head" else student.model.norm
     module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
-    module.forward = lambda x: x  # else the norm's forward raises first
+    module.forward = lambda x: x  # the norm's own forward would raise first
     with pytest.raises(TypeError, match=f"{part} must be a dense .*, got a DTensor.*gather it"):
         objective(batch)

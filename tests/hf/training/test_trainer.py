@@ -92,7 +92,7 @@ def test_layers_are_given_or_spread_evenly(tmp_path):
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
         entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
-        assert "lens" not in entry and "lens_1" not in entry  # neither is computed
+        assert "lens" not in entry and "lens_1" not in entry  # a lens of weight 0 is not computed
         assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
 
@@ -161,7 +161,7 @@ def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
     taking(3600.0, Trainer, "evaluation_loop")
     options = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, **options)
-    now[0] += 3600.0  # like the building of a cache
+    now[0] += 3600.0  # as if a cache was built first
     trainer.train()
     assert logged(trainer, "tokens_per_second") == [40.0, 40.0]  # a step has 4 rows of 10 tokens
 
