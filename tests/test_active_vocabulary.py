@@ -185,7 +185,8 @@ def test_statistics_cover_all_blocks_of_the_pointwise_pass(always_active, monkey
     inputs = problem()
     whole = final(threshold, *inputs, backend="torch")
     assert whole[0] > 0
-    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows make five blocks
+    # The 24 rows make five blocks of at most 5 rows.
+    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)
     assert_near(final(threshold, *inputs, backend="torch"), whole, 1e-5)
 
 

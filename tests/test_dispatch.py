@@ -43,7 +43,12 @@ def test_auto_uses_the_kernels_only_after_tuning_has_finished(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     for done, operand, names in (
         ([], bf16, ["torch"]),
-        ([(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)], bf16, ["torch"]),  # unfinished
+        (
+            [(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)],
+            bf16,
+            ["torch"],
+            # This tuning did not reach the last sweep.
+        ),
         ([(Sweep.GRADIENTS, bf16, 64)], bf16, ["torch", "triton"]),
         ([(Sweep.GRADIENTS, bf16, 64)], None, ["torch", "triton"]),
         ([(Sweep.GRADIENTS, bf16, 64)], fp32, ["torch"]),
@@ -127,7 +132,8 @@ def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch
     [
         ((), contextlib.nullcontext, {}),
         (("weight",), contextlib.nullcontext, {"head_grad": False}),
-        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),  # only the norm
+        # Only the norm is trained.
+        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),
         (("hidden", "norm"), contextlib.nullcontext, {"hidden_grad": False}),
         ((), torch.no_grad, {"head_grad": False, "hidden_grad": False}),
         ((), lambda: torch.autocast("cpu", torch.bfloat16), {"dtype": torch.bfloat16}),
@@ -209,7 +215,8 @@ def test_auto_is_the_torch_backend_on_a_cpu(monkeypatch):
 def test_the_reference_backend_is_the_oracle_and_drops_masked_rows(feature, reduction):
     mask = torch.rand(BATCH.leading) < 0.5
     problem = make(BATCH, **FEATURES[feature])
-    truth = problem.spoil(~mask, 0.0)  # the oracle needs finite masked rows
+    # The oracle multiplies by the mask, so its masked rows must be finite.
+    truth = problem.spoil(~mask, 0.0)
     options = {"mask": mask, "reduction": reduction, "backend": "reference"}
     loss, _ = check(problem.spoil(~mask), truth=truth, **options)
     assert loss.dtype is torch.float32

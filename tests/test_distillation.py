@@ -159,7 +159,8 @@ def test_micro_batches_accumulate(backend):
 
 @backends
 def test_16_bit(backend):
-    problem = make_objective(bias=True).to(torch.bfloat16)  # a norm's result would be rounded
+    # There is no norm here, because its result would be rounded.
+    problem = make_objective(bias=True).to(torch.bfloat16)
     options = {"labels": some_labels(), "kd_ratio": 0.5, "backend": backend}
     out = check_objective(problem, 1e-5, 1e-2, **options)
     assert out.loss.dtype is torch.float32

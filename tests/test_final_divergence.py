@@ -97,12 +97,16 @@ def given_probabilities(teacher, student):
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
-        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),  # 0.3 passes one half
-        ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),  # 0.2 passes one half
+        # 0.4 is in the head. 0.3 passes one half, so it is in the tail.
+        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),
+        # 0.23 and 0.22 are in the head. 0.2 passes one half.
+        ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),
         # 0.23 passes one half, so smaller entries are not in the head either.
         ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
-        ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),  # 0.7 passes one half, but is first
-        ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),  # exactly one half; ties by index
+        # 0.7 passes one half alone. The head is never empty.
+        ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
+        # The first two entries are exactly one half. Ties are ordered by index.
+        ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),
     ],
 )
 def test_the_entry_that_passes_one_half_is_in_the_tail_unless_it_is_the_first(

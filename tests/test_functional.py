@@ -1,4 +1,4 @@
-"""Every backend against the float64 oracle: losses and all gradients, for each option."""
+"""Every backend agrees with the float64 oracle: losses and all gradients, for each option."""
 
 import math
 
@@ -73,7 +73,8 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
     """A float32 head may read 16-bit hidden states, and a 16-bit head float32 ones."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
-    if narrow == "head" and backend == "triton":  # kernels round rows to the head's dtype
+    # The kernels round hidden states to the head's dtype.
+    if narrow == "head" and backend == "triton":
         rounded = problem.to(torch.bfloat16)
     _, grads = check(problem, 1e-5, 1e-2, truth=rounded, backend=backend)
     for name, grad in grads.items():

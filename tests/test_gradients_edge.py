@@ -24,7 +24,8 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 
     Frozen leaves get no gradient.
     """
-    shape = Shape((3, 4), 61, 33, 17, 2)  # one tile, to keep 56 calls fast
+    # The shape is one tile of a kernel, because the loop makes 56 calls.
+    shape = Shape((3, 4), 61, 33, 17, 2)
     problem = make(shape, **FEATURES["everything"])
     upstream = torch.rand(2, *shape.leading) if reduction == "none" else None
     options = {"reduction": reduction, "backend": backend, "upstream": upstream}

@@ -205,7 +205,8 @@ ARGUMENTS = {
         "device": (torch.ones(1, device="meta"), ValueError, ["meta", "cpu"]),
     },
     "denominator": {
-        **number(True, "1", [0.5]),  # None and tensors are valid
+        # None and tensors are valid denominators.
+        **number(True, "1", [0.5]),
         **outside(["above 0"], 0, -1.0, NAN, INF),
         "two": (torch.ones(2), ValueError, ["one-element", "(2,)"]),
         "no element": (torch.ones(0), ValueError, ["one-element", "(0,)"]),

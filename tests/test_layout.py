@@ -42,7 +42,8 @@ def imported(name: str) -> set[str]:
 def test_imports_form_no_circle():
     arrows = {name: imported(name) for name in SOURCES}
     assert sum(map(len, arrows.values())) > len(SOURCES)
-    TopologicalSorter(arrows).prepare()  # raises CycleError if there is a circle
+    # This raises CycleError if imports form a circle.
+    TopologicalSorter(arrows).prepare()
 
 
 def test_only_the_command_line_imports_hf():
@@ -59,7 +60,8 @@ def test_the_folders_of_hf_import_one_way():
         assert targets <= BELOW[folder] | {folder}, name
 
 
-DOCUMENTED = {"_replace", "_asdict", "_fields"}  # public, despite the underscore
+# These names of NamedTuple are public, despite the underscore.
+DOCUMENTED = {"_replace", "_asdict", "_fields"}
 
 
 def is_private(name: object) -> bool:

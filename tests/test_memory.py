@@ -63,10 +63,12 @@ def test_rows_of_a_tile_begin_at_cache_lines(monkeypatch):
     with torch.no_grad():
         row_chunks.evaluate(call)
     strides = [args[-1].stride() for args, _ in tiles]
-    assert strides == 2 * [(528, 1)]  # 33 cache lines, an odd number
+    # A row takes 33 cache lines of 16 logits. This number must be odd.
+    assert strides == 2 * [(528, 1)]
 
 
-LARGE = Shape((2048,), 4099, 32, 48, 2)  # all logits of a pair take 32 MiB
+# All logits of one model and pair take 32 MiB.
+LARGE = Shape((2048,), 4099, 32, 48, 2)
 
 
 @pytest.mark.usefixtures("eager")

@@ -190,7 +190,8 @@ def test_norms(forward_kl, norm, first, second):
     h = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
     z = first - second
-    value = -L + math.log1p(math.exp(z)) - z / 2  # the teacher gives 1/2 to both entries
+    # The teacher gives both entries the probability 1/2.
+    value = -L + math.log1p(math.exp(z)) - z / 2
     assert agrees(forward_kl(h, h, LensHead(eye, norm=norm), LensHead(0 * eye)), value)
 
 

@@ -64,7 +64,8 @@ def needed(name: str) -> set[str]:
         name = left.pop()
         try:
             requirements = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:  # not installed with torch for CPUs
+        # A build of torch for CPUs lacks some of its declared dependencies.
+        except metadata.PackageNotFoundError:
             continue
         if name not in found:
             found.add(name)
@@ -84,7 +85,8 @@ def environment(wheel, tmp_path_factory):
         lines = archive.read(described).decode().splitlines()
     declared = [Requirement(x.partition(": ")[2]) for x in lines if x.startswith("Requires-Dist")]
     for requirement in declared:
-        if requirement.marker is None:  # the others belong to extras
+        # Dependencies with a marker belong to extras.
+        if requirement.marker is None:
             for name in needed(requirement.name):
                 distribution = metadata.distribution(name)
                 for top in {path.parts[0] for path in distribution.files} - {"..", "__pycache__"}:

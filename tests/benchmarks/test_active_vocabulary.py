@@ -71,7 +71,8 @@ def test_second_run_reuses_the_results_of_the_first(
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
         "",
-        "0.858 0.625 1.091 8500.00",  # not 0.895, the ratio of the medians
+        # This is a median of ratios. The ratio of the medians would be 0.895.
+        "0.858 0.625 1.091 8500.00",
         "0.784 0.750 0.818 7500.00",
     ]
     assert figure.stat().st_size > 20_000
@@ -151,7 +152,8 @@ def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
-    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # relative to the norm of head
+    # The error is relative to the norm of the exact gradient.
+    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])
     row = bench.judge(chosen, [])["bf16_rounding"]
     assert found[0] != found[1]
     assert float(row["hidden_error"]) == pytest.approx(min(found[:2]), rel=5e-3)
@@ -177,7 +179,8 @@ def test_states_come_from_the_cut_teacher_and_the_trained_student(files, state):
     (trained,) = bench.read_trained([files / "trained"])
     tokenizer = bench.load_tokenizer(str(files / "teacher"))
     examples = trained.examples(files / "train.jsonl", tokenizer, 20)
-    assert len(examples) == 2  # of 10 and 16 tokens, with EOS
+    # The examples have 10 and 16 tokens, including EOS.
+    assert len(examples) == 2
     batch = bench.Collator(1)(examples)
     teacher, student = (load_model(str(files / "teacher"), "float32") for _ in range(2))
     groups = bench.groups_of(trained, state, teacher, batch, 20)
@@ -261,7 +264,8 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
     after = run(files, tmp_path)
     assert len(calls) == 5 and after[: len(before)] == before
     assert (len(states(before)), len(states(after))) == (3, 4)
-    run(files, tmp_path, "--thresholds", "1e-4")  # all states are measured again
+    # With another threshold, all states are measured again.
+    run(files, tmp_path, "--thresholds", "1e-4")
     assert len(calls) == 9
 
 

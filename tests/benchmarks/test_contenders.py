@@ -84,7 +84,8 @@ def test_gather_lists_unusable_contenders_with_the_reason(capsys):
 def test_mask_reduces_tokens_and_floor_by_its_share():
     job = Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
     inputs, unmasked = job.make(), replace(job, masked=0.0)
-    assert inputs.mask.sum() == 30 and 0 < inputs.mask[:10].sum() < 10  # at random positions
+    # The masked positions are random.
+    assert inputs.mask.sum() == 30 and 0 < inputs.mask[:10].sum() < 10
     assert torch.equal(inputs.counted(x := inputs.student_hidden[0]), x[inputs.mask])
     assert job.gemm_flops() == 0.75 * unmasked.gemm_flops()
     assert unmasked.make().mask is None

@@ -113,7 +113,8 @@ def test_table_lists_out_of_memory_and_failing_peers(monkeypatch, capsys, key, e
     chosen["trl"] = replace(chosen["trl"], load=lambda: dense)
     chosen[key] = replace(chosen[key], load=lambda: loss)
     job = Job(8, 60, 1, 16, 24)
-    if str(error) == "a bug":  # an unexpected error of lens_kernels ends the run
+    # An unexpected error of lens_kernels ends the run.
+    if str(error) == "a bug":
         with pytest.raises(RuntimeError, match="backend 'torch'.*ValueError: a bug"):
             speed_gpu.job_rows("tiny", job, chosen, rounds=1)
         return

@@ -9,7 +9,8 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-SLACK = MIB // 32  # for scalars and torch's one-time allocations
+# This allows for scalars and for torch's one-time allocations.
+SLACK = MIB // 32
 
 
 def watched(function):
@@ -34,7 +35,8 @@ def allocations():
     ("function", "peak", "kept"),
     [
         (lambda x: allocations(), 12, 4),
-        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # only views
+        # These are only views of existing memory.
+        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),
         (lambda x: (x.add_(1), x * 2)[0], 4, 0),
     ],
     ids=["temporaries", "views", "in place"],

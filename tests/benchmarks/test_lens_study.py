@@ -1,4 +1,4 @@
-"""The parts of the lens study, and a slow test that the lens improves distillation."""
+"""Tests of the parts of the lens study, and a slow test that the lens improves distillation."""
 
 import json
 from dataclasses import replace
@@ -59,7 +59,8 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     trained = {tuple(row) for row in text.train.tolist()}
     assert len(trained) > 800
     assert not trained & {tuple(row) for row in text.held_out.tolist()}
-    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # from the saved file
+    # The second call reads the saved file.
+    assert torch.equal(text.train, data.load("topics", tmp_path).train)
 
 
 def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):

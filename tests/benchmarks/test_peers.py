@@ -76,9 +76,11 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
     (point,) = [p for p in points(64, CPU, quick=True) if p.sweeps == ("memory",)]
     for row in (ours, other):
         counted = CONTENDERS[row["contender"]].fake_memory(point.job)
-        above = (counted.peak - counted.kept) / memory.MIB  # without gradients
+        # Temporary memory does not include the gradients.
+        above = (counted.peak - counted.kept) / memory.MIB
         assert above > 8 and float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
-    assert run(tmp_path, "--sweep", "memory") == rows  # the second run measures nothing
+    # The second run finds all results and measures nothing.
+    assert run(tmp_path, "--sweep", "memory") == rows
 
 
 def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
@@ -190,7 +192,8 @@ def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install,
     assert "gives a wrong result" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
-    assert run(tmp_path, *MASK) == after  # a refused contender is not retried
+    # With the same code, a refused contender is not tried again.
+    assert run(tmp_path, *MASK) == after
 
 
 def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkeypatch):
@@ -200,7 +203,8 @@ def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # times are kept
+    # With little memory again, the measured times are kept.
+    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times
 
 
 def test_floor_multiplies_only_counted_tokens(monkeypatch, tmp_path):

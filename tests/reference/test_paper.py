@@ -19,7 +19,7 @@ SHAPE = Shape((4, 6), 61, 12, 12, 3)
 @pytest.fixture
 def problem():
     problem = related(SHAPE, std=2.0, norm="rms", bias=True)
-    # The samples differ from the teacher by 0.1 to 3, so that a wrong mask changes the loss.
+    # The models differ by 0.1 in the first sample and by 3 in the last, so that the mask matters.
     size = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
     problem.teacher_hidden = [
         (h + size * torch.randn_like(h)).detach() for h in problem.student_hidden

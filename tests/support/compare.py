@@ -12,7 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-LOSS, GRADIENT = 1e-6, 1e-5  # float32 results against the float64 oracle
+# The tolerances of float32 results, compared with the float64 oracle.
+LOSS, GRADIENT = 1e-6, 1e-5
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -86,11 +86,12 @@ def train_case(
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
         # Log entropies of all tokens, because a sample of them would depend on the batch.
         patch.setattr(objective, "ENTROPY_STRIDE", 1)
-        if processes > 1 and one_node_each:  # as on two machines that share a disk
+        # Each rank acts as if it ran on its own machine, with a shared disk.
+        if processes > 1 and one_node_each:
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            # transformers sets these variables from version 5 on.
+            # Before version 5, transformers does not set these variables.
             patch.setenv("FSDP_VERSION", "2")
             patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
@@ -156,7 +157,8 @@ def _whole(trainer: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # like the fixture in tests/hf/conftest.py
+    # This makes garbage collection faster, as in tests/hf/conftest.py.
+    gc.freeze()
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = accelerate.PartialState(cpu=True).process_index
     for name, arguments in cases.items():

@@ -76,7 +76,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield each command in the code blocks and the prose of all pages, after its location."""
+    """Yield ``(location, words)`` for each command in code blocks and prose of all pages."""
     for block in blocks("sh"):
         for line in block.text.replace("\\\n", " ").splitlines():
             words = _own(shlex.split(line, comments=True))

@@ -95,7 +95,8 @@ def half(device, backend, dtype, shape, feature, divergence, **options):
         return
     ulp = torch.finfo(dtype).eps
     baseline = plain_torch(problem)
-    if divergence == "tvd":  # tvd's slope jumps at ties, which rounding moves
+    # The slope of tvd jumps where p equals q, and rounding moves these places.
+    if divergence == "tvd":
         for name, truth in expected_grads.items():
             cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
             assert cosine > 0.99, name

@@ -18,7 +18,8 @@ import torch
 from benchmarks.support import environment, tables
 from tests.support import ROOT
 
-ORDER = ("passed", "skipped", "failed")  # from best to worst; the worst phase decides
+# The outcomes of a test's phases, from best to worst. The worst one is the test's outcome.
+ORDER = ("passed", "skipped", "failed")
 
 
 class Recorder:

@@ -9,11 +9,12 @@ MIB = 2**20
 
 
 def peak_bytes(function):
-    """Return by how many bytes memory grows at its peak while ``function`` runs.
+    """Return how many bytes ``function`` adds to memory at its peak.
 
     The profiler sees every allocation of torch's CPU allocator, including those inside operators.
     """
-    function()  # the first run fills caches, which are not counted
+    # The first run fills caches, whose memory is not counted.
+    function()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()

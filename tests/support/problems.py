@@ -56,7 +56,7 @@ class Problem:
         return replace(self, **fields, options=dict(self.options))
 
     def to(self, target: torch.dtype | torch.device, *parts: str) -> Problem:
-        """Return a copy in a dtype or on a device."""
+        """Return a copy with its tensors in a dtype or on a device."""
 
         def leaf(x: Tensor) -> Tensor:
             return x.detach().to(target, copy=True).requires_grad_(x.requires_grad)
@@ -330,7 +330,7 @@ def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
 
 
 def recorded(monkeypatch: Any, owner: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
-    """Return a list of calls. Every call of the function adds its arguments and its result."""
+    """Return a list to which every call of the function adds its arguments and its result."""
     calls, function = [], getattr(owner, name)
 
     def recorder(*args: Any) -> Any:

@@ -31,7 +31,8 @@ CALLS = [
     {**FIRST, "scale": 0.25},
     {**FIRST, "softcap": 1.0},
     {**FIRST, "beta": 0.9},
-    {**FIRST, "kd_ratio": 0.9},  # 0 would run other kernels, without a teacher
+    # A kd_ratio of 0 would leave out the teacher and use another kernel.
+    {**FIRST, "kd_ratio": 0.9},
 ]
 
 

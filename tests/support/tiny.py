@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-EPS = 0.02  # large enough to change the norms' results noticeably
+# This eps is large enough to change the result of a norm visibly.
+EPS = 0.02
 
 
 def model(

@@ -156,7 +156,8 @@ def test_the_users_settings_stay(own, above):
         assert SETTING.fp32_precision == "bf16"
         _ = 1 / 0
     assert SETTING.fp32_precision == before
-    if own == "none":  # the parent setting still applies
+    # The setting is still inherited from its parent.
+    if own == "none":
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
 
@@ -190,7 +191,8 @@ def test_two_threads_restore_the_setting(monkeypatch):
         first_is_in.wait()
         with matmul._as_bfloat16(torch.bfloat16):
             second_waits_or_is_in.set()
-            threads[0].join()  # without a lock, this thread would end last and restore bf16
+            # Without a lock, this thread would end last, and would restore the bf16 of the first.
+            threads[0].join()
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for thread in threads:

@@ -64,7 +64,8 @@ def test_tensors_without_such_memory_are_left_alone(monkeypatch):
     ):
         assert in_huge_pages(x) is x
     assert asked == []
-    x = in_huge_pages(torch.empty(HUGE_PAGE))  # the size of four pages
+    # The tensor has the size of four huge pages.
+    x = in_huge_pages(torch.empty(HUGE_PAGE))
     ((start, length, _),) = asked
     assert start % HUGE_PAGE == 0 and length == (3 if x.data_ptr() % HUGE_PAGE else 4) * HUGE_PAGE
 

@@ -136,7 +136,8 @@ def test_an_upstream_gradient_in_any_layout(divergence):
     problem = make(BATCH, divergence=divergence)
     for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)
-        flat = upstream.reshape(BATCH.pairs, -1)  # the op flattens it too
+        # The op flattens the upstream gradient in the same way.
+        flat = upstream.reshape(BATCH.pairs, -1)
         assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
         check(problem, upstream=upstream, reduction="none", backend="triton")
 

@@ -16,7 +16,8 @@ KINDS = {
     "layer": {"kind": "layer", "weight": True, "bias": True, "offset": 0.5},
 }
 WIDTH = 300
-BLOCK_N = norm.BLOCK // 512  # rows of one block at this width
+# The number of rows in one block at this width.
+BLOCK_N = norm.BLOCK // 512
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
 # Numbers of rows: one row; a full block; a block for each program and one row more; and several
 # blocks for each program, with a last block that is not full.
@@ -72,7 +73,8 @@ def test_rows_and_their_gradients(name, tokens, masked):
         grad, hidden, index, layer_norm, got["hidden"], got.get("weight"), got.get("bias")
     )
     for key, x in before.items():
-        got[key] = got[key] - x  # the kernel adds to the buffer
+        # The kernel adds to the buffer, whose old values are subtracted here.
+        got[key] = got[key] - x
     if index is not None:
         others = torch.ones(len(hidden), dtype=torch.bool)
         others[index] = False

@@ -209,7 +209,8 @@ def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
 
 def test_steps_are_whole_blocks_that_cover_every_row_once():
     made = layout.apart(5 * 1000, 5000, torch.bfloat16, 1 << 30)
-    assert (made.tile_rows, made.grad_rows) == (512, 1792)  # three almost equal steps
+    # The rows make three almost equal steps.
+    assert (made.tile_rows, made.grad_rows) == (512, 1792)
     seen = []
     for tiles in made.steps(5, 1000):
         assert sum(p.stop - p.start for tile in tiles for p in tile) <= made.grad_rows
@@ -242,7 +243,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(monkeypatch, divergence
 
     def count(mask, pointer):
         nonlocal counted
-        if mask.data.size > 1:  # single values, such as a row's weight, are not counted
+        # The plan leaves out single values, such as a row's weight.
+        if mask.data.size > 1:
             counted += (
                 int(mask.data.sum()) * pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
             )

@@ -28,7 +28,8 @@ TF32 = {
     "torch.backends.fp32_precision = 'tf32'": True,
     "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
 }
-if not hasattr(torch.backends, "fp32_precision"):  # the newer switch came with torch 2.9
+# The newer switch exists since torch 2.9.
+if not hasattr(torch.backends, "fp32_precision"):
     TF32 = {setting: allowed for setting, allowed in TF32.items() if "fp32" not in setting}
 COMPILED = """
 import importlib, json, os, pkgutil, sys, torch
@@ -120,7 +121,8 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     numbers = [call.temperature, call.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
     operand = head_of(head, call).operand(call.student_hidden[0], None, None)
-    numbers += operand.arguments()[-2:]  # slope and cap
+    # The last two arguments of an operand are slope and cap.
+    numbers += operand.arguments()[-2:]
     assert all(type(x) is float for x in numbers), numbers
 
 

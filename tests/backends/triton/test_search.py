@@ -18,7 +18,8 @@ from lens_kernels.backends.triton.tiles import search, sizes, store  # noqa: E40
 from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep  # noqa: E402
 
 CPU = torch.device("cpu")
-SIZES = (24, 40, 90, 6)  # hidden sizes, vocabulary size, tokens
+# Both hidden sizes, the vocabulary size, and the number of tokens.
+SIZES = (24, 40, 90, 6)
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
 # These tiles are the fastest, but tests give them wrong results or errors.
@@ -28,12 +29,8 @@ KEYS = [
     (Sweep.GRADIENTS, 24),
 ]  # fmt: skip
 COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
-LAUNCHES = [
-    "row_stats",
-    "online_kl",
-    "row_sums",
-    "gradient_chunk",
-]  # in the order of Sweep
+# The functions that launch the sweeps, in the order of the enum ``Sweep``.
+LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]
 
 
 def clock(function):
@@ -66,7 +63,7 @@ def stored():
 
 
 def instead(monkeypatch, name, replacements):
-    """Replace the launch of some tiles in a sweep."""
+    """Replace the function that launches a sweep, for some tiles."""
     original = getattr(search, name)
 
     def launch(*args):

@@ -86,14 +86,16 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
     """Heads with a bias or softcap do not use tuned tiles.
 
-    Tuning uses heads without them, and they take registers, so that a tuned tile may not fit.
+    Tuning measures heads without a bias or softcap. These take registers, so that a tuned tile may
+    not fit.
     """
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)
     heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))
     call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
     with pytest.raises(TypeError, match="not callable"):
-        call(*heads, divergence="jsd")  # the teacher's head has none, so its sweep looks up a tile
+        # The teacher's head has no bias or softcap, so its own sweep looks up a tile.
+        call(*heads, divergence="jsd")
     call(heads[0], heads[0], divergence="jsd").backward()
 
 
@@ -193,7 +195,8 @@ def test_processes_that_write_at_once_lose_nothing(compiled, monkeypatch):
         process.start()
     while any(process.is_alive() for process in writers):
         if compiled.exists():
-            json.loads(compiled.read_text())  # the file is always complete
+            # A reader always finds a complete file.
+            json.loads(compiled.read_text())
     for process in writers:
         process.join()
         assert process.exitcode == 0

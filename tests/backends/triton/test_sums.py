@@ -13,7 +13,8 @@ from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.memory import fill_new_tensors
 from tests.support.problems import check, loss_of, make, oracle, ours, without_columns
 
-# Two blocks of rows by four splits. Each split has two tiles, but the last has one partial tile.
+# The kernels divide this shape into two blocks of rows and four splits of the vocabulary. Each
+# split has two tiles, except the last, which has one partial tile.
 SPLITS = Shape((65,), 840, 24, 40, 1)
 # The sums of jsd take two sweeps over the vocabulary, those of jeffreys take one.
 PATHS = ["jsd", "jeffreys"]
@@ -118,7 +119,8 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 
     peak(6.0, 7.0)
     check(problem, backend="triton")
-    peak(30.0, 35.0)  # gradients underflow, so only the loss is compared
+    # Gradients underflow here, so only the loss is compared.
+    peak(30.0, 35.0)
     expected, _ = oracle(problem)
     assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
 

@@ -139,7 +139,7 @@ def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergen
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
     """Token weights are applied after the GEMMs.
 
-    Inside the tile, they would let its entries underflow in float16.
+    If they were applied to the tile before, its entries would underflow in float16.
     """
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))

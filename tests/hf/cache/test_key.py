@@ -117,7 +117,8 @@ def test_adapters_change_the_key():
     model = adapted(4)
     want = key_of(model)
     assert key_of(adapted(4)) == want
-    assert key_of(adapted(8)).model != want.model  # another scale of the adapter
+    # The weights are equal, but the adapter's scale differs.
+    assert key_of(adapted(8)).model != want.model
     with model.disable_adapter():
         assert key_of(model).model != want.model
     model.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data[0, 0] += 1
@@ -189,7 +190,8 @@ def test_build_refuses_a_full_disk_before_writing(tmp_path, model, monkeypatch):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys, shown):
-    for _ in range(2):  # build the cache, then find it
+    # The first call builds the cache, and the second one finds it.
+    for _ in range(2):
         build(tmp_path, key_of(model), batch_size=1, progress=shown)
         printed = capsys.readouterr().err
         assert ("teacher cache: 100%" in printed and "2/2" in printed) == shown == bool(printed)

@@ -16,7 +16,8 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 from tests.support import tiny
 
 LAYERS = (1, 3)
-BATCH, SHARD = 2, 4  # nine examples make three shards
+# The nine examples make three shards.
+BATCH, SHARD = 2, 4
 
 
 def make_examples():
@@ -123,9 +124,11 @@ def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, example
     before = len(pickle.dumps(cache))
     for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
         assert_same(cache.rows(ids), expected(model, examples, ids))
-    assert list(cache._mapped) == [0, 2]  # shard 1 was used least recently
+    # Only two shards stay mapped. Shard 1 was used least recently.
+    assert list(cache._mapped) == [0, 2]
     assert len(pickle.dumps(cache)) == before
-    for ids in ([], [1, 4, 7]):  # these examples have no counted tokens
+    # No example is read, or only examples without counted tokens.
+    for ids in ([], [1, 4, 7]):
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
 

@@ -51,8 +51,10 @@ def test_rouge_l_is_100_times_the_f_measure_of_the_best_reference():
     ("text", "other", "expected"),
     [
         ("été", "été", 100),
-        ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),  # two of three words match
-        ("猫坐着", "猫坐下", 200 / 3),  # each character is a word
+        # Two of three words match.
+        ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),
+        # In Chinese, each character is a word.
+        ("猫坐着", "猫坐下", 200 / 3),
         ("हिन्दी में", "हिन्दी में", 100),
         ("ไทย", "ไท", 80),
         ("mot", "été", 0),
@@ -285,7 +287,8 @@ def test_cross_entropy_of_a_low_precision_model_is_summed_in_float32():
 def test_held_out_ce_refuses_unlabelled_data_and_a_batch_size_of_0():
     first_only = [
         {"input_ids": [5, 6], "labels": [5, -100]}
-    ]  # no position predicts the first token
+        # The only label is that of the first token, which no position predicts.
+    ]
     with pytest.raises(ValueError, match="examples must hold a labelled token"):
         held_out_ce(tiny.model(), first_only, Collator(1))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

@@ -98,7 +98,8 @@ def test_compare_gives_the_divergences_of_the_lens_distributions(student, teache
         truth = true_divergence(name, p, q, 0.3)
         torch.testing.assert_close(c.divergence, truth, **CLOSE)
         assert c.mean == pytest.approx(truth.mean().item(), rel=1e-4)
-    shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)  # the student has 3 blocks
+    # This teacher has fewer blocks than the student.
+    shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)
     found = ins.compare(readings[0], shallow)
     assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]
 
@@ -164,7 +165,8 @@ def test_token_text_makes_invisible_characters_visible():
     texts = [inspecting.token_text(tokenizer, i) for i in range(len(ODD))]
     assert texts[:4] == ODD[:4] and texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
     tokenizer.convert_ids_to_tokens = lambda token: "▁the"
-    for decoded in ("the", " the"):  # SentencePiece drops a single token's space
+    # Some tokenizers drop the leading space when they decode a single token.
+    for decoded in ("the", " the"):
         tokenizer.decode = lambda ids, decoded=decoded: decoded
         assert inspecting.token_text(tokenizer, 3) == "␣the"
 

@@ -88,7 +88,7 @@ def test_lens_head_reads_scale_and_softcap_from_the_current_config():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma3_text", {"softcap": None}),
-        ("gemma3", {"softcap": "final_logit_softcapping"}),  # unused by Gemma 3
+        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 ignores it
         ("gpt2", {"norm_kind": "rms"}),
     ],
     ids=str,
@@ -118,7 +118,8 @@ def test_verify_lens_refuses_a_wrong_eps_even_for_large_hidden_states(monkeypatc
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # the text of the check has more tokens
+    # The text of the check has more tokens than this vocabulary.
+    model = tiny.model(vocab=3)
     verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
@@ -359,5 +360,6 @@ def test_prompt_tuning_is_refused():
 
 
 def test_verify_lens_does_not_import_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)  # importing peft raises
+    # With this entry, an import of peft raises an error.
+    monkeypatch.setitem(sys.modules, "peft", None)
     verification.verify_lens(tiny.model())

@@ -64,12 +64,14 @@ def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
 
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
 def test_data_without_a_label_are_refused(tmp_path, options):
-    nothing = {**ROW, "labels": [7, *[-100] * 5]}  # no token predicts the first token
+    # The only label is that of the first token, which no position predicts.
+    nothing = {**ROW, "labels": [7, *[-100] * 5]}
     with pytest.raises(ValueError, match="train_dataset has no token to train on: every label"):
         make_trainer(tmp_path, data=[nothing] * 4, **options)
     trainer = make_trainer(tmp_path, data=[nothing] * 4 + [ROW], max_steps=1, **options)
     with pytest.raises(ValueError, match="no step had a labelled token, so nothing was learnt"):
-        trainer.train()  # one step reads the first four rows
+        # The only step reads the first four rows, which have no counted label.
+        trainer.train()
 
 
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])

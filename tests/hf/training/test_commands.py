@@ -109,7 +109,8 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
     assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN | SAY
     few = {"model_path": "m", "data_path": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
-    for more in ({}, switches):  # switches are absent, then given at their defaults
+    # First no switch is given, and then every switch with its default.
+    for more in ({}, switches):
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
         assert found == defaults | few | SAY
 

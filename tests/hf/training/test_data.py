@@ -185,7 +185,8 @@ def test_bos_is_added_once_where_the_tokenizer_adds_it():
     # A BOS in the prompt is not repeated.
     assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
     talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
-    assert 0 not in talk["input_ids"]  # the chat template adds no BOS
+    # A chat template decides whether a BOS is added, and this one adds none.
+    assert 0 not in talk["input_ids"]
 
 
 def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
@@ -263,7 +264,8 @@ def test_long_prompts_are_dropped_and_long_examples_are_cut():
     assert data.prompt_ids(row, tokenizer, **options) is None
     assert encoded(row, tokenizer, max_prompt_length=3) is None
     assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
-    assert encoded(row, tokenizer, max_length=4) is None  # no labelled token is left
+    # Cutting to four tokens leaves no labelled token.
+    assert encoded(row, tokenizer, max_length=4) is None
     # If several turns are labelled, max_prompt_length limits only the first prompt.
     talk = Row(1, ["two"], messages=TALK)
     whole = encoded(talk, tokenizer)
@@ -290,7 +292,8 @@ def test_encode_checks_its_options(name, value, message):
 def test_tokenizer_must_have_eos_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
-    assert data.padding_id(bpe(pad_token="<s>")) == 0  # 0 is a valid id
+    # 0 is a valid id for padding.
+    assert data.padding_id(bpe(pad_token="<s>")) == 0
     assert data.padding_id(bpe(pad_token=None)) == 1
     with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
         data.padding_id(bpe(pad_token=None, eos_token=None))
@@ -359,7 +362,8 @@ def test_no_space_is_written_before_a_response(kind):
         row = Row(1, [answer], prompt=prompt)
         ids = encoded(row, tokenizer)["input_ids"]
         assert tokenizer.decode(ids).lstrip(" ") == f"{prompt}{answer}</s>"
-        prompt_of(row, tokenizer)  # the prompt for generation has the same tokens
+        # The prompt for generation has the same tokens.
+        prompt_of(row, tokenizer)
     if kind != "bytes":
         labels = encoded(Row(1, ["Paris"], prompt="Say:\n"), tokenizer)["labels"]
         learnt = [x for x in labels if x != -100]

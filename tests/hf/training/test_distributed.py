@@ -39,7 +39,8 @@ def two_ranks(folder, cases, timeout=HANG):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # a killed launcher could not stop its ranks
+        # After kill(), the launcher could not stop its ranks.
+        process.terminate()
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
     assert process.returncode == 0, output[-6000:]
@@ -122,7 +123,7 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
         "resumed": RESUMED,
         "lora_resumed": RESUMED | {"lora": True},  # FSDP checkpoints hold only the adapter
     }
-    # Some cases have errors of 5e-5, because the second step amplifies rounding.
+    # The second step amplifies rounding. Errors of 5e-5 were measured.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 
@@ -142,6 +143,7 @@ def test_sharded_weights_are_refused(mesh, part):
     assert objective(batch).loss.isfinite()
     module = student.lm_head if part == "head" else student.model.norm
     module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
-    module.forward = lambda x: x  # the norm's own forward would raise first
+    # Otherwise the norm's own forward would raise another error first.
+    module.forward = lambda x: x
     with pytest.raises(TypeError, match=f"{part} must be a dense .*, got a DTensor.*gather it"):
         objective(batch)

@@ -51,7 +51,8 @@ def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, cap
     argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
-    if not finished:  # like an interrupt after the last checkpoint
+    # This is the state after an interrupt between the last checkpoint and the end.
+    if not finished:
         (tmp_path / "metrics.json").write_text(metrics[:-5])
         (tmp_path / "model.safetensors").unlink()
     forbidden = "training_step" if not finished else "train"
