@@ -116,7 +116,7 @@ def test_a_device_that_is_not_the_current_one(backend):
     check.float32(torch.device("cuda", 1), backend, ODD, "everything", "jsd")
 
 
-# On the CPU
+# The same checks on the CPU
 
 
 TINY = Shape((5,), 70, 24, 40, 2)

@@ -217,7 +217,8 @@ def test_reductions_and_weights(forward_kl):
 def test_the_whole_objective(backend, dtype):
     """The objective is the weighted sum of its terms.
 
-    They are one lens pair of jsd, a final reverse KL of 7/8 L, and a cross entropy of ln 8 = 3 L.
+    The terms are one lens pair of jsd, a final reverse KL of 7/8 L, and a cross entropy of ln 8 = 3
+    L.
     """
     eye = torch.eye(4, dtype=dtype)
     out = distillation_loss(

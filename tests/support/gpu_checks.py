@@ -65,7 +65,7 @@ def agree(first, second, loss_tolerance, tolerance):
         assert_close(first[1][name], grad, tolerance, name)
 
 
-# Parity
+# Comparisons with the oracle and between backends
 
 
 def float32(device, backend, shape, feature, divergence, **options):

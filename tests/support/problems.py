@@ -189,7 +189,7 @@ def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]
 
 
 def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:
-    """Return the loss that ``solver`` gives. Its arguments are those of the op."""
+    """Return the loss that ``solver`` gives; ``solver`` takes the arguments of the op."""
     return solver(*problem.args(), **{**problem.options, **options})
 
 

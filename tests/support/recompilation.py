@@ -61,7 +61,7 @@ def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **number
 
 
 def main() -> None:
-    """Print the number of keys after each call."""
+    """Print the number of keys of compiled kernels after each call."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime import jit

@@ -191,7 +191,7 @@ def test_two_threads_restore_the_setting(monkeypatch):
         first_is_in.wait()
         with matmul._as_bfloat16(torch.bfloat16):
             second_waits_or_is_in.set()
-            # Without a lock, this thread would end last, and would restore the bf16 of the first.
+            # Without a lock, this thread would end last, and restore the first thread's bf16.
             threads[0].join()
 
     threads = [threading.Thread(target=f) for f in (first, second)]

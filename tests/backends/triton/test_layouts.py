@@ -52,7 +52,10 @@ def offset(x):
 
 
 def laid_out(problem, layout):
-    """Return a copy of the problem. ``layout`` places tensors of two or more axes in memory."""
+    """Return a copy of the problem.
+
+    ``layout`` arranges its tensors of two or more axes in memory.
+    """
 
     def move(x):
         if x.dim() == 1:

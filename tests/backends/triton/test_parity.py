@@ -52,7 +52,7 @@ def compare(problem, dtype, normed, **options):
 def test_16_bit_with_all_options_of_a_call(feature, divergence, dtype):
     """In 16 bits, the backends agree on a call that combines many options.
 
-    It has a mask, a vocabulary prefix, two weighted pairs, two hidden sizes and a sum.
+    The call has a mask, a vocabulary prefix, two weighted pairs, two hidden sizes and a sum.
     """
     problem = make(BATCH, std=2.0, **FEATURES[feature], divergence=divergence).to(dtype)
     options = {

@@ -1,4 +1,4 @@
-"""The row kernel, which makes losses and gradients of whole rows of logits, against float64."""
+"""The row kernel computes losses and gradients of whole rows of logits, which match float64."""
 
 import pytest
 import torch

@@ -57,7 +57,7 @@ def assert_same_logs(one, other, name, relative=1e-4):
 
 
 def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
-    """Check that each case trains alike on two ranks and in one process.
+    """Check for each case that training on two ranks equals training in one process.
 
     Return the results of the ranks.
     """
