@@ -230,7 +230,7 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 def test_an_infinite_norm_keeps_every_entry(large):
     """A relative threshold keeps every entry if the norm is infinite.
 
-    In float32, so is the square of 1e25.
+    In float32, the square of 1e25 is infinite.
     """
     survey = head_products.ColumnStatistics()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))

@@ -63,7 +63,7 @@ def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
 def test_float32_operands_take_longer():
     """GEMMs of float32 operands cost ten times as much on a GPU as GEMMs in 16 bits.
 
-    Devices without 16-bit GEMMs copy their operands to float32, and cost as much.
+    Devices without 16-bit GEMMs copy their operands to float32, at the cost of float32 GEMMs.
     """
     narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
     emulated = plan(*SIZES, device="mps")["torch"]

@@ -105,7 +105,7 @@ def given_probabilities(teacher, student):
         ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
         # 0.7 passes one half alone. The head is never empty.
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
-        # The first two entries are exactly one half. Ties are ordered by index.
+        # The first two entries sum to exactly one half. Ties are ordered by index.
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),
     ],
 )

@@ -261,7 +261,10 @@ def check_beside(
     loss_limit: Callable[[float], float],
     limit: Callable[[float], float],
 ) -> None:
-    """Compare with the truth. The limits are functions of the error of ``baseline``."""
+    """Compare ``got`` with the truth.
+
+    The limits are functions of the error of ``baseline``, which is another solution.
+    """
     (base, base_grads), (loss, grads), (expected, expected_grads) = baseline, got, truth
     error, most = relative_error(loss, expected), loss_limit(relative_error(base, expected))
     assert error <= most, f"loss: relative error {error:.1e} exceeds {most:.1e}"

@@ -96,10 +96,7 @@ def test_each_divergence_has_its_own_compiled_code(tracing):
 
 
 def test_every_variant_of_the_pass_is_compiled(tracing):
-    """All divergences are compiled, with and without gradients: 12 variants.
-
-    Torch's default limit is 8 variants.
-    """
+    """All 12 variants of the pass are compiled, although torch's default limit is 8."""
     before = compiled_graphs()
     for divergence in DIVERGENCES:
         problem = make(BATCH, divergence=divergence)
@@ -159,10 +156,7 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
 
 
 def test_the_compiled_pass_with_labels_matches_the_oracle(compiling):
-    """With labels, results match the oracle.
-
-    Another temperature and beta do not recompile the pass.
-    """
+    """Results with labels match the oracle; another temperature or beta does not recompile."""
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[0] = -100
     before = compiled_graphs()

@@ -1,4 +1,4 @@
-"""The objective of two models on a batch, and the removal of hooks after it."""
+"""The objective of two models on a batch, and the removal of its hooks from the models."""
 
 import pytest
 import torch
