@@ -1,1 +1,1 @@
-"""The test suite. ``compare.py``, ``grids.py`` and ``problems.py`` are its common ground."""
+"""The test suite. ``tests/support`` holds the code that several tests share."""

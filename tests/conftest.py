@@ -1,4 +1,4 @@
-"""Every test starts from the same random numbers, whatever ran before it."""
+"""Settings of all tests: kernels are interpreted, and every test starts from the same seed."""
 
 import os
 
@@ -9,17 +9,18 @@ from lens_kernels import dispatch
 from tests.support.reference_backend import REFERENCE
 from tests.support.row_kernel_backend import ROW_KERNEL
 
-# Matrices here are small. On a busy machine, waiting for a second thread costs up to a second
-# for each test, which is more than the thread saves.
+# The tests' matrices are small. On a busy machine, waiting for a second thread costs up to a second
+# in each test, which is more than the thread saves.
 torch.set_num_threads(1)
 for backend in (REFERENCE, ROW_KERNEL):
     dispatch.REGISTRY[backend.name] = backend
 
 
 def pytest_configure(config):
-    """Run kernels in Triton's interpreter, which is chosen when they are imported.
+    """Let Triton interpret all kernels.
 
-    Only ``-m gpu`` compiles them. All other tests use CPU tensors, on any machine.
+    Triton decides on this when kernels are imported. Only ``-m gpu`` compiles kernels; all other
+    tests use CPU tensors, on any machine.
     """
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -32,5 +33,5 @@ def _seed():
 
 @pytest.fixture
 def always_active(monkeypatch):
-    """Allow any share of active entries, because the small test problems use most of them."""
+    """Skip inactive entries even if most are active, as in the small test problems."""
     monkeypatch.setattr("lens_kernels.backends.head_products.MAX_ACTIVE_SHARE", 1.0)

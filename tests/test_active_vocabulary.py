@@ -14,7 +14,10 @@ N, V, D = 24, 600, 16
 
 
 def problem():
-    """Return peaked models: most entries get almost no gradient. Head rows share a mean."""
+    """Return peaked models, which get almost no gradient at most entries.
+
+    The mean of the head's rows is not zero.
+    """
     student = torch.randn(N, D, requires_grad=True)
     teacher = student.detach() + 0.3 * torch.randn(N, D)
     head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
@@ -30,7 +33,7 @@ def gradients(threshold, student, teacher, head, teacher_head, **options):
 
 
 def final(threshold, student, teacher, head, teacher_head, **options):
-    """Return the dropped share and the gradients of a final jsd."""
+    """Return the dropped share and the gradients of a final jsd without lens pairs."""
     finals = {"student_final": student, "teacher_final": teacher, "final_divergence": "jsd"}
     options |= {"grad_threshold": threshold}
     out = distillation_loss([], [], head, teacher_head, **finals, **options)
@@ -38,7 +41,7 @@ def final(threshold, student, teacher, head, teacher_head, **options):
 
 
 def logit_gradients(student, teacher, head, teacher_head):
-    """Return the gradient of the sum over tokens with respect to the student's logits."""
+    """Return the gradient of the loss, summed over tokens, for the student's logits."""
     z = (student @ head.T).detach().double().requires_grad_()
     q, p = z.softmax(-1), (teacher @ teacher_head.T).double().softmax(-1)
     m = (p + q) / 2
@@ -75,7 +78,7 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
     assert (d_head[~used] == 0).all()
     error = (d_head[used] - exact[2][used]).abs().max()
     assert error <= 1e-5 * exact[2].abs().max()
-    # The mean of the skipped head rows stands in for each of them.
+    # In the hidden gradient, the mean of the skipped head rows replaces each of them.
     head = inputs[2].detach().double()
     rest = torch.outer(g[:, ~used].sum(1), head[~used].mean(0))
     expected = weight * (g[:, used] @ head[used] + rest)
@@ -89,7 +92,10 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
 def test_the_threshold_applies_to_the_logits_gradient_at_any_scale(
     always_active, backend, scale, temperature
 ):
-    """At scale 1/64 and temperature 10, gradients of the matmul are 640 times smaller."""
+    """The threshold applies to the gradient of the logits, at any scale and temperature.
+
+    At scale 1/64 and temperature 10, gradients of the matmul are 640 times smaller.
+    """
     student, teacher, weight, teacher_weight = problem()
     with torch.no_grad():
         weight *= temperature / scale
@@ -179,7 +185,8 @@ def test_statistics_cover_all_blocks_of_the_pointwise_pass(always_active, monkey
     inputs = problem()
     whole = final(threshold, *inputs, backend="torch")
     assert whole[0] > 0
-    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)  # 24 rows make five blocks
+    # The 24 rows make five blocks of at most 5 rows.
+    monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)
     assert_near(final(threshold, *inputs, backend="torch"), whole, 1e-5)
 
 
@@ -196,7 +203,10 @@ def test_all_entries_are_used_if_most_are_active(share, above):
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
 def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
-    """Near the teacher a fixed threshold would drop every entry. The preset keeps some."""
+    """A preset is a threshold relative to the size of the gradient.
+
+    Near convergence, a fixed threshold would drop every entry.
+    """
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
     inputs = student, teacher, head, teacher_head
@@ -218,7 +228,10 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
 def test_an_infinite_norm_keeps_every_entry(large):
-    """The square of 1e25 is infinite in float32."""
+    """A relative threshold keeps every entry if the norm is infinite.
+
+    In float32, the square of 1e25 is infinite.
+    """
     survey = head_products.ColumnStatistics()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))
     assert survey.active(2.0**-9, relative=True).tolist() == [0, 1, 2]

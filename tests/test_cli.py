@@ -1,4 +1,4 @@
-"""The command line describes the machine and rejects invalid arguments."""
+"""The command line describes the machine, and reports invalid arguments and errors."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def test_downloads_are_off_unless_the_options_allow_them(tmp_path, argv, config,
 
 def test_the_commands_set_offline_mode_and_a_private_cache(tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM"):
-        monkeypatch.setenv(name, "0")  # put back after the test
+        # This also restores the variable after the test.
+        monkeypatch.setenv(name, "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cli._prepare(download=True)
     assert os.environ["HF_HUB_OFFLINE"] == os.environ["TORCHINDUCTOR_CACHE_DIR"] == "0"

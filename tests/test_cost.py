@@ -1,4 +1,4 @@
-"""The planned cost of a call against counted operations and allocations."""
+"""The planned cost of a call agrees with counted operations and measured allocations."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
     for h in made.student_hidden:
         h.requires_grad_(grads["hidden_grad"])
     captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
-    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)  # each tile rereads the hidden states
+    # With a single tile of the vocabulary, the hidden states are read only once.
+    monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)
     with torch.no_grad(), Products() as products:
         row_chunks.evaluate(captured)
     options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": workspace, **grads}
@@ -41,13 +42,17 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
 
 
 def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
-    """For 8192 tokens in 16 bits, the smallest chunk of 128 entries takes 2 MiB."""
+    """A smaller workspace means more chunks of the vocabulary, which read more memory.
+
+    The smallest chunk, 128 entries, takes 2 MiB for 8192 tokens in 16 bits.
+    """
     sizes = (8192, 128 * 250, 64, 32)
     whole, parts = (plan(*sizes, workspace_bytes=n)["triton"] for n in (10**9, 4 * MIB + 1))
     assert whole.workspace_bytes == 8192 * 128 * 250 * 2
     assert parts.workspace_bytes == 4 * MIB
     assert plan(*sizes, workspace_bytes=1)["triton"].workspace_bytes == 2 * MIB
-    # Sweep 3 rereads both operands, the hidden gradient, and the operand of the head's GEMM.
+    # For each of the 124 extra chunks, sweep 3 rereads both operands, the hidden gradient, and the
+    # operand of the head's GEMM.
     more = 124 * 8192 * ((64 + 32) * 2 + 2 * 64 * 4 + 64 * 2)
     assert parts.bytes_moved - whole.bytes_moved == more
     no_gradient = plan(*sizes, head_grad=False, hidden_grad=False)["triton"]
@@ -56,7 +61,10 @@ def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
 
 
 def test_float32_operands_take_longer():
-    """A GPU multiplies 16 bits ten times as fast; other devices need float32 copies."""
+    """GEMMs of float32 operands cost ten times as much on a GPU as GEMMs in 16 bits.
+
+    Devices without 16-bit GEMMs copy their operands to float32, at the cost of float32 GEMMs.
+    """
     narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
     emulated = plan(*SIZES, device="mps")["torch"]
     costs = [p.steps[0].cost for p in (narrow, wide, emulated)]
@@ -65,17 +73,17 @@ def test_float32_operands_take_longer():
 
 
 @pytest.mark.parametrize("workspace", [4 * MIB, 25 * MIB])
-def test_workspace_is_what_is_allocated_beside_the_gradients(monkeypatch, workspace):
+def test_workspace_is_the_memory_allocated_beside_the_gradients(monkeypatch, workspace):
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
     gradients = 4 * (2 * 1536 * 48 + 4096 * 48)
     seen = peak_of(monkeypatch, make(SHAPE), workspace_bytes=workspace) - gradients
-    # An eager pointwise pass also holds temporary blocks of a few MiB.
+    # An eager pointwise pass also holds a few MiB of temporary blocks.
     assert planned["torch"].workspace_bytes <= seen <= planned["torch"].workspace_bytes + 16 * MIB
     assert 0.75 * workspace < planned["torch"].workspace_bytes <= workspace
 
 
-def test_the_torch_backend_makes_the_products_of_the_dense_floor_and_triton_more():
+def test_torch_has_the_flops_of_the_dense_floor_and_triton_has_more():
     floor = 2 * 1536 * 4096 * (3 * 48 + 64)
     for name in Divergence:
         plans = plan(*SIZES, divergence=name.value)
@@ -93,10 +101,10 @@ def test_more_chunks_move_more_and_hold_less():
     assert small.flops == large.flops
 
 
-def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
+def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
     options = {"device": "cpu", "workspace_bytes": 10**12}
     narrow = plan(*SIZES, dtype=torch.float32, **options)["torch"]
-    row = 4096 + 16  # one line of a cache more
+    row = 4096 + 16  # rows are padded by a cache line of 16 logits
     assert narrow.workspace_bytes == 1536 * row * 8
     wide = CallShape(
         *SIZES, (Divergence.JSD,), torch.bfloat16, torch.float32, True, True, CUDA, 10**12
@@ -105,7 +113,10 @@ def test_sixteen_bit_tiles_have_a_copy_where_products_take_one():
 
 
 def test_on_a_gpu_gradients_have_a_buffer_of_their_own(monkeypatch):
-    """512 rows of both models' logits, and 2048 of gradients: rows of all pairs are in one tile."""
+    """On a GPU, a tile has 512 rows of logits of both models, and a buffer has 2048 gradient rows.
+
+    Rows of all pairs share the tiles, so five pairs cost as much as five times the tokens.
+    """
     row = 4096 + 16
     whole = 512 * row * 8 + 2048 * 4096 * 2
     for room, held in ((10**12, whole), (whole - 1, 512 * row * 8 + 1920 * 4096 * 2)):
@@ -116,14 +127,15 @@ def test_on_a_gpu_gradients_have_a_buffer_of_their_own(monkeypatch):
     assert five["torch"].bytes_moved == one["torch"].bytes_moved
     assert plan(*SIZES, workspace_bytes=1)["torch"].workspace_bytes == row * 8 + 4096 * 2
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert plan(8192, *SIZES[1:])["torch"].workspace_bytes > whole, "no Triton, no kernel"
+    assert plan(8192, *SIZES[1:])["torch"].workspace_bytes > whole, "without Triton"
 
 
 def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
     one, five = (plan(*SIZES, pairs=n, device="cpu") for n in (1, 5))
     for name in ("torch", "triton"):
         assert five[name].flops == 5 * one[name].flops
-        # One write instead of a read and a write, and the last multiplication and cast.
+        # The first pair writes the head gradient without reading it. The final multiplication and
+        # cast also happen once for all pairs.
         once = 4096 * 48 * ((2 * 4 + 4 + 2) - 4)
         assert five[name].bytes_moved - once == 5 * (one[name].bytes_moved - once)
         assert five[name].workspace_bytes == one[name].workspace_bytes
@@ -142,6 +154,6 @@ def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
         ((5, 5, 5, 5), {"dtype": torch.int8}, TypeError, "dtype must be one of torch.float32, "),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(sizes, options, error, message):
+def test_invalid_sizes_are_refused(sizes, options, error, message):
     with pytest.raises(error, match=message):
         plan(*sizes, **options)

@@ -1,4 +1,4 @@
-"""The choice of a backend: automatic, forced, ineligible, unknown."""
+"""The backend of a call: how ``auto`` chooses it, how users choose it, and which choices fail."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def test_auto_finds_a_backend_everywhere_that_is_not_the_reference(device):
 
 
 def tuned_for(monkeypatch, *keys):
-    """Pretend that a GPU is tuned for these keys; no tensor is made on it."""
+    """Pretend that a GPU is tuned for these keys. The tests create no tensor on this GPU."""
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "tiles", lambda device: dict.fromkeys(keys))
 
@@ -43,7 +43,8 @@ def test_auto_uses_the_kernels_only_after_tuning_has_finished(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     for done, operand, names in (
         ([], bf16, ["torch"]),
-        ([(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)], bf16, ["torch"]),  # stopped
+        # This tuning did not reach the last sweep.
+        ([(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)], bf16, ["torch"]),
         ([(Sweep.GRADIENTS, bf16, 64)], bf16, ["torch", "triton"]),
         ([(Sweep.GRADIENTS, bf16, 64)], None, ["torch", "triton"]),
         ([(Sweep.GRADIENTS, bf16, 64)], fp32, ["torch"]),
@@ -89,8 +90,11 @@ def test_a_compiled_graph_does_not_read_the_tile_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("how", ["eager", "fullgraph"])
 def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch, how):
-    """A large workspace favours ``torch``. In a small one it rereads the head, and rewrites the
-    head gradient, for every few tokens."""
+    """A large workspace favours ``torch``, and a small one favours ``triton``.
+
+    With small chunks, ``torch`` reads the head and writes the head gradient again for every few
+    tokens.
+    """
     entry = dispatch.REGISTRY["triton"]
     anywhere = dataclasses.replace(entry, auto_excluded_reason=lambda *args: None)
     monkeypatch.setitem(dispatch.REGISTRY, "triton", anywhere)
@@ -124,7 +128,8 @@ def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch
     [
         ((), contextlib.nullcontext, {}),
         (("weight",), contextlib.nullcontext, {"head_grad": False}),
-        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),  # norm alone
+        # Only the norm is trained.
+        (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),
         (("hidden", "norm"), contextlib.nullcontext, {"hidden_grad": False}),
         ((), torch.no_grad, {"head_grad": False, "hidden_grad": False}),
         ((), lambda: torch.autocast("cpu", torch.bfloat16), {"dtype": torch.bfloat16}),
@@ -169,7 +174,10 @@ def test_a_forced_backend_that_cannot_be_imported_says_so(monkeypatch):
 
 
 def test_a_backend_added_by_the_recipe_takes_part_in_auto_and_in_the_plan(monkeypatch):
-    """With two eligible backends, ``auto`` compares their costs."""
+    """``auto`` and ``plan`` include a registered backend.
+
+    With two eligible backends, ``auto`` takes the cheaper one.
+    """
     reference = dispatch.REGISTRY["reference"]
     for costs, taken in (
         (free, "new"),
@@ -203,7 +211,8 @@ def test_auto_is_the_torch_backend_on_a_cpu(monkeypatch):
 def test_the_reference_backend_is_the_oracle_and_drops_masked_rows(feature, reduction):
     mask = torch.rand(BATCH.leading) < 0.5
     problem = make(BATCH, **FEATURES[feature])
-    truth = problem.spoil(~mask, 0.0)  # the oracle multiplies by its mask
+    # The oracle multiplies by the mask, so its masked rows must be finite.
+    truth = problem.spoil(~mask, 0.0)
     options = {"mask": mask, "reduction": reduction, "backend": "reference"}
     loss, _ = check(problem.spoil(~mask), truth=truth, **options)
     assert loss.dtype is torch.float32

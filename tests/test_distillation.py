@@ -1,4 +1,4 @@
-"""``distillation_loss`` against separately computed terms: loss, metrics, one head gradient."""
+"""``distillation_loss`` agrees with separately computed terms, and has one head gradient."""
 
 import pytest
 import torch
@@ -32,7 +32,10 @@ NO_LENS = Shape((5, 7), 97, 33, 17, 0)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kd_ratio", [0.3, 1.0])
 def test_terms_and_gradients(backend, feature, kd_ratio):
-    """Temperature applies to the divergences and not to the cross entropy."""
+    """All terms and gradients match the truth.
+
+    The temperature applies to the divergences, but not to the cross entropy.
+    """
     problem = make_objective(**FEATURES[feature])
     options = {"labels": some_labels(), "kd_ratio": kd_ratio}
     check_objective(problem, backend=backend, room=several_chunks(BATCH), **options)
@@ -41,7 +44,7 @@ def test_terms_and_gradients(backend, feature, kd_ratio):
 @backends
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_cross_entropy_alone_does_no_teacher_work(backend, feature):
-    """``kd_ratio=0`` reads neither the teacher nor the student's lens states."""
+    """With ``kd_ratio=0``, the loss reads neither the teacher nor the student's lens states."""
     problem, labels = make_objective(**FEATURES[feature]), some_labels()
     wide = problem.to(torch.float64)
     truth = terms_of(wide, labels=labels, kd_ratio=0.0, **problem.options)
@@ -85,7 +88,10 @@ def test_lens_coeff(backend, lens_coeff):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("denominator", [None, 17.0])
 def test_labels_mask_and_denominator(backend, labelled, masked, denominator):
-    """A mask overrides the labels; cross entropy needs a mask of 1 and a label."""
+    """Without a mask, positions with a label count.
+
+    With a mask, cross entropy needs a label and a mask of 1.
+    """
     check_objective(
         make_objective(norm="layer", bias=True),
         labels=some_labels() if labelled else None,
@@ -153,14 +159,15 @@ def test_micro_batches_accumulate(backend):
 
 @backends
 def test_16_bit(backend):
-    problem = make_objective(bias=True).to(torch.bfloat16)  # a norm's result would be rounded
+    # There is no norm here, because its result would be rounded.
+    problem = make_objective(bias=True).to(torch.bfloat16)
     options = {"labels": some_labels(), "kd_ratio": 0.5, "backend": backend}
     out = check_objective(problem, 1e-5, 1e-2, **options)
     assert out.loss.dtype is torch.float32
 
 
 def test_the_head_gradient_exists_once(monkeypatch):
-    """Four pairs and the cross entropy share one accumulator of the head's size."""
+    """Four pairs and the cross entropy add to one buffer of the head's size."""
     problem = make_objective(Shape((5, 7), 97, 33, 17, 3))
     options = {"labels": some_labels(), "kd_ratio": 0.5}
     call = capture_call(monkeypatch, problem, whole=True, **options)

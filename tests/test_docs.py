@@ -1,4 +1,4 @@
-"""The documents are true: links resolve, examples run, and the commands and files exist."""
+"""The documents are true: links resolve, examples run, and the named commands and files exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 CPU = ROOT / "benchmarks" / "data" / "cpu"
 PYTHON = documents.blocks("python")
 COMMANDS = list(documents.commands())
-# Options in the documents that belong to other programs: pip, torchrun, pytest and git.
+# These options in the documents belong to other programs: pip, torchrun, pytest and git.
 FOREIGN = {"--index-url", "--no-deps", "--nproc_per_node", "--help", "--only"}
 
 
@@ -56,7 +56,8 @@ def test_every_link_leads_somewhere(page):
     for link in documents.links(page):
         if link.startswith(("https://", "http://")):
             continue
-        if link.startswith("../../actions/workflows/"):  # of GitHub, from the root of the project
+        # On GitHub, this link leads from the project's root to its workflows.
+        if link.startswith("../../actions/workflows/"):
             workflow = link.removeprefix("../../actions/").removesuffix("/badge.svg")
             assert (ROOT / ".github" / workflow).is_file(), link
             continue
@@ -69,7 +70,7 @@ def test_every_link_leads_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_file_named_on_a_page_exists(page):
     pattern = r"(?<![\w/])(?:lens_kernels|reference|benchmarks|tests|docs)/[\w/.]+\w/?"
-    # A figure's folder and data stand beside the page of the benchmarks.
+    # The benchmarks' page names its data relative to its own folder.
     here = re.findall(r"`(data/[\w/.]+)`", page.read_text())
     missing = [p for p in re.findall(pattern, page.read_text()) if not (ROOT / p).exists()]
     missing += [p for p in here if not (page.parent / p).exists()]
@@ -85,7 +86,7 @@ def test_every_file_named_in_the_code_exists():
 
 
 def messages() -> list[str]:
-    """Return the texts in the package, a value put into one as three dots."""
+    """Return all texts in the package's code. In f-strings, "..." replaces each value."""
     found = []
     for source in ROOT.glob("lens_kernels/**/*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
@@ -112,7 +113,10 @@ def test_the_messages_explained_are_those_of_the_package():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with all that examples read: tiny models, also by the names of real ones."""
+    """Return a folder with the files that examples read.
+
+    It holds tiny models, also under the names of real ones.
+    """
     pytest.importorskip("transformers")
     from tests.support import commands, tiny
 
@@ -138,7 +142,7 @@ def test_examples_run(block, folder, monkeypatch):
 
 @pytest.fixture
 def parsing(folder, monkeypatch):
-    """Let commands end once they have read their arguments, beside the file of options shown."""
+    """Let commands stop after parsing, in a folder with the run.yaml that the pages show."""
     monkeypatch.chdir(folder)
     (options,) = documents.blocks("yaml")
     Path("run.yaml").write_text(options.text)
@@ -146,7 +150,7 @@ def parsing(folder, monkeypatch):
 
 
 def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch):
-    """Return the parser of a command of this project, or None for another program's."""
+    """Return the parser of a command of this project, or None for a command of another program."""
     if words[0] == "lens-kernels":
         with pytest.raises(Parsed) as end:
             cli.main(words[1:])
@@ -161,7 +165,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch):
 
 
 def is_a_name(words: list[str]) -> bool:
-    """Say whether text only speaks of a command, as in `lens-kernels train`."""
+    """Return whether the text only names a command, as in `lens-kernels train`."""
     return words[0] == "lens-kernels" and words[2:] in ([], ["--help"])
 
 

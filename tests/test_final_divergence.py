@@ -1,4 +1,4 @@
-"""The final divergence as a weighted sum of several, and the adaptive KL."""
+"""The final divergence: a weighted sum of several divergences, and the adaptive KL."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_adaptive_kl(backend, feature):
 @pytest.mark.parametrize("shape", ["odd", "one_row", "smallest", "wide"])
 @pytest.mark.parametrize("room", [1, None])
 def test_adaptive_kl_of_any_shape(backend, shape, room):
-    """Without lens pairs, in chunks of one row and all at once."""
+    """The adaptive KL needs no lens pairs, and the number of chunks does not change it."""
     shape = SHAPES[shape]
     shape = Shape(shape.leading, shape.vocab, shape.student, shape.teacher, 0)
     check_objective(make_objective(shape), backend=backend, room=room, **akl)
@@ -60,7 +60,7 @@ def test_adaptive_kl_of_a_prefix_of_the_vocabulary_with_a_mask_and_a_denominator
 
 
 def share_of(problem, **options):
-    """Return the head share that a call computes, ``(N,)``."""
+    """Return the share of the adaptive KL's head that a call computes for each token, ``(N,)``."""
     with pytest.MonkeyPatch.context() as patch:
         shares = recorded(patch, adaptive, "head_share")
         objective(problem, **options, **akl)
@@ -82,7 +82,7 @@ def test_masked_rows_are_not_projected_and_the_others_in_chunks(monkeypatch):
 
 
 def given_probabilities(teacher, student):
-    """Return the loss of a token with these distributions, and the student's hidden state."""
+    """Return the loss of one token with these probabilities, and the student's hidden state."""
     heads, states = [], []
     for values in (student, teacher):
         x = torch.tensor([values])
@@ -93,18 +93,20 @@ def given_probabilities(teacher, student):
     return distillation_loss([], [], *heads, **finals, **akl).loss, states[0]
 
 
+# The head holds the most probable entries of the teacher, before the entry that passes one half.
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
-        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),  # the second entry passes one half
-        ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),  # the third does
-        (
-            [0.04, 0.21, 0.3, 0.22, 0.23],
-            [0.2, 0.3, 0.1, 0.3, 0.1],
-            [2],
-        ),  # later entries are not head
-        ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),  # the first does: the head is never empty
-        ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),  # exactly one half; ties in order
+        # 0.4 is in the head. 0.3 passes one half, so it is in the tail.
+        ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),
+        # 0.23 and 0.22 are in the head. 0.2 passes one half.
+        ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),
+        # 0.23 passes one half, so smaller entries are not in the head either.
+        ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
+        # 0.7 passes one half alone. The head is never empty.
+        ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
+        # The first two entries sum to exactly one half. Ties are ordered by index.
+        ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),
     ],
 )
 def test_the_entry_that_passes_one_half_is_in_the_tail_unless_it_is_the_first(
@@ -157,7 +159,7 @@ def test_adaptive_kl_in_16_bit(backend, narrow, dtype):
 
 
 @backends
-def test_autocast_rounds_what_the_share_is_made_of(backend):
+def test_autocast_rounds_the_operands_of_the_share(backend):
     problem = make_objective()
     rounded = problem.to(torch.bfloat16).to(torch.float64)
     with torch.autocast("cpu", torch.bfloat16):

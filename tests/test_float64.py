@@ -1,4 +1,4 @@
-"""Float64 backends match the oracle to its last digits; the other backends raise an error."""
+"""Backends that support float64 match the oracle to 13 digits, and the others raise an error."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def test_float64_is_computed_in_float64(backend, divergence):
 @backends
 @pytest.mark.parametrize("double", ["student", "teacher"])
 def test_float64_on_one_side_only(backend, double):
-    """One float64 model makes the arithmetic float64; the loss keeps the student's dtype."""
+    """If one model is float64, all arithmetic is. The loss has the student's dtype."""
     loss, _ = check(make(ODD).to(torch.float64, double), 1e-7, 1e-7, backend=backend)
     assert loss.dtype is (torch.float64 if double == "student" else torch.float32)
 
 
 @pytest.mark.parametrize("denominator", [3, 3.0, torch.tensor(3), torch.tensor(3.0)])
 def test_the_objective_keeps_its_digits_whatever_the_denominator_is(denominator):
-    """A denominator of another dtype must not turn the token weights into float32."""
+    """The dtype of the denominator does not turn float64 token weights into float32."""
     problem = make(BATCH, std=2.0).to(torch.float64)
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     options = {"labels": labels, "kd_ratio": 0.3, "divergence": "jsd"}
@@ -62,7 +62,7 @@ def test_float64_is_refused_with_the_reason_and_what_to_do(backend, double):
 def test_the_boundaries_inside_a_cpu_product(divergence):
     problem = make(TWO_TILES, bias=True, divergence=divergence)
     if divergence == "tvd":
-        # In float32, some of half a million entries tie, and the slope of tvd jumps at ties.
+        # In float32, p equals q at some of half a million entries, where the slope of tvd jumps.
         problem = problem.to(torch.float64)
     check(problem, backend="torch")
 

@@ -1,4 +1,4 @@
-"""Every backend against the fp64 oracle: values and all gradients, option by option."""
+"""Every backend agrees with the float64 oracle: losses and all gradients, for each option."""
 
 import math
 
@@ -50,24 +50,31 @@ def test_every_shape(backend, shape, divergence):
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 36, 37, 38])
 def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
-    """Less than a row, one row, a last chunk of one row; then 36, 37 and 38 of the 37 rows."""
+    """Chunks may hold less than one row, one row, or up to all 37 rows.
+
+    With 4 and 36 rows, the last chunk has one row.
+    """
     problem = make(ODD, **FEATURES["everything"])
     check(problem, backend=backend, workspace_bytes=several_chunks(ODD, rows) or 1)
 
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
-    """At the extremes, the mixture differs from one of the two distributions by 1e-6."""
+    """The jsd is accurate for any ``beta``.
+
+    At the extremes, the mixture differs from one distribution by 1e-6.
+    """
     check(make(ODD, std=2.0), backend=backend, beta=beta)
     check(related(ODD, 2.0), 1e-5, backend=backend, beta=beta)
 
 
 @pytest.mark.parametrize("narrow", ["hidden", "head"])
 def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
-    """A float32 head on a 16-bit model, and the reverse."""
+    """A float32 head may read 16-bit hidden states, and a 16-bit head float32 ones."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
-    if narrow == "head" and backend == "triton":  # the kernels round rows to the head's dtype
+    # The kernels round hidden states to the head's dtype.
+    if narrow == "head" and backend == "triton":
         rounded = problem.to(torch.bfloat16)
     _, grads = check(problem, 1e-5, 1e-2, truth=rounded, backend=backend)
     for name, grad in grads.items():
@@ -75,7 +82,7 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
 
 
 INFINITE = {
-    # The model without mass at some entries, and the divergences that are then infinite.
+    # Each key is the model without mass at some entries. These divergences are then infinite.
     "teacher": ("reverse_kl", "jeffreys"),
     "student": ("forward_kl", "jeffreys"),
     "both": (),
@@ -85,7 +92,11 @@ INFINITE = {
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("side", INFINITE)
 def test_divergences_are_infinite_only_where_the_formula_is(backend, side, divergence):
-    """Biases are -inf at one entry of a kernel's first tile and at all entries of its last tile."""
+    """A divergence is infinite only if its formula is.
+
+    The models have no mass at one entry of a kernel's first tile and at all entries of its last
+    tile.
+    """
     vocab = 211
     problem = make(Shape((9,), vocab, 8, 12, 1), bias=True, divergence=divergence)
     gone = torch.zeros(vocab, dtype=torch.bool)
@@ -97,7 +108,7 @@ def test_divergences_are_infinite_only_where_the_formula_is(backend, side, diver
     loss, grads = ours(problem, backend=backend)
     if divergence in INFINITE[side]:
         assert loss == math.inf
-        # The gradient is finite where the student has no mass, because its -inf logits stay fixed.
+        # If the student has no mass, its -inf logits do not change, so the gradient is finite.
         assert bool(grads["hidden0"].isfinite().all()) is (side == "student")
         return
     wide = problem.to(torch.float64)
@@ -112,7 +123,10 @@ def test_divergences_are_infinite_only_where_the_formula_is(backend, side, diver
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jeffreys"])
 def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
-    """In float32 exp(-300) is 0, like the probability of a logit of -inf."""
+    """A probability of exp(-300), which underflows to 0, does not make a divergence infinite.
+
+    The other model has a logit of -inf at the same entry.
+    """
     problem = make(ODD, bias=True, divergence=divergence)
     with torch.no_grad():
         for head in problem.args()[2:]:
@@ -129,10 +143,12 @@ def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
-    """The loss is exact for the rounded inputs. Only the final gradients are rounded to 16 bits.
+    """The loss is exact for the rounded inputs.
 
-    At std 30 the float32 rounding of the matmul dominates the loss, so the limit is relative to the
-    error of float32 torch on the same inputs.
+    Only the final gradients are rounded to 16 bits.
+
+    At std 30, the float32 rounding of the matmul dominates the loss, so the limit is relative to
+    the error of float32 torch on the same inputs.
     """
     problem = related(ODD, std, bias=True, divergence=divergence).to(dtype)
     truth = oracle(problem)
@@ -153,12 +169,13 @@ def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
 @pytest.mark.parametrize("std", [10.0, 30.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_peaked_distributions(backend, divergence, std):
-    """Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, a relative error in every probability.
+    """Losses of peaked models are as accurate as float32 logits allow.
 
-    The limit is the rounding of a logit of two standard deviations, or twice the error of dense
-    float32 torch. The second limit alone fails where the row errors of torch happen to cancel: over
-    40 problems of each kind, the error of dense torch was between 0 and 3.9 roundings of one
-    standard deviation, that of the Triton kernels between 0 and 1.8.
+    Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
+    probability. The limit is the rounding of a logit of two standard deviations, or twice the error
+    of dense float32 torch. The second limit alone would be too small where the errors of torch's
+    rows cancel by chance. In 40 problems of each kind, dense torch was off by 0 to 3.9 roundings of
+    one standard deviation, and the Triton kernels by 0 to 1.8.
     """
     problem = related(ODD, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
@@ -198,7 +215,10 @@ def test_masked_rows_have_no_effect(backend, garbage, reduction):
 
 
 def test_masked_rows_have_no_effect_under_an_infinite_upstream_gradient(backend):
-    """The square root has an infinite slope at a masked row, whose loss is 0."""
+    """Masked rows have no gradient, even if the upstream gradient is infinite there.
+
+    The square root has an infinite slope at a masked row, because its loss is 0.
+    """
     problem = make(BATCH)
     mask = torch.rand(BATCH.leading) < 0.6
     rows = loss_of(symmetric_lens_loss, problem, mask=mask, reduction="none", backend=backend)
@@ -246,7 +266,10 @@ def test_layer_weights(backend, reduction, kind):
 
 @pytest.mark.parametrize("make_denominator", [float, int, lambda n: torch.tensor([n])])
 def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
-    """The four micro-batches have unequal numbers of tokens, and one has none."""
+    """Micro-batches add up to the whole batch, if they share its denominator.
+
+    They have unequal numbers of tokens, and one has none.
+    """
     problem = make(BATCH, norm="rms", bias=True)
     mask = torch.rand(BATCH.leading) < 0.5
     mask[3] = False
@@ -263,14 +286,14 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
 def test_a_denominator_below_one_is_not_clamped(backend, denominator):
-    """Tokens of the global batch over the number of ranks can be less than one."""
+    """A denominator may be below one, like the number of all tokens over the number of ranks."""
     check(make(ODD), denominator=denominator, backend=backend)
 
 
 @pytest.mark.parametrize("vocab", [(97, 97), (97, 120), (120, 97)])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_vocabulary_prefix(backend, feature, vocab):
-    """Both softmaxes use the prefix, and entries beyond it get no gradient."""
+    """Both softmaxes use only the prefix of the vocabulary, and later entries get no gradient."""
     prefix, shape = 90, Shape(BATCH.leading, 120, BATCH.student, BATCH.teacher, BATCH.pairs)
     problem = make(shape, **FEATURES[feature])
     problem.student_head, problem.teacher_head = (
@@ -314,7 +337,7 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
-    """Both models give most entries e^-120, which is 0 in float32, and 0 log 0 is NaN."""
+    """Results are right where both models give e^-120. In float32 this is 0, and 0 log 0 is NaN."""
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
     z_s[..., 7], z_t[..., 7] = 0.0, 0.0
@@ -329,7 +352,7 @@ def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergen
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergence):
-    """The true values are those of the problem without these columns."""
+    """Columns at -inf in both models have no effect: the problem without them gives the truth."""
     features = {"bias": True, "norm": "layer", "temperature": 1.5, "divergence": divergence}
     closed = torch.zeros(BATCH.vocab, dtype=torch.bool)
     closed[[0, 13, 14, BATCH.vocab - 1]] = True
@@ -345,21 +368,24 @@ def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergenc
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
-    """A formula with cancellation would lose all digits in float32."""
+    """Near convergence, the loss is accurate and positive.
+
+    A formula with cancellation would lose all digits in float32.
+    """
     problem = nearly_converged(divergence)
     expected, _ = oracle(problem, reduction="none")
     loss = loss_of(symmetric_lens_loss, problem, reduction="none", backend=backend)
     if divergence == "jsd":
         assert 5e-8 < expected.mean() < 5e-7
     assert_close(loss.mean(), expected.mean(), 1e-4)
-    assert bool((loss > 0).all()), "a divergence of different models is positive"
+    assert bool((loss > 0).all()), "the divergence of different models must be positive"
     check(problem, 1e-4, 1e-3, backend=backend)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_row_is_negative(backend, divergence, dtype):
-    """The models range from almost equal to unrelated."""
+    """No loss is negative, for models from almost equal to unrelated."""
     problem = make(ODD, std=3.0, divergence=divergence)
     problem.teacher_head = LensHead(problem.student_head.weight.detach())
     for distance in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):

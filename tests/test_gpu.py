@@ -1,6 +1,6 @@
-"""GPU checks at full size, marked ``gpu``, and the same checks on the CPU at tiny sizes.
+"""Checks on a GPU at full size, marked ``gpu``, and the same checks on the CPU at tiny sizes.
 
-The CPU runs find typos before a GPU is used.
+The checks on the CPU find typos before a GPU is used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ EVERY = {"backend": BACKENDS, "dtype": DTYPES, "divergence": DIVERGENCES, "featu
 
 
 def gpu(*over, **more):
-    """Mark a test that needs a GPU, and parametrise it by these names and values."""
+    """Return a decorator for a test that needs a GPU.
+
+    It parametrises the test by names of ``EVERY`` and by more values.
+    """
     absent = not torch.cuda.is_available()
     marks = [pytest.mark.gpu, pytest.mark.skipif(absent, reason="no GPU")]
     for name, values in ({name: EVERY[name] for name in over} | more).items():
@@ -113,7 +116,7 @@ def test_a_device_that_is_not_the_current_one(backend):
     check.float32(torch.device("cuda", 1), backend, ODD, "everything", "jsd")
 
 
-# Without a GPU
+# The same checks on the CPU
 
 
 TINY = Shape((5,), 70, 24, 40, 2)
@@ -121,7 +124,7 @@ TINY = Shape((5,), 70, 24, 40, 2)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoke(backend):
-    """Each check passes on the CPU."""
+    """Each check of one backend passes on the CPU."""
     if backend == "triton":
         pytest.importorskip("triton")
     for dtype in DTYPES:
@@ -145,11 +148,15 @@ def test_smoke_of_the_checks_that_compare_backends():
     check.large_head(CPU, 20, 130, 32, 16, torch.bfloat16)
     assert len(check.kernels()) == 6
     few = {**recompilation.FIRST, "tokens": 3, "vocab": 20}
-    assert check.compiled_again(CPU, [few, few]) == 0  # the interpreter compiles nothing
+    # No kernel is compiled, because the interpreter runs here.
+    assert check.compiled_again(CPU, [few, few]) == 0
 
 
 def test_no_call_but_the_first_has_a_new_key():
-    """Triton's keys of compiled kernels are computed without a GPU: see recompilation.py."""
+    """Only the first of several calls needs new compiled kernels, by Triton's keys.
+
+    ``recompilation.py`` computes these keys without a GPU.
+    """
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     result = subprocess.run(

@@ -1,4 +1,4 @@
-"""Gradients in unusual cases: some leaves frozen, repeated or scaled backward, odd layouts."""
+"""Gradients in unusual cases: frozen leaves, repeated or scaled backward passes, odd layouts."""
 
 import itertools
 
@@ -20,8 +20,12 @@ SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
-    """A leaf's gradient does not depend on the other leaves; frozen leaves get none."""
-    shape = Shape((3, 4), 61, 33, 17, 2)  # one tile of a kernel: there are 56 calls
+    """Freezing leaves does not change the gradients of the others.
+
+    Frozen leaves get no gradient.
+    """
+    # The shape is one tile of a kernel, because the loop makes 56 calls.
+    shape = Shape((3, 4), 61, 33, 17, 2)
     problem = make(shape, **FEATURES["everything"])
     upstream = torch.rand(2, *shape.leading) if reduction == "none" else None
     options = {"reduction": reduction, "backend": backend, "upstream": upstream}
@@ -37,7 +41,7 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 @pytest.mark.parametrize(
     ("wanted", "student_products"),
     [
-        # GEMMs with the student's sizes, for two pairs: two forward, and one for each gradient.
+        # The GEMMs of the student for two pairs: two compute logits, and the others gradients.
         ((), 2),
         (("bias",), 2),
         (("hidden1",), 3),
@@ -160,13 +164,16 @@ def test_double_backward_is_refused_clearly(of, reduction, keep):
     loss = loss_of(symmetric_lens_loss, problem, **options).sum()
     (grad,) = torch.autograd.grad(loss, wanted[of], create_graph=True, retain_graph=keep)
     with pytest.raises(RuntimeError, match="derivatives only.*compute the loss from full logits"):
-        # The added term is twice differentiable, so that only our operator raises the error.
+        # The added term is twice differentiable, so only our operator can raise the error.
         (grad.sum() + problem.student_hidden[0].square().sum()).backward()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_made_in_inference_mode(reduction):
-    """Autograd refuses to save such tensors, and the deferred backward needs them."""
+    """A teacher may consist of inference tensors.
+
+    The deferred backward pass needs them, although autograd refuses to save them.
+    """
     problem = make(BATCH, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else None
     options = {"upstream": upstream, "reduction": reduction}
@@ -183,7 +190,7 @@ def test_a_teacher_made_in_inference_mode(reduction):
 
 
 def strided(x):
-    """Return the same values, neither contiguous nor with a unit stride anywhere."""
+    """Return the same values in a layout that is not contiguous and has no unit stride."""
     wide = torch.zeros(*x.shape[::-1], 2, dtype=x.dtype)
     view = wide[..., 0].permute(*range(x.dim() - 1, -1, -1))
     view.copy_(x.detach())
@@ -203,7 +210,7 @@ def test_inputs_that_are_not_contiguous(backend, reduction):
 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 def test_leaves_that_are_views_and_shared(backend):
-    """A tensor and its slices enter several pairs, and the gradients add up."""
+    """A tensor and its slices may enter several pairs, and their gradients add up."""
     base = torch.randn(6, 9, requires_grad=True)
     teacher = torch.randn(5, 9)
     head, other = torch.randn(2, 17, 9)
@@ -222,7 +229,7 @@ def test_results_repeat_bit_for_bit():
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """In a mean over thousands of tokens, 1/N is applied after the GEMMs and not before."""
+    """Gradients of a mean over 4000 tokens do not underflow. 1/N is applied after the GEMMs."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -232,7 +239,11 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
-    """Heads that differ by 0.3 % have logit gradients near 1e-7: float16 keeps one digit."""
+    """Gradients near convergence are accurate.
+
+    Heads that differ by 0.3 % have logit gradients near 1e-7, of which float16 would keep one
+    digit.
+    """
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).half().requires_grad_()
     head = (torch.randn(16384, 32) / 32**0.5).half().requires_grad_()
@@ -252,7 +263,10 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
-    """The student gives both entries 1/2; the teacher gives the second entry exp(-400)."""
+    """Gradients of large log ratios do not overflow.
+
+    The student gives both entries 1/2, and the teacher gives the second entry exp(-400).
+    """
     student = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     teacher, head = torch.tensor([[0.0, -400.0]]).half(), torch.eye(2).half()
     call = {"divergence": divergence, "backend": backend}
@@ -266,7 +280,7 @@ def test_float16_gradients_of_pairs_with_small_weights(backend):
     options = {"layer_weights": [1.0, 1e-2, 1e-3, 1e-4], "reduction": "sum"}
     _, expected = oracle(problem, **options)
     loss = loss_of(symmetric_lens_loss, problem, backend=backend, **options)
-    # Hidden gradients are float16 too: a larger loss keeps them from underflowing.
+    # Hidden gradients are float16 too. Scaling the loss keeps them from underflowing.
     grads = problem.gradients(loss, grad_outputs=torch.tensor(2.0**10))
     for i in range(4):
         assert_close(grads[f"hidden{i}"].double() / 2**10, expected[f"hidden{i}"], 1e-3)

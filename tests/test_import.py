@@ -1,4 +1,4 @@
-"""Importing the package loads only torch, and the op needs nothing else."""
+"""Importing the package loads only torch, and the op needs no other package."""
 
 import pytest
 
@@ -21,7 +21,8 @@ HEAVY = ["transformers", "accelerate", "datasets", "matplotlib", "reference"]
     [
         ("from lens_kernels import symmetric_lens_loss", ["triton", *HEAVY]),
         ("from lens_kernels import *", ["triton", *HEAVY]),
-        (USE, HEAVY),  # torch imports an installed triton to call a custom operator
+        # torch may import triton when it calls a custom operator.
+        (USE, HEAVY),
     ],
     ids=["name", "star", "use"],
 )
@@ -44,7 +45,7 @@ def test_compiled_kernels_need_no_numpy():
         "import os, sys, warnings\n"
         "os.environ.pop('TRITON_INTERPRET', None)\n"
         "sys.modules['numpy'] = None\n"
-        "warnings.simplefilter('ignore')  # torch warns that it has none\n"
+        "warnings.simplefilter('ignore')  # torch warns that numpy is missing\n"
         "import lens_kernels.backends.triton"
     )
     assert result.returncode == 0, result.stderr

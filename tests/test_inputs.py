@@ -1,7 +1,7 @@
 """Invalid inputs raise an error of the right class, with a message that names the problem.
 
-Each case gives the invalid value, the error, and words that the message must hold: the argument,
-the value that was passed, and the values that are allowed.
+Each case gives the invalid value, the error, and words that the message must contain: the argument,
+the passed value, and the allowed values.
 """
 
 import re
@@ -110,7 +110,7 @@ def test_heads(case):
     value, error, words = HEADS[case]
     words = [w if not w.startswith(".") else f"student_head{w}" for w in words]
     refused(error, ["student_head", *words], op, student_head=value)
-    # The same head of a teacher of the same width.
+    # The same heads are refused for a teacher with the same hidden size.
     swapped = [w.replace("student", "teacher") for w in words]
     refused(error, ["teacher_head", *swapped], op, teacher=S, teacher_head=value)
 
@@ -141,17 +141,17 @@ def test_lens_objects(make, error, words):
 
 
 def number(*values):
-    """Return cases of values that are not numbers, by type."""
+    """Return cases of values that are not numbers, named by their type."""
     return {type(x).__name__: (x, TypeError, ["number", type(x).__name__]) for x in values}
 
 
 def outside(words, *values):
-    """Return cases of numbers outside the range."""
+    """Return cases of numbers that are outside the allowed range."""
     return {str(x): (x, ValueError, [*words, str(x)]) for x in values}
 
 
 def unknown(*known):
-    """Return cases of unknown names and of values that are not strings."""
+    """Return cases of unknown names, and of values that are not strings."""
     cases = {f"{x!r}": (x, ValueError, [f"{x!r}", *map(repr, known)]) for x in ("js", "JSD", "")}
     others = (None, 1, ["jsd"])
     return cases | {str(x): (x, TypeError, ["string", type(x).__name__]) for x in others}
@@ -159,7 +159,7 @@ def unknown(*known):
 
 NO_NUMBERS = number(True, None, "1", torch.tensor(0.5), [0.5])
 DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"]
-# Values that are invalid whatever the other arguments are.
+# These values are invalid, whatever the other arguments are.
 ARGUMENTS = {
     "mask": {
         "list": ([1, 1, 1], TypeError, ["tensor", "list"]),
@@ -205,7 +205,8 @@ ARGUMENTS = {
         "device": (torch.ones(1, device="meta"), ValueError, ["meta", "cpu"]),
     },
     "denominator": {
-        **number(True, "1", [0.5]),  # None and a tensor are valid
+        # None and tensors are valid denominators.
+        **number(True, "1", [0.5]),
         **outside(["above 0"], 0, -1.0, NAN, INF),
         "two": (torch.ones(2), ValueError, ["one-element", "(2,)"]),
         "no element": (torch.ones(0), ValueError, ["one-element", "(0,)"]),
@@ -215,7 +216,7 @@ ARGUMENTS = {
         "complex": (torch.tensor(1j), TypeError, ["real number", "complex64"]),
         "device": (torch.tensor(1, device="meta"), ValueError, ["meta", "cpu"]),
     },
-    # An open interval: each of its ends is another divergence, with its own name.
+    # 0 and 1 are invalid, because they give other divergences, which have their own names.
     "beta": NO_NUMBERS
     | outside(["between 0 and 1", "forward_kl", "reverse_kl"], 0, 1, 0.0, 1.0, -0.1, 1.5, NAN, INF),
     "temperature": NO_NUMBERS | outside(["above 0"], 0, -1.0, NAN, INF),
@@ -258,7 +259,7 @@ def test_arguments(argument, case):
 
 
 BIGGER = {"teacher_head": torch.randn(9, 5)}
-# Arguments that are valid alone and invalid together.
+# These arguments are valid alone, but not together.
 TOGETHER = [
     (objective, {"student": []}, ["pair up", "0 and 1"]),
     (objective, {"student_final": torch.randn(4, 4)}, ["student_final has (4,)"]),

@@ -1,4 +1,4 @@
-"""Imports have one direction, and only one module uses private names of other libraries."""
+"""Imports go in one direction, and only one module uses private names of other libraries."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SOURCES = {
 }
 TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
 HF = "lens_kernels.hf"
-# Each folder of lens_kernels/hf, with the folders that it may import from.
+# Each folder of lens_kernels/hf, and the folders that it may import from.
 BELOW = {
     "model": set(),
     "cache": set(),
@@ -28,7 +28,7 @@ BELOW = {
 
 
 def imported(name: str) -> set[str]:
-    """Return the package's modules that a module imports, at the top or later, or for types."""
+    """Return the package's modules that a module imports, also inside functions or for types."""
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
@@ -42,7 +42,8 @@ def imported(name: str) -> set[str]:
 def test_imports_form_no_circle():
     arrows = {name: imported(name) for name in SOURCES}
     assert sum(map(len, arrows.values())) > len(SOURCES)
-    TopologicalSorter(arrows).prepare()  # raises CycleError
+    # This raises CycleError if imports form a circle.
+    TopologicalSorter(arrows).prepare()
 
 
 def test_only_the_command_line_imports_hf():
@@ -59,7 +60,8 @@ def test_the_folders_of_hf_import_one_way():
         assert targets <= BELOW[folder] | {folder}, name
 
 
-DOCUMENTED = {"_replace", "_asdict", "_fields"}  # NamedTuple's public names with an underscore
+# These names of NamedTuple are public, despite the underscore.
+DOCUMENTED = {"_replace", "_asdict", "_fields"}
 
 
 def is_private(name: object) -> bool:
@@ -67,7 +69,7 @@ def is_private(name: object) -> bool:
 
 
 def defined(tree: ast.Module) -> set[str]:
-    """Return the names of functions, classes, variables, and attributes of ``self`` in a file."""
+    """Return all names that a file defines: functions, classes, variables, ``self`` attributes."""
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

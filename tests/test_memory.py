@@ -1,6 +1,6 @@
-"""Peak memory under a stated bound, no tensor of tokens x vocabulary, and no host synchronisation.
+"""The torch backend keeps its peak memory below a bound, and rarely makes the host wait.
 
-The bound, in bytes, for ``L`` pairs of ``N`` tokens:
+The bound, in bytes, for ``L`` pairs of ``N`` tokens is the sum of:
 
     workspace_bytes                      the two tiles of logits
   + TEMPORARIES * 4 * 2^18               eager pointwise steps work on blocks of 2^18 logits
@@ -29,7 +29,7 @@ TEMPORARIES, OTHER, SMALL = 16, 8, 8
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Never compile the pointwise pass, because the bound assumes eager steps."""
+    """Never compile the pointwise pass, because the bound is for eager steps."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
 
 
@@ -41,7 +41,7 @@ def test_the_measurement_counts_temporaries_and_freed_memory():
 
 
 def peak_of(monkeypatch, problem, **options):
-    """Return the peak memory of the torch backend in a call, in bytes."""
+    """Return the peak memory in bytes of a call on the torch backend."""
     call = capture_call(monkeypatch, problem, **options)
     return peak_bytes(torch.no_grad()(lambda: row_chunks.evaluate(call)))
 
@@ -63,10 +63,12 @@ def test_rows_of_a_tile_begin_at_cache_lines(monkeypatch):
     with torch.no_grad():
         row_chunks.evaluate(call)
     strides = [args[-1].stride() for args, _ in tiles]
-    assert strides == 2 * [(528, 1)]  # 33 cache lines of 16 logits: the number must be odd
+    # A row takes 33 cache lines of 16 logits. This number must be odd.
+    assert strides == 2 * [(528, 1)]
 
 
-LARGE = Shape((2048,), 4099, 32, 48, 2)  # a tile with all logits takes 32 MiB
+# All logits of one model and pair take 32 MiB.
+LARGE = Shape((2048,), 4099, 32, 48, 2)
 
 
 @pytest.mark.usefixtures("eager")
@@ -83,7 +85,7 @@ def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
 
 @pytest.mark.usefixtures("eager")
 def test_the_tiles_fill_the_workspace(monkeypatch):
-    """The peak grows with the tiles, which fill 75 to 100 % of the workspace."""
+    """The tiles fill 75 to 100 % of the workspace, and the other memory does not depend on it."""
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
         row = 8 * row_stride(LARGE.vocab)
@@ -112,7 +114,7 @@ def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
 
 @pytest.mark.usefixtures("eager")
 def test_16_bit_heads_are_not_copied(monkeypatch):
-    """Heads are widened tile by tile; whole copies would take 24 MiB."""
+    """16-bit heads are converted to float32 tile by tile. Whole copies would take 24 MiB."""
     problem = make(Shape((64,), 8192, 256, 512, 1))
     dtypes = torch.float32, torch.bfloat16
     wide, narrow = (peak_of(monkeypatch, problem.to(dtype)) for dtype in dtypes)
@@ -133,7 +135,10 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
 
 
 def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
-    """Gathering all active entries and their head rows at once would take 15 MiB more."""
+    """Active entries and their head rows are gathered in small tiles.
+
+    Gathering all of them at once would take 15 MiB more.
+    """
     shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
     exact, active = (
         peak_of(monkeypatch, make(shape), grad_threshold=threshold) for threshold in (None, 0.0)
@@ -150,7 +155,7 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, masked):
     call = capture_call(monkeypatch, problem, mask=mask, workspace_bytes=several_chunks(shape, 30))
     with Watch() as watch, torch.no_grad():
         row_chunks.evaluate(call)
-    assert watch.largest == 30 * row_stride(501), "the tiles are the largest tensors"
+    assert watch.largest == 30 * row_stride(501), "the tiles must be the largest tensors"
 
 
 SYNCHRONISING = {"_local_scalar_dense", "item", "is_nonzero", "nonzero", "equal", "_to_cpu"}
@@ -171,7 +176,7 @@ def test_the_host_synchronises_only_once_for_a_mask(monkeypatch, feature, labell
     with Watch() as watch, torch.no_grad():
         row_chunks.evaluate(call)
     waits = [name for name in watch.names if name in SYNCHRONISING]
-    # Labels imply a mask: the positions that have a label.
+    # Labels imply a mask, which selects the positions that have a label.
     assert waits == (["nonzero"] if masked or labelled else [])
 
 

@@ -1,7 +1,7 @@
-"""Frozen values of the objective. A failure here means that the objective itself has changed.
+"""Fixed values of the objective: if a test here fails, the objective itself has changed.
 
-Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so hidden states are
-logits. The sum of logarithms that gives each value is written beside it; L is ln 2.
+Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so that hidden
+states are logits. Comments give each value as a sum of logarithms, where L is ln 2.
 """
 
 import inspect
@@ -15,7 +15,7 @@ from tests.support.grids import PRECISIONS
 
 P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 
-# Divergence, its options, its value, and its gradient for the student's logits.
+# For each divergence: its options, its value, and its gradient for the student's logits.
 PINNED = {
     "forward_kl": (  # 1/2 2L + 1/4 L - 1/8 L - 1/8 2L = 7/8 L;  q - p
         {},
@@ -27,7 +27,7 @@ PINNED = {
         0.6065037829899521,
         (-0.2490997680, -0.1624563704, 0.0216608494, 0.3898952891),
     ),
-    "jeffreys": (  # 7/4 L, no factor of a half;  the sum of the two above
+    "jeffreys": (  # 7/4 L, without a factor 1/2;  the sum of both gradients above
         {},
         1.2130075659799042,
         (-0.6240997680, -0.2874563704, 0.1466608494, 0.7648952891),
@@ -48,13 +48,13 @@ PINNED = {
         0.1417028527380231,
         (-0.0661245990, -0.0341979976, 0.0182474025, 0.0820751942),
     ),
-    # A quarter of the teacher: (7, 5, 7, 13)/32
+    # The mixture with a quarter of the teacher is (7, 5, 7, 13)/32.
     "jsd of beta 1/4": (
         {"beta": 0.25},
         0.1079072963215452,
         (-0.0561537564, -0.0246094842, 0.0176575837, 0.0631056569),
     ),
-    # Nine tenths of the teacher: (37, 19, 11, 13)/80
+    # The mixture with nine tenths of the teacher is (37, 19, 11, 13)/80.
     "jsd of beta 9/10": (
         {"beta": 0.9},
         0.0531504059467182,
@@ -113,13 +113,13 @@ def test_defaults(function, own):
     assert {p.name: p.default for p in parameters if p.default is not p.empty} == SHARED | own
 
 
-# Relative tolerances for a loss, which float32 computes with a few roundings.
+# Relative tolerances for a loss. Each computation has a few rounding errors.
 RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda x: f"{x[0]}-{str(x[1]).split('.')[1]}")
 def forward_kl(request):
-    """Return the loss with the forward KL, whose values are easy to compute by hand."""
+    """Return a function for the loss with the forward KL, which is easy to compute by hand."""
     backend, dtype = request.param
 
     def loss(student, teacher, student_head=None, teacher_head=None, **options):
@@ -136,7 +136,7 @@ def forward_kl(request):
 
 
 def agrees(loss, value):
-    """Return whether a loss equals the value within the tolerance of its dtype."""
+    """Return whether a loss equals the value, within the tolerance for the loss's dtype."""
     return loss.item() == pytest.approx(value, rel=RELATIVE[loss.dtype])
 
 
@@ -144,14 +144,20 @@ L = math.log(2)
 
 
 def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
-    """At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22."""
+    """Logits are divided by the temperature, and the loss is not scaled.
+
+    At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22.
+    """
     value = (16 * 4 * L + 4 * 2 * L - 2 * L - 4 * L) / 22
     assert value == pytest.approx(2.0794415416798357, rel=1e-12)
     assert agrees(forward_kl(logits(Q), logits(P), temperature=0.5), value)
 
 
 def test_scale_then_softcap_then_temperature(forward_kl):
-    """The student's logits are softcap tanh(scale (h + b) / softcap) / T and 0."""
+    """Logits are scaled, capped, and divided by the temperature, in this order.
+
+    The student's logits are softcap tanh(scale (h + b) / softcap) / T and 0.
+    """
     h = torch.tensor([[1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
     bias = torch.tensor([0.5, 0.0], dtype=torch.float64)
@@ -166,7 +172,7 @@ def test_scale_then_softcap_then_temperature(forward_kl):
 @pytest.mark.parametrize(
     ("norm", "first", "second"),
     [
-        # rows (3, 1): mean square 5, mean 2, variance 1
+        # The row (3, 1) has mean square 5, mean 2 and variance 1.
         (LensNorm("rms", None, eps=0.0), 3 / math.sqrt(5), 1 / math.sqrt(5)),
         (LensNorm("rms", None, eps=4.0), 1.0, 1 / 3),
         (LensNorm("layer", None, eps=0.0), 1.0, -1.0),
@@ -184,12 +190,16 @@ def test_norms(forward_kl, norm, first, second):
     h = torch.tensor([[3.0, 1.0]], dtype=torch.float64)
     eye = torch.eye(2, dtype=torch.float64)
     z = first - second
-    value = -L + math.log1p(math.exp(z)) - z / 2  # the teacher is a fair coin
+    # The teacher gives both entries the probability 1/2.
+    value = -L + math.log1p(math.exp(z)) - z / 2
     assert agrees(forward_kl(h, h, LensHead(eye, norm=norm), LensHead(0 * eye)), value)
 
 
 def test_reductions_and_weights(forward_kl):
-    """One of two pairs has loss 7/8 L a token and the other 0; one of three tokens is masked."""
+    """Reductions use the mask, the denominator and layer weights.
+
+    One pair has a loss of 7/8 L for each token, and the other 0; one of three tokens is masked.
+    """
     student, teacher = logits(Q).expand(3, 4), logits(P).expand(3, 4)
     pairs = ([student, teacher], [teacher, teacher])
     mask = torch.tensor([1, 0, 1])
@@ -205,7 +215,11 @@ def test_reductions_and_weights(forward_kl):
 
 @pytest.mark.parametrize(("backend", "dtype"), PRECISIONS)
 def test_the_whole_objective(backend, dtype):
-    """One lens pair of jsd, a final reverse KL of 7/8 L, and a cross entropy of ln 8 = 3 L."""
+    """The objective is the weighted sum of its terms.
+
+    The terms are one lens pair of jsd, a final reverse KL of 7/8 L, and a cross entropy of ln 8 = 3
+    L.
+    """
     eye = torch.eye(4, dtype=dtype)
     out = distillation_loss(
         [logits(Q, dtype)],

@@ -1,4 +1,4 @@
-"""Command-line options that are built from a function's signature and docstring."""
+"""Command-line options that are generated from a function's signature and docstring."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def sample(
 ) -> None:
     """Do nothing.
 
-    An entry here: is no argument.
+    A line like this: is not an argument.
 
     Args:
-        text: The first, with ``code`` and 50% of: a sign.
+        text: The first, with ``code``, a 50% sign and: a colon.
         path: A folder
             over
 
-            lines: of which one looks like an entry.
+            lines: one looks like an entry.
         either: Both.
         count: A number.
         share: A part.
@@ -61,8 +61,8 @@ def parser():
 def test_texts_come_from_the_docstring():
     texts = argument_texts(sample)
     assert list(texts) == [name for name in signature(sample).parameters if name != "hidden"]
-    assert texts["text"] == "The first, with code and 50% of: a sign."
-    assert texts["path"] == "A folder over lines: of which one looks like an entry."
+    assert texts["text"] == "The first, with code, a 50% sign and: a colon."
+    assert texts["path"] == "A folder over lines: one looks like an entry."
     assert texts["off"] == "Another."
     assert argument_texts(lambda: None) == {}
 
@@ -96,7 +96,7 @@ def test_help_has_texts_and_defaults(parser, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     shown = re.sub(r"\s+", " ", parser.format_help())
     for expected in (
-        "--text TEXT The first, with code and 50% of: a sign. --path",
+        "--text TEXT The first, with code, a 50% sign and: a colon. --path",
         "--count COUNT A number. Default: 3. --share SHARE A part. Default: 0.5. --place",
         "--numbers NUMBERS [NUMBERS ...] Several. Default: 1 2. --parts",
         "--wide-name, --no-wide-name A switch. Default: --wide-name. --off",

@@ -1,4 +1,4 @@
-"""The wheel holds only the package and works with only its declared dependencies."""
+"""The wheel contains only the package, and works with only its declared dependencies."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def call(*command: str | Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel offline, from a copy: a build writes into its source folder."""
+    """Build the wheel offline, from a copy of the project.
+
+    A build writes into its source folder.
+    """
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in FILES:
         shutil.copy(ROOT / name, source)
@@ -55,13 +58,14 @@ def wheel(tmp_path_factory):
 
 
 def needed(name: str) -> set[str]:
-    """Return a distribution's installed dependencies and its own name."""
+    """Return the name of a distribution and the names of all its installed dependencies."""
     found, left = set(), [name]
     while left:
         name = left.pop()
         try:
             requirements = metadata.requires(name) or []
-        except metadata.PackageNotFoundError:  # a CPU build of torch lacks some
+        # A build of torch for CPUs lacks some of its declared dependencies.
+        except metadata.PackageNotFoundError:
             continue
         if name not in found:
             found.add(name)
@@ -72,7 +76,7 @@ def needed(name: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Install the wheel and its dependencies into an environment, offline; return its bin."""
+    """Return the bin folder of a new environment with the wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -81,7 +85,8 @@ def environment(wheel, tmp_path_factory):
         lines = archive.read(described).decode().splitlines()
     declared = [Requirement(x.partition(": ")[2]) for x in lines if x.startswith("Requires-Dist")]
     for requirement in declared:
-        if requirement.marker is None:  # the others are of extras
+        # Dependencies with a marker belong to extras.
+        if requirement.marker is None:
             for name in needed(requirement.name):
                 distribution = metadata.distribution(name)
                 for top in {path.parts[0] for path in distribution.files} - {"..", "__pycache__"}:

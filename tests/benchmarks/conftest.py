@@ -9,14 +9,14 @@ from benchmarks.support import plot, timing
 
 @pytest.fixture(autouse=True)
 def without_figures(request, monkeypatch):
-    """Skip figures unless a test uses ``figures``: they take most of the time of a tiny run."""
+    """Skip figures unless a test uses ``figures``. Figures take most of the time of a tiny run."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr(plot, "no_matplotlib", lambda: "no picture")
 
 
 @pytest.fixture
 def figures():
-    """Draw figures in this test."""
+    """Draw figures in this test, which needs matplotlib."""
     pytest.importorskip("matplotlib")
 
 

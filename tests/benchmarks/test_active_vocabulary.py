@@ -1,4 +1,4 @@
-"""The benchmark of ``grad_threshold``: its errors, shares, files, verdict and figure."""
+"""The benchmark of ``grad_threshold``: the errors, shares, files, verdict and figure."""
 
 import shutil
 from types import SimpleNamespace
@@ -18,7 +18,8 @@ from reference.dense import divergence, lens_logits, softmax
 from tests.support import commands, tiny
 
 pytestmark = pytest.mark.hf
-COUNTED = sum(len(word) + 1 for word in commands.WORDS)  # the letters of each response and EOS
+# The labelled tokens are the letters of each response and an EOS token.
+COUNTED = sum(len(word) + 1 for word in commands.WORDS)
 BLOCKS, STUDENT_LAYERS, TEACHER_LAYERS = [1, 3, 4], [1, 2], [2, 3]
 N, V, D = 24, 600, 16
 
@@ -65,18 +66,19 @@ def test_second_run_reuses_the_results_of_the_first(
         if row["threshold"] == "0.0":
             assert max(float(row["hidden_error"]), float(row["head_error"])) < 1e-6
             assert float(row["used_share"]) > 0.9 and float(row["dropped_share"]) < 1e-6
-    # Each call takes one second more: 4 warm-up calls, then two rotated rounds of 4 calls.
+    # Each call takes 1 s longer than the last: 4 warm-up calls, then two rotated rounds of 4.
     columns = ("ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor", "median_ms")
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
         "",
-        "0.858 0.625 1.091 8500.00",  # the ratio of the medians would be 0.895
+        # This is a median of ratios. The ratio of the medians would be 0.895.
+        "0.858 0.625 1.091 8500.00",
         "0.784 0.750 0.818 7500.00",
     ]
     assert figure.stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert "trained before, lens, both errors below" in printed and "bf16_rounding" in printed
-    # All results exist already: nothing is measured again.
+    # The second run finds all results and measures nothing.
     monkeypatch.setattr(bench, "measure", None)
     assert run(files, tmp_path, *options) == rows
     assert "trained after: measured already" in capsys.readouterr().out
@@ -100,9 +102,9 @@ def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
 
 
 def problem(group="lens"):
-    """Return two peaked models; most vocabulary entries get almost no gradient.
+    """Return two peaked models, which get almost no gradient at most vocabulary entries.
 
-    The rows of the head have a mean that is not zero.
+    The mean of the head's rows is not zero.
     """
     students = [torch.randn(N, D, requires_grad=True) for _ in range(2 if group == "lens" else 1)]
     teachers = [x.detach() + 0.3 * torch.randn(N, D) for x in students]
@@ -150,7 +152,8 @@ def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
-    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])  # relative to the exact norm
+    # The error is relative to the norm of the exact gradient.
+    assert bench.errors([4 * head], [head]) == pytest.approx([3.0])
     row = bench.judge(chosen, [])["bf16_rounding"]
     assert found[0] != found[1]
     assert float(row["hidden_error"]) == pytest.approx(min(found[:2]), rel=5e-3)
@@ -176,7 +179,8 @@ def test_states_come_from_the_cut_teacher_and_the_trained_student(files, state):
     (trained,) = bench.read_trained([files / "trained"])
     tokenizer = bench.load_tokenizer(str(files / "teacher"))
     examples = trained.examples(files / "train.jsonl", tokenizer, 20)
-    assert len(examples) == 2  # 10 and 16 tokens, including EOS
+    # The examples have 10 and 16 tokens, including EOS.
+    assert len(examples) == 2
     batch = bench.Collator(1)(examples)
     teacher, student = (load_model(str(files / "teacher"), "float32") for _ in range(2))
     groups = bench.groups_of(trained, state, teacher, batch, 20)
@@ -260,12 +264,13 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
     after = run(files, tmp_path)
     assert len(calls) == 5 and after[: len(before)] == before
     assert (len(states(before)), len(states(after))) == (3, 4)
-    run(files, tmp_path, "--thresholds", "1e-4")  # another threshold: all states are measured again
+    # With another threshold, all states are measured again.
+    run(files, tmp_path, "--thresholds", "1e-4")
     assert len(calls) == 9
 
 
 def curves():
-    """Return CSV rows of two states; the fastest threshold has too large an error."""
+    """Return CSV rows of two states. The error of the fastest threshold is too large."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6

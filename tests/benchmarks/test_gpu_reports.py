@@ -83,14 +83,13 @@ def test_speed_gpu_runs_end_to_end(tmp_path, clock, monkeypatch):
         for mode in ("forward+backward", "forward")
         for key in ("floor", "triton", "torch", "dense")
     ]
-    # Each call takes one second more: 4 warm-up calls, then two rotated rounds of 4 calls.
+    # Each call takes 1 s longer than the last: 4 warm-up calls, then two rotated rounds of 4.
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows]
     assert found[1:3] == ["5000.000 8500.000 12000.000 0.89", "6000.000 7500.000 9000.000 0.79"]
     assert found[5].split()[1::2] == ["20500.000", "0.95"]
-    assert (
-        rows[3]["gradients_mib"] == "0.01" and rows[7]["gradients_mib"] == "0.00"
-    )  # forward has no gradients
+    # Rows 4 to 7 run only the forward pass, without gradients.
+    assert rows[3]["gradients_mib"] == "0.01" and rows[7]["gradients_mib"] == "0.00"
     for row in rows:
         assert float(row["peak_with_gradients_mib"]) >= float(row["gradients_mib"])
         assert set(VERSIONS) <= row.keys() and row["rounds"] == "2"
@@ -108,14 +107,14 @@ def test_table_lists_out_of_memory_and_failing_peers(monkeypatch, capsys, key, e
     def loss(inputs):
         raise error
 
-    monkeypatch.setattr(
-        speed_gpu.gc, "collect", lambda: None
-    )  # slow while the whole test suite is loaded
+    # Collecting garbage is slow while the whole test suite is loaded.
+    monkeypatch.setattr(speed_gpu.gc, "collect", lambda: None)
     chosen = {name: speed_gpu.CONTENDERS[name] for name in ("torch", "trl")}
     chosen["trl"] = replace(chosen["trl"], load=lambda: dense)
     chosen[key] = replace(chosen[key], load=lambda: loss)
     job = Job(8, 60, 1, 16, 24)
-    if str(error) == "a bug":  # an unexpected error of lens_kernels ends the run
+    # An unexpected error of lens_kernels ends the run.
+    if str(error) == "a bug":
         with pytest.raises(RuntimeError, match="backend 'torch'.*ValueError: a bug"):
             speed_gpu.job_rows("tiny", job, chosen, rounds=1)
         return

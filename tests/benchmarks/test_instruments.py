@@ -1,4 +1,4 @@
-"""The measuring tools: peak memory of real and fake tensors, the timing protocol, the commit."""
+"""The measuring tools: peak memory of real and fake tensors, timing, and the recorded commit."""
 
 import subprocess
 
@@ -9,17 +9,18 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-SLACK = MIB // 32  # for scalars and PyTorch's one-time allocations
+# This allows for scalars and for torch's one-time allocations.
+SLACK = MIB // 32
 
 
 def watched(function):
-    """Return the memory of a real run on a CPU, as seen by both instruments."""
+    """Return the memory of a run, measured with real tensors and counted with fake ones."""
     return memory.measure(function, CPU), memory.track(function)
 
 
 def allocations():
-    """Allocate 12 MiB at the peak and return 4 MiB; comments give the MiB in use."""
-    a = torch.empty(1024, 1024)  # 4 MiB
+    """Hold 12 MiB at the peak and return 4 MiB. The comments give the MiB in use."""
+    a = torch.empty(1024, 1024)  # 4
     b = a + 1  # 8
     del a  # 4
     c = b.view(-1, 2) * 2  # 8
@@ -34,7 +35,8 @@ def allocations():
     ("function", "peak", "kept"),
     [
         (lambda x: allocations(), 12, 4),
-        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),  # views of an existing storage
+        # These are only views of existing memory.
+        (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),
         (lambda x: (x.add_(1), x * 2)[0], 4, 0),
     ],
     ids=["temporaries", "views", "in place"],

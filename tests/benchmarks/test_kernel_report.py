@@ -1,6 +1,6 @@
-"""The shipped tiles compile for absent GPUs without spills, and their GEMMs use matrix units.
+"""The default tiles compile for GPUs without spills, and their GEMMs use matrix units.
 
-The tests start new processes because this one interprets the kernels.
+The tests compile in new processes, because the test process interprets kernels.
 """
 
 import importlib.util
@@ -18,8 +18,9 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
-# Compiles each kernel once with each of its tiles. The norms' tiles are equal on all architectures.
-# "large" is sm_80 with a tile whose accumulator, 128 x 256 for 4 warps, exceeds the registers.
+# This program compiles each kernel once with each of its tiles. The norm kernels use the same tiles
+# on all architectures. "large" compiles for sm_80 with a tile of 128 x 256 for 4 warps, whose
+# accumulator exceeds the registers.
 SCRIPT = """
 import sys, torch
 from benchmarks.support import offline
@@ -71,7 +72,7 @@ def test_report_finds_no_spills_in_any_variant(tmp_path):
 def test_costs_count_the_gemms():
     model = kernel_report.Model("toy", student=2, teacher=3, vocab=10)
     rows = {row["step"]: row for row in kernel_report.cost_rows(model, tokens=10**11)}
-    # A GEMM takes 2 N V = 2 TFLOP for each unit of hidden size.
+    # With these sizes, a GEMM takes 2 N V = 2 TFLOP for each unit of hidden size.
     assert rows["dense floor"]["tflop"] == 2 * (3 * 2 + 3)
     assert rows["all, jsd tvd hellinger"]["tflop"] == 2 * (3 * (2 + 3) + 2 * 2)
     assert rows["all, KL family"]["tflop"] == 2 * (2 * (2 + 3) + 2 * 2)

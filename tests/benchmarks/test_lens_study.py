@@ -1,4 +1,4 @@
-"""The parts of the lens study, and a slow test that the lens improves distillation."""
+"""Tests of the parts of the lens study, and a slow test that the lens improves distillation."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
 
 
 def result(run, kl, curve=None, cpu_ms=100.0):
-    """Return an invented result of a run."""
+    """Return a made-up result of a run."""
     row = {name: str(kl) for name in runs.METRICS} | {"key": run.key, "curve": json.dumps(curve)}
     depths = [{"depth": 1.0, "entropy_student": 1.0, "entropy_teacher": 2.0}]
     depths[0] |= {"kl": 0.1, "reverse_kl": 0.2, "overconfident": 0.5}
@@ -59,7 +59,8 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     trained = {tuple(row) for row in text.train.tolist()}
     assert len(trained) > 800
     assert not trained & {tuple(row) for row in text.held_out.tolist()}
-    assert torch.equal(text.train, data.load("topics", tmp_path).train)  # read from the saved file
+    # The second call reads the saved file.
+    assert torch.equal(text.train, data.load("topics", tmp_path).train)
 
 
 def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):
@@ -128,7 +129,7 @@ def test_calibration_error_matches_a_computation_by_hand():
 
 
 class Pool:
-    """A pool that calls each function immediately, in this process."""
+    """Replaces the process pool: calls each function at once, in this process."""
 
     def __init__(self, *args):
         pass
@@ -190,7 +191,7 @@ def test_differences_match_computations_by_hand():
 
 
 def main_results(seeds=(1, 2, 3)):
-    """Return results of the main group; the JSD lens lowers KL by 10 % and costs 50 % more."""
+    """Return results of the main group. The JSD lens lowers KL by 10 % and costs 50 % more."""
     results = {}
     for arm in groups.GROUPS["main"].arms:
         for seed in seeds:
@@ -206,11 +207,12 @@ def test_comparisons_are_paired_by_seed():
     results = main_results()
     found = {x.arm.label: x for x in statistics.compare(groups.GROUPS["main"], results)}
     lens = found["forward KL + JSD lens"]
-    # Losses vary between seeds, but the paired difference in percent does not.
+    # The losses differ between seeds, but the difference of each pair is always -10 %.
     assert lens.percent.mean == pytest.approx(-10)
     assert lens.percent.student_t == pytest.approx((-10, -10))
     assert lens.percent.verdict == "lower"
-    # In the second half, KL falls from 1.8 to 0.9 of the baseline's end: it is 1 after 8/9 of it.
+    # In the second half, KL falls from 1.8 to 0.9 times the baseline's last KL. After 8/9 of this
+    # half, it is 1.
     assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
     assert lens.cost == 1.5
     assert found["forward KL"].percent is None
@@ -243,7 +245,10 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
 
 @pytest.mark.slow
 def test_distillation_improves_on_fine_tuning_and_the_lens_on_distillation(tmp_path, capsys):
-    """The judge shares no code with the loss, so it detects a lens without effect."""
+    """Distillation lowers KL, and the lens lowers it further.
+
+    The judge shares no code with the loss, so it would detect a lens without effect.
+    """
     lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")
     kd, lens, sft = (found[run.key] for run in groups.quick().runs())

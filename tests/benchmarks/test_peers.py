@@ -1,4 +1,4 @@
-"""The speed comparison: equal work for all contenders; resumed runs keep earlier results."""
+"""The speed comparison: contenders do equal work, and a resumed run keeps earlier results."""
 
 import statistics
 from dataclasses import replace
@@ -19,7 +19,7 @@ MASK, TOKENS = (("--sweep", sweep, "--rounds", "1") for sweep in ("mask", "token
 
 
 def run(out, *options, contenders=EVERYONE):
-    """Run the comparison at tiny sizes; return its rows by point and contender."""
+    """Run the comparison at tiny sizes, and return its rows by point and contender."""
     command = ["--quick", "--device", "cpu", "--out", str(out), *options]
     speed_vs_peers.main([*command, "--contenders", *contenders])
     return read(out)
@@ -53,7 +53,8 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
         assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
         assert ratios or row["sweeps"] == "memory"
         assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
-    # Calls 1 to 8 warm up lens_kernels at 8 points. Round 1 starts with the second contender.
+    # Calls 1 to 8 warm up lens_kernels, one call at each point. The contenders of a round rotate,
+    # and round 1 starts with the second one.
     assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
@@ -63,9 +64,8 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
     assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert f"round 3 of 3: {name()}: dense" in printed
-    assert printed.count("not measured") == len(
-        speed_vs_peers.bars.BARS
-    )  # the bounds are for full sizes
+    # The bounds are for full sizes.
+    assert printed.count("not measured") == len(speed_vs_peers.bars.BARS)
 
 
 def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
@@ -76,15 +76,17 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
     (point,) = [p for p in points(64, CPU, quick=True) if p.sweeps == ("memory",)]
     for row in (ours, other):
         counted = CONTENDERS[row["contender"]].fake_memory(point.job)
-        above = (counted.peak - counted.kept) / memory.MIB  # gradients are not temporaries
+        # Temporary memory does not include the gradients.
+        above = (counted.peak - counted.kept) / memory.MIB
         assert above > 8 and float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
-    assert run(tmp_path, "--sweep", "memory") == rows  # the second run measures nothing
+    # The second run finds all results and measures nothing.
+    assert run(tmp_path, "--sweep", "memory") == rows
 
 
 def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
-        # Calls: 2 to warm up, 4 + 3 in round 1, 4 + 1 in round 2 when it is interrupted.
+        # The 14th call is in round 2: 2 calls warm up, 7 are in round 1, and 5 in round 2.
         if elapsed == 14:
             raise KeyboardInterrupt
         return elapsed
@@ -132,7 +134,7 @@ def install(monkeypatch):
 
 
 def at_a_point(change):
-    """Return a loss that is correct at the size of the check and changed at larger sizes."""
+    """Return a loss that is right at the small size of the check, and changed at larger sizes."""
     return lambda inputs: (change if len(inputs.student_hidden[0]) > 24 else dense)(inputs)
 
 
@@ -190,7 +192,8 @@ def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install,
     assert "gives a wrong result" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
-    assert run(tmp_path, *MASK) == after  # the same code does not retry a refused contender
+    # With the same code, a refused contender is not tried again.
+    assert run(tmp_path, *MASK) == after
 
 
 def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkeypatch):
@@ -200,7 +203,8 @@ def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times  # times are kept
+    # With little memory again, the measured times are kept.
+    assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times
 
 
 def test_floor_multiplies_only_counted_tokens(monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
-"""The kernel over whole rows, compiled for GPUs that are not here: what a pair of logits costs.
+"""The row kernel, compiled for GPUs: its bytes and instructions for a pair of logits.
 
-In a process of its own: here the kernels are interpreted.
+The tests compile in new processes, because the test process interprets kernels.
 """
 
 import importlib.util
@@ -26,8 +26,9 @@ for job in sys.argv[1:]:
     print(json.dumps([kernel.spilled_bytes, len(kernel.loops), kernel.bytes_moved,
                       kernel.instructions, kernel.registers, widths]))
 """
-# Sweeps, bytes and at most so many instructions for a pair of logits, and registers. Each sweep
-# reads 8 bytes; the last one writes the gradient. Triton's version decides on the rest.
+# The sweeps over a row, the bytes for a pair of logits, and limits for its instructions and for
+# registers. Each sweep reads 8 bytes, and the last one also writes the gradient of 2 bytes. The
+# numbers of instructions and registers depend on Triton's version.
 LIMITS = {
     "sm_90,jsd,plain": (3, 26, 105, 64),
     "sm_90,jsd,loss only": (2, 16, 80, 64),
@@ -43,7 +44,7 @@ def test_a_pair_of_logits_costs_no_more_than_counted(tmp_path):
         spilled, loops, moved, counted, used, widths = json.loads(line)
         assert spilled == 0, job
         assert (loops, moved) == (sweeps, size), job
-        assert widths == [16], f"{job}: loads and stores of {widths} bytes"
+        assert widths == [16], f"{job}: loads and stores of {widths} bytes, not 16"
         assert 0.7 * instructions < counted <= instructions, job
         assert 0 < used <= registers, job
 

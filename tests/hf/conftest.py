@@ -1,4 +1,4 @@
-"""Fixtures of the Hugging Face tests. Without transformers, these tests are not collected."""
+"""Fixtures of the Hugging Face tests. These tests are not collected without transformers."""
 
 import gc
 import importlib.util
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen():
-    """Exclude loaded objects from the garbage collection at the start of every training.
+    """Exclude loaded objects from garbage collection, which runs at the start of every training.
 
     With transformers loaded, one collection takes half a second.
     """
@@ -32,12 +32,15 @@ def _frozen():
 
 @pytest.fixture
 def pictures():
-    """Draw the loss picture of a run."""
+    """Draw the loss picture of a run in this test."""
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
-    """Skip the loss picture unless a test uses ``pictures``: it takes longer than a tiny run."""
+    """Skip the loss picture unless a test uses ``pictures``.
+
+    Drawing takes longer than a tiny run.
+    """
     if "pictures" not in request.fixturenames:
         monkeypatch.setattr("lens_kernels.hf.training.report.loss_figure", lambda *_: None)
 

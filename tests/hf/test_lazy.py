@@ -1,4 +1,4 @@
-"""``lens_kernels.hf`` imports a module only when one of its names is used."""
+"""``lens_kernels.hf`` imports a module only when a program uses a name from this module."""
 
 from tests.support.fresh import run_fresh
 

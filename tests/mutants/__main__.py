@@ -1,14 +1,14 @@
 """Plant known faults, one at a time, and check that the tests find each of them.
 
 Run ``python -m tests.mutants`` from the root of a checkout, in the environment of its tests. Each
-fault goes into a copy of the checkout in a temporary folder, where its own few tests run. The
-result is ``tests/mutants/table.md``. The exit status is 1 if a fault is not caught.
+fault is planted in a temporary copy of the checkout, where the tests that the fault names run. The
+results are written to ``tests/mutants/table.md``. The exit status is 1 if a fault is not caught.
 
-The faults are in ``*.txt`` beside this file; ``faults.py`` says how they are written. ``--list``
-shows those that no longer fit the code.
+The faults are in the ``*.txt`` files beside this file, whose format ``faults.py`` describes.
+``--list`` also marks the faults that no longer fit the code.
 """
 
-# ruff: noqa: T201  this is a script
+# ruff: noqa: T201  this script prints
 import argparse
 import re
 import shutil
@@ -23,14 +23,17 @@ from tests.mutants.process import run_pytest
 
 ROOT = HERE.parents[1]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "demo_output")
-# A fault that cannot be loaded does not count as caught.
+# If the faulty code cannot be imported, the fault does not count as caught.
 NOT_LOADED = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|NameError")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", re.MULTILINE)
-SECONDS = 600  # for the tests of one fault
+SECONDS = 600  # the time limit for the tests of one fault
 
 
 def plant(fault: Fault, root: Path) -> tuple[str, str]:
-    """Plant a fault in a copy, and return the test that fails, "" for none, and the reason."""
+    """Plant a fault in a copy.
+
+    Return the test that fails and the reason; the test is "" if none fails.
+    """
     try:
         path, arguments = fault.target(root), fault.arguments(root)
         whole = path.read_text()
@@ -55,11 +58,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         "python -m tests.mutants", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="Plant these; write no table.")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="Plant only these faults; write no table."
+    )
     parser.add_argument(
         "--list",
         action="store_true",
-        help="List the faults; mark those that no longer fit the code.",
+        help="List the faults; mark faults that no longer fit the code.",
     )
     parser.add_argument(
         "--jobs", type=int, default=1, help="Number of faults planted in parallel. Default: 1."
@@ -88,7 +93,7 @@ def main() -> int:
         tests = list(pool.map(attempt, faults.values()))
         if not any(tests):
             return 1
-        # A test that also fails without a fault has caught nothing.
+        # A test that also fails without its fault does not catch the fault.
         status, output = run_pytest(copies.get(), sorted({*tests} - {""}), None)
     broken = {match[1] for match in FAILED.finditer(output)}
     caught = ["" if test in broken else test for test in tests]

@@ -1,12 +1,12 @@
-"""Reads the lists of faults. Each paragraph of ``*.txt`` is a fault.
+"""Reads the lists of faults. Each paragraph of a ``*.txt`` file is a fault.
 
-A paragraph is::
+A paragraph has these lines::
 
     name: what is broken
-    @ file.py                      only where the code below is in several files
+    @ file.py                      only if the code below occurs in several files
     - the code to replace, which occurs once in the package or in reference/
-    + the new code; without such a line the old code is deleted
-    > test_file.py -k expression   arguments of pytest; test files are found by name
+    + the new code; without this line, the old code is deleted
+    > test_file.py -k expression   arguments for pytest, which name a test file without its folder
 """
 
 import shlex
@@ -18,14 +18,14 @@ HERE = Path(__file__).parent
 
 @dataclass
 class Fault:
-    """A fault to plant."""
+    """A fault to plant: its name, its description, and the lines of its paragraph."""
 
     name: str
     what: str
     lines: dict[str, list[str]] = field(default_factory=dict)
 
     def text(self, mark: str) -> str:
-        """Return the text of the lines that begin with ``mark``."""
+        """Return the text of the lines marked with ``mark``, without the marks."""
         return "\n".join(self.lines.get(mark, []))
 
     def target(self, root: Path) -> Path:
@@ -35,11 +35,11 @@ class Fault:
             for path in (root / folder).rglob(self.text("@") or "*.py"):
                 found += [path] * path.read_text().count(self.text("-"))
         if len(found) != 1:
-            raise LookupError(f"the code occurs {len(found)} times")
+            raise LookupError(f"the code to replace occurs {len(found)} times, expected once")
         return found[0]
 
     def objection(self, root: Path) -> str:
-        """Return why the fault cannot be planted, or an empty string."""
+        """Return the reason why the fault cannot be planted, or an empty string."""
         try:
             self.target(root), self.arguments(root)
         except LookupError as error:
@@ -47,21 +47,21 @@ class Fault:
         return ""
 
     def arguments(self, root: Path) -> list[str]:
-        """Return the arguments of pytest, or raise LookupError."""
+        """Return the arguments for pytest, or raise LookupError if they name no single file."""
         arguments = []
         for word in shlex.split(self.text(">")):
             name, *rest = word.split("::")
             if name.endswith(".py"):
                 paths = [p for p in (root / "tests").rglob(name) if "benchmarks" not in p.parts]
                 if len(paths) != 1:
-                    raise LookupError(f"{name} names {len(paths)} files of tests")
+                    raise LookupError(f"{len(paths)} test files are called {name}, expected one")
                 word = "::".join([str(paths[0].relative_to(root)), *rest])
             arguments.append(word)
         return arguments
 
 
 def read_faults() -> list[Fault]:
-    """Return the faults of all lists."""
+    """Return the faults of all ``*.txt`` files."""
     faults = []
     for path in sorted(HERE.glob("*.txt")):
         for paragraph in path.read_text().strip().split("\n\n"):

@@ -1,4 +1,4 @@
-"""Runs pytest in a folder, in a process that starts with the large libraries loaded."""
+"""Runs pytest in a new process that has already loaded the large libraries."""
 
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ LOADED = ["pytest", "torch._dynamo", "triton.language", "transformers.trainer", 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float | None) -> tuple[int, str]:
     """Return the exit status and the output of pytest in the folder ``root``."""
-    # The fork server reads these when it starts and loads the libraries.
+    # The fork server needs these variables when it starts, because it loads the libraries then.
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     PROCESSES.set_forkserver_preload(LOADED)
     log = root.with_suffix(".log")
@@ -34,7 +34,7 @@ def _pytest(root: Path, arguments: list[str], log: Path) -> None:
     sys.path.insert(0, str(root))
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
-    # Bytecode is keyed by time and size, which a fault may not change.
+    # Python would reuse old bytecode if a fault changes neither the time nor the size of a file.
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
     command = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]

@@ -1,4 +1,4 @@
-"""The published lens term against ours: equal without its quirks, and each quirk's effect."""
+"""The published lens term: it equals ours without its quirks, and each quirk has its effect."""
 
 import itertools
 
@@ -12,13 +12,14 @@ from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BACKENDS, Shape
 from tests.support.problems import ours, related
 
-SHAPE = Shape((4, 6), 61, 12, 12, 3)  # with three layers, the tiled mask mixes all four samples
+# With three pairs, the tiled mask mixes all four samples.
+SHAPE = Shape((4, 6), 61, 12, 12, 3)
 
 
 @pytest.fixture
 def problem():
     problem = related(SHAPE, std=2.0, norm="rms", bias=True)
-    # The models differ more from sample to sample, so that a wrong mask changes the loss.
+    # The models differ by 0.1 in the first sample and by 3 in the last, so that the mask matters.
     size = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
     problem.teacher_hidden = [
         (h + size * torch.randn_like(h)).detach() for h in problem.student_hidden
@@ -28,7 +29,7 @@ def problem():
 
 @pytest.fixture
 def mask():
-    """Return a mask of responses of different lengths."""
+    """Return a mask for responses of different lengths."""
     return (torch.arange(6) >= torch.tensor([[0], [2], [4], [5]])).float()
 
 
@@ -60,7 +61,7 @@ def test_the_tiled_mask_masks_samples_by_each_other(problem, mask):
     right = published(problem, mask, OURS)
     tiled = published(problem, mask, Quirks(tiled_mask=True))
     assert abs(tiled / right - 1) > 0.05
-    # Row b * 3 + l should have the mask of sample b, and gets the mask of (b * 3 + l) mod 4.
+    # Row b * 3 + l belongs to sample b, but gets the mask of sample (b * 3 + l) mod 4.
     wrong = sum((b * 3 + layer) % 4 != b for b in range(4) for layer in range(3))
     assert wrong == 8
     rows = dense.lens_loss(*problem.args(), reduction="none")
@@ -100,7 +101,10 @@ def test_epsilon_makes_the_divergence_of_identical_models_negative(vocab, value)
 
 
 def test_without_the_final_norm_lenses_are_nearly_one_hot(problem, mask):
-    """Raw states grow with depth; the norm brings them to the size that the head was trained on."""
+    """Without the final norm, lens distributions are nearly one-hot.
+
+    Hidden states grow with depth, and the norm scales them to the size that the head expects.
+    """
     raw = published(problem, mask, Quirks(final_norm=False))
     assert raw.item() == pytest.approx(pair_by_pair(problem, mask, final_norm=False), rel=1e-12)
     assert abs(raw / published(problem, mask, OURS) - 1) > 0.01

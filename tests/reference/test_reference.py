@@ -1,4 +1,4 @@
-"""The oracle against torch.distributions, torch.nn, and values computed by hand."""
+"""The oracle agrees with torch.distributions, torch.nn, and values computed by hand."""
 
 import math
 
@@ -37,12 +37,12 @@ def test_jsd_is_the_entropy_of_the_mixture_less_the_mean_entropy(pair, beta):
     expected = expected - beta * Categorical(probs=p).entropy()
     expected = expected - (1 - beta) * Categorical(probs=q).entropy()
     torch.testing.assert_close(dense.divergence("jsd", p, q, beta), expected)
-    # As beta goes to 0, jsd / beta goes to a KL divergence.
+    # If beta approaches 0, jsd / beta approaches a KL divergence.
     small = dense.divergence("jsd", p, q, 1e-5) / 1e-5
     torch.testing.assert_close(small, kl(p, q), rtol=1e-2, atol=0)
 
 
-# p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2): the mixture is (3/8, 3/8, 1/4).
+# The values for p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2), whose mixture is (3/8, 3/8, 1/4).
 LN2, LN3 = math.log(2), math.log(3)
 BY_HAND = {
     "jsd": 0.5 * (2 * LN2 - LN3) + 0.5 * (0.5 * (LN2 - LN3) + 0.5 * LN2),

@@ -1,7 +1,8 @@
-"""Comparison with a true value, relative to its largest entry.
+"""Comparison of a tensor with the truth, relative to the truth's largest entry.
 
-An absolute tolerance larger than the gradient would accept zeros. Here zeros have error 1 and NaN
-always fails. The true value itself must differ from its own entries in another order.
+An absolute tolerance larger than all gradients would accept zeros. Here zeros have an error of 1,
+and NaN always fails. The comparison of gradients also refuses a truth that zeros or reordered
+entries would match.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-LOSS, GRADIENT = 1e-6, 1e-5  # float32 against the float64 oracle
+# The tolerances of float32 results, compared with the float64 oracle.
+LOSS, GRADIENT = 1e-6, 1e-5
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """Return the largest deviation as a fraction of the largest entry of the truth."""
+    """Return the largest deviation divided by the largest entry of the truth."""
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:
         return 0.0
@@ -38,12 +40,14 @@ def assert_close(actual: Tensor | None, truth: Tensor, tolerance: float, name: s
 
 
 def assert_informative(truth: Tensor, tolerance: float, name: str = "") -> None:
-    """Fail if zeros, or the same values in another order, would pass as the truth."""
+    """Fail if zeros, or the truth's entries in another order, would be accepted as the truth."""
     assert bool((truth != 0).any()), f"{name}: the truth is zero everywhere"
     for dim, size in enumerate(truth.shape):
         if size > 1:
             error = relative_error(truth.roll(1, dim), truth)
-            assert error > 10 * tolerance, f"{name}: insensitive to the order along axis {dim}"
+            assert error > 10 * tolerance, (
+                f"{name}: axis {dim} of the truth is insensitive to order"
+            )
 
 
 def assert_gradients(
@@ -52,7 +56,10 @@ def assert_gradients(
     tolerance: float,
     zero: tuple[str, ...] = (),
 ) -> None:
-    """Compare named gradients. Those in ``zero`` must be 0, all others informative."""
+    """Compare named gradients.
+
+    Those in ``zero`` must be 0, and the truth of the others must pass ``assert_informative``.
+    """
     assert actual.keys() == truth.keys()
     for name, expected in truth.items():
         assert expected is not None, f"{name}: the truth has no gradient"

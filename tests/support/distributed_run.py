@@ -1,7 +1,8 @@
-"""The program of every rank, and of the single process, in tests/hf/training/test_distributed.py.
+"""The program that trains in test_distributed.py, on each rank or in a single process.
 
-``python -m torch.distributed.run ... -m tests.support.distributed_run CASES FOLDER``, where the
-file CASES holds ``{name: arguments of train_case}``. Each rank writes its results into FOLDER.
+The command is ``python -m torch.distributed.run ... -m tests.support.distributed_run CASES
+FOLDER``. The JSON file CASES maps each name of a case to the arguments of ``train_case``. Each rank
+writes its results into FOLDER.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from lens_kernels.hf.training import objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # seconds after which ranks count as hung, on any machine
+HANG = 1200  # a rank counts as hung after this many seconds
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
 @dataclasses.dataclass
 class Result:
-    """Parameters before and after, all logs, and the number of examples the teacher ran on."""
+    """Parameters before and after training, all logs, and how many examples the teacher read."""
 
     start: dict[str, torch.Tensor]
     end: dict[str, torch.Tensor]
@@ -67,7 +68,7 @@ def train_case(
     evaluate_first: bool = False,
     **options: Any,
 ) -> Result:
-    """Train a tiny student on ``rows`` examples a step, divided among all processes."""
+    """Train a tiny student. All processes together take ``rows`` examples a step."""
     processes = accelerate.PartialState(cpu=True).num_processes
     ran = []
 
@@ -83,14 +84,14 @@ def train_case(
         options["teacher_cache"] = str(folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
-        patch.setattr(
-            objective, "ENTROPY_STRIDE", 1
-        )  # all tokens, because a sample depends on the batch
-        if processes > 1 and one_node_each:  # as on two machines with one disk
+        # Log entropies of all tokens, because a sample of them would depend on the batch.
+        patch.setattr(objective, "ENTROPY_STRIDE", 1)
+        # Each rank acts as if it ran on its own machine, with a shared disk.
+        if processes > 1 and one_node_each:
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            # Before version 5, transformers does not set these.
+            # Before version 5, transformers does not set these variables.
             patch.setenv("FSDP_VERSION", "2")
             patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
@@ -123,7 +124,7 @@ def train_case(
 
 
 def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
-    """Enable FSDP on a CPU, where accelerate silently uses DDP instead."""
+    """Enable FSDP on a CPU. There accelerate would silently use DDP instead."""
     make = LensDistillTrainer.create_accelerator_and_postprocess
 
     def make_sharding(self: Any) -> None:
@@ -144,7 +145,7 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
 
 
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters of the student and of the MSE projections, unsharded."""
+    """Return the parameters of the student and the MSE projections, gathered from all shards."""
     state = dict(trainer.model.state_dict())
     if trainer.objective is not None:
         state |= trainer.objective.projections.state_dict(prefix="learnt.")
@@ -156,7 +157,8 @@ def _whole(trainer: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    gc.freeze()  # as in tests/hf/conftest.py
+    # This makes garbage collection faster, as in tests/hf/conftest.py.
+    gc.freeze()
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = accelerate.PartialState(cpu=True).process_index
     for name, arguments in cases.items():

@@ -1,4 +1,4 @@
-"""The documents, and what they hold: links, headings, examples and commands."""
+"""The documents of the project, and the links, headings, examples and commands in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOWNLOAD = "# Needs a download: "
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: its language, text, and the line that it begins on."""
+    """A fenced block of a page: the page, the language, the text, and the text's first line."""
 
     page: Path
     language: str
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def blocks(*languages: str) -> list[Block]:
-    """Return the fenced blocks of all pages in some languages."""
+    """Return the fenced blocks in these languages from all pages."""
     found = []
     for page in PAGES:
         text = page.read_text()
@@ -53,18 +53,18 @@ def prose(page: Path) -> str:
 
 
 def code_spans(page: Path) -> list[str]:
-    """Return the code between backticks in the prose of a page, each on one line."""
+    """Return the code between backticks in the prose of a page. Each is joined into one line."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def links(page: Path) -> list[str]:
-    """Return where the links and pictures of a page point, a picture in a link included."""
+    """Return the targets of all links and pictures of a page, also of pictures inside links."""
     inner = LINK.findall(prose(page))
     return inner + re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(page))
 
 
 def anchors(page: Path) -> set[str]:
-    """Return the anchors that GitHub gives to the headings of a page."""
+    """Return the anchors that GitHub generates for the headings of a page."""
     found: set[str] = set()
     for title in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
         words = re.sub(r"[^\w\- ]", "", title.lower())
@@ -76,7 +76,7 @@ def anchors(page: Path) -> set[str]:
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
-    """Yield the commands of all pages, in blocks and in text, with where they stand."""
+    """Yield ``(location, words)`` for each command in code blocks and prose of all pages."""
     for block in blocks("sh"):
         for line in block.text.replace("\\\n", " ").splitlines():
             words = _own(shlex.split(line, comments=True))
@@ -89,14 +89,14 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def _own(words: list[str]) -> list[str]:
-    """Return the command of this package where another one starts it as a module."""
+    """Return ``lens-kernels ...`` for a command that runs this package by ``-m lens_kernels``."""
     if "lens_kernels" in words and words[words.index("lens_kernels") - 1] == "-m":
         return ["lens-kernels", *words[words.index("lens_kernels") + 1 :]]
     return words
 
 
 class Parsed(BaseException):
-    """Raised where a command has read its arguments, with its parser."""
+    """Raised when a command has parsed its arguments. It holds the parser."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Parsed(BaseException):
 
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every command end once it has read its arguments."""
+    """Let every command stop when it has parsed its arguments."""
     parse_args: Any = argparse.ArgumentParser.parse_args
 
     def parse(self: argparse.ArgumentParser, *args: Any, **options: Any) -> None:

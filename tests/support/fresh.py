@@ -1,4 +1,4 @@
-"""Programs in a fresh interpreter, the only place that shows which modules an import loads."""
+"""Programs in a new interpreter, which has loaded only the modules that a program imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.support import ROOT
 
 
 def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a fresh interpreter, with warnings as errors."""
+    """Run a program in a new interpreter that turns user warnings into errors."""
     return subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -1,4 +1,4 @@
-"""Checks of compiled kernels against the fp64 oracle, as functions of a device.
+"""Checks of compiled kernels against the float64 oracle, on the device that is passed first.
 
 ``test_gpu.py`` calls them on a GPU at full size, and on the CPU at tiny sizes.
 """
@@ -31,21 +31,21 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = DTYPES[1:]
 GIB = 1 << 30
 
-# Larger than every tile in both dimensions, with sizes that no block divides.
+# Both dimensions are larger than every tile, and no block size divides them.
 LARGE = Shape((3, 131), 1531, 197, 331, 1)
-# Wide enough for the tiles that are chosen for wide models.
+# These hidden sizes are large enough for the tiles of wide models.
 WIDE = Shape((150,), 521, 2049, 2600, 1)
 
 
 def on(problem: Problem, device: torch.device) -> Problem:
-    """Return a copy of the problem on a device."""
+    """Return a copy of the problem and its options on a device."""
     there = problem.to(device)
     there.options = moved(problem.options, device)
     return there
 
 
 def moved(options, device):
-    """Return options with their tensors on a device."""
+    """Return the options of a call with their tensors on a device."""
     return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
 
 
@@ -59,13 +59,13 @@ def solve_on(device, problem, backend, **options):
 
 
 def agree(first, second, loss_tolerance, tolerance):
-    """Compare two results of ``solve_on``."""
+    """Check that two results of ``solve_on`` are close."""
     assert_close(first[0], second[0], loss_tolerance, "loss")
     for name, grad in second[1].items():
         assert_close(first[1][name], grad, tolerance, name)
 
 
-# Parity
+# Comparisons with the oracle and between backends
 
 
 def float32(device, backend, shape, feature, divergence, **options):
@@ -78,7 +78,11 @@ def float32(device, backend, shape, feature, divergence, **options):
 
 
 def half(device, backend, dtype, shape, feature, divergence, **options):
-    """Logits are exact without a norm. A norm's result is rounded to the dtype, as in models."""
+    """Compare a call in 16 bits with the oracle.
+
+    Without a norm, the logits are exact. With a norm, its result is rounded to the dtype, and the
+    limits are relative to plain torch, which rounds it too.
+    """
     normed = "norm" in FEATURES[feature]
     problem = make(shape, std=2.0 if normed else 3.0, **FEATURES[feature], divergence=divergence)
     problem = problem.to(dtype)
@@ -91,7 +95,8 @@ def half(device, backend, dtype, shape, feature, divergence, **options):
         return
     ulp = torch.finfo(dtype).eps
     baseline = plain_torch(problem)
-    if divergence == "tvd":  # the slope of tvd jumps at ties, which rounding moves
+    # The slope of tvd jumps where p equals q, and rounding moves these places.
+    if divergence == "tvd":
         for name, truth in expected_grads.items():
             cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
             assert cosine > 0.99, name
@@ -113,9 +118,10 @@ def parity(device, backend, dtype, shape, feature, divergence, **options):
 
 
 def large(device, backend, dtype, shape, divergence, mask=False):
-    """Compare long sums; the limit is relative to the error of float32 torch if that is larger.
+    """Compare long sums with the oracle.
 
-    The slope of tvd jumps at ties, so that its gradient has the tolerance of 16 bits.
+    The limit is at least twice the error of plain float32 torch. The gradient of tvd has the limit
+    of 16 bits even in float32, because its slope jumps at ties.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
     options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}
@@ -144,7 +150,7 @@ def masked_rows_are_inert(device, backend, dtype, shape):
 
 
 def whole_objective(device, backend, dtype, shape):
-    """The whole objective with labels, some of them missing."""
+    """Compare the whole objective with the oracle; some positions have no label."""
     problem = make(shape, std=2.0, temperature=2.0, bias=True).to(dtype)
     labels = some_labels(shape)
 
@@ -173,7 +179,7 @@ def near_convergence(device, backend, divergence, tokens=64):
     assert_close(loss, expected, 1e-4, "loss")
     assert_gradients(grads, expected_grads, 1e-3)
     rows, _ = solve_on(device, problem, backend, reduction="none", upstream=torch.ones(1, tokens))
-    assert bool((rows > 0).all()), "a divergence of different models is positive"
+    assert bool((rows > 0).all()), "the divergence of different models must be positive"
 
 
 def identical(device, backend, dtype, divergence, shape):
@@ -186,7 +192,11 @@ def identical(device, backend, dtype, divergence, shape):
 
 
 def peaked(device, backend, divergence, std, shape):
-    """The limit is the rounding of a logit of two standard deviations, or twice torch's error."""
+    """Compare peaked models with the oracle.
+
+    The loss may be off by the rounding of a logit of two standard deviations, or by twice the error
+    of plain torch.
+    """
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
     check_beside(
@@ -201,7 +211,7 @@ def peaked(device, backend, divergence, std, shape):
 def agreement(device, dtype, divergence, shape):
     """Compare the two backends at sizes that are too large for the oracle.
 
-    16-bit problems have no norm, because the backends may round its result differently.
+    16-bit problems have no norm, because the backends may round the norm's result differently.
     """
     features = FEATURES["everything" if dtype is torch.float32 else "bias"]
     problem = make(shape, std=2.0, **features, divergence=divergence).to(dtype)
@@ -227,7 +237,7 @@ def determinism(device, backend, dtype, divergence, shape, runs):
 
 
 def need(device, size):
-    """Skip if the device has less free memory."""
+    """Skip the test if the device has less than ``size`` bytes of free memory."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
@@ -236,7 +246,7 @@ def need(device, size):
 
 
 def random_problem(device, tokens, vocab, widths, dtype, head_grad):
-    """Return a problem that is created on the device, because copies of its heads may not fit."""
+    """Return a problem created on the device, because a copy of its heads may not fit in memory."""
     torch.manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -249,7 +259,7 @@ def random_problem(device, tokens, vocab, widths, dtype, head_grad):
 
 
 def same(problem, options, others):
-    """Compare the triton backend under two sets of options with the torch backend."""
+    """Check that two sets of options on the triton backend agree with the torch backend."""
     truth = solve(symmetric_lens_loss, problem, backend="torch")
     for each in (options, others):
         result = solve(symmetric_lens_loss, problem, backend="triton", **each)
@@ -257,7 +267,7 @@ def same(problem, options, others):
 
 
 def large_gradient(device, tokens, vocab, width, dtype):
-    """Compute a logits' gradient of more than 2^31 entries at once, and in small chunks."""
+    """Check a gradient of more than 2^31 logits, computed in one chunk and in many chunks."""
     everything = tokens * vocab * dtype.itemsize
     need(device, 2 * everything)
     problem = random_problem(device, tokens, vocab, (width, width), dtype, head_grad=True)
@@ -266,7 +276,7 @@ def large_gradient(device, tokens, vocab, width, dtype):
 
 
 def large_head(device, tokens, vocab, width, other_width, dtype):
-    """Use a head of more than 2^31 entries: first the student's, then the teacher's."""
+    """Check heads of more than 2^31 entries: first the student's, then the teacher's."""
     need(device, 3 * vocab * width * dtype.itemsize)
     for widths in ((width, other_width), (other_width, width)):
         problem = random_problem(device, tokens, vocab, widths, dtype, head_grad=False)
@@ -289,7 +299,7 @@ def kernels():
 
 
 def compiled_again(device, calls):
-    """Check that only the first call compiles; return its number of compiled kernels."""
+    """Check that only the first call compiles kernels, and return their number."""
     compiled = []
     for call in calls:
         recompilation.run(device, **call)

@@ -1,7 +1,7 @@
-"""Runs the GPU tests and writes a CSV: one line per test, with versions and device.
+"""Runs the GPU tests and writes a CSV with a line for each test, with versions and device.
 
-make test-gpu
-python -m tests.support.gpu_report --out DIR -- -k parity    more arguments for pytest
+Run it with ``make test-gpu``, or with more arguments for pytest after ``--``: ``python -m
+tests.support.gpu_report --out DIR -- -k parity``
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import torch
 from benchmarks.support import environment, tables
 from tests.support import ROOT
 
-ORDER = ("passed", "skipped", "failed")  # the last of these among a test's phases is its outcome
+# The outcomes of a test's phases, from best to worst. The worst one is the test's outcome.
+ORDER = ("passed", "skipped", "failed")
 
 
 class Recorder:
-    """A plugin for pytest that keeps the outcome of every test."""
+    """A pytest plugin that records the outcome of every test."""
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, Any]] = {}
@@ -37,7 +38,7 @@ class Recorder:
 
 
 def note(report: Any) -> str:
-    """Return why a test was skipped or failed, in one line."""
+    """Return one line that says why a test was skipped or failed."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)

@@ -1,4 +1,4 @@
-"""The cases of the functional tests, each with its reason."""
+"""The cases of the functional tests, each with a comment that gives its purpose."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lens_kernels.backends.torch.layout import row_stride
 
 # All backends that must agree with the oracle. Add a new backend here.
 BACKENDS = ["torch", "triton"]
-# The torch backend as on a GPU, its kernel interpreted. Some grids run it only with the slow tests.
+# The torch backend as on a GPU, with an interpreted kernel. Some grids run it as a slow test only.
 ROW_KERNEL = "row_kernel"
 WITH_SLOW_ROW_KERNEL = [*BACKENDS, pytest.param(ROW_KERNEL, marks=pytest.mark.slow)]
 # The backends that support float64; the others raise an error.
 FLOAT64_BACKENDS = ["torch"]
-# Every backend with each dtype that it computes in.
+# Pairs of a backend and a dtype that it computes in.
 PRECISIONS = [
     *((backend, torch.float32) for backend in (*BACKENDS, ROW_KERNEL)),
     *((backend, torch.float64) for backend in FLOAT64_BACKENDS),
@@ -27,7 +27,7 @@ DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"
 
 @dataclass(frozen=True)
 class Shape:
-    """Leading dimensions, vocabulary, widths of student and teacher, and lens pairs."""
+    """The sizes of a call: leading dimensions, vocabulary, hidden sizes, number of lens pairs."""
 
     leading: tuple[int, ...]
     vocab: int
@@ -42,20 +42,20 @@ class Shape:
 
 ODD = Shape((37,), 211, 29, 41, 1)
 BATCH = Shape((5, 7), 97, 33, 17, 2)
-# A CPU matmul takes 768 columns at a time: this vocabulary has two boundaries, and two steps of
-# the pointwise pass. Only the torch backend has these boundaries.
+# The torch backend multiplies 768 columns at a time on a CPU. This vocabulary has two boundaries
+# between such blocks, and the pointwise pass takes two steps.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
     # Prime sizes, which no chunk, tile or vector divides. The teacher is wider.
     "odd": ODD,
-    # Two leading dimensions, neither equal to the number of pairs. The teacher is narrower.
+    # Two leading dimensions, which differ from the number of pairs. The teacher is narrower.
     "batch": BATCH,
     # Powers of two, and far fewer tokens than a chunk holds.
     "aligned": Shape((4,), 64, 16, 16, 3),
-    # One token, the edge case of means, sums and chunks.
+    # One token, an edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
-    # The kernels use two blocks of rows and three splits of two tiles, so that they loop over
-    # tiles and merge splits.
+    # The kernels loop over tiles and merge splits, because this shape takes two blocks of rows and
+    # three splits of two tiles.
     "splits": Shape((70,), 680, 24, 40, 1),
     # The smallest vocabulary and the narrowest hidden states.
     "smallest": Shape((4, 3), 2, 2, 1, 2),
@@ -63,7 +63,7 @@ SHAPES = {
     "wide": Shape((3, 2), 5, 130, 70, 1),
 }
 
-# Features of a head or a call, one at a time, then all at once.
+# Features of a head or a call: each feature alone, then all of them together.
 FEATURES = {
     "plain": {},
     "temperature": {"temperature": 2.5},
@@ -88,5 +88,8 @@ FEATURES = {
 
 
 def several_chunks(shape: Shape, rows: int = 5) -> int:
-    """Return the ``workspace_bytes`` with which a chunk holds ``rows`` fp32 rows of two tiles."""
+    """Return a ``workspace_bytes`` for chunks of ``rows`` rows.
+
+    A row holds the fp32 logits of both models.
+    """
     return rows * row_stride(shape.vocab) * 2 * 4

@@ -1,4 +1,4 @@
-"""Peak memory, and control over uninitialised memory."""
+"""The peak memory of a function, and control over uninitialised memory."""
 
 import gc
 
@@ -9,11 +9,12 @@ MIB = 2**20
 
 
 def peak_bytes(function):
-    """Return the peak memory that ``function`` adds, in bytes.
+    """Return how many bytes ``function`` adds to memory at its peak.
 
-    The profiler sees every allocation of torch's CPU allocator, those inside operators included.
+    The profiler sees every allocation of torch's CPU allocator, including those inside operators.
     """
-    function()  # the first run creates caches, which do not count
+    # The first run fills caches, whose memory is not counted.
+    function()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
@@ -28,7 +29,7 @@ def peak_bytes(function):
 
 
 def fill_new_tensors(monkeypatch, value):
-    """Let ``torch.empty`` and ``new_empty`` return floating-point tensors filled with ``value``."""
+    """Let ``torch.empty`` and ``new_empty`` fill floating-point tensors with ``value``."""
 
     def filled(function):
         def wrapper(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The whole objective: problems with a final pair and labels, and each term computed alone."""
+"""The whole objective: problems with a final pair and labels, and the true value of each term."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.problems import Gradients, Problem, make, objective
 
 
 def make_objective(shape: Shape = BATCH, std: float = 2.0, **features: Any) -> Problem:
-    """Return a problem whose last pair is the final output, after the lens pairs of ``shape``."""
+    """Return a problem with the lens pairs of ``shape``, followed by a pair of final outputs."""
     return make(replace(shape, pairs=shape.pairs + 1), std, **features)
 
 
@@ -43,7 +43,10 @@ def terms_of(
     denominator: float | None = None,
     vocab_size: int | None = None,
 ) -> SimpleNamespace:
-    """Return a problem's terms in float64: divergences by the oracles, cross entropy by torch."""
+    """Return the terms of a problem in float64.
+
+    The oracles compute divergences, and torch the cross entropy.
+    """
     s, t, s_head, t_head = problem.args()
     *lenses, last = range(len(s))
     if mask is None:
@@ -94,7 +97,7 @@ def check_objective(
     room: int | None = None,
     **options: Any,
 ) -> Any:
-    """Compare every term and gradient with the truth, and return the output."""
+    """Compare every term and gradient with the truth, and return the library's output."""
     wide = problem.to(torch.float64)
     truth = terms_of(wide, **{**problem.options, **options})
     out, grads = solve_objective(problem, backend=backend, workspace_bytes=room, **options)

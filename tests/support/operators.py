@@ -1,11 +1,11 @@
-"""Dispatch modes that record the operators inside a call."""
+"""Dispatch modes that record the operators that run inside a call."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Records the operators that run and the size of their largest result."""
+    """Records the names of the operators that run, and the size of their largest result."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Watch(TorchDispatchMode):
 class Products(TorchDispatchMode):
     """Counts the operations and bytes of GEMMs.
 
-    torch's own counter ignores in-place GEMMs and does not count bytes.
+    The counter of torch ignores in-place GEMMs and does not count bytes.
     """
 
     flops = bytes = 0

@@ -1,4 +1,4 @@
-"""Random problems and their solution by the library, the oracle, or dense torch."""
+"""Random problems, and their solutions by the library, the oracle, or dense torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = ("student_hidden", "teacher_hidden", "student_head", "teacher_head")
 
 @dataclass
 class Problem:
-    """Hidden states, heads, and the options of a call."""
+    """The hidden states, heads and options of a call."""
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
@@ -42,9 +42,9 @@ class Problem:
         return self.student_hidden, self.teacher_hidden, self.student_head, self.teacher_head
 
     def map(self, function: Callable[[Tensor], Tensor], *parts: str) -> Problem:
-        """Return the problem with every tensor replaced.
+        """Return a copy of the problem with ``function`` applied to every tensor.
 
-        If ``parts`` are given, only fields with one of these words in their name change.
+        If ``parts`` are given, only fields whose name contains one of them change.
         """
         fields = {}
         for name in FIELDS:
@@ -56,7 +56,7 @@ class Problem:
         return replace(self, **fields, options=dict(self.options))
 
     def to(self, target: torch.dtype | torch.device, *parts: str) -> Problem:
-        """Return a copy in a dtype or on a device."""
+        """Return a copy with its tensors in a dtype or on a device."""
 
         def leaf(x: Tensor) -> Tensor:
             return x.detach().to(target, copy=True).requires_grad_(x.requires_grad)
@@ -64,7 +64,7 @@ class Problem:
         return self.map(leaf, *parts)
 
     def freeze(self, *trained: str) -> Problem:
-        """Require gradients for these leaves only."""
+        """Require gradients for the named leaves only."""
         for name, x in self.leaves().items():
             x.requires_grad_(name in trained)
         return self
@@ -76,7 +76,7 @@ class Problem:
         return self
 
     def spoil(self, rows: Tensor, value: float = float("nan")) -> Problem:
-        """Return a copy whose hidden states hold ``value`` in these rows."""
+        """Return a copy in which these rows of all hidden states hold ``value``."""
 
         def spoiled(x: Tensor) -> Tensor:
             y = x.detach().masked_fill(rows[..., None], value)
@@ -105,7 +105,7 @@ def random_head(
     softcap: float | None = None,
     requires_grad: bool = True,
 ) -> LensHead:
-    """Return a head whose logits have standard deviation ``std`` on unit normal rows."""
+    """Return a head. On standard normal rows, its logits have standard deviation ``std``."""
 
     def leaf(x: Tensor) -> Tensor:
         return x.requires_grad_(requires_grad)
@@ -124,7 +124,7 @@ def random_head(
 
 
 def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
-    """Return a random problem; ``features`` are arguments of a head or options of the call."""
+    """Return a random problem. ``features`` are arguments of the heads or options of the call."""
     head = {
         k: features.pop(k)
         for k in ("bias", "norm", "norm_weight", "norm_bias", "offset", "scale", "softcap")
@@ -145,9 +145,10 @@ def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
 
 
 def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -> Problem:
-    """Return a problem whose teacher is near the student.
+    """Return a problem whose teacher is the student plus noise.
 
-    Unrelated peaked distributions saturate every divergence, and their gradients are noise.
+    Unrelated peaked distributions would saturate every divergence, and their gradients would be
+    noise.
     """
     problem = make(replace(shape, teacher=shape.student), std, **features)
 
@@ -160,9 +161,9 @@ def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -
 
 
 def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Problem:
-    """Return student logits a few 1e-4 away from the teacher's: a jsd near 1e-7.
+    """Return a problem whose logits differ by a few 1e-4, for a jsd near 1e-7.
 
-    The head is the identity, so that the logits are not rounded.
+    Its head is the identity, so that the logits are not rounded.
     """
     grid = 2.0**-12
     z_t = (torch.randn(tokens, vocab) / grid).round() * grid
@@ -172,7 +173,10 @@ def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Pr
 
 
 def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]:
-    """Return a problem with biases of -inf at some entries, and the same without those entries."""
+    """Return two problems with equal results.
+
+    The first has biases of -inf at the closed entries, and the second lacks these entries.
+    """
     shut, reduced = replace(problem), replace(problem)
     for name in ("student_head", "teacher_head"):
         head = getattr(problem, name)
@@ -185,14 +189,14 @@ def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]
 
 
 def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:
-    """Return the loss of a problem by a solver with the op's signature."""
+    """Return the loss that ``solver`` gives; ``solver`` takes the arguments of the op."""
     return solver(*problem.args(), **{**problem.options, **options})
 
 
 def solve(
     solver: Callable[..., Tensor], problem: Problem, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Gradients]:
-    """Return ``(loss, gradients)``; ``upstream`` weighs a loss that is not a scalar."""
+    """Return ``(loss, gradients)``. ``upstream`` is the gradient of a loss that is not a scalar."""
     loss = loss_of(solver, problem, **options)
     return loss, problem.gradients(loss, grad_outputs=upstream)
 
@@ -200,7 +204,7 @@ def solve(
 def objective(
     problem: Problem, function: Callable[..., Any] = distillation_loss, **options: Any
 ) -> Any:
-    """Return the whole objective; the last pair of hidden states is the final output."""
+    """Return the output of the whole objective. The last pair of hidden states is the final one."""
     return function(
         problem.student_hidden[:-1],
         problem.teacher_hidden[:-1],
@@ -213,12 +217,12 @@ def objective(
 
 
 def ours(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
-    """Solve with the library."""
+    """Return ``(loss, gradients)`` of the library."""
     return solve(symmetric_lens_loss, problem, **options)
 
 
 def oracle(problem: Problem, upstream: Tensor | None = None, **options: Any) -> Any:
-    """Solve with the dense oracle, on float64 copies of the problem."""
+    """Return ``(loss, gradients)`` of the dense oracle, on float64 copies of the problem."""
     for name in ("backend", "workspace_bytes", "grad_threshold"):
         options.pop(name, None)
     if upstream is None and options.get("reduction") == "none":
@@ -237,7 +241,10 @@ def check(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Gradients]:
-    """Compare loss and gradients with the oracle's for ``truth``, by default this problem."""
+    """Compare loss and gradients with the oracle.
+
+    The oracle solves ``truth`` instead, if it is given.
+    """
     expected, expected_grads = oracle(truth or problem, upstream, **options)
     if upstream is None and expected.dim() > 0:
         upstream = torch.ones(expected.shape)
@@ -254,7 +261,10 @@ def check_beside(
     loss_limit: Callable[[float], float],
     limit: Callable[[float], float],
 ) -> None:
-    """Compare with the truth; limits are functions of a baseline's error."""
+    """Compare ``got`` with the truth.
+
+    The limits are functions of the error of ``baseline``, which is another solution.
+    """
     (base, base_grads), (loss, grads), (expected, expected_grads) = baseline, got, truth
     error, most = relative_error(loss, expected), loss_limit(relative_error(base, expected))
     assert error <= most, f"loss: relative error {error:.1e} exceeds {most:.1e}"
@@ -268,7 +278,10 @@ def check_beside(
 
 
 def plain_torch(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
-    """Solve in plain torch: logits in the inputs' dtype, log-softmax in float32."""
+    """Return ``(loss, gradients)`` of plain torch.
+
+    Logits have the inputs' dtype, and log-softmax is in float32.
+    """
     return solve(_plain_torch, problem, **options)
 
 
@@ -309,7 +322,7 @@ def _pointwise(divergence: str, lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
-    """Return the shape of a small call on a device, which need not exist."""
+    """Return the shape of a small call. Its device need not exist on this machine."""
     dtype = torch.float64 if fp64 else torch.float32
     sizes = {"tokens": 8, "vocab_size": 16, "student_width": 4, "teacher_width": 4}
     needs = {"head_grad": True, "hidden_grad": True, "workspace_bytes": 1 << 20}
@@ -320,7 +333,7 @@ def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
 
 
 def recorded(monkeypatch: Any, owner: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
-    """Return a list to which every call of a function adds its arguments and its result."""
+    """Return a list to which every call of the function adds its arguments and its result."""
     calls, function = [], getattr(owner, name)
 
     def recorder(*args: Any) -> Any:
@@ -337,7 +350,10 @@ class _Captured(Exception):
 
 
 def capture_call(monkeypatch: Any, problem: Problem, whole: bool = False, **options: Any) -> Any:
-    """Return the LossCall that the op, or the whole objective, would hand to its backend."""
+    """Return the LossCall that the op would pass to its backend.
+
+    ``whole`` selects the whole objective.
+    """
     calls: list[LossCall] = []
 
     def stop(call: LossCall, backend: Any, deferred: bool) -> None:

@@ -1,7 +1,7 @@
-"""A series of calls of which only the first may compile kernels.
+"""A series of calls in which only the first call may compile kernels.
 
-As a program, this needs no GPU: it binds launches as for an H100, which gives the key of each
-compiled kernel. It prints the number of keys after each call. ``TRITON_INTERPRET`` must be unset.
+As a program, this module needs no GPU. It computes the key of each kernel that Triton would compile
+for an H100, and prints the number of keys after each call. ``TRITON_INTERPRET`` must be unset.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ CALLS = [
     {**FIRST, "scale": 0.25},
     {**FIRST, "softcap": 1.0},
     {**FIRST, "beta": 0.9},
-    {**FIRST, "kd_ratio": 0.9},  # 0 would need no teacher and use another kernel
+    # A kd_ratio of 0 would leave out the teacher and use another kernel.
+    {**FIRST, "kd_ratio": 0.9},
 ]
 
 
 def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **numbers: float) -> None:
-    """Run every kernel: the whole objective with labels, and lenses without a mask."""
+    """Run every kernel, by the whole objective with labels and by lenses without a mask."""
 
     scale, softcap = numbers.pop("scale"), numbers.pop("softcap")
 
@@ -60,7 +61,7 @@ def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **number
 
 
 def main() -> None:
-    """Count the keys."""
+    """Print the number of keys of compiled kernels after each call."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime import jit

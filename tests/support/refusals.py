@@ -1,4 +1,4 @@
-"""Small calls whose arguments a test replaces, and a check of the error that follows."""
+"""Small calls for tests of errors, and a check of the error that a bad argument raises."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def small_objective(student=(S,), teacher=(T,), student_final=S, teacher_final=T
 
 
 def refused(error, words, function, *args, **kwargs):
-    """Fail unless the call raises exactly this error, with these words in its message."""
+    """Fail unless the call raises exactly this error and its message contains these words."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     assert type(caught.value) is error

@@ -1,4 +1,4 @@
-"""The ``torch`` backend as it is on a GPU, its kernel interpreted, as a backend ``row_kernel``."""
+"""The backend ``row_kernel``: the ``torch`` backend as on a GPU, with an interpreted kernel."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from lens_kernels.backends.torch import row_chunks
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.dispatch import REGISTRY, Backend
 
-LANES = 16  # of 8 entries
+LANES = 16  # each lane reads 8 entries
 
 
 def evaluate(call: LossCall) -> LossResult:
-    """Return the rows of the call and the gradients of its loss."""
+    """Return the losses of a call and their gradients."""
     from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
     from lens_kernels.backends.triton import interpreter
     from lens_kernels.backends.triton.kernels import row_pass
 
     interpreter.prepare()
-    # Small steps take less time, and problems of tests need several.
+    # With small steps, a row of a test problem takes several steps, and the interpreter is faster.
     with mock.patch.dict(row_pass.OPTIONS, LANES=LANES):
         return row_chunks.evaluate(call, RowKernelPass)
 

@@ -1,4 +1,4 @@
-"""The comparison rejects wrong values."""
+"""The comparison accepts rounding and rejects wrong values."""
 
 import pytest
 import torch

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-EPS = 0.02  # large enough to change the norm of hidden states of size 1
+# This eps is large enough to change the result of a norm visibly.
+EPS = 0.02
 
 
 def model(
@@ -17,7 +18,10 @@ def model(
     seed: int = 0,
     **options: Any,
 ):
-    """Return a random model whose norms and biases are random too; ``options`` set its config."""
+    """Return a random model.
+
+    Its norms and biases are random too, and ``options`` change its config.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     settings = {
@@ -46,7 +50,7 @@ def model(
 
 
 def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
-    """Return the settings that only this family has."""
+    """Return the config settings that only this model family has."""
     inner = {"intermediate_size": 2 * width}
     heads = {"num_key_value_heads": 1}
     rms = {**inner, **heads, "rms_norm_eps": EPS, "head_dim": width // 2}
@@ -77,7 +81,7 @@ def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
 
 
 def _with_images(text: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model whose text part has the settings ``text``."""
+    """Return the settings of a model with images, whose text part has the settings ``text``."""
     vision = {
         "hidden_size": 8,
         "intermediate_size": 8,
@@ -90,9 +94,8 @@ def _with_images(text: dict[str, Any]) -> dict[str, Any]:
         "text_config": text,
         "vision_config": vision,
         "mm_tokens_per_image": 4,
-        "image_token_index": text[
-            "vocab_size"
-        ],  # outside the vocabulary, so that no text contains an image
+        # This index is outside the vocabulary, so that no text contains an image.
+        "image_token_index": text["vocab_size"],
         "initializer_range": 0.5,
         "tie_word_embeddings": text.get("tie_word_embeddings", True),
     }

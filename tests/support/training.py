@@ -1,4 +1,4 @@
-"""Tiny trainings: their data, trainers without shuffling, and comparisons of their steps."""
+"""Tiny trainings: data, trainers without shuffling, and comparisons of training steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEACHER = {"layers": 4, "width": 24, "seed": 2}
 
 
 class InOrder(LensDistillTrainer):
-    """A trainer that does not shuffle; older transformers versions lack an option for that."""
+    """A trainer that does not shuffle. Older transformers versions have no option for this."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -27,7 +27,10 @@ def tokens(batch: int = 8, length: int = 10, vocab: int = 64) -> torch.Tensor:
 
 
 def uneven_data() -> list[dict[str, torch.Tensor]]:
-    """Return examples with different numbers of labels; the first has one counted label."""
+    """Return examples with different numbers of labels.
+
+    Only one label of the first example counts.
+    """
     ids = tokens()
     labels = ids.clone()
     for row, kept in enumerate((2, 10, 5, 10, 3, 9, 10, 4)):
@@ -36,7 +39,7 @@ def uneven_data() -> list[dict[str, torch.Tensor]]:
 
 
 def batch_of(examples: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the token ids and labels of examples of equal length as two tensors."""
+    """Return the token ids and the labels of examples of equal length, each as one tensor."""
     ids, labels = (torch.stack([x[key] for x in examples]) for key in ("input_ids", "labels"))
     return ids, labels
 
@@ -51,7 +54,10 @@ def make_trainer(
     kind: type[LensDistillTrainer] = InOrder,
     **options: Any,
 ) -> LensDistillTrainer:
-    """Return a trainer of tiny models; ``teacher`` is a model, True (a default) or False."""
+    """Return a trainer of tiny models.
+
+    ``teacher`` is a model, True for a tiny one, or False for none.
+    """
     defaults = {
         "max_steps": 2,
         "learning_rate": 0.5,
@@ -83,7 +89,7 @@ def make_trainer(
 
 
 def trained(folder: Any, **options: Any) -> LensDistillTrainer:
-    """Return a trainer that has been trained."""
+    """Return a trainer after its training."""
     trainer = make_trainer(folder, **options)
     trainer.train()
     return trainer
@@ -98,7 +104,10 @@ def logged(trainer: LensDistillTrainer, key: str = "loss", having: str = "loss")
 
 
 def assert_same_step(start: Any, one: Any, other: Any, relative: float = 1e-5) -> None:
-    """Check that ``other`` equals ``one`` relative to the change of ``one`` from ``start``."""
+    """Check that the weights ``one`` and ``other`` are equal.
+
+    The error is relative to how far ``one`` moved from ``start``.
+    """
     moved = 0.0
     for name, x in one.items():
         step = (x - start[name]).abs().max().item()

@@ -1,4 +1,4 @@
-"""The compiled pointwise pass, torch.compile around the op, its registration, and autocast."""
+"""The ``torch`` backend's compiled pass, and the op under torch.compile and autocast."""
 
 import warnings
 
@@ -29,7 +29,7 @@ from tests.support.problems import (
 
 @pytest.fixture
 def compiling(monkeypatch):
-    """Compile every pointwise pass, and fail if one silently runs uncompiled."""
+    """Compile every pointwise pass, and fail if a pass silently runs uncompiled."""
     torch._dynamo.reset()
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     monkeypatch.setattr(compiled_calls, "_compiler_failed", False)
@@ -41,7 +41,7 @@ def compiling(monkeypatch):
 
 @pytest.fixture
 def tracing(compiling, monkeypatch):
-    """Trace as above, but run the traced code eagerly."""
+    """Trace every pointwise pass with dynamo, but run the traced code eagerly, which is faster."""
 
     def trace(function):
         return torch.compile(function, dynamic=True, backend="eager")
@@ -55,9 +55,9 @@ def compiled_graphs():
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_compiled_pass_matches_the_oracle(compiling, capped):
-    """The pass compiles once for beta 1/2 and once for any other beta.
+    """The pass is compiled once for beta 1/2 and once for any other beta.
 
-    Other floats and chunk sizes do not recompile it.
+    Other numbers and chunk sizes do not recompile it.
     """
     before = compiled_graphs()
     for temperature, beta, scale, softcap, rows in (
@@ -82,7 +82,7 @@ def test_every_divergence_compiled(compiling, divergence, feature):
 
 
 def test_each_divergence_has_its_own_compiled_code(tracing):
-    """Calls with different lens and final divergences follow each other in one process."""
+    """A call with another divergence does not reuse the compiled code of an earlier call."""
     problem = make(BATCH, std=2.0)
     options = {"labels": torch.randint(BATCH.vocab, BATCH.leading), "kd_ratio": 0.5}
     for final in (*DIVERGENCES, *DIVERGENCES[:2]):
@@ -96,7 +96,7 @@ def test_each_divergence_has_its_own_compiled_code(tracing):
 
 
 def test_every_variant_of_the_pass_is_compiled(tracing):
-    """More variants than torch's limit of 8: each divergence, with and without gradients."""
+    """All 12 variants of the pass are compiled, although torch's default limit is 8."""
     before = compiled_graphs()
     for divergence in DIVERGENCES:
         problem = make(BATCH, divergence=divergence)
@@ -107,7 +107,10 @@ def test_every_variant_of_the_pass_is_compiled(tracing):
 
 
 def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
-    """Logits 1e-3 apart have a jsd of 1e-7; ``exp(x) - 1`` would have an error of 10 %."""
+    """The jsd is accurate to 1e-3 for logits that differ by 1e-3.
+
+    The jsd is then 1e-7, and a formula with ``exp(x) - 1`` would have an error of 10 %.
+    """
     student = 3 * torch.randn(4, 5000)
     teacher = student + 1e-3 * torch.randn(4, 5000)
     formula = table.pointwise(Divergence.JSD, 0.5)
@@ -127,7 +130,10 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
 
 
 def test_the_compiled_search_finds_the_same_active_entries(compiling):
-    """One compilation serves blocks of several sizes, with gaps between rows."""
+    """The compiled search agrees with the eager one.
+
+    It is compiled once for blocks of several sizes, with gaps between rows.
+    """
     before = compiled_graphs()
     grad = torch.randn(40, 520)[:, :501] * torch.logspace(-3, 0, 501)
     truth, found = ColumnStatistics(), ColumnStatistics(True)
@@ -150,7 +156,7 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
 
 
 def test_the_compiled_pass_with_labels_matches_the_oracle(compiling):
-    """The second call has another temperature and beta than the compiled one."""
+    """Results with labels match the oracle; another temperature or beta does not recompile."""
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[0] = -100
     before = compiled_graphs()
@@ -208,7 +214,7 @@ def test_an_unusable_compiler_warns_once_and_changes_no_result(monkeypatch, case
 
 
 def test_a_machine_without_a_compiler(monkeypatch):
-    """Inductor looks for a compiler that does not exist."""
+    """Without a C++ compiler, the op warns and gives the same loss and gradients."""
     import torch._inductor.config
 
     problem = make(BATCH, norm="rms", divergence="hellinger")
@@ -242,7 +248,7 @@ def outside_and_inside(function):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("heads", ["outside", "inside"])
 def test_fullgraph(heads, reduction):
-    """The op is one node of the user's graph, whose gradients are those of the eager call."""
+    """The op compiles into one graph, with the loss and gradients of an eager call."""
     problem = make(BATCH, std=2.0, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else torch.tensor(1.5)
     options = {"mask": torch.rand(BATCH.leading) < 0.5, "reduction": reduction}
@@ -297,7 +303,7 @@ def test_compiled_by_inductor_and_without_gradients():
 
 
 def opcheck(monkeypatch, owner, name, function, *args, **options):
-    """Check an operator with the arguments that a call gives it."""
+    """Run ``torch.library.opcheck`` on an operator, with the arguments that a call passes to it."""
     registered = getattr(owner, name)
     calls = recorded(monkeypatch, owner, name)
     function(*args, **options)
@@ -348,7 +354,7 @@ def test_opcheck_of_scale_gradients():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduction):
     """Autocast rounds the operands as in a linear layer; the logits stay in float32."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round the logits' gradient
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round gradients
     problem = make(BATCH, std=3.0)
     rounded = problem.to(dtype)
     expected, expected_grads = oracle(rounded, reduction=reduction)
@@ -376,8 +382,8 @@ def test_autocast_accepts_mixed_dtypes():
 
 
 def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
-    """Otherwise autocast would round the results of GEMMs over gathered entries."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round the logits' gradient
+    """Autocast is off inside the op. Otherwise it would round the results of some GEMMs."""
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round gradients
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):
         check(problem, 1e-5, truth=problem.to(torch.bfloat16), grad_threshold=0.0)

@@ -1,4 +1,4 @@
-"""What is compiled for a GPU without the row kernel: the vocabulary size is fixed, rows are not."""
+"""The pass that is compiled for GPUs without the row kernel: only the number of rows is dynamic."""
 
 import torch
 
@@ -10,7 +10,7 @@ from lens_kernels.options import Divergence
 
 
 def test_only_the_number_of_rows_varies(monkeypatch):
-    """One graph for each vocabulary size, whatever the rows."""
+    """The pass is compiled once for each vocabulary size, and not again for other row counts."""
     torch._dynamo.reset()
     vocabs = []
 

@@ -1,7 +1,7 @@
-"""bfloat16 GEMMs on a CPU with AMX, which are switched on in oneDNN for bfloat16 operands alone.
+"""GEMMs in bfloat16 on CPUs with AMX: only bfloat16 operands switch oneDNN to bfloat16.
 
 Operands are rounded if AMX is detected, whether or not the hardware uses it. The tests pretend that
-it is detected, so that they are valid on every CPU.
+AMX is detected, so that they are valid on every CPU.
 """
 
 import threading
@@ -53,7 +53,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Return a function that gives oneDNN's settings during a call's GEMMs."""
+    """Return a function that runs a call and returns oneDNN's settings during its GEMMs."""
 
     def run(problem, **options):
         options["workspace_bytes"] = several_chunks(ODD)
@@ -109,20 +109,20 @@ def test_only_bfloat16_operands_use_the_setting(always_active, settings, thresho
 
 
 @pytest.mark.parametrize(
-    "case", ["has it", "has none", "torch cannot tell", "torch cannot be told"]
+    "case", ["has it", "has none", "torch cannot tell", "torch has no setting"]
 )
 def test_amx_is_detected_from_the_cpu(monkeypatch, case):
     there = {"amx_bf16": case != "has none"}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: there, raising=False)
     if case == "torch cannot tell":
         monkeypatch.delattr(torch.cpu, "get_capabilities")
-    if case == "torch cannot be told":
+    if case == "torch has no setting":
         monkeypatch.delattr(type(torch.backends.mkldnn), "matmul")
     assert has_amx() is (case == "has it")
 
 
 def test_amx_is_not_used_for_float16():
-    """Rounding the logits' gradient to float16 would not be faster."""
+    """AMX is not used for float16, because rounding operands to float16 would not be faster."""
     cpu = torch.device("cpu")
     assert matmul.multiplies_natively(torch.bfloat16, torch.float32, cpu)
     assert not matmul.multiplies_natively(torch.float16, torch.float32, cpu)
@@ -156,7 +156,8 @@ def test_the_users_settings_stay(own, above):
         assert SETTING.fp32_precision == "bf16"
         _ = 1 / 0
     assert SETTING.fp32_precision == before
-    if own == "none":  # the parent setting still applies
+    # The setting is still inherited from its parent.
+    if own == "none":
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
 
@@ -190,7 +191,8 @@ def test_two_threads_restore_the_setting(monkeypatch):
         first_is_in.wait()
         with matmul._as_bfloat16(torch.bfloat16):
             second_waits_or_is_in.set()
-            threads[0].join()  # without a lock, the second to end restores what the first set
+            # Without a lock, this thread would end last, and restore the first thread's bf16.
+            threads[0].join()
 
     threads = [threading.Thread(target=f) for f in (first, second)]
     for thread in threads:

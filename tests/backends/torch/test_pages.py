@@ -1,4 +1,4 @@
-"""The cost of new memory on a CPU: requests to Linux and glibc, and their effect."""
+"""Memory on a CPU: large tensors use huge pages, and freed blocks are reused."""
 
 import os
 import platform
@@ -41,9 +41,10 @@ def asked_for_huge_pages(address):
 
 @linux
 def test_only_whole_huge_pages_of_a_tensor_are_requested():
-    # Too large for a block that malloc reuses, which an earlier tensor may have marked.
+    # A smaller block might be reused from an earlier tensor, which marked it for huge pages.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
-    edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE  # last byte of a page it shares
+    # The last byte of the first page, which other memory shares.
+    edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE
     assert in_huge_pages(x) is x
     assert asked_for_huge_pages(x.data_ptr() + 8 * HUGE_PAGE)
     if edge >= x.data_ptr():
@@ -63,7 +64,8 @@ def test_tensors_without_such_memory_are_left_alone(monkeypatch):
     ):
         assert in_huge_pages(x) is x
     assert asked == []
-    x = in_huge_pages(torch.empty(HUGE_PAGE))  # four pages long
+    # The tensor has the size of four huge pages.
+    x = in_huge_pages(torch.empty(HUGE_PAGE))
     ((start, length, _),) = asked
     assert start % HUGE_PAGE == 0 and length == (3 if x.data_ptr() % HUGE_PAGE else 4) * HUGE_PAGE
 
@@ -105,7 +107,10 @@ print(faults())
 
 @glibc
 def test_freed_blocks_are_kept():
-    """Five rounds of twelve 4 MiB blocks would fault 60 thousand pages if glibc freed them."""
+    """Glibc keeps freed blocks.
+
+    Otherwise five rounds of twelve 4 MiB blocks would cause 60,000 page faults.
+    """
     command = [sys.executable, "-c", FAULTS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2000

@@ -1,11 +1,11 @@
-"""A simulated GPU."""
+"""A simulated GPU model for the tests of tuned tiles."""
 
 import pytest
 
 
 @pytest.fixture
 def some_gpu(monkeypatch):
-    """Report CPU tensors as those of a GPU model that has no tuned tiles."""
+    """Report the GPU model of CPU tensors as ``Some GPU``, which has no tuned tiles."""
     from lens_kernels.backends.triton.tiles import store
 
     monkeypatch.setattr(store, "device_name", lambda device: "Some GPU")

@@ -1,4 +1,4 @@
-"""The comparison of the kernels with the torch backend, in the interpreter."""
+"""The check that compares the kernels with the ``torch`` backend, run in Triton's interpreter."""
 
 import pytest
 import torch
@@ -10,13 +10,15 @@ from lens_kernels.options import Divergence  # noqa: E402
 from tests.support.problems import recorded  # noqa: E402
 
 CPU = torch.device("cpu")
-SIZES = (24, 40, 90, 300)  # widths, vocabulary, tokens
+# Both hidden sizes, the vocabulary size, and the number of tokens.
+SIZES = (24, 40, 90, 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
     evaluated = recorded(monkeypatch, agreement, "evaluate")
-    monkeypatch.setattr(agreement, "TOKENS", 40)  # more than a block of rows is
+    # This is more than one block of rows.
+    monkeypatch.setattr(agreement, "TOKENS", 40)
     agreement.check(*SIZES, dtype, CPU)
     calls = [call for (call,), _ in evaluated]
     assert [c.divergences[0] for c in calls] == 2 * list(Divergence)
@@ -26,7 +28,8 @@ def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["rows", 0, "weight", "bias", "norm_weight", "norm_bias"])
 def test_a_wrong_result_is_named(monkeypatch, wrong):
-    evaluate = agreement.row_chunks.evaluate  # replaces the kernels, to be faster
+    # The torch backend replaces the kernels, because it is faster than the interpreter.
+    evaluate = agreement.row_chunks.evaluate
 
     def faulty(call):
         result = evaluate(call)

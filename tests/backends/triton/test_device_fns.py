@@ -1,4 +1,4 @@
-"""The kernels' elementary functions, and their table of divergences against the library's."""
+"""The kernels' elementary functions and divergences, compared with torch and the library."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def table_kernel(
 
 
 def over_blocks(kernel, *inputs, outputs=1, **options):
-    """Run a kernel over fp32 numbers, padded to full blocks."""
+    """Return the results of a kernel on fp32 numbers, which are padded to full blocks."""
     size = inputs[0].numel()
     more = -size % BLOCK
     padded = [torch.cat([x, x[:1].expand(more)]) for x in inputs]
@@ -62,7 +62,10 @@ def over_blocks(kernel, *inputs, outputs=1, **options):
 
 
 def magnitudes(largest):
-    """Return numbers from 1e-38 to ``largest``, some at and around where formulas change."""
+    """Return numbers from 1e-38 to ``largest``.
+
+    Some are at or next to the points where a function switches formulas.
+    """
     spread = torch.logspace(-38, 0, 4001, dtype=torch.float64) * largest
     near = torch.tensor([device_fns.NEAR.value, 0.25, 0.29289, 0.75])
     near = torch.cat(
@@ -89,7 +92,10 @@ RANGES = {
 
 @pytest.mark.parametrize("name", RANGES)
 def test_functions_have_a_small_relative_error(name):
-    """The bound of exp grows with its argument, whose rounding it amplifies."""
+    """Each function is accurate to 3e-7.
+
+    The error of exp grows with its argument, because exp amplifies the argument's rounding.
+    """
     x = RANGES[name]
     truth = getattr(torch, name.removesuffix("_near"))(x.double())
     got = unary(name, x)
@@ -110,7 +116,10 @@ def test_functions_at_zero_infinity_and_nan():
 
 
 def test_minus_does_not_cancel():
-    """p and q are rounded exponentials, and ``d`` is the exact difference of their logarithms."""
+    """``minus`` computes p - q without cancellation.
+
+    It gets rounded p and q, and ``d``, the exact difference of their logarithms.
+    """
     lq = -30 * torch.rand(8000)
     d = torch.cat([magnitudes(5.0), -magnitudes(5.0)])[torch.randperm(16000)[:8000]]
     d[:100] = 0.0
@@ -125,7 +134,10 @@ def test_minus_does_not_cancel():
 
 @pytest.fixture(scope="module")
 def log_probabilities():
-    """Return all pairs of a grid that includes underflow, then near pairs and equal pairs."""
+    """Return two lists of log-probabilities.
+
+    They hold all pairs of a grid that includes underflow, then near pairs, then equal pairs.
+    """
     torch.manual_seed(0)
     grid = torch.cat([torch.linspace(-12, 0, 25), torch.tensor([-20.0, -40.0, -80.0, -110.0])])
     lp, lq = (x.flatten() for x in torch.meshgrid(grid, grid, indexing="ij"))
@@ -137,16 +149,17 @@ def log_probabilities():
 
 
 def run_table(divergence, lp, lq, beta):
-    # A GPU gets float32 scalars, the interpreter float64 ones.
+    # Round the scalars to float32, as a GPU does. The interpreter keeps them in float64.
     scalars = torch.tensor([beta, 1 - beta]).tolist()
     return over_blocks(table_kernel, lp, lq, outputs=2, scalars=scalars, DIVERGENCE=divergence)
 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, beta):
-    """The error is relative to the value and to |p - q|.
+    """The kernels' divergences and their gradients match those of the library.
 
-    The bound grows with the log-probabilities, because larger ones have less accurate exponentials.
+    The allowed error is relative to the value and to |p - q|. It grows with the log-probabilities,
+    because the exponentials of larger ones are less accurate.
     """
     lp, lq = log_probabilities
     wide = lp.double(), lq.double()
@@ -154,7 +167,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
     truth = table.pointwise(Divergence(divergence), beta)(*wide, p, q, (beta, 1 - beta))
     digits = 1 + torch.maximum(lp, lq).abs().clamp(max=110) / 4
     for name, got, expected in zip("fh", run_table(divergence, lp, lq, beta), truth, strict=True):
-        # jsd is proportional to beta (1 - beta) where p is near q.
+        # Where p is near q, the jsd is proportional to beta (1 - beta).
         scale = 0.4 * beta * (1 - beta) if divergence == "jsd" else 0.1
         bound = 5e-6 * digits * (expected.abs() + scale * (p - q).abs())
         excess = (got - expected).abs() / bound.clamp(min=1e-41)
@@ -166,7 +179,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_tables_agree_on_what_is_infinite(divergence, beta):
-    """All pairs of the probabilities 1/2, exp(-300) and 0 give the same infinities."""
+    """Kernels and library give the same infinities for all pairs of 1/2, exp(-300) and 0."""
     some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
     lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
     expected = table.pointwise(Divergence(divergence), beta)(

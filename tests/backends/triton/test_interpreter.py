@@ -1,4 +1,4 @@
-"""The corrected bfloat16 of the interpreter rounds as torch does, and multiplies correctly."""
+"""Triton's interpreter, as the library corrects it, rounds to bfloat16 and multiplies as torch."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def cast(x, dtype):
 
 
 def specials():
-    """Return rounding ties, their neighbours, and the ends of ranges."""
+    """Return float32 numbers at and next to rounding ties, and the smallest and largest numbers."""
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x00008000, 0x00018000, 0x7F7F8000, 0x7F7F7FFF])
     ties = torch.cat([ties - 1, ties, ties + 1]).to(torch.int32).view(torch.float32)
     info = torch.finfo(torch.float32)
@@ -50,9 +50,8 @@ def specials():
 
 
 def test_rounding_is_torch_s_bit_for_bit():
-    patterns = torch.randint(-(2**31), 2**31, (1 << 16,)).to(
-        torch.int32
-    )  # any bit pattern of a float
+    # Random bits give every kind of float.
+    patterns = torch.randint(-(2**31), 2**31, (1 << 16,)).to(torch.int32)
     x = torch.cat([patterns.view(torch.float32), torch.randn(1 << 12), specials()])
     x = torch.cat([x, torch.zeros(-x.numel() % 256)])
     got, expected = cast(x, torch.bfloat16), x.to(torch.bfloat16)

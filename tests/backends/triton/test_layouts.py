@@ -37,22 +37,25 @@ def far_rows(x):
 
 
 def transposed(x):
-    """Return a layout whose first axis has stride 1."""
+    """Return an uninitialised transpose, whose first axis has stride 1."""
     return torch.empty(x.shape[::-1]).permute(*reversed(range(x.dim())))
 
 
 def every_other(x):
-    """Return a layout without a unit stride, with NaN between the entries."""
+    """Return every other entry of a NaN-filled buffer, so that no axis has stride 1."""
     return torch.full((*x.shape[:-1], 2 * x.shape[-1]), NAN)[..., ::2]
 
 
 def offset(x):
-    """Return a contiguous layout in the middle of a NaN-filled buffer."""
+    """Return a contiguous view in the middle of a NaN-filled buffer."""
     return torch.full((x.numel() + 7,), NAN)[5:-2].view(x.shape)
 
 
 def laid_out(problem, layout):
-    """Return the problem with every tensor of two or more axes in another layout."""
+    """Return a copy of the problem.
+
+    ``layout`` arranges its tensors of two or more axes in memory.
+    """
 
     def move(x):
         if x.dim() == 1:
@@ -70,7 +73,7 @@ def laid_out(problem, layout):
 @pytest.mark.parametrize("feature", ["bias", "everything"])
 @pytest.mark.parametrize("layout", [padded_rows, far_rows, transposed, every_other, offset])
 def test_layouts(garbage, layout, feature, masked, width):
-    """Hidden states, heads, biases and norm weights of any layout, with and without a norm."""
+    """Tensors of any layout give the same loss and gradients, with and without a norm."""
     problem = make(Shape((5, 7), 97, width, 48, 1), std=2.0, **FEATURES[feature])
     options = {"mask": torch.rand(5, 7) < 0.5} if masked else {}
     moved = laid_out(problem, layout)
@@ -118,7 +121,7 @@ SIZES = {
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(garbage, size, divergence, norm):
-    """No kernel reads uninitialised memory at the edge of a block."""
+    """At sizes of a block or less, and just above, kernels read no uninitialised memory."""
     problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")
@@ -132,11 +135,12 @@ def test_sizes(garbage, size, divergence, norm):
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
 def test_an_upstream_gradient_in_any_layout(divergence):
-    """The gradient of per-token losses may be a transpose, or every other entry of a tensor."""
+    """The gradient of per-token losses may be a transpose or every other entry of a tensor."""
     problem = make(BATCH, divergence=divergence)
     for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)
-        flat = upstream.reshape(BATCH.pairs, -1)  # as the op does
+        # The op flattens the upstream gradient in the same way.
+        flat = upstream.reshape(BATCH.pairs, -1)
         assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
         check(problem, upstream=upstream, reduction="none", backend="triton")
 

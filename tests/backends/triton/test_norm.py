@@ -1,4 +1,4 @@
-"""The kernels of the norm, over one or more blocks of rows in one or many programs."""
+"""The norm's kernels agree with ``LensNorm`` for any number of rows, row blocks and programs."""
 
 import pytest
 import torch
@@ -16,10 +16,11 @@ KINDS = {
     "layer": {"kind": "layer", "weight": True, "bias": True, "offset": 0.5},
 }
 WIDTH = 300
-BLOCK_N = norm.BLOCK // 512  # rows of a block of this width
+# The number of rows in one block at this width.
+BLOCK_N = norm.BLOCK // 512
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
-# One row; a full block; a block for each program and one row more; several blocks for each
-# program, with a last block that is not full.
+# Numbers of rows: one row; a full block; a block for each program and one row more; and several
+# blocks for each program, with a last block that is not full.
 TOKENS = [1, BLOCK_N, BLOCK_N * PROGRAMS + 1, BLOCK_N * 19 + 3]
 
 
@@ -30,7 +31,7 @@ def make(name):
 
 
 def indexed(tokens, masked):
-    """Return hidden states, and the indices of the valid ones if there is a mask."""
+    """Return hidden states. With a mask, also return the indices of the unmasked rows."""
     if not masked:
         return torch.randn(tokens, WIDTH), None
     hidden = torch.randn(2 * tokens + 1, WIDTH)
@@ -72,7 +73,8 @@ def test_rows_and_their_gradients(name, tokens, masked):
         grad, hidden, index, layer_norm, got["hidden"], got.get("weight"), got.get("bias")
     )
     for key, x in before.items():
-        got[key] = got[key] - x  # the kernel adds to the buffer
+        # The kernel adds to the buffer, whose old values are subtracted here.
+        got[key] = got[key] - x
     if index is not None:
         others = torch.ones(len(hidden), dtype=torch.bool)
         others[index] = False

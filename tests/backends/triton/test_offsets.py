@@ -1,7 +1,7 @@
 """Offsets beyond 2^31 elements, where a row index times its stride overflows 32 bits.
 
 8192 tokens by 262144 entries are 2^31 logits. The tests only reserve address space, because pages
-that are never written take no memory. The same room is reserved before each tensor, so that a
+that are never written take no memory. They reserve 2^31 more elements before each tensor, so that a
 wrapped offset reads zeros instead of crashing.
 """
 
@@ -24,7 +24,7 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def far_apart(x):
-    """Return ``(4, D)`` with rows 2^30 elements apart, in reserved address space."""
+    """Return a copy whose rows are 2^30 elements apart, in reserved address space."""
     assert x.shape[0] == ROWS and (ROWS - 1) * STRIDE >= 1 << 31
     reach = ROWS * STRIDE + x.shape[1]
     before = 1 << 31

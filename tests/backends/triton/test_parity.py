@@ -1,4 +1,4 @@
-"""The triton and the torch backend agree, option by option and dtype by dtype.
+"""The ``triton`` and ``torch`` backends agree for every option and dtype.
 
 The functional tests compare both with the oracle in float32. These tests compare the two backends
 in 16 bits, under autocast, with an active vocabulary, and over chunks of any size.
@@ -17,8 +17,8 @@ from tests.support.problems import make, objective, ours
 
 BACKENDS = ("torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
-# Tolerances by dtype, for the loss, the loss with a norm, and gradients. The norm's result and the
-# logits' gradient are rounded to the dtype before a GEMM.
+# Tolerances of the loss without a norm, the loss with a norm, and gradients. Before a GEMM, the
+# norm's result and the logits' gradient are rounded to the dtype.
 TOLERANCES = {
     torch.float32: (1e-6, 1e-6, 1e-5),
     torch.float16: (1e-5, 5e-4, 2e-3),
@@ -44,12 +44,16 @@ def compare(problem, dtype, normed, **options):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("feature", "divergence"),
-    # Rounding the norm's result moves entries across p = q, where the slope of tvd jumps.
+    # tvd is tested without a norm. Rounding a norm's result would move entries across p = q, where
+    # the slope of tvd jumps.
     [*((feature, "jsd") for feature in FEATURES), *(("bias", d) for d in DIVERGENCES if d != "jsd")]
     + [("everything", "jeffreys")],
 )
 def test_16_bit_with_all_options_of_a_call(feature, divergence, dtype):
-    """A mask, a vocabulary prefix, two pairs with weights, two hidden sizes and a sum at once."""
+    """In 16 bits, the backends agree on a call that combines many options.
+
+    The call has a mask, a vocabulary prefix, two weighted pairs, two hidden sizes and a sum.
+    """
     problem = make(BATCH, std=2.0, **FEATURES[feature], divergence=divergence).to(dtype)
     options = {
         "mask": torch.rand(BATCH.leading) < 0.5,
@@ -75,7 +79,7 @@ def test_autocast(feature, dtype):
 
 @pytest.mark.parametrize("rounded", ["bias", "norm"])
 def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
-    """Some models keep these parameters in float32."""
+    """The bias or norm of a 16-bit head may be float32, as in some models."""
     problem = make(BATCH, std=2.0, bias=True, norm="layer", norm_bias=True)
     half = problem.to(torch.bfloat16)
     for side in ("student_head", "teacher_head"):
@@ -86,7 +90,10 @@ def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
 
 
 def active_problem():
-    """Return peaked models: most entries get almost no gradient. Head rows share a mean."""
+    """Return peaked models, which get almost no gradient at most entries.
+
+    The mean of the head's rows is not zero.
+    """
     problem = make(Shape((24,), 400, 16, 16, 1))
     weight = 2.0 * torch.randn(400, 16) + 3.0
     head = type(problem.student_head)
@@ -102,8 +109,8 @@ def active_problem():
 def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
     """With one chunk, both backends skip the same columns.
 
-    The torch backend chooses columns for each chunk of tokens, the triton backend for each chunk
-    of the vocabulary.
+    With more chunks they may differ: the torch backend chooses columns for each chunk of tokens,
+    and the triton backend for each chunk of the vocabulary.
     """
     problem = active_problem()
     options = {"final_divergence": "jsd", "grad_threshold": threshold}
@@ -119,7 +126,7 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
         assert_close(got.dropped, expected.dropped, 1e-4, "dropped")
         assert 0 < got.dropped <= 1
     if threshold == 1e3:
-        # The logits' gradient sums to 0 over a row, so that the mean head row contributes 0.
+        # All entries are dropped. Each row of the gradient sums to 0, so the mean head row adds 0.
         assert got.dropped == 1 and not grads["weight"].any()
         assert grads["hidden0"].abs().max() < 1e-6
         return
@@ -129,7 +136,11 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
 
 
 def test_the_threshold_of_float16(always_active):
-    """In float16 the kernels multiply both tiles and threshold by a headroom."""
+    """Both backends drop the same share in float16.
+
+    The kernels multiply float16 gradients by a constant against underflow, and must multiply the
+    threshold too.
+    """
     problem = active_problem().to(torch.float16)
     options = {"final_divergence": "jsd", "grad_threshold": 1e-4}
     expected, dropped = (objective(problem, **options, backend=x).dropped for x in BACKENDS)
@@ -138,7 +149,10 @@ def test_the_threshold_of_float16(always_active):
 
 
 def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active):
-    """Each chunk of the vocabulary replaces its skipped head rows by their mean."""
+    """With a chunk for each tile, dropping entries changes the gradient by at most 0.1 %.
+
+    Each chunk replaces its skipped head rows by their mean.
+    """
     problem = active_problem()
     _, exact = ours(problem, backend="triton")
     one_tile = {"backend": "triton", "workspace_bytes": 1}
@@ -150,7 +164,7 @@ def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active
 
 
 def test_chunks_of_any_size():
-    """Chunks of one to four of the seven tiles give the same as one chunk."""
+    """Chunks of one to four tiles give the same loss and gradients as one chunk of all seven."""
     problem = make(Shape((20,), 840, 24, 40, 2), **FEATURES["everything"])
     tile = default(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
     assert tile.block_v == 128

@@ -1,4 +1,4 @@
-"""The pass by a kernel over whole rows, interpreted: one tile of logits against float64."""
+"""The row kernel computes losses and gradients of whole rows of logits, which match float64."""
 
 import pytest
 import torch
@@ -25,13 +25,13 @@ kinds = pytest.mark.parametrize(("divergence", "beta"), KINDS)
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Steps of 64 entries, so that a row has several."""
+    """Let the kernel read 64 entries at a time, so that a row takes several steps."""
     interpreter.prepare()
     monkeypatch.setitem(row_pass.OPTIONS, "LANES", 8)
 
 
 def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, survey=False):
-    """Return losses and gradient of a tile, whose padding is NaN before and after."""
+    """Return losses, gradient and survey of a tile. The padding of all tiles is NaN."""
     rows, vocab = zs.shape
     head = head or LensHead(torch.zeros(vocab, 1))
     divergence = None if divergence is None else Divergence(divergence)
@@ -58,7 +58,7 @@ def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, s
 
 
 def truth(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0):
-    """Return the same in float64, by autograd."""
+    """Return losses and gradient of a tile in float64, by autograd."""
     zs = zs.double().requires_grad_()
     lq, lp = (z.clamp(min=table.FLOOR).div(temperature).log_softmax(-1) for z in (zs, zt.double()))
     weight = torch.linspace(0.5, 1.5, zs.shape[0])
@@ -99,7 +99,10 @@ def test_labels_have_no_temperature(divergence, temperature):
 @kinds
 @pytest.mark.parametrize("scale", [1.0, 0.02, 300.0])
 def test_rows_without_a_finite_logit_are_uniform(divergence, beta, scale):
-    """The entries beyond the vocabulary are no part of them, whatever multiplies -inf."""
+    """A row with only logits of -inf is uniform over the vocabulary, at any scale.
+
+    The padding beyond the vocabulary gets no probability.
+    """
     vocab = 100
     head = LensHead(torch.zeros(vocab, 1), scale=scale)
     nothing = torch.full((2, vocab), -INFINITY)
@@ -147,7 +150,10 @@ def test_a_row_that_is_not_a_number_stays_alone(divergence, beta, side, value):
 
 @kinds
 def test_near_convergence(divergence, beta):
-    """On a grid whose differences are exact; a jsd of 1e-7."""
+    """Losses near 1e-7 are accurate to 1e-4.
+
+    The logits are on a grid, so that their differences are exact.
+    """
     grid = 2.0**-12
     zt = (torch.randn(3, 500) / grid).round() * grid
     zs = zt + (torch.randn(3, 500) * 4).round() * grid
@@ -158,7 +164,7 @@ def test_near_convergence(divergence, beta):
     assert bool((loss > 0).all())
 
 
-def test_the_survey_is_of_what_is_written():
+def test_the_survey_describes_the_written_gradient():
     zs, zt = 3 * torch.randn(4, 150), 3 * torch.randn(4, 150)
     _, grad, survey = run(zs, zt, "jsd", survey=True)
     assert torch.equal(survey.peak, grad.abs().amax(0))
@@ -173,7 +179,7 @@ def test_the_survey_is_of_what_is_written():
 
 
 def test_half_and_the_general_formula_agree():
-    """``jsd_half`` against the table of the library, relative to itself."""
+    """``jsd_half``, the kernel's formula for beta 1/2, matches the library's jsd to 4e-6."""
     lq = -12 * torch.rand(4000)
     lp = (lq + torch.randn(4000) * torch.logspace(-7, 1, 4000)).clamp(max=0)
     wide = lp.double(), lq.double()
@@ -186,7 +192,7 @@ def test_half_and_the_general_formula_agree():
 @pytest.mark.parametrize("rows", [7, 30])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
-    """Tiles that end inside of a pair, with a mask, and the same twice, bit by bit."""
+    """With several pairs in a tile, results match the oracle and repeat bit for bit."""
     shape = Shape((11,), 97, 12, 8, 3)
     problem = make(shape, **FEATURES[feature])
     options = {"layer_weights": [0.2, 1.5, 0.7], "mask": torch.rand(11) < 0.8}
@@ -203,7 +209,8 @@ def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
 
 def test_steps_are_whole_blocks_that_cover_every_row_once():
     made = layout.apart(5 * 1000, 5000, torch.bfloat16, 1 << 30)
-    assert (made.tile_rows, made.grad_rows) == (512, 1792)  # three steps of about the same size
+    # The rows make three almost equal steps.
+    assert (made.tile_rows, made.grad_rows) == (512, 1792)
     seen = []
     for tiles in made.steps(5, 1000):
         assert sum(p.stop - p.start for tile in tiles for p in tile) <= made.grad_rows
@@ -236,7 +243,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(monkeypatch, divergence
 
     def count(mask, pointer):
         nonlocal counted
-        if mask.data.size > 1:  # what there is once for a row is left out
+        # The plan leaves out single values, such as a row's weight.
+        if mask.data.size > 1:
             counted += (
                 int(mask.data.sum()) * pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
             )

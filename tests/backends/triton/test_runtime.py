@@ -1,4 +1,4 @@
-"""The triton backend's conditions and errors, and the constants of its compiled kernels."""
+"""The triton backend's requirements and errors, and what its kernels are compiled for."""
 
 import importlib
 import importlib.util
@@ -18,8 +18,8 @@ from tests.support.problems import call_shape, loss_of, make, recorded
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
-# Settings of TF32 in torch, and whether each allows it. Each needs a process of its own: once the
-# newer switch is set, the older one cannot be read.
+# Settings of torch, and whether each allows TF32. Each setting needs a process of its own, because
+# torch cannot read the older switch once the newer one is set.
 TF32 = {
     "pass": False,
     "torch.set_float32_matmul_precision('high')": True,
@@ -28,7 +28,8 @@ TF32 = {
     "torch.backends.fp32_precision = 'tf32'": True,
     "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
 }
-if not hasattr(torch.backends, "fp32_precision"):  # the newer switch came with torch 2.9
+# The newer switch exists since torch 2.9.
+if not hasattr(torch.backends, "fp32_precision"):
     TF32 = {setting: allowed for setting, allowed in TF32.items() if "fp32" not in setting}
 COMPILED = """
 import importlib, json, os, pkgutil, sys, torch
@@ -62,7 +63,7 @@ print(json.dumps([kernels, error, tf32]))
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Return the results of COMPILED in a fresh Python without Triton's interpreter."""
+    """Return the output of COMPILED, which runs without Triton's interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", COMPILED]
@@ -83,12 +84,12 @@ def test_tf32_is_torch_s_choice_by_either_switch(compiled):
     assert tf32 == [10 + allowed for allowed in TF32.values()]
 
 
-# Constants that a kernel may be compiled for: the formulas and the tile.
+# The compile-time constants of the kernels: they select the formula and the tile.
 CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D"}
 CONSTANT |= {"GROUP", "LANES"}
-# Numbers that change between calls. Triton must not specialise on 1 or multiples of 16.
+# These integers change between calls. Triton must not specialise on 1 or multiples of 16.
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "first_column"}
-# Floats: Triton does not specialise on their values. An operand contains slope and cap.
+# Triton does not specialise on the values of floats. An operand contains the floats slope and cap.
 FLOATS = {"operand", "student", "beta", "one_minus_beta", "temperature", "eps", "offset"}
 
 
@@ -106,7 +107,10 @@ def test_new_numbers_do_not_recompile_the_kernels(compiled):
 
 
 def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
-    """Integers would change the signature, and Triton would make 1 a constant."""
+    """Integers given as options become floats.
+
+    Triton would compile another kernel for an integer, and again for 1.
+    """
     package = importlib.import_module("lens_kernels.backends.triton")
     head_of = package.evaluate.__globals__["_Head"]
     calls = recorded(monkeypatch, package, "evaluate")
@@ -117,12 +121,13 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     numbers = [call.temperature, call.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
     operand = head_of(head, call).operand(call.student_hidden[0], None, None)
-    numbers += operand.arguments()[-2:]  # slope and cap
+    # The last two arguments of an operand are slope and cap.
+    numbers += operand.arguments()[-2:]
     assert all(type(x) is float for x in numbers), numbers
 
 
 def test_auto_never_chooses_the_interpreter():
-    """The interpreter supports CPU tensors here, but is a thousand times slower than torch."""
+    """``auto`` never runs interpreted kernels, which support a CPU but are 1000 times slower."""
     assert choose("triton", call_shape(CPU)).name == "triton"
     assert choose("auto", call_shape(CPU)).name == "torch"
 

@@ -1,4 +1,4 @@
-"""Tuning with invented times, and with tiles that raise compiler errors."""
+"""Tuning, with a fake clock and with tiles that fail or give wrong results."""
 
 import importlib.util
 
@@ -18,21 +18,23 @@ from lens_kernels.backends.triton.tiles import search, sizes, store  # noqa: E40
 from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep  # noqa: E402
 
 CPU = torch.device("cpu")
-SIZES = (24, 40, 90, 6)  # hidden sizes, vocabulary size, tokens
+# Both hidden sizes, the vocabulary size, and the number of tokens.
+SIZES = (24, 40, 90, 6)
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
-# Faster than all others, and with wrong results or errors.
+# These tiles are the fastest, but tests give them wrong results or errors.
 BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
     (Sweep.GRADIENTS, 24),
 ]  # fmt: skip
 COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
-LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]  # in the order of Sweep
+# The functions that launch the sweeps, in the order of the enum ``Sweep``.
+LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]
 
 
 def clock(function):
-    """Return the time of a tile."""
+    """Return the fake time of the tile that is measured."""
     return COST[function.args[-1]]
 
 
@@ -61,7 +63,7 @@ def stored():
 
 
 def instead(monkeypatch, name, replacements):
-    """Replace a sweep's launch for some tiles."""
+    """Replace the function that launches a sweep, for some tiles."""
     original = getattr(search, name)
 
     def launch(*args):
@@ -198,7 +200,7 @@ def test_candidates_and_defaults_are_valid(arch, dtype, sweep):
         assert sizes.invalid_reason(tile, sweep, arch, dtype.itemsize) is None
 
 
-# The command
+# The command ``lens-kernels tune``
 
 COMMAND = ["tune", "--student-width", "24", "--teacher-width", "40", "--vocab", "90"]
 COMMAND += ["--tokens", "6", "--dtype", "float32"]
@@ -228,7 +230,7 @@ def test_a_missing_requirement_is_reported_in_one_line(capsys, monkeypatch, miss
 
 @pytest.fixture
 def command(monkeypatch):
-    """Let the command tune on the CPU."""
+    """Let ``lens-kernels tune`` run on the CPU, with the fake clock."""
     monkeypatch.setattr(tuning, "unsupported_reason", lambda: None)
     monkeypatch.setattr(search, "candidates", lambda *args: [FAST])
     tune = tuning.tune

@@ -1,4 +1,4 @@
-"""Tiles that tuning found: stored in a file, read back, and used."""
+"""The file of tuned tiles: writing, reading, and the use of its tiles in a call."""
 
 import functools
 import importlib
@@ -67,7 +67,10 @@ def test_the_file_is_read_once_and_never_by_the_interpreter(compiled, monkeypatc
 
 
 def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
-    """Every sweep looks up the narrower width."""
+    """A call uses tuned tiles.
+
+    If a sweep reads both models, it looks up the smaller hidden size.
+    """
     monkeypatch.setattr(store, "lookup", lambda sweep, *key: FAST if sweep is GRADIENTS else None)
     asked = recorded(monkeypatch, store, "lookup")
     used = recorded(monkeypatch, importlib.import_module(evaluate.__module__), "gradient_chunk")
@@ -81,13 +84,18 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 
 @pytest.mark.parametrize("extra", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
-    """A bias or softcap takes registers, so that the tuned tile may no longer fit."""
+    """Heads with a bias or softcap do not use tuned tiles.
+
+    Tuning measures heads without a bias or softcap. These take registers, so that a tuned tile may
+    not fit.
+    """
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)
     heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))
     call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
     with pytest.raises(TypeError, match="not callable"):
-        call(*heads, divergence="jsd")  # the teacher's own sweep has no bias or softcap
+        # The teacher's head has no bias or softcap, so its own sweep looks up a tile.
+        call(*heads, divergence="jsd")
     call(heads[0], heads[0], divergence="jsd").backward()
 
 
@@ -176,7 +184,7 @@ def test_processes_that_write_at_once_lose_nothing(compiled, monkeypatch):
     replace = store.os.replace
 
     def slowly(*args):
-        """Give unlocked processes time to read the old file."""
+        """Replace the file late, so that writers without a lock would read the old file."""
         time.sleep(0.02)
         replace(*args)
 
@@ -187,7 +195,8 @@ def test_processes_that_write_at_once_lose_nothing(compiled, monkeypatch):
         process.start()
     while any(process.is_alive() for process in writers):
         if compiled.exists():
-            json.loads(compiled.read_text())  # always complete
+            # A reader always finds a complete file.
+            json.loads(compiled.read_text())
     for process in writers:
         process.join()
         assert process.exitcode == 0

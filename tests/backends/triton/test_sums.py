@@ -1,4 +1,4 @@
-"""Sums over tiles and splits of the vocabulary are exact, repeatable, and separate by row."""
+"""The kernels' sums over the vocabulary are exact and repeatable, and rows do not mix."""
 
 import importlib
 
@@ -13,7 +13,8 @@ from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.memory import fill_new_tensors
 from tests.support.problems import check, loss_of, make, oracle, ours, without_columns
 
-# Two blocks of rows by four splits. A split has two tiles; the last has one, which is not full.
+# The kernels divide this shape into two blocks of rows and four splits of the vocabulary. Each
+# split has two tiles, except the last, which has one partial tile.
 SPLITS = Shape((65,), 840, 24, 40, 1)
 # The sums of jsd take two sweeps over the vocabulary, those of jeffreys take one.
 PATHS = ["jsd", "jeffreys"]
@@ -22,7 +23,7 @@ INFINITY = float("inf")
 
 @pytest.fixture
 def layout():
-    """Check that the interpreter's tile divides SPLITS as described above."""
+    """Check that the kernels divide SPLITS as its comment says."""
     tile = sizes.default(sizes.Sweep.ONLINE_KL, sizes.ARCHS["interpreter"], torch.float32, 24)
     grid = launch.SplitGrid(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
     assert grid.shape == (2, 4) and grid.tiles_per_split == 2
@@ -35,9 +36,10 @@ def rows(problem, **options):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(layout, divergence):
-    """All logits are multiples of 2^-16 below 64, which float32 represents exactly.
+    """The sums lose no digits near convergence.
 
-    Thus only the sums can lose digits.
+    All logits are multiples of 2^-16 below 64, which float32 represents exactly. Any error is
+    therefore an error of the sums.
     """
     fine, coarse = 2.0**-12, 2.0**-4
     student = (torch.randn(SPLITS.tokens, 16) / fine).round() * fine
@@ -67,7 +69,7 @@ CLOSED = {
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("where", CLOSED)
 def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
-    """The true values are those of the problem without these columns."""
+    """Columns at -inf in both models have no effect: the problem without them gives the truth."""
     closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
     closed[list(CLOSED[where])] = True
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
@@ -86,7 +88,10 @@ def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, diverg
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("where", ["the last tile of a split", "the first and the last split"])
 def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence):
-    """One model has no mass in the tile, so that a missing entry of the other has no effect."""
+    """A tile adds nothing to a KL if the model that weights its terms has no mass there.
+
+    This holds even if the other model has no mass at an entry of the tile.
+    """
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
     other, weighing = problem.args()[2:]
     if divergence == "reverse_kl":
@@ -103,7 +108,7 @@ def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence)
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("peaks", [(5, 839), (839, 5), (280, 500), (127, 128)])
 def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
-    """The two models have their maxima in different tiles, in early and late splits."""
+    """The two models may have their largest logits in different tiles and splits."""
     problem = make(SPLITS, std=1.0, bias=True, divergence=divergence)
     heads = problem.student_head, problem.teacher_head
 
@@ -114,7 +119,8 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 
     peak(6.0, 7.0)
     check(problem, backend="triton")
-    peak(30.0, 35.0)  # the gradients underflow here
+    # Gradients underflow here, so only the loss is compared.
+    peak(30.0, 35.0)
     expected, _ = oracle(problem)
     assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
 
@@ -122,7 +128,7 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("processors", [1, 100])
 def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergence):
-    """One split of seven tiles, and a split for each tile."""
+    """One split of all seven tiles is as accurate as one split for each tile."""
     problem = make(SPLITS, std=3.0, **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: processors)
     check(problem, backend="triton")
@@ -131,7 +137,11 @@ def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergenc
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("blocks", [(16, 32, 64), (32, 16, 32), (128, 128, 16)])
 def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
-    """Widths of 33 and 17 are read as 48 and 32: a step of 64 goes past both, of 32 past one."""
+    """Any tile gives the right result.
+
+    The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 goes past both, and a step of
+    32 past 48.
+    """
     problem = make(Shape((17,), 50, 33, 17, 1), std=3.0, **FEATURES["everything"])
     module = importlib.import_module("lens_kernels.backends.triton.evaluate")
     monkeypatch.setattr(module, "tile_for", lambda *a, **k: launch.Tile(*blocks, 4, 1))
@@ -141,7 +151,8 @@ def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
 @pytest.mark.parametrize("divergence", PATHS)
 def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, divergence):
     problem = make(SPLITS, **FEATURES["everything"], divergence=divergence)
-    options = {"backend": "triton", "workspace_bytes": 65 * 128 * 4 * 3}  # chunks of 3, 3 and 1
+    # Chunks of 3, 3 and 1 tiles.
+    options = {"backend": "triton", "workspace_bytes": 65 * 128 * 4 * 3}
     loss, grads = ours(problem, **options)
     for garbage in (1e30, float("nan")):
         with monkeypatch.context() as patch:
@@ -155,7 +166,7 @@ def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, div
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_stays_in_its_row(divergence, side):
-    """Only rows with NaN have a loss of NaN."""
+    """A NaN in a hidden state makes only the loss of its own row NaN."""
     problem = make(Shape((40,), 97, 33, 17, 1), **FEATURES["everything"], divergence=divergence)
     clean = rows(problem).detach()
     bad = torch.zeros(40, dtype=torch.bool)
@@ -173,7 +184,7 @@ def test_nan_stays_in_its_row(divergence, side):
 
 @pytest.mark.parametrize("infinite", [INFINITY, -INFINITY])
 def test_an_infinite_hidden_state_gives_nan_in_its_row_alone(infinite):
-    """As in torch, a logit of +inf makes the softmax NaN."""
+    """An infinite hidden state makes only its row NaN: softmax gives NaN for a logit of +inf."""
     problem = make(BATCH)
     with torch.no_grad():
         problem.student_hidden[0][2, 3] = infinite

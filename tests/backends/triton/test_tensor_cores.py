@@ -1,8 +1,8 @@
-"""The path of 16-bit operands on CUDA for every backend, with its GEMMs emulated on the CPU.
+"""16-bit operands on CUDA, for every backend, with CUDA's GEMMs emulated on the CPU.
 
-CUDA multiplies 16-bit factors into float32 results, and the tile of logit gradients is rounded to
-16 bit before its GEMMs. ``torch.mm`` and ``torch.addmm`` have no such variant on a CPU. A dispatch
-mode replaces it, under the rules of the CUDA kernels.
+On CUDA, a GEMM of 16-bit operands can return float32. The gradient of the logits is rounded to 16
+bits before its GEMMs. ``torch.mm`` and ``torch.addmm`` have no such variant on a CPU. A dispatch
+mode emulates this variant, with the restrictions of CUDA.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
 class TensorCores(TorchDispatchMode):
-    """Multiplies 16-bit matrices into float32, in float64 on the way."""
+    """Emulates GEMMs of 16-bit operands with float32 results; computes them in float64."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,10 @@ class TensorCores(TorchDispatchMode):
 
 
 def products_of(backend, chunks):
-    """Return the number of 16-bit GEMMs of a pair; only the triton backend has no forward GEMMs."""
+    """Return the number of 16-bit GEMMs for a lens pair.
+
+    The triton backend computes its logits inside kernels, without a GEMM.
+    """
     return chunks * (2 if backend == "triton" else 4)
 
 
@@ -79,7 +82,7 @@ def evaluate(monkeypatch, backend):
         loss = (call.row_weight * result.rows).sum()
         leaves = problem.leaves()
         named = {f"hidden{k}" if isinstance(k, int) else k: g for k, g in result.grads.items()}
-        # Hidden states of a call are flat over tokens.
+        # A call has flattened the leading dimensions of the hidden states.
         return (loss, {k: g.view(leaves[k].shape) for k, g in named.items()}), cores.products
 
     return run
@@ -101,9 +104,9 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(dtype)
     got, products = evaluate(problem, workspace_bytes=several_chunks(BATCH, 12))
-    # With 10 bytes a logit, the torch backend has 9 rows in a chunk. The triton backend needs 2
-    # bytes a logit, so that one chunk holds the whole vocabulary. The row kernel has 8 chunks of 9
-    # rows, which both pairs share.
+    # The torch backend needs 10 bytes a logit, so a chunk has 9 rows. The row kernel has 8 chunks
+    # of 9 rows, which both pairs share. The triton backend needs 2 bytes a logit, so one chunk
+    # holds the whole vocabulary.
     chunks = 1 if backend == "triton" else 4
     assert products == BATCH.pairs * products_of(backend, chunks)
     check(got, oracle(problem))
@@ -113,7 +116,10 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 @pytest.mark.parametrize(("norm", "divergence"), [("rms", "jsd"), ("layer", "reverse_kl")])
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergence):
-    """A 16-bit GEMM needs 16-bit operands, so that the loss is about as accurate as torch's."""
+    """The norm's result is rounded to 16 bits for the GEMM.
+
+    The loss is then about as accurate as in plain torch.
+    """
     problem = make(BATCH, std=2.0, norm=norm, divergence=divergence).to(dtype)
     ulp = torch.finfo(dtype).eps
     check_beside(
@@ -127,11 +133,14 @@ def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergen
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    # Triton is not run in bfloat16, which cannot underflow: the interpreter takes seconds.
+    # triton skips bfloat16, which cannot underflow, because the interpreter is slow.
     [("torch", torch.float16), ("torch", torch.bfloat16), ("triton", torch.float16)],
 )
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
-    """With token weights inside the tile, its entries would underflow in float16."""
+    """Token weights are applied after the GEMMs.
+
+    If they were applied to the tile before, its entries would underflow in float16.
+    """
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))
 
@@ -154,7 +163,7 @@ def test_autocast_multiplies_natively_too(evaluate, backend):
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("double", ["student", "teacher"])
 def test_a_16_bit_model_is_widened_if_the_other_is_float64(evaluate, double):
-    """CUDA has no GEMM of 16-bit operands with a float64 result."""
+    """If one model is float64, the other is widened, because CUDA has no mixed GEMM for them."""
     problem = make(ODD).to(torch.bfloat16).to(torch.float64, double)
     got, products = evaluate(problem)
     assert products == 0

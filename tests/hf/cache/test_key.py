@@ -1,4 +1,4 @@
-"""The key of a teacher cache changes only with the inputs of the states; how caches are built."""
+"""Building a teacher cache, and its key, which depends only on the inputs of the states."""
 
 import copy
 import threading
@@ -14,7 +14,7 @@ from lens_kernels.hf.cache import store
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-HANG = 120  # seconds after which a thread counts as hung, on any machine
+HANG = 120  # a thread counts as hung after this many seconds
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},
@@ -69,7 +69,7 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
 def test_boundaries_between_examples_change_the_key(model):
     both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
     moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
-    # One example and two examples whose concatenated numbers are equal.
+    # The concatenated numbers of ``one`` and ``two`` are equal.
     one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
     cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
     assert len({key_of(model, examples).data for examples in cuts}) == 6
@@ -117,7 +117,8 @@ def test_adapters_change_the_key():
     model = adapted(4)
     want = key_of(model)
     assert key_of(adapted(4)) == want
-    assert key_of(adapted(8)).model != want.model  # the same weights with another scale
+    # The weights are equal, but the adapter's scale differs.
+    assert key_of(adapted(8)).model != want.model
     with model.disable_adapter():
         assert key_of(model).model != want.model
     model.base_model.model.model.layers[1].self_attn.q_proj.lora_B.default.weight.data[0, 0] += 1
@@ -125,7 +126,7 @@ def test_adapters_change_the_key():
 
 
 def states(batch):
-    """Return random states of the expected shapes."""
+    """Return random states with the shapes that the cache expects."""
     return [
         {name: torch.randn(len(counted_positions(x["labels"])), 3) for name in ("layer_1", "final")}
         for x in batch
@@ -189,7 +190,8 @@ def test_build_refuses_a_full_disk_before_writing(tmp_path, model, monkeypatch):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys, shown):
-    for _ in range(2):  # the first call builds the cache, the second one finds it
+    # The first call builds the cache, and the second one finds it.
+    for _ in range(2):
         build(tmp_path, key_of(model), batch_size=1, progress=shown)
         printed = capsys.readouterr().err
         assert ("teacher cache: 100%" in printed and "2/2" in printed) == shown == bool(printed)
@@ -206,7 +208,10 @@ def test_build_disables_gradients_and_reports_size_and_summary(tmp_path, model):
 
 
 def test_second_builder_of_a_cache_waits_for_the_first(tmp_path, model, monkeypatch):
-    """The first builder continues after the second one has logged that it waits."""
+    """A second process that opens a cache waits for the one that builds it.
+
+    Here both are threads. The first continues only after the second has logged that it waits.
+    """
     folder, key, makers, said, found = tmp_path / "cache", key_of(model), [], [], []
     begun, waits = threading.Event(), threading.Event()
 

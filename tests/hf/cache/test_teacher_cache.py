@@ -1,4 +1,4 @@
-"""The teacher cache returns the stored states or raises an error."""
+"""The teacher cache returns exactly the stored states, or raises an error."""
 
 import copy
 import json
@@ -16,11 +16,12 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 from tests.support import tiny
 
 LAYERS = (1, 3)
-BATCH, SHARD = 2, 4  # nine examples make three shards
+# The nine examples make three shards.
+BATCH, SHARD = 2, 4
 
 
 def make_examples():
-    """Return nine examples of several lengths; three of them have no counted token."""
+    """Return nine examples of several lengths. Three of them have no counted token."""
     generator, made = torch.Generator().manual_seed(0), []
     for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
@@ -29,7 +30,7 @@ def make_examples():
 
 
 class Teacher:
-    """A teacher that counts its calls. Call number ``fail_at`` raises an error."""
+    """A teacher that records its calls. The call with index ``fail_at`` raises an error."""
 
     def __init__(self, model, fail_at=None):
         self.model, self.fail_at, self.calls = model, fail_at, []
@@ -65,7 +66,7 @@ def key(model, examples):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, model, examples, key):
-    """Return a folder with a cache; tests that change it use ``own``, a copy."""
+    """Return a folder with a cache. Tests that change the cache use the copy ``own`` instead."""
     folder = tmp_path_factory.mktemp("cache")
     build(folder, key, examples, Teacher(model))
     return folder
@@ -123,9 +124,11 @@ def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, example
     before = len(pickle.dumps(cache))
     for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
         assert_same(cache.rows(ids), expected(model, examples, ids))
-    assert list(cache._mapped) == [0, 2]  # the least recently used shard was unmapped
+    # Only two shards stay mapped. Shard 1 was used least recently.
+    assert list(cache._mapped) == [0, 2]
     assert len(pickle.dumps(cache)) == before
-    for ids in ([], [1, 4, 7]):  # no examples, and examples without counted tokens
+    # No example is read, or only examples without counted tokens.
+    for ids in ([], [1, 4, 7]):
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
 
@@ -158,7 +161,8 @@ def test_unknown_examples_are_refused(built, key):
 def test_two_builds_write_identical_files_and_leave_no_partial_files(
     built, tmp_path, model, examples, key
 ):
-    (tmp_path / "manifest.json.partial").write_text("{")  # as left by an interrupted first write
+    # An interrupted first write leaves a partial manifest.
+    (tmp_path / "manifest.json.partial").write_text("{")
     build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)
     shards = [f"shard-0000{i}.safetensors" for i in range(3)]
@@ -208,11 +212,11 @@ def test_build_replaces_damaged_shards_and_open_or_build_refuses_them(
     flip(own / "shard-00001.safetensors")
     with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
         build(own, key, examples, teacher, make=TeacherCache.open_or_build)
-    build(
-        own, key, examples, teacher, batch_size=1, shard_examples=1
-    )  # existing shards keep their size
+    # Existing shards keep their size.
+    build(own, key, examples, teacher, batch_size=1, shard_examples=1)
     assert teacher.calls == [1, 1, 1, 1]
-    assert files(own) == files(built)  # the model ran example by example both times
+    # Another batch size gives equal states, because ``Teacher`` runs the examples one by one.
+    assert files(own) == files(built)
 
 
 def flip(path):
@@ -250,7 +254,7 @@ def test_open_refuses_damaged_files(own, key, file, change, match):
 
 
 def craft(folder, change):
-    """Change the manifest and give it the checksum of its new content."""
+    """Change the manifest and update its checksum."""
     fields = json.loads((folder / "manifest.json").read_text())
     del fields["checksum"]
     change(fields)
@@ -312,7 +316,7 @@ def masked(examples):
     return [x | {"attention_mask": [1] * len(x["labels"])} for x in examples]
 
 
-# The changed argument of ``CacheKey.of``, the change, and the error message.
+# Each case: an argument of ``CacheKey.of``, a change of this argument, and the error message.
 @pytest.mark.parametrize(
     ("argument", "change", "match"),
     [

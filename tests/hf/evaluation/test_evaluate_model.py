@@ -1,4 +1,4 @@
-"""Evaluation of saved models: scores, and the files that hold them."""
+"""The evaluation of saved models: the scores, and the files with the scores."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Generated answers, their ROUGE-L and the held-out cross entropy of tiny models."""
+"""Generated answers of tiny models, their ROUGE-L, and the held-out cross entropy."""
 
 import statistics
 import sys
@@ -17,13 +17,13 @@ from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.training.data import Collator, Row, prompt_ids
 from tests.support import tiny
 
-# The prompts have three lengths. The padding id, 1, is inside one and begins another.
+# The prompts have three lengths. The padding id, 1, is inside one prompt and begins another.
 PROMPTS = [[5, 6, 7], [8, 1, 9, 10, 11, 12, 13], [1, 14], [20, 21, 22]]
 MANY = [[i, i + 1] for i in range(5, 25)]
 
 
 def greedy(model, prompt, count):
-    """Return the ids of the greedy answer, computed without padding or cache."""
+    """Return the ids of the greedy answer, computed without padding and without a cache."""
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -35,7 +35,7 @@ def greedy(model, prompt, count):
 
 
 def undecoded():
-    """Return a tokenizer whose ``decode`` returns the ids."""
+    """Return a tokenizer whose ``decode`` returns the ids unchanged."""
     tokenizer = tiny.tokenizer()
     tokenizer.decode = lambda ids, skip_special_tokens: ids
     return tokenizer
@@ -51,8 +51,10 @@ def test_rouge_l_is_100_times_the_f_measure_of_the_best_reference():
     ("text", "other", "expected"),
     [
         ("été", "été", 100),
-        ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),  # two words of three
-        ("猫坐着", "猫坐下", 200 / 3),  # a word is a character
+        # Two of three words match.
+        ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),
+        # In Chinese, each character is a word.
+        ("猫坐着", "猫坐下", 200 / 3),
         ("हिन्दी में", "हिन्दी में", 100),
         ("ไทย", "ไท", 80),
         ("mot", "été", 0),
@@ -102,7 +104,8 @@ def test_missing_rouge_score_raises_before_generation(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_greedy_answers_match_unpadded_decoding_in_order(kind, batch_size):
     model, expected = tiny.model(kind), [greedy(tiny.model(kind), x, 12) for x in PROMPTS]
-    saved = model.generation_config  # generate ignores it and restores it
+    # ``generate`` ignores the model's own settings, and restores them.
+    saved = model.generation_config
     saved.repetition_penalty, saved.min_new_tokens = 9.0, 12
     options = {"max_new_tokens": 12, "batch_size": batch_size, "do_sample": False}
     assert generate(model, undecoded(), PROMPTS, seed=0, **options) == expected
@@ -138,7 +141,7 @@ def test_samples_follow_the_models_distribution(options):
     seen = [answers.count([] if token == 1 else [token]) / count for token in ids.tolist()]
     assert sum(seen) == pytest.approx(1) and 1 < (probabilities > 0).sum()
     for found, probability in zip(seen, probabilities.tolist(), strict=True):
-        # The bound is 4.5 standard deviations.
+        # The error may be 4.5 standard deviations.
         assert abs(found - probability) <= 4.5 * (probability / count) ** 0.5 + bool(found) / count
 
 
@@ -284,7 +287,8 @@ def test_cross_entropy_of_a_low_precision_model_is_summed_in_float32():
 def test_held_out_ce_refuses_unlabelled_data_and_a_batch_size_of_0():
     first_only = [
         {"input_ids": [5, 6], "labels": [5, -100]}
-    ]  # no position predicts the first token
+        # The only label is that of the first token, which no position predicts.
+    ]
     with pytest.raises(ValueError, match="examples must hold a labelled token"):
         held_out_ce(tiny.model(), first_only, Collator(1))
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):

@@ -1,4 +1,4 @@
-"""The data file, page and pictures of an inspection agree with the readings."""
+"""The data file, the page and the pictures of an inspection show the numbers of the readings."""
 
 import base64
 import hashlib
@@ -43,7 +43,7 @@ def test_data_json_holds_every_number(inspected, output):
 
 
 class Page(HTMLParser):
-    """The lens tables of a page as ``{depth: [(text, classes, detail)]}``, and its tags."""
+    """Parses a page into its tags, and lens tables as ``{depth: [(text, classes, detail)]}``."""
 
     def __init__(self, text):
         super().__init__()
@@ -128,7 +128,7 @@ def test_page_is_one_file_and_escapes_tokens_texts_and_names(inspected, output):
 
 @pytest.fixture(scope="module")
 def drawn(inspected, tmp_path_factory):
-    """Yield the saved figures by file name, and the folder of their files."""
+    """Return a dict of the figures by file name, and the folder with their files."""
     kept, save = {}, Figure.savefig
     folder = tmp_path_factory.mktemp("drawn")
 
@@ -181,7 +181,7 @@ def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspecte
             right = [token] == TEXT[x + 1 : x + 2]
             shown = figures.fit(token_text(OddTokenizer(), token))
             assert cell == (shown, "bold" if right else "normal")
-        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block is on top
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block is at the top
         (image,) = axes.images
         assert image.get_clim() == (0, inspected.max_entropy)
         torch.testing.assert_close(torch.from_numpy(image.get_array().data), reading.entropy)

@@ -1,4 +1,4 @@
-"""The lens of every model family reproduces the model's logits; wrong families are refused."""
+"""The lens of every model family reproduces the model's logits. Wrong settings raise an error."""
 
 import dataclasses
 import sys
@@ -23,7 +23,7 @@ LORA = peft.LoraConfig
 
 @pytest.fixture
 def table(monkeypatch):
-    """Return the table of families, which is restored after the test."""
+    """Return the table of model families, which is restored after the test."""
     monkeypatch.setattr(fam, "FAMILIES", dict(fam.FAMILIES))
     return fam.FAMILIES
 
@@ -46,7 +46,7 @@ def read(head: LensHead, h):
 
 
 def assert_reproduced(model):
-    """Check that the lens of the last block gives the model's logits; return all outputs."""
+    """Check that the lens of the last block gives the model's logits, and return all outputs."""
     hidden, final, out = outputs_of(model)
     with torch.no_grad():
         found = read(lens_head_from(model), hidden[-1])
@@ -88,7 +88,7 @@ def test_lens_head_reads_scale_and_softcap_from_the_current_config():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma3_text", {"softcap": None}),
-        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 does not apply it
+        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 ignores it
         ("gpt2", {"norm_kind": "rms"}),
     ],
     ids=str,
@@ -118,7 +118,8 @@ def test_verify_lens_refuses_a_wrong_eps_even_for_large_hidden_states(monkeypatc
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # smaller than the number of tokens in the text
+    # The text of the check has more tokens than this vocabulary.
+    model = tiny.model(vocab=3)
     verification.verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verification.verify_lens(model)
@@ -126,7 +127,10 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
 
 @pytest.mark.parametrize("kind", KNOWN)
 def test_a_padding_row_of_zeros_is_no_difference(kind):
-    """Fresh models have such a row; gemma2, gemma3 and cohere have it by default."""
+    """An embedding of zeros passes the check.
+
+    New models have one for the padding token; gemma2, gemma3 and cohere have it by default.
+    """
     model = tiny.model(kind, pad_token_id=0)
     model.get_input_embeddings().weight.data[0] = 0.0
     verification.verify_lens(model)
@@ -168,7 +172,7 @@ def test_float32_logits_of_a_16_bit_model_are_rounded_all_the_same():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("cap", [30.0, 300.0])
-def test_a_cap_far_above_the_logits_at_hand_is_checked(table, dtype, cap):
+def test_a_softcap_far_above_the_logits_is_checked(table, dtype, cap):
     model = tiny.model("gemma2", final_logit_softcapping=cap, initializer_range=0.1).to(dtype)
     assert outputs_of(model)[2].logits.abs().max() < 0.1 * cap
     verification.verify_lens(model)
@@ -203,7 +207,7 @@ def test_verify_lens_head_refuses_logits_that_the_lens_does_not_reproduce():
 
 
 def test_register_family_adds_an_architecture(table):
-    """Phi is not in the table, and its head has a bias."""
+    """A registered family adds an architecture, here Phi, whose head has a bias."""
     model = tiny.model("phi")
     with pytest.raises(ValueError, match=r"'phi' is not known .*llama.*register_family.*LensHead"):
         lens_head_from(model)
@@ -258,7 +262,7 @@ def test_opt_variants_without_a_lens_are_refused(options, message):
 
 
 class Packed(torch.Tensor):
-    """A tensor subclass, as quantization libraries use."""
+    """A tensor subclass, as in quantization libraries."""
 
 
 @pytest.mark.parametrize(
@@ -280,7 +284,7 @@ def test_lens_head_from_refuses_weights_that_are_not_dense_floats(part, replace,
 
 
 class Adapter(nn.Linear):
-    """A subclass of nn.Linear, as adapters use."""
+    """A subclass of nn.Linear, as in adapter libraries."""
 
 
 def parametrized(norm):
@@ -318,9 +322,8 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            nn.init.normal_(
-                parameter, std=0.3
-            )  # LoRA starts with zeros, which would change nothing
+            # LoRA weights start at zero, where an adapter has no effect.
+            nn.init.normal_(parameter, std=0.3)
     model.eval()
     inner = model.base_model.model
     assert fam.causal_lm_of(model) is inner and fam.causal_lm_of(inner) is inner
@@ -357,5 +360,6 @@ def test_prompt_tuning_is_refused():
 
 
 def test_verify_lens_does_not_import_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)  # importing it raises
+    # With this entry, an import of peft raises an error.
+    monkeypatch.setitem(sys.modules, "peft", None)
     verification.verify_lens(tiny.model())

@@ -1,4 +1,4 @@
-"""Loading of models, adapters and tokenizers from folders and from the Hub's cache."""
+"""Models, adapters and tokenizers are loaded from folders and from the Hub's cache."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a model and a random adapter for it without a tokenizer."""
+    """Return a folder with a model, and with a random adapter of it that has no tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -37,7 +37,7 @@ def adapter(files, tmp_path):
 
 
 def put_on(adapter, model):
-    """Set the base model of the adapter."""
+    """Set the base model in the adapter's config."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(model)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -51,11 +51,11 @@ def saved(files, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Return a function that copies a folder into the Hub's cache under a name."""
+    """Return a function that copies a folder into the Hub's cache, under a Hub name."""
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # transformers before 5 keeps its own copy of this setting.
+    # Before version 5, transformers keeps its own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -108,7 +108,7 @@ def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch)
 
 
 def renamed(file, change):
-    """Rename the keys of a safetensors file; None drops a key."""
+    """Rename the keys of a safetensors file, and drop the keys that become None."""
     tensors = {change(key): x for key, x in load_file(file).items()}
     tensors.pop(None, None)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -145,7 +145,10 @@ def test_a_config_that_leaves_weights_out_is_refused(saved, change):
 
 @pytest.mark.parametrize("layers", [3, 5])
 def test_an_adapter_of_a_model_of_another_depth_is_refused(saved, adapter, layers):
-    """The adapter has four blocks; all others would read it as the base model alone."""
+    """An adapter of four blocks is refused on three or five blocks.
+
+    Otherwise a part of the adapter or of the model would be ignored silently.
+    """
     tiny.model(layers=layers).save_pretrained(saved)
     put_on(adapter, saved)
     what = "lack weights of the adapter" if layers > 4 else "hold weights that the model lacks"

@@ -1,4 +1,4 @@
-"""The depths that lenses compare, and students made of some blocks of their teacher."""
+"""The layers that lenses compare, and students made of some blocks of their teacher."""
 
 import peft
 import pytest
@@ -38,7 +38,7 @@ def test_layers_out_of_range_are_refused(number):
 
 
 def skipping(model, blocks, ids):
-    """Return the logits of the model if only ``blocks`` run."""
+    """Return the logits of the model if it runs only ``blocks``."""
 
     def skip(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -59,7 +59,10 @@ def skipping(model, blocks, ids):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", sorted(fam.FAMILIES))
 def test_shallow_copy_equals_the_teacher_without_the_other_blocks(kind, tied):
-    """Each kept block keeps its attention type: blocks 1, 3 and 5 may use a sliding window."""
+    """A copy of some blocks computes what the teacher computes without the other blocks.
+
+    Each block keeps its attention type: blocks 1, 3 and 5 may use a sliding window.
+    """
     teacher = tiny.model(kind, layers=5, tie_word_embeddings=tied)
     ids = torch.arange(2, 26).view(2, 12)
     student = shallow_copy(teacher, [2, 3, 5]).eval()
@@ -102,8 +105,11 @@ def test_lists_by_layer_are_cut_and_lists_of_ids_are_not():
     assert teacher.config.by_layer == [10, 20, 30, 40]
 
 
-def test_a_shallow_copy_does_not_bear_the_teachers_name(tmp_path):
-    """An adapter of the copy would record the teacher as its base model."""
+def test_a_shallow_copy_does_not_keep_the_teachers_name(tmp_path):
+    """The copy does not keep the teacher's name.
+
+    Otherwise an adapter of the copy would record the teacher as its base model.
+    """
     tiny.model().save_pretrained(tmp_path)
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
     student = peft.get_peft_model(shallow_copy(teacher, [1, 3]), peft.LoraConfig())
@@ -123,7 +129,10 @@ def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
 
 
 def test_shallow_copy_has_the_teachers_dtypes_and_device():
-    """Rotary frequencies are always float32, and no checkpoint contains them."""
+    """A copy has the teacher's dtypes and device.
+
+    Rotary frequencies stay float32, although no checkpoint contains them.
+    """
     teacher = tiny.model().to(torch.bfloat16)
     teacher.model.norm.float()
     teacher.model.rotary_emb.float()
@@ -149,7 +158,7 @@ def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     weight.data = weight.data.to(torch.int8)
     with pytest.raises(TypeError, match=r"'model.layers.1.mlp.up_proj.weight' is not one: merge"):
         shallow_copy(teacher, [1, 2])
-    weight.data = torch.zeros(3)  # as packed weights have another shape
+    weight.data = torch.zeros(3)  # packed weights have another shape
     with pytest.raises(TypeError, match="plain floating-point weights.*dequantise"):
         shallow_copy(teacher, [1, 2])
 

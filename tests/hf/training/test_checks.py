@@ -1,4 +1,4 @@
-"""What a trainer is given is checked before it trains, and what it saves has learnt."""
+"""The trainer checks data, models and options before training, and weights before saving."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ TUNE = {"teacher": False, "kd_ratio": 0.0}
 
 
 def given(folder, teacher=True, student=None, **arguments):
-    """Return a trainer with arguments of its own."""
+    """Return a trainer with these arguments and the default config."""
     options = {} if teacher else {"kd_ratio": 0.0}
     config = LensDistillConfig(output_dir=str(folder), use_cpu=True, report_to="none", **options)
     teacher = tiny.model(**TEACHER) if teacher else None
@@ -50,25 +50,28 @@ def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
         if column == "position_ids":
             row[column] = [*range(9), 10]
         if length == 10 and column == "input_ids":
-            make_trainer(tmp_path, data=[row], **models)  # 64 and 10 positions
+            # The models have 64 and 10 positions.
+            make_trainer(tmp_path, data=[row], **models)
             continue
         with pytest.raises(ValueError, match="example 0 of train_dataset reaches position 11, but"):
             make_trainer(tmp_path, data=[row], **models)
     with pytest.raises(ValueError, match=r"example 0 of eval_dataset\['a'\] reaches position 65"):
         row = {"input_ids": [5] * 65, "labels": [5] * 65}
         given(tmp_path, False, models["student"], eval_dataset={"a": [row]})
-    # Rotary positions are computed: none is missing.
+    # Rotary positions have no limit, because they are computed.
     make_trainer(tmp_path, data=[{"input_ids": [5] * 70, "labels": [5] * 70}])
 
 
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
 def test_data_without_a_label_are_refused(tmp_path, options):
-    nothing = {**ROW, "labels": [7, *[-100] * 5]}  # no token predicts the first
+    # The only label is that of the first token, which no position predicts.
+    nothing = {**ROW, "labels": [7, *[-100] * 5]}
     with pytest.raises(ValueError, match="train_dataset has no token to train on: every label"):
         make_trainer(tmp_path, data=[nothing] * 4, **options)
     trainer = make_trainer(tmp_path, data=[nothing] * 4 + [ROW], max_steps=1, **options)
     with pytest.raises(ValueError, match="no step had a labelled token, so nothing was learnt"):
-        trainer.train()  # its one step reads four rows of the five
+        # The only step reads the first four rows, which have no counted label.
+        trainer.train()
 
 
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
@@ -91,7 +94,7 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
         quiet.train()
 
 
-def test_an_optimizer_of_ones_own_must_hold_the_matrices(tmp_path):
+def test_a_users_optimizer_must_hold_the_matrices(tmp_path):
     student = tiny.model(**STUDENT)
     config = LensDistillConfig(
         output_dir=str(tmp_path), use_cpu=True, report_to="none", mse_coeff=0.5, max_steps=2
@@ -132,7 +135,7 @@ def test_a_router_loss_is_not_dropped(tmp_path):
     ],
     ids=lambda x: None if isinstance(x, str) else next(iter(x)),
 )
-def test_what_the_trainer_cannot_serve_is_refused_with_what_to_do(tmp_path, arguments, message):
+def test_unsupported_arguments_are_refused_with_a_fix(tmp_path, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         given(tmp_path, **arguments)
 

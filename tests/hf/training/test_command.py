@@ -29,8 +29,10 @@ def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, c
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     record = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
-    assert "beta" not in record  # only the given options are recorded
-    events = min(tmp_path.glob("**/events.out.tfevents.*"))  # evaluation writes another file
+    # Only options that were given are recorded.
+    assert "beta" not in record
+    # The first file is of the training, and the second of the evaluation.
+    events = min(tmp_path.glob("**/events.out.tfevents.*"))
     reader = EventAccumulator(str(events))
     reader.Reload()
     for tag in ("ce", "kd", "lens_1", "lens_2", "entropy_teacher_final", "tokens_per_second"):
@@ -77,7 +79,8 @@ def test_lora_trains_only_the_adapter(files, tmp_path):
     for name, x in trained.get_base_model().state_dict().items():
         assert "lora_" in name or torch.equal(x, start[name.replace("base_layer.", "")]), name
     moved = [x.abs().max() for name, x in trained.named_parameters() if "lora_B" in name]
-    assert len(moved) == 6 and min(moved) > 0  # two modules in each of 3 blocks
+    # There are two adapted modules in each of three blocks.
+    assert len(moved) == 6 and min(moved) > 0
 
 
 def test_an_adapter_can_be_the_student_and_the_teacher(files, tmp_path, capsys):
@@ -155,7 +158,8 @@ def test_presets_use_the_layers_of_the_paper(files, tmp_path, preset, pairs, blo
     less = dict.fromkeys(("num_lens_pairs", "use_cpu", "learning_rate"))
     run, args, _ = command.parse(arguments(files, tmp_path, preset=preset, bf16=False, **less)[1:])
     student, teacher = (uniform_layers(pairs, n) for n in blocks)
-    if preset == "tinyllama":  # the paper rounds this one down
+    # For TinyLlama's teacher, the paper rounds the layers down.
+    if preset == "tinyllama":
         teacher = [i * 32 // 6 for i in range(1, 6)]
     assert (args.student_layers, args.teacher_layers) == (student, teacher)
     assert (args.kd_ratio, args.lens_coeff, args.final_divergence) == (1.0, 1.0, "reverse_kl")

@@ -1,4 +1,4 @@
-"""Instruction data: reading files, encoding rows, and the positions of labels."""
+"""Instruction data: reading files, encoding rows, and which positions are labelled."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ TALK = [
 
 
 def bpe(template=CHAT, bos=False, **special):
-    """Return a byte-level BPE tokenizer with merges across line ends and words."""
+    """Return a byte-level BPE tokenizer. Its tokens may cross line ends and word boundaries."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def write(tmp_path):
 
 
 def halves(tokenizer, example):
-    """Return the text of an example and the texts of its labelled spans."""
+    """Return the text of an example, and the text of each span of labelled tokens."""
     runs, before = [], -100
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         assert label in (token, -100)
@@ -82,7 +82,7 @@ def encoded(row, tokenizer, style="chat", **limits):
 
 
 def prompt_of(row, tokenizer, style="chat"):
-    """Return the text of a prompt; check that the encoded row starts with it."""
+    """Return the text of a row's prompt, and check that the encoded row starts with the prompt."""
     ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
     assert encoded(row, tokenizer, style)["input_ids"][: len(ids)] == ids
     return tokenizer.decode(ids)
@@ -172,7 +172,7 @@ def test_alpaca_prompt(given):
 
 def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
-    # One token would span both if they were tokenized together.
+    # Tokenized together, prompt and response would be one token.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
     assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
     assert prompt_of(row, tokenizer) == "ab"
@@ -182,11 +182,11 @@ def test_bos_is_added_once_where_the_tokenizer_adds_it():
     begun, plain = (encoded(Row(1, ["cd"], prompt="ab"), bpe(bos=x)) for x in (True, False))
     assert begun["input_ids"] == [0, *plain["input_ids"]]
     assert begun["labels"] == [-100, *plain["labels"]]
-    assert (
-        encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
-    )  # a BOS in the prompt is not repeated
+    # A BOS in the prompt is not repeated.
+    assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
     talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
-    assert 0 not in talk["input_ids"]  # the chat template decides about BOS
+    # A chat template decides whether a BOS is added, and this one adds none.
+    assert 0 not in talk["input_ids"]
 
 
 def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
@@ -195,7 +195,7 @@ def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
     for answer in ("cd", "cd</s>"):
         example = encoded(Row(1, [answer], prompt="ab"), tokenizer)
         assert example["labels"].count(1) == 1 and example["labels"][-1] == 1
-    # Only EOS ends a verbatim completion, because no template defines another end token.
+    # Without a template, only EOS ends a completion, even after another end token.
     assert encoded(Row(1, ["cd<|im_end|>"], prompt="ab"), tokenizer)["labels"][-2:] == [3, 1]
 
 
@@ -224,7 +224,7 @@ def test_every_assistant_turn_is_labelled_including_its_end(style):
 def test_eos_ends_a_turn_that_the_template_leaves_open(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
-    # Whitespace after an open turn cannot be distinguished from the template's line end.
+    # If a turn has no end token, the text's last space looks like a part of the template.
     written = " one " if end else " one"
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
 
@@ -264,7 +264,8 @@ def test_long_prompts_are_dropped_and_long_examples_are_cut():
     assert data.prompt_ids(row, tokenizer, **options) is None
     assert encoded(row, tokenizer, max_prompt_length=3) is None
     assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
-    assert encoded(row, tokenizer, max_length=4) is None  # no label remains
+    # Cutting to four tokens leaves no labelled token.
+    assert encoded(row, tokenizer, max_length=4) is None
     # If several turns are labelled, max_prompt_length limits only the first prompt.
     talk = Row(1, ["two"], messages=TALK)
     whole = encoded(talk, tokenizer)
@@ -291,7 +292,8 @@ def test_encode_checks_its_options(name, value, message):
 def test_tokenizer_must_have_eos_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
-    assert data.padding_id(bpe(pad_token="<s>")) == 0  # 0 is a valid id
+    # 0 is a valid id for padding.
+    assert data.padding_id(bpe(pad_token="<s>")) == 0
     assert data.padding_id(bpe(pad_token=None)) == 1
     with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
         data.padding_id(bpe(pad_token=None, eos_token=None))
@@ -320,7 +322,7 @@ def test_cut_responses_are_counted(write):
     examples = load_examples(write(*lines), bpe(), max_length=4)
     assert [len(x["input_ids"]) for x in examples] == [3, 4, 4] and examples.cut == 1
     assert "3 rows, 0 dropped as too long, 1 with responses cut at max_length" in examples.summary()
-    # Tokens after the last response are no loss.
+    # Cutting tokens after the last response does not count.
     talk = {"messages": TALK}
     whole = load_examples(write(talk), bpe())[0]
     assert load_examples(write(talk), bpe(), max_length=len(whole["labels"])).cut == 0
@@ -328,7 +330,7 @@ def test_cut_responses_are_counted(write):
 
 
 def sentencepiece(kind):
-    """Return a tokenizer that writes a space before a text, as Llama 2 and Mistral do."""
+    """Return a tokenizer that adds a space before a text, as those of Llama 2 and Mistral do."""
     letters = [chr(x) for x in range(33, 127)]
     names = ["<unk>", "<s>", "</s>", "[A]", *(f"<0x{x:02X}>" for x in range(256))]
     merges = [("▁", "P"), ("i", "s"), ("▁P", "a"), ("P", "a")]
@@ -347,7 +349,7 @@ def sentencepiece(kind):
 
 
 def prefixed():
-    """Return a byte-level tokenizer that writes a space before a text."""
+    """Return a byte-level tokenizer that adds a space before a text."""
     tokenizer = bpe()
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     return tokenizer
@@ -360,14 +362,16 @@ def test_no_space_is_written_before_a_response(kind):
         row = Row(1, [answer], prompt=prompt)
         ids = encoded(row, tokenizer)["input_ids"]
         assert tokenizer.decode(ids).lstrip(" ") == f"{prompt}{answer}</s>"
-        prompt_of(row, tokenizer)  # generation reads the same tokens
+        # The prompt for generation has the same tokens.
+        prompt_of(row, tokenizer)
     if kind != "bytes":
         labels = encoded(Row(1, ["Paris"], prompt="Say:\n"), tokenizer)["labels"]
         learnt = [x for x in labels if x != -100]
         assert tokenizer.convert_ids_to_tokens(learnt) == ["Pa", "r", "is", "</s>"]
     text, _ = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
     assert "assistant\n one <|im_end|>" in text and "assistant\ntwo<|im_end|>" in text
-    if kind != "bytes":  # its special tokens are added ones, and it writes a space after each
+    # The bytes tokenizer writes a space after special tokens, as after all added tokens.
+    if kind != "bytes":
         assert "</s>\n<|im_start|>user\nsecond" in text
 
 
@@ -427,7 +431,7 @@ def test_template_of_smollm2_is_supported(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    # Some versions of transformers prepend BOS with a tokenizer from a GGUF file.
+    # Some versions of transformers add a BOS if the tokenizer is from a GGUF file.
     assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
         "Yes, it is.<|im_end|>"
     ]

@@ -1,4 +1,4 @@
-"""Two processes train like one: equal steps and logs, and no rank hangs."""
+"""Training on two ranks equals training in one process, with the same logs, and no rank hangs."""
 
 import json
 import os
@@ -20,7 +20,10 @@ TIMING = ("second", "runtime", "preparation_time", "epoch")
 
 
 def two_ranks(folder, cases, timeout=HANG):
-    """Run the cases on two ranks in one launch; return the results of both ranks by case."""
+    """Train all cases on two ranks in one launch.
+
+    Return the results of both ranks for each case.
+    """
     folder.mkdir()
     file = folder / "cases.json"
     file.write_text(json.dumps(cases))
@@ -36,7 +39,8 @@ def two_ranks(folder, cases, timeout=HANG):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        process.terminate()  # after kill() the launcher could not stop its ranks
+        # After kill(), the launcher could not stop its ranks.
+        process.terminate()
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
     assert process.returncode == 0, output[-6000:]
@@ -53,9 +57,11 @@ def assert_same_logs(one, other, name, relative=1e-4):
 
 
 def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
-    """Check for each case that two ranks train like one process; return the ranks' results.
+    """Check for each case that training on two ranks equals training in one process.
 
-    The largest rounding error seen is 1.4e-5: torch 2.8, one thread, plain fine-tuning.
+    Return the results of the ranks.
+
+    The largest rounding error seen is 1.4e-5, in plain fine-tuning with torch 2.8 and one thread.
     """
     results = two_ranks(tmp_path / "ranks", cases)
     for name, ranks in results.items():
@@ -66,11 +72,11 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
     return results
 
 
-# In the first step one rank has no labelled token; in the second step both have none.
+# In the first step, one rank has no labelled token. In the second step, both ranks have none.
 EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
-# Each rank has nine tokens, so that the mean of the ranks' means is the mean over tokens.
+# Each rank has nine tokens, so the mean of both ranks' means is the mean over all tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
-# AdamW is used because SGD has no state and FSDP cannot load an empty state.
+# The optimizer is AdamW, because SGD has no state, and FSDP cannot load an empty state.
 RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
 RESUMED |= {"learning_rate": 0.02}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
@@ -101,7 +107,7 @@ def test_two_ranks_with_cache_or_adapters_train_like_one_process(tmp_path):
     }
     results = assert_ranks_equal_one_process(tmp_path, cases)
     for name in ("cache", "shared_disk"):
-        # Eight examples for training and three for evaluation.
+        # The teacher reads each of 8 training and 3 evaluation examples once.
         assert sum(result.teacher_ran for result in results[name]) == 11, name
     assert sum(result.teacher_ran for result in results["lora"]) > 11
 
@@ -117,15 +123,15 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
         "cache": {"fsdp": True, "cache": True},
         "lora": {"fsdp": True, "lora": True},
         "resumed": RESUMED,
-        "lora_resumed": RESUMED | {"lora": True},  # FSDP checkpoints hold only the adapters
+        "lora_resumed": RESUMED | {"lora": True},  # FSDP checkpoints hold only the adapter
     }
-    # The second step amplifies rounding; errors of 5e-5 were seen.
+    # The second step amplifies rounding. Errors of 5e-5 were measured.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 
 @pytest.fixture
 def mesh():
-    """Yield a device mesh that contains only this process."""
+    """Return a device mesh that contains only this process."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
@@ -139,6 +145,7 @@ def test_sharded_weights_are_refused(mesh, part):
     assert objective(batch).loss.isfinite()
     module = student.lm_head if part == "head" else student.model.norm
     module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
-    module.forward = lambda x: x  # the norm's own forward would raise another error first
+    # Otherwise the norm's own forward would raise another error first.
+    module.forward = lambda x: x
     with pytest.raises(TypeError, match=f"{part} must be a dense .*, got a DTensor.*gather it"):
         objective(batch)

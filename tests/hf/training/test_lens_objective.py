@@ -1,4 +1,4 @@
-"""The objective of two models on a batch, and the cleanup after capturing their states."""
+"""The objective of two models on a batch, and the removal of its hooks from the models."""
 
 import pytest
 import torch
@@ -68,7 +68,8 @@ def test_evaluate_weighs_batches_by_their_tokens():
 
 
 def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
-    ids = torch.full((2, 20), 7)  # so that every position has the same distribution
+    # All tokens are equal, so every position has the same distribution.
+    ids = torch.full((2, 20), 7)
     some = objective()({"input_ids": ids, "labels": ids}).sums
     monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
     every = objective()({"input_ids": ids, "labels": ids}).sums
@@ -79,7 +80,7 @@ def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
 
 
 def parts(examples, **options):
-    """Return the loss's terms of examples that the collator makes a batch of, in float64."""
+    """Return the terms of the loss in float64, for one batch of these examples."""
     models = [tiny.model(**x, **options).double() for x in (STUDENT, TEACHER)]
     out = LensObjective(*models, [1, 2], [1, 3], kd_ratio=0.5)(Collator(1)(examples))
     return {name: (x / out.num_tokens).item() for name, x in out.sums.items()}
@@ -94,7 +95,7 @@ def test_masks_and_positions_of_the_data_reach_the_models():
         "attention_mask": [0, 0, 0, 1, 1, 1, 1, 1, 1],
     }
     longer = tokens(batch=1, length=12).tolist()[0]
-    # Rotary positions (float32) are relative, so only the mask matters; those of GPT-2 are not.
+    # Llama's positions are relative, so only the mask matters. GPT-2 needs the positions too.
     other = {"input_ids": longer, "labels": [-100] * 12, "attention_mask": [1] * 12}
     names = ("loss", "ce", "kd", "lens_1", "lens_2")
     expected, found = parts([plain]), parts([left, other])

@@ -1,4 +1,4 @@
-"""A second call of ``lens-kernels train`` resumes its run or explains why it cannot."""
+"""A second call of ``lens-kernels train`` resumes the run, or explains why it cannot."""
 
 import json
 
@@ -12,7 +12,7 @@ from tests.support.commands import arguments, weights
 
 
 def interrupt(monkeypatch, argv, before_step):
-    """Run the command and interrupt it before the given training step."""
+    """Run the command, and interrupt it before this training step."""
     calls = []
     step = LensDistillTrainer.training_step
 
@@ -47,12 +47,12 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, capsys, finished):
-    argv = arguments(
-        files, tmp_path, max_steps=5, eval=files / "eval.jsonl"
-    )  # an epoch has 4 steps
+    # An epoch has 4 steps, so the run ends in its second epoch.
+    argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
-    if not finished:  # as if interrupted after the last checkpoint
+    # This is the state after an interrupt between the last checkpoint and the end.
+    if not finished:
         (tmp_path / "metrics.json").write_text(metrics[:-5])
         (tmp_path / "model.safetensors").unlink()
     forbidden = "training_step" if not finished else "train"
@@ -112,5 +112,6 @@ def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, cap
     assert cli.main(argv) == 1
     message = f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore"
     assert message in capsys.readouterr().err
-    (tmp_path / "out" / "data.json").unlink()  # earlier versions did not write it
+    # Earlier versions did not write data.json.
+    (tmp_path / "out" / "data.json").unlink()
     assert cli.main(argv) == 0

@@ -1,4 +1,4 @@
-"""The Trainer: every option has its effect, and equivalent settings give equal steps."""
+"""The trainer: every option has its effect, and equivalent settings give equal steps."""
 
 import copy
 
@@ -92,7 +92,8 @@ def test_layers_are_given_or_spread_evenly(tmp_path):
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
         entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
-        assert "lens" not in entry and "lens_1" not in entry  # a lens with weight 0 is not computed
+        # A lens with weight 0 is not computed.
+        assert "lens" not in entry and "lens_1" not in entry
         assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
 
@@ -141,7 +142,10 @@ def test_logged_entropies_match_the_models_distributions(tmp_path, monkeypatch):
 
 
 def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
-    """The clock is faked: a step takes one second, and everything else takes an hour."""
+    """The logged speed counts only training steps.
+
+    On the fake clock, a step takes one second, and everything else takes an hour.
+    """
     now = [0.0]
     monkeypatch.setattr(meter, "perf_counter", lambda: now[0])
 
@@ -158,9 +162,11 @@ def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
     taking(3600.0, Trainer, "evaluation_loop")
     options = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, **options)
-    now[0] += 3600.0  # as if a cache were built before training
+    # A cache may be built before training, which does not count.
+    now[0] += 3600.0
     trainer.train()
-    assert logged(trainer, "tokens_per_second") == [40.0, 40.0]  # 4 rows of 10 tokens a step
+    # A step of one second reads 4 rows of 10 tokens.
+    assert logged(trainer, "tokens_per_second") == [40.0, 40.0]
 
 
 def test_gradient_checkpointing_gives_the_same_step(tmp_path):
@@ -179,7 +185,8 @@ def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert logged(trainer)[-1] < 0.9 * logged(trainer)[0]
-    assert not calls  # the models' own heads never run
+    # The models' own heads must not run in training.
+    assert not calls
     for model in models:
         assert "forward" not in vars(model)
         assert not any(block._forward_hooks for block in model.model.layers)
@@ -189,7 +196,7 @@ def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
 
 def test_models_that_share_parameters_are_refused(tmp_path):
     student = tiny.model(layers=4, seed=1)
-    for teacher in (student, copy.copy(student)):  # the shallow copy shares all weights
+    for teacher in (student, copy.copy(student)):  # a shallow copy shares all weights
         with pytest.raises(ValueError, match=r"share 39 parameters, model\.embed_tokens\.weight"):
             make_trainer(tmp_path, student=student, teacher=teacher)
         assert all(x.requires_grad for x in student.parameters())
