@@ -24,6 +24,7 @@ BELOW = {
     "training": {"model", "cache"},
     "evaluation": {"model", "training"},
     "inspection": {"model", "training"},
+    "integrations": {"training"},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DEFAULT_PAIRS = 4
+
 
 def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
     """Return ``num_pairs`` evenly spaced depths: ``round(i * num_layers / (num_pairs + 1))``.
@@ -25,3 +27,42 @@ def check_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
                 " and the final loss term already compares the last block's output"
             )
     return layers
+
+
+def lens_layers(
+    student_blocks: int,
+    teacher_blocks: int,
+    num_lens_pairs: int | None = None,
+    student_layers: list[int] | None = None,
+    teacher_layers: list[int] | None = None,
+) -> tuple[list[int], list[int]]:
+    """Return the layers of student and teacher to compare: those given, or an even spacing.
+
+    ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks.
+    """
+    check_choice(num_lens_pairs, student_layers, teacher_layers)
+    if student_layers is not None and teacher_layers is not None:
+        return student_layers, teacher_layers
+    most = min(student_blocks, teacher_blocks) - 1
+    pairs = min(DEFAULT_PAIRS, most) if num_lens_pairs is None else num_lens_pairs
+    if pairs > most:
+        raise ValueError(
+            f"num_lens_pairs must be at most {most} for a student of {student_blocks} blocks and a"
+            f" teacher of {teacher_blocks}, got {pairs}: set a smaller number"
+        )
+    if pairs == 0:
+        return [], []
+    return uniform_layers(pairs, student_blocks), uniform_layers(pairs, teacher_blocks)
+
+
+def check_choice(
+    num_lens_pairs: int | None, student_layers: list[int] | None, teacher_layers: list[int] | None
+) -> None:
+    """Raise if one list of layers is missing or the number of pairs is negative."""
+    if (student_layers is None) != (teacher_layers is None):
+        raise ValueError(
+            "give student_layers and teacher_layers together, or neither:"
+            f" got {student_layers} and {teacher_layers}"
+        )
+    if num_lens_pairs is not None and num_lens_pairs < 0:
+        raise ValueError(f"num_lens_pairs must be at least 0, got {num_lens_pairs}")

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from lens_kernels import dispatch
 from lens_kernels.hf.cache.store import DTYPES
 from lens_kernels.hf.model.families import blocks_of
-from lens_kernels.hf.model.layers import uniform_layers
+from lens_kernels.hf.model.layers import DEFAULT_PAIRS, check_choice, lens_layers
 from lens_kernels.options import (
     ADAPTIVE,
     CHECKS,
@@ -24,7 +24,6 @@ from lens_kernels.options import (
 )
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
-DEFAULT_PAIRS = 4
 # Options of ``distillation_loss`` that the Trainer's config names differently.
 TRAINER_NAMES = {
     "divergence": "lens_divergence",
@@ -154,7 +153,7 @@ class LensDistillConfig(TrainingArguments):
         for name, value in self.loss_options().items():
             if name in CHECKS:
                 check_option(name, value, TRAINER_NAMES.get(name))
-        self._check_layers()
+        check_choice(self.num_lens_pairs, self.student_layers, self.teacher_layers)
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError(
@@ -169,20 +168,9 @@ class LensDistillConfig(TrainingArguments):
 
     def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
         """Return the blocks of student and teacher whose outputs are compared."""
-        if self.student_layers is not None and self.teacher_layers is not None:
-            return self.student_layers, self.teacher_layers
-        blocks = [len(blocks_of(model)) for model in (student, teacher)]
-        most, pairs = min(blocks) - 1, self.num_lens_pairs
-        if pairs is None:
-            pairs = min(DEFAULT_PAIRS, most)
-        if pairs > most:
-            raise ValueError(
-                f"num_lens_pairs must be at most {most} for a student of {blocks[0]} blocks and a"
-                f" teacher of {blocks[1]}, got {pairs}: set a smaller number"
-            )
-        if pairs == 0:
-            return [], []
-        return uniform_layers(pairs, blocks[0]), uniform_layers(pairs, blocks[1])
+        student_blocks, teacher_blocks = len(blocks_of(student)), len(blocks_of(teacher))
+        given = self.num_lens_pairs, self.student_layers, self.teacher_layers
+        return lens_layers(student_blocks, teacher_blocks, *given)
 
     def loss_options(self) -> dict[str, Any]:
         """Return the keyword arguments for ``distillation_loss``."""
@@ -196,13 +184,3 @@ class LensDistillConfig(TrainingArguments):
     def objective_options(self) -> Mapping[str, Any]:
         """Return the keyword arguments for ``LensObjective``."""
         return {**self.loss_options(), "lens_norm": self.lens_norm, "mse_coeff": self.mse_coeff}
-
-    def _check_layers(self) -> None:
-        given = self.student_layers, self.teacher_layers
-        if (given[0] is None) != (given[1] is None):
-            raise ValueError(
-                "give student_layers and teacher_layers together, or neither:"
-                f" got {given[0]} and {given[1]}"
-            )
-        if self.num_lens_pairs is not None and self.num_lens_pairs < 0:
-            raise ValueError(f"num_lens_pairs must be at least 0, got {self.num_lens_pairs}")

@@ -15,7 +15,7 @@ from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.capture import hidden_states, replaced_forward
 from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_from
-from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.layers import check_layers, lens_layers
 from lens_kernels.hf.model.verification import verify_lens
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
@@ -42,9 +42,19 @@ class Outcome:
     sums: dict[str, Tensor]
     num_tokens: Tensor
 
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return the sums as means over the labelled tokens of this batch, as Python numbers."""
+        sums = torch.stack([x.double() for x in self.sums.values()])
+        return dict(zip(self.sums, (sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
 
-class LensObjective:
+
+class LensObjective(nn.Module):
     """Runs student and teacher on a batch and compares their hidden states.
+
+    The objective is a module that contains the student and ``projections``, so that optimizers,
+    wrappers and checkpoints find their parameters. They do not find the teacher's. The teacher
+    is frozen, set to evaluation mode, and follows the batch to its device.
 
     The models' own heads never run, so no full logits are stored. ``student_layers[i]`` is
     compared with ``teacher_layers[i]``, through each model's final norm unless ``lens_norm`` is
@@ -67,12 +77,16 @@ class LensObjective:
         mse_coeff: float = 0.0,
         **options: Any,
     ) -> None:
+        super().__init__()
         if len(student_layers) != len(teacher_layers):
             raise ValueError(
                 "student_layers and teacher_layers must pair up:"
                 f" got {list(student_layers)} and {list(teacher_layers)}"
             )
-        self.student, self.teacher = student, teacher
+        self.student = student
+        teacher.requires_grad_(False)
+        teacher.eval()
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         self.student_layers = check_layers(
             "student_layers", list(student_layers), len(blocks_of(student))
         )
@@ -87,7 +101,38 @@ class LensObjective:
         shared_vocabulary(self.options.vocab_size, *self.heads())
         self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
 
-    def __call__(
+    @classmethod
+    def from_models(
+        cls,
+        student: Any,
+        teacher: Any,
+        num_lens_pairs: int | None = None,
+        *,
+        student_layers: list[int] | None = None,
+        teacher_layers: list[int] | None = None,
+        **options: Any,
+    ) -> LensObjective:
+        """Return the objective of two models, with lens pairs at evenly spaced layers.
+
+        ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks. Lists
+        of layers replace it. ``options`` are those of the class. ``objective(batch)`` then
+        returns an ``Outcome``:
+
+            objective = LensObjective.from_models(student, teacher, divergence="forward_kl")
+            outcome = objective(batch)  # input_ids, labels, attention_mask
+            outcome.loss.backward()
+            print(outcome.metrics)
+        """
+        blocks = len(blocks_of(student)), len(blocks_of(teacher))
+        layers = lens_layers(*blocks, num_lens_pairs, student_layers, teacher_layers)
+        return cls(student, teacher, *layers, **options)
+
+    @property
+    def teacher(self) -> Any:
+        """Return the teacher, or None once it is released."""
+        return self._teacher[0]
+
+    def forward(
         self,
         inputs: Mapping[str, Tensor],
         denominator: Tensor | float | None = None,
@@ -137,6 +182,9 @@ class LensObjective:
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
         """Return the teacher's states at the flat positions ``counted``, final states last."""
         assert self.teacher is not None
+        device = inputs["input_ids"].device
+        if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:
+            self.teacher.to(device)
         hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted) for x in [*hidden, final]]
 
@@ -155,7 +203,7 @@ class LensObjective:
     def release_teacher(self) -> None:
         """Drop the teacher except its head, once all its states are cached."""
         self._teacher_head = lens_head_from(self.teacher)
-        self.teacher = None
+        self._teacher = (None,)
 
     def heads(self) -> tuple[LensHead, LensHead]:
         """Return the heads of student and teacher that the lenses use."""

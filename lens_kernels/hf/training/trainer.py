@@ -75,8 +75,6 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         check_dtype(model)
         if teacher is not None:
             check_teacher(model, teacher, args)
-            teacher.requires_grad_(False)
-            teacher.eval()
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None:
             # Padding is masked, so without a tokenizer any id works.

@@ -120,3 +120,23 @@ def test_labels_of_another_width_are_refused(tmp_path, fine_tune):
         trainer.compute_loss(trainer.model, {"input_ids": ids})
     with pytest.raises(ValueError, match=r"no labels, only input_ids: give data with"):
         trainer.prediction_step(trainer.model, {"input_ids": ids}, True)
+
+
+def test_objective_is_a_module_of_the_student_alone():
+    student, teacher = tiny.model(**STUDENT), tiny.model(**TEACHER).train()
+    goal = LensObjective.from_models(student, teacher, num_lens_pairs=2, mse_coeff=0.1)
+    assert goal.student_layers == [1, 2] and goal.teacher_layers == [1, 3]
+    own = {*student.parameters(), *goal.projections.parameters()}
+    assert {*goal.parameters()} == own and len(own) > len({*student.parameters()})
+    assert not any(x.requires_grad for x in teacher.parameters())
+    goal.train()
+    assert student.training and not teacher.training
+    ids, labels = batch_of(uneven_data()[:3])
+    outcome = goal({"input_ids": ids, "labels": labels})
+    outcome.loss.backward()
+    assert all(x.grad is not None for x in own) and all(
+        x.grad is None for x in teacher.parameters()
+    )
+    assert outcome.metrics["loss"] == pytest.approx(outcome.loss.item(), rel=1e-6)
+    parts = [outcome.metrics[name] for name in ("lens_1", "lens_2")]
+    assert outcome.metrics["lens"] == pytest.approx(sum(parts) / 2, rel=1e-6)

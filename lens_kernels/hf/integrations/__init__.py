@@ -1,0 +1,1 @@
+"""Adapters that bring the lens objective into other libraries' trainers."""

@@ -1,0 +1,99 @@
+"""TRL's trainers with the lens objective as their loss; needs ``trl`` 1.16 or later.
+
+TRL prepares the data, generates answers, trains and logs. Only the loss changes: the student's and
+the teacher's full logits are never stored.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import DistillationTrainer, SFTTrainer
+from trl.experimental.gkd import GKDTrainer
+
+from lens_kernels.hf.training.meter import Meter
+from lens_kernels.hf.training.objective import LensObjective
+from lens_kernels.inputs import IGNORE_INDEX
+
+
+class LensLoss:
+    """A mixin for a TRL trainer: ``lens`` are the keywords of ``LensObjective.from_models``.
+
+    The terms of the objective are logged in nats per token, over all processes.
+    """
+
+    accelerator: Any
+    args: Any
+    model: Any
+    teacher_model: Any
+    lens_objective: LensObjective
+
+    def __init__(self, *args: Any, lens: dict[str, Any] | None = None, **trainer: Any) -> None:
+        super().__init__(*args, **trainer)
+        models = (self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model))
+        self._meters = {True: Meter(), False: Meter()}  # by whether the model is training
+        self.lens_objective = LensObjective.from_models(*models, **(lens or {}))
+
+    def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the model inputs and labels of TRL's batch."""
+        extra = {"prompts", "prompt_attention_mask", "num_items_in_batch"}
+        return {name: x for name, x in inputs.items() if name not in extra}
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the objective, divided by the tokens of the global batch if TRL counted them."""
+        items = inputs.get("num_items_in_batch", num_items_in_batch)
+        # Gradients are averaged over processes, so each process counts its share of the tokens.
+        sharing = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        denominator = None if items is None else torch.as_tensor(items).clamp(min=1) / sharing
+        outcome = self.lens_objective(self.batch(inputs), denominator, student_call=model)
+        self._meters[self.model.training].add(outcome)
+        return (outcome.loss, {"loss": outcome.loss}) if return_outputs else outcome.loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the mean terms of the objective since the last log."""
+        prefix = "" if self.model.training else "eval_"
+        means = self._meters[self.model.training].means(
+            partial(self.accelerator.reduce, reduction="sum")
+        )
+        means.pop("loss", None)  # TRL logs it
+        host: Any = super()
+        host.log(logs | {prefix + name: x for name, x in means.items()}, *args, **kwargs)
+
+
+class LensSFTTrainer(LensLoss, SFTTrainer):
+    """``SFTTrainer`` with a teacher model: distillation on given answers."""
+
+    def __init__(self, model: Any, teacher_model: Any, *args: Any, **trainer: Any) -> None:
+        self.teacher_model = teacher_model
+        super().__init__(model, *args, **trainer)
+
+
+class LensGKDTrainer(LensLoss, GKDTrainer):
+    """``GKDTrainer``: with probability ``lmbda`` a batch's answers come from the student."""
+
+    def __init__(self, *args: Any, **trainer: Any) -> None:
+        super().__init__(*args, **trainer)
+        # TRL counts the tokens before the answers are generated. Each batch's own mean is right.
+        self.model_accepts_loss_kwargs = False
+
+
+class LensDistillationTrainer(LensLoss, DistillationTrainer):
+    """``DistillationTrainer``: answers come from the student, on each batch."""
+
+    def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Join prompts and answers; only answers, without the output of tools, have labels."""
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        counted = torch.cat([torch.zeros_like(inputs["prompt_mask"]), counted], 1).bool()
+        labels = ids.where(counted, IGNORE_INDEX)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
