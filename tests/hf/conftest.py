@@ -31,6 +31,16 @@ def _frozen():
 
 
 @pytest.fixture
+def accelerator_state():
+    """Forget accelerate's state, which a process sets once, before and after this test."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def pictures():
     """Draw the loss picture of a run in this test."""
 

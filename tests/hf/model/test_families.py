@@ -137,6 +137,7 @@ def test_a_padding_row_of_zeros_is_no_difference(kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
+@pytest.mark.usefixtures("accelerator_state")
 def test_autocast_around_or_inside_the_model_changes_no_verdict(table, kind):
     model = tiny.model(kind)
     with torch.autocast("cpu", torch.bfloat16):
