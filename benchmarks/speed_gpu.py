@@ -198,8 +198,7 @@ class Measured:
         ms = dict.fromkeys(PART_NAMES, 0.0)
         for event in events:
             if event.device_type == kind:
-                part = next(part for part, name in PART_NAMES.items() if name.search(event.key))
-                ms[part] += getattr(event, time) / 1e3
+                ms[part_of(event.key)] += getattr(event, time) / 1e3
         if not sum(ms.values()):
             raise RuntimeError("the profiler recorded no kernel")
         for part, spent in ms.items():
@@ -214,6 +213,11 @@ class Measured:
             ms = times.median_ms / REPEATS
             known = {"median_ms": f"{ms:.3f}", "tflop_per_s": f"{flops / ms / 1e9:.3g}"}
             self.add(name, job, known, part="one GEMM", tokens=rows, rounds=self.rounds)
+
+
+def part_of(kernel: str) -> str:
+    """Return the part of a step to which a kernel belongs."""
+    return next(part for part, names in PART_NAMES.items() if names.search(kernel))
 
 
 def measured_memory(

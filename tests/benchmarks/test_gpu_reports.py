@@ -180,6 +180,18 @@ def test_alone_beside_an_absent_peer_nothing_is_measured(monkeypatch, tmp_path):
     assert row["contender"] == "liger_hopper" and row["note"] == "needs a GPU"
 
 
+def test_kernels_are_known_by_their_names():
+    names = {
+        "products": ["nvjet_tst_256x128_64x4_2x1_v_bz_coopA_TNT", "void cutlass::Kernel2<...>",
+                     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "cublasLt::splitKreduce_kernel"],
+        "pass": ["row_pass_kernel", "triton_red_fused_exp_sum_0"],
+        "rest": ["void at::native::vectorized_elementwise_kernel<4, ...>", "Memset (Device)"],
+    }  # fmt: skip
+    for part, kernels in names.items():
+        for name in kernels:
+            assert speed_gpu.part_of(name) == part, name
+
+
 @pytest.mark.parametrize("row_kernel", [False, True])
 def test_the_gemms_alone_are_those_of_a_step(monkeypatch, row_kernel):
     monkeypatch.setattr(layout, "has_row_kernel", lambda *args: row_kernel)
