@@ -10,18 +10,17 @@ OLDEST_TORCH := $(shell sed -n s/^torch==//p tests/oldest.txt)
 OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
   $$p -c pass 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-all test-oldest test-gpu check fix bench bench-gpu gpu clean
+.PHONY: help demo test test-all test-oldest check fix bench gpu gpu-day clean
 
 help:
 	@echo "make demo        distil a real model in minutes, with a table and two pictures"
 	@echo "make test        lint, types and the test-suite"
 	@echo "make test-all    the same with the slow tests"
 	@echo "make test-oldest the suite with the oldest versions that are supported"
-	@echo "make test-gpu    the tests that need a GPU, with a CSV of outcomes and versions"
 	@echo "make check       lint and types only; changes nothing"
 	@echo "make fix         format, and apply the automatic fixes of lint"
 	@echo "make bench       memory and speed, with the peers from PyPI"
-	@echo "make bench-gpu   time and memory on a GPU, with a CSV of results and versions"
+	@echo "make gpu-day     time, memory and tests on a GPU, with CSVs of results and versions"
 	@echo "make clean       remove the virtual environment and all outputs of the targets"
 
 # Without an NVIDIA GPU this installs a CPU build of torch: the default build adds gigabytes of CUDA.
@@ -74,13 +73,10 @@ test-oldest: $(OLDEST)/stamp
 	$(OLDEST)/bin/python -m pytest -n auto --ignore=tests/benchmarks
 
 # Checked before anything is installed. The default build of torch needs an NVIDIA GPU. For other
-# GPUs, install another build and run the commands of test-gpu and bench-gpu directly.
+# GPUs, install another build and run the command of gpu-day directly.
 gpu:
 	@command -v nvidia-smi >/dev/null 2>&1 \
 	  || { echo "There is no NVIDIA GPU here: nvidia-smi is not on the path" >&2; exit 1; }
-
-test-gpu: gpu $(VENV)/dev.stamp
-	$(BIN)/python -m tests.support.gpu_report
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .
@@ -95,8 +91,8 @@ bench: $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/memory_vs_vocab.py
 	$(BIN)/python benchmarks/speed_vs_floor.py
 
-bench-gpu: gpu $(VENV)/dev.stamp
-	$(BIN)/python benchmarks/speed_gpu.py
+gpu-day: gpu $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/gpu_day.py --minutes 60
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache

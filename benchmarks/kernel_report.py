@@ -2,7 +2,7 @@
 
     python benchmarks/kernel_report.py                  every variant, bf16, all architectures
     python benchmarks/kernel_report.py --arch sm_90 --dtype float16
-    python benchmarks/kernel_report.py --costs-only --docs
+    python benchmarks/kernel_report.py --costs-only     counts, and the time predicted from them
     python benchmarks/kernel_report.py --row-pass-only  the kernel of the torch backend on GPUs
 
 Registers, spilled bytes, shared memory and matrix instructions are read from the machine code; how
@@ -22,7 +22,7 @@ import torch
 if not __package__:
     import checkout  # noqa: F401
 
-from benchmarks.support import environment, tables
+from benchmarks.support import environment, prediction, tables
 from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import plan
 
@@ -47,6 +47,7 @@ PAGE_HEADER = (
     "GB held: dense / `torch` / `triton`",
 )
 BEGIN = "<!-- made by kernel_report.py --docs from lens_kernels.plan -->"
+PREDICTED = "<!-- predicted by kernel_report.py --docs from lens_kernels.plan -->"
 END = "<!-- end of what kernel_report.py made -->"
 
 
@@ -110,7 +111,7 @@ def plan_table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print both tables, write them as CSV, and fail if a kernel spills or lacks its products."""
+    """Print and write the tables, and fail if a kernel spills or lacks its products."""
     parser = environment.parser(__doc__, on_device=False)
     parser.add_argument("--arch", action="append", choices=ARCHS)
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
@@ -118,15 +119,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
     parser.add_argument("--row-pass-only", action="store_true", help="compile no other kernel")
     parser.add_argument(
-        "--docs", action="store_true", help=f"also write the table of plans into docs/{PAGE.name}"
+        "--docs",
+        action="store_true",
+        help=f"also write plans and predictions into docs/{PAGE.name}",
     )
     args = parser.parse_args(argv)
     costs = [row for model in MODELS.values() for row in cost_rows(model, args.tokens)]
     print(f"One lens pair, {args.tokens} tokens, 16-bit operands; computed, not measured")
     tables.print_rows(costs)
     tables.write_csv(args.out / "kernel_costs.csv", costs)
+    print(prediction.table())
     if args.docs:
         tables.rewrite(PAGE, BEGIN, END, plan_table())
+        tables.rewrite(PAGE, PREDICTED, END, prediction.table())
     if args.costs_only:
         return 0
     os.environ.pop("TRITON_INTERPRET", None)  # here kernels are compiled, which imports decide

@@ -1,137 +1,223 @@
-"""Time and peak memory on a GPU at the sizes of real models, compared with the floor and peers.
+"""Time and peak memory on a GPU at the size of one model, compared with the floor and peers.
 
-    make bench-gpu
-    python benchmarks/speed_gpu.py --shapes gpt2 --contenders triton torch    only these
+    python benchmarks/speed_gpu.py llama3 --contenders torch liger
+    python benchmarks/speed_gpu.py qwen2.5 --pairs 1 5 --parts     also kernels, and GEMMs alone
 
-It measures loss with backward, and the loss alone. Times come from CUDA events: the median,
-fastest and slowest of interleaved rounds. The peak counts everything above the inputs, gradients
-included. The floor is the time of the GEMMs alone, by ``torch.mm`` of plain operands: four GEMMs,
-or two for the loss alone. float32 GEMMs do not use TF32.
+``gpu_day.py`` runs it for several models, each in a fresh process. It measures loss and gradients.
+Times come from CUDA events: the median, fastest and slowest of interleaved rounds. The peak counts
+everything above the inputs, gradients included. The floor is the time of the four GEMMs alone, by
+``torch.mm`` of plain operands. float32 GEMMs do not use TF32. ``predicted_ms`` is what
+``prediction.py`` counts for an H100.
 
-Jobs that do not fit or fail are in the CSV with the reason. The CSV is written after every job, so
-a stopped run keeps its results.
+Rows are added to ``speed.csv`` as they come. What does not fit, or fails, has a row with the
+reason. A backend of the library that gives a wrong result is measured with a note. The exit status
+is 77 if none of several contenders but ``torch`` can run.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import time
+import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 if not __package__:
     import checkout  # noqa: F401
 
-from benchmarks.support import environment, memory, products, providers, shapes, tables, timing
-from benchmarks.support.contenders import Contender, first_line, gather, step
-
-SHAPES = {key: shapes.MODELS[key] for key in ("gpt2", "tinyllama", "qwen2.5", "llama3")}
-TINY = {"tiny": shapes.Model("tiny", 24, 40, 300)}
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-MODES = ("forward+backward", "forward")
-FLOOR = "floor"
-CONTENDERS = {key: providers.backend(key) for key in ("triton", "torch")} | providers.PEERS
-COLUMNS = (
-    "shape mode contender label tokens vocab_entries student_width teacher_width dtype median_ms"
-    " min_ms max_ms ratio_to_floor peak_with_gradients_mib gradients_mib rounds note"
+from benchmarks.support import (
+    environment,
+    memory,
+    prediction,
+    products,
+    providers,
+    shapes,
+    tables,
+    timing,
 )
-SHOWN = "contender median_ms min_ms max_ms ratio_to_floor peak_with_gradients_mib note"
+from benchmarks.support.contenders import Contender, first_line, gather, step
+from lens_kernels import plan
+
+TINY = shapes.Model("tiny", 24, 40, 300)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+FLOOR = "floor"
+OURS = {key: providers.backend(key) for key in ("torch", "triton")}
+CONTENDERS = OURS | providers.PEERS | providers.GPU_PEERS
+FILE = "speed.csv"
+SKIPPED = 77
+REPEATS = 10  # of a GEMM, because its launch takes time too
+COLUMNS = (
+    "shape part contender label tokens pairs vocab_entries student_width teacher_width dtype"
+    " median_ms min_ms max_ms ratio_to_floor predicted_ms tflop_per_s peak_with_gradients_mib"
+    " gradients_mib rounds note"
+)
+SHOWN = (
+    "shape part contender tokens pairs median_ms ratio_to_floor predicted_ms tflop_per_s"
+    " peak_with_gradients_mib note"
+)
+# Kernels of the profile by their names; those of the CPU are for tests.
+PART_NAMES = {
+    "products": re.compile("gemm|nvjet|cutlass|xmma|splitk|aten::(add)?mm", re.IGNORECASE),
+    "pass": re.compile("row_pass_kernel|triton_"),
+    "rest": re.compile(""),
+}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 1 if a backend of the library failed."""
     args = parse(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and (reason := environment.no_gpu()):
         raise SystemExit(f"speed_gpu.py: {reason}")
-    start = time.perf_counter()
-    chosen = {key: CONTENDERS[key] for key in args.contenders}
-    ours = [key for key, contender in chosen.items() if not contender.package]
-    contenders, missing = gather(chosen, device, needed=ours)
-    where = environment.gpu_environment(device)
-    path = args.out / environment.file_name("speed", device)
-    rows = [row(key, note=reason) for key, reason in missing.items()]
-    for shape, model in (TINY if args.tiny else SHAPES).items():
-        if shape not in args.shapes:
-            continue
-        for tokens in args.tokens:
-            for dtype in args.dtypes:
-                job = model.job(tokens, dtype=DTYPES[dtype], device=device)
-                print(f"{shape}: {job}", flush=True)
-                rows += job_rows(shape, job, contenders, args.rounds)
-                tables.write_csv(path, [each | where for each in rows])
-    print(f"\n{path}\n{time.perf_counter() - start:.0f} s")
+    measured = Measured(args, device)
+    if not measured.choose(args.contenders):
+        return SKIPPED
+    for pairs in args.pairs:
+        job = measured.model.job(args.tokens, pairs=pairs, dtype=DTYPES[args.dtype], device=device)
+        print(job, flush=True)
+        try:
+            measured.job(job, job.make(), args.parts)
+        except torch.OutOfMemoryError as error:
+            measured.add("inputs", job, note=first_line(error))
+    tables.print_rows(measured.rows, SHOWN.split())
+    return int(any(row["note"] and row["contender"] in ("inputs", *OURS) for row in measured.rows))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the arguments, ``--tiny`` applied."""
-    parser = environment.parser(__doc__, rounds=10)
-    parser.set_defaults(out=environment.DATA / "gpu", device="cuda")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 8192])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=[*DTYPES])
-    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
-    parser.add_argument("--tiny", action="store_true", help="one tiny job that tests the script")
+    parser = environment.parser(__doc__, tokens=8192, rounds=10)
+    parser.add_argument("shape", choices=shapes.MODELS)
+    parser.add_argument("--pairs", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["torch"])
+    parser.add_argument(
+        "--parts", action="store_true", help="also kernels, and GEMMs at the rows of our tiles"
+    )
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes that test the script")
     args = parser.parse_args(argv)
     if args.tiny:
-        args.shapes, args.tokens, args.rounds = [*TINY], [16], 2
+        args.tokens, args.rounds = 16, 2
     return args
 
 
-def row(key: str, *parts: Mapping[str, Any], **more: str) -> dict[str, Any]:
-    """Return one line of the CSV."""
-    label = "GEMMs alone" if key == FLOOR else CONTENDERS[key].label()
-    names = {"contender": key, "label": label, "rounds": 0, **more}
-    return tables.row(COLUMNS, names, *parts)
+class Measured:
+    """The rows of a run, each written when it is known."""
 
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        """Start with no row."""
+        self.device, self.rounds = device, args.rounds
+        self.shape = TINY.name if args.tiny else args.shape
+        self.model = TINY if args.tiny else shapes.MODELS[args.shape]
+        self.path = args.out / FILE
+        self.where = environment.gpu_environment(device)
+        self.rows: list[dict[str, Any]] = []
+        self.contenders: dict[str, Contender] = {}
+        self.wrong: dict[str, str] = {}
 
-def job_rows(
-    shape: str, job: shapes.Job, contenders: Mapping[str, Contender], rounds: int
-) -> list[dict[str, Any]]:
-    """Measure a job in both modes and return the lines of the CSV."""
-    sizes = {"shape": shape, **job.columns()}
-    try:
-        inputs = job.make()
-    except torch.OutOfMemoryError as error:
-        note = f"inputs: {first_line(error)}"
-        return [row(key, sizes, mode=mode, note=note) for mode in MODES for key in contenders]
-    rows = []
-    for mode in MODES:
-        timed, used, failed = {}, {}, {}
-        for key, function in functions(inputs, contenders, mode == MODES[0]).items():
-            result = measured_memory(function, inputs, job.device)
-            if isinstance(result, memory.Memory):
-                timed[key], used[key] = function, result.columns()
-            elif key == FLOOR or contenders[key].package or "OutOfMemory" in result:
-                failed[key] = result
+    def choose(self, keys: Sequence[str]) -> bool:
+        """Check the contenders, and say whether there is one to measure beside ``torch``."""
+        reasons = {key: CONTENDERS[key].objection(self.device) for key in keys}
+        able = {key: CONTENDERS[key] for key, reason in reasons.items() if reason is None}
+        failed = {key: reason for key, reason in reasons.items() if reason is not None}
+        enough = [*able] != ["torch"] or not failed
+        if enough:
+            self.contenders, wrong = gather(able, self.device, needed=())
+            self.wrong = {key: reason for key, reason in wrong.items() if key in OURS}
+            self.contenders |= {key: OURS[key] for key in self.wrong}
+            failed |= {key: wrong[key] for key in wrong.keys() - OURS.keys()}
+        for key, reason in failed.items():
+            print(f"{CONTENDERS[key].label()}: {reason}", flush=True)
+            self.add(key, note=reason)
+        return enough
+
+    def add(
+        self, key: str, job: shapes.Job | None = None, *parts: Mapping[str, Any], **more: Any
+    ) -> None:
+        """Write a row."""
+        label = CONTENDERS[key].label() if key in CONTENDERS else key
+        names = {"shape": self.shape, "part": "step", "contender": key, "label": label, "rounds": 0}
+        sizes = {} if job is None else job.columns()
+        row = tables.row(COLUMNS, names, {"note": self.wrong.get(key, "")}, sizes, *parts, more)
+        self.rows.append(row)
+        tables.append_csv(self.path, row | self.where)
+
+    def job(self, job: shapes.Job, inputs: shapes.Inputs, parts: bool) -> None:
+        """Measure a job."""
+        calls: dict[str, Callable[[], Any]] = {FLOOR: partial(products.products, inputs)}
+        for key, contender in self.contenders.items():
+            calls[key] = partial(step, contender.load(), inputs)
+        used = {}
+        for key, function in calls.items():
+            found = measured_memory(function, inputs, self.device)
+            if isinstance(found, str):
+                self.add(key, job, note=found)
             else:
-                raise RuntimeError(f"{contenders[key].label()}: {result}")
-        timings = {}
-        if timed:
-            timings = timing.time_interleaved(timed, rounds, job.device, progress=False)
+                used[key] = found.columns()
+        calls = {key: calls[key] for key in used}
+        if not calls:
+            return
+        timings = timing.time_interleaved(calls, self.rounds, self.device, progress=False)
         inputs.clear()
+        sizes = job.tokens, job.vocab, job.student_width, job.teacher_width
+        plans = plan(*sizes, pairs=job.pairs, dtype=job.dtype, device=self.device.type)
         for key, times in timings.items():
-            columns = times.columns(3, timings.get(FLOOR))
-            rows.append(row(key, sizes, columns, used[key], mode=mode))
-        rows += [row(key, sizes, mode=mode, note=note) for key, note in failed.items()]
-        print(f"\n{mode}")
-        tables.print_rows([each for each in rows if each["mode"] == mode], SHOWN.split())
-        print(flush=True)
-    return rows
+            expected = {}
+            if key in OURS:
+                expected["predicted_ms"] = f"{prediction.total_ms(plans[key]):.3f}"
+            self.add(key, job, times.columns(3, timings.get(FLOOR)), used[key], expected)
+        if parts and "torch" in calls:
+            expected = prediction.part_ms(plans["torch"])
+            for part in (self.kernels, self.gemms):
+                try:
+                    part(job, inputs, calls["torch"], expected)
+                except Exception as error:  # the times above are worth more
+                    self.add(part.__name__, job, note=first_line(error))
+
+    def kernels(
+        self,
+        job: shapes.Job,
+        inputs: shapes.Inputs,
+        function: Callable[[], Any],
+        expected: Mapping[str, float],
+    ) -> None:
+        """Print the table of the kernels of a step, and add the time of each kind."""
+        on_gpu = self.device.type == "cuda"
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+        with profile(activities=activities) as profiler:
+            timing.seconds(function, self.device)
+        inputs.clear()
+        events, time = profiler.key_averages(), f"self_{'device' if on_gpu else 'cpu'}_time_total"
+        print(events.table(sort_by=time, row_limit=25, max_name_column_width=60), flush=True)
+        kind = DeviceType.CUDA if on_gpu else DeviceType.CPU
+        ms = dict.fromkeys(PART_NAMES, 0.0)
+        for event in events:
+            if event.device_type == kind:
+                ms[part_of(event.key)] += getattr(event, time) / 1e3
+        if not sum(ms.values()):
+            raise RuntimeError("the profiler recorded no kernel")
+        for part, spent in ms.items():
+            known = {"median_ms": f"{spent:.3f}", "predicted_ms": f"{expected[part]:.3f}"}
+            self.add(part, job, known, part="kernels of torch", rounds=1)
+
+    def gemms(self, job: shapes.Job, inputs: shapes.Inputs, *_: Any) -> None:
+        """Add the time of each GEMM at the rows of the backend's tiles."""
+        for name, rows, flops, function in products.at_layout(inputs):
+            calls = {name: lambda run=function: [run() for _ in range(REPEATS)]}
+            times = timing.time_interleaved(calls, self.rounds, self.device, False)[name]
+            ms = times.median_ms / REPEATS
+            known = {"median_ms": f"{ms:.3f}", "tflop_per_s": f"{flops / ms / 1e9:.3g}"}
+            self.add(name, job, known, part="one GEMM", tokens=rows, rounds=self.rounds)
 
 
-def functions(
-    inputs: shapes.Inputs, contenders: Mapping[str, Contender], backward: bool
-) -> dict[str, Callable[[], Any]]:
-    """Return the functions to measure, by key, on shared inputs."""
-    forward = torch.no_grad()(lambda loss, inputs: loss(inputs))
-    call = step if backward else forward
-    calls = {key: partial(call, each.load(), inputs) for key, each in contenders.items()}
-    return {FLOOR: partial(products.products, inputs, backward), **calls}
+def part_of(kernel: str) -> str:
+    """Return the part of a step to which a kernel belongs."""
+    return next(part for part, names in PART_NAMES.items() if names.search(kernel))
 
 
 def measured_memory(
@@ -152,4 +238,4 @@ def measured_memory(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

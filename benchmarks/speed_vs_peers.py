@@ -34,14 +34,9 @@ from benchmarks.peers.results import Results
 from benchmarks.peers.runner import Runner, large_point
 from benchmarks.support import environment, plot, tables
 from benchmarks.support.contenders import gather
-from benchmarks.support.providers import OURS, PEERS, SPEED_CONTENDERS, backend
+from benchmarks.support.providers import OURS, PEERS, SPEED_CONTENDERS
 
-CONTENDERS = {
-    "lens_kernels": OURS,
-    "triton": backend("triton", gpu_only=True),
-    **PEERS,
-    **SPEED_CONTENDERS,
-}
+CONTENDERS = {"lens_kernels": OURS, **PEERS, **SPEED_CONTENDERS}
 PAGE = environment.ROOT / "docs" / "memory_and_speed.md"
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from lens_kernels.backends.torch import row_chunks
 from tests.support import ROOT, recompilation
 from tests.support import gpu_checks as check
 from tests.support.gpu_checks import BACKENDS, CPU, DTYPES, GPU, HALF, LARGE, WIDE
@@ -51,6 +52,13 @@ def test_kernels_are_compiled():
 def test_parity(backend, feature, divergence, dtype):
     chunks = {"workspace_bytes": several_chunks(BATCH, 12)}
     check.parity(GPU, backend, dtype, BATCH, feature, divergence, **chunks)
+
+
+@gpu("divergence", dtype=DTYPES[:2], backend=["torch"])
+def test_the_pass_by_inductor(backend, divergence, dtype, monkeypatch):
+    """In place of the row kernel, as in float64."""
+    monkeypatch.setattr(row_chunks, "has_row_kernel", lambda *args: False)
+    check.parity(GPU, backend, dtype, BATCH, "everything", divergence)
 
 
 @gpu("dtype", "divergence", "backend", shape=[LARGE, WIDE])

@@ -11,7 +11,7 @@ from benchmarks.support.shapes import MODELS, Job, Model
 
 FLOOR = "floor"
 SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
-COMPILED = ("lens_kernels", "triton", "dense_compiled", "liger", "liger_fused")
+COMPILED = ("lens_kernels", "dense_compiled", "liger")
 SLOW = ("liger_uncompiled", "trl", "published")
 ONCE = "dense_kl_div"  # like dense, but slower: timed only at the first point
 TINY = Model("tiny", 24, 40, 1000)

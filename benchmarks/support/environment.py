@@ -85,11 +85,6 @@ def no_gpu() -> str | None:
     return f"this needs a GPU, but torch {torch.__version__} finds none"
 
 
-def file_name(kind: str, device: torch.device) -> str:
-    """Return the name of the CSV with results of a kind on a device."""
-    return f"{kind}-{re.sub('[^a-z0-9]+', '-', device_name(device).lower()).strip('-')}.csv"
-
-
 def device_name(device: torch.device) -> str:
     """Return the model of the device."""
     if device.type == "cuda":

@@ -23,14 +23,12 @@ Rows = list[dict[str, str]]
 STYLES = {
     "floor": (pictures.BLACK, ""),
     "lens_kernels": (pictures.VERMILION, "o"),
-    "triton": (pictures.ORANGE, "*"),
     "dense": (pictures.GREY, "s"),
     "dense_kl_div": (pictures.LIGHT_GREY, "p"),
     "dense_compiled": (pictures.BLACK, "P"),
     "published": (pictures.PURPLE, "X"),
     "liger": (pictures.BLUE, "^"),
     "liger_uncompiled": (pictures.SKY, "v"),
-    "liger_fused": (pictures.BLUE, "<"),
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)

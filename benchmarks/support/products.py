@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 
 from benchmarks.support.shapes import Inputs
 from lens_kernels.backends import matmul
+from lens_kernels.backends.torch import layout as layouts
+from lens_kernels.options import workspace_or_default
 
 TITLE = "the four GEMMs alone"
 
 
-def products(inputs: Inputs, backward: bool = True) -> None:
-    """Run the four GEMMs of each pair; the student's logits replace their gradient.
-
-    Without ``backward``, run only the two projections.
-    """
+def products(inputs: Inputs) -> None:
+    """Run the four GEMMs of each pair; the student's logits replace their gradient."""
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
         x = student.detach()
         logits = x @ head.t()
         teacher @ inputs.teacher_head.t()
-        if backward:
-            logits @ head
-            logits.t() @ x
+        logits @ head
+        logits.t() @ x
 
 
 def tiled_products(inputs: Inputs) -> None:
@@ -41,3 +42,35 @@ def tiled_products(inputs: Inputs) -> None:
         grad = tile.to(x.dtype)
         matmul.product(grad, ours.weight)
         matmul.add_head_gradient(grad, x, d_head, begun=True)
+
+
+def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], None]]]:
+    """Yield the GEMMs of the ``torch`` backend at the rows of its tiles.
+
+    Each has a name, its rows, its operations, and a function that runs it.
+    """
+    head, hidden = inputs.student_head.detach(), torch.cat(inputs.student_hidden).detach()
+    device, (vocab, width) = head.device, head.shape
+    ours, theirs = (matmul.Factors(x, None, torch.float32) for x in (head, inputs.teacher_head))
+    workspace = workspace_or_default(None, device)
+    if layouts.has_row_kernel(device, torch.float32):
+        layout = layouts.apart(hidden.shape[0], vocab, ours.dtype, workspace)
+    else:
+        size = layouts.bytes_per_row(vocab, ours.dtype, torch.float32)
+        layout = layouts.in_place(inputs.student_hidden[0].shape[0], size, workspace)
+    tile = torch.empty(layout.tile_rows, layouts.row_stride(vocab), device=device)[:, :vocab]
+    student = ours.rows(hidden)
+    teacher = theirs.rows(torch.cat(inputs.teacher_hidden)[: layout.tile_rows])
+    rows = layout.tile_rows
+    for name, x, factors in (("student", student[:rows], ours), ("teacher", teacher, theirs)):
+        flops = 2 * rows * vocab * x.shape[1]
+        run = partial(matmul.project, x, factors.weight, tile)
+        yield f"logits of the {name}", rows, flops, run
+    rows = layout.grad_rows
+    # Random numbers, because a GPU multiplies zeros faster.
+    grad = torch.randn(rows, layout.grad_stride or vocab, device=device).to(ours.dtype)[:, :vocab]
+    d_head = torch.zeros(vocab, width, device=device)
+    flops = 2 * rows * vocab * width
+    yield "gradient of hidden states", rows, flops, partial(matmul.product, grad, ours.weight)
+    add = partial(matmul.add_head_gradient, grad, student[:rows], d_head, begun=True)
+    yield "gradient of the head", rows, flops, add

@@ -136,10 +136,34 @@ def _liger(compiled: bool) -> Loss:
     return per_pair(_each_size_apart(module), labelled=True)
 
 
-def _liger_fused() -> Loss:
-    """Return Liger's Triton operator; it projects all rows and ignores masked labels."""
-    fused = importlib.import_module("liger_kernel.transformers.fused_linear_jsd")
-    return per_pair(fused.LigerFusedLinearJSD(jsd_beta=0.5), labelled=True)
+def _liger_fused(kernels: str) -> Loss:
+    """Return Liger's operator with its own kernels; all rows are projected, masked labels ignored.
+
+    By default Liger takes the kernels for Hopper where they can be loaded.
+    """
+    fused = importlib.import_module("liger_kernel.ops.fused_linear_jsd").LigerFusedLinearJSDFunction
+    if kernels == "nvidia-cutedsl":
+        importlib.import_module("cutlass.cute")
+
+    def loss(*args: Tensor) -> Tensor:
+        return fused.apply(*args, 0.5, -100, 1.0, None, kernels)
+
+    return per_pair(loss, labelled=True)
+
+
+def _orda() -> Loss:
+    """Return ORDA's loss, its skewed JSD with the student's weight 1/2; masked labels ignored."""
+    orda = importlib.import_module("orda_kernel")
+
+    def loss(
+        student: Tensor, head: Tensor, teacher: Tensor, their_head: Tensor, labels: Tensor
+    ) -> Tensor:
+        theirs = orda.SeparateTeacher(teacher, their_head)
+        weights = {"student_ce_weight": 0.0, "teacher_ce_weight": 0.0, "kl_weight": 1.0}
+        kind = {"kl_divergence": "skew_js", "kl_beta": 0.5}
+        return orda.distillation_loss(student, head, labels, theirs, **weights, **kind).loss
+
+    return per_pair(loss, labelled=True)
 
 
 def _trl() -> Loss:
@@ -184,11 +208,11 @@ def _backend_on_fakes() -> Iterator[None]:
         yield
 
 
-def backend(name: str, gpu_only: bool = False) -> Contender:
+def backend(name: str) -> Contender:
     """Return one of the library's own backends as a contender."""
     load = functools.partial(functools.partial, ours, backend=name)
     title = f"{OURS.title}, backend {name!r}"
-    return replace(OURS, key=name, title=title, load=load, gpu_only=gpu_only)
+    return replace(OURS, key=name, title=title, load=load)
 
 
 def _by_key(*contenders: Contender) -> dict[str, Contender]:
@@ -196,8 +220,18 @@ def _by_key(*contenders: Contender) -> dict[str, Contender]:
 
 
 LIGER: dict[str, Any] = {"package": "liger-kernel", "release": "0.8.5"}
+ORDA: dict[str, Any] = {"package": "orda-kernel", "release": "0.1.0"}
 JSD = "Liger {version} chunked JSD"
 TRL: dict[str, Any] = {"package": "trl", "release": "1.16.0"}
+
+
+def _fused(key: str, title: str, kernels: str) -> Contender:
+    title = f"Liger {{version}} fused JSD ({title})"
+    return Contender(
+        key, title, lambda: _liger_fused(kernels), on_fakes=None, gpu_only=True, **LIGER
+    )
+
+
 OURS = Contender(
     "lens_kernels", f"lens_kernels {__version__}", lambda: ours, on_fakes=_backend_on_fakes
 )
@@ -214,11 +248,15 @@ PEERS = _by_key(
 CONTENDERS = {OURS.key: OURS, **PEERS}
 
 # Only for the comparison of speed.
-FUSED = "Liger {version} fused JSD (Triton)"
 SPEED_CONTENDERS = _by_key(
     Contender("dense_compiled", "dense PyTorch, torch.compile", _dense_compiled, on_fakes=None),
     Contender(
         "published", "DistillLens as published", lambda: published, epsilon=PUBLISHED_EPSILON
     ),
-    Contender("liger_fused", FUSED, _liger_fused, on_fakes=None, gpu_only=True, **LIGER),
+)
+# Only on a GPU.
+GPU_PEERS = _by_key(
+    _fused("liger_fused", "Triton", "nvidia-triton"),
+    _fused("liger_hopper", "CuTe", "nvidia-cutedsl"),
+    Contender("orda", "ORDA {version}", _orda, on_fakes=None, gpu_only=True, **ORDA),
 )

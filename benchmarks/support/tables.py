@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+CELL = 80  # characters of a cell that is printed
+
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
     """Return one line of a CSV: each column in order, from the parts, or empty."""
@@ -21,6 +23,16 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def append_csv(path: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to a file whose rows have the same keys; a stopped program keeps its rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
+        if not file.tell():
+            writer.writeheader()
+        writer.writerow(row)
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -76,6 +88,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Print some columns of rows, or all columns, with a dash for empty cells."""
+    """Print some columns of rows, or all. Empty cells have a dash, and long ones are cut."""
     columns = columns or list(rows[0])
-    print_table(columns, [[str(each[name]) or "-" for name in columns] for each in rows])
+    print_table(columns, [[str(each[name])[:CELL] or "-" for name in columns] for each in rows])

@@ -1,7 +1,8 @@
-"""Runs the GPU tests and writes a CSV with a line for each test, with versions and device.
+"""Runs the GPU tests, the most important first, and adds a row to a CSV when a test ends.
 
-Run it with ``make test-gpu``, or with more arguments for pytest after ``--``: ``python -m
-tests.support.gpu_report --out DIR -- -k parity``
+Run it with ``python -m tests.support.gpu_report --out DIR``. Arguments for pytest follow ``--``, as
+in ``-- -n 12 -k parity``. A row has the outcome, versions and device. The processes of pytest-xdist
+load this module as a plugin, for the order.
 """
 
 from __future__ import annotations
@@ -18,14 +19,29 @@ import torch
 from benchmarks.support import environment, tables
 from tests.support import ROOT
 
+FILE = "tests.csv"
 # The outcomes of a test's phases, from best to worst. The worst one is the test's outcome.
 ORDER = ("passed", "skipped", "failed")
 
 
-class Recorder:
-    """A pytest plugin that records the outcome of every test."""
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """Run the row kernel's parity first, then the ``torch`` backend, then all-Triton tests."""
+    items.sort(key=rank)
 
-    def __init__(self) -> None:
+
+def rank(item: Any) -> int:
+    """Return the place of a test in the order."""
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    if backend == "triton":
+        return 3
+    return 2 if backend is None else int("parity" not in item.name)
+
+
+class Recorder:
+    """A pytest plugin that writes the outcome of every test."""
+
+    def __init__(self, path: Path, where: dict[str, str]) -> None:
+        self.path, self.where = path, where
         self.rows: dict[str, dict[str, Any]] = {}
 
     def pytest_runtest_logreport(self, report: Any) -> None:
@@ -35,6 +51,10 @@ class Recorder:
         row["seconds"] += report.duration
         if ORDER.index(report.outcome) > ORDER.index(row["outcome"]):
             row["outcome"], row["note"] = report.outcome, note(report)
+        # The last phase. A test that ends its process has a phase of its own.
+        if report.when not in ("setup", "call"):
+            row["seconds"] = f"{row['seconds']:.2f}"
+            tables.append_csv(self.path, row | self.where)
 
 
 def note(report: Any) -> str:
@@ -48,25 +68,19 @@ def note(report: Any) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tests and return pytest's exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, default=environment.DATA / "gpu", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=environment.OUT, metavar="DIR")
+    parser.add_argument("--device", default="cuda", help="with cpu, the GPU tests are skipped")
     parser.add_argument("pytest", nargs="*", help="more arguments for pytest")
     args = parser.parse_args(argv)
-    if reason := environment.no_gpu():
+    device = torch.device(args.device)
+    if device.type == "cuda" and (reason := environment.no_gpu()):
         sys.stderr.write(f"gpu_report.py: {reason}\n")
         return 1
-    device = torch.device("cuda")
-    recorder = Recorder()
-    options = ["-m", "gpu", "-n", "0", "-rs", str(ROOT / "tests"), *args.pytest]
-    status = int(pytest.main(options, plugins=[recorder]))
-    path = args.out / environment.file_name("tests", device)
-    if recorder.rows:
-        where = environment.gpu_environment(device)
-        tables.write_csv(
-            path,
-            [row | {"seconds": f"{row['seconds']:.2f}"} | where for row in recorder.rows.values()],
-        )
-        sys.stdout.write(f"{path}\n")
-    return status
+    recorder = Recorder(args.out / FILE, environment.gpu_environment(device))
+    tests = str(ROOT / "tests" / "test_gpu.py")
+    plugin = ["-p", "tests.support.gpu_report", "--maxschedchunk", "1"]
+    options = ["-m", "gpu", "-n", "0", "-rs", *plugin, tests, *args.pytest]
+    return int(pytest.main(options, plugins=[recorder]))
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ import torch
 from lens_kernels import divergence as table
 from lens_kernels.backends import compiled
 from lens_kernels.backends.torch import pointwise_pass
+from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.lens import LogitMap
 from lens_kernels.options import Divergence
+from tests.support.grids import ODD
+from tests.support.problems import capture_call, make
 
 
 def test_only_the_number_of_rows_varies(monkeypatch):
@@ -35,7 +38,27 @@ def test_only_the_number_of_rows_varies(monkeypatch):
     assert vocabs == [{50}, {60}]
 
 
-def test_a_gpu_takes_a_tile_in_one_block():
-    gpu = torch.device("cuda")
-    assert pointwise_pass.block_rows(gpu, True, 700, 50000) == 700
-    assert pointwise_pass.block_rows(gpu, False, 700, 50000) == 43
+def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
+    """Tensors without data stand for those of a GPU."""
+    call, calls = capture_call(monkeypatch, make(ODD)), []
+
+    def compile(function):
+        def recorded(zs, *rest):
+            calls.append((function, len(zs)))
+            return [zs[:, 0]]
+
+        return recorded
+
+    monkeypatch.setattr(compiled, "_compile", None)  # is for CPUs
+    monkeypatch.setattr(compiled, "_compile_for_gpu", compile)
+    made = pointwise_pass.TorchPass(call, torch.float32, 700)
+    made.device, made.compiled = torch.device("cuda"), True
+    tiles = [torch.empty(700, call.vocab_size, device="meta") for _ in range(2)]
+    terms = Terms(Divergence.JSD, torch.empty(700, device="meta"), None, None)
+    (losses,) = made.run(tiles, terms, tiles[0], None)
+    assert losses.shape == (700,) and calls == [(pointwise_pass.tile_pass, 700)]
+
+
+def test_an_uncompiled_pass_takes_small_blocks_on_a_gpu():
+    """Its temporaries are as large as a block."""
+    assert pointwise_pass.block_rows(torch.device("cuda"), False, 700, 50000) == 43

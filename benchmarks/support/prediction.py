@@ -1,0 +1,76 @@
+"""The time of a plan on an H100, predicted from its counts. Nothing here is measured.
+
+A step takes the time of its arithmetic or of its traffic, the longer one, and steps follow each
+other. The rates are assumptions. Data sheet of the H100 SXM: 989 TFLOP/s and 3.35 TB/s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from benchmarks.support import tables
+from benchmarks.support.shapes import MODELS
+from lens_kernels import plan
+from lens_kernels.cost import RELATIVE_TIME, Plan
+
+BYTES_PER_MS = 3.0e9
+FLOPS_PER_MS = 700e9  # of 16-bit products with float32 results
+FLOOR_FLOPS_PER_MS = 790e9  # of the four products alone, each in one piece with a 16-bit result
+PARTS = {
+    "projections": "products",
+    "products of the gradient": "products",
+    "pointwise pass": "pass",
+}
+# Tokens and pairs of the table.
+SHAPES = ("qwen2.5", "llama3")
+PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
+HEADER = (
+    "predicted, not measured",
+    "tokens x pairs",
+    "projections",
+    "row pass",
+    "gradient products",
+    "rest",
+    "ms",
+    "ms / four GEMMs",
+)
+
+
+def step_ms(planned: Plan) -> dict[str, float]:
+    """Return the time of each step in ms."""
+    ms = dict.fromkeys((step.name for step in planned.steps), 0.0)
+    for step in planned.steps:
+        arithmetic = step.flops * RELATIVE_TIME[step.factor_bytes] / FLOPS_PER_MS
+        ms[step.name] += max(arithmetic, step.bytes_moved / BYTES_PER_MS)
+    return ms
+
+
+def part_ms(planned: Plan) -> dict[str, float]:
+    """Return the time of the products, of the pass between them, and of the rest, in ms."""
+    ms = {"products": 0.0, "pass": 0.0, "rest": 0.0}
+    for name, time in step_ms(planned).items():
+        ms[PARTS.get(name, "rest")] += time
+    return ms
+
+
+def total_ms(planned: Plan) -> float:
+    """Return the time of all steps in ms."""
+    return sum(step_ms(planned).values())
+
+
+def of_floor(plans: Mapping[str, Plan]) -> float:
+    """Return the time of the ``torch`` backend divided by that of the four products alone."""
+    return total_ms(plans["torch"]) / (plans["dense"].flops / FLOOR_FLOPS_PER_MS)
+
+
+def table() -> str:
+    """Return the predicted time of a bf16 step with ``jsd`` on the ``torch`` backend."""
+    rows = []
+    for key in SHAPES:
+        model = MODELS[key]
+        for tokens, pairs in PAGE_SIZES:
+            plans = plan(tokens, model.vocab, model.student, model.teacher, pairs=pairs)
+            times = [*step_ms(plans["torch"]).values()]
+            shown = [f"{time:.1f}" for time in (*times, sum(times))]
+            rows.append([model.name, f"{tokens} x {pairs}", *shown, f"{of_floor(plans):.2f}"])
+    return tables.markdown_table(HEADER, rows)
