@@ -11,7 +11,7 @@ from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.operands import padded
 from lens_kernels.lens import LensNorm
 
-# Number of elements that one step of a program holds in registers.
+# Elements that a program holds in registers at a time.
 BLOCK = 4096
 
 
@@ -68,7 +68,7 @@ def norm_backward_kernel(
     grad_stride, x_stride, d_x_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the indexed rows, and this program's part of the norm's own gradients.
+    """Write the gradient of the indexed rows, and a part of the gradients of norm weight and bias.
 
     A program takes every ``num_programs``-th block of rows, so that sums have a fixed order.
     """
@@ -104,7 +104,7 @@ def norm_backward_kernel(
 
 
 def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
-    # A block covers the padded width, which exceeds the next power of two for widths up to 8.
+    # A block must cover the padded width, which can exceed the next power of two of the width.
     block_d = triton.next_power_of_2(padded(width))
     block_n = max(1, BLOCK // block_d)
     return {
@@ -148,7 +148,7 @@ def norm_backward(
 ) -> None:
     """Propagate ``grad`` ``(n, D)`` back through the norm.
 
-    It sets the rows of ``d_hidden`` at ``index``, and adds to ``d_weight`` and ``d_bias``.
+    This sets the rows of ``d_hidden`` at ``index``, and adds to ``d_weight`` and ``d_bias``.
     """
     tokens, width = grad.shape
     options = _options(norm, width)
