@@ -225,7 +225,7 @@ def measured_memory(
 ) -> memory.Memory | str:
     """Return the memory of a function's second run, or why it does not run."""
     try:
-        function()  # so that compilation and caches are not counted
+        function()  # the first run is not measured, because it compiles and fills caches
         inputs.clear()
         return memory.measure(function, device)
     except Exception as error:

@@ -51,15 +51,15 @@ def difference(values: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm's results over seeds, and its difference from its baseline over shared seeds."""
+    """The results of an arm over seeds, and its difference from the baseline over shared seeds."""
 
     arm: Arm
     seeds: tuple[int, ...]
     mean: float
     deviation: float
     percent: Difference | None
-    reached: float | None  # share of the steps needed to reach the baseline's final KL
-    cpu_ms: float  # per step
+    reached: float | None  # share of its steps until it reaches the baseline's final KL
+    cpu_ms: float  # median CPU time of a step
     cost: float | None  # CPU time of a step, relative to the baseline's
 
 
@@ -122,7 +122,7 @@ def mean_curve(arm: Arm, results: Results, seeds: Sequence[int]) -> list[tuple[i
 def by_depth(
     arm: Arm, results: Results, seeds: Sequence[int], metric: str
 ) -> list[tuple[float, float]]:
-    """Return the mean over seeds of a metric of the lenses, with the student's depth."""
+    """Return the student's depths, each with the mean over seeds of a metric of its lens."""
     tables = [json.loads(row["by_depth"]) for row in _of(arm, results, seeds).values()]
     columns = zip(*tables, strict=True)
     return [(rows[0]["depth"], statistics.fmean(x[metric] for x in rows)) for rows in columns]
@@ -131,7 +131,8 @@ def by_depth(
 def _share_to_reach(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]]) -> float | None:
     """Return the mean share of the steps that an arm needs to reach its baseline's final KL.
 
-    The curve is interpolated linearly between evaluations. None if a run never reaches it.
+    The curve is interpolated linearly between evaluations. The result is None if a run never
+    reaches that KL.
     """
     shares = []
     for own, base in rows:
