@@ -51,7 +51,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
-WRONG = 0.1  # the script stops if an error is larger
+WRONG = 0.1  # the script stops if a gradient has a larger error
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -62,7 +62,7 @@ SHOWN = (
     " min_ratio_to_floor max_ratio_to_floor"
 )
 
-Threshold = Any  # a value of grad_threshold
+Threshold = Any  # a value of the option grad_threshold: a number, a name, or None
 Row = dict[str, Any]
 
 

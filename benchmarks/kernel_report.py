@@ -97,7 +97,7 @@ def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
 
 
 def plan_table() -> str:
-    """Return the table of the documentation: the cost on each backend for some pairs of models."""
+    """Return the table in the documentation: the cost on each backend for some pairs of models."""
     rows = []
     for key in PLANNED:
         model = MODELS[key]

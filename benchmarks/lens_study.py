@@ -1,4 +1,4 @@
-"""Does the lens help, and which settings are best? Small models, many seeds, two cores.
+"""Train small students with and without a lens, to see whether and with which settings it helps.
 
 A teacher of 6 blocks x 128 is trained on the documentation of Django (a source distribution of
 10.8 MB on PyPI, BSD-3-Clause; 1.9 million tokens; the tokenizer of 2,048 entries is trained here).

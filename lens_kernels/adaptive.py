@@ -21,7 +21,7 @@ TILES = 8
 
 
 def head_share(call: LossCall) -> Tensor:
-    """Return the head share of every token in the call's last pair, ``(N,)``; 0 where masked."""
+    """Return the head share of every token in the call's last pair, ``(N,)``, or 0 if masked."""
     with torch.no_grad():
         return _head_share(*call.pack())
 
@@ -72,7 +72,7 @@ class _Model:
 
 def _share(p: Tensor, q: Tensor) -> Tensor:
     gap = (p - q).abs()
-    p, order = p.sort(stable=True, descending=True)  # ties keep their order
+    p, order = p.sort(stable=True, descending=True)  # equal probabilities keep their order
     gap = gap.gather(-1, order)
     of_head = p.cumsum(-1) <= MASS
     of_head[:, 0] = True

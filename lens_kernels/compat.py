@@ -15,7 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # at run time the subclass of TrainerHooks has the real Trainer as its next base
+else:  # at run time a subclass lists TrainerHooks and the real Trainer as its bases
     Trainer = object
 
 
@@ -124,7 +124,7 @@ def class_before_sharding(module: object) -> type:
     In torch 2.8 to 2.13 the new class has the bases ``(FSDPModule, class)``. No public function
     does this. Without it a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # a large import that few calls need
+    from torch.distributed.fsdp import FSDPModule  # imported here, because the import is slow
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind

@@ -196,7 +196,7 @@ class CallShape:
         """Return the plan of ``steps`` and of the steps that all backends share."""
         if self.head_grad:
             # The head gradient is multiplied by the upstream gradient, and copied to the head's
-            # dtype. With float16 factors it is multiplied by the accumulator's unit before.
+            # dtype. With float16 factors it is first multiplied by the accumulator's unit.
             wide = self.compute_dtype.itemsize
             each = 2 * wide + (
                 wide + self.dtype.itemsize if self.dtype is not self.compute_dtype else 0
@@ -250,8 +250,8 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
 def vocabulary_sweeps(shape: CallShape) -> Plan:
     """Return the plan of the ``triton`` backend, which computes all logits again in each sweep.
 
-    Before the sweep of the gradient, relative entropies and calls with labels only need one sweep.
-    The other divergences need two.
+    A relative entropy needs one sweep before the sweep of the gradient. So does a call with labels
+    only. The other divergences need two sweeps before it.
     """
     tiles = math.ceil(shape.vocab_size / COLUMNS)
     operand = shape.dtype.itemsize

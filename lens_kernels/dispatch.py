@@ -74,7 +74,8 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
 
         # "auto" takes the kernels only on GPU models where tuning has compared their results.
         complete = store.is_tuned(operand, device)
-    except (ImportError, OSError, RuntimeError) as error:  # no home folder, or Triton fails
+    except (ImportError, OSError, RuntimeError) as error:
+        # There is no home folder, or Triton cannot be imported.
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 

@@ -26,7 +26,7 @@ Pointwise = tuple[Tensor, Tensor]
 Mixture = tuple[float | Tensor, float | Tensor]
 # A function of log p, log q, p, q and the mixture, which the caller has already computed.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-NEAR = 0.5  # below this |d|, differences of p and q use expm1
+NEAR = 0.5  # differences of p and q use expm1 if |log p - log q| is below this number
 FLOOR = -1e30  # replaces logits of -inf, because a difference of infinities is NaN
 NO_MASS = -FLOOR / 2  # a log-ratio above this has a FLOOR in its denominator
 

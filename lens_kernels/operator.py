@@ -31,7 +31,7 @@ def apply(call: LossCall, backend: str, deferred: bool) -> tuple[Tensor, Tensor,
 def lens_loss(
     backend: str, deferred: bool, *packed: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return ``(loss, rows, dropped, gradients of loss)``; see ``LossCall`` and ``LossResult``."""
+    """Return ``(loss, rows, dropped, gradients of loss)``. See ``LossCall`` and ``LossResult``."""
     call = Packed(*packed).unpack()
     if deferred:
         call = replace(call, needs_grad=[False] * len(call.needs_grad))

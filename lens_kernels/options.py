@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Divergence(str, Enum):
-    """The divergences between teacher ``p`` and student ``q``; formulas in ``divergence.py``."""
+    """The divergences of teacher ``p`` and student ``q``. ``divergence.py`` has the formulas."""
 
     JSD = "jsd"
     JEFFREYS = "jeffreys"
@@ -29,7 +29,7 @@ class Divergence(str, Enum):
 # These divergences are sums of relative entropies (KL). They have no upper bound, and the Triton
 # kernels need only one sweep over the vocabulary for them.
 RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
-ADAPTIVE = "akl"  # both KLs, weighted for each token; only for final hidden states
+ADAPTIVE = "akl"  # the adaptive KL, which is available only for the final hidden states
 
 
 class Reduction(str, Enum):

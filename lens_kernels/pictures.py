@@ -55,7 +55,7 @@ def styled(draw: Callable[..., T]) -> Callable[..., T]:
 
 
 def canvas(width: float, height: float) -> Any:
-    """Return an empty figure; the size is in inches."""
+    """Return an empty figure. The size is in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))

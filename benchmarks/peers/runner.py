@@ -72,7 +72,7 @@ class Runner:
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
         if (
             self.results.row(self.point, key).get("note") != reason
-        ):  # an unchanged row keeps its date
+        ):  # a row with the same note is not written again, and keeps its date
             self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:

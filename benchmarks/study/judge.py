@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 32  # rows per batch
-PROMPT, CONTINUED, PROMPTS = 64, 32, 128  # tokens, tokens, rows
+CHUNK = 32  # rows in a batch
+# Tokens of a prompt, tokens of its continuation, and the number of prompts.
+PROMPT, CONTINUED, PROMPTS = 64, 32, 128
 BINS = 15  # bins of confidence in the calibration error
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.study.settings import Run, TeacherSettings
 from benchmarks.support import environment, tables
 
-EVALUATIONS = 12  # per run, evenly spaced
+EVALUATIONS = 12  # number of evaluations in a run, evenly spaced
 SETTINGS = [f.name for f in fields(Run)]
 METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error greedy_prefix".split()
 COLUMNS = [

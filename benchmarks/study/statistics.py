@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from benchmarks.study.groups import Arm, Group
 
 RESAMPLES = 10_000
-# Student's t at 97.5 %, by degrees of freedom.
+# Quantiles of Student's t distribution at 97.5 %, by degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-Results = Mapping[str, Mapping[str, str]]  # by the key of the run
+Results = Mapping[str, Mapping[str, str]]  # the CSV lines of runs, by the key of the run
 Interval = tuple[float, float]
 
 
@@ -60,7 +60,7 @@ class Compared:
     percent: Difference | None
     reached: float | None  # share of its steps until it reaches the baseline's final KL
     cpu_ms: float  # median CPU time of a step
-    cost: float | None  # CPU time of a step, relative to the baseline's
+    cost: float | None  # CPU time of a step divided by that of the baseline
 
 
 def compare(

@@ -34,9 +34,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes that a run adds to those in use before it: at most, and at its end.
+    """The bytes that a run adds to those in use before it.
 
-    ``peak`` includes ``kept``, the memory of the loss and the gradients.
+    ``peak`` is the largest number during the run. ``kept`` is the number at its end, the memory of
+    the loss and the gradients.
     """
 
     peak: int
@@ -90,7 +91,7 @@ class StorageTracker(compat.DispatchMode):
     """
 
     def __init__(self) -> None:
-        """Start with no storage."""
+        """Start without any counted storage."""
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}

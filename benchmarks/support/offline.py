@@ -52,7 +52,7 @@ class Launch:
 
     kernel: str
     module: str
-    signature: tuple[tuple[str, Any], ...]  # names, with a type or the types of a tuple
+    signature: tuple[tuple[str, Any], ...]  # names of arguments with their types
     constants: tuple[tuple[Path, Any], ...]
     divisible: tuple[Path, ...]
     options: tuple[tuple[str, Any], ...]
@@ -175,7 +175,7 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
     if tile is not None:
         patches[sizes, "default"] = lambda *args: tile
     device = SimpleNamespace(
-        get_current_device=lambda: arch,  # the key of Triton's caches
+        get_current_device=lambda: arch,  # Triton's caches use this as their key
         get_current_stream=lambda device: 0,
         get_current_target=lambda: TARGETS[arch][0],
     )

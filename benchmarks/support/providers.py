@@ -240,7 +240,7 @@ OURS = Contender(
 PEERS = _by_key(
     Contender("dense", "dense PyTorch, autograd", lambda: dense),
     Contender("dense_kl_div", "dense PyTorch, autograd, F.kl_div", lambda: dense_kl_div),
-    # The compiler needs real tensors.
+    # Compiled, Liger cannot run over fake tensors.
     Contender(
         "liger", f"{JSD} (compiled, its default)", lambda: _liger(True), on_fakes=None, **LIGER
     ),

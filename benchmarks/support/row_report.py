@@ -125,7 +125,7 @@ def measure(
     launch = record(arch, dtype, divergence, variant, beta)
     code, registers, spilled, _, programs = offline.machine_code(arch, launch)
     lanes = (64 if arch.startswith("gfx") else 32) * OPTIONS["num_warps"]
-    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes  # per thread in one iteration of a loop
+    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes  # per thread and loop iteration
     return RowKernel(
         arch,
         launch.fixed()["DIVERGENCE"],

@@ -99,7 +99,7 @@ class Accumulator:
         weight_sum: Tensor | None = None,
         survey: Survey | None = None,
     ) -> Tensor | None:
-        """Add a tile's part to the head's gradients; return the rows' gradient if it is needed.
+        """Add a tile's part to the head's gradients. Return the rows' gradient if it is needed.
 
         ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``, where ``x`` ``(R, D)``
         are rows of hidden states, and ``weight`` ``(C, D)`` are the rows ``columns`` of the head.

@@ -86,7 +86,7 @@ def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Survey:
     """The absolute values in a tile of logit gradients, per column and in total."""
 
-    peak: Tensor  # (V,), the largest absolute value of every column
+    peak: Tensor  # the largest absolute value of every column, (V,)
     rows = 0
 
     def total(self) -> Tensor:
@@ -120,8 +120,8 @@ class ColumnStatistics(Survey):
 
     def __init__(self, compile_sums: bool = False) -> None:
         self.compile_sums = compile_sums
-        self.mass: Tensor  # (V,), the sum of absolute values of every column
-        self.squares: Tensor  # (V,), the sum of squares of every column
+        self.mass: Tensor  # the sum of absolute values of every column, (V,)
+        self.squares: Tensor  # the sum of squares of every column, (V,)
 
     def add(self, grad: Tensor) -> None:
         """Add a block of rows ``(R, V)``."""
@@ -148,8 +148,8 @@ class ColumnStatistics(Survey):
 class RowStatistics(Survey):
     """A survey that keeps sums per row, and peaks per column. A kernel fills it.
 
-    The kernel takes maxima of the bits of float32 numbers, read as integers. For positive numbers
-    these have the order of the numbers. The result does not depend on the order of the rows.
+    The kernel reads the bits of positive float32 numbers as integers, and takes the maximum. These
+    integers are in the same order as the numbers. The maximum does not depend on the order of rows.
     """
 
     def __init__(self, vocab_size: int, stride: int, device: torch.device) -> None:

@@ -99,7 +99,10 @@ def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
 
 
 def evened(rows: int, limit: int, block: int = 1) -> int:
-    """Return the size of about equal parts of ``rows``: at most ``limit``, rounded to ``block``."""
+    """Return the size of the parts if ``rows`` are divided into about equal parts.
+
+    It is at most ``limit``. If there are enough rows, it is a multiple of ``block``.
+    """
     part = math.ceil(rows / max(1, math.ceil(rows / max(1, limit))))
     return min(rows, limit, math.ceil(part / block) * block)
 

@@ -1,4 +1,4 @@
-"""The ``torch`` backend: it works on tiles of tokens, and computes nothing twice.
+"""The ``torch`` backend. It works on tiles of tokens, and computes nothing twice.
 
 For each tile, one GEMM per model computes the logits over the whole vocabulary. One pass turns them
 into losses and the gradient of the student's logits. Two more GEMMs turn that into the gradients of

@@ -1,4 +1,4 @@
-"""The order of the sweeps over a call, and the accumulation of their results."""
+"""The ``triton`` backend's ``evaluate``: it runs the sweeps in order, and sums their results."""
 
 from __future__ import annotations
 

@@ -15,11 +15,11 @@ import triton.language as tl
 
 from lens_kernels import compat
 
-# Whether kernels are interpreted rather than compiled. TRITON_INTERPRET=1 decides this when the
-# kernels are imported.
+# True if kernels are interpreted instead of compiled. Triton reads the environment variable
+# TRITON_INTERPRET when the kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-if INTERPRETING:  # neither Triton nor torch installs numpy, and compiled kernels do not need it
+if INTERPRETING:  # only the interpreter needs numpy, which Triton and torch do not install
     import numpy as np
 
 

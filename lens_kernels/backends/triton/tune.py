@@ -49,7 +49,7 @@ def tune(
         dtype: Dtype of hidden states and heads.
         device: The GPU, which must be the current one.
         timer: Returns the milliseconds that a function takes.
-        say: Takes the progress, line by line.
+        say: Called with each line of progress.
 
     Returns:
         The outcome of each sweep, and of the row statistics for each width.

@@ -264,7 +264,7 @@ def evaluate_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # fails if there is no such device
+    torch.empty(1, device=device)  # fails if the device does not exist
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ class Inspection:
 
     @property
     def sides(self) -> tuple[tuple[str, Reading], ...]:
-        """Both readings with their roles."""
+        """Both readings, each with its role: student or teacher."""
         return ("student", self.student), ("teacher", self.teacher)
 
     @property

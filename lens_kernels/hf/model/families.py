@@ -211,8 +211,8 @@ def lens_head_from(model: Any) -> LensHead:
 
 
 def _norm_from(norm: Any, family: Family) -> LensNorm:
-    # Wrappers (adapters, modules_to_save, parametrisations) are refused. They have the norm as a
-    # child, and may not use the weight that is their attribute.
+    # Wrappers (adapters, modules_to_save, parametrisations) have the norm as a child. They are
+    # refused, because their attribute ``weight`` may not be the weight that they use.
     if any(True for _ in norm.children()) or getattr(norm, "weight", None) is None:
         raise TypeError(
             f"the model's final norm is a {type(norm).__name__}, not a plain norm with a weight:"

@@ -248,7 +248,7 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
 
 def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
     """Raise if the data files have changed since the run started."""
-    before = _json_of(output / DIGESTS) or {}  # runs of earlier versions have no digests
+    before = _json_of(output / DIGESTS) or {}  # earlier versions of this package wrote no digests
     for name, path in paths.items():
         if before.get(name, digests[name]) != digests[name]:
             raise ValueError(

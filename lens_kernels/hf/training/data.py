@@ -84,7 +84,10 @@ def _cut(whole: Example, max_length: int) -> Example | None:
 def prompt_ids(
     row: Row, tokenizer: Any, *, prompt_style: str, max_prompt_length: int
 ) -> list[int] | None:
-    """Return the tokens that ``encode`` puts before the last response, or None if too many."""
+    """Return the tokens that ``encode`` puts before the last response.
+
+    Return None if there are more than ``max_prompt_length``.
+    """
     _check_prompt(prompt_style, max_prompt_length)
     *earlier, (prompt, _) = _turns(row, tokenizer, prompt_style)
     ids = [i for turn in earlier for part in turn for i in part] + prompt

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-FORMATS = ("instruction and output", "prompt and completion", "messages")  # keys of a line
+# The formats of a line, named by the keys that it must have.
+FORMATS = ("instruction and output", "prompt and completion", "messages")
 SHOWN = 10  # maximum number of bad lines in one error message
 
 Messages = list[dict[str, str]]

@@ -251,7 +251,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
-        total = torch.where(count == 0, 0.0, total)  # some versions divide by 0 tokens
+        total = torch.where(count == 0, 0.0, total)  # some versions of transformers divide by 0
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 

@@ -14,7 +14,7 @@ from lens_kernels import divergence
 # Replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = tl.constexpr(divergence.FLOOR)
 NO_MASS = tl.constexpr(divergence.NO_MASS)
-# Below this |d|, differences of p and q are computed with a series.
+# If |d| = |log p - log q| is below this number, p - q is computed with a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

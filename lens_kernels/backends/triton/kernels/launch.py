@@ -16,7 +16,7 @@ COUNTS = ["tokens", "vocab_size", "tiles_per_split", "first_column"]
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes over tokens, vocabulary and hidden size; numbers of warps and pipeline stages."""
+    """Block sizes over tokens, vocabulary and hidden size, and numbers of warps and stages."""
 
     block_n: int
     block_v: int

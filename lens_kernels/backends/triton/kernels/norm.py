@@ -20,7 +20,10 @@ def normalised_rows(
     x_ptr, index_ptr, x_stride, first, tokens, width, eps,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return ``(x_hat, rstd, source, valid)`` of a block of rows; ``x_hat`` is 0 past the width."""
+    """Return ``(x_hat, rstd, source, valid)`` of a block of rows.
+
+    ``x_hat`` is 0 beyond the width.
+    """
     rows = first + tl.arange(0, BLOCK_N)
     valid = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
@@ -43,7 +46,7 @@ def norm_kernel(
     x_stride, out_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write ``x_hat (weight + offset) + bias`` of the indexed rows, and zeros up to the stride."""
+    """Write ``x_hat (weight + offset) + bias`` of the indexed rows. Their padding is set to 0."""
     first = tl.program_id(0) * BLOCK_N
     y, _, _, valid = normalised_rows(
         x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D

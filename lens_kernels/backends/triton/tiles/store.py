@@ -24,7 +24,7 @@ FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME = ("device", "triton", "sweep", "dtype", "width")  # the fields that identify a record
 
-# A sweep, the dtype of its operands, and their smaller hidden size.
+# The key of a tile: the sweep, the dtype of its operands, and their smaller hidden size.
 Key = tuple[Sweep, torch.dtype, int]
 
 
