@@ -32,7 +32,8 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # the goal for a threshold: error and time
+# The goal for a threshold: an error and a time, as a ratio to the floor, below these numbers.
+SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80
 GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
 
@@ -246,7 +247,7 @@ def _model_bars(axis: Any, rows: Rows) -> None:
 
 
 def _temporaries(axis: Any, rows: Rows) -> None:
-    """Draw the temporary memory of each contender, hollow where it was not run."""
+    """Draw the temporary memory of each contender. Hollow markers show counted numbers."""
     for place, row in enumerate(rows):
         colour, marker = STYLES[row["contender"]]
         hollow = {} if row["memory_method"] == "measured" else HOLLOW
