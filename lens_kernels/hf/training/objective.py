@@ -44,7 +44,7 @@ class Outcome:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the sums as means over the tokens of this batch with a label, as Python numbers."""
+        """Return the sums as means over the labels of this batch, as Python numbers."""
         sums = torch.stack([x.double() for x in self.sums.values()])
         return dict(zip(self.sums, (sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
 
