@@ -111,7 +111,7 @@ def plan_table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print and write the tables, and fail if a kernel spills or lacks its products."""
+    """Print and write the tables. Fail if a kernel spills or lacks matrix instructions."""
     parser = environment.parser(__doc__, on_device=False)
     parser.add_argument("--arch", action="append", choices=ARCHS)
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments, ``--tiny`` applied."""
+    """Return the arguments. ``--tiny`` replaces the sizes."""
     parser = environment.parser(__doc__, tokens=8192, rounds=10)
     parser.add_argument("shape", choices=shapes.MODELS)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1])
