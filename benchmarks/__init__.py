@@ -1,1 +1,1 @@
-"""Benchmarks: each script prints a table and writes a CSV, from which ``plot`` draws figures."""
+"""Benchmarks. Each script prints a table and writes a CSV. ``plot`` draws figures from the CSV."""

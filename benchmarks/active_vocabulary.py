@@ -3,15 +3,16 @@
     python benchmarks/active_vocabulary.py --teacher DIR --data FILE.jsonl --trained FOLDER ...
 
 ``--trained`` names output folders of ``lens-kernels train`` whose students were cut from the
-teacher. Each student is measured before and after training; runs with the same start share the
-state before training. A state has two groups: all lens pairs in one call (JSD, with the norm), and
-the final states alone (forward KL).
+teacher. Each student is measured before and after training. Runs that start from the same student
+share the measurement before training. Each measurement has two groups of hidden states: all lens
+pairs in one call (JSD, with the norm), and the final hidden states alone (forward KL).
 
 The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states it is the
-largest over the pairs. ``bf16_rounding`` is the error of rounding the exact gradients to bfloat16;
-for hidden states it is the smallest over the pairs, which is the stricter reference. Loss and
-backward are timed in interleaved rounds; the ratio to the floor is the median of the ratios within
-the rounds. Groups that are in the CSV already are not measured again.
+largest over the pairs. ``bf16_rounding`` is the error of rounding the exact gradients to bfloat16.
+For hidden states it is the smallest over the pairs, which is the stricter reference. Loss and
+backward are timed in interleaved rounds. The floor is the time of the GEMMs alone, and the ratio to
+the floor is the median of the ratios within the rounds. Groups that are already in the CSV are not
+measured again.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
-WRONG = 0.1  # the script stops if an error is larger
+WRONG = 0.1  # the script stops if a gradient has a larger error
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -61,7 +62,7 @@ SHOWN = (
     " min_ratio_to_floor max_ratio_to_floor"
 )
 
-Threshold = Any  # a value of grad_threshold
+Threshold = Any  # a value of the option grad_threshold: a number, a name, or None
 Row = dict[str, Any]
 
 
@@ -75,13 +76,13 @@ class Trained:
     config: LensDistillConfig
 
     def beginning(self) -> str:
-        """Return the settings that determine the state before training."""
+        """Return the settings on which the measurement before training depends."""
         run, config = self.run, self.config
         layers = config.student_layers, config.teacher_layers, config.num_lens_pairs
         return str((self.blocks, layers, run.prompt_style, run.max_length, run.max_prompt_length))
 
     def examples(self, data: Path, tokenizer: Any, tokens: int) -> Sequence[Example]:
-        """Return examples, encoded as in training, with at least ``tokens`` labelled positions."""
+        """Return examples with at least ``tokens`` labels in total, encoded as in training."""
         names = "prompt_style", "max_length", "max_prompt_length"
         found = load_examples(data, tokenizer, **{name: getattr(self.run, name) for name in names})
         counted = 0
@@ -90,8 +91,8 @@ class Trained:
             if counted >= tokens:
                 return found.examples[:number]
         raise ValueError(
-            f"--tokens {tokens} is too large: {data}, encoded as for {self.folder.name}, has"
-            f" {counted} labelled positions; pass --tokens {counted}, or more data"
+            f"--tokens {tokens} is too large: {data}, encoded as for {self.folder.name}, has only"
+            f" {counted} positions with a label; pass --tokens {counted}, or more data"
         )
 
 
@@ -104,7 +105,7 @@ class Group:
     divergence: str
 
     def gradients(self, threshold: Threshold) -> tuple[Tensor, ...]:
-        """Return the gradients of the hidden states and, last, of the head."""
+        """Return the gradients of the hidden states, and of the head as the last one."""
         hidden = self.inputs.student_hidden, self.inputs.teacher_hidden
         options = {"divergence": self.divergence, "grad_threshold": threshold}
         loss = symmetric_lens_loss(*hidden, *self.heads, **options)
@@ -112,7 +113,7 @@ class Group:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the groups that the CSV lacks, then print the table and draw the figure."""
+    """Measure the groups that are not in the CSV, then print the table and draw the figure."""
     args = parse(argv)
     start = time.perf_counter()
     path = args.out / "active_vocabulary.csv"
@@ -123,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done[row["run"], row["state"], row["group"]].append(row)
     students = read_trained(args.trained)
     tokenizer = load_tokenizer(str(args.teacher))
-    # Read all data before any model, so that missing files show at once.
+    # All data is read before any model is loaded, so that missing files are reported at once.
     examples = [student.examples(args.data, tokenizer, args.tokens) for student in students]
     teacher = load_model(str(args.teacher), "float32")
     begun: set[str] = set()
@@ -153,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def threshold_of(text: str) -> Threshold:
-    """Return a number, or a name, which the library checks."""
+    """Return the text as a number if it is one. Otherwise return the text for a named threshold."""
     try:
         return float(text)
     except ValueError:
@@ -196,8 +197,8 @@ def read_trained(folders: Sequence[Path]) -> list[Trained]:
     names = [folder.name for folder in folders]
     if len({*names}) < len(names):
         raise ValueError(
-            f"--trained needs folders of different names, got {names}: rename them, because rows of"
-            " the CSV are found by name"
+            f"--trained needs folders with different names, got {names}: rename them, because the"
+            " CSV identifies runs by these names"
         )
     return students
 
@@ -205,7 +206,10 @@ def read_trained(folders: Sequence[Path]) -> list[Trained]:
 def groups_of(
     trained: Trained, state: str, teacher: Any, batch: Mapping[str, Tensor], tokens: int
 ) -> dict[str, Group]:
-    """Return both groups of a student in a state, for the first labelled positions of a batch."""
+    """Return both groups of a student ``before`` or ``after`` training.
+
+    They hold the first ``tokens`` positions of the batch that have a label.
+    """
     if state == "before":
         student = shallow_copy(teacher, trained.blocks)
     else:
@@ -223,7 +227,7 @@ def groups_of(
     head, teacher_head = lens_head_from(student), lens_head_from(teacher)
     leaf = head.weight.detach().requires_grad_()
     heads = replace(head, weight=leaf), teacher_head
-    # The model has applied the norm to its final states already.
+    # The model has already applied the norm to its final states.
     bare = replace(heads[0], norm=None), replace(teacher_head, norm=None)
     groups = {}
     for name, part, used in (("lens", slice(-1), heads), ("final", slice(-1, None), bare)):
@@ -235,11 +239,11 @@ def groups_of(
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Count the logits' gradients and their absolute sum: of all entries, and of those used."""
+    """Count logit gradients and sum their absolute values, for all entries and for those used."""
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
 
     def counting(owner: Any, name: str, what: str, at: int, columns: int | None = None) -> Any:
-        """Count the gradient that is argument ``at`` of each call, or some columns of it."""
+        """Patch a function so that calls count their argument ``at``, or some of its columns."""
         inner = getattr(owner, name)
 
         def counted(*args: Any) -> Any:
@@ -265,7 +269,7 @@ def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
-    """Return errors and shares by name: bfloat16 rounding, exact gradients, and thresholds.
+    """Return errors and shares for bfloat16 rounding, exact gradients, and each threshold.
 
     Raises:
         RuntimeError: The error of a threshold is above ``WRONG``, or NaN.
@@ -315,7 +319,7 @@ def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[st
 
 
 def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: Row) -> list[Row]:
-    """Return the rows of a group; errors are checked before anything is timed."""
+    """Return the CSV rows of a group. Errors are checked before anything is timed."""
     judged = judge(group, thresholds)
     times = timed(group, thresholds, rounds)
     (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
@@ -329,7 +333,7 @@ def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: R
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Say which threshold with small errors is the fastest, for each state of the lens group."""
+    """Say which threshold with small errors is the fastest for the lens pairs of each student."""
     quickest: dict[str, tuple[float, str] | None] = {}
     for row in rows:
         if row["group"] != "lens" or not row["used_share"]:

@@ -1,4 +1,4 @@
-"""Makes the checkout importable for scripts that are run by their path without installation."""
+"""Import this first to make the checkout importable in scripts that are run by their path."""
 
 import sys
 from pathlib import Path

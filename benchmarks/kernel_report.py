@@ -1,12 +1,12 @@
-"""What the compiler makes of the kernels for GPUs that are not there, and what each sweep costs.
+"""Compile the kernels without a GPU, and report their resources and the cost of each sweep.
 
     python benchmarks/kernel_report.py                  every variant, bf16, all architectures
     python benchmarks/kernel_report.py --arch sm_90 --dtype float16
     python benchmarks/kernel_report.py --costs-only     counts, and the time predicted from them
     python benchmarks/kernel_report.py --row-pass-only  the kernel of the torch backend on GPUs
 
-Registers, spilled bytes, shared memory and matrix instructions are read from the machine code; how
-many programs a processor holds follows from them. Costs are arithmetic. Nothing here is timed.
+Registers, spilled bytes, shared memory and matrix instructions are read from the machine code. The
+number of programs on a multiprocessor follows from them. Costs are calculated. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from benchmarks.support import environment, prediction, tables
 from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import plan
 
-# Either side of the width at which the sweeps' tiles change, and every size of a norm's block.
+# These hidden sizes cover every default tile of the sweeps, and every block size of the norm.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = {
@@ -52,7 +52,7 @@ END = "<!-- end of what kernel_report.py made -->"
 
 
 def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
-    """Compile every kernel variant for every architecture, two at a time or more."""
+    """Compile every kernel variant for every architecture, in parallel."""
     from benchmarks.support import offline
     from lens_kernels.options import Divergence
 
@@ -76,7 +76,7 @@ def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
 
 
 def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
-    """Return what each step multiplies and moves for one lens pair, and the dense floor."""
+    """Return the operations and bytes of each step for one lens pair, and the dense floor."""
     sizes = (tokens, model.vocab, model.student, model.teacher)
     jsd, kl = (plan(*sizes, divergence=name) for name in ("jsd", "forward_kl"))
     floor = jsd["dense"]
@@ -97,7 +97,7 @@ def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
 
 
 def plan_table() -> str:
-    """Return what a step costs on each backend for some pairs of models, as the docs have it."""
+    """Return the table in the documentation: the cost on each backend for some pairs of models."""
     rows = []
     for key in PLANNED:
         model = MODELS[key]
@@ -111,13 +111,13 @@ def plan_table() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print and write the tables, and fail if a kernel spills or lacks its products."""
+    """Print and write the tables. Fail if a kernel spills or lacks matrix instructions."""
     parser = environment.parser(__doc__, on_device=False)
     parser.add_argument("--arch", action="append", choices=ARCHS)
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
-    parser.add_argument("--tokens", type=int, default=8192, help="of the cost table")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens in the cost table")
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
-    parser.add_argument("--row-pass-only", action="store_true", help="compile no other kernel")
+    parser.add_argument("--row-pass-only", action="store_true", help="compile only the row kernel")
     parser.add_argument(
         "--docs",
         action="store_true",
@@ -134,13 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.rewrite(PAGE, PREDICTED, END, prediction.table())
     if args.costs_only:
         return 0
-    os.environ.pop("TRITON_INTERPRET", None)  # here kernels are compiled, which imports decide
+    # Must be unset before the imports below, because kernels have to be compiled here.
+    os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks.support import offline
 
-    # Products are rounded to TF32 on NVIDIA alone.
+    # Only NVIDIA GPUs have TF32.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}
-    if args.dtype != "tf32":  # no product is in it
+    if args.dtype != "tf32":  # the row kernel has no matrix product
         from benchmarks.support import row_report
 
         kernels = row_report.measure_all(args.arch or row_report.ARCHS, DTYPES[args.dtype])

@@ -1,10 +1,10 @@
-"""Does the lens help, and which settings are best? Small models, many seeds, two cores.
+"""Train small students with and without a lens, to see whether and with which settings it helps.
 
 A teacher of 6 blocks x 128 is trained on the documentation of Django (a source distribution of
 10.8 MB on PyPI, BSD-3-Clause; 1.9 million tokens; the tokenizer of 2,048 entries is trained here).
-Students of 3 blocks x 64 are distilled from it by ``LensDistillTrainer``. Each run has a key made
-of its settings, and one line in ``runs.csv``. Runs in that file are not repeated: the same command
-resumes an interrupted study.
+Students of 3 blocks x 64 are distilled from it by ``LensDistillTrainer``. Each run has a key that
+is a hash of its settings, and one line in ``runs.csv``. Runs in that file are not repeated, so the
+same command resumes an interrupted study.
 
 The main comparison was fixed before any of its runs:
 
@@ -16,11 +16,11 @@ The main comparison was fixed before any of its runs:
     (seed 0, which the comparison does not use). The lens helps if the 95 % interval of the mean
     difference, by Student's t over the five pairs, lies below 0.
 
-    Second, with the same rule: reverse KL against reverse KL with a JSD lens, which is the paper's
-    objective and the library's default.
+    The second comparison has the same rule: reverse KL against reverse KL with a JSD lens, which is
+    the paper's objective and the library's default.
 
-All other groups are exploratory: without any effect, about one comparison in twenty would still
-look significant.
+All other groups are exploratory. Even without any effect, about one comparison in twenty would look
+significant.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Do the missing runs, then print the tables."""
+    """Run everything that is missing, then print the tables."""
     args = parse(argv)
     chosen = [groups.quick()] if args.quick else [groups.GROUPS[x] for x in args.only]
     if args.all:

@@ -5,11 +5,12 @@
 
 Every contender is first compared with the fp64 oracle. A point is then run and measured if its
 GEMMs take at most ``--gemm-seconds`` and its memory fits. Otherwise the same code runs over fake
-tensors, and the counted memory is marked ``fake``. Where both numbers exist they must agree.
+tensors, which have sizes but no memory, and the counted memory is marked ``fake``. If a point has
+both numbers, they must agree.
 
-The peak counts everything above the inputs: temporaries and gradients. The gradients are kept and
-are the same for every contender (``gradients_mib``). Liger's chunks have 1024 tokens and TRL's
-4096, so beyond the default of 512 tokens they need more memory. ``lens_kernels`` stays within its
+The peak counts everything besides the inputs: temporaries and gradients. The gradients are the same
+for every contender (``gradients_mib``). Liger's chunks have 1024 tokens and TRL's 4096, so both
+need more memory with more tokens than the default of 512. ``lens_kernels`` stays within its
 workspace. ``--gemm-seconds 0 --tokens 4096`` shows this over fake tensors within a minute.
 """
 
@@ -32,9 +33,11 @@ from benchmarks.support.shapes import Job
 
 AGREEMENT = 0.05  # allowed relative difference of counted and measured peaks
 SHARE_OF_MEMORY = 0.5  # share of the available memory for one run with its inputs
-# Compiled code cannot run over fake tensors, so its points get more time to be measured.
+# Compiled code cannot run over fake tensors, so its points are measured up to this many times the
+# limit.
 PATIENCE_WITHOUT_FAKES = 3
-DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]  # like dense, but with more memory
+# ``dense_kl_div`` is left out, because it is like ``dense`` with more memory.
+DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]
 COLUMNS = (
     "contender label pairs vocab_entries tokens student_width teacher_width dtype method"
     " peak_with_gradients_mib gradients_mib fake_peak_with_gradients_mib note"
@@ -69,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments, ``--quick`` applied."""
+    """Return the arguments. ``--quick`` sets the sizes that are not given."""
     parser = environment.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--tokens", type=int, help="default 512, with --quick 128")
@@ -135,7 +138,7 @@ def too_large(
         return f"time: {needed:.0f} s of GEMMs"
     if job.device.type != "cpu":
         return None
-    if fake is None:  # compiled code needs at most the memory of the same code uncompiled
+    if fake is None:  # compiled code needs at most as much memory as the same code uncompiled
         bound = CONTENDERS.get(f"{contender.key}_uncompiled")
         fake = bound and bound.fake_memory(job)
     inputs = job.vocab * (job.student_width + job.teacher_width) * 4

@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments, ``--tiny`` applied."""
+    """Return the arguments. ``--tiny`` replaces the sizes."""
     parser = environment.parser(__doc__, tokens=8192, rounds=10)
     parser.add_argument("shape", choices=shapes.MODELS)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1])
@@ -225,7 +225,7 @@ def measured_memory(
 ) -> memory.Memory | str:
     """Return the memory of a function's second run, or why it does not run."""
     try:
-        function()  # so that compilation and caches are not counted
+        function()  # the first run is not measured, because it compiles and fills caches
         inputs.clear()
         return memory.measure(function, device)
     except Exception as error:

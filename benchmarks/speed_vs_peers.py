@@ -4,15 +4,15 @@
     python benchmarks/speed_vs_peers.py --sweep models      sizes of four models, 4 more minutes
     python benchmarks/speed_vs_peers.py --quick             tiny sizes that test the script
 
-The floor is the time of the four GEMMs with the heads, for the unmasked tokens. Every contender is
-first compared with the fp64 oracle. At each point, its loss and gradient norms are compared with
-those of the contender that ran first. If they differ, dense PyTorch decides: a wrong peer is not
-timed, and a wrong first contender ends the run. Compilation runs before the timed rounds. Each
-round runs every contender at every point. Ratios are taken within a round, because the speed of a
-machine drifts; the median is reported.
+A point is one set of sizes. The floor is the time of the four GEMMs with the heads, for the
+unmasked tokens. Every contender is first compared with the fp64 oracle. At each point, its loss and
+gradient norms are compared with those of the contender that ran first. If they differ, dense
+PyTorch decides: a wrong peer is not timed, and a wrong first contender ends the run. Code is
+compiled before the timed rounds. Each round runs every contender at every point. Ratios are taken
+within a round, because the speed of a machine drifts. The median of the ratios is reported.
 
-Slow contenders run in every other round and at fewer points; the CSV says where. The same command
-resumes a stopped run on the same machine, code and versions. A new contender at a point makes all
+Slow contenders run in every other round and at fewer points, which the CSV names. The same command
+resumes a stopped run on the same machine, code and versions. If a contender is new at a point, all
 others run there again. The sweep ``memory`` runs lens_kernels and TRL once. It counts the bytes of
 the others over fake tensors, because they take too long or do not fit.
 """
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments, ``--quick`` applied."""
+    """Return the arguments. ``--quick`` sets the sizes that are not given."""
     parser = environment.parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument(
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=SWEEPS,
         default=SWEEPS[:-1],
-        help="default: all except models",
+        help="the sweeps to run; default: all except models",
     )
     parser.add_argument("--tokens", type=int, help="default 1024, with --quick 64")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])

@@ -1,8 +1,8 @@
-"""Time of a step of the trainer, and of its parts: the models' passes, and the loss alone.
+"""Time of a training step, and of its parts: the passes of the models, and the loss alone.
 
-The models have SmolLM2-135M's shape with random weights; the student has fewer blocks. The time of
-a step minus the models' passes is the time of the loss in the trainer. It is compared with the
-operation alone on hidden states of the same shape, and with dense PyTorch.
+The models have the shape of SmolLM2-135M and random weights. The student has fewer blocks. The time
+of the loss in the trainer is the time of a step minus the time of the models' passes. It is
+compared with the loss alone on hidden states of the same shape, and with dense PyTorch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Distil language models through the logit lens, without ever holding the logits."""
+"""Distil language models through the logit lens, without holding all logits in memory."""
 
 from lens_kernels.cost import Plan
 from lens_kernels.dispatch import plan

@@ -1,6 +1,6 @@
-"""The head share of the adaptive KL (Wu et al. 2024, arXiv 2404.02657), a constant per token.
+"""The head share of the adaptive KL (Wu et al. 2024, arXiv 2404.02657): one number per token.
 
-``distillation_loss`` defines it.
+The docstring of ``distillation_loss`` defines the share. It gets no gradient.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 
 MASS = 0.5  # the head holds at most this part of the teacher's probability
-# Peak memory, in tiles of one model's logits. The peak is the sort: it makes indices of 8 bytes,
-# and needs as much memory again.
+# Peak memory in units of one model's logits. It is reached in the sort, which returns indices of 8
+# bytes each, and needs as much memory again.
 TILES = 8
 
 
 def head_share(call: LossCall) -> Tensor:
-    """Return the share of every token, ``(N,)``, in the call's last pair; 0 where masked."""
+    """Return the head share of every token in the call's last pair, ``(N,)``, or 0 if masked."""
     with torch.no_grad():
         return _head_share(*call.pack())
 
 
-# The mask's values decide how many rows are computed. Outside an operator, torch.compile would
-# break its graph here.
+# This is an operator because the values of the mask decide how many rows are computed. In plain
+# code torch.compile would break its graph here.
 @torch.library.custom_op(
     "lens_kernels::head_share", mutates_args=(), schema=f"({SCHEMA}) -> Tensor"
 )
@@ -72,7 +72,7 @@ class _Model:
 
 def _share(p: Tensor, q: Tensor) -> Tensor:
     gap = (p - q).abs()
-    p, order = p.sort(stable=True, descending=True)  # ties keep their order
+    p, order = p.sort(stable=True, descending=True)  # equal probabilities keep their order
     gap = gap.gather(-1, order)
     of_head = p.cumsum(-1) <= MASS
     of_head[:, 0] = True

@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Return ``lens_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; it may not exist yet."""
+    """Return ``lens_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It may not exist yet."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "lens_kernels"

@@ -20,7 +20,7 @@ from lens_kernels.options import (
 
 
 class Term(NamedTuple):
-    """A comparison of the student's and the teacher's hidden states with index ``state``."""
+    """A divergence between the student's and the teacher's hidden state number ``state``."""
 
     divergence: Divergence
     state: int
@@ -31,12 +31,12 @@ class LossCall:
     """A checked call over ``P`` pairs of hidden states of ``N`` tokens.
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
-    token. With ``labels``, a last row holds the cross entropy of the last student hidden state.
-    Without pairs, this state has no teacher state. Where ``mask`` is False nothing is computed, and
-    ``rows`` is 0.
+    token. With ``labels``, one more row at the end holds the cross entropy of the last student
+    hidden state. A call with labels only has one student state and no pairs. Where ``mask`` is
+    False nothing is computed, and ``rows`` is 0.
 
-    ``divergences`` and ``normed`` have one entry for each pair; ``normed`` says whether the head's
-    norm must still be applied. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
+    ``divergences`` and ``normed`` have one entry for each pair. ``normed`` says whether the call
+    must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
     flag for each student hidden state, then for each of the student head's ``tensors()``.
     """
 
@@ -60,7 +60,7 @@ class LossCall:
 
     @staticmethod
     def of(inputs: Inputs, terms: list[Term], options: LossOptions, row_weight: Tensor) -> LossCall:
-        """Return the call that compares ``terms``; without terms it has only labels."""
+        """Return the call that computes ``terms``. Without terms, it has only labels."""
         student, teacher = inputs.student, inputs.teacher
         # Without terms, the cross entropy still needs the last state.
         states = [term.state for term in terms] or [-1]
@@ -96,13 +96,16 @@ class LossCall:
         return compute_dtype(self.student_head, self.teacher_head)
 
     def needing_grad(self) -> dict[int | str, Tensor]:
-        """Return the tensors that need a gradient, by index of the pair or by name in the head."""
+        """Return the tensors that need a gradient.
+
+        Keys are the index of the pair for hidden states, and the name for tensors of the head.
+        """
         named: list[tuple[int | str, Tensor]] = [*enumerate(self.student_hidden)]
         named += self.student_head.tensors().items()
         return {key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed}
 
     def pack(self) -> Packed:
-        """Return the call as values that a torch operator takes."""
+        """Return the call as values of the types that a torch operator accepts."""
         heads = [self.student_head] + ([self.teacher_head] if self.teacher_head else [])
         parts = [_pack_head(head) for head in heads]
         names = [
@@ -188,7 +191,7 @@ _KINDS = {
     str: "str",
     list[bool]: "bool[]",
 }
-# The arguments of an operator that takes a packed call, in torch's schema language.
+# The fields of ``Packed`` as operator arguments, in torch's schema language.
 SCHEMA = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(Packed).items())
 
 HEAD_NUMBERS = 5
@@ -213,10 +216,10 @@ def _unpack_head(tensors: dict[str, Tensor], numbers: list[float]) -> LensHead:
 
 @dataclass(frozen=True, eq=False)
 class LossResult:
-    """``rows`` of the call, and the gradients of its loss by the keys of ``call.needing_grad()``.
+    """``rows`` of the call, and the gradients of its loss.
 
-    ``dropped`` is the share of the logits' gradient, in absolute sum, that ``grad_threshold`` left
-    out; 0 without a threshold.
+    ``grads`` has the keys of ``call.needing_grad()``. ``dropped`` is the share of the logit
+    gradients, in absolute sum, that ``grad_threshold`` left out. It is 0 without a threshold.
     """
 
     rows: Tensor

@@ -21,7 +21,8 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-ker
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    # Parsing these commands' options imports transformers, so do it only for them.
+    # The options of these commands can be parsed only after transformers is imported, which is
+    # slow. Other commands do not import it.
     heavy = {"train": _train, "eval": _eval, "inspect": _inspect}
     if arguments and arguments[0] in heavy:
         return _run_command(arguments[0], heavy[arguments[0]], arguments[1:])
@@ -91,17 +92,18 @@ def _say(text: str) -> None:
 
 
 def _prepare(download: bool) -> None:
-    """Set what libraries read when they are imported."""
-    if not download:  # by default, the libraries check the Hub for newer versions of local files
+    """Set the environment variables that libraries read when they are imported."""
+    if not download:  # otherwise the libraries ask the Hub for newer versions of local files
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        # torch keeps pickles of compiled code, by default in a folder that others can create first.
+        # torch loads pickles of compiled code from this folder. By default it is a folder under
+        # /tmp, which another user could create first.
         folder = cache.folder() / "inductor"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
-        except OSError:  # torch's own choice, if there is no place for ours
+        except OSError:  # the folder cannot be created, so torch's default remains
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
@@ -109,7 +111,8 @@ def _prepare(download: bool) -> None:
 def _allows_download(argv: list[str]) -> bool:
     """Return whether the options or the ``--config`` file allow downloads.
 
-    The libraries read the answer when they are imported, which the real parsers need.
+    This must be known before the full parsers exist, because these import libraries that read the
+    setting at import.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow-download", "--allow_download", nargs="?", const="true")
@@ -123,7 +126,7 @@ def _allows_download(argv: list[str]) -> bool:
             options = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
             value = options.get("allow_download")
         except (OSError, ValueError, AttributeError, yaml.YAMLError):
-            return False  # the command reports what is wrong with the file
+            return False  # the command itself will report the error in the file
     return str(value).lower() in ("true", "t", "yes", "y", "1")
 
 
@@ -176,7 +179,7 @@ def _inspect(argv: list[str]) -> None:
         type=_pair,
         nargs="+",
         metavar="S:T",
-        help="pairs of student and teacher layers in training, such as 5:8",
+        help="the pairs of student and teacher layers used in training, such as 5:8 10:16",
     )
     parser.add_argument(
         "--allow-download", action="store_true", help="allow downloading models from the Hub"
@@ -209,7 +212,7 @@ def _demo(args: argparse.Namespace) -> int:
     folder = args.cache or cache.folder()
     improved = demo.distil(args.output, folder, args.steps, args.seed, _say)
     if not improved:
-        print("Not every row improved: train longer, with more --steps", file=sys.stderr)
+        print("Some scores did not improve. Train longer, with more --steps", file=sys.stderr)
     return 0 if improved else 1
 
 
@@ -266,7 +269,7 @@ def _tune(args: argparse.Namespace) -> int:
     try:
         outcomes = tune.tune(*sizes, getattr(torch, args.dtype), say=_say)
     except OSError as error:
-        print(f"lens-kernels tune: results cannot be stored: {error}", file=sys.stderr)
+        print(f"lens-kernels tune: cannot store the results: {error}", file=sys.stderr)
         return 1
     print()
     header = ("sweep", "width", "default tile", "ms", "best tile", "ms", "tried", "skipped")

@@ -1,7 +1,7 @@
 """All private interfaces of other libraries that this package uses, and nothing else.
 
-Each entry states its purpose, the versions that have it, and the effect of its absence. Importing
-this module loads no library but torch.
+Each docstring states the purpose, the versions that have the interface, and the effect if it is
+missing. Importing this module loads only torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # at run time the subclass of TrainerHooks has the real Trainer as its next base
+else:  # at run time a subclass lists TrainerHooks and the real Trainer as its bases
     Trainer = object
 
 
@@ -30,9 +30,9 @@ def backward_keeps_graph() -> bool:
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``torch.compile`` call ``function`` while it traces, and keep the result as a constant.
+    """Mark ``function`` so that ``torch.compile`` calls it once and keeps the result as a constant.
 
-    ``torch.compiler.assume_constant_result`` does the same, but loads the compiler at import.
+    ``torch.compiler.assume_constant_result`` does the same, but it loads the compiler at import.
     Present in torch 2.8 to 2.13. Without it ``torch.compile`` breaks the graph at the function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -42,23 +42,25 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Check a 0-dim condition without making the host wait for the device.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without it the call raises an error.
+    Present in torch 2.8 to 2.13. No public function does this. Without it an AttributeError is
+    raised.
     """
     torch._assert_async(condition, message)
 
 
 def recompile_limit(variants: int) -> AbstractContextManager[None]:
-    """Let ``torch.compile`` keep this many variants of a function; beyond it, it runs eagerly.
+    """Return a context in which ``torch.compile`` keeps up to ``variants`` variants of a function.
 
-    Present in torch 2.8, the oldest supported version, to 2.13.
+    Further variants run eagerly. Present in torch 2.8 to 2.13. Without it an error is raised.
     """
     return torch._dynamo.config.patch(recompile_limit=variants)
 
 
 def vary_first_size(x: Tensor) -> None:
-    """Let code that ``torch.compile`` makes take ``x`` with any first size.
+    """Make ``torch.compile`` generate code that accepts any size of the first dimension of ``x``.
 
-    Seen in torch 2.8 to 2.13. There is no public function for it; without it the call raises.
+    Present in torch 2.8 to 2.13. No public function does this. Without it an AttributeError is
+    raised.
     """
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
@@ -66,7 +68,7 @@ def vary_first_size(x: Tensor) -> None:
 def tensors_in(values: object) -> list[Tensor]:
     """Return the tensors in nested tuples.
 
-    Seen in torch 2.8 to 2.13. Without it the call raises.
+    Present in torch 2.8 to 2.13. Without it an error is raised.
     """
     from torch.utils import _pytree
 
@@ -76,7 +78,8 @@ def tensors_in(values: object) -> list[Tensor]:
 def compiler_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that Inductor raises without a working C++ compiler.
 
-    Present in torch 2.8 to 2.13. The import is here because it takes seconds.
+    Present in torch 2.8 to 2.13. Without them an ImportError is raised. The imports take seconds,
+    so they are inside the function.
     """
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -97,7 +100,7 @@ def triton_interpreter() -> Any:
 
 
 def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
-    """Replace the interpreter's function that patches ``triton.language`` by ``wrap`` of it.
+    """Wrap the interpreter's function that patches ``triton.language``.
 
     Present in Triton 3.6 to 3.9. Without it interpreted kernels are correct, but slower.
     """
@@ -109,7 +112,8 @@ def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
 def is_compiled(model: object) -> bool:
     """Say whether a model was returned by ``torch.compile``.
 
-    ``_orig_mod`` is the wrapped module in torch 2.8 to 2.13. Without it such a model fails later.
+    ``_orig_mod`` is the wrapped module in torch 2.8 to 2.13. Without this attribute compiled models
+    are not recognised, and fail later.
     """
     return hasattr(model, "_orig_mod")
 
@@ -120,7 +124,7 @@ def class_before_sharding(module: object) -> type:
     In torch 2.8 to 2.13 the new class has the bases ``(FSDPModule, class)``. No public function
     does this. Without it a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # a large import that few calls need
+    from torch.distributed.fsdp import FSDPModule  # imported here, because the import is slow
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
@@ -129,8 +133,8 @@ def class_before_sharding(module: object) -> type:
 def forget_preparation(model: object) -> None:
     """Remove the attribute by which accelerate marks a model as prepared for evaluation.
 
-    Present in accelerate 1.1 to 1.15. Without its removal, training after an evaluation runs
-    without DDP, and the ranks' weights diverge.
+    Present in accelerate 1.1 to 1.15. If it is not removed, training after an evaluation runs
+    without DDP, and the weights of the ranks diverge.
     """
     vars(model).pop("_is_accelerate_prepared", None)
 
@@ -143,22 +147,23 @@ class TrainerHooks(Trainer):
     """
 
     extra_columns: tuple[str, ...] = ()
-    """Keys of an example that reach the collator although they are no inputs of the model.
+    """Keys of an example that reach the collator although the model does not take them.
 
     Without the hook the Trainer removes them, and batches have no ``example_id``.
     """
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the model to a folder, for every checkpoint and ``save_model``.
+        """Write the model to a folder. Called for every checkpoint and by ``save_model``.
 
-        Without the hook, the student's weights in checkpoints include the projections of MSE loss.
+        Without the hook, checkpoints store the projections of the MSE loss in the student's file.
         """
         super()._save(output_dir, state_dict)
 
     def after_loading(self, checkpoint: str) -> None:
         """Load further parts from a checkpoint whose weights were just loaded.
 
-        Without the hook, a resumed run and the best model have random projections of MSE loss.
+        Without the hook, projections of the MSE loss are random after resuming, and after loading
+        the best model.
         """
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -1,7 +1,8 @@
-"""The cost of a call, computed from its shape: operations, traffic and workspace by backend.
+"""The cost of a call on each backend, computed from its shape: operations, traffic and workspace.
 
-Nothing here is measured. Traffic is to and from main memory, if each product reads its operands
-once, and nothing that is larger than a GPU's cache stays there.
+Nothing here is measured. Traffic means the bytes read from and written to main memory. The count
+assumes that each GEMM reads its operands once, and that only data smaller than a GPU's cache stays
+there.
 """
 
 from __future__ import annotations
@@ -23,25 +24,26 @@ from lens_kernels.backends.torch.layout import (
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
-# The 16-bit operations of a GPU in the time of moving one byte, and the relative time of wider
-# operations, by the bytes of a factor. Data sheets give 295 and, for float32, 15 (H100 SXM), 153
-# and 16 (A100 80GB), 164 and 2 (RTX 4090), 247 and 8 (MI300X).
+# The 16-bit operations that a GPU executes in the time of moving one byte. Data sheets give 295
+# (H100 SXM), 153 (A100 80GB), 164 (RTX 4090) and 247 (MI300X).
 OPERATIONS_PER_BYTE = 200
+# The time of an operation relative to a 16-bit one, by the bytes of a factor. For float32 data
+# sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
-# The columns of the smallest chunk of the vocabulary that the ``triton`` backend processes.
+# The number of vocabulary entries in the smallest chunk that the ``triton`` backend processes.
 COLUMNS = 128
-# Rows of hidden states that are read again for each part of the vocabulary stay in a cache of this
-# size. Data sheets give 40 MiB (A100) and 50 (H100).
+# Hidden states up to this size stay in the cache while they are read for each part of the
+# vocabulary. Data sheets give caches of 40 MiB (A100) and 50 MiB (H100).
 CACHE_BYTES = 32 << 20
-# Entries of a row that a program of the row kernel reads together.
+# The row kernel reads the entries of a row in groups of this size.
 GROUP = 8
 
 
 @dataclass(frozen=True)
 class Step:
-    """A kind of work: the floating-point operations of its products, and the bytes moved.
+    """A part of a backend's work: the floating-point operations of its GEMMs, and the bytes moved.
 
-    ``factor_bytes`` is the size of one element of the factors of its products.
+    ``factor_bytes`` is the size of one element of the GEMMs' factors.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """Time on a GPU of its arithmetic or its traffic, the larger one, in 16-bit operations."""
+        """The larger of arithmetic time and traffic time on a GPU, in 16-bit operations."""
         return max(
             self.flops * RELATIVE_TIME[self.factor_bytes], self.bytes_moved * OPERATIONS_PER_BYTE
         )
@@ -63,7 +65,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a backend, and its peak bytes of logits or of their gradients."""
+    """The steps of a backend, and the most bytes of logits and their gradients at any time."""
 
     backend: str
     steps: tuple[Step, ...]
@@ -71,7 +73,7 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Operations of all steps."""
+        """Floating-point operations of all steps."""
         return sum(step.flops for step in self.steps)
 
     @property
@@ -81,15 +83,16 @@ class Plan:
 
     @property
     def cost(self) -> int:
-        """Time of all steps on a GPU, in 16-bit operations; only for comparisons."""
+        """Estimated time of all steps on a GPU, in 16-bit operations. Use it only to compare."""
         return sum(step.cost for step in self.steps)
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """The properties of a call that decide its cost; ``divergences`` has one for each pair.
+    """The properties of a call that decide its cost.
 
-    ``dtype`` is the dtype of the operands of products. ``teacher_width`` is 0 without a teacher.
+    ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
+    in GEMMs. ``teacher_width`` is 0 without a teacher.
     """
 
     tokens: int
@@ -106,7 +109,7 @@ class CallShape:
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
-        """Return the shape of a call, as if no token were masked."""
+        """Return the shape of a call. Masked tokens are counted too."""
         head, with_grad = call.student_head.weight, call.needing_grad()
         return CallShape(
             tokens=call.row_weight.shape[-1],
@@ -129,7 +132,7 @@ class CallShape:
 
     @property
     def factor(self) -> torch.dtype:
-        """Return the dtype that torch multiplies: the operands', or that of widened copies."""
+        """Return the dtype of GEMM factors: ``dtype``, or a wider one if the device needs it."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
 
@@ -149,8 +152,8 @@ class CallShape:
         return self.hidden_grad or self.head_grad
 
     def row_kernel_bytes(self, models: int) -> int:
-        """Return what the row kernel moves: the logits in each sweep, and their gradients."""
-        # A relative entropy, or labels alone, need no sweep for the sums of a row.
+        """Return the bytes that the row kernel moves: logits in each sweep, and their gradients."""
+        # Relative entropies, and calls with labels only, need no sweep for the sums of a row.
         online = sum(d in RELATIVE_ENTROPIES for d in self.divergences) + (not self.divergences)
         sweeps = self.pairs * (2 + self.with_grad) - online
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
@@ -158,20 +161,21 @@ class CallShape:
         return entries * (sweeps * models * self.compute_dtype.itemsize + gradients)
 
     def bytes_per_row(self) -> int:
-        """Return the bytes of the ``torch`` backend's tiles for one token."""
+        """Return the bytes that the tiles of the ``torch`` backend need per token."""
         return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
 
     def operand_bytes(self, head_reads: int, hidden_reads: int = 1) -> int:
-        """Return the bytes read from both models' operands of a pair, given numbers of reads."""
+        """Return the bytes read from heads and hidden states of a pair, by the number of reads."""
         both = self.student_width + self.teacher_width
         rows = hidden_reads * self.tokens + head_reads * self.vocab_size
         return rows * both * self.dtype.itemsize
 
     def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
-        """Return the products that take the gradients of the logits of all pairs.
+        """Return the step of the GEMMs that take the logit gradients of all pairs.
 
-        They are made in a dtype, in ``chunks`` of the rows, or for each pair in ``parts`` of the
-        vocabulary. The first product sets the head's gradient, the others add to it.
+        Logit gradients are computed in the dtype ``made_in``, in ``chunks`` of the rows, or for
+        each pair in ``parts`` of the vocabulary. The first GEMM overwrites the head gradient, the
+        others add to it.
         """
         wide, factor = self.compute_dtype.itemsize, self.factor.itemsize
         rows, head = self.pairs * self.tokens, self.vocab_size * self.student_width
@@ -179,7 +183,8 @@ class CallShape:
         products = self.hidden_grad + self.head_grad
         moved = products * self.pairs * self.logits * factor
         if made_in is not self.factor:
-            moved += self.pairs * self.logits * (made_in.itemsize + factor)  # a copy as a factor
+            # The gradients are copied in the dtype of the factors.
+            moved += self.pairs * self.logits * (made_in.itemsize + factor)
         if self.hidden_grad:
             moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
         if self.head_grad:
@@ -188,10 +193,10 @@ class CallShape:
         return Step("products of the gradient", flops, moved, factor)
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
-        """Return the plan of steps, with those that all backends share."""
+        """Return the plan of ``steps`` and of the steps that all backends share."""
         if self.head_grad:
-            # Multiplied by the loss's own gradient, and copied to the head's dtype. Before that,
-            # float16 has a unit to be multiplied by.
+            # The head gradient is multiplied by the upstream gradient, and copied to the head's
+            # dtype. With float16 factors it is first multiplied by the accumulator's unit.
             wide = self.compute_dtype.itemsize
             each = 2 * wide + (
                 wide + self.dtype.itemsize if self.dtype is not self.compute_dtype else 0
@@ -203,7 +208,7 @@ class CallShape:
 
 
 def dense(shape: CallShape) -> Plan:
-    """Return the plan of computing all logits at once, which no backend does."""
+    """Return the plan of a computation with all logits in memory. No backend does this."""
     workspace = shape.tokens * shape.bytes_per_row() * shape.pairs
     return _row_chunks("dense", shape, Layout(shape.tokens, shape.tokens), workspace)
 
@@ -243,10 +248,10 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
 
 
 def vocabulary_sweeps(shape: CallShape) -> Plan:
-    """Return the plan of the ``triton`` backend: sweeps that each project the vocabulary again.
+    """Return the plan of the ``triton`` backend, which computes all logits again in each sweep.
 
-    Relative entropies, and calls with labels only, need one sweep before that of the gradient. The
-    other divergences need two.
+    A relative entropy needs one sweep before the sweep of the gradient. So does a call with labels
+    only. The other divergences need two sweeps before it.
     """
     tiles = math.ceil(shape.vocab_size / COLUMNS)
     operand = shape.dtype.itemsize
@@ -258,7 +263,8 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
         "row sums": two_sweeps,
         "log-sum-exps and row sums": shape.pairs - two_sweeps,
     }
-    # Row blocks come first: all rows are read for every block of the vocabulary.
+    # Programs that run together have different row blocks, and share a block of the vocabulary. So
+    # all rows are read for every block of the vocabulary.
     cached = shape.operand_bytes(0) <= CACHE_BYTES
     sweep = shape.operand_bytes(1, 1 if cached else tiles)
     one = shape.projections, sweep, operand

@@ -23,12 +23,12 @@ from lens_kernels.options import (
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend, whose ``module`` defines ``evaluate(call: LossCall) -> LossResult``.
+    """A backend. Its ``module`` defines ``evaluate(call: LossCall) -> LossResult``.
 
-    ``unsupported_reason(device, fp64)`` returns why the backend does not support such tensors, or
-    None. ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips it, or None. There
-    ``operand`` is the dtype of operands, or None for any dtype. ``cost`` returns the plan of a
-    call; ``"auto"`` takes the cheapest plan.
+    ``unsupported_reason(device, fp64)`` returns why the backend cannot run with such tensors, or
+    None. ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or
+    None. ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns
+    the plan of a call; ``"auto"`` takes the cheapest plan.
     """
 
     name: str
@@ -49,7 +49,7 @@ def _triton_unsupported(device: torch.device, fp64: bool) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if fp64:
-        return "its kernels compute in float32, and the head is float64"
+        return "its kernels compute in float32, but the head is float64"
     if device.type == "cuda":
         return None
     if device.type == "cpu":
@@ -72,9 +72,10 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     try:
         from lens_kernels.backends.triton.tiles import store
 
-        # "auto" takes the kernels only on a GPU model on which tuning found them correct.
+        # "auto" takes the kernels only on GPU models where tuning has compared their results.
         complete = store.is_tuned(operand, device)
-    except (ImportError, OSError, RuntimeError) as error:  # no home folder, or Triton fails
+    except (ImportError, OSError, RuntimeError) as error:
+        # There is no home folder, or Triton cannot be imported.
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
@@ -97,7 +98,7 @@ REGISTRY: dict[str, Backend] = {
 def automatic(
     device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
 ) -> list[Backend]:
-    """Return the backends that ``"auto"`` chooses from for such tensors."""
+    """Return the backends that ``"auto"`` may choose for such tensors."""
     return [
         backend
         for backend in REGISTRY.values()
@@ -107,7 +108,7 @@ def automatic(
 
 
 def choose(name: str, shape: cost.CallShape) -> Backend:
-    """Return the backend called ``name``, or for ``"auto"`` the cheapest that supports it."""
+    """Return the backend called ``name``. For ``"auto"``, return the cheapest one that can run."""
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
         able = automatic(device, fp64, shape.dtype)
@@ -142,24 +143,29 @@ def plan(
     workspace_bytes: int | None = LossOptions.workspace_bytes,
     device: str = "cuda",
 ) -> dict[str, cost.Plan]:
-    """Return the cost of loss and gradients on each backend, and ``"dense"``: all logits at once.
+    """Estimate the cost of loss and gradients on each backend.
+
+    The entry ``"dense"`` is the cost of computing all logits at once.
 
     Args:
         tokens: Number of unmasked tokens.
         vocab_size: Size of the shared vocabulary.
         student_width: The student's hidden size.
         teacher_width: The teacher's hidden size.
-        pairs: Lens pairs; the final hidden states count as one.
-        divergence: Name of the divergence; KL divergences need one sweep less in ``triton``.
+        pairs: Number of lens pairs. The final hidden states count as one pair.
+        divergence: Name of the divergence. KL divergences need one sweep less in ``triton``.
         dtype: Dtype of hidden states and heads.
         head_grad: Whether the student's head needs a gradient.
         hidden_grad: Whether the student's hidden states or norm need a gradient.
         workspace_bytes: As for ``symmetric_lens_loss``.
         device: The type of device.
 
+    Returns:
+        A plan for each name of a backend, and for ``"dense"``.
+
     Raises:
-        TypeError, ValueError: A size that is not a positive integer, an unknown divergence, or a
-            dtype that is not supported.
+        TypeError, ValueError: A size is not a positive integer, the divergence is unknown, or the
+            dtype is not supported.
     """
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")

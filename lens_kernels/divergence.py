@@ -1,13 +1,14 @@
-"""The divergences: each is a pointwise pair ``(f, h)`` over the vocabulary.
+"""The divergences: each is a pair of functions ``(f, h)`` of the entries of the vocabulary.
 
 The sum of ``f`` over the vocabulary is the divergence. ``h`` gives its gradient with respect to the
-student's (tempered) logits: ``G = h - q * sum(h)``. A multiple of ``p - q``, which sums to 0, may
-be added to ``f``, and a multiple of ``q`` to ``h``. They are chosen so that ``f`` and ``h`` vanish
-with ``d = log p - log q``: exactly 0 where ``p == q``, and accurate near it.
+student's (tempered) logits: ``G = h - q * sum(h)``. Adding a multiple of ``p - q`` to ``f`` does
+not change the sum, and adding a multiple of ``q`` to ``h`` does not change ``G``. The multiples
+are chosen so that ``f`` and ``h`` are exactly 0 where ``p == q``, and accurate nearby.
 
-A KL divergence is infinite if its second distribution has no mass where the first has some. These
-are ``forward_kl`` and ``jeffreys`` without student mass, ``reverse_kl`` and ``jeffreys`` without
-teacher mass. Then ``f`` is ``inf``, and ``h`` too if it contains the infinite logarithm.
+A KL divergence is infinite if its second distribution has no mass where the first has some. So
+``forward_kl`` and ``jeffreys`` are infinite without student mass, and ``reverse_kl`` and
+``jeffreys`` without teacher mass. Then ``f`` is ``inf``, and so is ``h`` if it contains the
+infinite logarithm.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from torch import Tensor
 from lens_kernels.options import Divergence
 
 Pointwise = tuple[Tensor, Tensor]
-# The weights of teacher and student in the mixture of jsd. Both are given, because 1 - beta loses
-# its digits in float32 for beta near 1.
+# The weights ``(beta, 1 - beta)`` of teacher and student in the mixture of jsd. Callers compute
+# both in float64, because 1 - beta loses its digits in float32 for beta near 1.
 Mixture = tuple[float | Tensor, float | Tensor]
-# Takes log p, log q, p, q and the mixture. The caller has already computed them.
+# A function of log p, log q, p, q and the mixture, which the caller has already computed.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-NEAR = 0.5  # below this |d|, differences of p and q use expm1
+NEAR = 0.5  # differences of p and q use expm1 if |log p - log q| is below this number
 FLOOR = -1e30  # replaces logits of -inf, because a difference of infinities is NaN
 NO_MASS = -FLOOR / 2  # a log-ratio above this has a FLOOR in its denominator
 
@@ -34,22 +35,22 @@ def _expm1(x: Tensor) -> Tensor:
     """``exp(x) - 1`` for ``|x| <= NEAR``."""
     if not torch.compiler.is_compiling():
         return torch.expm1(x)
-    # For CPUs Inductor of torch 2.13 emits exp(x) - 1, which cancels near 0. This is Taylor's
-    # series, to the rounding of the dtype.
+    # On CPUs Inductor of torch 2.13 generates exp(x) - 1, which cancels near 0. This Taylor series
+    # is accurate to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        total = 1 + x * (1 / n) * total  # Inductor would keep a slower division by n
+        total = 1 + x * (1 / n) * total  # with ``x / n`` Inductor would divide, which is slower
     return x * total
 
 
 def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """``p - q`` without cancellation: ``q expm1(d)`` near the diagonal."""
+    """``p - q`` without cancellation: it is ``q expm1(d)`` where ``p`` and ``q`` nearly agree."""
     near = d.clamp(-NEAR, NEAR)
     return torch.where(near == d, q * _expm1(near), p - q)
 
 
 def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """``value``, or ``inf`` where there is mass but the log-ratio's denominator has none."""
+    """``value``, or ``inf`` where ``mass`` is positive but the log-ratio's denominator is zero."""
     return torch.where((log_ratio > NO_MASS) & (mass > 0), torch.inf, value)
 
 
@@ -60,7 +61,7 @@ def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
     ``1 + beta expm1(d)``. The first form is accurate away from 1, the second near 1. W. Kahan's
     identity joins them: ``log(1 + x) = log(u) x / (u - 1)`` for any ``u`` near ``1 + x``.
     """
-    # Where q is 0 the result does not matter: it is multiplied by 0.
+    # Where q is 0 the result may be anything, because callers multiply it by q.
     ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
     near = d.clamp(-NEAR, NEAR)
     x = beta[0] * torch.where(near == d, _expm1(near), ratio - 1)
@@ -82,7 +83,7 @@ def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Po
     ``l = log1p(expm1(-|d|) / 2)``. Neither sum cancels.
     """
     d = lp - lq
-    # expm1(-|d|) without an exponential. Where p and q are 0, the terms are 0 for any l.
+    # ``far`` is expm1(-|d|) without an exponential. Where p and q are 0, the result is 0 for any l.
     larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
     far = torch.minimum(p, q) / larger - 1
     near = -d.abs().clamp(max=NEAR)

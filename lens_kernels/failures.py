@@ -15,10 +15,10 @@ MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
-    """Return the exit status of ``run``, or report its error under the command's name.
+    """Return the exit status of ``run``. If it raises, report the error for the command ``name``.
 
-    An error that this package raised on purpose is its message. Another one may be a fault, so its
-    traceback is kept in a file that the message names.
+    For an error that this package raised on purpose, only its message is shown. Any other error may
+    be a bug, so its traceback is written to a file, and the message names the file.
     """
     try:
         return run()
@@ -31,12 +31,12 @@ def guarded(name: str, run: Callable[[], int]) -> int:
 
 
 def message(error: Exception) -> str:
-    """Return what is wrong and what to do."""
+    """Return a message that says what is wrong and what to do."""
     text = str(error).strip()
     if isinstance(error, MemoryError) or MEMORY.search(text):
         first = text.split("\n")[0] or "out of memory"
         return (
-            f"{first}. The memory is full: use smaller batches, shorter texts or a 16-bit dtype"
+            f"{first}. Memory is full: use smaller batches, shorter texts or a 16-bit dtype"
             f"{_kept(error)}"
         )
     if isinstance(error, ModuleNotFoundError) and error.name:
@@ -48,7 +48,7 @@ def message(error: Exception) -> str:
 
 
 def install(module: str) -> str:
-    """Return the command that installs a module's package: an extra of ours, if one holds it."""
+    """Return the command that installs a module, through an extra of this package if possible."""
     name = module.split(".")[0].replace("_", "-").lower()
     try:
         required = metadata.requires("lens-kernels") or []
@@ -68,7 +68,7 @@ def _is_own(error: Exception) -> bool:
 
 
 def _kept(error: Exception) -> str:
-    """Write the traceback to a file, and return where it is."""
+    """Write the traceback to a file, and return a note that names the file."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="lens-kernels-", suffix=".txt", delete=False, encoding="utf-8"

@@ -1,4 +1,4 @@
-"""The public functions. Their docstrings are the full reference; the modules refer to them."""
+"""The public functions. Their docstrings are the full reference, also for ``modules.py``."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def symmetric_lens_loss(
     workspace_bytes: int | None = LensOptions.workspace_bytes,
     grad_threshold: float | str | None = LensOptions.grad_threshold,
 ) -> Tensor:
-    """Compare student and teacher through their logit lenses, without ever holding all logits.
+    """Compare student and teacher through their logit lenses, without holding all logits in memory.
 
-    Every lens pair and token has a distribution ``p`` of the teacher and ``q`` of the student::
+    For every lens pair and token, ``p`` is the teacher's distribution and ``q`` the student's::
 
         z = softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap) / temperature
         p = softmax(z_teacher),  q = softmax(z_student),  m = beta p + (1 - beta) q
@@ -61,9 +61,9 @@ def symmetric_lens_loss(
         tvd         sum |p - q| / 2                            at most 1
         hellinger   sum (sqrt p - sqrt q)^2 / 2                at most 1 (the squared distance)
 
-    No factor of temperature squared is applied. Gradients reach the student's hidden states, head
-    weight and bias, and norm weight and bias, each if it requires grad. The teacher gets none. The
-    objective is that of DistillLens, arXiv 2602.13567.
+    The loss is not multiplied by the temperature squared. The student's hidden states, head weight
+    and bias, and norm weight and bias get gradients if they require grad. The teacher gets none.
+    The objective is that of DistillLens, arXiv 2602.13567.
 
     Args:
         student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each
@@ -72,41 +72,41 @@ def symmetric_lens_loss(
         teacher_hidden: The same with ``(..., D_t)``, in the order of ``student_hidden``.
         student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
         teacher_head: The same with ``D_t``.
-        mask: ``(...)``, bool or 0/1, shared by all pairs; True tokens count. Others are not
-            computed, and may hold any value. On a GPU a mask costs one synchronisation.
+        mask: ``(...)``, bool or 0/1, shared by all pairs. Tokens with True count. The others are
+            not computed, and may hold any value. On a GPU a mask costs one synchronisation.
         divergence: One of the names above.
         beta: Weight of the teacher in ``m``, in the open interval (0, 1). Only ``jsd`` uses it.
-        temperature: Divides both models' logits; above 0.
+        temperature: Divides both models' logits. Must be above 0.
         layer_weights: ``w_l``, one number for each pair, by default ``1 / L``.
         reduction: ``"mean"``: ``sum_l w_l sum_n mask_n loss_ln / denominator``; ``"sum"``: the same
-            not divided; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
+            without the division; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
         denominator: Only with ``"mean"``; by default the number of unmasked tokens of this call, at
             least 1. Pass the tokens of the whole global batch to make gradient accumulation and
             data parallelism exact.
         vocab_size: Number of leading entries that both vocabularies share. Both softmaxes are taken
             over these. Needed only if the vocabularies differ in size.
-        backend: ``"torch"``, ``"triton"`` (NVIDIA and AMD GPUs; no tile of logits in memory, more
-            GEMMs), or ``"auto"``: whichever ``lens_kernels.plan`` estimates to be cheaper.
-            ``"auto"`` takes ``"triton"`` only on GPUs on which ``lens-kernels tune`` has run.
-        workspace_bytes: Limit for the bytes of all tiles of logits in memory; by default 256 MiB on
-            a CPU, 1 GiB elsewhere.
+        backend: ``"torch"``, ``"triton"`` (for NVIDIA and AMD GPUs; it keeps no logits in memory,
+            but needs more GEMMs), or ``"auto"``: whichever ``lens_kernels.plan`` estimates to be
+            cheaper. ``"auto"`` takes ``"triton"`` only on GPUs where ``lens-kernels tune`` has run.
+        workspace_bytes: Limit for the bytes of all tiles of logits in memory. The default is 256
+            MiB on a CPU, 1 GiB elsewhere.
         grad_threshold: An approximation, off by default. A vocabulary entry is left out of both
-            gradient GEMMs if its logit gradients are at most this for all tokens of a chunk. If
-            only few entries qualify, none are left out, because that takes less time. The loss is
-            not affected. The logit gradients are those with respect to ``z``, times the derivative
-            of the softcap. Each is multiplied by its token's weight, relative to the largest weight
-            of the call. So 1e-6 means the same at any batch size, scale and temperature. Chunks are
-            of tokens in the ``torch`` backend and of the vocabulary in ``triton``. A fixed
-            threshold leaves out more as the models become more similar. ``"bf16"`` adapts: it is
-            2^-9 times the root mean square of the chunk's logit gradients. The part left out then
-            has at most 2^-9 of their 2-norm, as much as rounding to bfloat16 may change.
-            ``docs/memory_and_speed.md`` shows the effect on gradients for some models.
+            gradient GEMMs if its logit gradients are at most this large for all tokens of a chunk.
+            If only few entries qualify, none are left out, because that takes less time. The loss
+            is not affected. Logit gradients are derivatives with respect to ``z``, times the
+            derivative of the softcap. Each is multiplied by its token's weight, relative to the
+            largest weight of the call. So 1e-6 means the same at any batch size, scale and
+            temperature. The ``torch`` backend works on chunks of tokens, ``triton`` on chunks of
+            the vocabulary. A fixed threshold leaves out more as the models become more similar.
+            ``"bf16"`` adapts: it is 2^-9 times the root mean square of the chunk's logit gradients.
+            The part left out then has at most 2^-9 of their 2-norm, as much as rounding to bfloat16
+            may change. ``docs/memory_and_speed.md`` shows the effect on gradients for some models.
             ``distillation_loss`` reports how much was left out.
 
     Returns:
         The loss in nats, in float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for
         ``"none"``. A KL divergence is ``inf`` if its second distribution has a logit of -inf where
-        the first has mass. If that logit is the teacher's, gradients are not finite either.
+        the first has mass. If this is a logit of the teacher, gradients are not finite either.
 
     Raises:
         TypeError: An argument has an unsupported type or dtype.
@@ -114,9 +114,9 @@ def symmetric_lens_loss(
         RuntimeError: The requested backend does not support these tensors.
 
     Logits, and all arithmetic on them, are in float32, or in float64 for float64 heads. Some
-    devices multiply 16-bit matrices with a float32 result: CUDA GPUs, and CPUs with AMX for
-    bfloat16 if torch reports it. There, the factors of a 16-bit head's GEMMs are rounded to its
-    dtype: normed hidden states, and the logits' gradients. Results are bitwise reproducible on one
+    devices can multiply 16-bit matrices with a float32 result: CUDA GPUs, and CPUs with AMX for
+    bfloat16 if torch reports it. On these devices, normed hidden states and logit gradients are
+    rounded to the dtype of a 16-bit head before its GEMMs. Results are bitwise reproducible on one
     machine if the device's own GEMMs are.
 
     Example:
@@ -160,11 +160,12 @@ def symmetric_lens_loss(
 
 
 class DistillationOutput(NamedTuple):
-    """The result of ``distillation_loss``: the loss, and its parts in nats per token, detached.
+    """The result of ``distillation_loss``: the loss, and its detached parts in nats per token.
 
-    ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``; ``per_layer`` is ``(L,)``. Parts
-    that are not computed are None; ``per_layer`` is empty instead. ``dropped`` is the share of the
-    logits' gradient, in absolute sum, that ``grad_threshold`` left out.
+    ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``. ``per_layer`` ``(L,)`` holds the
+    divergence of each lens pair. A part that is not computed is None, or empty for ``per_layer``.
+    ``num_tokens`` is the number of unmasked tokens. ``dropped`` is the share of the logit
+    gradients, in absolute sum, that ``grad_threshold`` left out.
     """
 
     loss: Tensor
@@ -210,16 +211,16 @@ def distillation_loss(
 
         akl         share KL(p, q) + (1 - share) KL(q, p),  share = gap_head / (gap_head + gap_tail)
 
-    A gap is ``sum |p - q|`` over the head or the tail of the vocabulary. The share is a constant in
-    the gradient, and 1/2 where ``p == q``. The head is the longest run of the teacher's entries,
-    most probable first, that holds at most half of its mass. The entry that crosses one half
-    belongs to the tail, unless it is the first. This is the rule of the paper's published code and
-    of DistillLens's. The adaptive KL costs both KLs. The share costs one more projection of both
-    models and a sort, in tiles within ``workspace_bytes``.
+    A gap is ``sum |p - q|`` over the head or the tail of the vocabulary. The gradient treats the
+    share as a constant. It is 1/2 where ``p == q``. With entries sorted by the teacher's
+    probability, the head is the longest leading part that holds at most half of the mass. The entry
+    that crosses one half belongs to the tail, unless it is the first. The published code of the
+    paper and of DistillLens has the same rule. The adaptive KL costs as much as both KLs. The share
+    also costs one more projection of both models and a sort, in tiles within ``workspace_bytes``.
 
     Args:
-        student_hidden: Intermediate hidden states, one for each lens pair; the head's norm is
-            applied to them. Empty lists for both models remove the lens term.
+        student_hidden: Intermediate hidden states, one for each lens pair. The head's norm is
+            applied to them. Pass empty lists for both models to compute no lens term.
         teacher_hidden: The same for the teacher.
         student_head: The student's head.
         teacher_head: The teacher's head.
@@ -228,20 +229,22 @@ def distillation_loss(
         teacher_final: The same with ``(..., D_t)``.
         labels: ``(...)``, already shifted: ``labels[n]`` is the token that position ``n`` predicts.
             -100 marks positions without a label. Cross entropy ignores the temperature.
-        mask: Tokens that count in every term; by default those with a label, or all without labels.
+        mask: Tokens that count in every term. By default tokens with a label count. Without labels
+            all tokens count.
         kd_ratio: Weight of distillation against cross entropy, in [0, 1]. At 0 only cross entropy
             is computed: the teacher's arguments may be None, and no lens is computed.
         lens_coeff: Weight of the lens term, at least 0.
-        final_divergence: How the final hidden states are compared: a name, which may be ``"akl"``,
-            or a mapping of names to weights, at least 0 and not all 0. ``D_final`` is then the
-            weighted sum, as in ``{"forward_kl": 0.5, "reverse_kl": 1.0}``. Each further name with a
-            weight above 0 costs as much as another pair of hidden states.
+        final_divergence: The divergence of the final hidden states: a name, which may be ``"akl"``,
+            or a mapping of names to weights, at least 0 and not all 0. With a mapping, ``D_final``
+            is the weighted sum, as in ``{"forward_kl": 0.5, "reverse_kl": 1.0}``. Each further name
+            with a weight above 0 costs as much as another pair of hidden states.
         divergence: The divergence of the lens pairs.
-        beta: Weight of the teacher wherever a divergence is ``jsd``.
-        temperature: Divides the logits of both divergences.
+        beta: Weight of the teacher in every ``jsd``.
+        temperature: Divides the logits in ``D_final`` and ``D_lens``, but not in cross entropy.
         layer_weights: ``w_l``, by default ``1 / L``.
-        denominator: By default the number of unmasked tokens; for cross entropy, those with labels.
-        vocab_size: Size of the shared vocabulary prefix, which cross entropy also uses.
+        denominator: Divides the sums over tokens. By default it is the number of unmasked tokens;
+            for cross entropy, the number of unmasked tokens with a label.
+        vocab_size: Size of the shared vocabulary prefix. Cross entropy uses it too.
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.
         grad_threshold: As for ``symmetric_lens_loss``; see ``dropped`` of the result.
@@ -266,7 +269,7 @@ def distillation_loss(
         final_divergence=final_divergence,
     )
     if labels is None and kd_ratio < 1.0:
-        raise ValueError(f"kd_ratio={kd_ratio} gives cross entropy a weight: pass labels")
+        raise ValueError(f"kd_ratio={kd_ratio} is below 1 and needs cross entropy: pass labels")
     student = model_inputs("student", student_hidden, student_head, student_final, has_final=True)
     teacher, pairs = None, 0
     terms: list[Term] = []
@@ -286,7 +289,7 @@ def distillation_loss(
     tokens = token_denominator(denominator, counted)
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # First the weights of rows within their term of the objective, then within the loss.
+    # These are the weights of rows within their term. ``row_weight`` are those within the loss.
     lens_rows = counted.expand(pairs, -1)
     final_rows = [counted * (constant + slope * share) for constant, slope in finals.values()]
     row_weight = [

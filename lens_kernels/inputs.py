@@ -1,4 +1,4 @@
-"""The tensors of a public call: checked together before any computation, and flattened."""
+"""The tensors of a public call. They are checked before any computation, then flattened."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Head = LensHead | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """One model's head and hidden states; each state has a name for messages.
+    """One model's head and hidden states. Each state has a name for error messages.
 
     The head's norm applies to the first ``lenses`` states. A final state is already normed.
     """
@@ -42,7 +42,7 @@ class Inputs:
     """All tensors of a call, over ``N`` tokens.
 
     ``teacher`` is None if the loss is cross entropy alone. ``labels`` is 0 for tokens without a
-    label. ``operand_dtype`` is autocast's dtype, which GEMM factors are rounded to, or None.
+    label. ``operand_dtype`` is the dtype to which autocast rounds GEMM factors, or None.
     """
 
     student: ModelInputs
@@ -66,7 +66,7 @@ class Inputs:
 
     @property
     def result_dtype(self) -> torch.dtype:
-        """Return the dtype of results, which the student's head decides."""
+        """Return the dtype of results, which depends only on the student's head."""
         return compute_dtype(self.student.head)
 
     def counted(self) -> Tensor:
@@ -84,7 +84,7 @@ class Inputs:
 def model_inputs(
     side: str, hidden: Any, head: Any, final: Any = None, has_final: bool = False
 ) -> ModelInputs:
-    """Check one model's tensors; their names begin with ``side``, ``student`` or ``teacher``.
+    """Check one model's tensors. ``side`` is ``student`` or ``teacher``, and begins their names.
 
     With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
     """
@@ -123,7 +123,7 @@ def check_inputs(
 ) -> Inputs:
     """Check that the tensors of a call fit together.
 
-    Without ``mask``, tokens with a label count. Without ``labels`` too, all tokens count.
+    Without ``mask``, tokens with a label count. Without ``mask`` and ``labels``, all tokens count.
     """
     device = student.head.weight.device
     named = list(student.named_hidden)
@@ -165,7 +165,7 @@ def check_float(name: str, x: Any) -> None:
     _check_dense(name, x)
     if hasattr(x, "full_tensor"):
         raise TypeError(
-            f"{name} is a DTensor: pass {name}.full_tensor(), gathered once before the call"
+            f"{name} is a DTensor: gather it once before the call, with {name}.full_tensor()"
         )
     if x.dtype not in FLOATS:
         known = ", ".join(map(str, FLOATS))
@@ -173,12 +173,12 @@ def check_float(name: str, x: Any) -> None:
 
 
 def _check_dense(name: str, x: Any) -> None:
-    """Check that ``x`` is a tensor with strides, which sparse and nested tensors lack."""
+    """Check that ``x`` is a tensor that is neither sparse nor nested."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
         kind = "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
-        raise TypeError(f"{name} must be a dense tensor, got a {kind} one: convert it first")
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} tensor: convert it first")
 
 
 def _check_head(name: str, value: Any) -> LensHead:
@@ -217,12 +217,12 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
     """Check that ``x`` is on ``device``."""
     if x.device != device:
         raise ValueError(
-            f"{name} is on {x.device}, but the student head is on {device}: move it there"
+            f"{name} is on {x.device}, but the student head is on {device}: move {name} there"
         )
 
 
 def _check_widths_and_dtypes(model: ModelInputs, head_name: str, autocast: bool) -> None:
-    """Check hidden states against the head that reads them.
+    """Check that hidden states fit the head of their model.
 
     Dtypes may differ, but without autocast both or neither must be float64.
     """
@@ -337,9 +337,9 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
 
 
 def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
-    """Return the divisor of a sum over tokens: by default their number, at least 1.
+    """Return the divisor of a sum over tokens. By default it is the number of tokens, at least 1.
 
-    A tensor has the dtype of ``counted``, which is 1 for each token that counts.
+    ``counted`` is 1 for each token that counts. A tensor is returned in the dtype of ``counted``.
     """
     if value is None:
         return counted.sum().clamp(min=1)

@@ -44,7 +44,7 @@ class LensNorm:
         return (y if self.bias is None else y + self.bias.to(y.dtype)), x_hat, rstd
 
     def backward(self, grad: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
-        """Return the gradient with respect to the rows; ``grad`` is that of the result."""
+        """Return the gradient with respect to ``h``. ``grad`` is the gradient of the result."""
         if self.weight is not None:
             grad = grad * self._scale(grad)
         inner = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
@@ -80,7 +80,7 @@ class LogitMap:
 class LensHead:
     """A vocabulary head: ``softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap)``.
 
-    ``weight`` is ``(V, D)``; without ``softcap`` the result is ``scale * (...)``. ``norm`` is the
+    ``weight`` is ``(V, D)``. Without ``softcap`` the result is ``scale * (...)``. ``norm`` is the
     model's final norm, applied to intermediate hidden states. Hugging Face returns the final hidden
     state already normed.
     """
@@ -135,7 +135,7 @@ class LensHead:
         return LogitMap(self.bias, slope, self.scale / self.softcap, self.softcap / temperature)
 
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
-        """Map products ``norm(h) @ weight.T`` to tempered logits; return ``d logits / dz`` too."""
+        """Map products ``norm(h) @ weight.T`` to tempered logits. Return ``d logits / dz`` too."""
         return self.logit_map(temperature)(z)
 
 

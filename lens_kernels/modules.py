@@ -1,4 +1,4 @@
-"""The public functions as modules, which hold only their options."""
+"""The public functions as ``nn.Module``s, which hold only options."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens_kernels.options import DistillationOptions, LensOptions, LossOptions
 
 
 class _Loss(nn.Module):
-    """Checks, holds and shows the options of a public function."""
+    """A module that checks and holds the options of a public function."""
 
     kind: ClassVar[type[LossOptions]]
 
@@ -30,7 +30,10 @@ class _Loss(nn.Module):
 
 
 class SymmetricLensLoss(_Loss):
-    """``symmetric_lens_loss`` with fixed options: all keywords but mask and denominator."""
+    """``symmetric_lens_loss`` with fixed options.
+
+    The constructor takes all keywords of the function except ``mask`` and ``denominator``.
+    """
 
     kind = LensOptions
 
@@ -49,7 +52,10 @@ class SymmetricLensLoss(_Loss):
 
 
 class DistillationLoss(_Loss):
-    """``distillation_loss`` with fixed options: all keywords but tensors and denominator."""
+    """``distillation_loss`` with fixed options.
+
+    The constructor takes all keywords of the function except tensors and ``denominator``.
+    """
 
     kind = DistillationOptions
 
@@ -61,7 +67,7 @@ class DistillationLoss(_Loss):
         teacher_head: Any,
         **per_call: Any,
     ) -> DistillationOutput:
-        """Return the output; ``per_call`` are the function's other keywords."""
+        """Return the output. ``per_call`` are the keywords that the constructor does not take."""
         return distillation_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options
         )

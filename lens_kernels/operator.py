@@ -1,4 +1,4 @@
-"""The differentiable operator of all backends. ``torch.compile`` sees it as one node."""
+"""The one differentiable operator. It runs any backend, and ``torch.compile`` sees one node."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 def apply(call: LossCall, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(loss, rows, dropped)`` of a call.
 
-    ``loss`` is differentiable, and its gradients are computed together with it. With ``deferred``,
-    ``rows`` is differentiable instead. Its gradients are computed in the backward pass, when the
-    weight of each row is known.
+    ``loss`` is differentiable, and its gradients are computed in the forward pass. With
+    ``deferred``, ``rows`` is differentiable instead. Its gradients are computed in the backward
+    pass, when the weight of each row is known.
     """
     loss, rows, dropped, _ = lens_loss(backend, deferred, *call.pack())
     return loss, rows, dropped
@@ -31,7 +31,7 @@ def apply(call: LossCall, backend: str, deferred: bool) -> tuple[Tensor, Tensor,
 def lens_loss(
     backend: str, deferred: bool, *packed: Any
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return ``(loss, rows, dropped, gradients of loss)``; see ``LossCall`` and ``LossResult``."""
+    """Return ``(loss, rows, dropped, gradients of loss)``. See ``LossCall`` and ``LossResult``."""
     call = Packed(*packed).unpack()
     if deferred:
         call = replace(call, needs_grad=[False] * len(call.needs_grad))
@@ -74,7 +74,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _savable(x: Tensor | None) -> Tensor | None:
-    """Return ``x``, or a copy if it was made in inference mode: autograd cannot save these."""
+    """Return ``x``, or a copy if it is an inference tensor, which autograd cannot save."""
     return x.clone() if x is not None and x.is_inference() else x
 
 
@@ -109,7 +109,8 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
     if compat.backward_keeps_graph() or torch.is_grad_enabled():
         scaled = scale_gradients(grads, upstream, like)
     else:
-        # The graph is freed after this pass. Scaling in place avoids a copy of the head gradient.
+        # No later pass needs the gradients. Scaling them in place avoids a copy of the head
+        # gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
     each_scaled = iter(scaled)
     each = [next(each_scaled) if needed else None for needed in ctx.needs_grad]
@@ -129,8 +130,9 @@ lens_loss.register_autograd(_backward, setup_context=_setup_context)
 def scale_gradients(grads: list[Tensor], upstream: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Return ``upstream * grads`` in the dtypes of ``like``.
 
-    It makes copies, because the graph may be differentiated again. ``like`` are the tensors that
-    the gradients belong to. Through them a second derivative reaches this operator and raises.
+    The result is a copy, because the graph may be differentiated again. The gradients belong to the
+    tensors ``like``. Because ``like`` is an argument, second derivatives reach this operator, which
+    raises an error.
     """
     return [(g * upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
 

@@ -1,4 +1,4 @@
-"""The options of a call: this module alone defines their names, defaults and ranges.
+"""The options of a call. Only this module defines their names, defaults and ranges.
 
 Public functions, modules and the Trainer's options take defaults and checks from here.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Divergence(str, Enum):
-    """The divergences between teacher ``p`` and student ``q``; formulas in ``divergence.py``."""
+    """The divergences of teacher ``p`` and student ``q``. ``divergence.py`` has the formulas."""
 
     JSD = "jsd"
     JEFFREYS = "jeffreys"
@@ -26,10 +26,10 @@ class Divergence(str, Enum):
     HELLINGER = "hellinger"
 
 
-# Sums of relative entropies. They need only one sweep over tiles of the vocabulary, and have no
-# upper bound.
+# These divergences are sums of relative entropies (KL). They have no upper bound, and the Triton
+# kernels need only one sweep over the vocabulary for them.
 RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
-ADAPTIVE = "akl"  # for final hidden states only: both KLs, with a weight for each token
+ADAPTIVE = "akl"  # the adaptive KL, which is available only for the final hidden states
 
 
 class Reduction(str, Enum):
@@ -40,11 +40,11 @@ class Reduction(str, Enum):
     NONE = "none"
 
 
-# Thresholds relative to the root mean square of a chunk's logit gradients. 2^-9 is half of
-# bfloat16's unit roundoff. The 2-norm of the entries left out is at most this part of the whole.
+# Thresholds relative to the root mean square of a chunk's logit gradients. The 2-norm of the
+# entries left out is at most this part of the whole. 2^-9 is half of bfloat16's unit roundoff.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 
-# Listed at import: torch.compile of torch 2.8 cannot list the members of an Enum.
+# The names are listed at import, because torch.compile of torch 2.8 cannot iterate over an Enum.
 NAMES: dict[type[Enum], tuple[str, ...]] = {
     kind: tuple(member.value for member in kind) for kind in (Divergence, Reduction)
 }
@@ -53,7 +53,7 @@ EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
-    """Return the member of ``kind`` called ``value``, or raise and list the known names."""
+    """Return the member of ``kind`` called ``value``. Otherwise raise, and list the known names."""
     return kind(_known_name(name, value, NAMES[kind]))
 
 
@@ -141,7 +141,7 @@ def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[f
 
 
 def parse_grad_threshold(name: str, value: object) -> tuple[float | None, bool]:
-    """Return the threshold, and whether it is relative: names are, numbers are absolute."""
+    """Return the threshold, and whether it is relative. Named thresholds are, numbers are not."""
     if value is None:
         return None, False
     if isinstance(value, str):
@@ -173,15 +173,16 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_option(option: str, value: object, name: str | None = None) -> None:
-    """Raise if ``value`` is invalid for ``option``; messages call the option ``name``."""
+    """Raise if ``value`` is invalid for ``option``. Messages call the option ``name``."""
     CHECKS[option](name or option, value)
 
 
 @dataclass(frozen=True, eq=False)
 class LossOptions:
-    """The options that both public functions share; see ``symmetric_lens_loss``.
+    """The options that both public functions share. ``symmetric_lens_loss`` documents them.
 
-    ``layer_weights`` and ``vocab_size`` depend on tensors of a call, and are checked with these.
+    ``layer_weights`` and ``vocab_size`` are checked in the call, because they depend on its
+    tensors.
     """
 
     divergence: str = "jsd"
@@ -194,7 +195,7 @@ class LossOptions:
     grad_threshold: float | str | None = None
 
     def __post_init__(self) -> None:
-        """Check each option by itself."""
+        """Check each option on its own."""
         for field in fields(self):
             if field.name in CHECKS:
                 check_option(field.name, getattr(self, field.name))
@@ -226,5 +227,6 @@ def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> i
     """Return the bytes that the tiles of logits may take on a device."""
     if workspace_bytes is not None:
         return workspace_bytes
-    # CPU: 640 rows of 50k entries, enough for GEMMs at full speed. GPU: 1024 rows of 128k.
+    # On a CPU this holds 640 rows for a vocabulary of 50k, enough for GEMMs at full speed. On a GPU
+    # it holds 1024 rows for a vocabulary of 128k.
     return (256 if device.type == "cpu" else 1024) * 2**20

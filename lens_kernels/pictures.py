@@ -17,7 +17,8 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, LIGHT_GREY = "#666666", "#A6A6A6"
 LOWER = "lower is better"
-HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}  # counted values
+# Hollow markers show values that are counted instead of measured.
+HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
 STYLE: Any = {
     "font.family": "DejaVu Sans",  # shipped with matplotlib, so pictures look the same everywhere
     "font.size": 9.0,
@@ -36,12 +37,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # the same numbers give the same bytes
+    "svg.hashsalt": "lens_kernels",  # makes SVG files reproducible
 }
 
 
 def styled(draw: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a function so that it draws and saves in this style."""
+    """Decorate a function so that its pictures have the style ``STYLE``."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **options: Any) -> T:
@@ -54,7 +55,7 @@ def styled(draw: Callable[..., T]) -> Callable[..., T]:
 
 
 def canvas(width: float, height: float) -> Any:
-    """Return an empty figure; the size is in inches."""
+    """Return an empty figure. The size is in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))

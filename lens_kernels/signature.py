@@ -15,7 +15,7 @@ TYPES = {"str": str, "int": int, "float": float, "Path": Path}
 def add_options(
     parser: argparse.ArgumentParser, function: Callable[..., Any], skip: tuple[str, ...] = ()
 ) -> None:
-    """Add an option for each argument of ``function``; its help comes from the docstring.
+    """Add an option for each argument of ``function``, with its help text from the docstring.
 
     Arguments without a default are required. Booleans become ``--name`` and ``--no-name``.
     Sequences take several values.
@@ -39,7 +39,8 @@ def add_options(
             options["required"] = required
             shown = _text(default)
         text = texts[name] if default is None else f"{texts[name]} Default: {shown}."
-        # Set the help afterwards: some Python versions append a boolean's default to it.
+        # The help is set afterwards, because some Python versions would append the default of a
+        # boolean option to it.
         parser.add_argument(f"--{option}", **options).help = text.replace("%", "%%")
 
 

@@ -1,3 +1,3 @@
-"""The version, where the build can read it without importing torch."""
+"""The version, in a separate file that the build can read without importing torch."""
 
 __version__ = "0.1.0"

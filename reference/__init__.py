@@ -1,1 +1,1 @@
-"""References for the tests: slow, dense, float64, written from the definitions."""
+"""Reference implementations for the tests, written from the definitions in float64."""

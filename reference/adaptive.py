@@ -9,7 +9,7 @@ from reference import dense
 
 
 def head(p: Tensor, mass: float = 0.5) -> list[int]:
-    """Return the most probable entries whose sum is at most ``mass``, and at least one entry."""
+    """Return the most probable entries, as many as sum to at most ``mass``, but at least one."""
     entries: list[int] = []
     held = 0.0
     for entry in sorted(range(len(p)), key=lambda i: -p[i].item()):

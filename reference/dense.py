@@ -1,7 +1,7 @@
 """The dense oracle: every quantity is computed by its definition, in float64, with autograd.
 
-It shares no code with the library. It stores all probabilities and sums divergences over them.
-A head is any object with the attributes of ``lens_kernels.LensHead``.
+The oracle shares no code with the library, and keeps all probabilities in memory. A head is any
+object with the attributes of ``lens_kernels.LensHead``.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
     if name == "tvd":
         return (p - q).abs().sum(-1) / 2
     if name == "hellinger":
-        # 1 - sum sqrt(p q), the Bhattacharyya form; its gradient is finite where p == q.
+        # This is 1 - sum sqrt(p q), the Bhattacharyya form. Its gradient is finite where p == q.
         return ((p + q) / 2 - torch.sqrt(p * q)).sum(-1)
     raise ValueError(f"unknown divergence {name!r}")
 
@@ -82,7 +82,10 @@ def rows(
     vocab_size: int | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Return the divergences ``(L, ...)`` by token; ``labels`` append a row of cross entropy."""
+    """Return the divergence of each pair and token, ``(L, ...)``.
+
+    With ``labels``, one more row at the end holds the cross entropy.
+    """
     values = []
     for h_s, h_t, name, with_norm in zip(
         student_hidden, teacher_hidden, divergences, normed, strict=True

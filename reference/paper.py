@@ -1,16 +1,18 @@
 """The lens term of DistillLens (arXiv 2602.13567) as its published code computes it.
 
-For comparison only; written from a description of that code. The published code differs from this
-library's objective in three ways. Each difference is a switch, off by default:
+This module is only for comparison, and was written from a description of that code. The published
+code differs from this library's objective in three ways. Each difference is a switch, off by
+default:
 
 - ``tiled_mask``: lens logits are ordered with layers innermost, but the mask is tiled with samples
   innermost. With more than one sample, most rows get another sample's mask.
 - ``log_epsilon``: a number added to the mixture inside its logarithm, published as 1e-8. It lowers
-  every divergence by about ``epsilon * V``, so it is negative for identical distributions.
+  every divergence by about ``epsilon * V``, so identical distributions get a negative divergence.
 - ``final_norm=False``: for both models, intermediate hidden states reach the head without the
   final norm.
 
-With all three off this is ``symmetric_lens_loss`` with ``divergence="jsd"`` and its defaults.
+With all three off, the result equals ``symmetric_lens_loss`` with ``divergence="jsd"`` and its
+defaults.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from reference import dense
 
 @dataclass(frozen=True)
 class Quirks:
-    """The differences of the published code to reproduce."""
+    """Switches for the differences between the published code and this library."""
 
     tiled_mask: bool = False
     log_epsilon: float = 0.0

@@ -82,7 +82,7 @@ def test_an_error_of_this_package_is_its_message(capsys):
 )
 def test_a_full_memory_says_what_to_do(error, capsys):
     assert failures.guarded("eval", raising(error)) == 1
-    assert "The memory is full: use smaller batches" in capsys.readouterr().err
+    assert "Memory is full: use smaller batches" in capsys.readouterr().err
 
 
 def test_an_interrupt_ends_with_its_status(capsys):

@@ -1,1 +1,1 @@
-"""The parts of ``speed_vs_peers.py``: points, rounds, the CSV, and bounds on its numbers."""
+"""The parts of ``speed_vs_peers.py``: points, rounds, the CSV, and bounds on the results."""

@@ -1,7 +1,7 @@
 """Bounds on the results of ``speed_vs_peers.py``, and its tables, computed from its CSV.
 
-A ratio of times is taken within each round, where both were timed within a short time. The median
-over the rounds is compared with the bound, and printed with the lowest and the highest.
+Ratios of times are taken within each round, where both times were measured shortly after each
+other. The median ratio is compared with the bound, and printed with the lowest and the highest.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ END = "<!-- end of what speed_vs_peers.py made -->"
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound on a ratio: the ``quantity`` of ``top`` divided by that of ``bottom``.
+    """A bound on a ratio of two measurements, ``top / bottom``.
 
-    ``top`` and ``bottom`` are (point, contender); ``quantity`` is a column of the CSV.
+    ``top`` and ``bottom`` are (point, contender). ``quantity`` is the column of the CSV.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Bar:
     quantity: str = "times_ms"
 
     def ratios(self, rows: Sequence[Row]) -> list[float]:
-        """Return the ratio in every round that both have, or an empty list if one is missing."""
+        """Return the ratio in every round that has both, or an empty list if one is missing."""
         found = {(row["point"], row["contender"]): row[self.quantity] for row in rows}
         top, bottom = found.get(self.top), found.get(self.bottom)
         if not top or not bottom:
@@ -65,7 +65,7 @@ def _against(peer: str, point: str, limit: float, name: str, quantity: str = "ti
 
 
 def _growth(what: str, larger: str, smaller: str, factor: float = 2) -> Bar:
-    """Return a bound on the growth: at most 2.1 for each doubling."""
+    """Return a bound on the growth of the time: at most 2.1 times for each doubling of a size."""
     sides = (larger, "lens_kernels"), (smaller, "lens_kernels")
     return Bar(f"lens_kernels, {what}", *sides, 2.1 ** math.log2(factor), at_most=True)
 
@@ -109,7 +109,7 @@ def verdict(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def base_times(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line of cells for each contender at the point of most bounds."""
+    """Return a line of cells for each contender at the point ``BASE``."""
     lines, order = [], [*dict.fromkeys(row["contender"] for row in rows)]
     for row in sorted(rows, key=lambda row: order.index(row["contender"])):
         if row["point"] == BASE and row["median_ms"]:
@@ -125,6 +125,6 @@ def both_tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], list[list[str]
 
 
 def write_tables(path: Path, rows: Sequence[Row]) -> None:
-    """Replace the tables of a page; ValueError if it has no place for them."""
+    """Replace the tables in a page. Raise ValueError if the page has no markers for them."""
     made = [tables.markdown_table(*table) for table in both_tables(rows) if table[1]]
     tables.rewrite(path, BEGIN, END, "\n\n".join(made))

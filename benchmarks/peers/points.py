@@ -13,7 +13,7 @@ FLOOR = "floor"
 SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
 COMPILED = ("lens_kernels", "dense_compiled", "liger")
 SLOW = ("liger_uncompiled", "trl", "published")
-ONCE = "dense_kl_div"  # like dense, but slower: timed only at the first point
+ONCE = "dense_kl_div"  # timed only at the first point, because it is like dense but slower
 TINY = Model("tiny", 24, 40, 1000)
 SHOWN = ("gpt2", "tinyllama", "smollm2", "qwen2.5")
 
@@ -28,12 +28,12 @@ class Point:
     left_out: tuple[str, ...] = ()
 
     def key(self) -> str:
-        """Return its name in the CSV."""
+        """Return the name of the point in the CSV."""
         job = self.job
         return f"{self.model} N{job.tokens} V{job.vocab} L{job.pairs} masked {job.masked:g}"
 
     def columns(self) -> dict[str, Any]:
-        """Return its columns of the CSV."""
+        """Return the columns of the CSV that describe the point."""
         names = {"point": self.key(), "sweeps": " ".join(self.sweeps), "model": self.model}
         return names | self.job.columns()
 
@@ -69,7 +69,7 @@ def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point
 
 
 def takes_part(key: str, number: int) -> bool:
-    """Say whether a contender runs in a round; round 0 compiles and is not timed."""
+    """Say whether a contender runs in a round. Round 0 compiles and is not timed."""
     if number == 0:
         return key in COMPILED
     return key not in SLOW or number % 2 == 1

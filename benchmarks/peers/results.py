@@ -19,19 +19,20 @@ COLUMNS = (
 
 
 class Results:
-    """The rows, by point and contender."""
+    """The rows of the CSV, by point and contender."""
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
-        """Read the rows that a stopped run has written.
+        """Read the rows that an earlier run has written.
 
         Raises:
-            RuntimeError: They were measured with other code, versions, or on another machine.
+            RuntimeError: The rows were measured with other code, versions, or another machine.
         """
         self.path = path
         self.environment = environment
         self._rows: dict[tuple[str, str], dict[str, str]] = {}
         for row in tables.read_own_csv(path, environment):
-            # Missing contenders and available memory are checked again in each run.
+            # These rows are not kept, because each run checks again which contenders are installed
+            # and how much memory is available.
             if row["point"] and not row["note"].startswith("does not fit"):
                 self._rows[row["point"], row["contender"]] = row
 
@@ -40,7 +41,7 @@ class Results:
         return [*self._rows.values()]
 
     def row(self, point: Point, key: str) -> dict[str, str]:
-        """Return a row, empty if there is none."""
+        """Return a row, or an empty dict if there is none."""
         return self._rows.get((point.key(), key), {})
 
     def times(self, point: Point, key: str) -> Mapping[int, float]:

@@ -1,4 +1,4 @@
-"""The rounds of ``speed_vs_peers.py``: times every contender at a point."""
+"""The rounds of ``speed_vs_peers.py``. A round times every contender at every point."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AVAILABLE = 0.9  # the share of the available memory that a contender may use
 
 
 class Runner:
-    """The contenders at one point, round after round."""
+    """Times all contenders at one point, one round after another."""
 
     def __init__(
         self, point: Point, contenders: Mapping[str, Contender], results: Results, rounds: int
@@ -43,7 +43,8 @@ class Runner:
     def turn(self, number: int) -> None:
         """Run a round, and write its results after all contenders have run.
 
-        If one contender lacks the round, all repeat it, because ratios are taken within rounds.
+        If one contender has no time for the round, all repeat it, because ratios are taken within
+        rounds.
         """
         if not self._is_due(number):
             return
@@ -71,7 +72,7 @@ class Runner:
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
         if (
             self.results.row(self.point, key).get("note") != reason
-        ):  # an unchanged row keeps its date
+        ):  # a row with the same note is not written again, and keeps its date
             self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:
@@ -84,7 +85,7 @@ class Runner:
         return any(number not in self.results.times(self.point, k) for k in self._keys(number))
 
     def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
-        """Return the time of one call, after comparing its results with the others'."""
+        """Return the time of one call, if its results agree with those of other contenders."""
         job = self.point.job
         if key == FLOOR:
             cut = counted(inputs)
@@ -124,7 +125,7 @@ def too_large(contender: Contender, job: shapes.Job) -> str | None:
 
 
 def large_point(point: Point, contenders: Mapping[str, Contender], results: Results) -> None:
-    """Count every contender's temporary memory; really run lens_kernels and TRL, once."""
+    """Run lens_kernels and TRL once, and count the temporary memory of the others."""
     expected: tuple[float, ...] | None = None
     for key, contender in contenders.items():
         if results.row(point, key):
@@ -134,7 +135,7 @@ def large_point(point: Point, contenders: Mapping[str, Contender], results: Resu
             continue
         times: dict[int, float] = {}
         if key in RUN_AT_THE_LARGE_POINT:
-            # A smaller job first, so that compilation is not timed.
+            # A smaller job runs first, so that compilation is not timed.
             step(contender.load(), replace(point.job, tokens=point.job.tokens // 4, pairs=1).make())
             (used, elapsed), seen = contender.observe(point.job.make(), _memory_and_seconds)
             expected = expected or seen

@@ -1,1 +1,1 @@
-"""The parts of ``lens_study.py``, in the order of work: data, models, runs, groups, statistics."""
+"""The parts of ``lens_study.py``: data, models, runs, groups of runs, statistics, and figures."""

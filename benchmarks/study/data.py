@@ -1,4 +1,4 @@
-"""The study's text: where it comes from, how it is split, and the tokenizer trained on it."""
+"""The text of the study: its source, its split, and the tokenizer that is trained on it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 2048
-ROW = 128  # tokens
+ROW = 128  # tokens of a row
 HELD_OUT_ROWS = 128
-# The documentation of Django, BSD-3-Clause: 640 files, 6.1 million characters of English prose and
-# some code. Only the source distribution contains it; pip downloads that file of 10.8 MB.
+# The documentation of Django (BSD-3-Clause) has 640 files with 6.1 million characters of English
+# prose and some code. Only the source distribution contains it. pip downloads that file of 10.8 MB.
 DJANGO = "Django==5.2.8"
 DJANGO_FILE = "django-5.2.8.tar.gz"
 DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
@@ -51,13 +51,15 @@ def _django(folder: Path) -> list[str]:
     """Return the files of Django's documentation."""
     path = folder / DJANGO_FILE
     if not path.exists():
-        # The installed setuptools makes the metadata, so that nothing else is downloaded.
+        # pip uses the installed setuptools to read the metadata, so that it downloads nothing else.
         flags = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q", "-d"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         subprocess.run([*pip, *flags, str(folder), DJANGO], check=True)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != DJANGO_SHA256:
-        raise RuntimeError(f"{path} has SHA-256 {found}, expected {DJANGO_SHA256}: delete it")
+        raise RuntimeError(
+            f"{path} has SHA-256 {found}, expected {DJANGO_SHA256}: delete the file and run again"
+        )
     texts = {}
     with tarfile.open(path) as archive:
         for member in archive:
@@ -69,14 +71,14 @@ def _django(folder: Path) -> list[str]:
 
 
 def _topics() -> list[str]:
-    """Return the texts of Python's ``help``: small, and without a download."""
+    """Return the topics of Python's ``help``, a small text that needs no download."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
 
 
 def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
-    """Return the rows for training and those of held-out documents."""
+    """Return the rows for training and the rows of held-out documents."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     random.Random(0).shuffle(documents)

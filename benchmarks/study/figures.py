@@ -21,7 +21,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
     """Draw the differences of a group from their baselines, and KL by steps."""
     found = [x for x in statistics.compare(group, results) if x.percent is not None]
     compared = [arm for arm in group.arms if arm.versus]
-    if not found or 2 * len(found) < len(compared):  # too little to look at
+    if not found or 2 * len(found) < len(compared):  # too few results for a picture
         return None
     drawn = pictures.canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])
@@ -94,7 +94,10 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
 
 @pictures.styled
 def penalties(folder: Path, teacher: float = 0.2) -> Path:
-    """Draw value and gradient of each divergence against one of two probabilities of a student."""
+    """Draw each divergence and its gradient for a vocabulary of two entries.
+
+    The horizontal axis is the student's probability of the first entry.
+    """
     q = torch.linspace(0.001, 0.999, 999)
     drawn = pictures.canvas(11, 4)
     left, right = drawn.subplots(1, 2)

@@ -26,7 +26,10 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "jeffreys", "tvd", "hellinger"
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective, as a run whose seed is replaced, and the arm that it is compared with."""
+    """An objective, and the label of the arm that it is compared with.
+
+    ``run`` holds the settings. Its seed is replaced by each seed of the group.
+    """
 
     label: str
     run: Run
@@ -191,10 +194,10 @@ GROUPS = {
 
 
 def quick() -> Group:
-    """Return a small version of the comparison for tests: a few minutes, and no network.
+    """Return a small version of the comparison for tests. It takes minutes, and needs no network.
 
     The student is cut from the teacher and trained for a few steps, with a large weight of the
-    lens. The lens helps most there, so a small run can show the effect.
+    lens. With these settings the lens helps most, so a small run can show the effect.
     """
     student = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
     plain = student | {"teacher": TeacherSettings(text="topics", steps=400)}

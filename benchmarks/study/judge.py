@@ -1,4 +1,4 @@
-"""The metrics of a student: dense sums over the vocabulary, without the library's loss."""
+"""The metrics of a student, computed from all logits. They do not use the library's loss."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 32  # rows per batch
-PROMPT, CONTINUED, PROMPTS = 64, 32, 128  # tokens, tokens, rows
-BINS = 15  # of confidence, in the calibration error
+CHUNK = 32  # rows in a batch
+# Tokens of a prompt, tokens of its continuation, and the number of prompts.
+PROMPT, CONTINUED, PROMPTS = 64, 32, 128
+BINS = 15  # bins of confidence in the calibration error
 
 
 def _final(model: Any, rows: Tensor) -> Tensor:
-    """Return log probabilities of the next token ``(tokens, V)``; the last position has none."""
+    """Return log probabilities of the next token, ``(tokens, V)``, without the last position."""
     return model(input_ids=rows).logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
 
@@ -24,7 +25,7 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
     """Return the model's greedy continuation of the first tokens of rows."""
     prompts = rows[:PROMPTS, :PROMPT]
     mask = torch.ones_like(prompts)
-    # Nothing is padded: the model has no end token, so continuations have equal lengths.
+    # The model has no end token, so all continuations have the same length and need no padding.
     out = model.generate(
         prompts, attention_mask=mask, do_sample=False, max_new_tokens=CONTINUED, pad_token_id=0
     )
@@ -33,7 +34,7 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """The teacher's results on held-out rows, which students are compared with."""
+    """The teacher's results on held-out rows, with which students are compared."""
 
     teacher: Any
     rows: Tensor
@@ -86,9 +87,9 @@ class Judge:
 
     @torch.no_grad()
     def by_depth(self, student: Any) -> list[dict[str, float]]:
-        """Return the metrics of the student's lens against the teacher's, for each block.
+        """Return metrics of the student's lens against the teacher's, for each student block.
 
-        The teacher's block is the one at the same relative depth.
+        Each student block is compared with the teacher's block at the same relative depth.
         """
         depth, teacher_depth = (len(x.model.layers) for x in (student, self.teacher))
         results = []
@@ -115,16 +116,16 @@ class Judge:
 
 
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
-    """Return log probabilities of the lens after a block; after the last block, the output's."""
+    """Return log probabilities of the lens after a block. After the last block it is the output."""
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
-    if depth < len(states) - 1:  # the model has applied the norm to the last states already
+    if depth < len(states) - 1:  # the model has already applied the norm to the last states
         hidden = model.model.norm(hidden)
     return model.lm_head(hidden[:, :-1]).flatten(0, 1).log_softmax(-1)
 
 
 def _calibration_error(confidence: Tensor, hit: Tensor) -> float:
-    """Return the expected calibration error against the text, with bins of equal width."""
+    """Return the expected calibration error. A prediction is right if it equals the text."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS).index_add_(0, bins, confidence - hit)
     return (gaps.abs().sum() / len(hit)).item()

@@ -21,7 +21,7 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
-# Factor of the lens weight after the share x of the training, by the name of the decay.
+# The factor of the lens weight after the share x of the training steps, by the name of the decay.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
@@ -47,7 +47,7 @@ def new_model(depth: int, width: int) -> Any:
 
 
 def new_student(run: Run, teacher: Any) -> Any:
-    """Return the untrained student of a run; runs with the same seed have the same weights."""
+    """Return the untrained student of a run. Runs with the same seed start from equal weights."""
     if run.blocks:
         return shallow_copy(teacher, run.blocks).requires_grad_(True)
     torch.manual_seed(run.seed)
@@ -55,7 +55,7 @@ def new_student(run: Run, teacher: Any) -> Any:
 
 
 def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
-    """Return the teacher; train it first if ``folder`` does not hold it."""
+    """Return the teacher from ``folder``. Train it first if the folder does not hold it."""
     path = folder / f"teacher-{settings.key}.pt"
     torch.manual_seed(settings.seed)
     teacher = new_model(TEACHER_DEPTH, TEACHER_WIDTH)
@@ -78,7 +78,7 @@ def train(
     folder: Path,
     at_step: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Train a student; return the CPU milliseconds of its median step.
+    """Train a student. Return the CPU time of its median step in milliseconds.
 
     ``at_step`` is called after each step, outside the measured time. The order of the rows
     depends only on the seed.

@@ -1,4 +1,4 @@
-"""The tables of the study, made only from its results."""
+"""The tables of the study, made from the CSV of its results alone."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _line(each: Compared) -> list[str]:
 
 
 def others(group: Group, results: statistics.Results) -> str:
-    """Return the other metrics of a group; a star marks differences beyond the noise."""
+    """Return the other metrics of a group. A star marks differences beyond the noise."""
     columns = {
         metric: {x.arm.label: x for x in statistics.compare(group, results, metric, absolute=True)}
         for metric in OTHERS

@@ -1,4 +1,4 @@
-"""Does the runs: each run is independent, gives one line of a CSV, and is not repeated."""
+"""Executes the runs. Runs are independent. Each writes one line of a CSV, and is not repeated."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from typing import Any
 from benchmarks.study.settings import Run, TeacherSettings
 from benchmarks.support import environment, tables
 
-EVALUATIONS = 12  # per run, evenly spaced
+EVALUATIONS = 12  # number of evaluations in a run, evenly spaced
 SETTINGS = [f.name for f in fields(Run)]
 METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error greedy_prefix".split()
 COLUMNS = [
     *("key", *SETTINGS),
     *METRICS,
-    *("curve", "by_depth"),  # as JSON: KL by step, and metrics of the lenses by depth
+    *("curve", "by_depth"),  # JSON: the KL by step, and the metrics of the lenses by depth
     *("cpu_ms_per_step", "seconds", "shared_machine"),
     *("device", "threads", "torch", "transformers", "python", "commit", "date_utc"),
 ]
 
 
 def append(path: Path, values: dict[str, Any]) -> None:
-    """Add a result as a whole line, even if other processes write at the same time."""
+    """Append a result as one line. A lock keeps lines whole if other processes write too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -44,7 +44,7 @@ def append(path: Path, values: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the results by the keys of their runs."""
+    """Return the results as a mapping from the key of a run to its line."""
     return {row["key"]: row for row in tables.read_csv(path)}
 
 
@@ -65,7 +65,7 @@ def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
 
 
 def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
-    """Do a run and return its result."""
+    """Execute a run and return its result."""
     import torch
 
     from benchmarks.study import data, models
@@ -85,7 +85,7 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     final, lenses = judge.final(student), judge.by_depth(student)
     kept = folder / "students" / f"{run.key}.pt"
     kept.parent.mkdir(exist_ok=True)
-    torch.save(student.state_dict(), kept)  # so that it can be evaluated again
+    torch.save(student.state_dict(), kept)  # kept, so that the student can be evaluated again
     found = environment.environment(environment.CPU)
     found["transformers"] = environment.version_of("transformers")
     return {
@@ -112,14 +112,14 @@ def _prepare(threads: int) -> None:
 
 
 def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machine: bool) -> None:
-    """Do the missing runs in order; each result is written as soon as its run ends."""
+    """Execute the missing runs in order. Each result is written as soon as its run ends."""
     path = folder / "runs.csv"
     known = read(path)
     wanted = list({run.key: run for run in runs if run.key not in known}.values())
     if not wanted:
         return
     started = time.perf_counter()
-    # Spawned processes, because torch's threads do not survive a fork.
+    # Processes are spawned, because torch's threads do not survive a fork.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _prepare, (threads,)) as pool:
         for settings in dict.fromkeys(run.teacher for run in wanted):

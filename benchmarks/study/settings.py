@@ -1,4 +1,4 @@
-"""The settings of a run: everything that its result depends on, and a key made of them."""
+"""The settings of a run: everything that its result depends on. Their hash is the run's key."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 
 Pairs = tuple[tuple[int, int], ...]
 
-# The learning rate that is best for forward KL without a lens; the group ``rate`` has the sweep.
+# The best learning rate for forward KL without a lens, found by the group ``rate``.
 RATE = 6e-3
-UNIFORM: Pairs = ((1, 2), (2, 4))  # the uniform rule for two pairs, of 3 and 6 blocks
+UNIFORM: Pairs = ((1, 2), (2, 4))  # the uniform rule for two pairs, with 3 and 6 blocks
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,12 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """A student and how it is trained. Runs that differ only in ``seed`` are repetitions.
+    """A student and its training. Runs that differ only in ``seed`` are repetitions.
 
-    ``final`` is empty for cross entropy without a teacher. ``lens`` is empty for no lens; then
-    ``coeff``, ``decay`` and ``norm`` keep their defaults. ``pairs`` are (student, teacher) depths.
-    A student starts from the teacher's ``blocks``, or from scratch if there are none.
+    An empty ``final`` means cross entropy without a teacher. An empty ``lens`` means no lens, and
+    ``coeff``, ``decay`` and ``norm`` must then keep their defaults. ``pairs`` are (student,
+    teacher) depths. A student starts from the teacher's ``blocks``, or from random weights if
+    ``blocks`` is empty.
     """
 
     final: str = "forward_kl"
@@ -54,7 +55,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse settings that have no effect: equal runs must have equal keys."""
+        """Refuse settings that have no effect, because equal runs must have equal keys."""
         plain = (self.coeff, self.decay, self.norm) == (1.0, "constant", True)
         if not self.lens and not plain:
             raise ValueError("coeff, decay and norm need a lens: set lens, or keep their defaults")

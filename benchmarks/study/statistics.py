@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from benchmarks.study.groups import Arm, Group
 
 RESAMPLES = 10_000
-# Student's t at 97.5 %, by degrees of freedom.
+# Quantiles of Student's t distribution at 97.5 %, by degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-Results = Mapping[str, Mapping[str, str]]  # by the key of the run
+Results = Mapping[str, Mapping[str, str]]  # the CSV lines of runs, by the key of the run
 Interval = tuple[float, float]
 
 
@@ -51,16 +51,16 @@ def difference(values: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm's results over seeds, and its difference from its baseline over shared seeds."""
+    """The results of an arm over seeds, and its difference from the baseline over shared seeds."""
 
     arm: Arm
     seeds: tuple[int, ...]
     mean: float
     deviation: float
     percent: Difference | None
-    reached: float | None  # share of the steps needed to reach the baseline's final KL
-    cpu_ms: float  # per step
-    cost: float | None  # CPU time of a step, relative to the baseline's
+    reached: float | None  # share of its steps until it reaches the baseline's final KL
+    cpu_ms: float  # median CPU time of a step
+    cost: float | None  # CPU time of a step divided by that of the baseline
 
 
 def compare(
@@ -122,7 +122,7 @@ def mean_curve(arm: Arm, results: Results, seeds: Sequence[int]) -> list[tuple[i
 def by_depth(
     arm: Arm, results: Results, seeds: Sequence[int], metric: str
 ) -> list[tuple[float, float]]:
-    """Return the mean over seeds of a metric of the lenses, with the student's depth."""
+    """Return the student's depths, each with the mean over seeds of a metric of its lens."""
     tables = [json.loads(row["by_depth"]) for row in _of(arm, results, seeds).values()]
     columns = zip(*tables, strict=True)
     return [(rows[0]["depth"], statistics.fmean(x[metric] for x in rows)) for rows in columns]
@@ -131,7 +131,8 @@ def by_depth(
 def _share_to_reach(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]]) -> float | None:
     """Return the mean share of the steps that an arm needs to reach its baseline's final KL.
 
-    The curve is interpolated linearly between evaluations. None if a run never reaches it.
+    The curve is interpolated linearly between evaluations. The result is None if a run never
+    reaches that KL.
     """
     shares = []
     for own, base in rows:

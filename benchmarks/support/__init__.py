@@ -1,1 +1,1 @@
-"""Shared code of the scripts: contenders, sizes, measurement, records, tables and figures."""
+"""Code that the scripts share: contenders, sizes, measurement, records, tables and figures."""

@@ -1,7 +1,7 @@
 """Every private interface of another library that only the benchmarks use.
 
-Each entry states its purpose, the versions that have it, and the effect if it is missing.
-Interfaces that the package uses too are in ``lens_kernels/compat.py``.
+Each docstring states the purpose, the versions that have the interface, and the effect if it is
+missing. Interfaces that the package uses too are in ``lens_kernels/compat.py``.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# The base class of modes that intercept every operator. torch documents it under this name. Seen
-# in torch 2.8 to 2.13. Without it, fake runs cannot be counted, and those points are missing.
+# The base class of modes that intercept every operator. torch documents it under this name.
+# Present in torch 2.8 to 2.13. Without it, fake runs cannot be counted, and their points are
+# missing.
 DispatchMode = TorchDispatchMode
 
 
 def fake_tensors() -> AbstractContextManager[Any]:
     """Return a mode in which tensors have sizes but no memory.
 
-    Seen in torch 2.8 to 2.13. Without it, sizes that do not fit cannot be counted.
+    Present in torch 2.8 to 2.13. Without it, sizes that do not fit cannot be counted.
     """
     return FakeTensorMode()
 
@@ -33,7 +34,7 @@ def fake_tensors() -> AbstractContextManager[Any]:
 def tensors_in(tree: Any) -> Iterator[Tensor]:
     """Return the tensors in nested arguments, or in the results, of an operator.
 
-    Seen in torch 2.8 to 2.13. Without it, fake runs cannot be counted.
+    Present in torch 2.8 to 2.13. Without it, fake runs cannot be counted.
     """
     return (x for x in tree_iter(tree) if isinstance(x, Tensor))
 
@@ -41,8 +42,8 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 def body_of(operator: Any) -> Callable[..., Any] | None:
     """Return the body of a custom operator, or None for any other operator.
 
-    Seen in torch 2.8 to 2.13. Without it a fake run counts nothing inside ``lens_kernels``' own
-    operator, and the comparison with a real run stops the benchmark.
+    Present in torch 2.8 to 2.13. Without it, a fake run counts nothing inside the operator of
+    ``lens_kernels``, and the comparison with a real run stops the benchmark.
     """
     definition = OPDEFS.get(operator._schema.name)
     return None if definition is None else definition._init_fn
@@ -51,7 +52,7 @@ def body_of(operator: Any) -> Callable[..., Any] | None:
 def allocations(profiler: torch.profiler.profile) -> list[int]:
     """Return the bytes of every allocation, and minus the bytes of every release, in order.
 
-    The profiler's public results have only sums. Seen in torch 2.8 to 2.13. Without it, no
+    The profiler's public results have only sums. Present in torch 2.8 to 2.13. Without it, no
     memory can be measured on a CPU.
     """
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -62,7 +63,7 @@ def allocations(profiler: torch.profiler.profile) -> list[int]:
 def static_sizes() -> AbstractContextManager[None]:
     """Let ``torch.compile`` compile every size separately, also inside a peer.
 
-    Seen in torch 2.8 to 2.13. Without it, the second size compiles code for dynamic sizes, which
-    took 1.5 times the memory (measured).
+    Present in torch 2.8 to 2.13. Without it, torch compiles code for dynamic sizes at the second
+    size, which took 1.5 times the memory (measured).
     """
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)

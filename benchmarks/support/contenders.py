@@ -28,9 +28,10 @@ Loss = Callable[[Inputs], Tensor]
 class Contender:
     """One way to compute the loss of a job.
 
-    ``load`` imports the packages and returns ``loss(inputs)``. ``on_fakes`` prepares a run over
-    fake tensors on a CPU; None means that it cannot run over them. ``epsilon`` is added to the
-    mixture inside the logarithm, which lowers the loss by at most ``epsilon * V``.
+    ``load`` imports the packages and returns ``loss(inputs)``. ``on_fakes`` returns a context for a
+    run over fake tensors on a CPU, or is None if the contender cannot run over them. ``epsilon`` is
+    the number that the contender adds to the mixture inside its logarithm. It lowers the loss by at
+    most ``epsilon * V``.
     """
 
     key: str
@@ -47,7 +48,7 @@ class Contender:
         return self.title.format(version=version_of(self.package) if self.package else "")
 
     def columns(self) -> dict[str, str]:
-        """Return its names in a CSV."""
+        """Return the columns of the CSV that name the contender."""
         return {"contender": self.key, "label": self.label()}
 
     def objection(self, device: torch.device) -> str | None:
@@ -76,16 +77,16 @@ class Contender:
     def observe(
         self, inputs: Inputs, instrument: Callable[[Callable[[], Any], torch.device], T]
     ) -> tuple[T, tuple[float, ...]]:
-        """Measure one step; return the measurement, and the step's loss and gradient norms."""
+        """Measure one step. Return the measurement, and the loss and gradient norms of the step."""
         loss, values = self.load(), []
-        inputs.clear()  # so that old gradients are not measured
+        inputs.clear()  # otherwise old gradients would be measured too
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())
         return said, (values[0].item(), *norms)
 
     def difference(self, job: Job, seen: tuple[float, ...], other: tuple[float, ...]) -> str | None:
-        """Return where the loss or a gradient norm differs from the other's, or None."""
+        """Say where the loss or a gradient norm differs from ``other``, or return None."""
         names = ["loss"] + [f"norm of gradient {i}" for i in range(len(seen) - 1)]
         for name, mine, theirs in zip(names, seen, other, strict=True):
             allowed = 1e-3 * theirs
@@ -100,7 +101,8 @@ def step(loss: Loss, inputs: Inputs) -> Tensor:
     """Clear gradients, compute loss and gradients, and return the detached loss."""
     inputs.clear()
     value = loss(inputs)
-    # A constant: Liger reads the upstream gradient on the host, and a fake tensor has no value.
+    # The upstream gradient is a real constant, because Liger reads its value on the host. A fake
+    # tensor has no value.
     value.backward(gradient=torch.tensor(1.0, device=value.device))
     return value.detach()
 

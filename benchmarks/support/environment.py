@@ -1,4 +1,4 @@
-"""Records the origin of a measurement: code, versions, machine and date."""
+"""The origin of a measurement, for its CSV: code, versions, machine and date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEERS = ("liger-kernel", "trl")
 
 
 def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.ArgumentParser:
-    """Return a parser with the options that all scripts share, and integer options."""
+    """Return a parser with the options that all scripts share, and the given integer options."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
     if on_device:
@@ -58,7 +58,7 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def gpu_environment(device: torch.device) -> dict[str, str]:
-    """Return the same with the versions of driver, CUDA or HIP, and Triton."""
+    """Return ``environment`` and the versions of the driver, CUDA or HIP, and Triton."""
     versions = {"driver": driver_version(device), "cuda": torch.version.cuda or ""}
     versions |= {"hip": torch.version.hip or "", "triton": version_of("triton")}
     return environment(device) | versions
@@ -96,13 +96,14 @@ def device_name(device: torch.device) -> str:
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     if "model name" not in found:
         return platform.processor() or platform.machine()
-    # Virtual machines use the same name for several generations of processors.
+    # Family and model are added, because virtual machines use the same name for several generations
+    # of processors.
     numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
     return ", ".join([found["model name"].strip(), *numbers])
 
 
 def commit() -> str:
-    """Return the last commit of the measured code, with ``-dirty`` if it has changed since."""
+    """Return the last commit of the measured code. ``-dirty`` marks changes after it."""
     git, code = ("git", "-C", str(ROOT)), ("--", "lens_kernels", "benchmarks/*.py")
     try:
         changed = _output(*git, "status", "--porcelain", *code)

@@ -1,11 +1,11 @@
-"""Peak memory of a function: of a real run, and of the same run over fake tensors.
+"""The peak memory of a function, measured in a real run or counted in a run over fake tensors.
 
 On a CPU, the profiler records every allocation and release of PyTorch's CPU allocator: in C++, in
 custom operators and in compiled code. It misses the buffers that a BLAS library allocates itself.
 On a GPU, CUDA's counters are read.
 
-A fake run allocates nothing. There, ``StorageTracker`` adds the sizes of the storages that
-operators create, and subtracts them when the storages are freed. The tests compare the two.
+A run over fake tensors allocates nothing. ``StorageTracker`` adds the sizes of the storages that
+operators create, and subtracts them when the storages are freed. The tests compare both numbers.
 """
 
 from __future__ import annotations
@@ -28,21 +28,23 @@ from benchmarks.support import compat
 
 MIB = 1 << 20
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would write to stderr on every use
+# By default the profiler writes to stderr on every use.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes above those in use before the run: the highest number, and that at the end.
+    """The bytes that a run adds to those in use before it.
 
-    The peak includes the memory that is kept: the loss and the gradients.
+    ``peak`` is the largest number during the run. ``kept`` is the number at its end, the memory of
+    the loss and the gradients.
     """
 
     peak: int
     kept: int
 
     def columns(self) -> dict[str, str]:
-        """Return both sizes by their names in a CSV."""
+        """Return both sizes as columns of a CSV."""
         return {"peak_with_gradients_mib": mib(self.peak), "gradients_mib": mib(self.kept)}
 
 
@@ -52,7 +54,7 @@ def mib(size: float) -> str:
 
 
 def measure(function: Callable[[], Any], device: torch.device) -> Memory:
-    """Run ``function`` and measure it; its result counts as kept."""
+    """Run ``function`` and measure its memory. Its result counts as kept."""
     if device.type == "cuda":
         return _measure_cuda(function, device)
     if device.type != "cpu":
@@ -84,12 +86,12 @@ def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
 class StorageTracker(compat.DispatchMode):
     """Counts the bytes of the storages that operators create while the mode is active.
 
-    Views and in-place results share a storage that is counted already. Storages that appear first
-    as arguments existed before and are not counted.
+    Views and in-place results share a storage that is already counted. A storage that appears first
+    as an argument existed before, and is not counted.
     """
 
     def __init__(self) -> None:
-        """Start with no storage."""
+        """Start without any counted storage."""
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -101,8 +103,8 @@ class StorageTracker(compat.DispatchMode):
         kwargs = kwargs or {}
         self._see((args, kwargs), created=False)
         if body := compat.body_of(func):
-            # A mode does not see inside a custom operator, and fake tensors run its fake version.
-            # The body's allocations must be counted, so the body itself is run.
+            # The mode does not see inside a custom operator, and with fake tensors torch runs its
+            # fake version. The allocations of the body must be counted, so the body runs here.
             with self:
                 result = body(*args, **kwargs)
         else:
@@ -118,7 +120,7 @@ class StorageTracker(compat.DispatchMode):
             self._sizes[key] = storage.nbytes() if created else 0
             self.live += self._sizes[key]
             self.peak = max(self.peak, self.live)
-            # torch keeps one Python object per storage alive as long as the storage itself.
+            # torch keeps one Python object per storage, which lives as long as the storage.
             weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
@@ -126,7 +128,7 @@ class StorageTracker(compat.DispatchMode):
 
 
 def track(function: Callable[[], Any]) -> Memory:
-    """Run ``function`` under the tracker; it may use real or fake tensors."""
+    """Run ``function`` under the tracker, with real or fake tensors."""
     with _no_collection(), StorageTracker() as tracker:
         result = function()
     memory = Memory(tracker.peak, tracker.live)

@@ -1,7 +1,7 @@
-"""Compiles the kernels for GPUs that are not there, and reads what came out.
+"""Compile the kernels for a GPU without having it, and read the machine code.
 
-The backend itself runs, on tiny tensors of a CPU. Triton believes that the device is the GPU, and a
-hook takes every kernel before it is compiled: with a GPU's own arguments, options and tiles.
+The backend runs on tiny CPU tensors. Triton is made to see the GPU as its device, and a hook
+records every kernel before it is compiled. So arguments, options and tiles are those for the GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
 
-# A target, and its best instruction that multiplies matrices, as disassemblers write it.
+# Each target, and its best instruction for multiplying matrices as disassemblers write it.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
     "sm_89": (GPUTarget("cuda", 89, 32), "HMMA"),
@@ -40,30 +40,30 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
-CONSTANT = "constexpr"  # the type of an argument that the kernel is compiled for
-Path = tuple[int, ...]  # of an argument, or of a part of a tuple of arguments
-# Registers, threads and blocks of a processor: NVIDIA's figures for data centres.
+CONSTANT = "constexpr"  # the type of an argument whose value is compiled into the kernel
+Path = tuple[int, ...]  # the position of an argument, or of an element of a tuple argument
+# The registers, threads and blocks of a multiprocessor in NVIDIA's data-centre GPUs.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch, as it was recorded: a kernel, and what its compilation depends on."""
+    """One recorded launch: a kernel, and everything that its compilation depends on."""
 
     kernel: str
     module: str
-    signature: tuple[tuple[str, Any], ...]  # a type, or one for each part of a tuple
+    signature: tuple[tuple[str, Any], ...]  # names of arguments with their types
     constants: tuple[tuple[Path, Any], ...]
     divisible: tuple[Path, ...]
     options: tuple[tuple[str, Any], ...]
 
     def fixed(self) -> dict[str, Any]:
-        """Return the values that the kernel is compiled for, of arguments that are no tuples."""
+        """Return the values that are compiled into the kernel, except those inside tuples."""
         names = [name for name, _ in self.signature]
         return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
 
     def variant(self) -> str:
-        """Name what distinguishes this variant of its kernel."""
+        """Return a text that distinguishes this variant from others of its kernel."""
         types, fixed = dict(self.signature), self.fixed()
         words = []
         if "LAYER" in fixed:
@@ -76,17 +76,17 @@ class Launch:
         return " ".join(words + [k for k, v in optional.items() if v not in (None, CONSTANT)])
 
     def tile(self) -> str:
-        """Name the tile, the warps and the stages."""
+        """Return the tile, the number of warps, and the number of stages as a text."""
         blocks = [str(v) for k, v in self.fixed().items() if k.startswith("BLOCK_")]
         options = dict(self.options)
-        # A norm has no loop whose loads could be in stages.
+        # Stages pipeline the loads of a loop, and the norm kernels have no such loop.
         stages = "" if self.kernel.startswith("norm") else options["num_stages"]
         return f"{'x'.join(blocks)}/{options['num_warps']}w{stages}"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler made of a launch for one target."""
+    """The result of compiling a launch for one target."""
 
     arch: str
     launch: Launch
@@ -130,7 +130,7 @@ def record(
     tile: Tile | None = None,
     tf32: bool = False,
 ) -> list[Launch]:
-    """Return the launches of one loss with its gradients, every kernel variant once."""
+    """Return the launches of one loss with its gradients. Each variant of a kernel appears once."""
     tokens, vocab = 32, 64
     student, teacher = (head(dtype, vocab, width, features) for width in widths)
     hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
@@ -158,7 +158,7 @@ def record(
 
 @contextmanager
 def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterator[list[Launch]]:
-    """Collect launches instead of making them, as if the device had this architecture."""
+    """Collect launches instead of running them, as if the device had this architecture."""
     launches: list[Launch] = []
 
     def collect(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -166,7 +166,7 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
         divisible = tuple(path for path, value in compile["configs"][0].items() if value)
         options = tuple((name, compile[name]) for name in ("num_warps", "num_stages"))
         launches.append(Launch(fn.name, fn.module, types, constants, divisible, options))
-        return True  # then Triton neither compiles nor launches
+        return True  # makes Triton skip compilation and launch
 
     patches = {(sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
     patches[store, "lookup"] = lambda *args: None
@@ -175,7 +175,7 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
     if tile is not None:
         patches[sizes, "default"] = lambda *args: tile
     device = SimpleNamespace(
-        get_current_device=lambda: arch,  # the key of Triton's caches
+        get_current_device=lambda: arch,  # Triton's caches use this as their key
         get_current_stream=lambda device: 0,
         get_current_target=lambda: TARGETS[arch][0],
     )
@@ -188,7 +188,10 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
 
 
 def machine_code(arch: str, launch: Launch) -> tuple[str, int, int, int, int]:
-    """Return the code of a launch for a target, registers, spilled and shared bytes, programs."""
+    """Return the machine code of a launch, and its resources.
+
+    These are registers, spilled bytes, bytes of shared memory, and programs per multiprocessor.
+    """
     module = __import__(launch.module, fromlist=[launch.kernel])
     source = ASTSource(
         getattr(module, launch.kernel),
@@ -220,7 +223,7 @@ def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    # Registers may be few and the stack deep: the stack and the loads from it must be looked at.
+    # A kernel can use few registers and still spill, so the stack and its accesses are counted.
     spilled = int(re.findall(r"STACK:(\d+)", usage)[-1])
     spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
     threads = 32 * compiled.metadata.num_warps
@@ -235,7 +238,8 @@ def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
     def figure(pattern: str) -> int:
         return int(re.findall(pattern + r"\s*(\d+)", code)[-1])
 
-    # Waves of one of the four SIMD units; a program needs its warps at the same time.
+    # The occupancy counts the waves of one of four SIMD units. All warps of a program must run at
+    # the same time.
     waves = 4 * figure("; Occupancy:")
     by_shared = sizes.ARCHS["gfx942"].shared_memory // max(1, shared)
     programs = min(waves // compiled.metadata.num_warps, by_shared)
@@ -248,13 +252,13 @@ def _tool(name: str, *args: str) -> str:
 
 
 def fault(compiled: Compiled, dtype: str) -> str | None:
-    """Say what is wrong with a kernel: spilled registers, or products not by the matrix units."""
+    """Return a message if a kernel spills registers or lacks matrix instructions, else None."""
     name = f"{compiled.arch} {compiled.launch.kernel} {compiled.launch.variant()}"
     if compiled.spilled_bytes:
         return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
-    # Exact fp32 products have no matrix instruction on NVIDIA.
+    # NVIDIA GPUs have no matrix instruction for exact fp32.
     best = TARGETS[compiled.arch][1]
     exempt = compiled.launch.kernel.startswith("norm") or dtype == "float32"
     if exempt or compiled.matrix == best:
         return None
-    return f"{name} multiplies by {compiled.matrix}, not {best}"
+    return f"{name} multiplies with {compiled.matrix} instead of {best}"

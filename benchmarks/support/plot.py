@@ -1,4 +1,4 @@
-"""Figures: each function draws one from a CSV file.
+"""The figures of the benchmarks. Each function draws one figure from a CSV file.
 
 python -m benchmarks.support.plot    redraws the figures of benchmarks/figures/
 """
@@ -32,15 +32,16 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80  # the goal for a threshold: error and time
+# The goal for a threshold: an error and a time, as a ratio to the floor, below these numbers.
+SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80
 GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
 
 def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
     """Turn a function that draws rows into one that reads a CSV and writes a picture.
 
-    The picture is written to ``png``, by default next to the CSV. The new function returns its
-    path, or why there is none.
+    The picture is written to ``png``, by default next to the CSV. The new function returns the path
+    of the picture, or a message if there is no picture.
     """
 
     @pictures.styled
@@ -74,7 +75,7 @@ def _log2(axis: Any, said: Callable[[float], str]) -> None:
 
 
 def _by(rows: Rows, *columns: str) -> dict[Any, Rows]:
-    """Group rows by their values in some columns; groups are in order of appearance."""
+    """Group rows by their values in some columns. Groups are in order of appearance."""
     groups: dict[Any, Rows] = {}
     for row in rows:
         key = tuple(row[name] for name in columns)
@@ -108,7 +109,7 @@ def _legend(drawn: Any, handles: Mapping[str, Any], columns: int) -> None:
 
 @figure
 def memory_vs_vocab(rows: Rows) -> Any:
-    """Draw memory against vocabulary, a panel for each number of pairs."""
+    """Draw memory against vocabulary size, with a panel for each number of pairs."""
     rows = [row for row in rows if row["peak_with_gradients_mib"]]
     panels = sorted(_by(rows, "pairs").items(), key=lambda item: int(item[0]))
     drawn = pictures.canvas(4.6 * len(panels), 4.6)
@@ -161,7 +162,7 @@ SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
 
 @figure
 def speed_vs_peers(rows: Rows) -> Any:
-    """Draw time along each sweep, time over the floor for each model, and temporary memory."""
+    """Draw times along each sweep, times divided by the floor, and temporary memory."""
     rows = [row for row in rows if row["median_ms"] or row["temporaries_mib"]]
     in_sweep = {name: [r for r in rows if name in r["sweeps"].split()] for name in SPEED_AXES}
     panels = [(functools.partial(_lines, sweep=name), own) for name, own in in_sweep.items()]
@@ -222,7 +223,7 @@ def _lines(axis: Any, rows: Rows, sweep: str) -> None:
 
 
 def _model_bars(axis: Any, rows: Rows) -> None:
-    """Draw a group of bars for each pair of models: time over the floor, with its range."""
+    """Draw a group of bars for each pair of models: time divided by the floor, with its range."""
     floors = {
         row["model"]: Timing.read(row["times_ms"]) for row in rows if row["contender"] == "floor"
     }
@@ -246,7 +247,7 @@ def _model_bars(axis: Any, rows: Rows) -> None:
 
 
 def _temporaries(axis: Any, rows: Rows) -> None:
-    """Draw the temporary memory of each contender, hollow where it was not run."""
+    """Draw the temporary memory of each contender. Hollow markers show counted numbers."""
     for place, row in enumerate(rows):
         colour, marker = STYLES[row["contender"]]
         hollow = {} if row["memory_method"] == "measured" else HOLLOW
@@ -263,10 +264,10 @@ def _temporaries(axis: Any, rows: Rows) -> None:
 
 @figure
 def active_vocabulary(rows: Rows) -> Any:
-    """Draw time over the floor against error for the lens pairs, a curve for each student.
+    """Draw time divided by the floor against error for the lens pairs, a curve for each student.
 
-    The error of a threshold is the larger of the hidden states' and the head's. The final
-    states are not drawn, because almost every threshold leaves nothing out there.
+    The error of a threshold is the larger one of hidden states and head. The final states are not
+    drawn, because almost every threshold leaves nothing out for them.
     """
     rows = [row for row in rows if row["group"] == "lens" and row["used_share"]]
     runs, curves = [*_by(rows, "run")], {}
@@ -283,7 +284,8 @@ def active_vocabulary(rows: Rows) -> Any:
         handles[f"{run.replace('_', ' ')}, {state} training"] = _key(**style)
         axis.plot(*[*zip(*curve, strict=True)][:2], **style)
         curves[run, state] = curve
-    # The names of the thresholds fit above the slowest curve, whose first point is exact.
+    # The names of the thresholds are above the slowest curve, where they fit. The first point of a
+    # curve has no threshold.
     for *point, name in max(curves.values(), key=lambda curve: sum(x[1] for x in curve))[1:]:
         above = {"textcoords": "offset points", "ha": "center", "rotation": 90, "fontsize": 8}
         axis.annotate(name, point, (0, 7), **above)

@@ -1,4 +1,4 @@
-"""The floor: the GEMMs that every contender needs."""
+"""The floor of the benchmarks: the GEMMs that every contender needs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""The contenders, for one loss: jsd with beta 1/2, no norm, no bias, mean over pairs and tokens.
+"""The contenders. All compute one loss: jsd with beta 1/2, without norm and bias.
 
-Gradients are computed for the student's hidden states and its head. Peers take one pair per call,
-so for several pairs their losses are averaged before one backward pass, as a user would do. Masked
-tokens do not count; each contender's docstring says how it excludes them.
+The loss is the mean over pairs and tokens. Gradients are computed for the student's hidden states
+and head. Peers take one pair per call. For several pairs their losses are averaged before one
+backward pass, as a user would do. Masked tokens do not count. The docstring of each contender says
+how it excludes them.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PUBLISHED_EPSILON = 1e-8
 
 
 def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
-    """Make ``loss(student, student_head, teacher, teacher_head)`` the mean over all pairs.
+    """Turn ``loss(student, student_head, teacher, teacher_head)`` into a mean over all pairs.
 
     ``loss`` gets the rows of the unmasked tokens. If ``labelled``, it gets all rows and, as the
     last argument, Liger's labels, which are -100 for masked tokens.
@@ -46,7 +47,8 @@ def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
     def mean(inputs: Inputs) -> Tensor:
         pairs = zip(inputs.student_hidden, inputs.teacher_hidden, strict=True)
         losses = [one(student, teacher, inputs) for student, teacher in pairs]
-        # No division by 1: Liger copies its gradients unless the upstream gradient is exactly 1.
+        # One loss is not divided by 1, because Liger copies its gradients unless the upstream
+        # gradient is exactly 1.
         return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
 
     return mean
@@ -59,14 +61,14 @@ def _labels(inputs: Inputs) -> Tensor:
 
 
 def ours(inputs: Inputs, backend: str = "torch") -> Tensor:
-    """All pairs in one call; the mask is an argument."""
+    """Pass all pairs in one call, with the mask as an argument."""
     hidden = inputs.student_hidden, inputs.teacher_hidden
     heads = inputs.student_head, inputs.teacher_head
     return symmetric_lens_loss(*hidden, *heads, mask=inputs.mask, backend=backend)
 
 
 def _lean_jsd(student: Tensor, student_head: Tensor, teacher: Tensor, their_head: Tensor) -> Tensor:
-    """Plain PyTorch with as few passes over the logits as possible; masked rows are dropped."""
+    """Plain PyTorch with few passes over the logits. Masked rows are dropped first."""
     lq = (student @ student_head.t()).float().log_softmax(-1)
     with torch.no_grad():
         lp = (teacher @ their_head.t()).float().log_softmax(-1)
@@ -79,7 +81,7 @@ dense = per_pair(_lean_jsd)
 
 
 def _dense_compiled() -> Loss:
-    """Return the same under ``torch.compile``; masked rows are dropped outside the graph."""
+    """Return ``dense`` under ``torch.compile``. Masked rows are dropped before the graph."""
     return per_pair(_each_size_apart(torch.compile(_lean_jsd, fullgraph=True)))
 
 
@@ -87,7 +89,7 @@ def _dense_compiled() -> Loss:
 def dense_kl_div(
     student: Tensor, student_head: Tensor, teacher: Tensor, their_head: Tensor
 ) -> Tensor:
-    """Plain PyTorch with ``F.kl_div`` and ``logsumexp``; masked rows are dropped first."""
+    """Plain PyTorch with ``F.kl_div`` and ``logsumexp``. Masked rows are dropped first."""
     lq = functional.log_softmax((student @ student_head.t()).float(), -1)
     with torch.no_grad():
         lp = functional.log_softmax((teacher @ their_head.t()).float(), -1)
@@ -97,10 +99,10 @@ def dense_kl_div(
 
 
 def published(inputs: Inputs) -> Tensor:
-    """DistillLens as published: all rows of all pairs at once, multiplied by the mask at the end.
+    """Compute all rows of all pairs at once, as the published code of DistillLens does.
 
-    It holds both softmaxes and their mixture, in float32, and takes the logarithm of ``m + 1e-8``.
-    There is one sample, for which the published code's mask is correct.
+    The mask is applied at the end. Both softmaxes and their mixture are kept in float32, and the
+    logarithm is that of ``m + 1e-8``. With one sample, as here, the mask of that code is correct.
     """
 
     def softmax(hidden: list[Tensor], head: Tensor) -> Tensor:
@@ -118,7 +120,7 @@ def published(inputs: Inputs) -> Tensor:
 
 
 def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile each size separately, as in training, which has only one size."""
+    """Compile each size separately. Training has only one size, so this is the fair comparison."""
 
     def apart(*args: Tensor) -> Tensor:
         with compat.static_sizes():
@@ -128,7 +130,7 @@ def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _liger(compiled: bool) -> Loss:
-    """Return Liger's chunked loss; it projects all rows and ignores the labels of masked ones."""
+    """Return Liger's chunked loss. It projects all rows and ignores the labels of masked rows."""
     losses = importlib.import_module("liger_kernel.chunked_loss")
     module = losses.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=compiled
@@ -167,9 +169,9 @@ def _orda() -> Loss:
 
 
 def _trl() -> Loss:
-    """Return TRL's function; masked rows are dropped first, as its trainer does on GPUs.
+    """Return TRL's function. Masked rows are dropped first, as TRL's trainer does on GPUs.
 
-    On other devices TRL's trainer projects all rows, for a fixed size, and masks the losses.
+    On other devices TRL's trainer projects all rows, so that sizes are fixed, and masks the losses.
     """
     function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
@@ -187,11 +189,11 @@ def uncompiled() -> AbstractContextManager[Any]:
 
 @contextmanager
 def _backend_on_fakes() -> Iterator[None]:
-    """Let fake tensors through the ``torch`` backend on a CPU.
+    """Return a context in which the ``torch`` backend runs over fake tensors on a CPU.
 
-    Its compiled pass accepts only real tensors. It returns one loss per row, overwrites the
-    student's logits, and uses three temporary buffers of their size (measured, torch 2.13). The
-    GEMMs run in one piece: they write into existing buffers, so tiles would not change the memory.
+    The compiled pass accepts only real tensors, so a stand-in makes its allocations: one loss per
+    row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run in
+    one piece. They write into existing buffers, so tiles would not change the memory.
     """
     original = compiled.call
 
@@ -238,7 +240,7 @@ OURS = Contender(
 PEERS = _by_key(
     Contender("dense", "dense PyTorch, autograd", lambda: dense),
     Contender("dense_kl_div", "dense PyTorch, autograd, F.kl_div", lambda: dense_kl_div),
-    # The compiler needs real tensors.
+    # Compiled, Liger cannot run over fake tensors.
     Contender(
         "liger", f"{JSD} (compiled, its default)", lambda: _liger(True), on_fakes=None, **LIGER
     ),

@@ -1,7 +1,7 @@
-"""The kernel over whole rows, compiled for GPUs that are not there: what a pair of logits costs.
+"""Compile the row kernel without a GPU, and report the instructions and bytes per pair of logits.
 
-A pair is one entry of the vocabulary for one token, of both models. Instructions and bytes are
-those of the loops over a row, read from the machine code.
+A pair is the logit of the student and that of the teacher for one token and vocabulary entry.
+Instructions and bytes are read from the machine code, and are those of the loops over a row.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# What a call may have: nothing else, no gradient, everything.
+# The variants of a call: a plain loss with gradient, no gradient, labels, or every option.
 VARIANTS = ("plain", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
 LABEL = re.compile(r"^\.?(L\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
-# Loads and stores of device memory, as NVIDIA and AMD write them, and their bytes.
+# Loads and stores of device memory in NVIDIA's and AMD's assembly, and the bytes of AMD's words.
 ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128|U8|U16))?\b|global_(load|store)_(\w+)")
 WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "ushort": 2}
 
 
 @dataclass(frozen=True)
 class RowKernel:
-    """One variant of the kernel for one architecture, and each of its loops per pair of logits."""
+    """One variant of the row kernel for one architecture, with the costs of its loops."""
 
     arch: str
     divergence: str
@@ -48,12 +48,12 @@ class RowKernel:
 
     @property
     def instructions(self) -> float:
-        """Return the instructions for a pair."""
+        """Return the instructions per pair of logits."""
         return sum(loop.instructions for loop in self.loops)
 
     @property
     def bytes_moved(self) -> float:
-        """Return the bytes loaded and stored for a pair."""
+        """Return the bytes loaded and stored per pair of logits."""
         return sum(loop.bytes_moved for loop in self.loops)
 
     def columns(self) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class RowKernel:
 
 @dataclass(frozen=True)
 class Loop:
-    """A loop over a row: per pair of logits its instructions and bytes; widths of its accesses."""
+    """The costs of a loop over a row: instructions and bytes per pair, and bytes per access."""
 
     instructions: float
     bytes_moved: float
@@ -81,7 +81,7 @@ class Loop:
 def record(
     arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
 ) -> Launch:
-    """Return the launch of the pass over one tile of logits."""
+    """Return the recorded launch of the row kernel over one tile of logits."""
     everything, only_loss = variant == "all", variant == "loss only"
     features = FEATURES["all" if everything else "plain"]
     heads = [offline.head(dtype, VOCAB, 16, features) for _ in range(2)]
@@ -125,7 +125,7 @@ def measure(
     launch = record(arch, dtype, divergence, variant, beta)
     code, registers, spilled, _, programs = offline.machine_code(arch, launch)
     lanes = (64 if arch.startswith("gfx") else 32) * OPTIONS["num_warps"]
-    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes  # of a thread and turn of a loop
+    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes  # per thread and loop iteration
     return RowKernel(
         arch,
         launch.fixed()["DIVERGENCE"],
@@ -133,13 +133,13 @@ def measure(
         registers,
         spilled,
         programs * OPTIONS["num_warps"],
-        # AMD's compiler puts parts of a loop outside of it.
+        # AMD's compiler moves parts of a loop out of it, so its loops are not read.
         () if arch.startswith("gfx") else tuple(loop_costs(body, pairs) for body in loops(code)),
     )
 
 
 def loops(code: str) -> list[list[str]]:
-    """Return the instructions of each innermost loop: from a label to a branch back to it."""
+    """Return the instructions of each innermost loop, from a label to the branch back to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     found: list[list[str]] = []
@@ -159,7 +159,7 @@ def loops(code: str) -> list[list[str]]:
 
 
 def loop_costs(body: list[str], pairs: float) -> Loop:
-    """Return what a loop costs whose turn takes so many pairs of logits in a thread."""
+    """Return the costs of a loop in which a thread takes ``pairs`` pairs of logits at a time."""
     widths = []
     for line in body:
         access = ACCESS.search(line)
@@ -171,7 +171,7 @@ def loop_costs(body: list[str], pairs: float) -> Loop:
 
 
 def measure_all(archs: Sequence[str], dtype: torch.dtype) -> list[RowKernel]:
-    """Compile the variants of every divergence, and jsd at another beta than 1/2."""
+    """Compile the variants of every divergence, and jsd also with a beta other than 1/2."""
     kinds = [(divergence, 0.5) for divergence in Divergence] + [(Divergence.JSD, 0.3)]
     jobs = [
         (arch, dtype, divergence, variant, beta)

@@ -1,4 +1,4 @@
-"""The sizes of real models, and the sizes and inputs of one job."""
+"""The sizes of real models, and the job of a benchmark: its sizes and its inputs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Model:
         return Job(tokens, **{"vocab": self.vocab, **widths, **options})
 
 
-# From the models' configurations.
+# Sizes from the configurations of the models. A name is "student < teacher".
 MODELS = {
     "gpt2": Model("GPT-2 124M < 1.5B", 768, 1600, 50257),
     "tinyllama": Model("TinyLlama 1.1B < Llama-2 7B", 2048, 4096, 32000),
@@ -39,7 +39,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Job:
-    """The sizes of a problem; default hidden sizes are GPT-2 124M's (student) and 1.5B's."""
+    """The sizes of one measurement. Default hidden sizes are those of GPT-2 124M and 1.5B."""
 
     tokens: int
     vocab: int
@@ -51,7 +51,7 @@ class Job:
     masked: float = 0.0
 
     def columns(self) -> dict[str, Any]:
-        """Return the sizes by their names in a CSV."""
+        """Return the sizes as columns of a CSV."""
         return {
             "tokens": self.tokens,
             "vocab_entries": self.vocab,
@@ -63,7 +63,7 @@ class Job:
         }
 
     def gemm_flops(self) -> int:
-        """Return the operations of the floor: two projections and two gradients per pair."""
+        """Return the operations of the floor: the GEMMs of two projections and two gradients."""
         width = 3 * self.student_width + self.teacher_width
         return 2 * self.pairs * (self.tokens - self.ignored()) * self.vocab * width
 
@@ -72,11 +72,11 @@ class Job:
         return round(self.masked * self.tokens)
 
     def make(self) -> Inputs:
-        """Return inputs whose lenses are neither flat nor one-hot."""
+        """Return random inputs. Their distributions are neither flat nor one-hot."""
         torch.manual_seed(0)
 
         def random(rows: int, width: int, scale: float) -> Tensor:
-            # Rows repeat after 8192, because 10^9 random numbers would take too long.
+            # Rows repeat after 8192, because generating 10^9 random numbers would take too long.
             block = torch.randn(min(rows, 8192), width, device=self.device) * scale
             return block.repeat(-(-rows // block.shape[0]), 1)[:rows].to(self.dtype)
 
@@ -96,7 +96,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Hidden states ``(N, D)`` of each pair, heads ``(V, D)``, and the mask, True if counted."""
+    """Hidden states ``(N, D)`` of each pair, heads ``(V, D)``, and the mask (True counts)."""
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]

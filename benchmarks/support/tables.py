@@ -1,4 +1,4 @@
-"""Rows of results as CSV, as Markdown, and on the screen."""
+"""Rows of results as CSV, as Markdown, and as tables on the screen."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ CELL = 80  # characters of a cell that is printed
 
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one line of a CSV: each column in order, from the parts, or empty."""
+    """Return one line of a CSV. Columns that no part has are empty."""
     values = {name: value for part in parts for name, value in part.items()}
     return {name: values.get(name, "") for name in columns.split()}
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, all with the same keys; a key includes its unit."""
+    """Write rows with equal keys. A key includes its unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -44,17 +44,17 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows that an earlier run wrote; its date does not matter.
+    """Return the rows that an earlier run wrote under the same ``conditions``, at any date.
 
     Raises:
-        RuntimeError: They were measured under other conditions.
+        RuntimeError: The rows were measured under other conditions.
     """
     rows = read_csv(path)
     for each in rows:
         for name, value in conditions.items():
             if name != "date_utc" and each.get(name) != str(value):
                 raise RuntimeError(
-                    f"{path} was measured with {name} {each.get(name)!r}, and this run has"
+                    f"{path} was measured with {name} {each.get(name)!r}, but this run has"
                     f" {str(value)!r}; move the file away, or pass another folder to --out"
                 )
     return rows

@@ -13,13 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Times of one contender in ms, by round."""
+    """The times of one contender in milliseconds, by round."""
 
     by_round: Mapping[int, float]
 
     @classmethod
     def read(cls, text: str) -> Timing:
-        """Return the times that ``str`` wrote into a CSV."""
+        """Return the times from a cell of a CSV, in the format of ``__str__``."""
         pairs = (each.split(":") for each in text.split())
         return cls({int(number): float(ms) for number, ms in pairs})
 
@@ -37,9 +37,9 @@ class Timing:
         return [self.by_round[number] / other.by_round[number] for number in both]
 
     def columns(self, digits: int = 2, floor: Timing | None = None) -> dict[str, Any]:
-        """Return the columns of a CSV; only ``rounds`` if there are no times.
+        """Return the times as columns of a CSV, or only ``rounds`` if there are none.
 
-        The ratio to a floor is a ratio of medians.
+        The ratio to the floor is a ratio of medians.
         """
         columns: dict[str, Any] = {"rounds": len(self.by_round)}
         if times := self.by_round.values():
@@ -74,13 +74,13 @@ def time_interleaved(
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Return the order of a round: each round starts with the next name."""
+    """Return the order of names in a round. Each round starts with the next name."""
     shift = number % len(names)
     return [*names[shift:], *names[:shift]]
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of one call including the device's work; on a GPU, by CUDA events."""
+    """Return the time of one call, including the work on the device, in seconds."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()

@@ -1,1 +1,1 @@
-"""The ways to evaluate a call. Each module offers ``evaluate(call) -> Evaluation``."""
+"""The backends, and the code that they share. A backend is a function ``evaluate(call)``."""

@@ -1,4 +1,4 @@
-"""The sums of losses and gradients of a call, which all backends share."""
+"""The losses of a call and the sums of its gradients. All backends use this accumulator."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 
-# Their logit gradients have no upper bound: they grow with a log-ratio.
+# The logit gradients of these divergences are unbounded: they grow with log(q / p).
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
 def headroom(call: LossCall, dtype: torch.dtype) -> float:
     """Return the power of two by which tiles of logit gradients in ``dtype`` are multiplied.
 
-    float16 has no normal number below 6e-5, where most entries of a softmax over a vocabulary lie.
-    Its largest number is 65504. Logit gradients are at most 1, except those of ``UNBOUNDED``. For
-    these the result leaves room for a log-ratio of about 500.
+    Most entries of a softmax over a vocabulary are below 6e-5, the smallest normal number of
+    float16, whose largest number is 65504. Logit gradients are at most 1, except those of the
+    divergences in ``UNBOUNDED``. For these the factor leaves room for a log-ratio of about 500.
     """
     if dtype is not torch.float16:
         return 1.0
@@ -30,12 +30,12 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
 
 
 class Accumulator:
-    """Rows and gradients of one call.
+    """The losses of each row and the gradients of one call.
 
-    Tiles of logit gradients in float16 are in units of the call: a power of two near the largest
-    weight of a token times the slope of its logits, over ``headroom``. The unit is applied once, at
-    the end: a 1/N inside such a tile would flush most of it to zero. ``grad_threshold`` is relative
-    to the largest weight too.
+    Tiles of logit gradients in float16 are divided by a unit: a power of two near the largest
+    weight of a token times the slope of its logits, divided by ``headroom``. The finished sums are
+    multiplied by the unit. Otherwise a 1/N in the weights would flush most of a tile to zero.
+    ``grad_threshold`` is relative to the largest weight too.
     """
 
     def __init__(self, call: LossCall, grad_dtype: torch.dtype) -> None:
@@ -55,35 +55,37 @@ class Accumulator:
             key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device))
             for key, x in call.needing_grad().items()
         }
-        # The first product sets the head's rows, unless active ones are added or there is none.
+        # The first product overwrites the head's gradient, which needs no zeros then. Products of
+        # active columns only add to it.
         set_rows = call.vocab_size if self.tokens and self.threshold is None else 0
         for key, grad in self.grads.items():
             (grad[set_rows:] if key == "weight" else grad).zero_()
-        self.begun = call.vocab_size - set_rows  # rows of the head's gradient that hold numbers
-        # The tiles of gradients in absolute sum: all, and what was left out.
+        # The number of rows of the head's gradient that are initialised.
+        self.begun = call.vocab_size - set_rows
+        # Sums of |G|: over all entries, and over the entries that were left out.
         self.mass = torch.zeros(2, dtype=compute, device=device)
 
     def set_unit(self, call: LossCall, scale: float) -> None:
-        """Take the unit out of the weights of rows."""
-        # Masked rows are left out: their weight may be anything, as the slope of a root at 0 is.
+        """Choose the unit, and divide the weights of the rows by it."""
+        # Masked rows do not count, because their weight may be infinite or NaN.
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # The temperature does not apply to labels, which have the last row.
+            # The last row of weights belongs to the labels, which have no temperature.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]
             largest = torch.stack(sizes).amax() * call.student_head.scale
         largest = torch.where(largest > 0, largest, 1.0).to(self.weight.dtype)
         mantissa = torch.frexp(largest).mantissa
-        # A power of two, which changes no digit.
+        # Dividing by a power of two is exact.
         self.unit = largest / mantissa / scale
         self.weight = self.weight / self.unit
         if self.threshold is not None and not self.relative_threshold:
             self.threshold = self.threshold * scale * mantissa
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
-        """Return the keys of the gradients that a pair contributes to."""
+        """Return the keys of the gradients to which a lens pair adds."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
 
@@ -97,11 +99,12 @@ class Accumulator:
         weight_sum: Tensor | None = None,
         survey: Survey | None = None,
     ) -> Tensor | None:
-        """Add a tile's part to the head's gradients; return the rows' gradient if it is needed.
+        """Add a tile's part to the head's gradients. Return the rows' gradient if it is needed.
 
-        ``grad`` ``(R, C)`` is the gradient of the products of the rows ``x`` ``(R, D)`` with the
-        head's ``weight`` ``(C, D)``, its rows ``columns``, which come in order. The sum of those
-        rows and a survey of the tile are computed unless they are given.
+        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``, where ``x`` ``(R, D)``
+        are rows of hidden states, and ``weight`` ``(C, D)`` are the rows ``columns`` of the head.
+        Calls must come in ascending order of ``columns``. ``weight_sum``, the sum of the rows of
+        ``weight``, and ``survey`` are computed unless they are given.
         """
         if "bias" in targets:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
@@ -128,7 +131,7 @@ class Accumulator:
         return None if hidden is None else hidden.to(self.mass.dtype)
 
     def result(self) -> LossResult:
-        """Return the rows, and the gradients without the unit."""
+        """Return the losses of the rows, and the gradients multiplied by the unit."""
         grads = self.grads
         if self.unit is not None:
             grads = {key: grad.mul_(self.unit) for key, grad in grads.items()}

@@ -1,4 +1,4 @@
-"""Pointwise code, compiled by TorchInductor if the machine has a C++ compiler."""
+"""Calls of pointwise functions. TorchInductor compiles them if the machine has a compiler."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from torch import Tensor
 from lens_kernels import compat
 
 INDUCTOR: dict[str, Any] = {
-    # Recompute cheap values from the two tiles instead of storing them. By default Inductor stores
-    # four more blocks instead of one, and the pass takes 1.6 times as long (2 cores).
+    # Inductor shall recompute cheap values from the two tiles of logits instead of storing them.
+    # By default it stores four intermediate blocks instead of one, and the pass takes 1.6 times as
+    # long (2 cores).
     "realize_opcount_threshold": 1 << 30,
     "realize_reads_threshold": 1 << 30,
     # Fused multiply-add instructions save 10 % of the pass on a CPU.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-# On a GPU Inductor's thresholds fit, but it splits reductions of up to 512 rows, and an unknown
-# vocabulary size costs a division an element: only the number of rows may vary.
+# On a GPU Inductor's default thresholds are good, but it splits reductions of up to 512 rows. With
+# an unknown vocabulary size its code divides once per element. So only the number of rows may vary.
 INDUCTOR_GPU: dict[str, Any] = {"split_reductions": False}
-# Variants of a function that a process compiles: divergences, with gradient or without, bias, cap,
-# a single row. Past torch's own limit of 8 it would run eagerly.
+# The most variants of a function that a process compiles. They differ in the divergence, in whether
+# there is a gradient, a bias, or a softcap, and in whether there is a single row. Beyond torch's
+# default limit of 8, torch would run the function eagerly.
 VARIANTS = 64
 
 _compiler_failed = False
@@ -49,9 +51,9 @@ def _compile_for_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function``: compiled if requested and if the machine can, else eagerly.
+    """Call ``function``, compiled if ``compiled`` is true and the compiler works, else eagerly.
 
-    Its first argument has a row for each row of the others.
+    The first argument is a tensor. The other tensors have as many rows, or no row dimension.
     """
     global _compiler_failed
     if compiled and not _compiler_failed:

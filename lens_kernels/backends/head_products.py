@@ -1,10 +1,10 @@
 """The two GEMMs that turn a tile of logit gradients into the gradients of hidden rows and head.
 
 ``full_products`` uses every entry of the vocabulary. ``active_products`` is an optional
-approximation: most entries of trained models have almost no gradient. It uses only the entries for
-which some |G| in the tile exceeds a threshold. For each row, the sum of the other gradients is
-known. Its product with the mean of the other head rows, one outer product, removes most of the
-hidden gradient's error.
+approximation, because most entries of trained models have almost no gradient. It uses only the
+columns with a logit gradient ``|G|`` above a threshold in some row of the tile. Each row of ``G``
+sums to zero, so the sum of the other entries is known. Their part of the hidden gradient is
+approximated by that sum times the mean of the other head rows, which removes most of the error.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lens_kernels.backends import compiled, matmul
 
-# Active entries that are gathered at once on a CPU. All at once would exceed the caches, and need
-# new memory, which the system clears first.
+# On a CPU this many active columns are gathered at once. A copy of all of them would exceed the
+# caches, and need new memory, which the system must clear first.
 CPU_ACTIVE_TILE = 3072
 # Above this share of active entries, the full products are faster. With a share of 60 %, active
 # products take 0.82 to 0.87 of the full time (2 cores, hidden size 576 and 768).
@@ -34,9 +34,9 @@ def full_products(
 ) -> Tensor | None:
     """Add ``grad.T @ x`` to ``head_grad`` if given, and return ``grad @ weight`` if needed.
 
-    ``grad`` ``(R, V)`` is a tile of gradients, ``weight`` ``(V, D)`` the head's, ``x`` ``(R, D)``
-    the rows of the tile and ``head_grad`` ``(V, D)``, to which nothing was written unless
-    ``begun``.
+    ``grad`` ``(R, V)`` is a tile of logit gradients, ``weight`` ``(V, D)`` the head, and ``x``
+    ``(R, D)`` the hidden rows of the tile. ``head_grad`` ``(V, D)`` is uninitialised, and is
+    overwritten, unless ``begun``.
     """
     grad = grad.to(x.dtype)
     if head_grad is not None:
@@ -53,17 +53,18 @@ def active_products(
     head_grad: Tensor | None,
     need_hidden: bool,
 ) -> Tensor | None:
-    """Approximate ``full_products`` by the entries ``columns`` and the sum of all others.
+    """Approximate ``full_products`` from the active ``columns`` and the sum of all others.
 
     ``weight_sum`` ``(D,)`` is the sum of the head's rows.
     """
     sums = weight_sum.dtype
     hidden = grad.new_zeros(x.shape, dtype=sums)
-    rest = grad.sum(1, dtype=sums)  # of the gradients left out
-    rest_weight = weight_sum.clone()  # of the head rows left out
+    # After the loop these are the sums over the columns that are not active.
+    rest = grad.sum(1, dtype=sums)
+    rest_weight = weight_sum.clone()
     step = CPU_ACTIVE_TILE if grad.device.type == "cpu" else max(1, columns.shape[0])
     for part in columns.split(step):
-        used = grad[:, part]  # index_select takes six times as long on strided rows
+        used = grad[:, part]  # index_select would take six times as long on strided rows
         factor = used.to(x.dtype)
         if head_grad is not None:
             head_grad.index_add_(0, part, matmul.product(factor.t(), x))
@@ -77,15 +78,15 @@ def active_products(
 
 
 def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest, the sum and the sum of squares of every column's absolute values."""
+    """Return the maximum, the sum and the sum of squares of every column's absolute values."""
     size = grad.abs()
     return size.amax(0), size.sum(0), size.square().sum(0)
 
 
 class Survey:
-    """Sizes of the entries of a tile of gradients: of every column, and of all."""
+    """The absolute values in a tile of logit gradients, per column and in total."""
 
-    peak: Tensor  # (V,), the largest absolute value of every column
+    peak: Tensor  # the largest absolute value of every column, (V,)
     rows = 0
 
     def total(self) -> Tensor:
@@ -103,23 +104,24 @@ class Survey:
     def active(self, threshold: float | Tensor, relative: bool) -> Tensor:
         """Return the columns with a gradient above the threshold, ``(n,)``.
 
-        A ``relative`` threshold is a multiple of the root mean square of the tile. All that is left
-        out is then, in the 2-norm, at most this part of the tile. On a GPU this waits for the
-        device, since the number of columns decides shapes.
+        A ``relative`` threshold is a multiple of the root mean square of the tile. The 2-norm of
+        all entries left out is then at most this multiple of the 2-norm of the tile. On a GPU this
+        waits for the device, because the shape of the result depends on the values.
         """
         entries = self.rows * self.peak.shape[0]
         bound = threshold * (self.squares_of_all() / entries).sqrt() if relative else threshold
-        # Written so that NaN counts as active. An infinite bound would leave out infinities too.
+        # ``not <=`` counts NaN as active. With an infinite bound all columns are active, because an
+        # infinite gradient must not be left out.
         return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
 
 
 class ColumnStatistics(Survey):
-    """A survey by columns, of gradients that are read block by block."""
+    """A survey that keeps all sums per column, of gradients that are added block by block."""
 
     def __init__(self, compile_sums: bool = False) -> None:
         self.compile_sums = compile_sums
-        self.mass: Tensor  # (V,), the sum of absolute values of every column
-        self.squares: Tensor  # (V,), the sum of squares of every column
+        self.mass: Tensor  # the sum of absolute values of every column, (V,)
+        self.squares: Tensor  # the sum of squares of every column, (V,)
 
     def add(self, grad: Tensor) -> None:
         """Add a block of rows ``(R, V)``."""
@@ -144,10 +146,10 @@ class ColumnStatistics(Survey):
 
 
 class RowStatistics(Survey):
-    """A survey by rows, which a kernel fills as it writes them. Of columns it has the peaks alone.
+    """A survey that keeps sums per row, and peaks per column. A kernel fills it.
 
-    Peaks are bits of float32 numbers. Those of positive numbers are in the order of the numbers,
-    and the largest integer is the same in whatever order rows come.
+    The kernel reads the bits of positive float32 numbers as integers, and takes the maximum. These
+    integers are in the same order as the numbers. The maximum does not depend on the order of rows.
     """
 
     def __init__(self, vocab_size: int, stride: int, device: torch.device) -> None:
@@ -157,7 +159,10 @@ class RowStatistics(Survey):
         self.squares: list[Tensor] = []
 
     def add(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what more rows fill: bits, and for each row the sums of sizes and of squares."""
+        """Return the tensors that a kernel fills for ``rows`` more rows.
+
+        These are the peaks as bits, and each row's sums of absolute values and of squares.
+        """
         self.rows += rows
         for sums in (self.mass, self.squares):
             sums.append(self.peak.new_empty(rows))

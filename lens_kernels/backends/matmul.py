@@ -10,14 +10,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# Columns of the head that one product covers on a CPU. MKL reaches 175 GFLOP/s on tiles of this
-# width and 120 on the whole vocabulary at once (2 cores, 256 to 512 rows, hidden size 576 to 1600).
+# Vocabulary entries that one product covers on a CPU. MKL reaches 175 GFLOP/s on tiles of this
+# width, and 120 on the whole vocabulary (2 cores, 256 to 512 rows, hidden size 576 to 1600).
 CPU_VOCAB_TILE = 768
 HALF = (torch.float16, torch.bfloat16)
 
 
 def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
-    """Say whether the device multiplies ``dtype`` operands with an unrounded ``result``."""
+    """Say whether the device can multiply matrices in ``dtype`` and return them in ``result``."""
     if dtype not in HALF or result is not torch.float32:
         return False
     if device.type == "cpu":
@@ -29,8 +29,8 @@ def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.d
 def _has_amx() -> bool:
     """Say whether the CPU has AMX for bfloat16, and torch has the setting that uses it.
 
-    CPUs with only vector instructions for bfloat16 gain nothing: 200 GFLOP/s instead of 190. torch
-    2.13 has the setting and reports the CPU's capabilities. Older versions lack one of them.
+    CPUs with only vector instructions for bfloat16 gain little: 200 GFLOP/s instead of 190. torch
+    2.13 has this setting and also reports the capabilities of the CPU. Older versions do not.
     """
     onednn = torch.backends.mkldnn
     can_be_told = onednn.is_available() and hasattr(onednn, "matmul")
@@ -54,13 +54,13 @@ def _as_bfloat16(dtype: torch.dtype) -> Iterator[None]:
         yield
         return
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _setting:  # otherwise one thread could reset the setting of another
+    with _setting:  # without the lock, a thread could reset the setting while another needs it
         before = matmul.fp32_precision
         matmul.fp32_precision = "bf16"
         try:
             yield
         finally:
-            matmul.fp32_precision = "none"  # inherits from the general setting
+            matmul.fp32_precision = "none"  # "none" inherits from torch's general setting
             if matmul.fp32_precision != before:
                 matmul.fp32_precision = before
 
@@ -69,7 +69,7 @@ class Factors:
     """A head's weight and rows of hidden states, in the dtypes of their GEMM.
 
     Under autocast both are rounded to ``operand_dtype``, except float64, which autocast never
-    changes. If the device cannot multiply a 16-bit weight, it is widened tile by tile.
+    changes. A 16-bit weight that the device cannot multiply is converted to fp32 tile by tile.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Factors:
         self.dtype = self.weight.dtype if native else compute
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return hidden states as a factor."""
+        """Return hidden states in the dtype of the GEMM."""
         return _rounded(x, self.rounded_to).to(self.dtype)
 
 
@@ -93,7 +93,7 @@ def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
     """Yield tiles of a matrix's rows in ``dtype``. Converted tiles share one buffer."""
     rows = matrix.shape[0]
     step = max(1, min(rows, CPU_VOCAB_TILE) if matrix.device.type == "cpu" else rows)
-    # New memory for each tile can cost several times the copy.
+    # New memory for each tile can take several times as long as the copy.
     wide = None if matrix.dtype is dtype else torch.empty_like(matrix[:step], dtype=dtype)
     for start in range(0, rows, step):
         span = slice(start, start + step)
@@ -102,12 +102,12 @@ def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 def _has_out_dtype(factor: Tensor) -> bool:
-    """Say whether ``torch.mm`` supports a wider result for such factors."""
+    """Say whether ``torch.mm`` can return fp32 for this 16-bit factor."""
     return factor.dtype in HALF and factor.device.type == "cuda"
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Set ``out = x @ weight.T``; ``x`` has the dtype of the factors."""
+    """Set ``out = x @ weight.T``. ``x`` has the dtype of ``Factors``."""
     if _has_out_dtype(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return
@@ -118,7 +118,7 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``; ``a`` has the dtype of the factors."""
+    """Return ``a @ b``. ``a`` has the dtype of ``Factors``."""
     if _has_out_dtype(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype is b.dtype and a.dtype not in HALF:
@@ -132,9 +132,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor, begun: bool) -> None:
-    """Add ``grad.T @ x`` to ``out``, to which nothing was written unless ``begun``.
+    """Add ``grad.T @ x`` to ``out``, or overwrite ``out`` unless ``begun``.
 
-    ``grad`` is in the dtype of ``x``.
+    ``grad`` has the dtype of ``x``.
     """
     if _has_out_dtype(x):
         if begun:

@@ -1,7 +1,7 @@
-"""Cheaper memory for CPU buffers: Linux clears every page at its first use.
+"""Cheaper memory for CPU buffers. Linux clears every page at its first use, which takes time.
 
-With 1024 tokens and 50257 entries, a call cleared 90,000 to 190,000 pages of 4 KiB. That was up to
-an eighth of its time (2 cores). Both functions are hints, which other systems ignore.
+With 1024 tokens and a vocabulary of 50257, a call cleared 90,000 to 190,000 pages of 4 KiB. That
+was up to an eighth of its time (2 cores). Both functions have no effect on other systems.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
-# glibc's malloc maps each larger block by itself, and unmaps it when it is freed.
+# glibc's malloc never keeps larger blocks: it unmaps them when they are freed.
 LARGEST_KEPT = 31 << 20
 
 
@@ -30,14 +30,14 @@ def _madvise() -> Callable[..., Any] | None:
 
 
 def in_huge_pages(x: Tensor) -> Tensor:
-    """Request pages of 2 MiB for ``x``, whose memory is still unused, and return it."""
+    """Request pages of 2 MiB for the new tensor ``x``, and return it."""
     madvise = _madvise()
-    # A tensor of a subclass may have no memory.
+    # A tensor of a subclass may have no memory: fake tensors have none.
     if madvise is None or x.device.type != "cpu" or type(x) is not Tensor:
         return x
     start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     end = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE
-    if end > start:  # x covers at least one whole page
+    if end > start:  # there is at least one whole page
         madvise(start, end - start, mmap.MADV_HUGEPAGE)
     return x
 
@@ -46,8 +46,8 @@ def in_huge_pages(x: Tensor) -> Tensor:
 def keep_freed_blocks() -> None:
     """Let malloc keep freed blocks for reuse.
 
-    glibc keeps up to twice the size of the largest block that was freed so far, up to a limit. So
-    this frees a large block. Otherwise the temporaries of compiled code would be new memory for
-    every block of rows.
+    glibc keeps freed memory up to twice the size of the largest block that was freed before. So
+    this frees a block of the largest size that counts. Otherwise the temporaries of compiled code
+    would need new memory for every block of rows.
     """
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)

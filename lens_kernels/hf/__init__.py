@@ -1,6 +1,6 @@
 """The Hugging Face layer: lens heads of models, captured hidden states, a Trainer, a demo.
 
-Names are imported on first use, so that a lens head does not import transformers' Trainer.
+Names are imported on first use, so that code without the Trainer does not wait for its import.
 """
 
 from importlib import import_module

@@ -221,13 +221,13 @@ def test_runs_with_equal_starts_share_the_state_before_training(files, tmp_path)
 def test_too_few_tokens_are_refused_before_any_model_is_loaded(files, tmp_path, monkeypatch):
     assert len(run(files, tmp_path / "all", "--tokens", str(COUNTED))) == 20
     monkeypatch.setattr(bench, "load_model", None)
-    message = f"--tokens {COUNTED + 1} is too large: .* {COUNTED} labelled positions"
+    message = f"--tokens {COUNTED + 1} is too large: .* only {COUNTED} positions with a label"
     with pytest.raises(ValueError, match=f"{message}; pass --tokens {COUNTED}, or more data"):
         run(files, tmp_path, "--tokens", str(COUNTED + 1))
     (trained,) = bench.read_trained([files / "trained"])
     data = SimpleNamespace(examples=[{"labels": [5, -100, 6, 7]}])
     monkeypatch.setattr(bench, "load_examples", lambda *args, **options: data)
-    with pytest.raises(ValueError, match="--tokens 3 is too large: .*2 labelled positions"):
+    with pytest.raises(ValueError, match="--tokens 3 is too large: .*2 positions with a label"):
         trained.examples(files / "train.jsonl", None, 3)
 
 
@@ -245,7 +245,7 @@ def test_unusable_trained_folders_are_refused(files, tmp_path):
 def test_results_with_other_settings_are_not_extended(files, tmp_path):
     run(files, tmp_path)
     before = (tmp_path / "active_vocabulary.csv").read_text()
-    with pytest.raises(RuntimeError, match="with tokens '20', and this run has '21'; move the"):
+    with pytest.raises(RuntimeError, match="with tokens '20', but this run has '21'; move the"):
         run(files, tmp_path, "--tokens", "21")
     assert (tmp_path / "active_vocabulary.csv").read_text() == before
 

@@ -1,1 +1,1 @@
-"""The ``torch`` backend: row chunks, products by torch, and a pointwise pass between them."""
+"""The ``torch`` backend: chunks of rows, GEMMs by torch, and a pointwise pass between them."""

@@ -1,4 +1,4 @@
-"""How logits and their gradients lie in memory: rows of tiles, distances of rows, and the order."""
+"""The memory layout of logits and their gradients: sizes of tiles, row strides, and their order."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ import torch
 
 from lens_kernels import compat
 
-# Rows of a tile begin at lines of a CPU's cache, of this many logits: at 50257 entries projections
-# take 7 % less time than in rows without gaps (2 cores, hidden size 768 and 1600). The number of
-# lines in a row is odd, or the rows of a column would share few places in the first cache: at 49152
-# entries one line more saves 9 % of the projections and 9 % of the head's gradient (hidden size
-# 576).
+# Each row of a tile begins at a cache line of the CPU, which holds this many logits. With a
+# vocabulary of 50257 the projections then take 7 % less time (2 cores, hidden size 768 and 1600).
+# The number of lines in a row is odd. With an even number, the entries of a column would share few
+# sets of the first-level cache. With a vocabulary of 49152, one more line saves 9 % of the time of
+# the projections and of the head's gradient (hidden size 576).
 LINE = 16
-# On a GPU products take rows in blocks of this many, and other numbers of rows waste a part of the
+# GEMMs on a GPU work on blocks of this many rows. Any other number of rows wastes a part of the
 # last block.
 BLOCK = 128
-# Rows of a tile of logits on a GPU, and of the gradients that one product takes. The product for
-# the head reads and writes its fp32 gradient, which takes as long as the arithmetic of 1050 rows.
+# On a GPU: the rows of a tile of logits, and the rows of gradients that one GEMM takes. The GEMM
+# for the head also reads and writes the fp32 head gradient. That takes as long as multiplying 1050
+# rows.
 TILE_ROWS, GRAD_ROWS = 512, 2048
-# Rows of gradients begin at multiples of this many entries, as a GPU's products want it.
+# Each row of gradients begins at a multiple of this many entries, which GEMMs on a GPU need to be
+# fast.
 GRAD_LINE = 64
 
 
 @compat.constant_in_graphs
 def has_row_kernel(device: torch.device, compute: torch.dtype) -> bool:
-    """Say whether the pass is the kernel over whole rows: on GPUs with Triton, in float32."""
+    """Say whether the pass uses the Triton kernel: on CUDA devices with Triton, in float32."""
     on_gpu = device.type == "cuda" and compute is torch.float32
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 
 class Piece(NamedTuple):
-    """Neighbouring rows of one pair: tokens ``start`` to ``stop`` of those that are not masked."""
+    """Neighbouring rows of one lens pair: the unmasked tokens ``start`` to ``stop``."""
 
     pair: int
     start: int
@@ -45,11 +47,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The most rows of a tile of logits, and of the gradients that the products take at once.
+    """The largest number of rows in a tile of logits, and in the gradients that one GEMM takes.
 
-    ``block`` divides both, unless there is no room for a block. If ``shared`` rows of several pairs
-    stand in one tile. ``grad_stride`` is the distance of rows of gradients, and None where these
-    take the place of the student's logits.
+    With enough rows, both are multiples of ``block``. It is 1 if the workspace has no room for a
+    block. With ``shared``, one tile may hold rows of several lens pairs. ``grad_stride`` is the row
+    stride of the gradients, or None if the gradients overwrite the student's logits.
     """
 
     tile_rows: int
@@ -59,9 +61,9 @@ class Layout:
     grad_stride: int | None = None
 
     def steps(self, pairs: int, tokens: int) -> Iterator[list[list[Piece]]]:
-        """Yield the tiles of each step, each as the pieces of its rows.
+        """Yield the tiles of each step. A tile is a list of pieces.
 
-        A step ends with the products of all its gradients. Steps have about the same size.
+        A step ends with the GEMMs over all its gradients. Steps have about the same size.
         """
         runs, rows, step, tile = self._sizes(pairs, tokens)
         for first in range(0, runs * rows, rows or 1):
@@ -73,19 +75,22 @@ class Layout:
     def counts(self, pairs: int, tokens: int) -> tuple[int, int]:
         """Return the numbers of steps and of tiles."""
         runs, rows, step, tile = self._sizes(pairs, tokens)
-        whole, rest = rows // step, rows % step  # torch.compile knows no divmod
+        whole, rest = rows // step, rows % step  # torch.compile does not support divmod
         steps, tiles = whole + bool(rest), whole * math.ceil(step / tile) + math.ceil(rest / tile)
         return runs * steps, runs * tiles
 
     def _sizes(self, pairs: int, tokens: int) -> tuple[int, int, int, int]:
-        """Return how many runs of rows there are, and the rows of a run, a step and a tile."""
+        """Return the number of runs, and the number of rows in a run, a step and a tile.
+
+        A run holds the rows of all pairs if these share tiles, and otherwise those of one pair.
+        """
         runs, rows = (1, pairs * tokens) if self.shared else (pairs, tokens)
         step = max(1, evened(rows, self.grad_rows, self.block))
         return runs, rows, step, max(1, evened(step, self.tile_rows, self.block))
 
 
 def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
-    """Yield the pieces of rows that are numbered pair by pair."""
+    """Yield the pieces of the rows ``start`` to ``stop``, which are numbered pair after pair."""
     while start < stop:
         pair, token = divmod(start, tokens)
         end = min(tokens, token + stop - start)
@@ -94,40 +99,44 @@ def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
 
 
 def evened(rows: int, limit: int, block: int = 1) -> int:
-    """Return how many rows each part has, at most ``limit``, if all have about the same."""
+    """Return the size of the parts if ``rows`` are divided into about equal parts.
+
+    It is at most ``limit``. If there are enough rows, it is a multiple of ``block``.
+    """
     part = math.ceil(rows / max(1, math.ceil(rows / max(1, limit))))
     return min(rows, limit, math.ceil(part / block) * block)
 
 
 def row_stride(vocab_size: int) -> int:
-    """Return the distance of a tile's rows in logits."""
+    """Return the row stride of a tile of logits, in elements."""
     return (math.ceil(vocab_size / LINE) | 1) * LINE
 
 
 def grad_stride(vocab_size: int) -> int:
-    """Return the distance of rows of gradients in entries."""
+    """Return the row stride of the gradients, in elements."""
     return math.ceil(vocab_size / GRAD_LINE) * GRAD_LINE
 
 
 def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -> int:
-    """Return the bytes of the tiles for one token, if gradients take the place of logits.
+    """Return the bytes that the tiles need per row, if gradients overwrite the logits.
 
-    These are both models' logits, and where products take 16-bit factors a copy of the gradient.
+    They hold the logits of both models and, if the GEMMs take 16-bit factors, a copy of the
+    gradient.
     """
     copy = 0 if operand == compute else operand.itemsize
     return row_stride(vocab_size) * 2 * compute.itemsize + vocab_size * copy
 
 
 def in_place(tokens: int, bytes_per_row: int, workspace_bytes: int) -> Layout:
-    """Return the layout in which gradients take the place of the student's logits."""
+    """Return the layout in which gradients overwrite the student's logits."""
     rows = evened(tokens, max(1, workspace_bytes // bytes_per_row))
     return Layout(rows, rows)
 
 
 def apart(rows: int, vocab_size: int, operand: torch.dtype, workspace_bytes: int) -> Layout:
-    """Return the layout of fp32 logits and of gradients in ``operand``, for ``rows`` of all pairs.
+    """Return the layout in which gradients have a buffer of their own, in dtype ``operand``.
 
-    Half of the workspace is for the logits, unless they need less.
+    ``rows`` counts the rows of all pairs. The fp32 logits take at most half of the workspace.
     """
     logits = 2 * row_stride(vocab_size) * torch.float32.itemsize
     stride = grad_stride(vocab_size)

@@ -1,4 +1,4 @@
-"""What the pass over a tile of logits is, whatever makes it: losses, and the gradient of products.
+"""The interface of the pass over a tile of logits, which computes losses and logit gradients.
 
 ``pointwise_pass`` and ``row_kernel_pass`` implement it.
 """
@@ -15,9 +15,9 @@ from lens_kernels.options import Divergence
 
 
 class Terms(NamedTuple):
-    """What rows of a tile are compared with, and the weight of each, ``(R,)``.
+    """The losses that the rows of a tile have, and the weight of each row, ``(R,)``.
 
-    There is a divergence, or the cross entropy of labels at temperature 1, or both.
+    They have a divergence from the teacher, a cross entropy of labels at temperature 1, or both.
     """
 
     divergence: Divergence | None
@@ -32,15 +32,16 @@ class Pass(Protocol):
     layout: Layout
 
     def survey(self) -> Survey:
-        """Return an empty survey of gradients, to be filled by ``run``."""
+        """Return an empty survey of gradients, which ``run`` fills."""
 
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Return the divergence and the cross entropy of each row, those of the two that exist.
+        """Return a list with the divergence, the cross entropy, or both, of each row.
 
-        ``tiles`` are the products ``(R, V)`` of the student and, with a divergence, the teacher.
-        ``grad`` ``(R, V)`` takes the gradient of the weighted sum of the results with respect to
-        the student's. It is the student's tile itself if the layout says so. ``survey`` is None or
-        one of this pass.
+        ``tiles`` are the products ``hidden @ weight.T``, ``(R, V)``, of the student and, with a
+        divergence, of the teacher. The gradient of the weighted sum of the results with respect to
+        the student's products is written to ``grad`` ``(R, V)``, unless it is None. ``grad`` is
+        the student's tile itself if ``layout.grad_stride`` is None. ``survey`` is None or a result
+        of ``survey()``.
         """

@@ -1,4 +1,4 @@
-"""The pass in torch, compiled where that pays: statistics, losses, and the gradient in place."""
+"""The pass in torch, compiled if that saves time. The gradient overwrites the student's tile."""
 
 from __future__ import annotations
 
@@ -18,24 +18,23 @@ from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR, Formula, Mixture
 from lens_kernels.lens import LensHead, LogitMap
 
-# A call over at least this many pairs of logits compiles the pass on a CPU. Measured on 2 cores:
-# once per process compiling takes 6 to 10 s, 24 if Inductor's cache on disk lacks the code, and it
-# then saves 10 to 15 ms per million pairs: in a run of 120 such steps as much as it took. On other
-# devices the eager pass is bound by memory traffic, several times that of the compiled one, and the
-# pass is always compiled.
+# On a CPU, a call over at least this many pairs of logits compiles the pass. Compiling takes 6 to
+# 10 s once per process, or 24 s if the code is not in Inductor's disk cache. It saves 10 to 15 ms
+# per million pairs, so 120 such calls make up for it (2 cores). On other devices the pass is always
+# compiled, because the eager pass moves several times as many bytes.
 CPU_COMPILE_LOGITS = 1 << 23
-# Logits of one eager or compiled step on a CPU, so that its temporaries, or its tiles, stay in
-# cache.
+# Logits that the eager or the compiled pass takes at once on a CPU. The temporaries of the eager
+# pass, and the tiles of the compiled pass, then stay in the cache.
 CPU_EAGER_BLOCK = 1 << 17
 CPU_COMPILED_BLOCK = 1 << 20
 
 
 def softmax(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logarithm of softmax and softmax itself, for one exponential.
+    """Return log-softmax and softmax, with one exponential per entry.
 
-    The normaliser is kept in two parts, maximum and log of sum: one fp32 number near 60 would put
-    an error of 4e-6 into every probability. Both results are normalised by the same rounded log,
-    since divergences are of second order in an error that log q and q share.
+    The log-sum-exp is kept as two numbers, the maximum and the log of the sum. As one fp32 number
+    near 60 it would put an error of 4e-6 into every probability. Both results use the same rounded
+    logarithm. An error that ``log q`` and ``q`` share changes divergences only in second order.
     """
     u = u - u.amax(-1, keepdim=True)
     powers = u.exp()
@@ -44,12 +43,12 @@ def softmax(u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Comparison(NamedTuple):
-    """A divergence from the teacher's products ``zt`` ``(R, V)``, and the weight of each row.
+    """The inputs of a divergence from the teacher's products ``zt`` ``(R, V)``.
 
-    ``formula`` is a function and not a name: torch keeps compiled code for each function, but torch
-    2.13 does not guard on an ``Enum`` that picks an entry of a table, and would run the first
-    divergence for all. Numbers are 0-dim tensors: of a float torch 2.13 makes a double, which the
-    loops of a CPU would convert for every eight logits, a sixth of their time.
+    ``formula`` is a function, not a name. torch 2.13 does not recompile when an ``Enum`` that
+    selects a table entry changes, and would run the first divergence for all. Numbers are 0-dim
+    tensors. torch 2.13 would turn floats into doubles, and CPU loops would spend a sixth of their
+    time on converting them.
     """
 
     zt: Tensor
@@ -61,7 +60,7 @@ class Comparison(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The cross entropy of labels ``(R,)``, to which the temperature does not apply."""
+    """The inputs of the cross entropy of labels ``(R,)``. The temperature does not apply to it."""
 
     labels: Tensor
     weight: Tensor
@@ -71,10 +70,10 @@ class Labels(NamedTuple):
 def tile_pass(
     zs: Tensor, comparison: Comparison | None, labels: Labels | None, with_grad: bool
 ) -> list[Tensor]:
-    """Return the divergence and the cross entropy of each row, those of the two that are asked for.
+    """Return a list with the divergence, the cross entropy, or both, of each row.
 
-    ``zs`` holds the student's raw products ``(R, V)``. ``with_grad`` overwrites it by the gradient
-    of the weighted sum of the results with respect to it.
+    ``zs`` holds the student's products ``hidden @ weight.T``, ``(R, V)``. With ``with_grad``, the
+    gradient of the weighted sum of the results with respect to ``zs`` overwrites it.
     """
     losses, label_grad = [], None
     if labels is not None:
@@ -122,11 +121,11 @@ def is_compiled(device: torch.device, logits: int) -> bool:
 
 
 def block_rows(device: torch.device, compiled: bool, rows: int, vocab_size: int) -> int:
-    """Return how many rows of a tile one step of the pass takes."""
+    """Return how many rows of a tile the pass takes at once."""
     if device.type == "cpu":
         limit = CPU_COMPILED_BLOCK if compiled else CPU_EAGER_BLOCK
         return min(rows, max(1, limit // vocab_size))
-    # A compiled pass is one kernel, and an eager one makes temporaries as large as its block.
+    # The eager pass makes temporaries as large as its block. The compiled pass makes none.
     return rows if compiled else max(1, rows // 16)
 
 
@@ -142,16 +141,16 @@ class TorchPass:
             keep_freed_blocks()
         row_bytes = bytes_per_row(call.vocab_size, factor, compute)
         self.layout = in_place(tokens, row_bytes, call.workspace_bytes)
-        # 1 - beta in fp64: in fp32 it has no digits for a beta near 1.
+        # 1 - beta is computed in fp64, because in fp32 it loses its digits for a beta near 1.
         beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
         self.beta = beta, rest
         self.student, self.untempered = self.maps(call.student_head)
         self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head)[0]
 
     def maps(self, head: LensHead) -> list[LogitMap]:
-        """Return the map from products to logits at the call's temperature, and that at 1.
+        """Return the maps from products to logits at the call's temperature and at temperature 1.
 
-        Their numbers are as the pass takes them.
+        Their numbers are 0-dim tensors.
         """
         head = head.prefix(self.call.vocab_size)
         return [
@@ -170,12 +169,13 @@ class TorchPass:
         grad: Tensor | None,
         survey: Any,
     ) -> list[Tensor]:
-        """Run the pass in blocks of rows; gradients are surveyed while they are in a cache."""
+        """Run the pass in blocks of rows. Gradients are surveyed while they are in the cache."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = []
         for start in range(0, tiles[0].shape[0], step):
             block = slice(start, start + step)
-            # A view that is all of its base would be compiled for that case only.
+            # ``data`` drops the link to the base tensor. Otherwise torch would compile a variant
+            # for views that cover their whole base.
             zs, *zt = (tile[block].data for tile in tiles)
             comparison = labels = None
             if terms.divergence is not None:
@@ -192,12 +192,12 @@ class TorchPass:
             arguments = zs, comparison, labels, grad is not None
             blocks.append(compiled.call(self.compiled, tile_pass, *arguments))
             if survey is not None:
-                survey.add(zs)  # the gradient by now
+                survey.add(zs)  # zs holds the gradient now
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
 
 
 def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:
-    """Return the map with its numbers as the pass takes them."""
+    """Return the map with 0-dim tensors in place of floats."""
     numbers = {
         name: torch.tensor(value, dtype=dtype)
         for name, value in vars(logit_map).items()

@@ -1,9 +1,10 @@
-"""The ``torch`` backend: tiles of tokens against the whole vocabulary, nothing computed twice.
+"""The ``torch`` backend. It works on tiles of tokens, and computes nothing twice.
 
-For each tile both models are projected into logits. One pass yields the losses and the gradient of
-the student's products. Two products turn that into the gradients of hidden states and head. That is
-``3 D_s + D_t`` multiplications per token and vocabulary entry, the dense floor, while the logits
-held at any time are those of a tile.
+For each tile, one GEMM per model computes the logits over the whole vocabulary. One pass turns them
+into losses and the gradient of the student's logits. Two more GEMMs turn that into the gradients of
+hidden states and head. This takes ``3 D_s + D_t`` multiplications per token and vocabulary entry,
+as few as with all logits in memory. ``D_s`` and ``D_t`` are the hidden sizes of student and
+teacher. Only one tile of logits per model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
 
-Rows = Tensor | slice  # of a call: a slice, or indices of unmasked tokens
+Rows = Tensor | slice  # selects tokens: a slice, or the indices of unmasked tokens
 MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 
 
@@ -39,7 +40,7 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 
 def pass_for(call: LossCall) -> MakePass:
-    """Return the kernel over whole rows where there is one, and else the pass by torch."""
+    """Return the pass by the Triton kernel where it can run, and else the pass by torch."""
     if has_row_kernel(call.row_weight.device, call.compute_dtype):
         from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 
@@ -48,7 +49,7 @@ def pass_for(call: LossCall) -> MakePass:
 
 
 class _Model:
-    """One model's head, as its products take it."""
+    """The head of one model, in the dtype of the GEMMs."""
 
     def __init__(self, head: LensHead, call: LossCall) -> None:
         self.head = head.prefix(call.vocab_size)
@@ -57,7 +58,7 @@ class _Model:
         self.weight = self.factors.weight
 
     def read(self, hidden: Tensor, rows: Rows, normed: bool) -> _Read:
-        """Return rows of a hidden state as a factor, and what the norm's backward needs."""
+        """Return rows of a hidden state for a GEMM, and the values that norm backward needs."""
         x = hidden[rows].to(self.compute_dtype)
         saved = None
         if normed and self.head.norm is not None:
@@ -67,14 +68,14 @@ class _Model:
 
 
 class _Read(NamedTuple):
-    """Rows as a factor of a product, and ``(x_hat, rstd)`` if they went through a norm."""
+    """Rows as a factor of a GEMM, and ``(x_hat, rstd)`` if they were normalised."""
 
     x: Tensor
     saved: tuple[Tensor, Tensor] | None
 
 
 class _RowChunks:
-    """The steps of a call: their buffers, and the sums over them."""
+    """The buffers of a call's steps, and the sums over all steps."""
 
     def __init__(self, call: LossCall, make_pass: MakePass) -> None:
         self.call = call
@@ -108,7 +109,7 @@ class _RowChunks:
         return rows if self.sums.index is None else self.sums.index[rows]
 
     def step(self, tiles: list[list[Piece]]) -> None:
-        """Evaluate tiles one after the other, then make the products of all their gradients."""
+        """Evaluate the tiles one by one, then run the GEMMs over all their gradients."""
         call, norm = self.call, self.student.head.norm
         pieces = [piece for tile in tiles for piece in tile]
         targets: set[int | str] = set()
@@ -151,7 +152,10 @@ class _RowChunks:
         return reads[0]
 
     def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
-        """Run the pass over a tile, and store the losses. Rows with the same terms go together."""
+        """Run the pass over a tile, and store its losses.
+
+        Neighbouring pieces with the same kind of loss share one run of the pass.
+        """
         sums = self.sums
         start = 0
         for (divergence, labelled), run in groupby(tile, self.kind):
@@ -179,7 +183,7 @@ class _RowChunks:
             start = stop
 
     def kind(self, piece: Piece) -> tuple[Divergence | None, bool]:
-        """Return the divergence of a piece, and whether its rows have labels: the last pair's."""
+        """Return the divergence of a piece, and whether it has labels. Only the last pair has."""
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
         return (call.divergences[piece.pair] if call.divergences else None), labelled
@@ -187,7 +191,7 @@ class _RowChunks:
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Carry the gradient of rows of a factor back through the norm to the hidden state."""
+        """Propagate the gradient of normalised rows back to the hidden state."""
         grads = self.sums.grads
         if saved is not None:
             x_hat, rstd = saved

@@ -1,4 +1,4 @@
-"""The pass by a Triton kernel that takes whole rows, on a GPU: gradients go to a buffer apart."""
+"""The pass by a Triton kernel, on a GPU. Gradients are written into a separate buffer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class RowKernelPass:
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         self.call = call
-        # The tokens before a mask decide, so that buffers are the same from batch to batch.
+        # Masked tokens are counted too, so that buffers have the same size for every mask.
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes)
         self.student = self.model(call.student_head)
         self.teacher = None if call.teacher_head is None else self.model(call.teacher_head)
 
     def model(self, head: LensHead) -> tuple[Any, ...]:
-        """Return bias, slope and cap of a head, as the kernel takes them."""
+        """Return the bias, slope and cap of a head, as arguments of the kernel."""
         vocab_size, bias = self.call.vocab_size, head.bias
         if bias is not None:
             bias = F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
@@ -63,7 +63,7 @@ class RowKernelPass:
             assert terms.label_weight is not None
             labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
             losses.append(labels[-1])
-        # Triton launches on the current device, wherever the tensors are.
+        # Triton launches on the current device, which may differ from the device of the tensors.
         with torch.cuda.device_of(zs):
             row_pass_kernel[(rows,)](
                 student, teacher, labels, weight, loss, grad,
@@ -77,5 +77,5 @@ class RowKernelPass:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return a copy: the alignment of a slice varies, and Triton compiles for either case."""
+    """Return a copy. The alignment of a slice varies, and Triton would compile for each case."""
     return x.clone(memory_format=torch.contiguous_format)

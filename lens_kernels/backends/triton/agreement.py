@@ -1,4 +1,4 @@
-"""The comparison of the kernels with the ``torch`` backend on one device."""
+"""A check of the kernels on one device: their results are compared with the ``torch`` backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.options import Divergence
 
-TOKENS = 256  # at most; this makes several blocks of rows
+TOKENS = 256  # the most tokens that are compared, enough for several blocks of rows
 TF32_EPS = 2.0**-10
 
 

@@ -1,4 +1,4 @@
-"""The order of the sweeps over a call, and the accumulation of their results."""
+"""The ``triton`` backend's ``evaluate``: it runs the sweeps in order, and sums their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def evaluate(call: LossCall) -> LossResult:
     """Return the rows of the call and the gradients of its loss."""
     if interpreter.INTERPRETING:
         interpreter.prepare()
-    # Triton launches on the current device, wherever the tensors are.
+    # Triton launches on the current device, which may differ from the device of the tensors.
     with torch.cuda.device_of(call.row_weight):
         sweeps = _Sweeps(call)
         if sweeps.sums.tokens:
@@ -117,7 +117,7 @@ class _Sweeps:
     def cross_entropy(self, student: Operand, stats: RowStats | None, labels: Tensor) -> Labels:
         """Store the cross entropy of every row, and return the inputs of its gradient.
 
-        ``stats`` are the student's, or None. The temperature does not apply to labels.
+        ``stats`` are the student's statistics if they are known. Labels have no temperature.
         """
         if stats is None or student.temperature != 1.0:
             student = student.untempered()
@@ -180,6 +180,7 @@ def tile_for(sweep: Sweep, *operands: Operand, labels: bool = False) -> Tile:
     """Return the tile for a sweep over these operands."""
     x = min((operand.x for operand in operands), key=lambda x: x.shape[1])
     extras = labels or any(o.bias is not None or o.softcap is not None for o in operands)
-    # Tiles are tuned without extras. These take registers, and a tuned tile may not fit.
+    # Tiles are tuned without extras. With them a kernel needs more registers, and a tuned tile may
+    # not fit.
     tuned = None if extras else store.lookup(sweep, x.dtype, x.shape[1], x.device)
     return tuned or sizes.default(sweep, sizes.arch_of(x.device), x.dtype, x.shape[1], extras)

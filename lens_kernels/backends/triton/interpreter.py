@@ -1,8 +1,8 @@
-"""Triton's interpreter, which runs kernels without a GPU, and corrections of its bfloat16.
+"""Corrections for bfloat16 in Triton's interpreter, which runs kernels without a GPU.
 
-The interpreter of Triton 3.4 to 3.9 holds bfloat16 as the integers of its bit patterns. Its ``dot``
-multiplies these integers, and its rounding to bfloat16 truncates. Here ``dot`` gets the numbers as
-fp32, and rounding is to nearest even, as on a GPU.
+The interpreter of Triton 3.4 to 3.9 holds bfloat16 numbers as integers, their bit patterns. Its
+``dot`` multiplies these integers, and its conversion to bfloat16 truncates. Here ``dot`` gets the
+numbers as fp32, and conversion rounds to nearest even, as on a GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import triton.language as tl
 
 from lens_kernels import compat
 
-# Whether kernels are interpreted rather than compiled. TRITON_INTERPRET=1 decides this when the
-# kernels are imported.
+# True if kernels are interpreted instead of compiled. Triton reads the environment variable
+# TRITON_INTERPRET when the kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-if INTERPRETING:  # neither Triton nor torch installs numpy, and compiled kernels do not need it
+if INTERPRETING:  # only the interpreter needs numpy, which Triton and torch do not install
     import numpy as np
 
 
@@ -35,7 +35,7 @@ def _to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def prepare() -> None:
-    """Correct the interpreter's bfloat16, and save a third of its time, once per process."""
+    """Correct the interpreter's bfloat16 and save a third of its time. Runs once per process."""
     interpreter = compat.triton_interpreter()
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
@@ -57,7 +57,8 @@ def prepare() -> None:
 
     def once(patch: Any) -> Any:
         def patch_lang(function: Any) -> Any:
-            # Every call of a device function patches the language again, which changes nothing.
+            # The interpreter patches the language at every call of a device function. Only the
+            # first time is needed.
             patched = not any(tl.core.is_builtin(x.load) for x in languages(function))
             return None if patched else patch(function)
 

@@ -37,8 +37,9 @@ def tune(
 ) -> list[Outcome]:
     """Find and store the fastest tile of every sweep for a problem of these sizes.
 
-    The kernels are first compared with the ``torch`` backend, because tiles are only compared with
-    the default tile. The tile of the gradients is stored last: it means that tuning has finished.
+    The kernels are compared with the ``torch`` backend first, because the search compares tiles
+    only with the default tile. The tile of sweep 3 (gradients) is stored last. Its presence means
+    that tuning has finished.
 
     Args:
         student_width: Hidden size of the student.
@@ -48,7 +49,7 @@ def tune(
         dtype: Dtype of hidden states and heads.
         device: The GPU, which must be the current one.
         timer: Returns the milliseconds that a function takes.
-        say: Takes the progress, line by line.
+        say: Called with each line of progress.
 
     Returns:
         The outcome of each sweep, and of the row statistics for each width.
@@ -68,7 +69,7 @@ def tune(
         return aligned(x.mul_(scale).to(dtype))
 
     def operand(width: int) -> Operand:
-        # Distributions that are neither flat nor one-hot.
+        # This scale makes distributions that are neither flat nor one-hot.
         head = random(vocab_size, width, 1.5 / math.sqrt(width))
         return Operand(random(tokens, width, 1.0), head, None, 1.0, None, 1.0)
 

@@ -1,1 +1,1 @@
-"""The teacher's hidden states on disk, so that later epochs need not run the teacher."""
+"""A cache of the teacher's hidden states on disk, so that later epochs need no teacher."""

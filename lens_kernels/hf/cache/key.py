@@ -19,7 +19,7 @@ FORMAT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
-OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # they too change the hidden states
+OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # these change the hidden states too
 # Config entries about a model's origin, which do not change its outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
@@ -27,7 +27,7 @@ Example = Mapping[str, Any]
 
 
 def counted_positions(labels: Any) -> Tensor:
-    """Return the positions of one example whose next label is not -100; the loss counts these."""
+    """Return the positions of one example that the loss counts: the next label is not -100."""
     labels = torch.as_tensor(labels)
     if labels.dim() != 1:
         raise ValueError(
@@ -97,7 +97,7 @@ def file_digest(path: Path) -> str:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON; equal values give equal bytes."""
+    """Return a value as JSON. Equal values give equal bytes."""
     return json.dumps(
         value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
     ).encode()
@@ -125,7 +125,7 @@ def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
                 f"model must hold its weights, but {name} is on the meta device: load it first"
             )
         yield json_bytes([name, str(tensor.dtype), list(tensor.shape)])
-        # Copy in pieces: a whole weight from another device may not fit in memory.
+        # Weights are copied in pieces, because a whole one from a GPU may not fit into memory.
         for piece in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
             yield piece.cpu().numpy().data
 
@@ -148,7 +148,7 @@ def _computing(config: Any) -> dict[str, Any]:
 def _tokenizer_part(tokenizer: Any) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Each tokenizer call sets these two, so they do not identify the tokenizer.
+        # Calls of the tokenizer change these two entries, so they do not identify the tokenizer.
         inner |= {"truncation": None, "padding": None}
     else:
         inner = tokenizer.get_vocab()

@@ -1,7 +1,8 @@
 """The files of a teacher cache: shards, and a manifest with their checksums.
 
-Checksums detect damage, not tampering: whoever can write to the folder can write them too. So
-names of files are computed, never read, and new files are made exclusively.
+Checksums detect damage, but not tampering, because anyone who can write to the folder can also
+write checksums. So the names of shards are computed and not read from the manifest, and new files
+do not follow links.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ DIFFERS = {
 
 @dataclass
 class Shard:
-    """A range of examples and the file that holds them; without a checksum, it is not written."""
+    """A range of examples and the file that holds them. A shard without checksum is not written."""
 
     file: str
     first: int
@@ -73,7 +74,7 @@ class Manifest:
         return sum(self.widths.values()) * DTYPES[self.key.dtype].itemsize
 
     def write(self, folder: Path) -> None:
-        """Write a temporary file and rename it, so that an interruption leaves the old manifest."""
+        """Write a temporary file and rename it. If interrupted, the old manifest remains."""
         fields = {**asdict(self), "complete": self.complete}
         fields["checksum"] = digest([json_bytes(fields)])
         partial = _new_file(folder / f"{MANIFEST}.partial")
@@ -85,7 +86,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, key: CacheKey) -> Manifest:
-        """Return the manifest of ``folder``; raise if it is damaged or made for another key."""
+        """Return the manifest of ``folder``. Raise if it is damaged or made for another key."""
         if not (folder / MANIFEST).is_file():
             raise ValueError(
                 f"folder {folder} holds no teacher cache: it has no {MANIFEST};"
@@ -101,7 +102,7 @@ class Manifest:
         if not sound:
             raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
         expected = {**asdict(key), "layers": list(key.layers)}
-        # Another format may have other fields, so compare only the format then.
+        # Another format may have other fields, so only the format is compared then.
         found = found if isinstance(found, dict) else {}
         names = ["format"] if found.get("format") != key.format else DIFFERS
         reasons = [
@@ -120,7 +121,7 @@ class Manifest:
             whole = whole and (shard.file, shard.first) == (shard_name(index), first)
             first += shard.examples if whole else 0
         if not whole:
-            raise refusal(folder, f"{MANIFEST} describes other files than a teacher cache has")
+            raise refusal(folder, f"{MANIFEST} does not describe the files of a teacher cache")
         return cls(key, widths, shards)
 
 
@@ -130,7 +131,7 @@ def shard_name(index: int) -> str:
 
 
 def _new_file(path: Path) -> Path:
-    """Create an empty file; a link that stands there is removed and not followed."""
+    """Create an empty file. An existing file or link is removed first, so no link is followed."""
     path.unlink(missing_ok=True)
     path.open("x").close()
     return path
@@ -139,7 +140,7 @@ def _new_file(path: Path) -> Path:
 def plan_shards(
     counts: list[int], batch_size: int, max_examples: int, max_rows: int
 ) -> list[Shard]:
-    """Divide the examples into shards of whole batches; no batch is split."""
+    """Divide the examples into shards. A shard has whole batches."""
     shards: list[Shard] = []
     for first in range(0, len(counts), batch_size):
         batch = counts[first : first + batch_size]
@@ -161,7 +162,7 @@ def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
     """Write a shard to a temporary file, rename it, and set its size and checksum."""
     partial = _new_file(folder / f"{shard.file}.partial")
     save_file(tensors, partial)
-    # Files from save_file are readable by their owner only, but a cache may be shared.
+    # save_file makes files that only their owner can read, but a cache may be shared.
     shutil.copymode(folder / MANIFEST, partial)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
@@ -170,19 +171,19 @@ def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return tensors of a file, memory-mapped: reading is deferred until they are used."""
+    """Return tensors of a file, memory-mapped. They are read from disk when they are used."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
 
 def is_free(folder: Path) -> bool:
     """Return whether a new cache may be built in the folder."""
-    # An interrupted first write leaves only the manifest's temporary file.
+    # If the first write was interrupted, the folder holds only the manifest's temporary file.
     return not folder.exists() or all(p.name == f"{MANIFEST}.partial" for p in folder.iterdir())
 
 
 def refusal(folder: Path, reason: str) -> ValueError:
-    """Return the error that says why a folder is refused."""
+    """Return the error for a folder whose cache cannot be used."""
     return ValueError(
         f"folder {folder} is refused: {reason}; delete the folder to build the cache again, or"
         " pass another folder"

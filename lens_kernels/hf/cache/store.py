@@ -1,7 +1,7 @@
-"""The teacher's hidden states on disk, so that only the first epoch of a distillation runs it.
+"""The cache of the teacher's hidden states. Training runs the teacher once, to build the cache.
 
 A cache is a folder of safetensors shards and ``manifest.json``, which holds the cache key and
-the shards' checksums. One process builds a cache while others wait; any number can read it.
+the checksums of the shards. One process builds a cache while others wait. Any number can read it.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-COUNTS = "counts"  # tensor of each shard: the number of rows of each of its examples
-MAPPED_SHARDS = 64  # maximum, so that a long run does not keep every shard mapped
+COUNTS = "counts"  # name of a tensor in each shard: the number of rows of each example
+MAPPED_SHARDS = 64  # the most shards that stay memory-mapped in a long run
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class TeacherCache:
 
         Raises:
             ValueError: The folder holds no cache, or its cache is incomplete, damaged or made for
-                another key; the message says which.
+                another key. The message says which.
         """
         folder = Path(folder)
         manifest = Manifest.read(folder, key)
@@ -120,9 +120,7 @@ class TeacherCache:
         if not len(examples):
             raise ValueError("examples is empty: pass at least one")
         if data_digest(examples) != key.data:
-            raise ValueError(
-                "examples are not those of key: make the key from them with CacheKey.of"
-            )
+            raise ValueError("examples do not match key: make the key from them with CacheKey.of")
         counts = [
             len(counted_positions(x["labels"]))
             for x in map(examples.__getitem__, range(len(examples)))
@@ -241,7 +239,7 @@ class TeacherCache:
         return i
 
     def _map(self, index: int) -> dict[str, Tensor]:
-        """Return a shard's tensors, memory-mapped; unmap the least recently used shard."""
+        """Return a shard's memory-mapped tensors. Unmap the shard that was unused for longest."""
         if index in self._mapped:
             shard = self._mapped.pop(index)
         else:
@@ -294,7 +292,7 @@ def _call(
     for result in results:
         if set(result) != set(key.names):
             raise ValueError(
-                f"run_teacher must return hidden states {key.names}, got {sorted(result)}:"
+                f"run_teacher must return the hidden states {key.names}, got {sorted(result)}:"
                 " use the names in key.names"
             )
         for name, x in result.items():

@@ -74,24 +74,25 @@ def evaluate_rouge(
     after_seed: Callable[[RougeResult], None] | None = None,
     **options: Any,
 ) -> RougeResult:
-    """Answer every row once for each seed and score the answers against its references.
+    """Generate an answer to every row for each seed, and score it against the row's references.
 
-    Greedy decoding (``do_sample=False``) ignores all seeds but the first.
+    Greedy decoding (``do_sample=False``) uses only the first seed.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         rows: Rows from ``read_rows``.
         seeds: Seeds of the sampling, all different.
-        prompt_style: How a row becomes a prompt; one of ``PROMPT_STYLES``.
-        max_prompt_length: Rows with a longer prompt are skipped, and counted.
-        do_sample: Sample; otherwise decode greedily.
-        rouge_tokenizer: How ROUGE-L finds words; see ``rouge_l``.
+        prompt_style: The format of prompts, one of ``PROMPT_STYLES``.
+        max_prompt_length: Maximum number of tokens in a prompt. Rows with longer prompts are
+            skipped, and counted.
+        do_sample: Sample answers. Otherwise decode greedily.
+        rouge_tokenizer: The tokenizer that splits texts into words for ROUGE-L; see ``rouge_l``.
         after_seed: Called after each seed with the result so far.
         options: Other arguments of ``generate``.
     """
     check_seeds(seeds)
-    load_scorer(rouge_tokenizer)  # fail before the slow generation if rouge-score is missing
+    load_scorer(rouge_tokenizer)  # fails before the slow generation if rouge-score is missing
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
     answers: dict[int, list[str]] = {}
     scores: dict[int, float] = {}
@@ -124,9 +125,9 @@ def evaluate_rouge(
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Check that there is a seed, and that all are different."""
+    """Check that there is at least one seed, and that all seeds differ."""
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must hold at least one, all different, got {list(seeds)}")
+        raise ValueError(f"seeds must hold at least one seed, all different, got {list(seeds)}")
 
 
 def asked_rows(
@@ -139,7 +140,7 @@ def asked_rows(
     if not asked:
         raise ValueError(
             f"rows must hold at least one prompt of max_prompt_length={max_prompt_length} tokens or"
-            f" fewer: got {len(rows)} rows, none of them so short; raise max_prompt_length"
+            f" fewer, but all of the {len(rows)} rows are longer: raise max_prompt_length"
         )
     return asked
 
@@ -153,10 +154,10 @@ def held_out_ce(
     *,
     progress: bool = False,
 ) -> float:
-    """Return the mean cross entropy of the labelled tokens, in nats.
+    """Return the mean cross entropy of the tokens with a label, in nats.
 
-    Only one batch's logits are held at a time. The mean is over all tokens, so it does not depend
-    on ``batch_size``.
+    The logits of one batch are in memory at a time. The mean is over all tokens, so it does not
+    depend on ``batch_size``.
 
     Args:
         model: A causal language model.
@@ -180,7 +181,7 @@ def held_out_ce(
             total += loss.item()
             tokens += int(labelled.sum())
     if tokens == 0:
-        raise ValueError("examples must hold a labelled token after the first position, got none")
+        raise ValueError("examples must hold a label after the first position, got none")
     return total / tokens
 
 
@@ -207,32 +208,33 @@ def evaluate_model(
     progress: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a saved model on a file of instructions; defaults are the paper's settings.
+    """Evaluate a saved model on a file of instructions. Defaults are the paper's settings.
 
-    Arguments, data and ``output`` are checked before the model is loaded. The files are written
-    again after each seed. Files that cannot be written do not end the work: scores are reported by
-    ``say`` first.
+    Arguments, data and ``output`` are checked before the model is loaded. Both files are written
+    again after each seed. If they cannot be written, the evaluation still finishes, and ``say``
+    reports the scores before the error is raised.
 
     Args:
         model_path: Folder of a model in safetensors with its tokenizer, or of a peft adapter.
         data_path: JSON lines: instruction/input/output, prompt/completion, or messages.
         output: Folder for ``eval.json`` (the returned result) and ``answers.jsonl``.
-        prompt_style: How a row becomes a prompt: alpaca, or chat for the tokenizer's chat template.
+        prompt_style: The format of prompts: alpaca, or chat for the tokenizer's chat template.
         max_length: Maximum number of tokens of prompt and reference, for the cross entropy.
-        max_prompt_length: Rows with a longer prompt are skipped, and counted.
+        max_prompt_length: Maximum number of tokens in a prompt. Rows with longer prompts are
+            skipped, and counted.
         max_new_tokens: Maximum number of tokens in an answer.
         batch_size: Number of rows in a batch.
-        seeds: Seeds of the sampling; each gives one answer per row.
-        do_sample: Sample; otherwise decode greedily, once.
+        seeds: Seeds of the sampling. Each seed gives one answer per row.
+        do_sample: Sample answers. Otherwise decode greedily, once.
         temperature: Divides the logits before sampling.
         top_p: Sample from the most likely tokens whose probabilities add up to this share.
         top_k: Sample from this number of most likely tokens; 0 for all.
-        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 allows
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer. 0 allows
             repetition.
-        rouge_tokenizer: How ROUGE-L finds words: english, the paper's, for ASCII letters and digits
-            only, or unicode for any language.
+        rouge_tokenizer: The tokenizer for ROUGE-L: english as in the paper, for ASCII letters and
+            digits only, or unicode for any language.
         dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the checkpoint's dtype.
-        device: Device to run on; if not given, the GPU if there is one, else the CPU.
+        device: Device to run on. If not given, a GPU if there is one, else the CPU.
         allow_download: Allow downloading the model from the Hub by name.
         progress: Show progress bars.
         say: Called with the scores as text, as soon as they are known.
@@ -262,7 +264,7 @@ def evaluate_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # fails if there is no such device
+    torch.empty(1, device=device)  # fails if the device does not exist
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -329,7 +331,7 @@ def _summary(
 
 
 def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]]) -> None:
-    """Write the results to temporary files and rename them, so that none is left incomplete."""
+    """Write the results to temporary files and rename them, so that no file is incomplete."""
     lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answers)
     texts = {"answers.jsonl": lines, "eval.json": json.dumps(result, indent=1) + "\n"}
     for name, text in texts.items():

@@ -1,4 +1,4 @@
-"""ROUGE-L: with the settings of the DistillLens paper, or for text in any script."""
+"""ROUGE-L, with the settings of the DistillLens paper or for text in any script."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import Any
 
 TOKENIZERS = ("english", "unicode")
-# First words of the names of letters in scripts without spaces between words.
+# Scripts without spaces between words. The Unicode names of their letters begin with these words.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
@@ -18,14 +18,14 @@ def rouge_l(
 ) -> float:
     """Return the mean ROUGE-L of the predictions, from 0 to 100.
 
-    A prediction's score is the F-measure over words, for its best reference. Warns if
-    ``"english"`` loses letters of a reference.
+    A prediction's score is the F-measure over words, for its best reference. A warning appears if
+    the tokenizer ``"english"`` loses letters of a reference.
 
     Args:
         predictions: One text per row.
         references: For each row, a list of correct texts.
-        tokenizer: ``"english"``, the paper's: stemmed words of ASCII letters and digits; all other
-            characters are lost. ``"unicode"``: words in any script, not stemmed.
+        tokenizer: ``"english"``, as in the paper: stemmed words of ASCII letters and digits. All
+            other characters are lost. ``"unicode"``: words in any script, without stemming.
     """
     scorer = load_scorer(tokenizer)
     if len(predictions) != len(references):
@@ -38,7 +38,7 @@ def rouge_l(
     for i, texts in enumerate(references):
         if isinstance(texts, str):
             raise TypeError(
-                f"references[{i}] must be a list of texts, got a str; put it in a list of one"
+                f"references[{i}] must be a list of texts, got a str; pass a list with this text"
             )
         if not texts:
             raise ValueError(
@@ -48,7 +48,7 @@ def rouge_l(
     if tokenizer == "english" and lost:
         warnings.warn(
             f"{lost} of {len(references)} rows have references with letters outside ASCII, which"
-            " the ROUGE-L tokenizer 'english' drops: use 'unicode' for their language",
+            " the ROUGE-L tokenizer 'english' drops: use the tokenizer 'unicode'",
             stacklevel=2,
         )
     pairs = zip(predictions, references, strict=True)
@@ -57,9 +57,9 @@ def rouge_l(
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text, without regard to case and to equivalent encodings.
+    """Return the words of a text. Upper and lower case, and equivalent encodings, become equal.
 
-    A word is a run of letters, marks and digits. In scripts without spaces, each letter is one.
+    A word is a run of letters, marks and digits. In scripts without spaces, each letter is a word.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     found = []

@@ -40,9 +40,10 @@ def generate(
 ) -> list[str]:
     """Return the model's answer to each prompt, in the order of the prompts.
 
-    Each prompt has its own random numbers, drawn from ``seed`` and its position. They do not depend
-    on the batch size, and torch's global generators are not used. Other batch shapes, devices or
-    versions may still round logits differently, which can change a close choice.
+    Each prompt has its own random numbers, which depend on ``seed`` and the prompt's position. They
+    do not depend on the batch size, and torch's global generators are not used. Other batch shapes,
+    devices or versions may round logits differently. This can change the choice between two tokens
+    of nearly equal score.
 
     The model's saved generation settings are ignored, except its end-of-text tokens.
 
@@ -50,14 +51,14 @@ def generate(
         model: A causal language model.
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt, not padded.
-        seed: Seed of the sampling; greedy decoding does not use it.
+        seed: Seed of the random numbers. Greedy decoding does not use it.
         max_new_tokens: Maximum number of tokens in an answer.
         batch_size: Number of prompts in a batch.
-        do_sample: Sample; otherwise decode greedily.
+        do_sample: Sample answers. Otherwise decode greedily.
         temperature: Divides the logits before sampling.
         top_p: Sample from the most likely tokens whose probabilities add up to this share.
         top_k: Sample from this number of most likely tokens; 0 for all.
-        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer; 0 allows
+        no_repeat_ngram_size: No n-gram of this size occurs twice in prompt and answer. 0 allows
             repetition. The paper uses 6.
         progress: Show a progress bar.
     """
@@ -75,7 +76,7 @@ def generate(
     stops = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,  # _RowSampler adds noise, so that the argmax is a sample
+        do_sample=False,  # _RowSampler adds noise to the scores, so that their argmax is a sample
         no_repeat_ngram_size=no_repeat_ngram_size,
         eos_token_id=stops,
         pad_token_id=pad,
@@ -90,8 +91,8 @@ def generate(
     seeds = torch.randint(2**62, (len(prompts),), generator=source).tolist()
 
     answers = [""] * len(prompts)
-    # Prompts of similar length need little padding. The longest come first, so that a batch too
-    # large for memory fails at once.
+    # Prompts of similar length need little padding. The longest prompts come first, so that a batch
+    # that is too large for the memory fails at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with evaluating(model), _generation_config(model, config):
         for chunk in chunks(order, batch_size, progress, "generating"):
@@ -125,8 +126,8 @@ class _RowSampler(LogitsProcessor):
 
 @contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    # generate() fills a config argument with the model's saved settings, such as a repetition
-    # penalty. Two models would then be scored with different settings.
+    # generate() would complete a config argument with the model's saved settings, such as a
+    # repetition penalty. Two models would then be scored with different settings.
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
     holder.generation_config = config
@@ -137,7 +138,7 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return all ids that end an answer: chat models have more than the tokenizer's eos token."""
+    """Return all ids that end an answer. Chat models have others besides the tokenizer's EOS."""
     ids = model.generation_config.eos_token_id
     found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(i for i in found if i is not None)
@@ -169,8 +170,8 @@ def check_sampling(
     check_count("no_repeat_ngram_size", no_repeat_ngram_size, 0)
     if no_repeat_ngram_size == 1:
         raise ValueError(
-            "no_repeat_ngram_size must be 0 or at least 2, got 1: with 1, an answer could hold no"
-            " token twice and none of the prompt's tokens"
+            "no_repeat_ngram_size must be 0 or at least 2, got 1: with 1, an answer could not"
+            " repeat a token or use a token of the prompt"
         )
     hint = "; for greedy decoding use do_sample=False"
     check_number("temperature", temperature, 0.0, hint=hint)
@@ -179,7 +180,7 @@ def check_sampling(
 
 
 def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Check that the longest prompt and ``new`` tokens fit the model's positions."""
+    """Check that the model has enough positions for the longest prompt and ``new`` tokens."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] must hold at least one token, got none")
@@ -187,8 +188,8 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Non
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest + new > limit:
         raise ValueError(
-            f"max_new_tokens={new} and the longest prompt, {longest} tokens, must fit the model's"
-            f" {limit} positions; lower max_new_tokens or leave out long prompts"
+            f"max_new_tokens={new} and the longest prompt of {longest} tokens must fit into the"
+            f" model's {limit} positions; lower max_new_tokens or leave out long prompts"
         )
 
 

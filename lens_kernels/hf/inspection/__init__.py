@@ -1,1 +1,1 @@
-"""A student and its teacher, drawn through the logit lens of every depth."""
+"""Pictures of the predictions that the logit lens gives at every depth of two models."""

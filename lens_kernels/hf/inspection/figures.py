@@ -10,10 +10,10 @@ from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 FONT = pictures.STYLE["font.family"]
 COLD, HOT = "#F1F5F8", pictures.BLUE
-HOT_FROM = 0.85  # fraction of the colour scale above which white text is easier to read than black
+HOT_FROM = 0.85  # above this fraction of the colour scale, white text is easier to read than black
 MAX_LAYERS, MAX_POSITIONS = 32, 24
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # inches, inches, points
-# parse_math=False: a token with two dollar signs is not a formula.
+# With parse_math, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 
@@ -100,7 +100,7 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
         vmax=end,
         aspect="auto",
         origin="lower",
-        interpolation="none",  # as it is in the SVG, which every viewer scales in its own way
+        interpolation="none",  # an SVG viewer would otherwise interpolate between cells
     )
     for y, depth in enumerate(depths):
         for x in range(count):
@@ -125,13 +125,13 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
 
 
 def shown_depths(total: int) -> list[int]:
-    """Return the depths that fit a picture: all, or an even subset with the last."""
+    """Return the depths that fit a picture: all, or evenly spaced ones that include the last."""
     count = min(total, MAX_LAYERS)
     return [round(i * total / count) for i in range(1, count + 1)]
 
 
 def fit(token: str) -> str:
-    """Return a token that fits a cell: missing glyphs become □, long text is cut."""
+    """Return the text of a token for a cell. Missing glyphs become □, and long text is cut."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))

@@ -1,4 +1,4 @@
-"""Inspect two models and write pictures, numbers and a page to a folder."""
+"""Inspect two models, and write pictures, a file of numbers and an HTML page to a folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def inspect(
     max_tokens: int = 64,
     vocab_size: int | None = None,
 ) -> Inspection:
-    """Read ``text`` through every lens of both models; write pictures, numbers and a page.
+    """Apply the lens at every depth of both models to ``text``, and write the results to files.
 
     The files are ``divergence_by_depth.png``, ``lens_student.png``, ``lens_teacher.png``,
     ``data.json`` with all numbers, and ``inspect.html``, which needs no other file.
@@ -50,7 +50,7 @@ def inspect(
         tokenizer: The tokenizer of both.
         text: Text that both models read.
         output: Folder to write to; it is created if missing.
-        pairs: Student and teacher layers paired in training, compared in addition.
+        pairs: Layers of student and teacher that are lens pairs in training. They are compared too.
         divergence: Name of the divergence: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
         beta: Weight of the teacher in jsd, in (0, 1).
         lens_norm: Apply the final norm at intermediate depths too; the last always has it.
@@ -60,11 +60,11 @@ def inspect(
 
     Raises:
         TypeError: ``text``, ``top_k`` or ``max_tokens`` has the wrong type.
-        ValueError: An empty text, different vocabulary sizes without ``vocab_size``, a
-            tokenizer that does not fit the models, or layers that do not exist.
+        ValueError: The text is empty, the vocabulary sizes differ without ``vocab_size``, the
+            tokenizer does not fit the models, or a layer does not exist.
         RuntimeError: matplotlib is not installed.
     """
-    # Fail before the models run if matplotlib is missing.
+    # This fails before the models run if matplotlib is missing.
     figures.check_matplotlib()
     size = shared_vocabulary(vocab_size, lens_head_from(student), lens_head_from(teacher))
     ids, total = encode(tokenizer, text, max_tokens, size)

@@ -53,7 +53,7 @@ table { border-collapse: separate; border-spacing: 1px; }
   white-space: pre-wrap; overflow-wrap: anywhere; box-sizing: border-box; z-index: 3; }
 """
 
-# Arrow keys move within a table. If every cell were a tab stop, Tab could not leave the table.
+# Arrow keys move within a table. Only one cell is a tab stop, so that the Tab key leaves the table.
 SCRIPT = """
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const detail = document.getElementById("detail");
@@ -80,7 +80,8 @@ document.addEventListener("keydown", (e) => {
 """
 
 
-# The browser runs no script but this one and loads nothing, whatever texts and names hold.
+# The policy lets the browser run only this script and load nothing, for any text or name in the
+# page.
 DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"
@@ -95,7 +96,7 @@ def write(result: Inspection, output: Path) -> None:
 
 
 def page(result: Inspection, picture: str) -> str:
-    """Return the HTML of the page; ``picture`` is a PNG in base64."""
+    """Return the HTML of the page. ``picture`` is a PNG in base64."""
     title = "Student and teacher through the logit lens"
     models = " and ".join(
         f"the {role} <b>{escape(visible(reading.name))}</b> ({reading.depths} blocks)"

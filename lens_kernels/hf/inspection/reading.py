@@ -1,4 +1,4 @@
-"""Apply the logit lens at every depth of a student and its teacher, on one text."""
+"""Apply the logit lens to one text, at every depth of a student and its teacher."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text and its readings; ``total_tokens`` includes tokens that were cut off."""
+    """A text and its readings by both models. ``total_tokens`` includes tokens that are cut off."""
 
     text: str
     ids: list[int]
@@ -88,7 +88,7 @@ class Inspection:
 
     @property
     def sides(self) -> tuple[tuple[str, Reading], ...]:
-        """Both readings with their roles."""
+        """Both readings, each with its role: student or teacher."""
         return ("student", self.student), ("teacher", self.teacher)
 
     @property
@@ -106,7 +106,7 @@ class Inspection:
 def read(
     model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
 ) -> Reading:
-    """Read every depth of a model on token ids, holding the logits of one depth at a time."""
+    """Apply the lens to token ids at every depth, with the logits of one depth in memory."""
     check_count("top_k", top_k, 1)
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
@@ -120,7 +120,7 @@ def read(
         out = model(input_ids=tokens[None], output_hidden_states=True, use_cache=False)
     hidden = [h[0] for h in out.hidden_states[1:]]  # hidden_states[0] holds the embeddings
     assert len(hidden) == len(blocks_of(model))
-    # The last hidden state must already be normed. Check that, because the lens skips the norm.
+    # The lens applies no norm to the last hidden state, which must be normed. This checks that.
     verify_lens_head(model, _head_at(head, last=True), hidden[-1], out.logits[0])
     if not lens_norm:
         head = replace(head, norm=None)
@@ -144,7 +144,7 @@ def compare(
     beta: float = 0.5,
     vocab_size: int | None = None,
 ) -> list[Comparison]:
-    """Compare depths of equal relative depth, and the pairs of training.
+    """Compare the depths at equal relative depth, and the lens pairs of training.
 
     Student depth ``i`` of ``Ls`` is compared with teacher depth ``max(1, round(i * Lt / Ls))``, so
     the last comparison is between the final outputs.
@@ -199,9 +199,10 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
 
 
 def visible(text: str, keep: str = " ") -> str:
-    """Return a text with the characters escaped that show nothing or change the others' order.
+    """Return a text with escapes for characters that are invisible or reorder other characters.
 
-    Control, format (bidirectional ones among them) and space characters, except those in ``keep``.
+    These are control, format (including bidirectional) and space characters, except those in
+    ``keep``.
     """
     return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
 

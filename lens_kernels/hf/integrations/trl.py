@@ -78,19 +78,20 @@ class LensSFTTrainer(LensLoss, SFTTrainer):
 
 
 class LensGKDTrainer(LensLoss, GKDTrainer):
-    """``GKDTrainer``: with probability ``lmbda`` a batch's answers come from the student."""
+    """``GKDTrainer``: with probability ``lmbda`` the student generates the answers of a batch."""
 
     def __init__(self, *args: Any, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
-        # TRL counts the tokens before the answers are generated. Each batch's own mean is right.
+        # TRL counts the tokens before the answers are generated, so its count is wrong. Without
+        # it the loss is the mean over the tokens of the batch.
         self.model_accepts_loss_kwargs = False
 
 
 class LensDistillationTrainer(LensLoss, DistillationTrainer):
-    """``DistillationTrainer``: answers come from the student, on each batch."""
+    """``DistillationTrainer``: the student generates the answers of each batch."""
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Join prompts and answers; only answers, without the output of tools, have labels."""
+        """Join prompts and answers. Only answers have labels, without the output of tools."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)

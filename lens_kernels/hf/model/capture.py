@@ -15,8 +15,8 @@ from lens_kernels.hf.model.families import blocks_of, decoder_of
 def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of the blocks ``layers`` (1 is the first) in a dict, by depth.
 
-    Only these depths are kept; ``output_hidden_states=True`` would keep every depth. Forward hooks
-    on ``model`` collect them, and are removed on exit.
+    Forward hooks on ``model`` collect the outputs, and are removed on exit. Only these depths are
+    kept, whereas ``output_hidden_states=True`` would keep every depth.
     """
     captured: dict[int, Tensor] = {}
     blocks = blocks_of(model)
@@ -48,8 +48,8 @@ def hidden_states(
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace ``module.forward`` by ``forward`` inside the context.
 
-    Data-parallel wrappers prepare gradients and gather parameters around the module's call.
-    Code that uses the parameters must therefore run inside that call.
+    Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
+    code that uses the parameters must run inside that call.
     """
     # accelerate sets its own forward on the instance for autocast. It must be restored.
     before = vars(module).get("forward")

@@ -16,10 +16,10 @@ from lens_kernels.options import check_number
 
 @dataclass(frozen=True)
 class Family:
-    """How a causal language model computes logits from its last block's output ``h``.
+    """A description of how causal language models compute logits from the last block's output h.
 
-    ``s = scale * head(norm(h))`` and ``logits = softcap * tanh(s / softcap)``, or ``s`` without a
-    soft cap. ``head`` is ``model.get_output_embeddings()``.
+    ``s = scale * head(norm(h))`` and ``logits = softcap * tanh(s / softcap)``, or ``logits = s``
+    without a soft cap. ``head`` is ``model.get_output_embeddings()``.
 
     Attributes:
         blocks: Path of the ``nn.ModuleList`` of blocks, from the causal language model.
@@ -29,7 +29,8 @@ class Family:
         norm_offset: Number that the norm adds to its weight; 1 in Gemma.
         logit_scale: Name of the config entry that multiplies the logits.
         logit_divisor: Name of the config entry that divides the logits.
-        softcap: Name of the config entry that holds the soft cap; None in the config means no cap.
+        softcap: Name of the config entry that holds the soft cap. If the entry is None, the model
+            has no cap.
     """
 
     blocks: str
@@ -41,7 +42,7 @@ class Family:
     softcap: str | None = None
 
     def __post_init__(self) -> None:
-        """Check types here; otherwise a wrong one fails only when a model is read."""
+        """Check types here, so that an error appears before a model is read."""
         for name in ("blocks", "norm", "norm_kind", "logit_scale", "logit_divisor", "softcap"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
@@ -61,7 +62,7 @@ _GEMMA = Family(
 )
 
 FAMILIES = {
-    "llama": _LLAMA,  # and TinyLlama, SmolLM2
+    "llama": _LLAMA,  # TinyLlama and SmolLM2 have this type too
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
@@ -82,7 +83,7 @@ FAMILIES = {
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Register the family of models with this ``config.model_type``; replaces an earlier one.
+    """Register the family of models with this ``config.model_type``. It replaces an earlier one.
 
     ``verify_lens(model)`` then checks the family against a model.
 
@@ -103,10 +104,10 @@ def causal_lm_of(model: Any) -> Any:
     """Return the model inside a peft model, or the model itself.
 
     Raises:
-        TypeError: An adapter prepends virtual tokens. Its hidden states have more positions than
-            the labels and the other model's hidden states.
+        TypeError: An adapter prepends virtual tokens. The hidden states would then have more
+            positions than the labels and the other model's hidden states.
     """
-    # Importing peft takes seconds. If nobody imported it, no model is a peft model.
+    # Importing peft takes seconds. If it has not been imported, the model is no peft model.
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model
@@ -121,7 +122,7 @@ def causal_lm_of(model: Any) -> Any:
 
 
 def family_of(model: Any) -> Family:
-    """Return the family of a model; for an unknown one, the error explains how to register it."""
+    """Return the family of a model. For an unknown type, the error explains how to register it."""
     kind = causal_lm_of(model).config.model_type
     if kind not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))
@@ -135,9 +136,9 @@ def family_of(model: Any) -> Family:
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """Return the model without its head; its output is the normed final hidden state."""
+    """Return the model without its head. Its output is the normed final hidden state."""
     inner = causal_lm_of(model)
-    # Gemma 3's base_model_prefix is wrong in some versions: base_model is then the model itself.
+    # Gemma 3's base_model_prefix is wrong in some versions, where base_model is the model itself.
     decoder: nn.Module = inner.model if inner.base_model is inner else inner.base_model
     return decoder
 
@@ -149,7 +150,7 @@ def blocks_of(model: Any) -> nn.ModuleList:
     if not isinstance(blocks, nn.ModuleList):
         raise TypeError(
             f"{path!r} of {class_name(model)} must be the nn.ModuleList of its blocks, got"
-            f" {type(blocks).__name__}: correct its Family.blocks"
+            f" {type(blocks).__name__}: correct Family.blocks of its family"
         )
     return blocks
 
@@ -164,9 +165,9 @@ def _part(model: Any, path: str, field: str) -> nn.Module:
         part: nn.Module = causal_lm_of(model).get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"{class_name(model)} has no module {path!r}, which its Family.{field} names: pass a"
-            " causal language model with its head, or correct the family with register_family. An"
-            " OPT model without do_layer_norm_before has no final norm, so it has no lens"
+            f"{class_name(model)} has no module {path!r}, as Family.{field} says: pass a causal"
+            " language model with its head, or correct the family with register_family. An OPT"
+            " model without do_layer_norm_before has no final norm, so it has no lens"
         ) from error
     return part
 
@@ -177,13 +178,14 @@ def class_name(model: Any) -> str:
 
 
 def lens_head_from(model: Any) -> LensHead:
-    """Return the lens head of a Hugging Face causal language model; it shares the parameters.
+    """Return the lens head of a Hugging Face causal language model.
 
-    Scale and soft cap are read from the config now. ``model`` may be a peft model.
+    The head shares the model's parameters. Scale and soft cap are read from the config, and do not
+    follow later changes of the config. ``model`` may be a peft model.
 
     Raises:
-        ValueError: The model's family is not known, or the config lacks an entry of its family,
-            or there is a projection between final norm and head.
+        ValueError: The model's family is unknown, or the config has no entry that the family
+            names, or there is a projection between final norm and head.
         TypeError: The head or the final norm is quantised, sharded or wrapped by an adapter.
     """
     family, inner = family_of(model), causal_lm_of(model)
@@ -200,7 +202,7 @@ def lens_head_from(model: Any) -> LensHead:
     if head.weight.shape[1] != norm.weight.shape[0]:
         raise ValueError(
             f"the final norm of {class_name(model)} has width {norm.weight.shape[0]}, its head"
-            f" {head.weight.shape[1]}: a projection lies between them (in OPT,"
+            f" {head.weight.shape[1]}: there is a projection between them (in OPT,"
             " word_embed_proj_dim), which a lens head does not have. Build a LensHead from the"
             " product of both weights"
         )
@@ -209,8 +211,8 @@ def lens_head_from(model: Any) -> LensHead:
 
 
 def _norm_from(norm: Any, family: Family) -> LensNorm:
-    # A wrapper (adapter, modules_to_save, parametrisation) has the norm as a child. The wrapper's
-    # own weight attribute may not be the weight that it uses.
+    # Wrappers (adapters, modules_to_save, parametrisations) have the norm as a child. They are
+    # refused, because their attribute ``weight`` may not be the weight that they use.
     if any(True for _ in norm.children()) or getattr(norm, "weight", None) is None:
         raise TypeError(
             f"the model's final norm is a {type(norm).__name__}, not a plain norm with a weight:"
@@ -245,7 +247,7 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
     config = model.config.get_text_config()
     if not hasattr(config, name):
         raise ValueError(
-            f"the config of {class_name(model)} has no {name!r}, which its Family names: correct"
+            f"the config of {class_name(model)} has no entry {name!r}, as its Family says: correct"
             " the Family and call register_family again"
         )
     return getattr(config, name)

@@ -1,4 +1,4 @@
-"""The layers of lens pairs: the paper's even spacing, and a check of layers that users pass."""
+"""The layers of lens pairs: the paper's even spacing, and a check of layers that users choose."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
 
 
 def check_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
-    """Return ``layers`` if each is the output of a block before the last, else raise."""
+    """Return ``layers`` if each one is a block before the last block, else raise."""
     for i in layers:
         if not 1 <= i < num_layers:
             raise ValueError(
-                f"{name} must lie in [1, {num_layers - 1}], got {i}: 1 is the first block's output,"
-                " and the final loss term already compares the last block's output"
+                f"{name} must lie in [1, {num_layers - 1}], got {i}: 1 is the output of the first"
+                " block, and the final loss term already compares the output of the last block"
             )
     return layers
 

@@ -1,4 +1,4 @@
-"""Models and tokenizers read from disk, or from the Hub if downloads are allowed."""
+"""Load models and tokenizers from disk, or from the Hub if downloads are allowed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     """Return a causal language model, with its adapter if ``path`` holds one.
 
-    Only safetensors files are read, and code in the model's repository is not run. The Hub is asked
-    only if ``download`` is True; this includes the base model of an adapter.
+    Only safetensors files are read, and code in the model's repository is not run. Files are
+    downloaded from the Hub only if ``download`` is True. This applies to the base model of an
+    adapter too.
 
     Raises:
         ValueError: The model or dtype does not exist, the model is not in safetensors, or its files
-            lack weights of the model or hold others.
-        RuntimeError: ``path`` holds an adapter, and peft is not installed.
+            do not have exactly the weights of the model.
+        RuntimeError: ``path`` holds an adapter, but peft is not installed.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -37,7 +38,8 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
         adapter = find_adapter_config_file(path, local_files_only=not download)
         if adapter is None:
             return _load_plain(path, options)
-        if not _has(path, "adapter_model.safetensors", download):  # peft would load a pickle
+        # Without this check peft would load a pickle.
+        if not _has(path, "adapter_model.safetensors", download):
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
@@ -55,10 +57,10 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     _check_kernels(found)
     load: Any = AutoModelForCausalLM.from_pretrained
     model, info = load(path, **options, output_loading_info=True)
-    # transformers gives weights that it does not find random values, with a warning only.
+    # transformers only warns about missing weights, and gives them random values.
     _check_keys("lack weights of the model", path, info["missing_keys"])
-    # A reward head beside a whole model changes nothing. A key of a part that the model has does:
-    # a bias, or a block, with which it was trained and which the config leaves out.
+    # Keys of a part that the model does not have, such as a reward head, are harmless. Other
+    # unexpected keys are biases or blocks that the model was trained with but the config omits.
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
@@ -75,8 +77,8 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            "adapter_config.json names no base_model_name_or_path: the base model was changed after"
-            " loading and not saved. Save it, and write its folder there"
+            "adapter_config.json has no base_model_name_or_path, because the base model was changed"
+            " after loading and not saved. Save the base model, and write its folder there"
         )
     model = _load_plain(base, {**options, "revision": config.revision})
     tokens = 0
@@ -85,15 +87,17 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     added = tokens > len(model.get_input_embeddings().weight)
     if added:
         model.resize_token_embeddings(tokens)
-    # peft freezes adapters by default, but a student is trained. Base models load in eval mode.
+    # peft freezes adapters by default, but a student is trained. Like other loaded models, the
+    # result is in eval mode.
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
-    # peft reports missing keys by a warning and does not report others. Loading returns both.
+    # peft only warns about missing keys, and does not report unexpected keys. Loading the weights
+    # again returns both.
     weights = load_peft_weights(str(folder), device=str(adapted.device))
     result: Any = set_peft_model_state_dict(adapted, weights)
     if added and not any(len(x) == tokens for x in weights.values()):
         raise ValueError(
-            f"the adapter's tokenizer has {tokens} tokens, more than the embeddings of its base"
-            f" {base!r}, and the adapter holds no embeddings: save them with the adapter"
+            f"the adapter's tokenizer has {tokens} tokens, more than the embeddings of the base"
+            f" model {base!r}, and the adapter holds no embeddings: save them with the adapter"
         )
     missing = [key for key in result.missing_keys if "default" in key.split(".")]
     _check_keys("lack weights of the adapter", str(folder), missing)
@@ -109,7 +113,7 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
     raise ValueError(
         f"its files in {path!r} {what}: {len(found)} keys, {shown}. The config and the weights"
         " must describe the same model: save both again with save_pretrained, without wrappers"
-        " such as torch.compile and DataParallel"
+        " such as torch.compile or DataParallel"
     )
 
 
@@ -121,8 +125,8 @@ def _check_kernels(config: Mapping[str, Any]) -> None:
         elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
             if isinstance(value, str) and "/" in value:
                 raise ValueError(
-                    f"its config.json has {key}={value!r}, code on the Hub, which is not run:"
-                    f" remove {key} from the file"
+                    f"its config.json has {key}={value!r}, which is code on the Hub. Such code is"
+                    f" not run: remove {key} from the file"
                 )
 
 
@@ -148,7 +152,7 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
     """Check that both tokenizers give every token the same id.
 
     Raises:
-        ValueError: They do not; the message lists tokens that differ.
+        ValueError: Some ids differ. The message lists a few of these tokens.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     differing = [name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]]

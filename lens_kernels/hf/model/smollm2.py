@@ -19,7 +19,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def smollm2(cache: Path) -> tuple[Any, Any]:
-    """Return model and tokenizer, converted to safetensors in ``cache`` on first use."""
+    """Return model and tokenizer. On first use they are converted to safetensors in ``cache``."""
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         _convert(_gguf_folder(), folder)
@@ -47,19 +47,20 @@ def _convert(source: str, folder: Path) -> None:
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     except ImportError as error:
         raise RuntimeError(f"cannot read the teacher's GGUF file; run: {INSTALL}") from error
-    # transformers refuses to save a model marked as quantised, so copy the weights to a new model.
+    # transformers refuses to save a model that is marked as quantised. A new model with the same
+    # weights can be saved.
     config = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
-    # Write to a temporary folder, then rename: ``folder`` is never incomplete.
+    # A temporary folder is written and then renamed, so that ``folder`` is never incomplete.
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     try:
         partial.rename(folder)
     except OSError:
-        shutil.rmtree(partial)  # another process converted it first
+        shutil.rmtree(partial)  # another process converted the teacher first
         if not folder.is_dir():
             raise

@@ -1,4 +1,4 @@
-"""Run a model for measurement, and leave it as it was."""
+"""Contexts that run a model in evaluation mode or without autocast, and restore its state."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Set evaluation mode inside the context; restore the mode of every module on exit.
+    """Set evaluation mode inside the context, and restore the mode of every module on exit.
 
-    Submodules may be in another mode than the model: frozen ones often stay in evaluation mode.
+    A submodule may have another mode than the model. Frozen submodules often stay in evaluation
+    mode.
     """
     training = [module for module in model.modules() if module.training]
     try:

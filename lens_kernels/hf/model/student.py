@@ -16,12 +16,13 @@ from lens_kernels.hf.model.state import evaluating
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     """Return a copy of the teacher that has only its blocks ``blocks`` (1 is the first).
 
-    Dtypes and device are the teacher's. The copy is compared with the teacher on a few tokens. It
-    has no name of origin, because the teacher's files hold another model.
+    Dtypes and device are the teacher's. The copy is compared with the teacher on a few tokens. Its
+    ``name_or_path`` is empty, because the teacher's files hold another model.
 
     Raises:
-        ValueError: The teacher does not have one of the blocks, they do not increase, or the copy
-            does not compute what the teacher computes without the other blocks.
+        ValueError: The teacher does not have one of the blocks, or the blocks are not in ascending
+            order, or the logits of the copy differ from those of the teacher without the other
+            blocks.
         TypeError: The teacher has adapters or quantised layers.
     """
     total = len(blocks_of(teacher))
@@ -29,14 +30,17 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
         if not 1 <= i <= total:
             raise ValueError(f"blocks must lie in [1, {total}], got {i}")
     if not blocks or any(i >= j for i, j in pairwise(blocks)):
-        raise ValueError(f"blocks must hold at least one and increase, got {list(blocks)}")
+        raise ValueError(
+            f"blocks must hold at least one block, in ascending order, got {list(blocks)}"
+        )
     inner = causal_lm_of(teacher)
     config = copy.deepcopy(inner.config)
     config.name_or_path = ""
     text = config.get_text_config()
     text.num_hidden_layers = len(blocks)
     for name, value in text.to_dict().items():
-        # Of a config's lists, those of ids may have the length by chance.
+        # A list with one entry per block is shortened. A list of token ids may have that length by
+        # chance.
         if isinstance(value, (list, tuple)) and len(value) == total and "token" not in name:
             setattr(text, name, [value[i - 1] for i in blocks])
     student = type(inner)(config)
@@ -50,7 +54,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
         found = source.get(origin)
         if found is None or found.shape != fresh.shape or not found.is_floating_point():
             raise TypeError(
-                f"teacher must hold plain floating-point weights, and {origin!r} is not one:"
+                f"teacher must hold plain floating-point weights, but {origin!r} is not one:"
                 " merge its adapters (merge_and_unload) and dequantise it first"
             )
         target[name] = found.clone()
@@ -68,7 +72,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
-    """Compare the copy with the teacher, in which the other blocks pass on what they get."""
+    """Compare the copy with the teacher, whose other blocks are made to return their input."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -81,7 +85,7 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
         for depth, block in enumerate(blocks_of(teacher), start=1)
         if depth not in blocks
     ]
-    # Weights of several dtypes run together only under autocast.
+    # A model with weights of several dtypes runs only under autocast.
     mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
     cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
     try:
@@ -93,12 +97,14 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
         for hook in hooks:
             hook.remove()
     error, largest = (own - expected).abs().max(), expected.abs().max()
-    # Casting a model to 16 bits rounds its rotary frequencies too, and the copy has fresh ones.
+    # A teacher that was cast to 16 bits has rounded rotary frequencies, and the copy has exact
+    # ones. So the tolerance is larger then.
     exact = embedding.dtype in (torch.float32, torch.float64) and not mixed
     if not error <= (1e-3 if exact else 5e-2) * largest:
         raise ValueError(
-            f"blocks {list(blocks)} of {class_name(teacher)} make no student: without the others,"
-            f" the teacher's logits differ by {error / largest:.1e} of the largest. What a block"
-            " computes depends on its depth (such as scale_attn_by_inverse_layer_idx in GPT-2):"
-            " keep the first blocks, or pass a student of your own"
+            f"blocks {list(blocks)} of {class_name(teacher)} make no student: its logits differ by"
+            f" {error / largest:.1e} of the largest from the teacher's without the other blocks. A"
+            " block computes different results at different depths (as with"
+            " scale_attn_by_inverse_layer_idx in GPT-2): keep the first blocks, or pass a student"
+            " of your own"
         )

@@ -18,8 +18,8 @@ from lens_kernels.hf.model.families import (
 from lens_kernels.hf.model.state import evaluating, without_autocast
 from lens_kernels.lens import LensHead
 
-# Largest head products that are probed. A soft cap far below the last bends them all; a scale
-# shows at each.
+# The largest products of the head in each probe. Large ones show a soft cap. Any of them shows a
+# scale.
 PROBES = (1.0, 60.0, 1000.0)
 
 
@@ -27,11 +27,12 @@ PROBES = (1.0, 60.0, 1000.0)
 def verify_lens(model: Any) -> None:
     """Check on a few tokens that the lens of the last block's output gives the model's logits.
 
-    Three checks: the whole lens on the model's own hidden states; the norm on random rows of size
-    1 and of the size where ``eps`` matters; scale and soft cap on numbers put in the place of the
-    head's products, since the model's own logits may be too small to show a cap.
+    There are three checks. The first one applies the whole lens to the model's own hidden states.
+    The second one compares the norms on random rows of size 1, and of a size for which ``eps``
+    matters. The third one replaces the products of the head by given numbers, to compare scale and
+    soft cap. The model's own logits may be too small for the soft cap to matter.
 
-    Autocast around the call has no effect. The modules' training modes and the random state are
+    Autocast around the call has no effect. The training modes of modules and the random state are
     unchanged afterwards.
 
     Raises:
@@ -46,7 +47,8 @@ def verify_lens(model: Any) -> None:
 
 def _verify_logits(model: Any, head: LensHead) -> None:
     last = len(blocks_of(model))
-    # accelerate wraps a model's own forward in autocast, which no context around it disables.
+    # accelerate can wrap the forward of a model in autocast. A context around it cannot disable
+    # that, so a hook looks whether autocast is on.
     rounded = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -68,7 +70,7 @@ def _logits(model: Any, head: LensHead) -> Tensor:
 
 
 def _verify_norm(model: Any, head: LensHead) -> None:
-    """Compare the norms on random rows; rows of size 1 alone would hide a wrong ``eps``."""
+    """Compare the norms on random rows. Rows of size 1 alone would not show a wrong ``eps``."""
     assert head.norm is not None and head.norm.weight is not None
     weight = head.norm.weight
     rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
@@ -78,7 +80,7 @@ def _verify_norm(model: Any, head: LensHead) -> None:
 
 
 def _verify_map(model: Any, head: LensHead) -> None:
-    """Compare the maps from the head's products to logits, on numbers put in their place."""
+    """Compare the maps from the head's products to logits, with given numbers as products."""
     for size in PROBES:
         ramp = torch.linspace(-size, size, len(head.weight), device=head.weight.device)
         put = ramp if head.bias is None else ramp + head.bias.float()
@@ -91,7 +93,7 @@ def _verify_map(model: Any, head: LensHead) -> None:
             own = _logits(model, head)
         finally:
             hook.remove()
-        # The products are float32 here, whatever the weights are, so the check can be strict.
+        # The products are float32 for any dtype of the weights, so the check can be strict.
         _compare(model, "logits", head.logits(ramp.clone(), 1.0)[0], own[0, -1], own)
 
 
@@ -101,14 +103,14 @@ def verify_lens_head(
 ) -> None:
     """Check that the lens of the last block's output gives the model's own logits.
 
-    ``final`` is the output of the last block, before the norm. ``logits`` are the model's.
-    ``rounded`` says that the model computed them under autocast.
+    ``final`` is the output of the last block, before the norm. ``logits`` are the model's logits.
+    ``rounded`` says whether the model computed them under autocast.
     """
     x = final.float()
     if head.norm is not None:
         x = head.norm.forward(x)[0]
     read, _ = head.logits(x @ head.weight.float().T, 1.0)
-    # A model with 16-bit weights may return float32 logits; they are still rounded.
+    # A model with 16-bit weights may return float32 logits. They have the rounding of 16 bits.
     _compare(model, "logits", read, logits, logits, head.weight, rounded=rounded)
 
 

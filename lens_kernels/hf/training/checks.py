@@ -1,4 +1,4 @@
-"""Checks of what a trainer is given, before it trains."""
+"""Checks of a trainer's arguments, models and data, before training starts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.inputs import IGNORE_INDEX
 
-# Arguments that other trainers take, and what takes their place here.
+# Arguments that other trainers take, and what to do here instead.
 ELSEWHERE = {
     "peft_config": "wrap the model with peft.get_peft_model first",
     "teacher_model": "pass it as teacher",
@@ -28,7 +28,7 @@ OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_f
 
 
 def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
-    """Raise on an argument that the trainer does not take, or cannot serve with a teacher."""
+    """Raise if the trainer does not take an argument, or does not support it with a teacher."""
     known = inspect.signature(Trainer.__init__).parameters
     for name in given:
         if name in known:
@@ -39,13 +39,13 @@ def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
     for name in OF_LOGITS:
         if teacher is not None and given.get(name) is not None:
             raise ValueError(
-                f"{name} needs logits, but with a teacher none are stored: leave it out, or train"
-                " without a teacher"
+                f"{name} needs logits, but with a teacher no logits are stored: leave {name} out,"
+                " or train without a teacher"
             )
 
 
 def check_model(name: str, model: Any) -> None:
-    """Raise if a model is no folder, or is a compiled module."""
+    """Raise if ``model`` is a string but no folder, or if it is a compiled module."""
     if isinstance(model, str):
         if not Path(model).is_dir():
             raise ValueError(
@@ -55,16 +55,16 @@ def check_model(name: str, model: Any) -> None:
     elif compat.is_compiled(model):
         raise TypeError(
             f"{name} is compiled, but the loss runs inside the student's forward call and compiles"
-            " its own code: pass the model as it was before torch.compile"
+            " its own code: pass the model without torch.compile"
         )
 
 
 def check_data(name: str, dataset: Any, models: Sequence[Any], collator: Any) -> None:
-    """Check every example of a dataset that can be indexed against the models.
+    """Check every example of a dataset against the models. A dataset without indexing is skipped.
 
     Raises:
-        ValueError: An example lacks a column, is longer than the positions of a model, or holds
-            an id without an embedding; or no example has a label that counts.
+        ValueError: An example lacks a column, has more tokens than a model has positions, or holds
+            an id without an embedding. Or no example has a label that counts.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
@@ -82,23 +82,23 @@ def check_data(name: str, dataset: Any, models: Sequence[Any], collator: Any) ->
             example = columns_of(where, _model_columns(example))
             labelled += int((example["labels"][1:] != IGNORE_INDEX).sum())
         elif not isinstance(example, Mapping):
-            return  # only its collator can read it
+            return  # only the user's collator can read such examples
         for column in ("input_ids", "labels", "position_ids"):
             if column in example:
                 _check_ids(where, column, torch.as_tensor(example[column]), rows, positions)
     if ours and len(dataset) and not labelled:
         raise ValueError(
-            f"{name} has no token to train on: every label after the first is {IGNORE_INDEX}; label"
-            " the tokens of the responses"
+            f"{name} has no token to train on, because every label after the first is"
+            f" {IGNORE_INDEX}: set the labels of the response tokens"
         )
 
 
 def _model_columns(example: Any) -> Any:
-    """Return an example without columns that the Trainer removes before the collator."""
+    """Return an example without the columns that the Trainer removes before it is collated."""
     if not isinstance(example, Mapping):
         raise TypeError(
-            f"an example is a {type(example).__name__}: expected a mapping with input_ids and"
-            " labels, or pass a data_collator"
+            f"an example is a {type(example).__name__}, expected a mapping with input_ids and"
+            " labels: convert the examples, or pass a data_collator"
         )
     known = Collator.columns()
     return {k: x for k, x in example.items() if k in known} or example
@@ -120,13 +120,13 @@ def _check_ids(where: str, column: str, ids: Tensor, rows: int, positions: int |
     wrong = wrong[wrong != IGNORE_INDEX] if column == "labels" else wrong
     if wrong.numel():
         raise ValueError(
-            f"{column} of {where} hold {wrong[0].item()}, but a model has embeddings for 0 to"
-            f" {rows - 1} only: use the models' own tokenizer, or resize their embeddings"
+            f"{column} of {where} hold {wrong[0].item()}, but a model has embeddings only for 0 to"
+            f" {rows - 1}: use the tokenizer of the models, or resize their embeddings"
         )
 
 
 def _learnt_positions(model: Any) -> int | None:
-    """Return how many positions a model has, or None if they are computed."""
+    """Return the number of learnt position embeddings, or None if the model has none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
@@ -140,7 +140,7 @@ def check_weights(names: Mapping[str, Tensor], trained: Sequence[str]) -> None:
     bad = [x for x in trained if x in names and not names[x].isfinite().all()]
     if bad:
         raise ValueError(
-            f"{len(bad)} trained weights are not finite, {bad[0]} the first, so they are not"
+            f"{len(bad)} trained weights are not finite, such as {bad[0]}, so the model is not"
             " saved: lower learning_rate, or set max_grad_norm"
         )
 
@@ -151,8 +151,8 @@ def check_dtype(student: Any) -> None:
     half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
     if half:
         raise TypeError(
-            f"model has {len(half)} parameters to train in float16, {half[0]} the first, but Adam's"
-            " moments underflow in float16: load it in float32 (fp16=True still computes in"
+            f"model has {len(half)} trainable parameters in float16, such as {half[0]}, but Adam's"
+            " moments underflow in float16: load the model in float32 (fp16=True still computes in"
             " float16) or bfloat16, or train an adapter"
         )
 
@@ -163,31 +163,32 @@ def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
     shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
     if shared:
         raise ValueError(
-            f"model and teacher share {len(shared)} parameters, {shared[0]} the first, so training"
-            " would change the teacher: give a separate teacher, like copy.deepcopy(model)"
+            f"model and teacher share {len(shared)} parameters, such as {shared[0]}, so training"
+            " would change the teacher: pass a separate teacher, such as copy.deepcopy(model)"
         )
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} has no effect with a"
-            " teacher: set it to 0, or give no teacher"
+            " teacher: set it to 0, or pass no teacher"
         )
 
 
 def check_distribution(args: LensDistillConfig) -> None:
-    """Raise if the parallelism cannot run this loss."""
+    """Raise if the loss does not support the parallelism of the run."""
     if args.n_gpu > 1:
         raise RuntimeError(
-            f"one process sees {args.n_gpu} GPUs, and nn.DataParallel is not supported: start one"
+            f"one process has {args.n_gpu} GPUs, but nn.DataParallel is not supported: start one"
             " process per GPU with torchrun or accelerate launch"
         )
     if is_deepspeed_zero3_enabled():
         raise RuntimeError(
-            "DeepSpeed ZeRO-3 shards the heads, but the loss needs them whole: use ZeRO-1 or ZeRO-2"
+            "DeepSpeed ZeRO-3 shards the heads, but the loss needs whole heads: use ZeRO-1 or"
+            " ZeRO-2"
         )
 
 
 def check_shards(state: Any, args: LensDistillConfig) -> None:
-    """Raise if the MSE matrices could not be saved."""
+    """Raise if checkpoints are sharded, because they could not hold the MSE matrices."""
     plugin = getattr(state, "fsdp_plugin", None)
     if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
         raise RuntimeError(

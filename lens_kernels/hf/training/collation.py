@@ -1,4 +1,4 @@
-"""Check tokenised examples and pad them to batches."""
+"""Check tokenised examples, and pad them into batches."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the tokenizer's padding id, or else its EOS id: padding is masked, so any id works."""
+    """Return the tokenizer's padding id, or else its EOS id. Padding is masked, so any id works."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise ValueError("the tokenizer has neither pad_token nor eos_token: set tokenizer.pad_token")
 
 
-# Columns with one number per token, and the number at padding. Models read no padding token, so
-# positions and token types there may be any valid number.
+# Columns with one number per token, and the number that pads each. Padding tokens are masked, so
+# their positions and token types may be any valid number.
 PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right; without ``attention_mask``, the mask depends on their lengths.
+    """Pads examples on the right. If they have no ``attention_mask``, it follows from the lengths.
 
     Raises:
-        ValueError: An example lacks a column that others have, or its columns differ in length;
-            a column is unknown.
+        ValueError: An example lacks a column that others have, its columns differ in length, or a
+            column is unknown.
     """
 
     pad_token_id: int
@@ -58,12 +58,12 @@ class Collator:
         return {"input_ids", "example_id", *PER_TOKEN}
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``labels``, ``attention_mask``, and other given columns."""
+        """Return ``input_ids``, ``labels``, ``attention_mask``, and further columns if given."""
         rows = [columns_of(f"example {i} of a batch", x) for i, x in enumerate(examples)]
         for i, row in enumerate(rows):
             if row.keys() != rows[0].keys():
                 raise ValueError(
-                    f"example {i} of a batch has the columns {sorted(row)}, and example 0 has"
+                    f"example {i} of a batch has the columns {sorted(row)}, but example 0 has"
                     f" {sorted(rows[0])}: give all examples the same columns"
                 )
         batch = {"input_ids": self._padded([row["input_ids"] for row in rows], self.pad_token_id)}
@@ -98,17 +98,17 @@ def columns_of(where: str, example: Mapping[str, Any]) -> dict[str, Tensor]:
     for name, values in columns.items():
         if name != "example_id" and (values.dim() != 1 or values.shape != ids.shape):
             raise ValueError(
-                f"{name} of {where} has shape {tuple(values.shape)}, and"
-                f" input_ids {tuple(ids.shape)}: give one number per token, in one dimension"
+                f"{name} of {where} has shape {tuple(values.shape)}, but input_ids has"
+                f" {tuple(ids.shape)}: give one number per token, in one dimension"
             )
     return columns
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Check that a batch has ``labels`` of the shape of its ``input_ids``.
+    """Check that a batch has ``input_ids`` and ``labels`` of equal shape.
 
     Raises:
-        ValueError: It has not.
+        ValueError: One of them is missing, or their shapes differ.
     """
     for name in ("input_ids", "labels"):
         if name not in batch:
@@ -119,6 +119,6 @@ def check_batch(batch: Mapping[str, Any]) -> None:
     shapes = [tuple(batch[name].shape) for name in ("labels", "input_ids")]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"labels have shape {shapes[0]}, and input_ids {shapes[1]}: give one label per token,"
-            f" {IGNORE_INDEX} where nothing is trained on; they are shifted here"
+            f"labels have shape {shapes[0]}, but input_ids have {shapes[1]}: give one label per"
+            f" token, and {IGNORE_INDEX} for tokens that are not trained on, without a shift"
         )

@@ -23,7 +23,8 @@ from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
-DIGESTS = "data.json"  # digests of the data files; not in RECORD, which is valid for --config
+# Digests of the data files. They are not in RECORD, so that RECORD can be passed to --config.
+DIGESTS = "data.json"
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer
 
 
@@ -38,8 +39,8 @@ class RunConfig:
     )
     train: str = option(
         None,
-        "JSON Lines file to train on. Its keys: instruction/input/output, prompt/completion, or"
-        " messages.",
+        "JSON Lines file to train on. Each line has the keys instruction/input/output,"
+        " prompt/completion, or messages.",
         required=True,
     )
     teacher: str | None = option(
@@ -57,7 +58,8 @@ class RunConfig:
     teacher_dtype: str = option("auto", "Dtype of the teacher's weights.", choices=list(DTYPES))
     prompt_style: str = option(
         "alpaca",
-        "How instruction/input becomes a prompt: the Alpaca text or the tokenizer's chat template.",
+        "Format of prompts from instruction/input: the Alpaca text or the tokenizer's chat"
+        " template.",
         choices=list(PROMPT_STYLES),
     )
     max_length: int = option(512, "Maximum tokens per example; longer examples are truncated.")
@@ -78,7 +80,7 @@ KINDS: Any = (RunConfig, LensDistillConfig)
 
 
 def presets() -> list[str]:
-    """Return the names of the presets; each is a pair of models from the paper."""
+    """Return the names of the presets. Each preset is for a pair of models from the paper."""
     folder = resources.files("lens_kernels.hf.training") / "presets"
     return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
 
@@ -103,7 +105,7 @@ def build_parser() -> HfArgumentParser:
 
 
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
-    """Return the parsed options, and a dictionary of the options that are not defaults."""
+    """Return the parsed options, and a dictionary of those that differ from their defaults."""
     parser = build_parser()
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config")
@@ -153,7 +155,7 @@ def train(
     if args.process_index > 0:
         say = _silent
     output = Path(str(args.output_dir))
-    # Checkpoints without optimizer state cannot be resumed exactly, so the run restarts.
+    # save_only_model stores no optimizer state. Such a run cannot resume exactly, so it restarts.
     checkpoint = None if args.save_only_model else last_checkpoint(output)
     _check_record(output, chosen)
     paths = {
@@ -163,7 +165,7 @@ def train(
     _check_data(output, paths, digests)
     done = _json_of(output / METRICS)
     if done is not None:
-        say(f"{output} holds this run, and it is complete: delete {output / METRICS} to repeat it")
+        say(f"the run in {output} is already complete: delete {output / METRICS} to repeat it")
         return dict(done)
     tokenizer = load_tokenizer(config.student, config.allow_download)
     lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
@@ -215,7 +217,7 @@ def _silent(text: str) -> None:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """Return the newest complete checkpoint; ``trainer_state.json`` is written last."""
+    """Return the newest complete checkpoint. ``trainer_state.json`` is its last file."""
     states = output.glob("checkpoint-*/trainer_state.json")
     whole = [state.parent for state in states if _json_of(state) is not None]
     return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
@@ -239,31 +241,31 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
     if differing:
         shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
         raise ValueError(
-            f"{output} holds a run with other options: {shown}. Use the options of {record}"
-            " to resume it, or another output_dir"
+            f"{output} holds a run with other options: {shown}. To resume it, use the options in"
+            f" {record}; otherwise choose another output_dir"
         )
 
 
 def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
     """Raise if the data files have changed since the run started."""
-    before = _json_of(output / DIGESTS) or {}  # runs of earlier versions have no digests
+    before = _json_of(output / DIGESTS) or {}  # earlier versions of this package wrote no digests
     for name, path in paths.items():
         if before.get(name, digests[name]) != digests[name]:
             raise ValueError(
-                f"{name} file {path} has changed since the run in {output} started: restore it to"
-                " resume, or use another output_dir to start a new run"
+                f"the {name} file {path} has changed since the run in {output} started: restore the"
+                " file to resume, or use another output_dir to start a new run"
             )
 
 
 def load_student(config: RunConfig) -> Any:
-    """Load the student; apply ``student_blocks`` and add a LoRA adapter if configured."""
+    """Load the student, keep only ``student_blocks``, and add a LoRA adapter, as configured."""
     student = load_model(config.student, config.student_dtype, config.allow_download)
     if config.student_blocks is not None:
         student = shallow_copy(student, config.student_blocks)
     if config.lora_r:
         if hasattr(student, "peft_config"):
             raise ValueError(
-                f"lora_r={config.lora_r} would put a second adapter on {config.student}: leave"
+                f"lora_r={config.lora_r} would add a second adapter to {config.student}: leave"
                 " lora_r out to train the existing adapter"
             )
         from peft import LoraConfig, get_peft_model
@@ -289,7 +291,7 @@ def load_teacher(config: RunConfig) -> Any:
 
 
 def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
-    """Convert a YAML file to command-line arguments, so one parser checks all options."""
+    """Convert a YAML file to command-line arguments, so that one parser checks all options."""
     try:
         values = yaml.load(text, _UniqueLoader) or {}
     except yaml.YAMLError as error:
@@ -311,7 +313,7 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
 
 
 class _UniqueLoader(yaml.SafeLoader):
-    """Reads YAML in which no key is there twice."""
+    """A YAML loader that refuses a key that occurs twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -319,12 +321,12 @@ class _UniqueLoader(yaml.SafeLoader):
             key = key_node.value
             if key in seen:
                 line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {key!r} is there twice")
+                raise yaml.YAMLError(f"line {line}: the key {key!r} occurs twice")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def _as_text(value: Any) -> str:
     if value is False:
-        return "no"  # YAML reads the strategy name "no" as False; flags also accept "no"
+        return "no"  # YAML reads the name "no" of a strategy as False, and flags accept "no" too
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

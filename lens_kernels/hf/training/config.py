@@ -1,4 +1,4 @@
-"""The options of a distillation; ``--help`` shows their descriptions."""
+"""The options of a distillation. ``--help`` shows the descriptions in this file."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def final_divergence(text: str) -> str | dict[str, float]:
 
 
 def grad_threshold(given: str | float | None) -> str | float | None:
-    """Convert a number given as text to a float; return names unchanged."""
+    """Convert a number given as text to a float. Return names unchanged."""
     value = given
     if isinstance(given, str) and given not in GRAD_THRESHOLDS:
         with contextlib.suppress(ValueError):
@@ -69,7 +69,7 @@ def grad_threshold(given: str | float | None) -> str | float | None:
 
 @dataclass
 class LensDistillConfig(TrainingArguments):
-    """``TrainingArguments`` plus the options of the objective, whose defaults are the paper's."""
+    """``TrainingArguments`` and the options of the objective, with the paper's defaults."""
 
     _argument_group_name = "options of the objective, and of transformers' Trainer"
 
@@ -77,15 +77,15 @@ class LensDistillConfig(TrainingArguments):
         None, "Folder for checkpoints, the trained student and reports.", aliases=["--output"]
     )
     student_layers: list[int] | None = option(
-        None, "Student blocks whose outputs are compared (1 is the first); default: evenly spaced."
+        None, "Student blocks whose outputs are compared (1 is the first). Default: evenly spaced."
     )
     teacher_layers: list[int] | None = option(
-        None, "Teacher blocks, one for each of student_layers; default: evenly spaced."
+        None, "Teacher blocks, one for each student block. Default: evenly spaced."
     )
     num_lens_pairs: int | None = option(
         None,
-        "Number of lens pairs if no layers are given; 0 compares only the final outputs. Default:"
-        f" {DEFAULT_PAIRS}, or all blocks but the last of a smaller model.",
+        "Number of lens pairs if no layers are given. 0 compares only the final outputs. Default:"
+        f" {DEFAULT_PAIRS}, or fewer if a model has fewer than {DEFAULT_PAIRS + 1} blocks.",
     )
     lens_divergence: str = option(
         DistillationOptions.divergence,
@@ -95,8 +95,8 @@ class LensDistillConfig(TrainingArguments):
     lens_coeff: float = option(DistillationOptions.lens_coeff, "Weight of the lens term.")
     lens_norm: bool = option(
         True,
-        "Apply the model's final norm to intermediate states before the output head. The paper's"
-        " published code does not.",
+        "Apply the model's final norm to intermediate hidden states before the output head. The"
+        " paper's published code does not apply it.",
     )
     final_divergence: str = option(
         DistillationOptions.final_divergence,
@@ -110,12 +110,12 @@ class LensDistillConfig(TrainingArguments):
     )
     kd_ratio: float = option(
         DistillationOptions.kd_ratio,
-        "Weight of distillation; cross entropy has weight 1 - kd_ratio. 0 needs no teacher.",
+        "Weight of distillation. Cross entropy has weight 1 - kd_ratio. 0 needs no teacher.",
     )
     mse_coeff: float = option(
         0.0,
         "Weight of the mean squared error between the student's hidden states and a learnt linear"
-        " map of the teacher's, at the compared layers. It is a baseline for the lenses.",
+        " map of the teacher's hidden states, at the lens layers. A baseline to compare with.",
     )
     vocab_size: int | None = option(
         None, "Number of leading vocabulary entries that both models share, if their sizes differ."
@@ -142,7 +142,7 @@ class LensDistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the options before any model is loaded."""
-        # Check first: some versions set environment variables for accelerate in super().
+        # This check comes first, because super() sets environment variables in some versions.
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(
                 "torch_compile=True is not supported, because the loss runs inside the student's"
@@ -157,8 +157,8 @@ class LensDistillConfig(TrainingArguments):
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} would keep lens gradients"
-                " from the student's blocks: use the default, False"
+                "gradient_checkpointing_kwargs={'use_reentrant': True} would block the gradients of"
+                " the lenses to the student's blocks: use the default, False"
             )
         if self.label_smoothing_factor and self.kd_ratio > 0:
             raise ValueError(

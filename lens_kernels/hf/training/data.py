@@ -36,24 +36,25 @@ def encode(
 ) -> Example | None:
     """Return ``input_ids`` and ``labels`` of a row, or None if the row is too long.
 
-    Prompts and responses are tokenised separately, so no token spans both, as in generation. The
-    space that SentencePiece writes before a text is left out of all but the first.
-    Labels are the response tokens, including the end token, and -100 elsewhere. The end token
-    is the end of turn that the chat template writes, or the tokenizer's EOS if it writes none.
-    A row is too long if its first prompt is, or if ``max_length`` leaves no label.
+    Prompts and responses are tokenised separately, so no token spans both, as in generation.
+    SentencePiece writes a space before a text. Only the first text of a row keeps that space.
+    Labels are the response tokens, including the end token, and -100 elsewhere. The end token is
+    the end of turn that the chat template writes. If the template writes none, it is the
+    tokenizer's EOS. A row is too long if its first prompt is longer than ``max_prompt_length``, or
+    if no label is left after the cut to ``max_length``.
 
     Args:
         row: A row of ``read_rows``.
         tokenizer: A tokenizer with an EOS token.
-        prompt_style: How an instruction becomes a prompt. ``"alpaca"`` inserts it into the
-            Stanford Alpaca text. ``"chat"`` renders it as a user message with the tokenizer's chat
-            template. Both styles leave ``prompt`` unchanged and render ``messages`` with the
-            template. Every assistant turn is trained on.
+        prompt_style: The format of a prompt from an instruction. ``"alpaca"`` inserts the
+            instruction into the Stanford Alpaca text. ``"chat"`` renders it as a user message with
+            the tokenizer's chat template. Both styles leave ``prompt`` unchanged and render
+            ``messages`` with the template. Every assistant turn is trained on.
         max_length: Maximum number of tokens; longer examples are truncated.
         max_prompt_length: Maximum number of tokens before the first response.
 
     Raises:
-        ValueError: A value is out of range, the tokenizer has no EOS, or its chat template is
+        ValueError: A value is out of range, the tokenizer has no EOS token, or its chat template is
             missing or rejects the messages.
     """
     check_count("max_length", max_length, 2)
@@ -62,7 +63,7 @@ def encode(
 
 
 def _whole(row: Row, tokenizer: Any, prompt_style: str, max_prompt_length: int) -> Example | None:
-    """Return a row's example of any length, or None if its first prompt is too long."""
+    """Return the whole example of a row, or None if its first prompt is too long."""
     _check_prompt(prompt_style, max_prompt_length)
     turns = _turns(row, tokenizer, prompt_style)
     if len(turns[0][0]) > max_prompt_length:
@@ -75,7 +76,7 @@ def _whole(row: Row, tokenizer: Any, prompt_style: str, max_prompt_length: int) 
 
 
 def _cut(whole: Example, max_length: int) -> Example | None:
-    """Return the first tokens of an example, or None if no label is among them."""
+    """Return the first ``max_length`` tokens of an example, or None if none of them has a label."""
     example = {name: ids[:max_length] for name, ids in whole.items()}
     return example if set(example["labels"]) - {IGNORE_INDEX} else None
 
@@ -83,7 +84,10 @@ def _cut(whole: Example, max_length: int) -> Example | None:
 def prompt_ids(
     row: Row, tokenizer: Any, *, prompt_style: str, max_prompt_length: int
 ) -> list[int] | None:
-    """Return the tokens that ``encode`` puts before the last response, or None if too many."""
+    """Return the tokens that ``encode`` puts before the last response.
+
+    Return None if there are more than ``max_prompt_length``.
+    """
     _check_prompt(prompt_style, max_prompt_length)
     *earlier, (prompt, _) = _turns(row, tokenizer, prompt_style)
     ids = [i for turn in earlier for part in turn for i in part] + prompt
@@ -119,15 +123,15 @@ def _alpaca(row: Row) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False silences a warning about long texts: they are truncated or dropped later.
+    # verbose=False silences a warning about long texts, which are truncated or dropped later.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _further_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the tokens of a text behind other text.
+    """Return the tokens of a text that follows other text.
 
-    SentencePiece tokenizers write a space before every text that they are given alone. Here the
-    text follows a character whose tokens are cut off again.
+    SentencePiece tokenizers write a space before a text that is tokenised alone. So the text is
+    tokenised behind a character, and the tokens of the character are removed.
     """
     if not any(ids not in (None, _ids(tokenizer, "a")) for ids in _behind(tokenizer, "a")):
         return _ids(tokenizer, text)
@@ -135,27 +139,27 @@ def _further_ids(tokenizer: Any, text: str) -> list[int]:
         if ids is not None:
             return ids
     raise ValueError(
-        f"the tokenizer adds a space before {text[:40]!r}, which cannot be taken away: use another"
+        f"the tokenizer adds a space before {text[:40]!r} that cannot be removed: use another"
         " tokenizer, or pass data with input_ids and labels"
     )
 
 
 def _behind(tokenizer: Any, text: str) -> Iterator[list[int] | None]:
-    """Return the tokens of ``text`` behind characters, or None where they share a token."""
+    """Yield the tokens of ``text`` behind each of two characters, or None if they share a token."""
     for character in ("\n", "."):
         before, whole = _ids(tokenizer, character), _ids(tokenizer, character + text)
         yield whole[len(before) :] if whole[: len(before)] == before else None
 
 
 def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Prepend BOS to ``ids`` if the tokenizer adds BOS to a sample text."""
+    """Prepend BOS to ``ids`` if the tokenizer adds BOS to texts."""
     bos, letter = tokenizer.bos_token_id, _ids(tokenizer, "a")
     writes = bos is not None and tokenizer("a")["input_ids"][: 1 + len(letter)] == [bos, *letter]
     return [bos, *ids] if writes and ids[:1] != [bos] else ids
 
 
 def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
-    """Return the tokens of a response, plus EOS unless the text ends in one of ``ends``."""
+    """Return the tokens of a response, and EOS unless the text ends with one of ``ends``."""
     ids = _further_ids(tokenizer, response)
     return ids + [tokenizer.eos_token_id] * (not response.endswith(ends))
 
@@ -177,8 +181,8 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
         if not prompt.startswith(done) or not whole.startswith(prompt):
             raise ValueError(
                 f"line {row.line}: the tokenizer's chat template changes the text before"
-                f" messages[{i}] when later messages are added: use a tokenizer whose template only"
-                " appends, or end the conversation after its first assistant turn"
+                f" messages[{i}] when later messages are added. Use a tokenizer whose template only"
+                " appends text, or end the conversation after its first assistant turn"
             )
         response = whole[len(prompt) :].rstrip()
         tokenise = _further_ids if done else _ids
@@ -220,9 +224,10 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Encoded rows; ``example_id`` is the position.
+    """Encoded rows. The ``example_id`` of an example is its position.
 
-    ``dropped`` rows were omitted, and ``cut`` rows lost tokens that would have been labelled.
+    ``dropped`` is the number of rows that were left out. ``cut`` is the number of rows that lost
+    tokens with a label.
     """
 
     def __init__(self, examples: Sequence[Example], dropped: int, cut: int = 0) -> None:
@@ -243,7 +248,7 @@ class Examples(Dataset[dict[str, Any]]):
         learnt = len(labels) - labels.count(IGNORE_INDEX)
         return (
             f"{len(self) + self.dropped} rows, {self.dropped} dropped as too long, {self.cut}"
-            f" with responses cut at max_length; {len(labels)} tokens, {learnt} of them labelled"
+            f" with responses cut at max_length; {len(labels)} tokens, {learnt} with a label"
         )
 
 
@@ -256,10 +261,12 @@ def load_examples(
     max_prompt_length: int = 256,
     progress: bool = True,
 ) -> Examples:
-    """Read and encode a file (see ``read_rows`` and ``encode``); drop rows that are too long.
+    """Read and encode a file. Rows that are too long are left out.
+
+    See ``read_rows`` for the formats, and ``encode`` for the options.
 
     Raises:
-        ValueError: ``read_rows`` or ``encode`` raises it, or every row is too long.
+        ValueError: ``read_rows`` or ``encode`` fails, or every row is too long.
     """
     rows = read_rows(path)
     bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files

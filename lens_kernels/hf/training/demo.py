@@ -1,4 +1,7 @@
-"""A short real distillation: SmolLM2-135M into 20 of its 30 blocks, on Python's help topics."""
+"""The demo: a short distillation of SmolLM2-135M into 20 of its 30 blocks.
+
+The text is Python's help topics.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ PROMPT = "The import statement is used to"
 
 
 class _QuietProgress(ProgressCallback):
-    """The Trainer's progress bar, which shows the loss instead of one log line per step."""
+    """The Trainer's progress bar, with the loss in it instead of one log line per step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Show the loss."""
@@ -40,7 +43,7 @@ class _QuietProgress(ProgressCallback):
 def texts() -> tuple[str, str]:
     """Return training text and held-out text from the help topics of the standard library.
 
-    Topics repeat each other, so the held-out text excludes paragraphs of the training text.
+    Topics share paragraphs, so the held-out text leaves out those of the training text.
     """
     from pydoc_data.topics import topics
 
@@ -54,7 +57,7 @@ def texts() -> tuple[str, str]:
 
 
 def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
-    """Split the text into full blocks of tokens; every token is a label."""
+    """Split the text into full blocks of tokens. Every token is a label."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     return [{"input_ids": x, "labels": x} for x in ids[: len(ids) // BLOCK * BLOCK].split(BLOCK)]
 
@@ -67,7 +70,7 @@ def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, 
 
 
 def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], None]) -> bool:
-    """Distil, evaluate and save; return whether every row of the table improved."""
+    """Distil, evaluate and save. Return whether every score in the table improved."""
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     set_seed(seed)

@@ -1,4 +1,4 @@
-"""Read instruction data from JSON lines and check every line."""
+"""Read instruction data from a JSON Lines file, and check every line."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-FORMATS = ("instruction and output", "prompt and completion", "messages")  # keys of a line
+# The formats of a line, named by the keys that it must have.
+FORMATS = ("instruction and output", "prompt and completion", "messages")
 SHOWN = 10  # maximum number of bad lines in one error message
 
 Messages = list[dict[str, str]]
@@ -19,7 +20,8 @@ Messages = list[dict[str, str]]
 class Row:
     """A line of data. Only one of ``instruction``, ``prompt`` and ``messages`` is set.
 
-    Training uses the first of ``references``. A conversation has one: its last assistant turn.
+    Training uses the first of ``references``. A conversation has one reference, its last assistant
+    turn.
     """
 
     line: int
@@ -31,7 +33,7 @@ class Row:
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """Read JSON lines. All lines must have the same format; other keys are ignored.
+    """Read JSON lines. All lines must have the same format. Other keys are ignored.
 
     The formats are: ``instruction``, ``input`` (optional) and ``output``; ``prompt`` and
     ``completion``; ``messages``, each with ``role`` and ``content``. ``output`` and ``completion``
@@ -55,7 +57,8 @@ def read_rows(path: str | Path) -> list[Row]:
                 file_format = file_format or found
                 if found != file_format:
                     raise ValueError(
-                        f"{found!r} in a file of {file_format!r}: expected one format per file"
+                        f"the keys {found!r} in a file with the keys {file_format!r}: expected one"
+                        " format per file"
                     )
                 rows.append(_row(number, record, found))
             except ValueError as error:
@@ -83,7 +86,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} is there twice: keep one of them")
+        raise ValueError(f"the key {twice!r} occurs twice: keep one of them")
     return record
 
 
@@ -93,7 +96,7 @@ def _format(record: Any) -> str:
     found = [keys for keys in FORMATS if record.keys() >= set(keys.split(" and "))]
     if len(found) != 1:
         expected = ", or ".join(FORMATS)
-        raise ValueError(f"keys {sorted(record)}: expected {expected}, and only one of them")
+        raise ValueError(f"got the keys {sorted(record)}: expected only one of: {expected}")
     return found[0]
 
 

@@ -1,4 +1,4 @@
-"""Means over tokens and training speed, accumulated without device synchronisation."""
+"""Means over tokens, and training speed. Both are accumulated without waiting for the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Meter:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def means(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> dict[str, float]:
-        """Return the means in nats per token and reset; ``reduce`` sums over processes."""
+        """Return the means in nats per token, and reset. ``reduce`` sums over processes."""
         if not self._sums:
             return {}
         values = reduce(torch.stack([x.double() for x in self._sums.values()])).tolist()
@@ -40,7 +40,7 @@ class Meter:
 
 
 class Speed:
-    """Tokens per second since the last ``read``; pauses do not count."""
+    """Tokens per second since the last ``read``, without pauses."""
 
     def __init__(self) -> None:
         self.restart()
@@ -81,5 +81,5 @@ def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) 
     student.train(training)
     means = meter.means()
     if not means:
-        raise ValueError("cannot evaluate: the batches have no labelled token")
+        raise ValueError("the batches hold no label, so there is nothing to evaluate: add labels")
     return means

@@ -1,4 +1,4 @@
-"""The DistillLens objective: compares student and teacher on a batch of tokens."""
+"""The DistillLens objective of a batch of tokens: a comparison of student and teacher."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lens_kernels.options import DistillationOptions
 
 PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE matrices
 
-ENTROPY_STRIDE = 16  # entropies use every 16th token: about 3 % of the loss's cost
+ENTROPY_STRIDE = 16  # entropies use every 16th token, which costs about 3 % of the loss
 
 
 @dataclass(frozen=True)
 class Outcome:
     """The objective on one batch.
 
-    ``loss`` is differentiable. ``sums`` holds detached sums over the ``num_tokens`` labelled
-    tokens: ``loss`` and its unweighted terms ``ce``, ``kd``, ``lens``,
-    ``lens_<student depth>`` and ``mse``. ``entropy_student_<depth>`` and
-    ``entropy_teacher_<depth>`` estimate the entropies at each compared depth and at ``final``.
-    In training with ``grad_threshold``, the mean of ``dropped`` is the skipped gradient share.
+    ``loss`` is differentiable. ``sums`` holds detached sums over the ``num_tokens`` tokens with a
+    label: ``loss`` and its unweighted terms ``ce``, ``kd``, ``lens``, ``lens_<student depth>`` and
+    ``mse``. ``entropy_student_<depth>`` and ``entropy_teacher_<depth>`` estimate the entropies at
+    each lens depth and at ``final``. In training with ``grad_threshold``, the mean of ``dropped``
+    is the share of the gradient that was left out.
     """
 
     loss: Tensor
@@ -44,23 +44,23 @@ class Outcome:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the sums as means over the labelled tokens of this batch, as Python numbers."""
+        """Return the sums as means over the labels of this batch, as Python numbers."""
         sums = torch.stack([x.double() for x in self.sums.values()])
         return dict(zip(self.sums, (sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
 
 
 class LensObjective(nn.Module):
-    """Runs student and teacher on a batch and compares their hidden states.
+    """Runs student and teacher on a batch, and compares their hidden states.
 
     The objective is a module that contains the student and ``projections``, so that optimizers,
-    wrappers and checkpoints find their parameters. They do not find the teacher's. The teacher
-    is frozen, set to evaluation mode, and follows the batch to its device.
+    wrappers and checkpoints find their parameters, but not those of the teacher. The teacher is
+    frozen and set to evaluation mode. It is moved to the device of the batch.
 
-    The models' own heads never run, so no full logits are stored. ``student_layers[i]`` is
-    compared with ``teacher_layers[i]``, through each model's final norm unless ``lens_norm`` is
-    False. ``options`` are passed to ``distillation_loss``. ``mse_coeff`` adds the mean square of
-    ``P h_teacher - h_student``, with a learnt matrix ``P`` for each pair in ``projections``.
-    Labels follow Hugging Face: they are aligned with the input and shifted here.
+    The heads inside the models do not run, so no full logits are stored. ``student_layers[i]`` is
+    compared with ``teacher_layers[i]``. The lens applies each model's final norm unless
+    ``lens_norm`` is False. ``options`` are passed to ``distillation_loss``. ``mse_coeff`` adds the
+    mean square of ``P h_teacher - h_student``, with a learnt matrix ``P`` in ``projections`` for
+    each pair. As in Hugging Face models, labels are aligned with the input, and shifted here.
 
     Raises:
         ValueError: The layers do not pair up or do not exist, or an option is out of range.
@@ -142,8 +142,8 @@ class LensObjective(nn.Module):
         """Return the objective of a batch of ``input_ids``, ``labels`` and other model inputs.
 
         ``student_call`` is the student inside its distributed wrapper, and is called instead of
-        the student. With ``cache``, the teacher's states of the batch's ``example_id`` are read
-        from the cache.
+        the student. With ``cache``, the teacher's hidden states are read from the cache, for the
+        ``example_id`` in the batch.
         """
         check_batch(inputs)
         inputs = dict(inputs)
@@ -180,7 +180,7 @@ class LensObjective(nn.Module):
 
     @torch.no_grad()
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
-        """Return the teacher's states at the flat positions ``counted``, final states last."""
+        """Return the teacher's states at the flat positions ``counted``. The last are the final."""
         assert self.teacher is not None
         device = inputs["input_ids"].device
         if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:
@@ -201,7 +201,7 @@ class LensObjective(nn.Module):
                 delattr(holder, PROJECTIONS)
 
     def release_teacher(self) -> None:
-        """Drop the teacher except its head, once all its states are cached."""
+        """Drop the teacher except its head. Call this when all its states are in the cache."""
         self._teacher_head = lens_head_from(self.teacher)
         self._teacher = (None,)
 
@@ -222,7 +222,7 @@ class LensObjective(nn.Module):
         labels: Tensor,
         denominator: Tensor | float | None,
     ) -> Outcome:
-        # Skip the lenses if their weight is 0.
+        # The lenses are left out if their weight is 0.
         weight = self.options.kd_ratio * self.options.lens_coeff
         lenses = len(self.student_layers) if weight else 0
         output = distillation_loss(
@@ -236,7 +236,7 @@ class LensObjective(nn.Module):
             **vars(self.options),
         )
         tokens = torch.as_tensor(output.num_tokens if denominator is None else denominator)
-        tokens = torch.where(tokens == 0, 1, tokens)  # avoids 0 / 0, as in distillation_loss
+        tokens = torch.where(tokens == 0, 1, tokens)  # prevents 0 / 0, as in distillation_loss
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
             mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
@@ -278,7 +278,8 @@ class LensObjective(nn.Module):
         if len(rows["final"]) != len(counted):
             raise ValueError(
                 f"the teacher cache has {len(rows['final'])} tokens for this batch, expected"
-                f" {len(counted)}: example_id must name the examples of the batch"
+                f" {len(counted)}: example_id must hold the positions of the batch's examples in"
+                " the dataset"
             )
         weight = self._whole_teacher_head().weight
         return [rows[name].to(weight.device, weight.dtype) for name in names]
@@ -290,7 +291,7 @@ class LensObjective(nn.Module):
         matrices = nn.ModuleList(
             nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
         )
-        # Not in float16: Adam cannot train float16 weights.
+        # The matrices are never in float16, because Adam cannot train float16 weights.
         dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
         return matrices.to(student.device, dtype)
 
@@ -309,14 +310,14 @@ def _check_own_loss(student: Any) -> None:
     config = student.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(
-            "the student's config has output_router_logits=True, which adds a router loss to its"
-            " own loss, but distillation adds none: set model.config.output_router_logits = False"
-            " to train without it"
+            "the student's config has output_router_logits=True, which adds a router loss, but"
+            " distillation has no router loss: set model.config.output_router_logits = False to"
+            " train without it"
         )
 
 
 def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Make ``compare`` run in the head's forward call if FSDP shards the head separately.
+    """Run ``compare`` inside the head's forward call if FSDP shards the head separately.
 
     FSDP gathers the whole weight only during that call.
     """

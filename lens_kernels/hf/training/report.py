@@ -57,7 +57,8 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
     ):
         points = [(entry["step"], entry[key]) for entry in steps if key in entry]
         axes.plot(*zip(*points, strict=True), color=colour, label=label)
-    if axes.dataLim.minposy < math.inf:  # all losses are 0 if the student equals its teacher
+    # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values.
+    if axes.dataLim.minposy < math.inf:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
@@ -71,7 +72,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
 
 
 def table(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Return a text table of name, value before and value after."""
+    """Return a text table with a row for each score: its name, and its value before and after."""
     heading = "held-out text, nats per token"
     width = max(len(heading), *(len(name) for name, _, _ in rows))
     lines = [f"{heading:<{width}}   {'before':>8}   {'after':>8}"]

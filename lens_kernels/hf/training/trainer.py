@@ -1,4 +1,4 @@
-"""Distillation with transformers' Trainer; this subclass replaces the loss."""
+"""Distillation with transformers' Trainer: a subclass that replaces the loss."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 
 class LensDistillTrainer(compat.TrainerHooks, Trainer):
-    """Trains ``model`` to agree with ``teacher`` in its output and through its lenses.
+    """Trains the student ``model`` to agree with ``teacher`` in its output and through its lenses.
 
-    Both are models, or folders for ``load_model``: the student is loaded in float32, the teacher
-    in its saved dtype. Datasets hold ``input_ids`` and ``labels``, which are -100 for tokens that
-    are not trained on. The logs contain the terms of the objective in nats per token over all
-    processes (see ``Outcome``), and ``tokens_per_second``. With ``teacher_cache``, the teacher
-    runs once over each dataset, before training.
+    Both are models, or folders for ``load_model``. From a folder the student is loaded in float32,
+    the teacher in its saved dtype. Datasets hold ``input_ids`` and ``labels``. Labels are -100 for
+    tokens that are not trained on. The logs contain the terms of the objective in nats per token
+    over all processes (see ``Outcome``), and ``tokens_per_second``. With ``teacher_cache``, the
+    teacher runs once over each dataset, before training.
 
     Raises:
-        ValueError: ``kd_ratio`` is positive without a teacher; layers, models or vocabularies do
-            not match; the teacher cache is stale or damaged.
+        ValueError: ``kd_ratio`` is positive without a teacher, or layers, models or vocabularies do
+            not match, or the teacher cache is stale or damaged.
         TypeError: Trainable weights are in float16.
         RuntimeError: The parallelism is unsupported: DataParallel, ZeRO-3, or MSE with sharded
             checkpoints.
@@ -77,7 +77,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             check_teacher(model, teacher, args)
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None:
-            # Padding is masked, so without a tokenizer any id works.
+            # Without a tokenizer the padding id is 0. Any id works, because padding is masked.
             trainer["data_collator"] = Collator(0 if tokenizer is None else padding_id(tokenizer))
         models = [model] if teacher is None else [model, teacher]
         for name in ("train_dataset", "eval_dataset"):
@@ -86,9 +86,10 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if args.teacher_cache and trainer.get(name) is not None:
                 trainer[name] = _numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)
-        # Makes the Trainer pass num_items_in_batch, the tokens of all accumulated batches.
+        # With this attribute the Trainer passes num_items_in_batch, the number of tokens of all
+        # accumulated batches.
         self.model_accepts_loss_kwargs = True
-        # Number of processes whose tokens are in one denominator.
+        # The number of processes whose tokens num_items_in_batch counts.
         self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         self._meter, self._eval_meter = Meter(), Meter()
         self._speed = Speed()
@@ -98,10 +99,10 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self.objective: LensObjective | None = None
         if teacher is not None:
             check_shards(self.accelerator.state, args)
-            # Under FSDP, accelerate moves no model to the device, because it expects to shard it.
+            # Under FSDP, accelerate does not move the teacher to the device.
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
-            # After super(), which sets the seed: the MSE matrices start at random values.
+            # This comes after super(), which sets the seed, because the MSE matrices are random.
             self.objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
@@ -109,7 +110,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 self._fill_caches(Path(args.teacher_cache))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, with fresh meters."""
+        """Train as the Trainer does, and start new means for the logs."""
         self._meter = Meter()
         self._speed.restart()
         compat.forget_preparation(self.model)
@@ -119,8 +120,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             result = super().train(*args, **kwargs)
         if self._labelled is not None and not self._sum_over_processes(self._labelled):
             raise ValueError(
-                "no step had a labelled token, so nothing was learnt: label the tokens of the"
-                f" responses, and others {IGNORE_INDEX}"
+                "no step had a token with a label, so nothing was learnt: set the labels of the"
+                f" response tokens to their ids, and all other labels to {IGNORE_INDEX}"
             )
         model: Any = self.model
         check_weights(dict(model.named_parameters()), self._trained())
@@ -145,9 +146,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return the batches of a step and their number of labelled tokens."""
-        # The Trainer checks for the last step only after a step. Without this check, a run that
-        # resumes at its end within an epoch would take one extra step.
+        """Return the batches of a step, and the number of their tokens with a label."""
+        # The Trainer looks for the end of training only after a step. Without this check, a run
+        # that resumes after its last step, within an epoch, would take one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
@@ -179,17 +180,17 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean terms of the objective since the last log, and the speed."""
+        """Add to ``logs`` the mean terms of the objective since the last log, and the speed."""
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
             loss = means.pop("loss", 0.0)
             # In float16, the scaler skips steps that overflow.
             if not math.isfinite(loss) and self.accelerator.mixed_precision != "fp16":
                 raise ValueError(
-                    f"the loss is {loss} at step {self.state.global_step}, so training cannot go"
-                    " on: lower learning_rate, or check the weights of model and teacher"
+                    f"the loss is {loss} at step {self.state.global_step}, so training cannot"
+                    " continue: lower learning_rate, or check the weights of model and teacher"
                 )
-            # The Trainer's own loss, a mean over steps, stays in the log.
+            # The entry "loss" remains the Trainer's, which is a mean over steps.
             logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
         super().log(logs, *args, **kwargs)
 
@@ -204,7 +205,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return output._replace(metrics={**(output.metrics or {}), **parts})
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Evaluate a batch without the rows that only pad it to full size."""
+        """Evaluate a batch without the repeated rows that fill it to full size."""
         return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -220,8 +221,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _check_cached(self, own: bool) -> None:
         if self._caches and not own:
             raise ValueError(
-                "with teacher_cache, only the trainer's own eval_dataset has teacher states: give"
-                " the data as eval_dataset when the trainer is created"
+                "with teacher_cache, teacher states exist only for the trainer's own eval_dataset:"
+                " pass the data as eval_dataset when you create the trainer"
             )
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -244,13 +245,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     ) -> Any:
         check_batch(inputs)
         if items is not None:
-            items = torch.as_tensor(items).clamp(min=1)  # avoids 0 / 0 without tokens
-        # Copy the inputs: label smoothing removes the labels from them.
+            items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0 without tokens
+        # The inputs are copied, because label smoothing removes the labels from them.
         result: Any = super().compute_loss(model, dict(inputs), return_outputs, items)
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
-        total = torch.where(count == 0, 0.0, total)  # some versions divide by 0 tokens
+        total = torch.where(count == 0, 0.0, total)  # some versions of transformers divide by 0
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 
@@ -303,8 +304,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 self.args.teacher_cache_dtype,
                 self.accelerator.mixed_precision,
             )
-            # Rank 0 builds the cache first, then the first process of each node: it only opens
-            # the cache if the nodes share a disk. The other processes follow.
+            # Rank 0 builds the cache first. Then the first process of each node builds it, or only
+            # opens it if the nodes share a disk. Then all other processes open it.
             first, desc = self.args.main_process_first, f"caching the teacher's states, {name}"
             with first(local=False, desc=desc), first(desc=desc):
                 self._caches[name] = TeacherCache.open_or_build(
@@ -346,7 +347,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
 
 def _without_first_label(batch: Any) -> Any:
-    """Return the batch with its first labels set to -100; no loss uses them."""
+    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
     if "labels" not in batch:
         return batch
     labels = batch["labels"].clone()
@@ -364,7 +365,7 @@ def _numbered(name: str, dataset: Any) -> _Numbered:
 
 
 class _Numbered(Dataset):
-    """A dataset that adds each example's position as ``example_id``."""
+    """A dataset that adds ``example_id``, the position of the example in the dataset."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset

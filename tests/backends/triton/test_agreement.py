@@ -40,6 +40,6 @@ def test_a_wrong_result_is_named(monkeypatch, wrong):
 
     monkeypatch.setattr(agreement, "evaluate", faulty)
     head = "plain heads" if wrong in ("rows", 0, "weight") else "a head with bias, norm"
-    message = f"disagree .*: tvd of {head}.*float32: its results are off by 1.0e-02"
+    message = f"disagree .*: tvd of {head}.*float32: the results are off by 1.0e-02"
     with pytest.raises(RuntimeError, match=message):
         agreement.check(*SIZES, torch.float32, CPU)

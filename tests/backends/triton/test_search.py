@@ -155,7 +155,7 @@ def test_the_default_tile_may_be_rejected_too(tune, monkeypatch):
     instead(monkeypatch, "row_stats", {BROKEN[3]: raising(error)})
     outcome = tune(FAST)[0]
     assert outcome.best == FAST and outcome.row()[2:4] == (str(BROKEN[3]), "rejected")
-    with pytest.raises(RuntimeError, match="no tile of row_stats runs here.*shared memory"):
+    with pytest.raises(RuntimeError, match="no tile for the sweep row_stats runs.*shared memory"):
         tune()
 
 
@@ -178,12 +178,12 @@ def test_tiles_with_other_results_do_not_win(tune, monkeypatch):
     for outcome in tune(*wrong, FAST):
         assert outcome.best == FAST
         for tile in wrong:
-            assert "its results are off by" in outcome.rejected[tile]
+            assert "the results are off by" in outcome.rejected[tile]
 
 
 def test_a_tile_that_writes_nothing_is_rejected(tune, monkeypatch):
     instead(monkeypatch, "gradient_chunk", {FAST: lambda original, *args: None})
-    assert tune(FAST)[-1].rejected == {FAST: "its results are off by nan of the largest"}
+    assert tune(FAST)[-1].rejected == {FAST: "the results are off by nan of the largest result"}
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -255,4 +255,4 @@ def test_a_read_only_folder_is_reported_before_the_search(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert cli.main(COMMAND) == 1
-    assert "results cannot be stored: " in capsys.readouterr().err and not compared
+    assert "cannot store the results: " in capsys.readouterr().err and not compared

@@ -169,7 +169,7 @@ def test_build_refuses_bad_results_of_run_teacher(tmp_path, model, change, match
         ({"shard_examples": 0}, "shard_examples must be at least 1, got 0"),
         ({"shard_bytes": -1}, "shard_bytes must be at least 1, got -1"),
         ({"examples": []}, "examples is empty: pass at least one"),
-        ({"examples": EXAMPLES[:1]}, "examples are not those of key: make the key"),
+        ({"examples": EXAMPLES[:1]}, "examples do not match key: make the key"),
     ],
 )
 def test_build_refuses_bad_arguments(tmp_path, model, options, match):

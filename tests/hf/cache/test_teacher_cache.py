@@ -270,7 +270,7 @@ def test_no_file_that_a_manifest_names_is_touched(own, key, model, examples, nam
     shard = {"file": str(outside) if name == "{outside}" else name, "checksum": None, "size": None}
     craft(own, lambda fields: fields["shards"][0].update(shard))
     before = files(own)
-    with pytest.raises(ValueError, match=r"refused: manifest\.json describes other files"):
+    with pytest.raises(ValueError, match=r"refused: manifest\.json does not describe the files"):
         TeacherCache.open(own, key) if open_it else build(own, key, examples, Teacher(model))
     assert outside.read_text() == "mine" and files(own) == before
 

@@ -238,9 +238,9 @@ def test_invalid_families_are_refused(table, field, value, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"blocks": "model.h"}, ValueError, r"no module 'model\.h', which its Family\.blocks name"),
+        ({"blocks": "model.h"}, ValueError, r"no module 'model\.h', as Family\.blocks says"),
         ({"blocks": "model"}, TypeError, r"'model' of Llama.* must be the nn\.ModuleList .*LlamaM"),
-        ({"softcap": "cap"}, ValueError, "config of LlamaForCausalLM has no 'cap'"),
+        ({"softcap": "cap"}, ValueError, "config of LlamaForCausalLM has no entry 'cap'"),
     ],
     ids=str,
 )
@@ -254,7 +254,10 @@ def test_a_family_that_does_not_fit_the_model_is_refused(table, change, error, m
     ("options", "message"),
     [
         ({"do_layer_norm_before": False}, "OPTForCausalLM has no module .*no final norm"),
-        ({"word_embed_proj_dim": 8}, "has width 16, its head 8: a projection.*word_embed_proj"),
+        (
+            {"word_embed_proj_dim": 8},
+            "has width 16, its head 8: .* projection.*word_embed_proj",
+        ),
     ],
 )
 def test_opt_variants_without_a_lens_are_refused(options, message):

@@ -172,7 +172,10 @@ def test_an_adapter_with_more_tokens_needs_their_embeddings(files, adapter):
     ("change", "words"),
     [
         ({"task_type": "SEQ_CLS"}, ["task_type must be CAUSAL_LM, got"]),
-        ({"base_model_name_or_path": ""}, ["names no base_model_name_or_path", "Save it"]),
+        (
+            {"base_model_name_or_path": ""},
+            ["has no base_model_name_or_path", "Save the base model"],
+        ),
     ],
 )
 def test_an_adapter_of_something_else_is_refused(adapter, change, words):

@@ -93,7 +93,7 @@ def test_an_adapter_can_be_the_student_and_the_teacher(files, tmp_path, capsys):
     assert moved and all("lora_" in name for name in moved)
     assert cli.main(arguments(files, tmp_path / "taught", teacher=tmp_path / "one")) == 0
     assert cli.main(arguments(files, tmp_path / "three", lora_r=2, **again)) == 1
-    assert "lora_r=2 would put a second adapter on" in capsys.readouterr().err
+    assert "lora_r=2 would add a second adapter to" in capsys.readouterr().err
 
 
 def test_command_line_options_override_the_file(files, tmp_path):

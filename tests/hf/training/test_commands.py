@@ -118,7 +118,7 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--seeds", "1", "1"], "seeds must hold at least one, all different"),
+        (["--seeds", "1", "1"], "seeds must hold at least one seed, all different"),
         (["--model-path", "none"], "the tokenizer 'none' cannot be read"),
         (["--data-path", "none.jsonl"], "none.jsonl"),
         (["--output", __file__], "exists"),

@@ -105,12 +105,18 @@ def test_read_rows_reads_each_format(write):
     [
         (b'{"prompt": "a",}', r"not JSON at column 1\d \(.*\): expected one object per line"),
         (b'{"prompt": "\xff"}', "byte 13 is not UTF-8: save the file as UTF-8"),
-        (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "key 'prompt' is there twice: keep"),
-        (b'{"messages": [{"role": "user", "role": "x"}]}', "the key 'role' is there twice: keep"),
+        (b'{"prompt": "a", "prompt": "b", "completion": "c"}', "key 'prompt' occurs twice: keep"),
+        (b'{"messages": [{"role": "user", "role": "x"}]}', "the key 'role' occurs twice: keep"),
         ([1], "a list: expected a JSON object"),
-        ({"instruction": "a"}, r"keys \['instruction'\]: expected instruction and output, or"),
-        ({**INSTRUCTION, "messages": TALK}, "or messages, and only one of them"),
-        ({"prompt": "a", "completion": "b"}, "'prompt and completion' in a file of 'instruction"),
+        (
+            {"instruction": "a"},
+            r"keys \['instruction'\]: expected only one of: instruction and output, or",
+        ),
+        ({**INSTRUCTION, "messages": TALK}, "expected only one of: .* or messages"),
+        (
+            {"prompt": "a", "completion": "b"},
+            "'prompt and completion' in a file with the keys 'inst",
+        ),
         ({**INSTRUCTION, "instruction": 3}, "instruction is a int: expected a string"),
         ({**INSTRUCTION, "instruction": " "}, "instruction is empty: expected text"),
         ({**INSTRUCTION, "input": None}, "input is a NoneType: expected a string"),
@@ -310,7 +316,7 @@ def test_load_examples_reads_a_file(write, monkeypatch):
     assert [x["example_id"] for x in examples] == [0, 1] and examples[-1]["example_id"] == 1
     assert examples[1]["labels"] == [-100, -100, *examples[1]["input_ids"][2:]]
     told = "3 rows, 1 dropped as too long, 0 with responses cut at max_length;"
-    assert examples.summary() == f"{told} 7 tokens, 4 of them labelled"
+    assert examples.summary() == f"{told} 7 tokens, 4 with a label"
     load_examples(path, tokenizer)
     assert bars == [True, False]
     with pytest.raises(ValueError, match="all 1 rows of .*jsonl are too long .* 4 and max_length"):
@@ -398,10 +404,10 @@ def test_collator_masks_by_length():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": [1, 2]}, r"labels of example 1 .* \(2,\), and input_ids \(3,\): give one"),
-        ({"attention_mask": [1] * 4}, r"attention_mask of example 1 .* \(4,\), and input_ids"),
+        ({"labels": [1, 2]}, r"labels of example 1 .* \(2,\), but input_ids has \(3,\): give"),
+        ({"attention_mask": [1] * 4}, r"attention_mask of example 1 .* \(4,\), but input_ids"),
         ({"input_ids": [[5, 6, 7]]}, r"input_ids of example 1 .* \(1, 3\).* in one dimension"),
-        ({"position_ids": [0, 1, 2]}, r"example 1 .* columns .*'position_ids'\], and example 0"),
+        ({"position_ids": [0, 1, 2]}, r"example 1 .* columns .*'position_ids'\], but example 0"),
         ({"idx": 3}, "example 1 of a batch has the column 'idx': expected some of attention_mask"),
     ],
 )

@@ -63,7 +63,7 @@ def test_evaluate_weighs_batches_by_their_tokens():
     whole, split = evaluate(goal, [whole]), evaluate(goal, split)
     for key in ("loss", "ce", "kd", "lens", "lens_1", "lens_2"):
         assert split[key] == pytest.approx(whole[key], rel=1e-5), key
-    with pytest.raises(ValueError, match="no labelled token"):
+    with pytest.raises(ValueError, match="the batches hold no label"):
         evaluate(goal, [])
 
 
@@ -110,7 +110,7 @@ def test_masks_and_positions_of_the_data_reach_the_models():
 @pytest.mark.parametrize("fine_tune", [False, True])
 def test_labels_of_another_width_are_refused(tmp_path, fine_tune):
     ids = tokens(batch=2, length=5)
-    message = r"labels have shape \(2, 4\), and input_ids \(2, 5\): give one label per token"
+    message = r"labels have shape \(2, 4\), but input_ids have \(2, 5\): give one label per token"
     batch = {"input_ids": ids, "labels": ids[:, 1:]}
     options = {"teacher": False, "kd_ratio": 0.0} if fine_tune else {}
     trainer = make_trainer(tmp_path, **options)

@@ -111,7 +111,7 @@ def test_projections_are_trained_with_an_adapter(tmp_path, dtype):
 
 def test_training_float16_weights_is_refused(tmp_path):
     student = tiny.model(**STUDENT).to(torch.float16)
-    message = r"model has 30 parameters to train in float16, model\.embed_tokens\.weight the first"
+    message = r"model has 30 trainable parameters in float16, such as model\.embed_tokens\.weight"
     for options in ({}, {"teacher": False, "kd_ratio": 0.0}):
         with pytest.raises(TypeError, match=message):
             make_trainer(tmp_path, student=student, **options)

@@ -164,4 +164,4 @@ def test_a_key_that_is_twice_in_a_file_is_refused(files, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.parse(arguments(files, tmp_path / "out", config=config)[1:])
         shown = capsys.readouterr().err
-        assert f"{config} is not YAML: line 3: the key 'beta' is there twice" in shown
+        assert f"{config} is not YAML: line 3: the key 'beta' occurs twice" in shown

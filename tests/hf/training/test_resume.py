@@ -61,7 +61,7 @@ def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, cap
     )
     capsys.readouterr()
     assert cli.main(argv) == 0
-    assert ("it is complete: delete" in capsys.readouterr().out) == finished
+    assert ("is already complete: delete" in capsys.readouterr().out) == finished
     again = weights(tmp_path)
     assert all(torch.equal(end[name], again[name]) for name in end)
     loss = json.loads((tmp_path / "metrics.json").read_text())["eval_loss"]

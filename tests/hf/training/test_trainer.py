@@ -197,7 +197,7 @@ def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
 def test_models_that_share_parameters_are_refused(tmp_path):
     student = tiny.model(layers=4, seed=1)
     for teacher in (student, copy.copy(student)):  # a shallow copy shares all weights
-        with pytest.raises(ValueError, match=r"share 39 parameters, model\.embed_tokens\.weight"):
+        with pytest.raises(ValueError, match=r"share 39 parameters, such as model\.embed_tokens"):
             make_trainer(tmp_path, student=student, teacher=teacher)
         assert all(x.requires_grad for x in student.parameters())
     make_trainer(tmp_path, student=student, teacher=copy.deepcopy(student))
@@ -219,7 +219,7 @@ def test_models_that_share_parameters_are_refused(tmp_path):
         ("student_layers", [1], "student_layers and teacher_layers together, or neither"),
         ("torch_compile", True, "torch_compile=True is not supported"),
         ("label_smoothing_factor", 0.1, "label_smoothing_factor=0.1 has no effect"),
-        ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "would keep lens gradients"),
+        ("gradient_checkpointing_kwargs", {"use_reentrant": True}, "would block the gradients"),
         ("grad_threshold", "fp8", "grad_threshold='fp8' is unknown; choose one of 'bf16'"),
         ("grad_threshold", "-1", "grad_threshold must be finite and lie in"),
     ],

@@ -29,7 +29,7 @@ def test_cache_serves_only_the_trainers_own_data(tmp_path):
     trainer = make_trainer(tmp_path, teacher_cache=str(tmp_path / "cache"))
     other = [{**x, "example_id": i} for i, x in enumerate(uneven_data()[:3])]
     for function in (trainer.evaluate, trainer.predict):
-        with pytest.raises(ValueError, match="give the data as eval_dataset when the trainer is"):
+        with pytest.raises(ValueError, match="pass the data as eval_dataset when you create"):
             function(other)
     assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] > 0
     assert trainer.predict(trainer.eval_dataset).metrics["test_loss"] > 0

@@ -1,9 +1,9 @@
-"""Elementary functions of the kernels. Errors are relative to the value of the function.
+"""Elementary functions of the kernels. Stated errors are relative to the value of the function.
 
 Triton has ``expm1``, ``log1p`` and ``tanh`` only in vendors' device libraries, which its
-interpreter lacks. Its ``exp`` and ``log`` take more instructions: 5 and 26 on sm_90, against 2 and
-17 here. These functions are most of the work of a sweep apart from its products. Polynomials
-interpolate the function at Chebyshev points, and the stated errors are those of the polynomial.
+interpreter lacks. Its ``exp`` and ``log`` take 5 and 26 instructions on sm_90, and those here take
+2 and 17. Apart from the GEMMs, most of a sweep's time goes to these functions. Polynomials
+interpolate a function at Chebyshev points. Stated errors are those of the polynomial.
 """
 
 import triton
@@ -14,7 +14,7 @@ from lens_kernels import divergence
 # Replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = tl.constexpr(divergence.FLOOR)
 NO_MASS = tl.constexpr(divergence.NO_MASS)
-# Below this |d|, differences of p and q are computed with a series.
+# If |d| = |log p - log q| is below this number, p - q is computed with a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -43,7 +43,7 @@ def log_sum(total, x):
     """``log(total)`` for ``total = 1 + x > 0``, with relative error 6e-8 for exact arguments.
 
     ``total`` is split into ``2^e`` and a factor between sqrt(1/2) and sqrt(2). Where ``e`` is 0,
-    the factor is ``total`` itself. ``x`` is then used, because it has more digits than
+    the factor is ``total`` itself. The function then uses ``x``, which has more digits than
     ``total - 1``.
     """
     bits = total.to(tl.int32, bitcast=True)
@@ -64,7 +64,7 @@ def log_sum(total, x):
 def log_mixture(d, beta, one_minus_beta):
     """``log(1 - beta + beta exp(d))``.
 
-    Near ``d = 0`` it is a series. The coefficients are the cumulants of a Bernoulli variable of
+    Near ``d = 0`` this uses a series. Its coefficients are the cumulants of a Bernoulli variable of
     probability ``beta``, divided by factorials. The remainder is below 3e-8 of the sum. Elsewhere
     ``log_sum`` is accurate: the terms of the sum are positive, and ``exp(d)`` is not near 1.
     """
@@ -97,14 +97,14 @@ def log1p_far(e):
 
 @triton.jit
 def log_cosh_near(square):
-    """``log(cosh(d / 2))`` of ``square = d^2`` for ``|d| <= NEAR``, to 2e-7."""
+    """``log(cosh(d / 2))`` from ``square = d^2`` for ``|d| <= NEAR``, to 2e-7."""
     y = square * 3.3756855e-4 - 5.2074352e-3
     return square * (y * square + 0.12499999)
 
 
 @triton.jit
 def symmetric_near(square):
-    """``d / 2 tanh(d / 2) - log(cosh(d / 2))`` of ``square = d^2`` for ``|d| <= NEAR``, to 2e-8."""
+    """``d/2 tanh(d/2) - log(cosh(d/2))`` from ``square = d^2`` for ``|d| <= NEAR``, to 2e-8."""
     y = square * -1.7517901e-4 + 1.7346757e-3
     y = y * square - 1.5624928e-2
     return square * (y * square + 0.125)
@@ -112,7 +112,7 @@ def symmetric_near(square):
 
 @triton.jit
 def tanh(x):
-    """``tanh(x)``: for ``|x| < 1/2`` a polynomial accurate to 6e-8, elsewhere exponentials."""
+    """``tanh(x)``, by a polynomial accurate to 6e-8 for ``|x| < 1/2``, else by exponentials."""
     # Squaring a reciprocal square root takes three instructions. A division takes nine.
     root = tl.rsqrt(exp(2.0 * tl.abs(x)) + 1.0)
     far = 1.0 - 2.0 * root * root
@@ -126,5 +126,5 @@ def tanh(x):
 
 @triton.jit
 def minus(p, q, d):
-    """``p - q`` for ``p = q exp(d)``, without cancellation near the diagonal."""
+    """``p - q`` for ``p = q exp(d)``, without cancellation where ``p`` and ``q`` nearly agree."""
     return tl.where(tl.abs(d) < NEAR, q * expm1_near(d), p - q)

@@ -46,9 +46,9 @@ def gradients_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the gradient with respect to the raw products of one tile.
+    """Write the gradient with respect to the products ``x w^T`` of one tile.
 
-    Columns beyond the vocabulary are also written, and repeat the last column. A mask over columns
+    Columns beyond the vocabulary are written too, as copies of the last column. A mask over columns
     would turn 16-byte stores into 2-byte stores.
     """
     rows, valid = block_of_rows(tokens, BLOCK_N)
@@ -87,7 +87,7 @@ def gradients_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The labels of rows, the student's statistics at temperature 1, and the weights of rows."""
+    """The labels and weights of the rows, and the student's statistics at temperature 1."""
 
     labels: Tensor
     stats: RowStats

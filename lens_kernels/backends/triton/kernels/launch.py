@@ -9,13 +9,14 @@ import torch
 import triton
 from torch import Tensor
 
-# Triton must not specialise kernels on these: they vary from call to call, and it would recompile.
+# Triton must not specialise kernels on the values of these arguments. They vary from call to call,
+# and each specialisation is a compilation.
 COUNTS = ["tokens", "vocab_size", "tiles_per_split", "first_column"]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes over tokens, vocabulary and hidden size; numbers of warps and pipeline stages."""
+    """Block sizes over tokens, vocabulary and hidden size, and numbers of warps and stages."""
 
     block_n: int
     block_v: int
@@ -55,8 +56,8 @@ class SplitGrid:
     def partials(self, number: int) -> tuple[Tensor, ...]:
         """Return ``number`` uninitialised fp32 tensors, ``(splits, tokens)`` each."""
 
-        # Views of one tensor would be aligned to 16 bytes only for some numbers of tokens. Triton
-        # would compile a kernel for each case.
+        # These are separate tensors. Views of one tensor would be aligned to 16 bytes only for some
+        # numbers of tokens, and Triton would compile a kernel for each case.
         def one() -> Tensor:
             shape = (self.shape[1], self.tokens)
             return torch.empty(shape, dtype=torch.float32, device=self.device)

@@ -8,7 +8,7 @@ from lens_kernels.backends.triton.kernels.device_fns import FLOOR, tanh
 
 @triton.jit
 def block_of_rows(tokens, BLOCK_N: tl.constexpr):
-    """Return this program's row indices, and which are valid. Invalid indices repeat the last."""
+    """Return this program's row indices, and which are valid. Invalid ones repeat the last row."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     return tl.minimum(rows, tokens - 1), rows < tokens
 
@@ -32,7 +32,7 @@ def load_stats(stats, rows):
 
 @triton.jit
 def capped(z, slope, cap):
-    """Return ``y`` of a product ``z``, which times ``factor_of`` is its logit."""
+    """Return ``y`` for a product ``z = x w^T + bias``. The logit is ``y`` times ``factor_of``."""
     if cap is not None:
         z = tanh(z * slope * (1.0 / cap))
     return z
@@ -40,13 +40,13 @@ def capped(z, slope, cap):
 
 @triton.jit
 def factor_of(slope, cap):
-    """Return what makes logits of ``capped``."""
+    """Return the factor that turns the result of ``capped`` into a logit."""
     return slope if cap is None else cap
 
 
 @triton.jit
 def slope_at(y, slope, cap):
-    """Return the derivative of a logit with respect to ``z``, where ``capped`` is ``y``."""
+    """Return the derivative of a logit with respect to ``z``, where ``y`` is ``capped(z)``."""
     if cap is not None:
         slope = slope - (y * y) * slope
     return slope

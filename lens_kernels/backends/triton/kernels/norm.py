@@ -11,7 +11,7 @@ from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.operands import padded
 from lens_kernels.lens import LensNorm
 
-# Number of elements that one step of a program holds in registers.
+# Elements that a program holds in registers at a time.
 BLOCK = 4096
 
 
@@ -20,7 +20,10 @@ def normalised_rows(
     x_ptr, index_ptr, x_stride, first, tokens, width, eps,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return ``(x_hat, rstd, source, valid)`` of a block of rows; ``x_hat`` is 0 past the width."""
+    """Return ``(x_hat, rstd, source, valid)`` of a block of rows.
+
+    ``x_hat`` is 0 beyond the width.
+    """
     rows = first + tl.arange(0, BLOCK_N)
     valid = rows < tokens
     rows = tl.minimum(rows, tokens - 1)
@@ -43,7 +46,7 @@ def norm_kernel(
     x_stride, out_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write ``x_hat (weight + offset) + bias`` of the indexed rows, and zeros up to the stride."""
+    """Write ``x_hat (weight + offset) + bias`` of the indexed rows. Their padding is set to 0."""
     first = tl.program_id(0) * BLOCK_N
     y, _, _, valid = normalised_rows(
         x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D
@@ -68,7 +71,7 @@ def norm_backward_kernel(
     grad_stride, x_stride, d_x_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the indexed rows, and this program's part of the norm's own gradients.
+    """Write the gradient of the indexed rows, and a part of the gradients of norm weight and bias.
 
     A program takes every ``num_programs``-th block of rows, so that sums have a fixed order.
     """
@@ -104,7 +107,7 @@ def norm_backward_kernel(
 
 
 def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
-    # A block covers the padded width, which exceeds the next power of two for widths up to 8.
+    # A block must cover the padded width, which can exceed the next power of two of the width.
     block_d = triton.next_power_of_2(padded(width))
     block_n = max(1, BLOCK // block_d)
     return {
@@ -148,7 +151,7 @@ def norm_backward(
 ) -> None:
     """Propagate ``grad`` ``(n, D)`` back through the norm.
 
-    It sets the rows of ``d_hidden`` at ``index``, and adds to ``d_weight`` and ``d_bias``.
+    This sets the rows of ``d_hidden`` at ``index``, and adds to ``d_weight`` and ``d_bias``.
     """
     tokens, width = grad.shape
     options = _options(norm, width)

@@ -1,7 +1,8 @@
-"""Sweeps 1 and 2 in one, for divergences that are sums of relative entropies.
+"""Sweeps 1 and 2 as one kernel, for divergences that are sums of relative entropies.
 
-Tiles of a split of the vocabulary merge on the device, splits on the host, both by the chain rule
-of ``relative_entropy``. No projection is computed twice.
+The vocabulary is divided into splits, and a split into tiles. The kernel merges the results of
+tiles, and torch merges those of splits. Both use the chain rule of ``relative_entropy``. So no
+projection is computed twice.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def online_kl_kernel(
         )
         tile_maximum_s, tile_total_s, lq = conditional(us, 1.0)
         tile_maximum_t, tile_total_t, lp = conditional(ut, 1.0)
-        # Before the union, so that the registers of the tile are free.
+        # These are computed before ``union``, because the registers of the tile are then free.
         forward_part = of_tile(lp, lq, "forward_kl")
         reverse_part = of_tile(lp, lq, "reverse_kl")
         maximum_s, total_s, lq_old, lq_new = union(
@@ -109,14 +110,14 @@ def online_kl(
     forward = (_parts_of(p, forward) + between[0]).sum(0)
     reverse = (_parts_of(q, reverse) + between[1]).sum(0)
     if divergence is Divergence.FORWARD_KL:
-        # Its h is q - p, which sums to 0.
+        # The h of the forward KL is q - p, which sums to 0.
         return RowSums(forward, torch.zeros_like(forward), student_stats, teacher_stats)
     f = reverse if divergence is Divergence.REVERSE_KL else forward + reverse
     return RowSums(f, reverse, student_stats, teacher_stats)
 
 
 def _parts_of(shares: Tensor, values: Tensor) -> Tensor:
-    """Do as ``part_of`` with the values of splits, ``(S, N)``."""
+    """Weight the values of splits ``(S, N)`` by their shares, as ``part_of`` does."""
     return torch.where((shares == 0) & values.isinf(), 0.0, shares * values)
 
 

@@ -19,8 +19,8 @@ ALIGNMENT = 16
 class Operand:
     """Rows ``x`` ``(N, D)`` and head ``weight`` ``(V, D)`` in one dtype, and the map to logits.
 
-    Rows of both are padded with zeros to a multiple of 16 elements. Their strides are multiples of
-    16 elements too.
+    In memory each row of ``x`` and ``weight`` is padded with zeros to a multiple of 16 elements.
+    Row strides are multiples of 16 elements too.
     """
 
     x: Tensor
@@ -49,7 +49,7 @@ class Operand:
         return x, w, self.bias, padded(x.shape[1]), x.stride(0), w.stride(0), slope, cap
 
     def logits_at(self, columns: Tensor) -> Tensor:
-        """Return one logit of each row, ``(N,)`` in fp32."""
+        """Return the logit of each row at its own column, ``(N,)`` in fp32."""
         pieces = zip(self.x.split(1024), columns.split(1024), strict=True)
         z = torch.cat([(x.float() * self.weight[at].float()).sum(-1) for x, at in pieces])
         if self.bias is not None:
@@ -104,7 +104,7 @@ def tf32_is_allowed() -> bool:
 
 
 def padded(width: int) -> int:
-    """Return the width up to which kernels read rows."""
+    """Return the padded width of a row, up to which kernels read it."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 

@@ -1,7 +1,7 @@
-"""The table of ``lens_kernels/divergence.py`` on the device: each divergence as a pair ``(f, h)``.
+"""Each divergence as a pair ``(f, h)`` in Triton, like the table of ``lens_kernels/divergence.py``.
 
-That module derives the formulas, and tests compare the two tables. For ``jsd``, with the mixture
-``m = beta p + (1 - beta) q`` and ``d = log p - log q``::
+``divergence.py`` derives the formulas, and tests compare the two tables. For ``jsd``, with the
+mixture ``m = beta p + (1 - beta) q`` and ``d = log p - log q``::
 
     log(m / q) = log(1 - beta + beta exp(d)),   log(m / p) = log(beta + (1 - beta) exp(-d))
     h = -(1 - beta) q log(m / q),               f = h - beta p log(m / p)
@@ -10,7 +10,8 @@ At beta 1/2, called ``jsd_half``, one logarithm is enough. With ``c = -log cosh(
 
     log(m / q) = d / 2 - c,   log(m / p) = -d / 2 - c,   f = (p + q) (d / 2 tanh(d / 2) + c) / 2
 
-Callers pass ``1 - beta`` as well, rounded from float64: in fp32 it would lose its digits near 1.
+Callers also pass ``1 - beta``, which they compute in float64. Computed in fp32 it would lose its
+digits for ``beta`` near 1.
 """
 
 import triton
@@ -31,7 +32,7 @@ from lens_kernels.options import Divergence
 
 
 def name_of(divergence: Divergence | None, beta: float) -> str | None:
-    """Return the entry of ``pointwise`` for a divergence."""
+    """Return the name by which ``pointwise`` selects a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return "jsd_half"
     return None if divergence is None else divergence.value
@@ -39,7 +40,7 @@ def name_of(divergence: Divergence | None, beta: float) -> str | None:
 
 @triton.jit
 def or_infinity(value, mass, log_ratio):
-    """``value``, or ``inf`` where there is mass but the log-ratio's denominator has none."""
+    """``value``, or ``inf`` where ``mass`` is positive but the log-ratio's denominator is zero."""
     return tl.where((log_ratio > NO_MASS) & (mass > 0), float("inf"), value)
 
 
@@ -64,7 +65,7 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         f = 0.5 * tl.where(near, (p + q) * symmetric_near(square), far)
         h = 0.5 * (q * log_ratio)
     elif DIVERGENCE == "jsd":
-        # Outside this range the smaller of p and q does not change the result.
+        # Beyond these bounds of d, the smaller of p and q does not change the result.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
         # log(m / p) also equals log(m / q) - d, but that difference cancels for large d.

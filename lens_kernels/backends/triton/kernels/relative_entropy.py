@@ -1,12 +1,12 @@
-"""Relative entropies of parts of the vocabulary, merged into those of their union.
+"""Relative entropies (KL) over parts of the vocabulary, and how to merge them.
 
-By the chain rule of relative entropy, for a vocabulary that is split into parts::
+The chain rule of relative entropy, for a vocabulary that is split into parts::
 
     KL(p, q) = sum_parts P KL(p | part, q | part) + KL(P, Q)
 
-where ``P`` and ``Q`` are the probabilities of the parts. Results of two parts merge into those of
-their union, as running variances do. Every term keeps the relative accuracy of the pointwise
-formulas, and each logit is needed once.
+Here ``P`` and ``Q`` are the probabilities of the parts. So the results of two parts merge into
+the result of their union, as running variances do. Every term keeps the relative accuracy of the
+pointwise formulas, and each logit is needed only once.
 """
 
 import triton
@@ -18,9 +18,10 @@ from lens_kernels.backends.triton.kernels.pointwise import pointwise
 
 @triton.jit
 def conditional(y, factor):
-    """Return ``(maximum, total, log-probabilities)`` of the rows of a tile by themselves.
+    """Return ``(maximum, total, log-probabilities)`` of each row of a tile, as if it were all.
 
-    ``factor y`` are logits; maxima are those of ``y``.
+    Logits are ``factor * y``. ``maximum`` is the maximum of ``y``, and ``total`` the sum of
+    exponentials.
     """
     maximum = tl.max(y, 1)
     u = (y - maximum[:, None]) * factor
@@ -30,13 +31,13 @@ def conditional(y, factor):
 
 @triton.jit
 def union(maximum, total, other_maximum, other_total, factor):
-    """Return maximum and total of the union of two parts, and the log-probability of each part."""
+    """Return ``maximum`` and ``total`` of the union of two parts, and both log-probabilities."""
     higher = tl.maximum(maximum, other_maximum)
     here = (maximum - higher) * factor
     there = (other_maximum - higher) * factor
     both = total * exp(here) + other_total * exp(there)
     log_sum = tl.log(tl.where(both > 0, both, 1.0))
-    # The log-probability of an empty part is FLOOR, not -inf.
+    # The log-probability of a part without mass is FLOOR instead of -inf.
     has_mass = total > 0
     here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
     return higher, both, here, there + tl.log(other_total) - log_sum
@@ -44,29 +45,30 @@ def union(maximum, total, other_maximum, other_total, factor):
 
 @triton.jit
 def part_of(log_share, value):
-    """``exp(log_share) value``, and 0 for an infinite value of a part without mass."""
+    """``exp(log_share) * value``, but 0 for a part without mass whose value is infinite."""
     share = exp(log_share)
     return tl.where((share == 0) & (value == float("inf")), 0.0, share * value)
 
 
 @triton.jit
 def share(lp, lq, KIND: tl.constexpr):
-    """Return the log-probability by which relative entropies of parts are weighted."""
+    """Return the log-probability of a part under the model that weights it: ``P`` or ``Q``."""
     return lp if KIND == "forward_kl" else lq
 
 
 @triton.jit
 def of_tile(lp, lq, KIND: tl.constexpr):
-    """Return the relative entropy of each row of a tile from its own log-probabilities."""
+    """Return the relative entropy of each row of a tile from the results of ``conditional``."""
     f, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
     return tl.sum(f, 1)
 
 
 @triton.jit
 def merged(value, part, lp_old, lq_old, lp_new, lq_new, KIND: tl.constexpr):
-    """Return the relative entropy of the union of parts with ``value`` and a tile with ``part``.
+    """Merge two relative entropies: ``value`` of the old part, and ``part`` of a new tile.
 
-    The log-probabilities are those of both parts in the union.
+    ``lp_*`` and ``lq_*`` are the log-probabilities of the old part and of the new tile within
+    their union.
     """
     old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, KIND)
     new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, KIND)

@@ -1,11 +1,12 @@
-"""The pass between the products: a program reads a row of both models' logits and writes its G.
+"""The pass between the GEMMs: each program turns one row of logits into losses and a gradient.
 
-A row holds the products of a hidden state with a whole head, in fp32. The first sweep over it makes
-the statistics of both models, the second one the sums of ``f`` and ``h``, and the last one the
-gradient ``G``. The sums of relative entropies are made in the first sweep already.
+A row holds the products of a hidden state with the whole head, in fp32. The first sweep over a row
+computes the statistics of both models. The second one computes the sums of ``f`` and ``h``, unless
+the divergence is a sum of relative entropies, which the first sweep computes. The last one writes
+the logit gradient ``G``.
 
-Entries are read in groups of neighbours, one for each lane: a thread then loads and stores 16 bytes
-at a time. Sums are kept lane by lane until the end of a sweep.
+Each lane reads a group of neighbouring entries at a time, so that a thread loads and stores 16
+bytes at once. Sums are kept per lane until the end of a sweep.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from lens_kernels.backends.triton.kernels.relative_entropy import (
     union,
 )
 
-# A thread for each lane: on sm_90 the kernel takes 40 registers, and six programs share a
-# processor. Triton 3.10 no longer fuses products and sums by default.
+# There is one thread per lane. On sm_90 a thread takes 40 registers, so six programs share a
+# multiprocessor. Triton 3.10 no longer fuses multiplications and additions by default.
 OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
 def map_of(model):
-    """Return what makes logits of ``y``, and the least ``y``.
+    """Return the factor that turns ``y`` of ``capped`` into a logit, and the smallest ``y``.
 
-    The latter stands for logits of -inf, which are ``FLOOR``.
+    The smallest ``y`` replaces the value of logits of -inf. Its logit is ``FLOOR``.
     """
     _, _, slope, cap = model
     factor = factor_of(slope, cap)
@@ -46,14 +47,15 @@ def read_row(
     model, offset, floor, start, vocab_size,
     LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return ``y`` of the entries from ``start`` on, ``(LANES, GROUP)``.
+    """Return ``y`` of ``capped`` for the entries from ``start`` on, ``(LANES, GROUP)``.
 
-    Those beyond the vocabulary have no mass if ``MASKED``, as sums need, and else are anything.
+    With ``MASKED``, entries beyond the vocabulary have no mass, so that they add nothing to sums.
+    Otherwise their values are undefined.
     """
     z_ptr, bias_ptr, slope, cap = model
     first = (start + tl.arange(0, LANES) * GROUP)[:, None]
     columns = first + tl.arange(0, GROUP)[None, :]
-    # Rows are padded to whole groups. A mask over entries would make 4-byte loads of 16-byte ones.
+    # Rows are padded to whole groups. A mask over entries would split 16-byte loads.
     z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
@@ -64,7 +66,7 @@ def read_row(
 
 @triton.jit
 def with_group(maximum, total, y, factor):
-    """Return maximum and sum of exponentials of each lane, a group added."""
+    """Return the maximum and the sum of exponentials of each lane after adding a group ``y``."""
     higher = tl.maximum(maximum, tl.max(y, 1))
     power = factor * LOG2_E
     total = total * tl.exp2((maximum - higher) * power)
@@ -73,7 +75,7 @@ def with_group(maximum, total, y, factor):
 
 @triton.jit
 def over_lanes(maximum, total, factor):
-    """Return maximum and log-sum-exp above it of a row, and the log-probability of each lane."""
+    """Return the two parts of a row's log-sum-exp, and the log-probability of each lane."""
     highest = tl.max(maximum, 0)
     below = (maximum - highest) * factor
     log_sum = tl.log(tl.sum(total * exp(below), 0))
@@ -84,7 +86,7 @@ def over_lanes(maximum, total, factor):
 
 @triton.jit
 def of_lanes(value, lp, lq, KIND: tl.constexpr):
-    """Return what each lane contributes to the relative entropy of the row."""
+    """Return the part that each lane contributes to the relative entropy of the row."""
     between, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
     return part_of(share(lp, lq, KIND), value) + between
 
@@ -94,10 +96,10 @@ def first_sweep(
     student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
     DIVERGENCE: tl.constexpr, ONLINE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Return maximum and sum of exponentials of each lane, and its relative entropies.
+    """Return the maximum and the sum of exponentials of each lane, and its relative entropies.
 
-    These are ``(maximum, total)`` of student and teacher, ``total`` of the student at temperature
-    1, and the forward and the reverse one. What is not needed is zero.
+    The order is ``(maximum, total)`` of the student, then of the teacher, ``total`` of the student
+    at temperature 1, forward KL, and reverse KL. Values that are not needed are zero.
     """
     zero = tl.zeros((LANES,), tl.float32)
     maximum_s, total_s, maximum_t, total_t = zero + floor_s, zero, zero + floor_t, zero
@@ -134,10 +136,10 @@ def row_pass_kernel(
 ):  # fmt: skip
     """Write the losses of one row and, unless ``grad_ptr`` is None, the gradient of its products.
 
-    ``student`` and ``teacher`` are ``(products, bias, slope, cap)``, ``labels`` are ``(labels,
-    weight, cross entropy)``, to which the temperature does not apply; it is None if it is 1, or
-    without labels. ``survey`` takes the largest ``|G|`` of each column, as bits, and the sums of
-    ``|G|`` and of ``G^2`` of each row. Without a teacher there is no divergence.
+    ``student`` and ``teacher`` are ``(products, bias, slope, cap)``, and ``labels`` is ``(labels,
+    weight, cross entropy)``. Labels are compared at temperature 1. ``temperature`` is None if it is
+    1, or if there are no labels. ``survey`` receives the largest ``|G|`` of each column, as bits,
+    and the sums of ``|G|`` and of ``G^2`` of each row. Without a teacher there is no divergence.
     """
     ONLINE: tl.constexpr = (
         DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys"
@@ -162,7 +164,7 @@ def row_pass_kernel(
         if ONLINE:
             if DIVERGENCE != "reverse_kl":
                 f += of_lanes(forward, lanes_p, lanes_q, "forward_kl")
-            if DIVERGENCE != "forward_kl":  # whose h is q - p, which sums to 0
+            if DIVERGENCE != "forward_kl":  # the h of the forward KL is q - p, which sums to 0
                 h += of_lanes(reverse, lanes_p, lanes_q, "reverse_kl")
                 f += h
         else:
@@ -176,7 +178,7 @@ def row_pass_kernel(
                 h += tl.sum(h_entry, 1)
         h_sum = tl.sum(h, 0)
         loss = tl.sum(f, 0)
-        h_sum = tl.where(loss != loss, loss, h_sum)  # NaN is NaN in the gradient too
+        h_sum = tl.where(loss != loss, loss, h_sum)  # a NaN loss makes the gradient NaN too
         weight = tl.load(weight_ptr + row)
         tl.store(loss_ptr + row, loss)
     if labels is not None:
@@ -222,7 +224,8 @@ def row_pass_kernel(
                 size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
                 mass += tl.sum(size, 1)
                 squares += tl.sum(size * size, 1)
-                # Bits of positive numbers are in the order of the numbers, with NaN above them.
+                # The bits of positive numbers, as integers, have the order of the numbers. NaN is
+                # the largest.
                 bits = size.to(tl.int32, bitcast=True)
                 known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
                 tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")

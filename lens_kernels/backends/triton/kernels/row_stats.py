@@ -1,4 +1,4 @@
-"""Sweep 1: the log-sum-exp of every row of one model, online over the vocabulary."""
+"""Sweep 1: the log-sum-exp of every row of one model, in one run over the vocabulary."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 ``triton.autotune(cache_results=True)`` (Triton 3.6 to 3.9) cannot replace it. An ordinary call
 without a cached key would start tuning, and the cache cannot be read without a launch. autotune
-compares no results, and stops at errors of compiler passes and of the driver.
+does not compare results, and stops at errors of compiler passes and of the driver.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lens_kernels.options import Divergence
 
 BLOCKS_NV = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
 BLOCKS_K, WARPS, STAGES = (32, 64), (4, 8), (2, 3, 4)
-# With fewer accumulators per thread, loading the operands takes longer than multiplying them.
+# With fewer accumulators per thread, loading the tiles takes longer than multiplying them.
 FEWEST_ACCUMULATORS = 64
 # Allowed difference between the results of two tiles, relative to the largest result.
 TOLERANCE = 1e-4
@@ -45,7 +45,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass
 class Outcome:
-    """The result for one sweep: the milliseconds of tiles, and why others were rejected."""
+    """The result for one sweep: the milliseconds of each tile, or why it was rejected."""
 
     sweep: Sweep
     width: int
@@ -59,7 +59,7 @@ class Outcome:
         return min(self.times, key=lambda tile: self.times[tile])
 
     def row(self) -> tuple[str, ...]:
-        """Return the outcome as a row of a table."""
+        """Return the outcome as the cells of a table row."""
         cells = [self.sweep.value, str(self.width)]
         for tile in (self.default, self.best):
             time = self.times.get(tile)
@@ -90,17 +90,20 @@ def rejection(error: Exception) -> str | None:
 
 
 def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return how far results differ from the truth, or None within the tolerance; synchronises."""
+    """Return how far results differ from the truth, or None if they are within the tolerance.
+
+    This waits for the GPU.
+    """
     for result, true in zip(results, truth, strict=True):
         error = (result - true).abs().max().item() / max(true.abs().max().item(), 1e-30)
         if not error <= tolerance:
-            return f"its results are off by {error:.1e} of the largest"
+            return f"the results are off by {error:.1e} of the largest result"
     return None
 
 
 @contextlib.contextmanager
 def nan_in_new_tensors() -> Iterator[None]:
-    """Fill new tensors with NaN: else their memory may hold results of an earlier tile."""
+    """Fill new tensors with NaN. Otherwise their memory may hold the results of an earlier tile."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -111,15 +114,15 @@ def nan_in_new_tensors() -> Iterator[None]:
 
 
 def median_ms(function: Callable[[], object]) -> float:
-    """Return the median time of a function on the GPU."""
+    """Return the median time of a function on the GPU in milliseconds."""
     return triton.testing.do_bench(function, return_mode="median")
 
 
 @dataclass
 class Search:
-    """A search over all sweeps, which stores the best tile of each.
+    """A search over all sweeps. It stores the fastest tile of each sweep.
 
-    ``timer`` returns the milliseconds of a function, and ``say`` takes lines of progress.
+    ``timer`` returns the milliseconds that a function takes. ``say`` prints a line of progress.
     """
 
     student: Operand
@@ -130,7 +133,7 @@ class Search:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self) -> list[Outcome]:
-        """Search sweep by sweep: each one needs the results of the sweeps before it."""
+        """Search sweep by sweep, because a sweep needs the results of the earlier sweeps."""
         student, teacher, vocab_size = self.student, self.teacher, self.vocab_size
         student_stats, teacher_stats = (
             self.search(Sweep.ROW_STATS, partial(row_stats, operand, vocab_size), operand)
@@ -149,7 +152,7 @@ class Search:
         return self.outcomes
 
     def gradient(self, sums: RowSums, tile: Tile) -> Tensor:
-        """Launch sweep 3 over a chunk of the vocabulary that every candidate's block divides."""
+        """Launch sweep 3 over a chunk of the vocabulary, a multiple of every candidate's block."""
         x, vocab_size = self.student.x, self.vocab_size
         unit = max(v for _, v in BLOCKS_NV)
         units = max(1, WORKSPACE_BYTES // (len(x) * x.element_size() * unit))
@@ -182,7 +185,7 @@ class Search:
     def time_tiles(
         self, sweep: Sweep, width: int, launch: Callable[[Tile], Any], tolerance: float
     ) -> Outcome:
-        """Time the default tile and all candidates. A tile must compile, launch and be right."""
+        """Time the default tile and all candidates. Tiles with errors or wrong results fail."""
         dtype, arch = self.student.x.dtype, sizes.arch_of(self.student.x.device)
         outcome = Outcome(sweep, width, sizes.default(sweep, arch, dtype, width))
         tiles = dict.fromkeys([outcome.default, *candidates(sweep, arch, dtype.itemsize)])
@@ -205,12 +208,15 @@ class Search:
             self.say(f"{sweep.value}, width {width}, {number} of {len(tiles)}: {tile}: {said}")
         if not outcome.times:
             reason = outcome.rejected[outcome.default]
-            raise RuntimeError(f"no tile of {sweep.value} runs here; the default one: {reason}")
+            raise RuntimeError(
+                f"no tile for the sweep {sweep.value} runs on this GPU; the default tile was"
+                f" rejected: {reason}"
+            )
         return outcome
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """Return the tensors of a launch's result, a tensor or nested dataclasses of tensors."""
+    """Return all tensors of a launch's result: a tensor, or nested dataclasses of tensors."""
     if isinstance(result, Tensor):
         return [result]
     return [tensor for part in vars(result).values() for tensor in _tensors(part)]

@@ -12,7 +12,7 @@ from lens_kernels.backends.triton.kernels.launch import Tile
 
 
 class Sweep(str, Enum):
-    """The kernels that have a tile."""
+    """The kernels whose tile can be chosen."""
 
     ROW_STATS = "row_stats"
     ONLINE_KL = "online_kl"
@@ -40,7 +40,7 @@ ARCHS = {
     arch.name: arch
     for arch in (
         Arch("sm_80", 166912),
-        Arch("sm_89", 101376),  # also sm_86 and sm_120
+        Arch("sm_89", 101376),  # used for sm_86 and sm_120 too
         Arch("sm_90", 232448),
         Arch("sm_100", 232448),
         Arch("gfx942", 65536, threads_per_warp=64),
@@ -48,23 +48,24 @@ ARCHS = {
     )
 }
 
-# From this hidden size on, the GEMM is the bottleneck even with one program per processor.
+# From this hidden size on, the GEMM is the bottleneck even with one program per multiprocessor.
 WIDE = 2048
 
 
 def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bool = False) -> Tile:
-    """Return the default tile of a sweep; ``width`` is the smaller hidden size of its operands.
+    """Return the default tile of a sweep. ``width`` is the smaller hidden size of its operands.
 
     ``extras`` says whether there is a bias, a softcap or labels, which all take registers.
-    ``benchmarks/kernel_report.py`` shows that none of these tiles spills.
+    ``benchmarks/kernel_report.py`` shows that no default tile spills registers.
     """
     stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS
     wide, name = width >= WIDE, arch.name
     if name == "interpreter":
-        # An operation takes the same time for any block. Small problems still have several tiles.
+        # Large blocks are faster, because interpreting an operation takes the same time for any
+        # block. Small problems get smaller blocks, so that they have several tiles.
         return Tile(64, 128, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
     if dtype.itemsize == 4:
-        # NVIDIA has no matrix instruction for exact fp32 products, which take many registers.
+        # NVIDIA GPUs have no matrix instruction for exact fp32. The products take many registers.
         return Tile(64, 32, 32, 8, 3) if sums else Tile(128 if stats else 64, 64, 16, 8, 3)
     if name in ("sm_80", "sm_89"):
         narrow = sums or sweep is Sweep.ONLINE_KL or (extras and not stats)
@@ -84,16 +85,16 @@ def invalid_reason(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str |
     """Return why a tile cannot be used, or None. The compiler may still reject the tile."""
     sizes = (tile.block_n, tile.block_v, tile.block_k)
     if any(size < 16 or size & (size - 1) for size in sizes):
-        return f"block sizes must be powers of two from 16, got {sizes}"
+        return f"block sizes must be powers of two, at least 16, got {sizes}"
     if tile.warps not in (1, 2, 4, 8, 16) or tile.stages < 1:
-        return f"warps must be a power of two up to 16 and stages at least 1, got {tile}"
+        return f"warps must be 1, 2, 4, 8 or 16, and stages at least 1, got {tile}"
     shared = tile.stages * (tile.block_n + tile.block_v) * tile.block_k * itemsize
     if shared > arch.shared_memory:
-        return f"it needs {shared} bytes of shared memory, {arch.name} has {arch.shared_memory}"
+        return f"{tile} needs {shared} bytes of shared memory; {arch.name} has {arch.shared_memory}"
     threads = tile.warps * arch.threads_per_warp
     per_thread = sweep.accumulators * tile.block_n * tile.block_v // threads
     if per_thread > arch.accumulators_per_thread:
-        return f"{per_thread} accumulators a thread would not fit into its registers"
+        return f"{tile} needs {per_thread} accumulators per thread, too many for its registers"
     return None
 
 

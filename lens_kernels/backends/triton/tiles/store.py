@@ -22,9 +22,9 @@ from lens_kernels.backends.triton.tiles.sizes import Arch, Sweep, arch_of, inval
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAME = ("device", "triton", "sweep", "dtype", "width")  # identify a record
+NAME = ("device", "triton", "sweep", "dtype", "width")  # the fields that identify a record
 
-# A sweep, the dtype of its operands, and the smaller hidden size of these.
+# The key of a tile: the sweep, the dtype of its operands, and their smaller hidden size.
 Key = tuple[Sweep, torch.dtype, int]
 
 
@@ -34,9 +34,9 @@ def lookup(sweep: Sweep, dtype: torch.dtype, width: int, device: torch.device) -
 
 
 def is_tuned(dtype: torch.dtype | None, device: torch.device) -> bool:
-    """Say whether tuning has finished on this kind of device, for ``dtype`` or, if None, for any.
+    """Say whether tuning has finished on this kind of device for ``dtype``. None means any dtype.
 
-    Tuning stores the tile of the gradients last.
+    Tuning stores the tile of sweep 3 (gradients) last, so its presence shows this.
     """
     if INTERPRETING:
         return False
@@ -56,12 +56,12 @@ def device_name(device: torch.device) -> str:
 
 
 def path() -> Path:
-    """Return the file of the tiles."""
+    """Return the path of the file."""
     return cache.folder() / "tiles.json"
 
 
 def load(device: str, arch: Arch) -> dict[Key, Tile]:
-    """Return the valid tiles of a device for this version of Triton. Warn once about others."""
+    """Return the valid tiles of a device for this version of Triton. Warn about invalid ones."""
     found: dict[Key, Tile] = {}
     problems: list[str] = []
     versions: set[str] = set()
@@ -69,7 +69,7 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
         records = _read()
     except (OSError, ValueError) as error:
         records = []
-        problems.append(f"it cannot be read ({error})")
+        problems.append(f"the file cannot be read ({error})")
     for record in records:
         try:
             if record["device"] != device:
@@ -83,7 +83,9 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
             problems.append(f"an entry is invalid ({type(error).__name__}: {error})")
     if versions and not found and not problems:
         written = ", ".join(sorted(versions))
-        problems.append(f"it is for triton {written}, and this is {triton.__version__}")
+        problems.append(
+            f"they were tuned with triton {written}, but {triton.__version__} is installed"
+        )
     if problems:
         more = f", and {len(problems) - 1} more" if problems[1:] else ""
         warnings.warn(
@@ -95,9 +97,9 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
 
 
 def save(device: str, key: Key, tile: Tile) -> None:
-    """Store a tile in place of an older one for the same device, version of Triton and key.
+    """Store a tile. It replaces an older one for the same device, version of Triton and key.
 
-    The file is replaced as a whole, and processes that write at the same time wait for each other.
+    The file is replaced as a whole. A lock keeps processes from writing at the same time.
     """
     new = record_of(device, key, tile)
     with _locked():
@@ -126,7 +128,7 @@ def check_writable() -> None:
 
 
 def record_of(device: str, key: Key, tile: Tile) -> dict[str, Any]:
-    """Return the record of a tile in the file."""
+    """Return the record that describes a tile in the file."""
     sweep, dtype, width = key
     name = (device, triton.__version__, sweep.value, str(dtype).removeprefix("torch."), width)
     return {**dict(zip(NAME, name, strict=True)), "tile": asdict(tile)}
@@ -144,21 +146,21 @@ def _parse(record: dict[str, Any], arch: Arch) -> tuple[Key, Tile]:
 
 
 def _read() -> list[Any]:
-    """Return the records of the file, or raise ValueError for any other content."""
+    """Return the records of the file. Raise ValueError if it holds anything else."""
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"not a file of format {FORMAT}")
+        raise ValueError(f"it has no format number {FORMAT}")
     if not isinstance(content.get("tiles"), list):
-        raise ValueError("no list of tiles")
+        raise ValueError("it has no list of tiles")
     return content["tiles"]
 
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    import fcntl  # Triton runs on Linux, but this module must be importable elsewhere
+    import fcntl  # imported here, because Windows has no fcntl
 
     path().parent.mkdir(parents=True, exist_ok=True)
     with path().with_suffix(".lock").open("w") as lock:
