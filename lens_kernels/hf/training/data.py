@@ -49,7 +49,8 @@ def encode(
         prompt_style: The format of a prompt from an instruction. ``"alpaca"`` inserts the
             instruction into the Stanford Alpaca text. ``"chat"`` renders it as a user message with
             the tokenizer's chat template. Both styles leave ``prompt`` unchanged and render
-            ``messages`` with the template. Every assistant turn is trained on.
+            ``messages`` with the template. Every assistant turn from ``row.trained_from`` on is
+            trained on. So is all of plain text.
         max_length: Maximum number of tokens; longer examples are truncated.
         max_prompt_length: Maximum number of tokens before the first response.
 
@@ -101,6 +102,10 @@ def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int],
     if row.messages:
         return _chat_turns(row, row.messages, tokenizer)
     response = row.references[0]
+    if not row.instruction and not row.prompt:
+        ids = _begin(tokenizer, _ids(tokenizer, response))
+        end = [tokenizer.eos_token_id] * (not response.endswith(tokenizer.eos_token))
+        return [([], ids + end)]
     if row.instruction and prompt_style == "chat":
         question = f"{row.instruction}\n\n{row.input}" if row.input.strip() else row.instruction
         asked = {"role": "user", "content": question}
@@ -174,7 +179,7 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
     turns = []
     done = ""
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i < row.trained_from:
             continue
         prompt = _render(row, messages[:i], tokenizer, add_generation_prompt=True)
         whole = _render(row, messages[: i + 1], tokenizer, add_generation_prompt=False)
