@@ -90,6 +90,8 @@ def prompt_ids(
     Return None if there are more than ``max_prompt_length``.
     """
     _check_prompt(prompt_style, max_prompt_length)
+    if row.is_text:
+        raise ValueError(f"line {row.line} is plain text: an answer needs a prompt or messages")
     *earlier, (prompt, _) = _turns(row, tokenizer, prompt_style)
     ids = [i for turn in earlier for part in turn for i in part] + prompt
     return ids if len(ids) <= max_prompt_length else None
@@ -102,7 +104,7 @@ def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int],
     if row.messages:
         return _chat_turns(row, row.messages, tokenizer)
     response = row.references[0]
-    if not row.instruction and not row.prompt:
+    if row.is_text:
         ids = _begin(tokenizer, _ids(tokenizer, response))
         end = [tokenizer.eos_token_id] * (not response.endswith(tokenizer.eos_token))
         return [([], ids + end)]

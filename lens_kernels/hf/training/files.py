@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import hashlib
 import json
 from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from lens_kernels.hf.cache.key import file_digest
 
 HUB = "hub:"  # hub:NAME or hub:NAME:SPLIT
 
@@ -46,6 +49,26 @@ def is_on_hub(source: str | Path) -> bool:
     return str(source).startswith(HUB)
 
 
+def check_download(source: str | Path, allow_download: bool) -> None:
+    """Raise if a source is on the Hub, but downloads are not allowed."""
+    if is_on_hub(source) and not allow_download:
+        raise ValueError(
+            f"{source} is on the Hugging Face Hub: allow downloads with --allow_download, or give a"
+            " file"
+        )
+
+
+def source_digest(source: str | Path) -> str:
+    """Return a SHA-256 of the content of all files of a source, or of a Hub dataset's records."""
+    if is_on_hub(source):
+        records = [record for _, _, record in read_records(source)]
+        return hashlib.sha256(json.dumps(records, default=str).encode()).hexdigest()
+    found = matching(source)
+    files = [x for path in found for x in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    each = [file_digest(x) for x in files if not x.is_dir()]
+    return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+
+
 def matching(source: str | Path) -> list[Path]:
     """Return the files and folders that a name or a pattern stands for."""
     if Path(source).exists() or not has_magic(str(source)):
@@ -79,13 +102,14 @@ def _saved(path: Path) -> Iterator[Read]:
 
 def _parquet(path: Path) -> Iterator[Read]:
     library = _package("pyarrow.parquet", path)
+    path.stat()  # a missing file has an error of its own
     try:
         number = 0
         for batch in library.ParquetFile(path).iter_batches():
             for record in batch.to_pylist():
                 number += 1
                 yield number, record
-    except (library.lib.ArrowException, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
 
 

@@ -39,6 +39,11 @@ class Row:
     messages: Messages = field(default_factory=list)
     trained_from: int = 0
 
+    @property
+    def is_text(self) -> bool:
+        """Say whether the row is plain text, without a prompt."""
+        return not (self.instruction or self.prompt or self.messages)
+
 
 def read_rows(source: str | Path) -> list[Row]:
     """Read the records of a source of ``read_records``, all of one format.
