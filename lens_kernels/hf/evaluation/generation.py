@@ -34,6 +34,7 @@ from lens_kernels.hf.training.data import (
     prompt_ids,
     read_rows,
 )
+from lens_kernels.hf.training.files import check_download
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.version import __version__
 
@@ -270,6 +271,7 @@ def evaluate_model(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass  # fails if the folder cannot be written
+    check_download(data_path, allow_download)
     rows = read_rows(data_path)
     tokenizer = load_tokenizer(str(model_path), allow_download)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)

@@ -14,12 +14,12 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, set_seed
 
-from lens_kernels.hf.cache.key import file_digest
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import report
 from lens_kernels.hf.training.config import LensDistillConfig, option
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
+from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
@@ -39,14 +39,15 @@ class RunConfig:
     )
     train: str = option(
         None,
-        "JSON Lines file to train on. Each line has the keys instruction/input/output,"
-        " prompt/completion, or messages.",
+        "Data to train on: a JSON Lines, JSON or Parquet file, a pattern, a folder saved by"
+        " datasets, or hub:NAME. Each record has the keys instruction/input/output,"
+        " prompt/completion, messages, conversations, or text.",
         required=True,
     )
     teacher: str | None = option(
         None, "Folder or Hub name of the teacher model, or of a LoRA adapter."
     )
-    eval: str | None = option(None, "JSON Lines file to evaluate the objective on.")
+    eval: str | None = option(None, "Data to evaluate the objective on.")
     student_blocks: list[int] | None = option(
         None, "Keep only these blocks of the student model (1 is the first)."
     )
@@ -161,7 +162,9 @@ def train(
     paths = {
         name: x for name, x in (("train", config.train), ("eval", config.eval)) if x is not None
     }
-    digests = {name: file_digest(Path(path)) for name, path in paths.items()}
+    for path in paths.values():
+        check_download(path, config.allow_download)
+    digests = {name: source_digest(path) for name, path in paths.items()}
     _check_data(output, paths, digests)
     done = _json_of(output / METRICS)
     if done is not None:

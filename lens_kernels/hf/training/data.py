@@ -49,7 +49,8 @@ def encode(
         prompt_style: The format of a prompt from an instruction. ``"alpaca"`` inserts the
             instruction into the Stanford Alpaca text. ``"chat"`` renders it as a user message with
             the tokenizer's chat template. Both styles leave ``prompt`` unchanged and render
-            ``messages`` with the template. Every assistant turn is trained on.
+            ``messages`` with the template. Every assistant turn from ``row.trained_from`` on is
+            trained on. So is all of plain text.
         max_length: Maximum number of tokens; longer examples are truncated.
         max_prompt_length: Maximum number of tokens before the first response.
 
@@ -89,6 +90,8 @@ def prompt_ids(
     Return None if there are more than ``max_prompt_length``.
     """
     _check_prompt(prompt_style, max_prompt_length)
+    if row.is_text:
+        raise ValueError(f"line {row.line} is plain text: an answer needs a prompt or messages")
     *earlier, (prompt, _) = _turns(row, tokenizer, prompt_style)
     ids = [i for turn in earlier for part in turn for i in part] + prompt
     return ids if len(ids) <= max_prompt_length else None
@@ -101,6 +104,10 @@ def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int],
     if row.messages:
         return _chat_turns(row, row.messages, tokenizer)
     response = row.references[0]
+    if row.is_text:
+        ids = _begin(tokenizer, _ids(tokenizer, response))
+        end = [tokenizer.eos_token_id] * (not response.endswith(tokenizer.eos_token))
+        return [([], ids + end)]
     if row.instruction and prompt_style == "chat":
         question = f"{row.instruction}\n\n{row.input}" if row.input.strip() else row.instruction
         asked = {"role": "user", "content": question}
@@ -174,7 +181,7 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
     turns = []
     done = ""
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i < row.trained_from:
             continue
         prompt = _render(row, messages[:i], tokenizer, add_generation_prompt=True)
         whole = _render(row, messages[: i + 1], tokenizer, add_generation_prompt=False)

@@ -1,27 +1,34 @@
-"""Read instruction data from a JSON Lines file, and check every line."""
+"""The formats of instruction data, and a check of every record."""
 
 from __future__ import annotations
 
-import codecs
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-ROLES = ("system", "user", "assistant")
-# The formats of a line, named by the keys that it must have.
-FORMATS = ("instruction and output", "prompt and completion", "messages")
+from lens_kernels.hf.training.files import read_records
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names of the roles.
+SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant"}
+SPEAKERS |= {"observation": "tool", "system": "system", "user": "user", "assistant": "assistant"}
+# Keys of a message that chat templates read besides role and content.
+FOR_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
+# The keys of each format.
+FORMATS = ("instruction and output", "prompt and completion", "messages", "conversations")
+TEXT = "text"  # a format of its own only without the keys of the others
 SHOWN = 10  # maximum number of bad lines in one error message
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of data. Only one of ``instruction``, ``prompt`` and ``messages`` is set.
+    """A record of data. Only one of ``instruction``, ``prompt``, ``messages`` is set.
 
-    Training uses the first of ``references``. A conversation has one reference, its last assistant
-    turn.
+    None of them is set for plain text, which is the only reference. Training uses the first of
+    ``references``. A conversation has one: its last assistant turn. Its assistant turns from
+    ``trained_from`` on are trained on. ``line`` is the line or the position in its file.
     """
 
     line: int
@@ -30,81 +37,81 @@ class Row:
     input: str = ""
     prompt: str = ""
     messages: Messages = field(default_factory=list)
+    trained_from: int = 0
+
+    @property
+    def is_text(self) -> bool:
+        """Say whether the row is plain text, without a prompt."""
+        return not (self.instruction or self.prompt or self.messages)
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """Read JSON lines. All lines must have the same format. Other keys are ignored.
+def read_rows(source: str | Path) -> list[Row]:
+    """Read the records of a source of ``read_records``, all of one format.
 
-    The formats are: ``instruction``, ``input`` (optional) and ``output``; ``prompt`` and
-    ``completion``; ``messages``, each with ``role`` and ``content``. ``output`` and ``completion``
-    may be lists of strings, which are alternative references.
+    The formats are:
+
+    - ``instruction``, ``input`` (optional) and ``output``;
+    - ``prompt`` and ``completion``, both strings, or both lists of messages;
+    - ``messages``, each with ``role`` and ``content``;
+    - ``conversations``, each with ``from`` and ``value``, as in ShareGPT;
+    - ``text``.
+
+    ``output`` and ``completion`` may be lists of strings, which are alternative references. Other
+    keys are ignored.
 
     Raises:
-        ValueError: The file has invalid lines (the message lists up to ten), or it is empty.
+        ValueError: Records are invalid (the message lists up to ten), or there are none.
     """
     rows: list[Row] = []
     bad: list[str] = []
-    file_format = ""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, 1):
-            if number == 1:
-                raw = raw.removeprefix(codecs.BOM_UTF8)
-            if not raw.strip():
-                continue
-            try:
-                record = _record(raw)
-                found = _format(record)
-                file_format = file_format or found
-                if found != file_format:
-                    raise ValueError(
-                        f"the keys {found!r} in a file with the keys {file_format!r}: expected one"
-                        " format per file"
-                    )
-                rows.append(_row(number, record, found))
-            except ValueError as error:
-                bad.append(f"{path}:{number}: {error}")
+    first_format = ""
+    for file, number, record in read_records(source):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            found = _format(record)
+            first_format = first_format or found
+            if found != first_format:
+                raise ValueError(
+                    f"the keys {found!r} in a file with the keys {first_format!r}: expected one"
+                    " format per file"
+                )
+            rows.append(_row(number, record, found))
+        except ValueError as error:
+            bad.append(f"{file}:{number}: {error}")
     if bad:
         more = f"\nand {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
         raise ValueError("invalid lines:\n" + "\n".join(bad[:SHOWN]) + more)
     if not rows:
-        raise ValueError(f"{path} is empty: expected one JSON object per line")
+        raise ValueError(f"{source} is empty: expected one JSON object per line")
     return rows
-
-
-def _record(raw: bytes) -> Any:
-    try:
-        return json.loads(raw.decode(), object_pairs_hook=_unique)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"byte {error.start + 1} is not UTF-8: save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
-        place = f"column {error.colno} ({error.msg})"
-        raise ValueError(f"not JSON at {place}: expected one object per line") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice: keep one of them")
-    return record
 
 
 def _format(record: Any) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"got a {type(record).__name__}: expected a JSON object")
-    found = [keys for keys in FORMATS if record.keys() >= set(keys.split(" and "))]
+    # Tables have every column in every row; empty cells are None.
+    keys = {key for key, value in record.items() if value is not None}
+    found = [names for names in FORMATS if keys >= set(names.split(" and "))]
+    if not found and TEXT in keys:
+        return TEXT
     if len(found) != 1:
-        expected = ", or ".join(FORMATS)
+        expected = ", or ".join([*FORMATS, TEXT])
         raise ValueError(f"got the keys {sorted(record)}: expected only one of: {expected}")
     return found[0]
 
 
 def _row(line: int, record: Any, found: str) -> Row:
+    if found == TEXT:
+        return Row(line, [_text(TEXT, record[TEXT])])
+    if found == "conversations":
+        return _conversation(line, _messages(found, _from_sharegpt(record[found])))
     if found == "messages":
-        messages = _messages(record["messages"])
-        answers = [m["content"] for m in messages if m["role"] == "assistant"]
-        return Row(line, answers[-1:], messages=messages)
+        return _conversation(line, _messages(found, record[found]))
+    if found == "prompt and completion" and _is_conversation(record["prompt"]):
+        before = _messages("prompt", record["prompt"], trained=False)
+        after = _messages("completion", record["completion"], first=False)
+        return _conversation(line, before + after, trained_from=len(before))
     question, answer = found.split(" and ")
     text = _text(question, record[question])
     outputs = record[answer]
@@ -116,27 +123,64 @@ def _row(line: int, record: Any, found: str) -> Row:
         references = [_text(answer, outputs)]
     if question == "prompt":
         return Row(line, references, prompt=text)
-    context = _text("input", record.get("input", ""), may_be_blank=True)
+    context = _text("input", record.get("input") or "", may_be_blank=True)
     return Row(line, references, instruction=text, input=context)
 
 
-def _messages(value: Any) -> Messages:
+def _conversation(line: int, messages: Messages, trained_from: int = 0) -> Row:
+    answers = [m["content"] for m in messages if m["role"] == "assistant"]
+    return Row(line, answers[-1:], messages=messages, trained_from=trained_from)
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _from_sharegpt(value: Any) -> Any:
+    """Return ShareGPT's turns as messages; ``_messages`` checks the rest."""
     if not isinstance(value, list):
-        raise ValueError(f"messages is a {type(value).__name__}: expected a list of messages")
+        raise ValueError(f"conversations is a {type(value).__name__}: expected a list of turns")
+    messages = []
+    for i, turn in enumerate(value):
+        if not isinstance(turn, dict) or not turn.keys() >= {"from", "value"}:
+            raise ValueError(
+                f"conversations[{i}] is invalid: expected an object with from and value"
+            )
+        speaker = turn["from"]
+        if speaker not in SPEAKERS:
+            raise ValueError(
+                f"conversations[{i}].from is {speaker!r}: expected one of {', '.join(SPEAKERS)}"
+            )
+        messages.append({"role": SPEAKERS[speaker], "content": turn["value"]})
+    return messages
+
+
+def _messages(key: str, value: Any, trained: bool = True, first: bool = True) -> Messages:
+    """Return checked messages.
+
+    With ``trained``, there must be an assistant turn. With ``first``, they begin a conversation,
+    so the assistant does not speak first.
+    """
+    if not isinstance(value, list):
+        raise ValueError(f"{key} is a {type(value).__name__}: expected a list of messages")
     messages = []
     for i, message in enumerate(value):
-        name = f"messages[{i}]"
+        name = f"{key}[{i}]"
         if not isinstance(message, dict) or not message.keys() >= {"role", "content"}:
             raise ValueError(f"{name} is invalid: expected an object with role and content")
-        role = message["role"]
+        role, calls = message["role"], message.get("tool_calls")
         if role not in ROLES:
             raise ValueError(f"{name}.role is {role!r}: expected one of {', '.join(ROLES)}")
-        content = _text(f"{name}.content", message["content"], may_be_blank=role != "assistant")
-        messages.append({"role": role, "content": content})
-    if not any(m["role"] == "assistant" for m in messages):
-        raise ValueError("messages has no assistant turn: expected at least one to train on")
-    if messages[0]["role"] == "assistant":
-        raise ValueError("messages starts with an assistant turn: expected a prompt before it")
+        content = message["content"]
+        if content is None and calls:
+            content = ""
+        text = _text(f"{name}.content", content, may_be_blank=role != "assistant" or bool(calls))
+        further = {k: message[k] for k in FOR_TEMPLATES if message.get(k) is not None}
+        messages.append({"role": role, "content": text, **further})
+    if trained and not any(m["role"] == "assistant" for m in messages):
+        raise ValueError(f"{key} has no assistant turn: expected at least one to train on")
+    if first and messages and messages[0]["role"] == "assistant":
+        raise ValueError(f"{key} starts with an assistant turn: expected a prompt before it")
     return messages
 
 
