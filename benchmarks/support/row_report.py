@@ -46,15 +46,9 @@ class RowKernel:
     warps_per_processor: int  # an estimate
     loops: tuple[Loop, ...]
 
-    @property
-    def instructions(self) -> float:
-        """Return the instructions per pair of logits."""
-        return sum(loop.instructions for loop in self.loops)
-
-    @property
-    def bytes_moved(self) -> float:
-        """Return the bytes loaded and stored per pair of logits."""
-        return sum(loop.bytes_moved for loop in self.loops)
+    def total(self, name: str) -> float:
+        """Return the sum of a field of the loops, per pair of logits."""
+        return sum(getattr(loop, name) for loop in self.loops)
 
     def columns(self) -> dict[str, Any]:
         """Return one line of the CSV."""
@@ -63,8 +57,8 @@ class RowKernel:
         known = {name: getattr(self, name) for name in (*names, "warps_per_processor")}
         return known | {
             "sweeps": len(self.loops) or "",
-            "instructions_a_pair": round(self.instructions, 1) or "",
-            "bytes_a_pair": round(self.bytes_moved, 1) or "",
+            "instructions_a_pair": round(self.total("instructions"), 1) or "",
+            "bytes_a_pair": round(self.total("bytes_moved"), 1) or "",
             "access_bytes": " ".join(map(str, widths)),
         }
 
