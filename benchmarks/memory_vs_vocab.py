@@ -43,7 +43,7 @@ COLUMNS = (
     " peak_with_gradients_mib gradients_mib fake_peak_with_gradients_mib note"
 )
 
-PROGRESS = ("vocab_entries", "pairs", "contender", "peak_with_gradients_mib", "method", "note")
+SHOWN = ("contender", "pairs", "vocab_entries", "peak_with_gradients_mib", "method", "note")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     where = environment.environment(device)
     tables.write_csv(csv_path, [each | where for each in rows])
     picture = plot.memory_vs_vocab(csv_path)
-    print_results(rows)
+    print()
+    tables.print_rows(rows, SHOWN)
     print(f"\n{csv_path}\n{picture}\n{time.perf_counter() - start:.0f} s")
 
 
@@ -125,7 +126,7 @@ def points(
             if fake:
                 columns["fake_peak_with_gradients_mib"] = memory.mib(fake.peak)
             rows.append(row(contender, job, columns))
-            print("  " + " ".join(str(rows[-1][name] or "-") for name in PROGRESS), flush=True)
+            print("  " + " ".join(str(rows[-1][name] or "-") for name in SHOWN), flush=True)
     return rows
 
 
@@ -146,26 +147,6 @@ def too_large(
     if total > SHARE_OF_MEMORY * memory.available():
         return f"memory: {total / memory.MIB:.0f} MiB with its inputs"
     return None
-
-
-def print_results(rows: Sequence[dict[str, Any]]) -> None:
-    """Print a table of peak memory by contender and vocabulary size for each number of pairs."""
-    shown = [each for each in rows if each["method"] != "absent"]
-    vocabularies = sorted({each["vocab_entries"] for each in shown})
-    for pairs in sorted({each["pairs"] for each in shown}):
-        lines: dict[str, list[str]] = {}
-        for each in (each for each in shown if each["pairs"] == pairs):
-            line = lines.setdefault(each["label"], ["-"] * len(vocabularies))
-            if peak := each["peak_with_gradients_mib"]:
-                mark = "*" if each["method"] == "fake" else ""
-                line[vocabularies.index(each["vocab_entries"])] = f"{float(peak):.0f}{mark}"
-        print(f"\npeak memory above the inputs in MiB, {pairs} lens pair{'s'[: pairs > 1]}")
-        table = [[label, *line] for label, line in lines.items()]
-        tables.print_table(["vocabulary", *map(str, vocabularies)], table)
-    print("\n* counted over fake tensors; - not run")
-    for each in rows:
-        if each["method"] == "absent":
-            print(f"{each['label']}: {each['note']}")
 
 
 if __name__ == "__main__":

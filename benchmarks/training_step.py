@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,10 +29,7 @@ States = list[torch.Tensor]
 def parse() -> argparse.Namespace:
     """Return the arguments."""
     models = {"student_blocks": 20, "teacher_blocks": 30, "width": 576, "vocab": 49152, "pairs": 3}
-    parser = argparse.ArgumentParser(description=__doc__)
-    environment.add_numbers(parser, batch=4, length=128, **models, rounds=5)
-    output = environment.DATA / "cpu" / "training_step.csv"
-    parser.add_argument("--output", type=Path, default=output)
+    parser = environment.parser(__doc__, False, batch=4, length=128, **models, rounds=5)
     return parser.parse_args()
 
 
@@ -161,9 +157,9 @@ def main() -> None:
     print(f"saved by the cache: {saved / 1e3:.3f} s, {of_teacher:.2f} of the teacher alone")
     for name in ("trainer step", "dense step"):
         print(f"share of the loss in a {name}: {1 - models / median[name]:.0%}")
-    shape = {k: v for k, v in vars(args).items() if k != "output"}
+    shape = {k: v for k, v in vars(args).items() if k != "out"}
     where = environment.environment(environment.CPU)
-    tables.write_csv(args.output, [row | shape | where for row in rows])
+    tables.write_csv(args.out / "training_step.csv", [row | shape | where for row in rows])
 
 
 if __name__ == "__main__":

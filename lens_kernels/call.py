@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, get_type_hints
+from itertools import chain
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -38,6 +40,8 @@ class LossCall:
     ``divergences`` and ``normed`` have one entry for each pair. ``normed`` says whether the call
     must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
     flag for each student hidden state, then for each of the student head's ``tensors()``.
+    ``backend`` is the name of the chosen backend. The gradients of a ``deferred`` call are computed
+    in its backward pass, by another call.
     """
 
     student_hidden: list[Tensor]
@@ -57,6 +61,8 @@ class LossCall:
     operand_dtype: torch.dtype | None = None
     grad_threshold: float | None = None
     threshold_is_relative: bool = False
+    backend: str = ""
+    deferred: bool = False
 
     @staticmethod
     def of(inputs: Inputs, terms: list[Term], options: LossOptions, row_weight: Tensor) -> LossCall:
@@ -100,6 +106,8 @@ class LossCall:
 
         Keys are the index of the pair for hidden states, and the name for tensors of the head.
         """
+        if self.deferred:
+            return {}
         named: list[tuple[int | str, Tensor]] = [*enumerate(self.student_hidden)]
         named += self.student_head.tensors().items()
         return {key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed}
@@ -109,6 +117,8 @@ class LossCall:
         heads = [self.student_head] + ([self.teacher_head] if self.teacher_head else [])
         parts = [_pack_head(head) for head in heads]
         names = [
+            self.backend,
+            "deferred" if self.deferred else "at once",
             ",".join(d.value for d in self.divergences),
             ",".join("normed" if normed else "" for normed in self.normed),
             str(self.operand_dtype).removeprefix("torch."),
@@ -123,9 +133,7 @@ class LossCall:
             mask=self.mask,
             labels=self.labels,
             row_weight=self.row_weight,
-            beta=self.beta,
-            temperature=self.temperature,
-            numbers=[threshold, *(number for part in parts for number in part)],
+            numbers=[self.beta, self.temperature, threshold, *chain(*parts)],
             sizes=[self.vocab_size, self.workspace_bytes],
             names=";".join(names),
             needs_grad=self.needs_grad,
@@ -141,18 +149,30 @@ class Packed(NamedTuple):
     mask: Tensor | None
     labels: Tensor | None
     row_weight: Tensor
-    beta: float
-    temperature: float
     numbers: list[float]
     sizes: list[int]
     names: str
     needs_grad: list[bool]
 
+    def map_tensors(self, function: Callable[[Any], Any]) -> dict[str, Any]:
+        """Return the fields that hold tensors, with ``function`` applied to each tensor."""
+
+        def apply(x: Any) -> Any:
+            if isinstance(x, list):
+                return [function(each) for each in x]
+            return None if x is None else function(x)
+
+        names = [name for name, kind in _KINDS.items() if "Tensor" in kind]
+        return {name: apply(getattr(self, name)) for name in names}
+
     def unpack(self) -> LossCall:
         """Return the call that was packed."""
-        divergences, normed, operand_dtype, threshold_kind, *head_names = self.names.split(";")
-        tensors, numbers = iter(self.heads), iter(self.numbers)
-        threshold = next(numbers)
+        backend, when, divergences, normed, operand_dtype, threshold_kind, *head_names = (
+            self.names.split(";")
+        )
+        beta, temperature, threshold, *head_numbers = self.numbers
+        vocab_size, workspace_bytes = self.sizes
+        tensors, numbers = iter(self.heads), iter(head_numbers)
         heads = [
             _unpack_head(
                 {name: next(tensors) for name in names.split(",")},
@@ -172,27 +192,29 @@ class Packed(NamedTuple):
             normed=tuple(x == "normed" for x in normed.split(",")),
             needs_grad=self.needs_grad,
             operand_dtype=None if operand_dtype == "None" else getattr(torch, operand_dtype),
-            beta=self.beta,
-            temperature=self.temperature,
-            vocab_size=self.sizes[0],
-            workspace_bytes=self.sizes[1],
+            beta=beta,
+            temperature=temperature,
+            vocab_size=vocab_size,
+            workspace_bytes=workspace_bytes,
             grad_threshold=None if math.isnan(threshold) else threshold,
             threshold_is_relative=threshold_kind == "relative",
+            backend=backend,
+            deferred=when == "deferred",
         )
 
 
-_KINDS = {
+_SCHEMA_NAMES = {
     list[Tensor]: "Tensor[]",
     Tensor | None: "Tensor?",
     Tensor: "Tensor",
-    float: "float",
     list[float]: "float[]",
     list[int]: "SymInt[]",
     str: "str",
     list[bool]: "bool[]",
 }
+_KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).items()}
 # The fields of ``Packed`` as operator arguments, in torch's schema language.
-SCHEMA = ", ".join(f"{_KINDS[kind]} {name}" for name, kind in get_type_hints(Packed).items())
+SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 
 HEAD_NUMBERS = 5
 

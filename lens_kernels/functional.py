@@ -152,9 +152,11 @@ def symmetric_lens_loss(
     weights = pair_weights(layer_weights, student.lenses, inputs)
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
-    call = replace(call, row_weight=weights[:, None] * counted)
-    loss, rows, _ = operator.apply(call, backend, deferred=reduction == Reduction.NONE)
-    if reduction == Reduction.NONE:
+    deferred = reduction == Reduction.NONE
+    row_weight = weights[:, None] * counted
+    call = replace(call, row_weight=row_weight, backend=backend, deferred=deferred)
+    loss, rows, _ = operator.apply(call)
+    if deferred:
         loss = rows.reshape(student.lenses, *inputs.leading_shape)
     return loss.to(inputs.result_dtype)
 
@@ -299,8 +301,8 @@ def distillation_loss(
     if labelled is not None:
         label_tokens = token_denominator(denominator, labelled)
         row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
-    call = replace(call, row_weight=torch.cat(row_weight))
-    loss, rows, dropped = operator.apply(call, backend, deferred=False)
+    call = replace(call, row_weight=torch.cat(row_weight), backend=backend)
+    loss, rows, dropped = operator.apply(call)
     rows = rows.detach()
 
     def mean(values: Tensor, denominator: Tensor | float) -> Tensor:

@@ -12,98 +12,85 @@ from lens_kernels import compat, dispatch
 from lens_kernels.call import SCHEMA, LossCall, Packed
 
 
-def apply(call: LossCall, backend: str, deferred: bool) -> tuple[Tensor, Tensor, Tensor]:
+def apply(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(loss, rows, dropped)`` of a call.
 
-    ``loss`` is differentiable, and its gradients are computed in the forward pass. With
+    ``loss`` is differentiable, and its gradients are computed in the forward pass. If the call is
     ``deferred``, ``rows`` is differentiable instead. Its gradients are computed in the backward
     pass, when the weight of each row is known.
     """
-    loss, rows, dropped, _ = lens_loss(backend, deferred, *call.pack())
+    loss, rows, dropped, _ = lens_loss(*call.pack())
     return loss, rows, dropped
 
 
 @torch.library.custom_op(
     "lens_kernels::lens_loss",
     mutates_args=(),
-    schema=f"(str backend, bool deferred, {SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
-def lens_loss(
-    backend: str, deferred: bool, *packed: Any
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def lens_loss(*packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return ``(loss, rows, dropped, gradients of loss)``. See ``LossCall`` and ``LossResult``."""
     call = Packed(*packed).unpack()
-    if deferred:
-        call = replace(call, needs_grad=[False] * len(call.needs_grad))
     # The backend decides the dtype of each product. Autocast must not change it.
     with torch.autocast(call.row_weight.device.type, enabled=False):
-        result = dispatch.REGISTRY[backend].evaluate(call)
+        result = dispatch.REGISTRY[call.backend].evaluate(call)
     loss = (call.row_weight * result.rows).sum()
     return loss, result.rows, result.dropped, [result.grads[key] for key in call.needing_grad()]
 
 
 @lens_loss.register_fake
-def _(backend: str, deferred: bool, *packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def _(*packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call = Packed(*packed).unpack()
     rows = torch.empty_like(call.row_weight, dtype=call.compute_dtype)
     grads = [
         call.row_weight.new_empty(x.shape, dtype=call.compute_dtype)
-        for x in ([] if deferred else call.needing_grad().values())
+        for x in call.needing_grad().values()
     ]
     scalar = rows.new_empty(())
     return scalar, rows, torch.empty_like(scalar), grads
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    backend, deferred, *arguments = inputs
     loss, rows, dropped, grads = output
-    packed = Packed(*arguments)
-    ctx.backend, ctx.deferred, ctx.needs_grad = backend, deferred, packed.needs_grad
-    ctx.lengths = [len(x) for x in (packed.student_hidden, packed.teacher_hidden, packed.heads)]
+    packed = Packed(*inputs)
+    call = packed.unpack()
+    ctx.deferred = call.deferred
+    # The tensors are saved by autograd, which frees them after the backward pass.
+    ctx.without_tensors = packed._replace(**packed.map_tensors(lambda x: ...))
     ctx.set_materialize_grads(False)
-    if deferred:
+    saved: list[Tensor] = []
+    if call.deferred:
         ctx.mark_non_differentiable(loss, dropped, *grads)
-        no_tensors: dict[str, Any] = {"mask": None, "labels": None, "row_weight": None}
-        ctx.packed = packed._replace(student_hidden=[], teacher_hidden=[], heads=[], **no_tensors)
-        tensors = [*packed.student_hidden, *packed.teacher_hidden, *packed.heads]
-        saved = [*map(_savable, [packed.mask, packed.labels, *tensors])]
+        packed.map_tensors(lambda x: saved.append(_savable(x)))
     else:
         ctx.mark_non_differentiable(rows, dropped, *grads)
-        saved = [rows, packed.row_weight, *grads, *packed.unpack().needing_grad().values()]
+        saved = [rows, call.row_weight, *grads, *call.needing_grad().values()]
     ctx.save_for_backward(*saved)
 
 
-def _savable(x: Tensor | None) -> Tensor | None:
+def _savable(x: Tensor) -> Tensor:
     """Return ``x``, or a copy if it is an inference tensor, which autograd cannot save."""
-    return x.clone() if x is not None and x.is_inference() else x
+    return x.clone() if x.is_inference() else x
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[Any, ...]:
-    students, teachers, heads = ctx.lengths
-    # Gradients of the packed call, in the order of the operator's arguments.
-    result: dict[str, Any] = dict.fromkeys(Packed._fields)
-    result["student_hidden"], result["teacher_hidden"] = [None] * students, [None] * teachers
-    result["heads"] = [None] * heads
+    packed: Packed = ctx.without_tensors
+    # The gradients of the operator's arguments, in their order.
+    result: dict[str, Any] = dict.fromkeys(Packed._fields) | packed.map_tensors(lambda x: None)
     upstream = grad_rows if ctx.deferred else grad_loss
     if upstream is None:
-        return None, None, *result.values()
+        return tuple(result.values())
     if ctx.deferred:
-        mask, labels, *tensors = ctx.saved_tensors
-        packed = ctx.packed._replace(
-            student_hidden=tensors[:students],
-            teacher_hidden=tensors[students : students + teachers],
-            heads=tensors[students + teachers :],
-            mask=mask,
-            labels=labels,
-            row_weight=upstream,
-        )
+        saved = iter(ctx.saved_tensors)
+        call = packed._replace(**packed.map_tensors(lambda x: next(saved))).unpack()
+        call = replace(call, row_weight=upstream, deferred=False)
         with torch.no_grad():
-            *_, grads = lens_loss(ctx.backend, False, *packed)
-        like = [*packed.unpack().needing_grad().values()]
+            *_, grads = lens_loss(*call.pack())
+        like = [*call.needing_grad().values()]
         upstream = upstream.new_ones(())
     else:
-        rows, row_weight, *saved = ctx.saved_tensors
-        grads, like = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        rows, row_weight, *tensors = ctx.saved_tensors
+        grads, like = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
         if row_weight.requires_grad:
             (result["row_weight"],) = scale_gradients([rows], grad_loss, [row_weight])
     if compat.backward_keeps_graph() or torch.is_grad_enabled():
@@ -112,11 +99,11 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
         # No later pass needs the gradients. Scaling them in place avoids a copy of the head
         # gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
-    each_scaled = iter(scaled)
-    each = [next(each_scaled) if needed else None for needed in ctx.needs_grad]
-    result["student_hidden"] = each[:students]
-    result["heads"][: len(each) - students] = each[students:]  # the student's tensors come first
-    return None, None, *result.values()
+    # The student's tensors come first among the heads; those of the teacher have no flag.
+    flags, each = iter(packed.needs_grad), iter(scaled)
+    for name in ("student_hidden", "heads"):
+        result[name] = [next(each) if next(flags, False) else None for _ in result[name]]
+    return tuple(result.values())
 
 
 lens_loss.register_autograd(_backward, setup_context=_setup_context)

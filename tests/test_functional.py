@@ -8,7 +8,9 @@ import torch
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends.torch.layout import row_stride
 from reference import dense
+from tests.support import gpu_checks
 from tests.support.compare import LOSS, assert_close, assert_gradients
+from tests.support.gpu_checks import CPU
 from tests.support.grids import (
     BATCH,
     DIVERGENCES,
@@ -24,7 +26,6 @@ from tests.support.problems import (
     check_beside,
     loss_of,
     make,
-    nearly_converged,
     oracle,
     ours,
     plain_torch,
@@ -169,23 +170,7 @@ def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
 @pytest.mark.parametrize("std", [10.0, 30.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_peaked_distributions(backend, divergence, std):
-    """Losses of peaked models are as accurate as float32 logits allow.
-
-    Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
-    probability. The limit is the rounding of a logit of two standard deviations, or twice the error
-    of dense float32 torch. The second limit alone would be too small where the errors of torch's
-    rows cancel by chance. In 40 problems of each kind, dense torch was off by 0 to 3.9 roundings of
-    one standard deviation, and the Triton kernels by 0 to 1.8.
-    """
-    problem = related(ODD, std, norm="rms", divergence=divergence)
-    rounding = torch.finfo(torch.float32).eps * 2 * std
-    check_beside(
-        plain_torch(problem),
-        ours(problem, backend=backend),
-        oracle(problem),
-        lambda error: max(rounding, 2 * error),
-        lambda error: max(1e-5, 2 * error),
-    )
+    gpu_checks.peaked(CPU, backend, divergence, std, ODD)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -306,11 +291,7 @@ def test_vocabulary_prefix(backend, feature, vocab):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_identical_models_have_divergence_and_gradient_exactly_zero(backend, divergence):
-    problem = make(ODD, std=5.0, **FEATURES["everything"], divergence=divergence).imitate()
-    loss, grads = ours(problem, backend=backend, workspace_bytes=several_chunks(ODD))
-    assert loss.item() == 0.0
-    for name, grad in grads.items():
-        assert not grad.any(), name
+    gpu_checks.identical(CPU, backend, torch.float32, divergence, ODD)
 
 
 def test_self_distillation_gives_the_tied_head_the_student_s_gradient_alone(backend):
@@ -368,18 +349,8 @@ def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergenc
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
-    """Near convergence, the loss is accurate and positive.
-
-    A formula with cancellation would lose all digits in float32.
-    """
-    problem = nearly_converged(divergence)
-    expected, _ = oracle(problem, reduction="none")
-    loss = loss_of(symmetric_lens_loss, problem, reduction="none", backend=backend)
-    if divergence == "jsd":
-        assert 5e-8 < expected.mean() < 5e-7
-    assert_close(loss.mean(), expected.mean(), 1e-4)
-    assert bool((loss > 0).all()), "the divergence of different models must be positive"
-    check(problem, 1e-4, 1e-3, backend=backend)
+    """A formula with cancellation would lose all digits in float32."""
+    gpu_checks.near_convergence(CPU, backend, divergence)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)

@@ -132,7 +132,7 @@ TINY = Shape((5,), 70, 24, 40, 2)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoke(backend):
-    """Each check of one backend passes on the CPU."""
+    """Each check of one backend that no other test runs passes on the CPU."""
     if backend == "triton":
         pytest.importorskip("triton")
     for dtype in DTYPES:
@@ -142,9 +142,7 @@ def test_smoke(backend):
     check.large(CPU, backend, torch.float32, TINY, "jsd")
     check.large(CPU, backend, torch.bfloat16, TINY, "tvd", mask=True)
     check.masked_rows_are_inert(CPU, backend, torch.float16, TINY)
-    check.near_convergence(CPU, backend, "jsd", tokens=3)
     check.identical(CPU, backend, torch.bfloat16, "tvd", TINY)
-    check.peaked(CPU, backend, "reverse_kl", 10.0, TINY)
     check.determinism(CPU, backend, torch.bfloat16, "jsd", TINY, runs=2)
 
 

@@ -25,15 +25,10 @@ def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
     if on_device:
         parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add_numbers(parser, **numbers)
-    return parser
-
-
-def add_numbers(parser: argparse.ArgumentParser, **numbers: int) -> None:
-    """Add an integer option for each name, with the number as its default."""
     for name, number in numbers.items():
         option = f"--{name.replace('_', '-')}"
         parser.add_argument(option, type=int, default=number, help="default %(default)s")
+    return parser
 
 
 def version_of(package: str) -> str:

@@ -40,6 +40,7 @@ TARGETS = {
     "gfx942": (GPUTarget("hip", "gfx942", 64), "v_mfma"),
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
+INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
 CONSTANT = "constexpr"  # the type of an argument whose value is compiled into the kernel
 Path = tuple[int, ...]  # the position of an argument, or of an element of a tuple argument
 # The registers, threads and blocks of a multiprocessor in NVIDIA's data-centre GPUs.
@@ -131,13 +132,28 @@ def record(
     tf32: bool = False,
 ) -> list[Launch]:
     """Return the launches of one loss with its gradients. Each variant of a kernel appears once."""
-    tokens, vocab = 32, 64
+    call = loss_call(dtype, (32, 64), widths, divergence, features, temperature=2.0)
+    with recorder(arch, tile, tf32) as launches:
+        backend.evaluate(call)
+    return list(dict.fromkeys(launches))
+
+
+def loss_call(
+    dtype: torch.dtype,
+    sizes: tuple[int, int],
+    widths: tuple[int, int],
+    divergence: Divergence,
+    features: frozenset[str],
+    **options: float,
+) -> LossCall:
+    """Return a call with these features. ``sizes`` are tokens and vocabulary size."""
+    tokens, vocab = sizes
     student, teacher = (head(dtype, vocab, width, features) for width in widths)
     hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
     labels = torch.zeros(tokens, dtype=torch.int64) if "labels" in features else None
-    call = LossCall(
-        student_hidden=[hidden[0]],
-        teacher_hidden=[hidden[1]],
+    return LossCall(
+        student_hidden=hidden[:1],
+        teacher_hidden=hidden[1:],
         student_head=student,
         teacher_head=teacher,
         mask=torch.ones(tokens, dtype=torch.bool) if "mask" in features else None,
@@ -145,15 +161,11 @@ def record(
         row_weight=torch.ones(1 if labels is None else 2, tokens),
         divergences=(divergence,),
         normed=(True,),
-        beta=0.5,
-        temperature=2.0,
+        needs_grad=[True] * (1 + len(student.tensors())),
         vocab_size=vocab,
         workspace_bytes=1 << 20,
-        needs_grad=[True] * (1 + len(student.tensors())),
+        **{"beta": 0.5} | options,
     )
-    with recorder(arch, tile, tf32) as launches:
-        backend.evaluate(call)
-    return list(dict.fromkeys(launches))
 
 
 @contextmanager
@@ -211,7 +223,7 @@ def compile_for(arch: str, launch: Launch) -> Compiled:
     code, registers, spilled, shared, programs = machine_code(arch, launch)
     found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
     matrix = max(set(found), key=found.count) if found else "none"
-    length = len(re.findall(r"^\s*(?:/\*[0-9a-f]+\*/|\t[vsdbg]\w*_)", code, re.MULTILINE))
+    length = sum(bool(INSTRUCTION.match(line)) for line in code.splitlines())
     resources = registers, spilled, shared
     return Compiled(arch, launch, *resources, matrix, len(found), length, programs)
 

@@ -15,18 +15,16 @@ from typing import Any
 import torch
 
 from benchmarks.support import offline
-from benchmarks.support.offline import FEATURES, Launch
+from benchmarks.support.offline import FEATURES, INSTRUCTION, Launch
 from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 from lens_kernels.backends.triton.kernels.row_pass import OPTIONS
-from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The variants of a call: a plain loss with gradient, no gradient, labels, or every option.
 VARIANTS = ("plain", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
-INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
 LABEL = re.compile(r"^\.?(L\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
 # Loads and stores of device memory in NVIDIA's and AMD's assembly, and the bytes of AMD's words.
@@ -46,15 +44,9 @@ class RowKernel:
     warps_per_processor: int  # an estimate
     loops: tuple[Loop, ...]
 
-    @property
-    def instructions(self) -> float:
-        """Return the instructions per pair of logits."""
-        return sum(loop.instructions for loop in self.loops)
-
-    @property
-    def bytes_moved(self) -> float:
-        """Return the bytes loaded and stored per pair of logits."""
-        return sum(loop.bytes_moved for loop in self.loops)
+    def total(self, name: str) -> float:
+        """Return the sum of a field of the loops, per pair of logits."""
+        return sum(getattr(loop, name) for loop in self.loops)
 
     def columns(self) -> dict[str, Any]:
         """Return one line of the CSV."""
@@ -63,8 +55,8 @@ class RowKernel:
         known = {name: getattr(self, name) for name in (*names, "warps_per_processor")}
         return known | {
             "sweeps": len(self.loops) or "",
-            "instructions_a_pair": round(self.instructions, 1) or "",
-            "bytes_a_pair": round(self.bytes_moved, 1) or "",
+            "instructions_a_pair": round(self.total("instructions"), 1) or "",
+            "bytes_a_pair": round(self.total("bytes_moved"), 1) or "",
             "access_bytes": " ".join(map(str, widths)),
         }
 
@@ -83,27 +75,10 @@ def record(
 ) -> Launch:
     """Return the recorded launch of the row kernel over one tile of logits."""
     everything, only_loss = variant == "all", variant == "loss only"
-    features = FEATURES["all" if everything else "plain"]
-    heads = [offline.head(dtype, VOCAB, 16, features) for _ in range(2)]
-    hidden = torch.zeros(TOKENS, 16, dtype=dtype)
-    row = torch.ones(TOKENS)
-    labels = torch.zeros(TOKENS, dtype=torch.int64) if everything or variant == "labels" else None
-    call = LossCall(
-        student_hidden=[hidden],
-        teacher_hidden=[hidden],
-        student_head=heads[0],
-        teacher_head=heads[1],
-        mask=None,
-        labels=labels,
-        row_weight=row[None].expand(1 if labels is None else 2, -1),
-        divergences=(divergence,),
-        normed=(False,),
-        needs_grad=[False] * (1 + len(heads[0].tensors())),
-        beta=beta,
-        temperature=2.0 if everything else 1.0,
-        vocab_size=VOCAB,
-        workspace_bytes=1 << 20,
-    )
+    features = FEATURES["all"] if everything else frozenset({"labels"} & {variant})
+    options = {"beta": beta, "temperature": 2.0 if everything else 1.0}
+    call = offline.loss_call(dtype, (TOKENS, VOCAB), (16, 16), divergence, features, **options)
+    row, labels = torch.ones(TOKENS), call.labels
     made = RowKernelPass(call, dtype, TOKENS)
     stride = made.layout.grad_stride
     assert stride is not None

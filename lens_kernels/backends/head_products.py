@@ -10,6 +10,7 @@ approximated by that sum times the mean of the other head rows, which removes mo
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
@@ -83,23 +84,23 @@ def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return size.amax(0), size.sum(0), size.square().sum(0)
 
 
-class Survey:
+class Survey(ABC):
     """The absolute values in a tile of logit gradients, per column and in total."""
 
     peak: Tensor  # the largest absolute value of every column, (V,)
     rows = 0
 
+    @abstractmethod
     def total(self) -> Tensor:
         """Return the sum of all absolute values."""
-        raise NotImplementedError
 
+    @abstractmethod
     def squares_of_all(self) -> Tensor:
         """Return the sum of all squares."""
-        raise NotImplementedError
 
+    @abstractmethod
     def left_out(self, grad: Tensor, active: Tensor) -> Tensor:
         """Return the sum of absolute values outside the columns ``active``."""
-        raise NotImplementedError
 
     def active(self, threshold: float | Tensor, relative: bool) -> Tensor:
         """Return the columns with a gradient above the threshold, ``(n,)``.

@@ -23,8 +23,8 @@ for job in sys.argv[1:]:
     arch, divergence, variant = job.split(",")
     kernel = row_report.measure(arch, torch.bfloat16, Divergence(divergence), variant)
     widths = sorted({width for loop in kernel.loops for width in loop.widths})
-    print(json.dumps([kernel.spilled_bytes, len(kernel.loops), kernel.bytes_moved,
-                      kernel.instructions, kernel.registers, widths]))
+    print(json.dumps([kernel.spilled_bytes, len(kernel.loops), kernel.total("bytes_moved"),
+                      kernel.total("instructions"), kernel.registers, widths]))
 """
 # The sweeps over a row, the bytes for a pair of logits, and limits for its instructions and for
 # registers. Each sweep reads 8 bytes, and the last one also writes the gradient of 2 bytes. The

@@ -1,6 +1,7 @@
 """Checks of compiled kernels against the float64 oracle, on the device that is passed first.
 
-``test_gpu.py`` calls them on a GPU at full size, and on the CPU at tiny sizes.
+``test_gpu.py`` calls them on a GPU at full size. On the CPU it calls them at tiny sizes, and
+``test_functional.py`` at the sizes of its other tests.
 """
 
 from __future__ import annotations
@@ -192,10 +193,13 @@ def identical(device, backend, dtype, divergence, shape):
 
 
 def peaked(device, backend, divergence, std, shape):
-    """Compare peaked models with the oracle.
+    """Losses of peaked models are as accurate as float32 logits allow.
 
-    The loss may be off by the rounding of a logit of two standard deviations, or by twice the error
-    of plain torch.
+    Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
+    probability. The limit is the rounding of a logit of two standard deviations, or twice the error
+    of dense float32 torch. The second limit alone would be too small where the errors of torch's
+    rows cancel by chance. In 40 problems of each kind, dense torch was off by 0 to 3.9 roundings of
+    one standard deviation, and the Triton kernels by 0 to 1.8.
     """
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std

@@ -356,7 +356,7 @@ def capture_call(monkeypatch: Any, problem: Problem, whole: bool = False, **opti
     """
     calls: list[LossCall] = []
 
-    def stop(call: LossCall, backend: Any, deferred: bool) -> None:
+    def stop(call: LossCall) -> None:
         calls.append(call)
         raise _Captured
 

@@ -297,8 +297,9 @@ def _call(
             )
         for name, x in result.items():
             if not isinstance(x, Tensor) or x.dim() != 2:
-                got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-                raise TypeError(
+                is_tensor = isinstance(x, Tensor)
+                got = tuple(x.shape) if is_tensor else type(x).__name__
+                raise (ValueError if is_tensor else TypeError)(
                     f"run_teacher must return {name} as a tensor of shape (counted positions, D),"
                     f" got {got}"
                 )

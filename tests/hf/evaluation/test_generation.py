@@ -80,16 +80,16 @@ def test_words_of_a_text():
 
 
 @pytest.mark.parametrize(
-    ("predictions", "references", "message"),
+    ("predictions", "references", "error", "message"),
     [
-        (["a", "b"], [["a"]], "predictions and references must pair up: got 2 and 1"),
-        ([], [], "predictions must hold at least one"),
-        (["a"], ["a"], r"references\[0\] must be a list of texts, got a str"),
-        (["a"], [[]], r"references\[0\] must hold at least one text"),
+        (["a", "b"], [["a"]], ValueError, "predictions and references must pair up: got 2 and 1"),
+        ([], [], ValueError, "predictions must hold at least one"),
+        (["a"], ["a"], TypeError, r"references\[0\] must be a list of texts, got a str"),
+        (["a"], [[]], ValueError, r"references\[0\] must hold at least one text"),
     ],
 )
-def test_rouge_l_refuses_bad_arguments(predictions, references, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+def test_rouge_l_refuses_bad_arguments(predictions, references, error, message):
+    with pytest.raises(error, match=message):
         rouge_l(predictions, references)
 
 

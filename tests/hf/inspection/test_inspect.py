@@ -118,25 +118,25 @@ def test_vocab_size_is_required_if_vocabulary_sizes_differ(student, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "error", "message"),
     [
-        ("text", "", "text must hold at least one token, got ''"),
-        ("text", " ", "text must hold at least one token, got ' '"),
-        ("text", 3, "text must be a string, got int"),
-        ("text", "64", "tokenizer gives token 64, but the models share 64 entries"),
-        ("max_tokens", 0, "max_tokens must be at least 1, got 0"),
-        ("top_k", 0, "top_k must be at least 1, got 0"),
-        ("top_k", True, "top_k must be an integer, got bool"),
-        ("top_k", 65, "top_k must not exceed the 64 entries"),
-        ("pairs", ([1], [1, 2]), "pairs must be .* two lists of equal length"),
-        ("pairs", ([3], [1]), r"pairs, student layers must lie in \[1, 2\], got 3"),
-        ("pairs", ([1], [0]), r"pairs, teacher layers must lie in \[1, 4\], got 0"),
-        ("divergence", "kl", "divergence='kl' is unknown"),
+        ("text", "", ValueError, "text must hold at least one token, got ''"),
+        ("text", " ", ValueError, "text must hold at least one token, got ' '"),
+        ("text", 3, TypeError, "text must be a string, got int"),
+        ("text", "64", ValueError, "tokenizer gives token 64, but the models share 64 entries"),
+        ("max_tokens", 0, ValueError, "max_tokens must be at least 1, got 0"),
+        ("top_k", 0, ValueError, "top_k must be at least 1, got 0"),
+        ("top_k", True, TypeError, "top_k must be an integer, got bool"),
+        ("top_k", 65, ValueError, "top_k must not exceed the 64 entries"),
+        ("pairs", ([1], [1, 2]), ValueError, "pairs must be .* two lists of equal length"),
+        ("pairs", ([3], [1]), ValueError, r"pairs, student layers must lie in \[1, 2\], got 3"),
+        ("pairs", ([1], [0]), ValueError, r"pairs, teacher layers must lie in \[1, 4\], got 0"),
+        ("divergence", "kl", ValueError, "divergence='kl' is unknown"),
     ],
 )
-def test_inspect_refuses_bad_arguments(student, teacher, tmp_path, name, value, message):
+def test_inspect_refuses_bad_arguments(student, teacher, tmp_path, name, value, error, message):
     given = {"text": "3 4", "output": tmp_path} | {name: value}
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(error, match=message):
         inspecting.inspect(student, teacher, OddTokenizer(), **given)
     assert not list(tmp_path.iterdir())
 

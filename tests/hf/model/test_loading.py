@@ -1,5 +1,6 @@
 """Models, adapters and tokenizers are loaded from folders and from the Hub's cache."""
 
+import functools
 import json
 import shutil
 import sys
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
-from tests.support import tiny
+from tests.support import refusals, tiny
 
 IDS = torch.tensor([[5, 6, 7]])
 
@@ -73,11 +74,7 @@ def logits(model):
         return model(IDS).logits
 
 
-def refused(words, function, *args):
-    with pytest.raises(ValueError) as caught:
-        function(*args)
-    for word in words:
-        assert word in str(caught.value)
+refused = functools.partial(refusals.refused, ValueError)
 
 
 def test_load_model_uses_the_requested_dtype(files, saved):

@@ -281,17 +281,17 @@ def test_long_prompts_are_dropped_and_long_examples_are_cut():
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("name", "value", "error", "message"),
     [
-        ("style", "plain", "prompt_style must be one of alpaca, chat, got 'plain'"),
-        ("max_length", 1, "max_length must be at least 2, got 1"),
-        ("max_prompt_length", 0, "max_prompt_length must be at least 1, got 0"),
-        ("max_length", 9.0, "max_length must be an integer, got float"),
-        ("max_prompt_length", True, "max_prompt_length must be an integer, got bool"),
+        ("style", "plain", ValueError, "prompt_style must be one of alpaca, chat, got 'plain'"),
+        ("max_length", 1, ValueError, "max_length must be at least 2, got 1"),
+        ("max_prompt_length", 0, ValueError, "max_prompt_length must be at least 1, got 0"),
+        ("max_length", 9.0, TypeError, "max_length must be an integer, got float"),
+        ("max_prompt_length", True, TypeError, "max_prompt_length must be an integer, got bool"),
     ],
 )
-def test_encode_checks_its_options(name, value, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+def test_encode_checks_its_options(name, value, error, message):
+    with pytest.raises(error, match=message):
         encoded(Row(1, ["b"], prompt="a"), bpe(), **{name: value})
 
 
