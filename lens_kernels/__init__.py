@@ -1,6 +1,7 @@
 """Distil language models through the logit lens, without holding all logits in memory."""
 
 from lens_kernels.cost import Plan
+from lens_kernels.cross_entropy import linear_cross_entropy
 from lens_kernels.dispatch import plan
 from lens_kernels.functional import (
     DistillationOutput,
@@ -20,6 +21,7 @@ __all__ = [
     "Plan",
     "SymmetricLensLoss",
     "distillation_loss",
+    "linear_cross_entropy",
     "plan",
     "symmetric_lens_loss",
 ]

@@ -140,8 +140,7 @@ def symmetric_lens_loss(
         workspace_bytes=workspace_bytes,
         grad_threshold=grad_threshold,
     )
-    if reduction != Reduction.MEAN and denominator is not None:
-        raise ValueError(f"denominator needs reduction='mean', got {reduction!r}: leave it out")
+    options.check_denominator(denominator)
     student = model_inputs("student", student_hidden, student_head)
     teacher = model_inputs("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(student, teacher, mask=mask, vocab_size=vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ class ModelInputs:
     """
 
     named_hidden: list[tuple[str, Tensor]]
+    head_name: str
     head: LensHead
     lenses: int
 
@@ -84,11 +85,12 @@ class Inputs:
 def model_inputs(
     side: str, hidden: Any, head: Any, final: Any = None, has_final: bool = False
 ) -> ModelInputs:
-    """Check one model's tensors. ``side`` is ``student`` or ``teacher``, and begins their names.
+    """Check one model's tensors. ``side`` begins their names, unless it is empty.
 
     With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
     """
-    name = f"{side}_hidden"
+    prefix = f"{side}_" if side else ""
+    name, head_name = f"{prefix}hidden", f"{prefix}head"
     values = [hidden] if isinstance(hidden, Tensor) else hidden
     if not isinstance(values, (list, tuple)):
         kind = type(values).__name__
@@ -98,7 +100,7 @@ def model_inputs(
     single = isinstance(hidden, Tensor)
     named = [(name if single else f"{name}[{i}]", x) for i, x in enumerate(values)]
     if has_final:
-        named.append((f"{side}_final", final))
+        named.append((f"{prefix}final", final))
     for name, x in named:
         check_float(name, x)
         if x.dim() < 2:
@@ -106,11 +108,11 @@ def model_inputs(
                 f"{name} must have shape (..., D) with at least one leading dimension,"
                 f" got {tuple(x.shape)}"
             )
-    checked = _check_head(f"{side}_head", head)
+    checked = _check_head(head_name, head)
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
         checked = checked.map(torch.Tensor.detach)
-    return ModelInputs(named, checked, len(values))
+    return ModelInputs(named, head_name, checked, len(values))
 
 
 def check_inputs(
@@ -136,11 +138,12 @@ def check_inputs(
         check_device("teacher_head.weight", teacher.head.weight, device)
         named += teacher.named_hidden
     autocast = torch.is_autocast_enabled(device.type)
-    for side, model in (("student", student), ("teacher", teacher)):
+    for model in (student, teacher):
         if model is not None:
-            _check_widths_and_dtypes(model, f"{side}_head", autocast)
+            _check_widths_and_dtypes(model, autocast)
     shape = _leading_shape(named)
-    size = shared_vocabulary(vocab_size, student.head, None if teacher is None else teacher.head)
+    heads = {model.head_name: model.head for model in (student, teacher) if model is not None}
+    size = shared_vocabulary(vocab_size, heads)
     flat_mask = _token_mask(mask, shape, device)
     flat_labels = has_label = None
     if labels is not None:
@@ -221,12 +224,12 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
         )
 
 
-def _check_widths_and_dtypes(model: ModelInputs, head_name: str, autocast: bool) -> None:
+def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     """Check that hidden states fit the head of their model.
 
     Dtypes may differ, but without autocast both or neither must be float64.
     """
-    weight = model.head.weight
+    weight, head_name = model.head.weight, model.head_name
     for name, x in model.named_hidden:
         check_device(name, x, weight.device)
         if x.shape[-1] != weight.shape[1]:
@@ -295,10 +298,9 @@ def _check_values(name: str, valid: Tensor, requirement: str) -> None:
         raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")
 
 
-def shared_vocabulary(vocab_size: Any, student: LensHead, teacher: LensHead | None) -> int:
+def shared_vocabulary(vocab_size: Any, heads: Mapping[str, LensHead]) -> int:
     """Return the size of the vocabulary prefix over which softmaxes are taken."""
-    heads = [("student_head", student), ("teacher_head", teacher)]
-    sizes = {name: head.weight.shape[0] for name, head in heads if head is not None}
+    sizes = {name: head.weight.shape[0] for name, head in heads.items()}
     smaller = min(sizes.values())
     shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
     if vocab_size is None:

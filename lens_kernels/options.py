@@ -213,6 +213,12 @@ class LensOptions(LossOptions):
         if self.reduction == Reduction.NONE and self.layer_weights is not None:
             raise ValueError("layer_weights do not apply to reduction='none': leave them out")
 
+    def check_denominator(self, denominator: object) -> None:
+        """Raise if a denominator is given for a reduction that does not divide."""
+        if self.reduction != Reduction.MEAN and denominator is not None:
+            reduction = str(Reduction(self.reduction).value)
+            raise ValueError(f"denominator needs reduction='mean', got {reduction!r}: leave it out")
+
 
 @dataclass(frozen=True, eq=False)
 class DistillationOptions(LossOptions):

@@ -66,7 +66,8 @@ def inspect(
     """
     # This fails before the models run if matplotlib is missing.
     figures.check_matplotlib()
-    size = shared_vocabulary(vocab_size, lens_head_from(student), lens_head_from(teacher))
+    heads = {"student_head": lens_head_from(student), "teacher_head": lens_head_from(teacher)}
+    size = shared_vocabulary(vocab_size, heads)
     ids, total = encode(tokenizer, text, max_tokens, size)
     read_student = read(student, ids, lens_norm, top_k, size)
     read_teacher = read(teacher, ids, lens_norm, top_k, size)

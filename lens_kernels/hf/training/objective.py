@@ -98,7 +98,9 @@ class LensObjective(nn.Module):
         self.options = DistillationOptions(**options)
         for model in (student, teacher):
             verify_lens(model)
-        shared_vocabulary(self.options.vocab_size, *self.heads())
+        student_head, teacher_head = self.heads()
+        heads = {"student_head": student_head, "teacher_head": teacher_head}
+        shared_vocabulary(self.options.vocab_size, heads)
         self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
 
     @classmethod
