@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -127,6 +127,11 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
             " or use backend='torch'"
         )
     return backend
+
+
+def with_backend(call: LossCall, name: str) -> LossCall:
+    """Return the call with the backend that ``choose`` returns for ``name``."""
+    return replace(call, backend=choose(name, cost.CallShape.of(call)).name)
 
 
 def plan(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from lens_kernels import adaptive, dispatch, operator
 from lens_kernels.call import LossCall, Term
-from lens_kernels.cost import CallShape
 from lens_kernels.inputs import (
     Head,
     Hidden,
@@ -144,18 +143,15 @@ def symmetric_lens_loss(
     student = model_inputs("student", student_hidden, student_head)
     teacher = model_inputs("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(student, teacher, mask=mask, vocab_size=vocab_size)
-    terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
     counted = inputs.counted()
-    call = LossCall.of(inputs, terms, options, counted)
-    backend = dispatch.choose(options.backend, CallShape.of(call)).name
     weights = pair_weights(layer_weights, student.lenses, inputs)
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
-    deferred = reduction == Reduction.NONE
-    row_weight = weights[:, None] * counted
-    call = replace(call, row_weight=row_weight, backend=backend, deferred=deferred)
-    loss, rows, _ = operator.apply(call)
-    if deferred:
+    terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
+    call = LossCall.of(inputs, terms, options, weights[:, None] * counted)
+    call = dispatch.with_backend(call, options.backend)
+    loss, rows, _ = operator.apply(replace(call, deferred=reduction == Reduction.NONE))
+    if reduction == Reduction.NONE:
         loss = rows.reshape(student.lenses, *inputs.leading_shape)
     return loss.to(inputs.result_dtype)
 
@@ -285,10 +281,9 @@ def distillation_loss(
         terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(student, teacher, mask=mask, labels=labels, vocab_size=vocab_size)
     counted, labelled = inputs.counted(), inputs.labelled()
-    call = LossCall.of(inputs, terms, options, counted)
-    backend = dispatch.choose(options.backend, CallShape.of(call)).name
     tokens = token_denominator(denominator, counted)
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
+    call = dispatch.with_backend(LossCall.of(inputs, terms, options, counted), options.backend)
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
     # These are the weights of rows within their term. ``row_weight`` are those within the loss.
     lens_rows = counted.expand(pairs, -1)
@@ -300,8 +295,7 @@ def distillation_loss(
     if labelled is not None:
         label_tokens = token_denominator(denominator, labelled)
         row_weight.append(labelled[None] * ((1.0 - kd_ratio) / label_tokens))
-    call = replace(call, row_weight=torch.cat(row_weight), backend=backend)
-    loss, rows, dropped = operator.apply(call)
+    loss, rows, dropped = operator.apply(replace(call, row_weight=torch.cat(row_weight)))
     rows = rows.detach()
 
     def mean(values: Tensor, denominator: Tensor | float) -> Tensor:
