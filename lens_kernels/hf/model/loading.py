@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,7 +11,13 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -28,18 +36,18 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    local = {"local_files_only": not download}
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": not download,
+        **local,
         "use_safetensors": True,
         "trust_remote_code": False,
     }
     try:
-        adapter = find_adapter_config_file(path, local_files_only=not download)
+        adapter = find_adapter_config_file(path, **local)
         if adapter is None:
             return _load_plain(path, options)
-        # Without this check peft would load a pickle.
-        if not _has(path, "adapter_model.safetensors", download):
+        if not _has(path, ["adapter_model.safetensors"], local):  # peft would load a pickle
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
@@ -53,10 +61,21 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
 
 
 def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
-    found, _ = PretrainedConfig.get_config_dict(path, local_files_only=options["local_files_only"])
+    source = {name: options[name] for name in ("local_files_only", "revision") if name in options}
+    found, _ = PretrainedConfig.get_config_dict(path, **source)
     _check_kernels(found)
+    # transformers would ask a service on the Hub to convert the pickles of such a model.
+    if not _has(path, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
+        raise ValueError(
+            f"{path!r} has no {SAFE_WEIGHTS_NAME}; save the model again with save_pretrained"
+        )
+    place = path
+    if options["local_files_only"]:
+        # transformers looks for an adapter beside a model, and asks the Hub if it has only a name.
+        place = str(Path(str(cached_file(path, CONFIG_NAME, **source))).parent)
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(path, **options, output_loading_info=True)
+    model, info = load(place, **options, output_loading_info=True)
+    model.config.name_or_path = model.name_or_path = path
     # transformers only warns about missing weights, and gives them random values.
     _check_keys("lack weights of the model", path, info["missing_keys"])
     # Keys of a part that the model does not have, such as a reward head, are harmless. Other
@@ -123,11 +142,19 @@ def _check_kernels(config: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _check_kernels(value)
         elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
-            if isinstance(value, str) and "/" in value:
+            if isinstance(value, str) and ("/" in value or _is_absent(value)):
                 raise ValueError(
-                    f"its config.json has {key}={value!r}, which is code on the Hub. Such code is"
-                    f" not run: remove {key} from the file"
+                    f"its config.json has {key}={value!r}, a kernel that is not installed, and code"
+                    f" on the Hub is not run: remove {key} from the file"
                 )
+
+
+def _is_absent(kernel: str) -> bool:
+    """Return whether a kernel's package is missing; transformers then asks the Hub for it."""
+    if not kernel.removeprefix("paged|").startswith("flash_"):
+        return False
+    package = "flash_attn_interface" if kernel.endswith("_3") else "flash_attn"
+    return importlib.util.find_spec(package) is None
 
 
 def load_tokenizer(path: str, download: bool = False) -> Any:
@@ -136,14 +163,13 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
     Raises:
         ValueError: No tokenizer can be read.
     """
+    local = {"local_files_only": not download}
     try:
         source = path
-        adapter = find_adapter_config_file(path, local_files_only=not download)
-        if adapter is not None and not _has(path, "tokenizer_config.json", download):
+        adapter = find_adapter_config_file(path, **local)
+        if adapter is not None and not _has(path, ["tokenizer_config.json"], local):
             source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
-        return AutoTokenizer.from_pretrained(
-            source, local_files_only=not download, trust_remote_code=False
-        )
+        return AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
 
@@ -168,12 +194,13 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         )
 
 
-def _has(path: str, name: str, download: bool) -> bool:
-    try:
-        cached_file(path, name, local_files_only=not download)
-    except OSError:
-        return False
-    return True
+def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:
+    """Return whether a model has one of the files."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            cached_file(path, name, **source)
+            return True
+    return False
 
 
 def _unreadable(what: str, path: str, error: Exception, download: bool) -> str:
