@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -127,10 +128,12 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
+    _check_environment(parser, values)
     # hub_token is a secret and does not affect the result.
     chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
     try:
-        config, args, _ = parser.parse_args_into_dataclasses(arguments)
+        # By default this also reads options from a file that has the name of the program.
+        config, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     if args.resume_from_checkpoint is not None:
@@ -139,6 +142,21 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
             " command resumes from the last complete checkpoint in its output_dir"
         )
     return config, args, json.loads(json.dumps(chosen))  # converts Enum members to strings
+
+
+def _check_environment(parser: HfArgumentParser, values: Mapping[str, Any]) -> None:
+    """Refuse settings of accelerate's launcher that no record of the run would show."""
+    for name, options in (
+        ("ACCELERATE_MIXED_PRECISION", ("bf16", "fp16")),
+        ("ACCELERATE_DYNAMO_BACKEND", ()),
+    ):
+        setting = os.environ.get(name, "no")
+        if setting.lower() != "no" and not any(values[x] for x in options):
+            instead = f"give --{setting} as an option, and " if setting in options else ""
+            parser.error(
+                f"the environment sets {name}={setting}, which the record of the run does not show:"
+                f" {instead}unset it, or launch with 'no'"
+            )
 
 
 def train(

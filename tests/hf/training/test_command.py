@@ -113,6 +113,26 @@ def test_recorded_options_are_plain_values_without_secrets(files, tmp_path):
     assert yaml.safe_load(yaml.safe_dump(chosen))["debug"] == ["underflow_overflow"]
 
 
+def test_no_file_or_variable_sets_an_option_unseen(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    (tmp_path / "train.args").write_text("--beta 0.25")
+    argv = arguments(files, tmp_path)[1:]
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate's launcher sets it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    _, args, chosen = command.parse(argv)
+    assert args.beta == 0.5 and "beta" not in chosen
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert command.parse([*argv, "--bf16"])[2]["bf16"] is True
+    with pytest.raises(SystemExit):
+        command.parse(argv)
+    assert "give --bf16 as an option, and unset it" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(SystemExit):
+        command.parse([*argv, "--bf16"])
+    assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
