@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,11 @@ def connections(hub, monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # From version 1 huggingface_hub asks for this once in a process.
+    registry = sys.modules.get("huggingface_hub.utils._detect_agent")
+    if registry is not None:
+        monkeypatch.setattr(registry, "_registry", None)
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "none")
     # transformers before 5 keeps its own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
     return asked

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -44,10 +47,11 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
         "trust_remote_code": False,
     }
     try:
-        adapter = find_adapter_config_file(path, **local)
+        place = _place(path, download)
+        adapter = find_adapter_config_file(place, **local)
         if adapter is None:
             return _load_plain(path, options)
-        if not _has(path, ["adapter_model.safetensors"], local):  # peft would load a pickle
+        if not _has(place, ["adapter_model.safetensors"], local):  # peft would load a pickle
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
@@ -62,17 +66,12 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
 
 def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     source = {name: options[name] for name in ("local_files_only", "revision") if name in options}
-    found, _ = PretrainedConfig.get_config_dict(path, **source)
+    place = _place(path, not options["local_files_only"], source.get("revision"))
+    found, _ = PretrainedConfig.get_config_dict(place, **source)
     _check_kernels(found)
     # transformers would ask a service on the Hub to convert the pickles of such a model.
-    if not _has(path, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
-        raise ValueError(
-            f"{path!r} has no {SAFE_WEIGHTS_NAME}; save the model again with save_pretrained"
-        )
-    place = path
-    if options["local_files_only"]:
-        # transformers looks for an adapter beside a model, and asks the Hub if it has only a name.
-        place = str(Path(str(cached_file(path, CONFIG_NAME, **source))).parent)
+    if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
+        raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
     load: Any = AutoModelForCausalLM.from_pretrained
     model, info = load(place, **options, output_loading_info=True)
     model.config.name_or_path = model.name_or_path = path
@@ -165,10 +164,11 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
     """
     local = {"local_files_only": not download}
     try:
-        source = path
-        adapter = find_adapter_config_file(path, **local)
-        if adapter is not None and not _has(path, ["tokenizer_config.json"], local):
+        source = place = _place(path, download)
+        adapter = find_adapter_config_file(place, **local)
+        if adapter is not None and not _has(place, [TOKENIZER_CONFIG_FILE], local):
             source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+            source = _place(source, download)
         return AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
@@ -192,6 +192,20 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
             f"student and teacher have different ids for {len(differing)} tokens: {shown}. Their"
             " distributions cannot be compared: choose models with the same tokenizer"
         )
+
+
+def _place(path: str, download: bool, revision: str | None = None) -> str:
+    """Return what a model is read from: without downloads, its folder in the Hub's cache.
+
+    Even with ``local_files_only``, huggingface_hub and transformers ask the Hub about names.
+    """
+    if download or Path(path).is_dir():
+        return path
+    for name in (ADAPTER_CONFIG_NAME, CONFIG_NAME, TOKENIZER_CONFIG_FILE):
+        found = try_to_load_from_cache(path, name, revision=revision)
+        if isinstance(found, str):
+            return str(Path(found).parent)
+    raise OSError("it is no folder, and the Hub's cache does not have it")
 
 
 def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:

@@ -212,9 +212,8 @@ def test_an_adapter_needs_peft(files, monkeypatch):
         load_model(str(files / "adapter"))
 
 
-@pytest.mark.parametrize("download", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_hub_is_asked_only_if_allowed(files, adapter, monkeypatch, download, adapted):
+def test_the_hub_is_asked_if_allowed(files, adapter, monkeypatch, adapted):
     put_on(adapter, "some/base")
     asked = []
 
@@ -234,14 +233,12 @@ def test_the_hub_is_asked_only_if_allowed(files, adapter, monkeypatch, download,
     loaded = tiny.model(), {"missing_keys": [], "unexpected_keys": []}
     record(f"{module}.AutoModelForCausalLM.from_pretrained", loaded)
     record(f"{module}.AutoTokenizer.from_pretrained", Mock())
-    load_model("some/name", "auto", download)
-    load_tokenizer("some/name", download)
+    load_model("some/name", "auto", True)
+    load_tokenizer("some/name", True)
     base = "some/base" if adapted else "some/name"
     found = ["some/name"] * (1 + adapted)
-    # From the cache, a model is read by its folder.
-    model = [base] if download else [base, str(adapter)]
-    names = [*found, base, base, *model, *found, "some/name"]
-    assert asked == [(name, not download) for name in names]
+    names = [*found, base, base, base, *found, "some/name"]
+    assert asked == [(name, False) for name in names]
 
 
 def test_no_read_opens_a_connection(files, adapter, hub, connections):
