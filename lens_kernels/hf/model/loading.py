@@ -22,6 +22,8 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MOST_BLOCKS = 10_000  # transformers makes a module for each before it reads the weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -39,7 +41,7 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    local = {"local_files_only": not download}
+    local: dict[str, Any] = {"local_files_only": not download}
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         **local,
@@ -68,7 +70,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     source = {name: options[name] for name in ("local_files_only", "revision") if name in options}
     place = _place(path, not options["local_files_only"], source.get("revision"))
     found, _ = PretrainedConfig.get_config_dict(place, **source)
-    _check_kernels(found)
+    _check_config(found)
     # transformers would ask a service on the Hub to convert the pickles of such a model.
     if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
         raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
@@ -135,11 +137,13 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
     )
 
 
-def _check_kernels(config: Mapping[str, Any]) -> None:
-    """Refuse a config that names kernels on the Hub: transformers would download and run them."""
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse kernels on the Hub, which transformers would run, and blocks without end."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _check_kernels(value)
+            _check_config(value)
+        elif key in DEPTHS and isinstance(value, int) and value > MOST_BLOCKS:
+            raise ValueError(f"its config.json has {key}={value:.3g}, at most {MOST_BLOCKS} fit")
         elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
             if isinstance(value, str) and ("/" in value or _is_absent(value)):
                 raise ValueError(
@@ -162,7 +166,7 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
     Raises:
         ValueError: No tokenizer can be read.
     """
-    local = {"local_files_only": not download}
+    local: dict[str, Any] = {"local_files_only": not download}
     try:
         source = place = _place(path, download)
         adapter = find_adapter_config_file(place, **local)

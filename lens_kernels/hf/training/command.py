@@ -109,7 +109,7 @@ def build_parser() -> HfArgumentParser:
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
     """Return the parsed options, and a dictionary of those that differ from their defaults."""
     parser = build_parser()
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
     files.add_argument("--config")
     files.add_argument("--preset", choices=presets())
     known, _ = files.parse_known_args(argv)
@@ -119,9 +119,9 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
         given += _as_arguments(parser, known.preset, preset.read_text())
     if known.config:
         try:
-            text = Path(known.config).read_text()
-        except OSError as error:
-            parser.error(f"--config {known.config}: {error.strerror}")
+            text = Path(known.config).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            parser.error(f"--config {known.config}: {getattr(error, 'strerror', None) or error}")
         given += _as_arguments(parser, known.config, text)
     arguments = [*given, *argv]
     values = vars(parser.parse_args(arguments))
