@@ -14,7 +14,7 @@ from tests.support.commands import arguments
 from tests.support.fuzz import CLEAN, REFUSED, SAME, Input, mutated
 
 SECONDS = 300  # for one input, on a slow machine
-QUICK, ALL = 20, 1500
+QUICK, ALL = 20, 400
 SEEDS = [x if x < QUICK else pytest.param(x, marks=pytest.mark.slow) for x in range(ALL)]
 
 

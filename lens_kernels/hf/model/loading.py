@@ -84,6 +84,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
+    _check_numbers(path, model)
     return model
 
 
@@ -122,7 +123,18 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     missing = [key for key in result.missing_keys if "default" in key.split(".")]
     _check_keys("lack weights of the adapter", str(folder), missing)
     _check_keys("hold weights that the model lacks", str(folder), result.unexpected_keys)
+    _check_numbers(str(folder), adapted)
     return adapted
+
+
+def _check_numbers(path: str, model: Any) -> None:
+    """Raise if a weight is NaN: every result of the model would be NaN too."""
+    for name, x in model.named_parameters():
+        wide = (
+            x.is_floating_point() and x.element_size() > 1
+        )  # torch has no maximum of 8-bit floats
+        if wide and x.numel() and x.detach().amax().isnan():
+            raise ValueError(f"its files in {path!r} hold NaN in {name}: save the model again")
 
 
 def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
@@ -173,7 +185,9 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
         if adapter is not None and not _has(place, [TOKENIZER_CONFIG_FILE], local):
             source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             source = _place(source, download)
-        return AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
+        tokenizer("a")  # a damaged config may show only here
+        return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
 

@@ -245,11 +245,12 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _json_of(file: Path) -> Any:
-    """Return the content of a JSON file, or None if it is missing or truncated."""
+    """Return the object in a JSON file, or None if it is missing, truncated or something else."""
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
@@ -257,7 +258,16 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
     record = output / RECORD
     if not record.is_file():
         return
-    before = yaml.safe_load(record.read_text())
+    try:
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"it holds a {type(before).__name__}")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{record}, the options of the run in this folder, cannot be read ({reason}): restore"
+            " it, or choose another output_dir"
+        ) from error
     differing = sorted(k for k in before.keys() | chosen.keys() if before.get(k) != chosen.get(k))
     if differing:
         shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
@@ -315,7 +325,7 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
     """Convert a YAML file to command-line arguments, so that one parser checks all options."""
     try:
         values = yaml.load(text, _UniqueLoader) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         parser.error(f"{name} is not YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")

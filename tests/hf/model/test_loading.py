@@ -162,6 +162,30 @@ def test_an_adapter_of_something_else_is_refused(adapter, change, words):
     refused(words, load_model, str(adapter))
 
 
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.3.mlp.up_proj.weight"])
+def test_weights_that_are_nan_are_refused(saved, adapter, key):
+    tensors = load_file(saved / "model.safetensors")
+    tensors[key].view(-1)[-1] = float("nan")
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    refused([repr(str(saved)), f"NaN in {key}"], load_model, str(saved))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    refused([repr(str(adapter)), "NaN in ", "lora_A"], load_model, str(adapter))
+
+
+def test_a_config_with_blocks_without_end_is_refused(saved, monkeypatch):
+    monkeypatch.setattr("lens_kernels.hf.model.loading.MOST_BLOCKS", 3)
+    refused(["num_hidden_layers=4", "at most 3"], load_model, str(saved))
+
+
+@pytest.mark.parametrize("value", ["x", [[1]]])
+def test_a_tokenizer_that_cannot_be_called_is_refused(saved, value):
+    file = saved / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": value}))
+    refused([repr(str(saved)), "tokenizer", "cannot be read"], load_tokenizer, str(saved))
+
+
 @pytest.mark.parametrize("kernel", ["some-one/kernels", "flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_kernels_that_a_config_names_are_not_fetched(saved, key, kernel):

@@ -153,6 +153,12 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("lerning_rate: 1", "'lerning_rate' is not an option; did you mean 'learning_rate'"),
         ("- a", "must hold options as 'name: value', got a list"),
         ("a: [", "is not YAML"),
+        ("a: " + "[" * 5000, "is not YAML"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size must be finite and lie in"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be finite and lie in"),
+        ("learning_rate: .nan", "learning_rate must be finite"),
+        ("num_train_epochs: .nan", "num_train_epochs must be finite"),
+        ("seed: -1", "seed must be finite and lie in"),
         ("beta: 2", "beta must be finite and lie between 0 and 1"),
         ("beta: many", "argument --beta: invalid float value"),
         ("lens_divergence: kl", "invalid choice: 'kl'"),
@@ -161,8 +167,18 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
 def test_bad_options_files_are_refused(files, tmp_path, capsys, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml")[1:])
+        less = dict.fromkeys(("per_device_train_batch_size", "learning_rate"))
+        command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml", **less)[1:])
     assert message in capsys.readouterr().err
+
+
+def test_a_file_in_another_encoding_and_an_unknown_preset_are_refused(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"beta: \xff")
+    for argv in (["--config", str(tmp_path / "run.yaml")], ["--preset", "none"]):
+        with pytest.raises(SystemExit):
+            command.parse(argv)
+        shown = capsys.readouterr().err
+        assert shown.startswith("usage: lens-kernels train") and "error: " in shown
 
 
 @pytest.mark.parametrize(
