@@ -116,6 +116,9 @@ def _allows_download(argv: list[str]) -> bool:
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--allow-download", "--allow_download", nargs="?", const="true")
+    parser.add_argument(
+        "--no-allow-download", dest="allow_download", action="store_const", const="false"
+    )
     parser.add_argument("--config", nargs="?")
     given = parser.parse_known_args(argv)[0]
     value = given.allow_download

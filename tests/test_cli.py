@@ -113,6 +113,8 @@ def test_a_missing_package_is_installed_by_an_extra_that_holds_it(module, comman
         (["--allow-download"], None, True),
         (["--allow_download", "false"], None, False),
         (["--no-allow-download"], None, False),
+        (["--allow-download", "--no-allow-download"], None, False),
+        (["--no-allow-download", "--allow-download"], None, True),
         ([], "student: a", False),
         ([], "allow_download: yes", True),
         (["--allow_download", "no"], "allow_download: true", False),

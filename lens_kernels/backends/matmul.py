@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,30 +40,58 @@ def _has_amx() -> bool:
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-_setting = threading.Lock()
+_lock = threading.Lock()  # without it, a thread could reset the setting while another needs it
+_users: str | None = None  # the user's setting while this module's replaces it
 
 
-@contextmanager
-def _as_bfloat16(dtype: torch.dtype) -> Iterator[None]:
-    """Let float32 GEMMs use bfloat16 instructions inside the context, if ``dtype`` is bfloat16.
+def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
+    """Run float32 GEMMs, with bfloat16 instructions if ``dtype`` is bfloat16.
 
-    On a CPU torch has no GEMM of bfloat16 matrices with a float32 result. With this setting oneDNN
+    On a CPU torch has no GEMM of bfloat16 matrices with a float32 result. With oneDNN's setting it
     rounds float32 matrices to bfloat16, which does not change values that came from bfloat16. The
     setting is global: float32 GEMMs of other threads are also rounded meanwhile.
+
+    This is no context manager: an interrupt between its start and its body would leave the setting.
     """
+    global _users
     if dtype is not torch.bfloat16:
-        yield
+        gemms()
         return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _setting:  # without the lock, a thread could reset the setting while another needs it
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
+    with _lock:
         try:
-            yield
+            _users = _onednn().fp32_precision
+            _onednn().fp32_precision = "bf16"
+            gemms()
         finally:
-            matmul.fp32_precision = "none"  # "none" inherits from torch's general setting
-            if matmul.fp32_precision != before:
-                matmul.fp32_precision = before
+            try:
+                _restore()
+            finally:  # an interrupt may have come inside the first call
+                _restore()
+
+
+def _restore() -> None:
+    """Give the user's setting back, unless it is there."""
+    global _users
+    if _users is not None:
+        _onednn().fp32_precision = "none"  # "none" inherits from torch's general setting
+        if _onednn().fp32_precision != _users:
+            _onednn().fp32_precision = _users
+        _users = None
+
+
+def _onednn() -> Any:
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+
+
+def _start_in_child() -> None:
+    """Renew the lock and the setting in a forked process: the thread that had them is not there."""
+    global _lock
+    _lock = threading.Lock()
+    _restore()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(after_in_child=_start_in_child)
 
 
 class Factors:
@@ -111,10 +140,13 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
     if _has_out_dtype(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return
-    with _as_bfloat16(x.dtype):
-        x = x.to(out.dtype)
+
+    def gemms() -> None:
+        rows = x.to(out.dtype)
         for columns, part in _tiles(weight, out.dtype):
-            torch.mm(x, part.t(), out=out[:, columns])
+            torch.mm(rows, part.t(), out=out[:, columns])
+
+    _multiply(x.dtype, gemms)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -125,9 +157,12 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return torch.mm(a, b)
     result = torch.promote_types(a.dtype, torch.float32)
     out = a.new_zeros(a.shape[0], b.shape[1], dtype=result)
-    with _as_bfloat16(a.dtype):
+
+    def gemms() -> None:
         for (_, left), (_, right) in zip(_tiles(a.t(), result), _tiles(b, result), strict=True):
             out.addmm_(left.t(), right)
+
+    _multiply(a.dtype, gemms)
     return out
 
 
@@ -142,10 +177,13 @@ def add_head_gradient(grad: Tensor, x: Tensor, out: Tensor, begun: bool) -> None
         else:
             torch.mm(grad.t(), x, out_dtype=out.dtype, out=out)
         return
-    with _as_bfloat16(x.dtype):
-        x = x.to(out.dtype)
+
+    def gemms() -> None:
+        wide = x.to(out.dtype)
         for rows, part in _tiles(grad.t(), out.dtype):
             if begun:
-                out[rows].addmm_(part, x)
+                out[rows].addmm_(part, wide)
             else:
-                torch.mm(part, x, out=out[rows])
+                torch.mm(part, wide, out=out[rows])
+
+    _multiply(x.dtype, gemms)

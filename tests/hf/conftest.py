@@ -2,6 +2,9 @@
 
 import gc
 import importlib.util
+import shutil
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,8 @@ HERE = Path(__file__).parent
 if importlib.util.find_spec("transformers") is None:
     collect_ignore_glob = ["*"]
 else:
+    from huggingface_hub import constants
+
     from tests.support import commands, tiny
 
 
@@ -69,3 +74,45 @@ def files(tmp_path_factory):
     commands.write_rows(folder / "train.jsonl", commands.ROWS)
     commands.write_rows(folder / "eval.jsonl", commands.ROWS[:2])
     return folder
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Return a function that copies a folder into the Hub's cache under a name."""
+    cache = str(tmp_path / "hub")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # transformers before 5 keeps its own copy of this setting.
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
+
+    def put(folder, name):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("0" * 40)
+        return name
+
+    return put
+
+
+@pytest.fixture
+def connections(hub, monkeypatch):
+    """Return a list of the hosts that are asked for; every attempt fails."""
+    asked = []
+
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise OSError("this test has no network")
+
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    # From version 1 huggingface_hub asks for this once in a process.
+    registry = sys.modules.get("huggingface_hub.utils._detect_agent")
+    if registry is not None:
+        monkeypatch.setattr(registry, "_registry", None)
+        monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "none")
+    # transformers before 5 keeps its own copy of this setting.
+    monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
+    return asked

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MOST_BLOCKS = 10_000  # transformers makes a module for each before it reads the weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -28,18 +41,19 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    local: dict[str, Any] = {"local_files_only": not download}
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
-        "local_files_only": not download,
+        **local,
         "use_safetensors": True,
         "trust_remote_code": False,
     }
     try:
-        adapter = find_adapter_config_file(path, local_files_only=not download)
+        place = _place(path, download)
+        adapter = find_adapter_config_file(place, **local)
         if adapter is None:
             return _load_plain(path, options)
-        # Without this check peft would load a pickle.
-        if not _has(path, "adapter_model.safetensors", download):
+        if not _has(place, ["adapter_model.safetensors"], local):  # peft would load a pickle
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
@@ -53,10 +67,16 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
 
 
 def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
-    found, _ = PretrainedConfig.get_config_dict(path, local_files_only=options["local_files_only"])
-    _check_kernels(found)
+    source = {name: options[name] for name in ("local_files_only", "revision") if name in options}
+    place = _place(path, not options["local_files_only"], source.get("revision"))
+    found, _ = PretrainedConfig.get_config_dict(place, **source)
+    _check_config(found)
+    # transformers would ask a service on the Hub to convert the pickles of such a model.
+    if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
+        raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
     load: Any = AutoModelForCausalLM.from_pretrained
-    model, info = load(path, **options, output_loading_info=True)
+    model, info = load(place, **options, output_loading_info=True)
+    model.config.name_or_path = model.name_or_path = path
     # transformers only warns about missing weights, and gives them random values.
     _check_keys("lack weights of the model", path, info["missing_keys"])
     # Keys of a part that the model does not have, such as a reward head, are harmless. Other
@@ -64,6 +84,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
+    _check_numbers(path, model)
     return model
 
 
@@ -102,7 +123,18 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     missing = [key for key in result.missing_keys if "default" in key.split(".")]
     _check_keys("lack weights of the adapter", str(folder), missing)
     _check_keys("hold weights that the model lacks", str(folder), result.unexpected_keys)
+    _check_numbers(str(folder), adapted)
     return adapted
+
+
+def _check_numbers(path: str, model: Any) -> None:
+    """Raise if a weight is NaN: every result of the model would be NaN too."""
+    for name, x in model.named_parameters():
+        wide = (
+            x.is_floating_point() and x.element_size() > 1
+        )  # torch has no maximum of 8-bit floats
+        if wide and x.numel() and x.detach().amax().isnan():
+            raise ValueError(f"its files in {path!r} hold NaN in {name}: save the model again")
 
 
 def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
@@ -117,17 +149,27 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
     )
 
 
-def _check_kernels(config: Mapping[str, Any]) -> None:
-    """Refuse a config that names kernels on the Hub: transformers would download and run them."""
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse kernels on the Hub, which transformers would run, and blocks without end."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _check_kernels(value)
+            _check_config(value)
+        elif key in DEPTHS and isinstance(value, int) and value > MOST_BLOCKS:
+            raise ValueError(f"its config.json has {key}={value:.3g}, at most {MOST_BLOCKS} fit")
         elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
-            if isinstance(value, str) and "/" in value:
+            if isinstance(value, str) and ("/" in value or _is_absent(value)):
                 raise ValueError(
-                    f"its config.json has {key}={value!r}, which is code on the Hub. Such code is"
-                    f" not run: remove {key} from the file"
+                    f"its config.json has {key}={value!r}, a kernel that is not installed, and code"
+                    f" on the Hub is not run: remove {key} from the file"
                 )
+
+
+def _is_absent(kernel: str) -> bool:
+    """Return whether a kernel's package is missing; transformers then asks the Hub for it."""
+    if not kernel.removeprefix("paged|").startswith("flash_"):
+        return False
+    package = "flash_attn_interface" if kernel.endswith("_3") else "flash_attn"
+    return importlib.util.find_spec(package) is None
 
 
 def load_tokenizer(path: str, download: bool = False) -> Any:
@@ -136,14 +178,16 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
     Raises:
         ValueError: No tokenizer can be read.
     """
+    local: dict[str, Any] = {"local_files_only": not download}
     try:
-        source = path
-        adapter = find_adapter_config_file(path, local_files_only=not download)
-        if adapter is not None and not _has(path, "tokenizer_config.json", download):
+        source = place = _place(path, download)
+        adapter = find_adapter_config_file(place, **local)
+        if adapter is not None and not _has(place, [TOKENIZER_CONFIG_FILE], local):
             source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
-        return AutoTokenizer.from_pretrained(
-            source, local_files_only=not download, trust_remote_code=False
-        )
+            source = _place(source, download)
+        tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
+        tokenizer("a")  # a damaged config may show only here
+        return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
 
@@ -168,12 +212,27 @@ def check_tokenizers(student: Any, teacher: Any) -> None:
         )
 
 
-def _has(path: str, name: str, download: bool) -> bool:
-    try:
-        cached_file(path, name, local_files_only=not download)
-    except OSError:
-        return False
-    return True
+def _place(path: str, download: bool, revision: str | None = None) -> str:
+    """Return what a model is read from: without downloads, its folder in the Hub's cache.
+
+    Even with ``local_files_only``, huggingface_hub and transformers ask the Hub about names.
+    """
+    if download or Path(path).is_dir():
+        return path
+    for name in (ADAPTER_CONFIG_NAME, CONFIG_NAME, TOKENIZER_CONFIG_FILE):
+        found = try_to_load_from_cache(path, name, revision=revision)
+        if isinstance(found, str):
+            return str(Path(found).parent)
+    raise OSError("it is no folder, and the Hub's cache does not have it")
+
+
+def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:
+    """Return whether a model has one of the files."""
+    for name in names:
+        with contextlib.suppress(OSError):
+            cached_file(path, name, **source)
+            return True
+    return False
 
 
 def _unreadable(what: str, path: str, error: Exception, download: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from importlib import resources
@@ -108,7 +109,7 @@ def build_parser() -> HfArgumentParser:
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
     """Return the parsed options, and a dictionary of those that differ from their defaults."""
     parser = build_parser()
-    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
     files.add_argument("--config")
     files.add_argument("--preset", choices=presets())
     known, _ = files.parse_known_args(argv)
@@ -118,19 +119,21 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
         given += _as_arguments(parser, known.preset, preset.read_text())
     if known.config:
         try:
-            text = Path(known.config).read_text()
-        except OSError as error:
-            parser.error(f"--config {known.config}: {error.strerror}")
+            text = Path(known.config).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            parser.error(f"--config {known.config}: {getattr(error, 'strerror', None) or error}")
         given += _as_arguments(parser, known.config, text)
     arguments = [*given, *argv]
     values = vars(parser.parse_args(arguments))
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
+    _check_environment(parser, values)
     # hub_token is a secret and does not affect the result.
     chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
     try:
-        config, args, _ = parser.parse_args_into_dataclasses(arguments)
+        # By default this also reads options from a file that has the name of the program.
+        config, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     if args.resume_from_checkpoint is not None:
@@ -139,6 +142,21 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
             " command resumes from the last complete checkpoint in its output_dir"
         )
     return config, args, json.loads(json.dumps(chosen))  # converts Enum members to strings
+
+
+def _check_environment(parser: HfArgumentParser, values: Mapping[str, Any]) -> None:
+    """Refuse settings of accelerate's launcher that no record of the run would show."""
+    for name, options in (
+        ("ACCELERATE_MIXED_PRECISION", ("bf16", "fp16")),
+        ("ACCELERATE_DYNAMO_BACKEND", ()),
+    ):
+        setting = os.environ.get(name, "no")
+        if setting.lower() != "no" and not any(values[x] for x in options):
+            instead = f"give --{setting} as an option, and " if setting in options else ""
+            parser.error(
+                f"the environment sets {name}={setting}, which the record of the run does not show:"
+                f" {instead}unset it, or launch with 'no'"
+            )
 
 
 def train(
@@ -227,11 +245,12 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def _json_of(file: Path) -> Any:
-    """Return the content of a JSON file, or None if it is missing or truncated."""
+    """Return the object in a JSON file, or None if it is missing, truncated or something else."""
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
+    return found if isinstance(found, dict) else None
 
 
 def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
@@ -239,7 +258,16 @@ def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
     record = output / RECORD
     if not record.is_file():
         return
-    before = yaml.safe_load(record.read_text())
+    try:
+        before = yaml.safe_load(record.read_text(encoding="utf-8"))
+        if not isinstance(before, dict):
+            raise ValueError(f"it holds a {type(before).__name__}")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{record}, the options of the run in this folder, cannot be read ({reason}): restore"
+            " it, or choose another output_dir"
+        ) from error
     differing = sorted(k for k in before.keys() | chosen.keys() if before.get(k) != chosen.get(k))
     if differing:
         shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
@@ -297,7 +325,7 @@ def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
     """Convert a YAML file to command-line arguments, so that one parser checks all options."""
     try:
         values = yaml.load(text, _UniqueLoader) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         parser.error(f"{name} is not YAML: {error}")
     if not isinstance(values, dict):
         parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")

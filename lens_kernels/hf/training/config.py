@@ -149,6 +149,11 @@ class LensDistillConfig(TrainingArguments):
                 " forward call and compiles its own code: leave it out"
             )
         super().__post_init__()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            check_number(name, getattr(self, name), 1, inclusive=True)
+        for name in ("learning_rate", "num_train_epochs"):
+            check_number(name, getattr(self, name), 0, inclusive=True)
+        check_number("seed", self.seed, 0, 2**32 - 1, inclusive=True)
         check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
         for name, value in self.loss_options().items():
             if name in CHECKS:

@@ -4,6 +4,9 @@ Operands are rounded if AMX is detected, whether or not the hardware uses it. Th
 AMX is detected, so that they are valid on every CPU.
 """
 
+import os
+import signal
+import sys
 import threading
 
 import pytest
@@ -152,14 +155,81 @@ def test_the_users_settings_stay(own, above):
     torch.backends.mkldnn.set_flags(_fp32_precision=above)
     SETTING.fp32_precision = own
     before = SETTING.fp32_precision
-    with pytest.raises(ZeroDivisionError), matmul._as_bfloat16(torch.bfloat16):
+
+    def gemms():
         assert SETTING.fp32_precision == "bf16"
         _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        matmul._multiply(torch.bfloat16, gemms)
     assert SETTING.fp32_precision == before
     # The setting is still inherited from its parent.
     if own == "none":
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
+
+
+def interrupted(run, number):
+    """Raise KeyboardInterrupt at a moment of ``run``; return the error, or None at its end.
+
+    Python looks for signals when a function begins and after a call of a C function.
+    """
+    seen = 0
+
+    def profile(frame, event, _):
+        nonlocal seen
+        seen += event in ("call", "c_return")
+        if seen == number:
+            seen += 1
+            raise KeyboardInterrupt
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        run()
+    except KeyboardInterrupt as error:
+        return error
+    finally:
+        sys.setprofile(before)
+    return None
+
+
+def test_an_interrupt_at_any_moment_leaves_the_users_setting():
+    x, weight, out = (torch.zeros(4, 4, dtype=t) for t in (torch.bfloat16,) * 2 + (torch.float32,))
+    before = SETTING.fp32_precision
+    errors = []  # an error keeps the frames of its call alive, as in a notebook
+    for number in range(1, 1000):
+        errors.append(interrupted(lambda: matmul.project(x, weight, out), number))
+        assert SETTING.fp32_precision == before, number
+        assert not matmul._lock.locked(), number
+        if errors[-1] is None:
+            break
+    assert len(errors) > 20 and errors[-1] is None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_process_forked_during_a_product_can_multiply():
+    before = SETTING.fp32_precision
+    inside, forked = threading.Event(), threading.Event()
+
+    def gemms():
+        inside.set()
+        forked.wait()
+
+    thread = threading.Thread(target=matmul._multiply, args=(torch.bfloat16, gemms), daemon=True)
+    thread.start()
+    assert inside.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends a child that waits for the lock
+        found = [SETTING.fp32_precision]
+        matmul._multiply(torch.bfloat16, lambda: found.append(SETTING.fp32_precision))
+        os._exit(found + [SETTING.fp32_precision] != [before, "bf16", before])
+    forked.set()
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+    assert SETTING.fp32_precision == before
 
 
 class SignallingLock:
@@ -180,21 +250,23 @@ class SignallingLock:
 def test_two_threads_restore_the_setting(monkeypatch):
     before = SETTING.fp32_precision
     first_is_in, second_waits_or_is_in = threading.Event(), threading.Event()
-    monkeypatch.setattr(matmul, "_setting", SignallingLock(second_waits_or_is_in))
+    monkeypatch.setattr(matmul, "_lock", SignallingLock(second_waits_or_is_in))
 
     def first():
-        with matmul._as_bfloat16(torch.bfloat16):
-            first_is_in.set()
-            second_waits_or_is_in.wait()
+        first_is_in.set()
+        second_waits_or_is_in.wait()
 
     def second():
-        first_is_in.wait()
-        with matmul._as_bfloat16(torch.bfloat16):
-            second_waits_or_is_in.set()
-            # Without a lock, this thread would end last, and restore the first thread's bf16.
-            threads[0].join()
+        second_waits_or_is_in.set()
+        # Without a lock, this thread would end last, and restore the first thread's bf16.
+        threads[0].join()
 
-    threads = [threading.Thread(target=f) for f in (first, second)]
+    def run(gemms):
+        if gemms is second:
+            first_is_in.wait()
+        matmul._multiply(torch.bfloat16, gemms)
+
+    threads = [threading.Thread(target=run, args=(f,)) for f in (first, second)]
     for thread in threads:
         thread.start()
     for thread in threads:

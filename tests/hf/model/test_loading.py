@@ -9,7 +9,7 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -48,25 +48,6 @@ def put_on(adapter, model):
 def saved(files, tmp_path):
     """Return a copy of the model that a test may change."""
     return shutil.copytree(files / "model", tmp_path / "model")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Return a function that copies a folder into the Hub's cache, under a Hub name."""
-    cache = str(tmp_path / "hub")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # Before version 5, transformers keeps its own copy of this setting.
-    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
-
-    def put(folder, name):
-        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        shutil.copytree(folder, repository / "snapshots" / ("0" * 40))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
-        return name
-
-    return put
 
 
 def logits(model):
@@ -181,11 +162,39 @@ def test_an_adapter_of_something_else_is_refused(adapter, change, words):
     refused(words, load_model, str(adapter))
 
 
+@pytest.mark.parametrize("key", ["model.norm.weight", "model.layers.3.mlp.up_proj.weight"])
+def test_weights_that_are_nan_are_refused(saved, adapter, key):
+    tensors = load_file(saved / "model.safetensors")
+    tensors[key].view(-1)[-1] = float("nan")
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    refused([repr(str(saved)), f"NaN in {key}"], load_model, str(saved))
+    weights = load_file(adapter / "adapter_model.safetensors")
+    next(iter(weights.values())).fill_(float("nan"))
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    refused([repr(str(adapter)), "NaN in ", "lora_A"], load_model, str(adapter))
+
+
+def test_a_config_with_blocks_without_end_is_refused(saved, monkeypatch):
+    monkeypatch.setattr("lens_kernels.hf.model.loading.MOST_BLOCKS", 3)
+    refused(["num_hidden_layers=4", "at most 3"], load_model, str(saved))
+
+
+@pytest.mark.parametrize("value", ["x", [[1]]])
+def test_a_tokenizer_that_cannot_be_called_is_refused(saved, value):
+    file = saved / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": value}))
+    refused([repr(str(saved)), "tokenizer", "cannot be read"], load_tokenizer, str(saved))
+
+
+@pytest.mark.parametrize("kernel", ["some-one/kernels", "flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-def test_kernels_that_a_config_names_are_not_fetched(saved, key):
+def test_kernels_that_a_config_names_are_not_fetched(saved, key, kernel):
+    """transformers takes them from the Hub if a package of kernels is not installed."""
     config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(config | {key: "some-one/kernels"}))
-    refused([f"{key}='some-one/kernels'", "is not run", "remove"], load_model, str(saved))
+    (saved / "config.json").write_text(json.dumps(config | {key: kernel}))
+    refused([f"{key}={kernel!r}", "is not run", "remove"], load_model, str(saved))
+    (saved / "config.json").write_text(json.dumps(config | {key: "eager"}))
+    load_model(str(saved))
 
 
 def test_adapter_uses_its_own_tokenizer_or_that_of_its_base_model(files, adapter):
@@ -227,9 +236,8 @@ def test_an_adapter_needs_peft(files, monkeypatch):
         load_model(str(files / "adapter"))
 
 
-@pytest.mark.parametrize("download", [False, True])
 @pytest.mark.parametrize("adapted", [False, True])
-def test_the_hub_is_asked_only_if_allowed(files, adapter, monkeypatch, download, adapted):
+def test_the_hub_is_asked_if_allowed(files, adapter, monkeypatch, adapted):
     put_on(adapter, "some/base")
     asked = []
 
@@ -249,12 +257,39 @@ def test_the_hub_is_asked_only_if_allowed(files, adapter, monkeypatch, download,
     loaded = tiny.model(), {"missing_keys": [], "unexpected_keys": []}
     record(f"{module}.AutoModelForCausalLM.from_pretrained", loaded)
     record(f"{module}.AutoTokenizer.from_pretrained", Mock())
-    load_model("some/name", "auto", download)
-    load_tokenizer("some/name", download)
+    load_model("some/name", "auto", True)
+    load_tokenizer("some/name", True)
     base = "some/base" if adapted else "some/name"
     found = ["some/name"] * (1 + adapted)
-    names = [*found, base, base, *found, "some/name"]
-    assert asked == [(name, not download) for name in names]
+    names = [*found, base, base, base, *found, "some/name"]
+    assert asked == [(name, False) for name in names]
+
+
+def test_no_read_opens_a_connection(files, adapter, hub, connections):
+    base = hub(files / "model", "some/base")
+    put_on(adapter, base)
+    hub(adapter, "some/adapter")
+    model = load_model(base)
+    assert torch.equal(logits(model), logits(tiny.model()))
+    assert model.name_or_path == model.config.name_or_path == base
+    for name in (str(adapter), "some/adapter"):
+        load_model(name), load_tokenizer(name)
+    load_tokenizer(base)
+    put_on(adapter, "no/base")
+    for name in (str(adapter), "no/model"):
+        refused([name], load_model, name)
+        refused([name], load_tokenizer, name)
+    assert connections == []
+
+
+def test_a_repository_without_safetensors_is_not_converted(files, saved, hub, connections):
+    """transformers would ask a service on the Hub to convert it."""
+    (saved / "model.safetensors").unlink()
+    (saved / "pytorch_model.bin").write_bytes(b"a pickle")
+    words = ["model.safetensors", "save_pretrained"]
+    refused(words, load_model, str(saved))
+    refused(words, load_model, hub(saved, "some/pickle"))
+    assert connections == []
 
 
 @pytest.mark.parametrize("function", [load_model, load_tokenizer])

@@ -113,6 +113,26 @@ def test_recorded_options_are_plain_values_without_secrets(files, tmp_path):
     assert yaml.safe_load(yaml.safe_dump(chosen))["debug"] == ["underflow_overflow"]
 
 
+def test_no_file_or_variable_sets_an_option_unseen(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    (tmp_path / "train.args").write_text("--beta 0.25")
+    argv = arguments(files, tmp_path)[1:]
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate's launcher sets it
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    _, args, chosen = command.parse(argv)
+    assert args.beta == 0.5 and "beta" not in chosen
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert command.parse([*argv, "--bf16"])[2]["bf16"] is True
+    with pytest.raises(SystemExit):
+        command.parse(argv)
+    assert "give --bf16 as an option, and unset it" in capsys.readouterr().err
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with pytest.raises(SystemExit):
+        command.parse([*argv, "--bf16"])
+    assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
@@ -133,6 +153,12 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("lerning_rate: 1", "'lerning_rate' is not an option; did you mean 'learning_rate'"),
         ("- a", "must hold options as 'name: value', got a list"),
         ("a: [", "is not YAML"),
+        ("a: " + "[" * 5000, "is not YAML"),
+        ("per_device_train_batch_size: 0", "per_device_train_batch_size must be finite and lie in"),
+        ("gradient_accumulation_steps: 0", "gradient_accumulation_steps must be finite and lie in"),
+        ("learning_rate: .nan", "learning_rate must be finite"),
+        ("num_train_epochs: .nan", "num_train_epochs must be finite"),
+        ("seed: -1", "seed must be finite and lie in"),
         ("beta: 2", "beta must be finite and lie between 0 and 1"),
         ("beta: many", "argument --beta: invalid float value"),
         ("lens_divergence: kl", "invalid choice: 'kl'"),
@@ -141,8 +167,18 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
 def test_bad_options_files_are_refused(files, tmp_path, capsys, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml")[1:])
+        less = dict.fromkeys(("per_device_train_batch_size", "learning_rate"))
+        command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml", **less)[1:])
     assert message in capsys.readouterr().err
+
+
+def test_a_file_in_another_encoding_and_an_unknown_preset_are_refused(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_bytes(b"beta: \xff")
+    for argv in (["--config", str(tmp_path / "run.yaml")], ["--preset", "none"]):
+        with pytest.raises(SystemExit):
+            command.parse(argv)
+        shown = capsys.readouterr().err
+        assert shown.startswith("usage: lens-kernels train") and "error: " in shown
 
 
 @pytest.mark.parametrize(

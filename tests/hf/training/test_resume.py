@@ -68,6 +68,21 @@ def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, cap
     assert loss == pytest.approx(json.loads(metrics)["eval_loss"], rel=1e-6)
 
 
+@pytest.mark.parametrize("content", [b"", b"- a", b"\xff\xfe", b"a: [", b"[" * 5000])
+def test_an_unreadable_record_is_refused(files, tmp_path, capsys, content):
+    (tmp_path / "run.yaml").write_bytes(content)
+    assert cli.main(arguments(files, tmp_path)) == 1
+    shown = capsys.readouterr().err
+    assert "run.yaml, the options of the run in this folder, cannot be read (" in shown
+
+
+@pytest.mark.parametrize("name", ["data.json", "metrics.json"])
+def test_a_record_that_is_no_object_counts_as_missing(files, tmp_path, name):
+    (tmp_path / name).write_text("[1]")
+    assert command._json_of(tmp_path / name) is None
+    assert cli.main(arguments(files, tmp_path, max_steps=1)) == 0
+
+
 def test_incomplete_checkpoints_are_skipped(tmp_path):
     assert command.last_checkpoint(tmp_path / "nothing") is None
     for step in (2, 10):
