@@ -192,24 +192,42 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
 
 
-def check_tokenizers(student: Any, teacher: Any) -> None:
+def check_tokenizers(
+    student: Any, teacher: Any, vocab_size: int | None = None, ids: Iterable[int] = ()
+) -> None:
     """Check that both tokenizers give every token the same id.
+
+    With ``vocab_size``, only tokens with an id below it are compared, and those of ``ids``, which
+    are the ids of the data.
 
     Raises:
         ValueError: Some ids differ. The message lists a few of these tokens.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = [name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]]
-    differing += mine.keys() ^ theirs.keys()
-    if differing:
-        shown = ", ".join(
-            f"{name!r} (student {mine.get(name)}, teacher {theirs.get(name)})"
-            for name in sorted(differing)[:3]
-        )
-        raise ValueError(
-            f"student and teacher have different ids for {len(differing)} tokens: {shown}. Their"
-            " distributions cannot be compared: choose models with the same tokenizer"
-        )
+    used = set(ids)
+    differing = []  # each with its lowest id, and whether the data hold it
+    for name in mine.keys() | theirs.keys():
+        own = {vocabulary[name] for vocabulary in (mine, theirs) if name in vocabulary}
+        lowest, held = min(own), bool(own & used)
+        compared = vocab_size is None or lowest < vocab_size or held
+        if compared and mine.get(name) != theirs.get(name):
+            differing.append((lowest, name, held))
+    if not differing:
+        return
+    differing.sort()
+    shown = ", ".join(
+        f"{name!r} (student {mine.get(name)}, teacher {theirs.get(name)})"
+        for _, name, _ in differing[:3]
+    )
+    first, hint = differing[0][0], "choose models with the same tokenizer"
+    if vocab_size is not None and first >= vocab_size:
+        hint = f"the data hold them, although vocab_size is {vocab_size}: leave these examples out"
+    elif vocab_size is None and first and not any(held for _, _, held in differing):
+        hint += f", or compare only the tokens before them, with vocab_size {first}"
+    raise ValueError(
+        f"student and teacher have different ids for {len(differing)} tokens: {shown}. Their"
+        f" distributions cannot be compared: {hint}"
+    )
 
 
 def _place(path: str, download: bool, revision: str | None = None) -> str:

@@ -203,7 +203,9 @@ def train(
     for name, dataset in datasets.items():
         say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
     if args.kd_ratio > 0 and config.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(config.teacher, config.allow_download))
+        other = load_tokenizer(config.teacher, config.allow_download)
+        ids = {i for data in datasets.values() for x in data.examples for i in x["input_ids"]}
+        check_tokenizers(tokenizer, other, args.vocab_size, ids)
     set_seed(args.seed)
     trainer = LensDistillTrainer(
         load_student(config), load_teacher(config), args, **datasets, processing_class=tokenizer

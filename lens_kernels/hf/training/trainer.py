@@ -82,7 +82,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         models = [model] if teacher is None else [model, teacher]
         for name in ("train_dataset", "eval_dataset"):
             if trainer.get(name) is not None and model is not None:
-                check_data(name, trainer[name], models, trainer["data_collator"])
+                size = None if teacher is None else args.vocab_size
+                check_data(name, trainer[name], models, trainer["data_collator"], size)
             if args.teacher_cache and trainer.get(name) is not None:
                 trainer[name] = _numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)

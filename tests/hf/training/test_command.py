@@ -13,7 +13,7 @@ from lens_kernels import cli
 from lens_kernels.hf import LensDistillConfig, uniform_layers
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.training import command
-from tests.support.commands import arguments, weights
+from tests.support.commands import arguments, weights, write_rows
 
 
 def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
@@ -66,6 +66,16 @@ def test_bad_data_stops_the_run_before_any_model_is_loaded(files, tmp_path, monk
 def test_train_refuses_mismatched_and_missing_models(files, tmp_path, capsys, teacher, message):
     assert cli.main(arguments(files, tmp_path / "out", teacher=files / teacher)) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_tokenizers_may_differ_above_the_shared_vocabulary(files, tmp_path, capsys):
+    options = {"teacher": files / "other", "vocab_size": 60, "max_steps": 1}
+    assert cli.main(arguments(files, tmp_path / "out", **options)) == 0
+    write_rows(tmp_path / "data", [{"prompt": "a (b", "completion": "c"}])
+    argv = arguments(files, tmp_path / "again", train=tmp_path / "data", **options)
+    assert cli.main(argv) == 1
+    assert "'(' (student 60, teacher None)" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 def test_lora_trains_only_the_adapter(files, tmp_path):

@@ -190,6 +190,16 @@ def test_inspect_reports_bad_options_and_models(files, tmp_path, capsys, options
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_compares_tokens_below_the_vocabulary_size_and_those_of_the_text(
+    files, tmp_path, capsys
+):
+    more = ("--vocab-size", "60")
+    assert cli.main(inspection(files, tmp_path / "out", *more, teacher="other")) == 0
+    argv = inspection(files, tmp_path / "out", *more, teacher="other", text="a (b")
+    assert cli.main(argv) == 1
+    assert "different ids for 1 tokens: '('" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pair", ["1", "1:2:3", "a:b", "1:", "1,2"])
 def test_layers_option_takes_pairs(files, tmp_path, capsys, pair):
     message = stopped(inspection(files, tmp_path, "--layers", "1:2", pair), capsys)
