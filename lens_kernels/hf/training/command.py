@@ -18,7 +18,7 @@ from transformers import HfArgumentParser, set_seed
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import report
-from lens_kernels.hf.training.config import LensDistillConfig, option
+from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
@@ -129,8 +129,8 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
     _check_environment(parser, values)
-    # hub_token is a secret and does not affect the result.
-    chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
+    hidden = ("config", "preset")
+    chosen = {k: v for k, v in chosen.items() if k not in hidden and not is_secret(k)}
     try:
         # By default this also reads options from a file that has the name of the program.
         config, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)

@@ -116,10 +116,9 @@ def test_command_line_options_override_the_file(files, tmp_path):
     assert chosen["output_dir"] == str(tmp_path)
 
 
-def test_recorded_options_are_plain_values_without_secrets(files, tmp_path):
-    argv = arguments(files, tmp_path, debug=["underflow_overflow"], hub_token="hf_secret")[1:]
-    _, args, chosen = command.parse(argv)
-    assert args.hub_token == "hf_secret" and "hub_token" not in chosen
+def test_recorded_options_are_plain_values(files, tmp_path):
+    argv = arguments(files, tmp_path, debug=["underflow_overflow"])[1:]
+    _, _, chosen = command.parse(argv)
     assert yaml.safe_load(yaml.safe_dump(chosen))["debug"] == ["underflow_overflow"]
 
 
@@ -141,6 +140,21 @@ def test_no_file_or_variable_sets_an_option_unseen(files, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         command.parse([*argv, "--bf16"])
     assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in capsys.readouterr().err
+
+
+def test_no_file_of_a_run_holds_a_secret(files, tmp_path):
+    names = [x.name for x in fields(LensDistillConfig) if x.name.endswith("_token")]
+    assert "hub_token" in names
+    secrets = {name: f"hf_secret_{name}" for name in names}
+    _, args, _ = command.parse(arguments(files, tmp_path, **secrets)[1:])
+    assert args.hub_token in secrets.values()
+    assert cli.main(arguments(files, tmp_path, max_steps=2, **secrets)) == 0
+    written = [x for x in tmp_path.rglob("*") if x.is_file()]
+    assert {"run.yaml", "training_args.bin"} < {x.name for x in written}
+    assert not [x for x in written if b"hf_secret" in x.read_bytes()]
+    (kept,) = tmp_path.glob("checkpoint-2/training_args.bin")
+    kept = torch.load(kept, weights_only=False)
+    assert (kept.hub_token, kept.learning_rate) == (None, 0.01)
 
 
 @pytest.mark.parametrize(
