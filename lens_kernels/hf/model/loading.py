@@ -22,6 +22,9 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
+from lens_kernels.failures import install
+from lens_kernels.hf.model.adapter_base import base_of
+
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_BLOCKS = 10_000  # transformers makes a module for each before it reads the weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -59,8 +62,9 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
             )
         return _load_adapted(Path(adapter).parent.absolute(), options)
     except ModuleNotFoundError as error:
+        name = error.name or str(error)
         raise RuntimeError(
-            f"the model {path!r} needs the package {error.name}: pip install 'lens-kernels[train]'"
+            f"the model {path!r} needs the package {name}: {install(name)}"
         ) from error
     except Exception as error:  # each file format raises its own errors for broken files
         raise ValueError(_unreadable("model", path, error, download)) from error
@@ -101,6 +105,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
             "adapter_config.json has no base_model_name_or_path, because the base model was changed"
             " after loading and not saved. Save the base model, and write its folder there"
         )
+    base = base_of(folder, base)
     model = _load_plain(base, {**options, "revision": config.revision})
     tokens = 0
     if (folder / "tokenizer_config.json").is_file():
@@ -183,8 +188,8 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
         source = place = _place(path, download)
         adapter = find_adapter_config_file(place, **local)
         if adapter is not None and not _has(place, [TOKENIZER_CONFIG_FILE], local):
-            source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
-            source = _place(source, download)
+            named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+            source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
         tokenizer("a")  # a damaged config may show only here
         return tokenizer

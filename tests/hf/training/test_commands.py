@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lens_kernels import cli
+from lens_kernels import cli, failures
 from lens_kernels.hf.evaluation import generation
 from lens_kernels.hf.inspection import inspect as inspecting
 from lens_kernels.hf.model import loading
@@ -246,6 +246,15 @@ def test_commands_name_a_missing_package_to_install(name, capsys, monkeypatch):
         " pip install a-module-that-is-missing\n"
     )
     assert capsys.readouterr().err == f"lens-kernels {expected}"
+
+
+@pytest.mark.parametrize("name", failures.LESS)
+def test_a_full_memory_names_options_of_the_command(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out
+    options = re.findall(r"--[\w-]+", failures.LESS[name])
+    assert options and all(re.search(rf"^  {x}\b", shown, re.MULTILINE) for x in options)
 
 
 @pytest.mark.parametrize(
