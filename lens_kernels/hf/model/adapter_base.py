@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from lens_kernels import compat
+
 FOLDER = "base_model"
 # Parts of names that adapters insert before the names of the base model's weights.
 INSERTED = ("base_layer", "original_module")
@@ -43,7 +45,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
     with torch.device("meta"):  # a model without adapters, only for the names and the files
-        plain: Any = type(base)(config).to(base.dtype)
+        plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config
     names = plain.state_dict().keys()
     weights = {}
