@@ -14,7 +14,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lens_kernels.hf.files import read_text
+from lens_kernels.hf.text_files import read_text
 from lens_kernels.hf.training.objective import PROJECTIONS
 
 STATE = "trainer_state.json"

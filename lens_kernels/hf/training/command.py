@@ -15,9 +15,9 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser, set_seed
 
-from lens_kernels.hf.files import read_text
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.text_files import read_text
 from lens_kernels.hf.training import record, report
 from lens_kernels.hf.training.checkpoints import last_whole
 from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option

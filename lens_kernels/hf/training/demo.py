@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
 
-from lens_kernels.hf.files import write_text
 from lens_kernels.hf.model.smollm2 import smollm2
 from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.text_files import write_text
 from lens_kernels.hf.training import report
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.meter import evaluate

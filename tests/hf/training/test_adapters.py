@@ -25,7 +25,7 @@ def logits(model):
 
 
 def auto(folder):
-    return logits(peft.AutoPeftModelForCausalLM.from_pretrained(folder))
+    return logits(peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype="auto"))
 
 
 @pytest.fixture(scope="module")
