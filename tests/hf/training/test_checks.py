@@ -97,10 +97,12 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
         trainer.save_model()
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
-    trainer = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=3, **options)
+    trainer = make_trainer(tmp_path, max_steps=3, **options)
+    trainer.args.learning_rate = float("inf")  # the config refuses it
     with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
         trainer.train()
-    quiet = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=1, **options)
+    quiet = make_trainer(tmp_path, max_steps=1, **options)
+    quiet.args.learning_rate = float("inf")
     with pytest.raises(ValueError, match="trained weights are not finite"):
         quiet.train()
 
