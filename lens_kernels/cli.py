@@ -191,12 +191,13 @@ def _inspect(argv: list[str]) -> None:
     options: dict[str, Any] = vars(parser.parse_args(argv))
     names = [options.pop("student"), options.pop("teacher")]
     download, layers = options.pop("allow_download"), options.pop("layers")
-    tokenizers = [load_tokenizer(name, download) for name in names]
-    check_tokenizers(*tokenizers)
+    tokenizer, other = (load_tokenizer(name, download) for name in names)
+    ids = tokenizer(options["text"])["input_ids"]
+    check_tokenizers(tokenizer, other, options["vocab_size"], ids)
     models = [load_model(name, "float32", download) for name in names]
     if layers is not None:
         options["pairs"] = tuple(zip(*layers, strict=True))
-    inspect(models[0], models[1], tokenizers[0], **options)
+    inspect(models[0], models[1], tokenizer, **options)
     _say(f"pictures, numbers and page: {options['output'] / 'inspect.html'}")
 
 

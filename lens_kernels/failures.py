@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 import tempfile
@@ -12,13 +13,19 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent
 MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+# What needs less memory, by command.
+LESS = {
+    "train": "lower --per_device_train_batch_size or --max_length, or set --gradient_checkpointing",
+    "eval": "lower --batch-size, --max-length or --max-new-tokens, or set --dtype bfloat16",
+    "inspect": "lower --max-tokens",
+}
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
     """Return the exit status of ``run``. If it raises, report the error for the command ``name``.
 
     For an error that this package raised on purpose, only its message is shown. Any other error may
-    be a bug, so its traceback is written to a file, and the message names the file.
+    be a bug, so it is shown as one line that names a file with its traceback.
     """
     try:
         return run()
@@ -26,45 +33,66 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         sys.stderr.write(f"lens-kernels {name}: interrupted\n")
         return 130
     except Exception as error:  # a library may raise errors of any kind
-        sys.stderr.write(f"lens-kernels {name}: {message(error)}\n")
+        sys.stderr.write(f"lens-kernels {name}: {message(error, name)}\n")
         return 1
 
 
-def message(error: Exception) -> str:
+def message(error: Exception, command: str = "") -> str:
     """Return a message that says what is wrong and what to do."""
     text = str(error).strip()
+    first = text.split("\n")[0]
     if isinstance(error, MemoryError) or MEMORY.search(text):
-        first = text.split("\n")[0] or "out of memory"
-        return (
-            f"{first}. Memory is full: use smaller batches, shorter texts or a 16-bit dtype"
-            f"{_kept(error)}"
-        )
+        less = LESS.get(command, "use smaller batches, shorter texts or a 16-bit dtype")
+        return f"{first or 'out of memory'}. Memory is full: {less}{_kept(error)}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"the package {error.name} is not installed: {install(error.name)}"
-    if isinstance(error, OSError) or _is_own(error):
+    if (isinstance(error, OSError) and error.filename is not None) or _is_own(error):
         return text
-    kind = type(error).__name__
-    return f"{kind}: {text}{_kept(error)}" if text else f"{kind}{_kept(error)}"
+    kind, kept = type(error).__name__, _kept(error)
+    shown = first if kept else text
+    return f"{kind}: {shown}{kept}" if text else f"{kind}{kept}"
 
 
 def install(module: str) -> str:
     """Return the command that installs a module, through an extra of this package if possible."""
-    name = module.split(".")[0].replace("_", "-").lower()
+    name = _normal(module.split(".")[0])
+    for package, extra in _extras():
+        if package == name:
+            return f"pip install 'lens-kernels[{extra}]'"
+    # transformers installs what it needs. The package of a module may have another name.
+    if name in OF_TRANSFORMERS and importlib.util.find_spec("transformers") is None:
+        return "pip install 'lens-kernels[hf]'"
+    return f"pip install {OF_TRANSFORMERS.get(name, name)}"
+
+
+# Modules of the packages that transformers needs, each with its package.
+OF_TRANSFORMERS = {"yaml": "pyyaml"} | {
+    name: name
+    for name in ("huggingface-hub", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm")
+}
+
+
+def _extras() -> list[tuple[str, str]]:
+    """Return the packages of this package's extras, each with its extra, except those of dev."""
     try:
         required = metadata.requires("lens-kernels") or []
     except metadata.PackageNotFoundError:
-        required = []
-    for entry in required:
-        found = re.match(r"([\w.-]+).*extra == [\"']([\w-]+)[\"']", entry)
-        if found and found[1].replace("_", "-").lower() == name:
-            return f"pip install 'lens-kernels[{found[2]}]'"
-    return f"pip install {name}"
+        return []
+    found = [re.match(r"([\w.-]+).*extra == [\"']([\w-]+)[\"']", entry) for entry in required]
+    pairs = [(_normal(x[1]), x[2]) for x in found if x]
+    return [pair for pair in pairs if pair[1] != "dev"]
+
+
+def _normal(name: str) -> str:
+    return name.replace("_", "-").lower()
 
 
 def _is_own(error: Exception) -> bool:
-    """Return whether code of this package raised the error itself."""
+    """Return whether a ``raise`` of this package made the error."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and PACKAGE in Path(frames[-1].filename).parents
+    if not frames or PACKAGE not in Path(frames[-1].filename).parents:
+        return False
+    return not frames[-1].line or frames[-1].line.startswith("raise")
 
 
 def _kept(error: Exception) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 import torch
 
 from lens_kernels import __version__, cli, failures
+from lens_kernels.lens import LensNorm
 from lens_kernels.options import check_number
+from tests.test_versions import PROJECT
 
 
 def test_env_lists_versions_devices_and_backends(capsys):
@@ -51,7 +55,14 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyError("labels"), RuntimeError("shapes"), AssertionError(), RecursionError("deep")]
+    "error",
+    [
+        KeyError("labels"),
+        RuntimeError("shapes\nand many lines more"),
+        AssertionError(),
+        RecursionError("deep"),
+        OSError(28, "No space left on device"),
+    ],
 )
 def test_an_error_of_any_kind_is_a_message_that_names_its_traceback(error, capsys):
     assert failures.guarded("eval", raising(error)) == 1
@@ -59,9 +70,20 @@ def test_an_error_of_any_kind_is_a_message_that_names_its_traceback(error, capsy
     assert (
         shown.startswith(f"lens-kernels eval: {type(error).__name__}") and "Traceback" not in shown
     )
+    assert shown.count("\n") == 1
     file = Path(shown.rpartition("(traceback: ")[2].rstrip(")\n"))
-    assert "in run\n" in file.read_text()
+    kept = file.read_text()
+    assert "in run\n" in kept and str(error) in kept
     file.unlink()
+
+
+def test_a_fault_of_this_package_keeps_its_traceback(capsys):
+    norm = LensNorm("rms", torch.ones(2), eps=0.0)
+    for fault in (lambda: check_number("width", 1.0, None), lambda: norm.forward(None)):
+        assert failures.guarded("eval", fault) == 1
+        shown = capsys.readouterr().err
+        assert "Error: " in shown and "(traceback: " in shown
+        Path(shown.rpartition("(traceback: ")[2].rstrip(")\n")).unlink()
 
 
 def test_an_error_of_this_package_is_its_message(capsys):
@@ -81,7 +103,10 @@ def test_an_error_of_this_package_is_its_message(capsys):
     ],
 )
 def test_a_full_memory_says_what_to_do(error, capsys):
-    assert failures.guarded("eval", raising(error)) == 1
+    for command, hint in failures.LESS.items():
+        assert failures.guarded(command, raising(error)) == 1
+        assert f"Memory is full: {hint}" in capsys.readouterr().err
+    assert failures.guarded("tune", raising(error)) == 1
     assert "Memory is full: use smaller batches" in capsys.readouterr().err
 
 
@@ -104,6 +129,62 @@ def test_a_missing_package_is_installed_by_an_extra_that_holds_it(module, comman
     error = ModuleNotFoundError(f"No module named {module!r}", name=module)
     assert failures.guarded("eval", raising(error)) == 1
     assert capsys.readouterr().err.endswith(f"is not installed: {command}\n")
+
+
+def test_every_package_of_an_extra_is_installed_by_an_extra_that_holds_it():
+    extras = PROJECT["optional-dependencies"]
+    names = {
+        extra: [re.match(r"[\w.-]+", entry)[0] for entry in entries]
+        for extra, entries in extras.items()
+    }
+    packages = {x for extra in extras if extra != "dev" for x in names[extra]} - {"lens-kernels"}
+    assert {"transformers", "peft", "matplotlib", "gguf", "trl"} < packages
+    for package in packages:
+        found = re.fullmatch(r"pip install 'lens-kernels\[(\w+)\]'", failures.install(package))
+        assert found and package in names[found[1]], package
+    assert failures.install("pytest") == "pip install pytest"  # not with all of the extra dev
+
+
+def test_what_comes_with_transformers_is_installed_with_it(monkeypatch):
+    assert failures.install("yaml") == "pip install pyyaml"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for module in ("yaml", "tqdm.auto", "huggingface_hub"):
+        assert failures.install(module) == "pip install 'lens-kernels[hf]'"
+    assert failures.install("sentencepiece") == "pip install sentencepiece"
+
+
+def test_only_one_place_names_extras():
+    package = Path(failures.__file__).parent
+    named = [x for x in package.rglob("*.py") if "lens-kernels[" in x.read_text("utf-8")]
+    assert named == [package / "failures.py"]
+
+
+def unnamed_encodings(tree):
+    """Return the calls that open a text file without naming its encoding."""
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        name = node.func.attr if method else getattr(node.func, "id", "")
+        values = [*node.args, *(x.value for x in node.keywords)]
+        given = [x.value for x in values if isinstance(x, ast.Constant)]
+        named = "utf-8" in given or any(str(x) in ("rb", "wb", "rb+", "x") for x in given)
+        opens = ("open", "read_text", "write_text", "NamedTemporaryFile") if method else ("open",)
+        if name in opens and not named:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_every_text_file_of_the_package_is_utf_8():
+    code = "open('a'), open('a', 'rb'), p.read_text(), p.write_text(x, encoding='utf-8')"
+    assert len(unnamed_encodings(ast.parse(code))) == 2
+    wrong = []
+    for file in Path(failures.__file__).parent.rglob("*.py"):
+        wrong += unnamed_encodings(ast.parse(file.read_text("utf-8")))
+    # A cache is no file, gzip reads bytes by default, and a lock holds no text.
+    others = ["cls.open(folder, key)", "gzip.open(path)", "path().with_suffix('.lock').open('w')"]
+    assert sorted(wrong) == others
 
 
 @pytest.mark.parametrize(

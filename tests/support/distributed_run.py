@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from lens_kernels.hf import LensDistillTrainer
-from lens_kernels.hf.training import objective
+from lens_kernels.hf.training import entropy, objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
@@ -85,7 +85,7 @@ def train_case(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
         # Log entropies of all tokens, because a sample of them would depend on the batch.
-        patch.setattr(objective, "ENTROPY_STRIDE", 1)
+        patch.setattr(entropy, "STRIDE", 1)
         # Each rank acts as if it ran on its own machine, with a shared disk.
         if processes > 1 and one_node_each:
             patch.setenv("LOCAL_RANK", "0")

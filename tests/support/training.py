@@ -49,6 +49,7 @@ def make_trainer(
     batch: int = 4,
     accumulate: int = 1,
     data: Any = None,
+    eval_data: Any = None,
     student: Any = None,
     teacher: Any = True,
     kind: type[LensDistillTrainer] = InOrder,
@@ -84,7 +85,7 @@ def make_trainer(
         teacher,
         config,
         train_dataset=uneven_data() if data is None else data,
-        eval_dataset=uneven_data()[:3],
+        eval_dataset=(uneven_data() if eval_data is None else eval_data)[:3],
     )
 
 

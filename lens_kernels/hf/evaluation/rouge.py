@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
+from lens_kernels.failures import install
+
 TOKENIZERS = ("english", "unicode")
 # Scripts without spaces between words. The Unicode names of their letters begin with these words.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
@@ -93,7 +95,7 @@ def load_scorer(tokenizer: str = "english") -> Any:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise RuntimeError(
-            "ROUGE-L needs the package rouge-score: pip install 'lens-kernels[train]'"
+            f"ROUGE-L needs the package rouge-score: {install('rouge_score')}"
         ) from error
     chosen = _Words() if tokenizer == "unicode" else None
     return RougeScorer(["rougeL"], use_stemmer=True, tokenizer=chosen)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lens_kernels import pictures
+from lens_kernels.failures import install
 from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 FONT = pictures.STYLE["font.family"]
@@ -24,8 +25,7 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise RuntimeError(
-            "the pictures need matplotlib, which is not installed:"
-            " pip install 'lens-kernels[train]'"
+            f"the pictures need matplotlib, which is not installed: {install('matplotlib')}"
         ) from error
 
 

@@ -22,6 +22,9 @@ from transformers.utils import (
     find_adapter_config_file,
 )
 
+from lens_kernels.failures import install
+from lens_kernels.hf.model.adapter_base import base_of
+
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_BLOCKS = 10_000  # transformers makes a module for each before it reads the weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -59,8 +62,9 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
             )
         return _load_adapted(Path(adapter).parent.absolute(), options)
     except ModuleNotFoundError as error:
+        name = error.name or str(error)
         raise RuntimeError(
-            f"the model {path!r} needs the package {error.name}: pip install 'lens-kernels[train]'"
+            f"the model {path!r} needs the package {name}: {install(name)}"
         ) from error
     except Exception as error:  # each file format raises its own errors for broken files
         raise ValueError(_unreadable("model", path, error, download)) from error
@@ -101,6 +105,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
             "adapter_config.json has no base_model_name_or_path, because the base model was changed"
             " after loading and not saved. Save the base model, and write its folder there"
         )
+    base = base_of(folder, base)
     model = _load_plain(base, {**options, "revision": config.revision})
     tokens = 0
     if (folder / "tokenizer_config.json").is_file():
@@ -183,8 +188,8 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
         source = place = _place(path, download)
         adapter = find_adapter_config_file(place, **local)
         if adapter is not None and not _has(place, [TOKENIZER_CONFIG_FILE], local):
-            source = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
-            source = _place(source, download)
+            named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+            source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
         tokenizer("a")  # a damaged config may show only here
         return tokenizer
@@ -192,24 +197,42 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
 
 
-def check_tokenizers(student: Any, teacher: Any) -> None:
+def check_tokenizers(
+    student: Any, teacher: Any, vocab_size: int | None = None, ids: Iterable[int] = ()
+) -> None:
     """Check that both tokenizers give every token the same id.
+
+    With ``vocab_size``, only tokens with an id below it are compared, and those of ``ids``, which
+    are the ids of the data.
 
     Raises:
         ValueError: Some ids differ. The message lists a few of these tokens.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
-    differing = [name for name in mine.keys() & theirs.keys() if mine[name] != theirs[name]]
-    differing += mine.keys() ^ theirs.keys()
-    if differing:
-        shown = ", ".join(
-            f"{name!r} (student {mine.get(name)}, teacher {theirs.get(name)})"
-            for name in sorted(differing)[:3]
-        )
-        raise ValueError(
-            f"student and teacher have different ids for {len(differing)} tokens: {shown}. Their"
-            " distributions cannot be compared: choose models with the same tokenizer"
-        )
+    used = set(ids)
+    differing = []  # each with its lowest id, and whether the data hold it
+    for name in mine.keys() | theirs.keys():
+        own = {vocabulary[name] for vocabulary in (mine, theirs) if name in vocabulary}
+        lowest, held = min(own), bool(own & used)
+        compared = vocab_size is None or lowest < vocab_size or held
+        if compared and mine.get(name) != theirs.get(name):
+            differing.append((lowest, name, held))
+    if not differing:
+        return
+    differing.sort()
+    shown = ", ".join(
+        f"{name!r} (student {mine.get(name)}, teacher {theirs.get(name)})"
+        for _, name, _ in differing[:3]
+    )
+    first, hint = differing[0][0], "choose models with the same tokenizer"
+    if vocab_size is not None and first >= vocab_size:
+        hint = f"the data hold them, although vocab_size is {vocab_size}: leave these examples out"
+    elif vocab_size is None and first and not any(held for _, _, held in differing):
+        hint += f", or compare only the tokens before them, with vocab_size {first}"
+    raise ValueError(
+        f"student and teacher have different ids for {len(differing)} tokens: {shown}. Their"
+        f" distributions cannot be compared: {hint}"
+    )
 
 
 def _place(path: str, download: bool, revision: str | None = None) -> str:

@@ -59,16 +59,19 @@ def check_model(name: str, model: Any) -> None:
         )
 
 
-def check_data(name: str, dataset: Any, models: Sequence[Any], collator: Any) -> None:
+def check_data(
+    name: str, dataset: Any, models: Sequence[Any], collator: Any, vocab_size: int | None = None
+) -> None:
     """Check every example of a dataset against the models. A dataset without indexing is skipped.
 
     Raises:
         ValueError: An example lacks a column, has more tokens than a model has positions, or holds
-            an id without an embedding. Or no example has a label that counts.
+            an id without an embedding or a label that is not below ``vocab_size``. Or no example
+            has a label that counts.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():
-            check_data(f"{name}[{key!r}]", part, models, collator)
+            check_data(f"{name}[{key!r}]", part, models, collator, vocab_size)
         return
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return
@@ -86,6 +89,8 @@ def check_data(name: str, dataset: Any, models: Sequence[Any], collator: Any) ->
         for column in ("input_ids", "labels", "position_ids"):
             if column in example:
                 _check_ids(where, column, torch.as_tensor(example[column]), rows, positions)
+        if vocab_size is not None and "labels" in example:
+            _check_labels(where, torch.as_tensor(example["labels"])[..., 1:], vocab_size)
     if ours and len(dataset) and not labelled:
         raise ValueError(
             f"{name} has no token to train on, because every label after the first is"
@@ -122,6 +127,15 @@ def _check_ids(where: str, column: str, ids: Tensor, rows: int, positions: int |
         raise ValueError(
             f"{column} of {where} hold {wrong[0].item()}, but a model has embeddings only for 0 to"
             f" {rows - 1}: use the tokenizer of the models, or resize their embeddings"
+        )
+
+
+def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
+    beyond = labels[labels >= vocab_size]
+    if beyond.numel():
+        raise ValueError(
+            f"labels of {where} hold {beyond[0].item()}, but vocab_size={vocab_size} leaves out ids"
+            f" from {vocab_size} on: leave the example out, or set a larger vocab_size"
         )
 
 

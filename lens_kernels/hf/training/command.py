@@ -7,7 +7,7 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,14 @@ from transformers import HfArgumentParser, set_seed
 
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
-from lens_kernels.hf.training import report
-from lens_kernels.hf.training.config import LensDistillConfig, option
+from lens_kernels.hf.text_files import read_text
+from lens_kernels.hf.training import record, report
+from lens_kernels.hf.training.checkpoints import last_whole
+from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
-RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
-# Digests of the data files. They are not in RECORD, so that RECORD can be passed to --config.
-DIGESTS = "data.json"
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer
 
 
@@ -116,10 +115,10 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     given: list[str] = []
     if known.preset:
         preset = resources.files("lens_kernels.hf.training") / "presets" / f"{known.preset}.yaml"
-        given += _as_arguments(parser, known.preset, preset.read_text())
+        given += _as_arguments(parser, known.preset, preset.read_text(encoding="utf-8"))
     if known.config:
         try:
-            text = Path(known.config).read_text(encoding="utf-8")
+            text = read_text(Path(known.config))
         except (OSError, ValueError) as error:
             parser.error(f"--config {known.config}: {getattr(error, 'strerror', None) or error}")
         given += _as_arguments(parser, known.config, text)
@@ -129,8 +128,8 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
     _check_environment(parser, values)
-    # hub_token is a secret and does not affect the result.
-    chosen = {k: v for k, v in chosen.items() if k not in ("config", "preset", "hub_token")}
+    hidden = ("config", "preset")
+    chosen = {k: v for k, v in chosen.items() if k not in hidden and not is_secret(k)}
     try:
         # By default this also reads options from a file that has the name of the program.
         config, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
@@ -174,20 +173,25 @@ def train(
     if args.process_index > 0:
         say = _silent
     output = Path(str(args.output_dir))
-    # save_only_model stores no optimizer state. Such a run cannot resume exactly, so it restarts.
-    checkpoint = None if args.save_only_model else last_checkpoint(output)
-    _check_record(output, chosen)
+    longer = record.check_options(output, chosen, _defaults())
     paths = {
         name: x for name, x in (("train", config.train), ("eval", config.eval)) if x is not None
     }
     for path in paths.values():
         check_download(path, config.allow_download)
     digests = {name: source_digest(path) for name, path in paths.items()}
-    _check_data(output, paths, digests)
-    done = _json_of(output / METRICS)
-    if done is not None:
-        say(f"the run in {output} is already complete: delete {output / METRICS} to repeat it")
-        return dict(done)
+    record.check_data(output, paths, digests)
+    done = record.metrics_of(output)
+    if done is not None and not longer:
+        file = output / record.METRICS
+        say(f"the run in {output} is already complete: delete {file} to repeat it")
+        return done
+    projections = config.teacher is not None and args.mse_coeff > 0
+    checkpoint: Path | None = None
+    skipped: dict[Path, str] = {}
+    # save_only_model stores no optimizer state. Such a run cannot resume exactly, so it restarts.
+    if not args.save_only_model:
+        checkpoint, skipped = last_whole(output, args.world_size, projections)
     tokenizer = load_tokenizer(config.student, config.allow_download)
     lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     datasets = {
@@ -203,27 +207,34 @@ def train(
     for name, dataset in datasets.items():
         say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
     if args.kd_ratio > 0 and config.teacher is not None:
-        check_tokenizers(tokenizer, load_tokenizer(config.teacher, config.allow_download))
+        other = load_tokenizer(config.teacher, config.allow_download)
+        ids = {i for data in datasets.values() for x in data.examples for i in x["input_ids"]}
+        check_tokenizers(tokenizer, other, args.vocab_size, ids)
     set_seed(args.seed)
     trainer = LensDistillTrainer(
         load_student(config), load_teacher(config), args, **datasets, processing_class=tokenizer
     )
     if args.should_save:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / DIGESTS).write_text(json.dumps(digests, indent=1))
-        (output / RECORD).write_text(yaml.safe_dump(dict(chosen), sort_keys=True))
+        record.write_start(output, chosen, digests)
+        (output / record.METRICS).unlink(missing_ok=True)
     if trainer.objective is not None:
         layers = trainer.objective.student_layers, trainer.objective.teacher_layers
         say(f"lens pairs, student and teacher: {layers[0]} and {layers[1]}")
+    for folder, reason in skipped.items():
+        say(f"{folder} is skipped: {reason}")
+    if longer:
+        say(longer)
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
+    elif skipped or longer:
+        say("no checkpoint to resume from: the run starts over")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(result.metrics)
     trainer.save_model()
     if "eval_dataset" in datasets:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():
-        (output / METRICS).write_text(json.dumps(metrics, indent=1))
+        record.write_metrics(output, metrics)
         if any("kd" in entry for entry in trainer.state.log_history):
             report.loss_figure(
                 output / "loss.png", trainer.state.log_history, args.final_divergence
@@ -235,57 +246,6 @@ def train(
 
 def _silent(text: str) -> None:
     """Print nothing: only rank 0 prints."""
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """Return the newest complete checkpoint. ``trainer_state.json`` is its last file."""
-    states = output.glob("checkpoint-*/trainer_state.json")
-    whole = [state.parent for state in states if _json_of(state) is not None]
-    return max(whole, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-
-
-def _json_of(file: Path) -> Any:
-    """Return the object in a JSON file, or None if it is missing, truncated or something else."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _check_record(output: Path, chosen: Mapping[str, Any]) -> None:
-    """Raise if the run was started with other options."""
-    record = output / RECORD
-    if not record.is_file():
-        return
-    try:
-        before = yaml.safe_load(record.read_text(encoding="utf-8"))
-        if not isinstance(before, dict):
-            raise ValueError(f"it holds a {type(before).__name__}")
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{record}, the options of the run in this folder, cannot be read ({reason}): restore"
-            " it, or choose another output_dir"
-        ) from error
-    differing = sorted(k for k in before.keys() | chosen.keys() if before.get(k) != chosen.get(k))
-    if differing:
-        shown = ", ".join(f"{k} (was {before.get(k)}, is {chosen.get(k)})" for k in differing)
-        raise ValueError(
-            f"{output} holds a run with other options: {shown}. To resume it, use the options in"
-            f" {record}; otherwise choose another output_dir"
-        )
-
-
-def _check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Raise if the data files have changed since the run started."""
-    before = _json_of(output / DIGESTS) or {}  # earlier versions of this package wrote no digests
-    for name, path in paths.items():
-        if before.get(name, digests[name]) != digests[name]:
-            raise ValueError(
-                f"the {name} file {path} has changed since the run in {output} started: restore the"
-                " file to resume, or use another output_dir to start a new run"
-            )
 
 
 def load_student(config: RunConfig) -> Any:
@@ -319,6 +279,17 @@ def load_teacher(config: RunConfig) -> Any:
     if config.teacher is None:
         return None
     return load_model(config.teacher, config.teacher_dtype, config.allow_download)
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the default of every option, as plain values."""
+    found = {}
+    for kind in KINDS:
+        for x in fields(kind):
+            found[x.name] = x.default
+            if x.default_factory is not MISSING:
+                found[x.name] = x.default_factory()
+    return dict(json.loads(json.dumps(found, default=str)))
 
 
 def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -30,6 +31,14 @@ TRAINER_NAMES = {
     "temperature": "distill_temperature",
     "backend": "lens_backend",
 }
+
+
+SECRET = re.compile(r"(^|_)(token|password|secret|key)$")
+
+
+def is_secret(name: str) -> bool:
+    """Return whether an option holds a secret, which no file of a run may hold."""
+    return SECRET.search(name) is not None
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
@@ -69,7 +78,11 @@ def grad_threshold(given: str | float | None) -> str | float | None:
 
 @dataclass
 class LensDistillConfig(TrainingArguments):
-    """``TrainingArguments`` and the options of the objective, with the paper's defaults."""
+    """``TrainingArguments`` and the options of the objective, with the paper's defaults.
+
+    Pickles and copies hold no secrets, such as ``hub_token``, because the Trainer writes a pickle
+    into every checkpoint.
+    """
 
     _argument_group_name = "options of the objective, and of transformers' Trainer"
 
@@ -170,6 +183,9 @@ class LensDistillConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} has no effect if kd_ratio"
                 " is positive: set it to 0, or set kd_ratio=0 to fine-tune without distillation"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: None if is_secret(name) else value for name, value in vars(self).items()}
 
     def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
         """Return the blocks of student and teacher whose outputs are compared."""

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 
 from lens_kernels.hf.model.smollm2 import smollm2
 from lens_kernels.hf.model.student import shallow_copy
+from lens_kernels.hf.text_files import write_text
 from lens_kernels.hf.training import report
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.meter import evaluate
@@ -139,7 +140,7 @@ def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str]
     history = trainer.state.log_history
     report.loss_figure(output / "loss.png", history, args.final_divergence)
     result = {"before": before, "after": after, "history": history}
-    (output / "result.json").write_text(json.dumps(result, indent=1))
+    write_text(output / "result.json", json.dumps(result, indent=1))
 
     say("\n" + report.table([(names[key], before[key], after[key]) for key in before]))
     say(f"\nThe saved student continues: {PROMPT}{sample(folder)}")

@@ -18,13 +18,12 @@ from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_fr
 from lens_kernels.hf.model.layers import check_layers, lens_layers
 from lens_kernels.hf.model.verification import verify_lens
 from lens_kernels.hf.training.collation import check_batch
+from lens_kernels.hf.training.entropy import entropy_sum
 from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
 from lens_kernels.lens import LensHead
-from lens_kernels.options import DistillationOptions
+from lens_kernels.options import DistillationOptions, workspace_or_default
 
 PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE matrices
-
-ENTROPY_STRIDE = 16  # entropies use every 16th token, which costs about 3 % of the loss
 
 
 @dataclass(frozen=True)
@@ -252,21 +251,17 @@ class LensObjective(nn.Module):
         sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
         return Outcome(loss, sums, output.num_tokens)
 
-    @torch.no_grad()
     def _entropies(self, side: str, layers: Sequence[int], rows: list[Tensor]) -> dict[str, Tensor]:
-        head = self.heads()[side == "teacher"]
-        temperature = self.options.temperature
-        sums = {}
-        for depth, x in zip([*layers, "final"], rows, strict=True):
-            sample = x[::ENTROPY_STRIDE]
-            if depth != "final" and head.norm is not None:
-                sample = head.norm.forward(sample.float())[0]
-            products = sample.to(head.weight.dtype) @ head.weight.T
-            logits = head.logits(products.float(), temperature)[0][:, : self.options.vocab_size]
-            log_p = logits.log_softmax(-1)
-            share = len(x) / max(1, len(sample))
-            sums[f"entropy_{side}_{depth}"] = -(log_p.exp() * log_p).sum() * share
-        return sums
+        whole = self.heads()[side == "teacher"]
+        head = whole.prefix(self.options.vocab_size or len(whole.weight))
+        final = replace(head, norm=None)  # the final states are normed already
+        workspace = workspace_or_default(self.options.workspace_bytes, head.weight.device)
+        return {
+            f"entropy_{side}_{depth}": entropy_sum(x, lens, self.options.temperature, workspace)
+            for depth, x, lens in zip(
+                [*layers, "final"], rows, [head] * len(layers) + [final], strict=True
+            )
+        }
 
     def _cached_rows(
         self, cache: TeacherCache, example_ids: Tensor | None, counted: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -9,16 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.utils.data import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from lens_kernels import compat
-from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
+from lens_kernels.hf.cache.store import TeacherCache
+from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training.caching import fill_caches, numbered
+from lens_kernels.hf.training.checkpoints import check_whole, last_whole
 from lens_kernels.hf.training.checks import (
     check_arguments,
     check_data,
@@ -34,6 +38,8 @@ from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.inputs import IGNORE_INDEX
+
+_log = logging.getLogger(__name__)
 
 
 class LensDistillTrainer(compat.TrainerHooks, Trainer):
@@ -82,9 +88,10 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         models = [model] if teacher is None else [model, teacher]
         for name in ("train_dataset", "eval_dataset"):
             if trainer.get(name) is not None and model is not None:
-                check_data(name, trainer[name], models, trainer["data_collator"])
+                size = None if teacher is None else args.vocab_size
+                check_data(name, trainer[name], models, trainer["data_collator"], size)
             if args.teacher_cache and trainer.get(name) is not None:
-                trainer[name] = _numbered(name, trainer[name])
+                trainer[name] = numbered(name, trainer[name])
         super().__init__(model=model, args=args, **trainer)
         # With this attribute the Trainer passes num_items_in_batch, the number of tokens of all
         # accumulated batches.
@@ -95,6 +102,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._speed = Speed()
         self._caches: dict[str, TeacherCache] = {}
         self._labelled: Tensor | None = None
+        self._base_is_new = hasattr(model, "peft_config") and not is_saved(model)
+        self._saved_bases: set[Path] = set()
         self._optimizer_given = (trainer.get("optimizers") or (None,))[0] is not None
         self.objective: LensObjective | None = None
         if teacher is not None:
@@ -107,17 +116,28 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
             if args.teacher_cache:
-                self._fill_caches(Path(args.teacher_cache))
+                datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
+                self._caches = fill_caches(self, self.objective, datasets)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does, and start new means for the logs."""
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Train as the Trainer does, and start new means for the logs.
+
+        ``resume_from_checkpoint`` is the folder of a checkpoint, or True for the last whole one in
+        ``output_dir``.
+
+        Raises:
+            ValueError: The checkpoint lacks a file or one cannot be read, or there is none.
+        """
+        checkpoint = self._checked(resume_from_checkpoint)
         self._meter = Meter()
         self._speed.restart()
         compat.forget_preparation(self.model)
         self._labelled = None
         self._check_optimizer()
         with self._student_with_projections():
-            result = super().train(*args, **kwargs)
+            result = super().train(checkpoint, *args, **kwargs)
         if self._labelled is not None and not self._sum_over_processes(self._labelled):
             raise ValueError(
                 "no step had a token with a label, so nothing was learnt: set the labels of the"
@@ -126,6 +146,22 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         model: Any = self.model
         check_weights(dict(model.named_parameters()), self._trained())
         return result
+
+    def _checked(self, checkpoint: str | bool | None) -> str | None:
+        """Return a checkpoint whose files are all there."""
+        projections = self.objective is not None and self.args.mse_coeff > 0
+        if not checkpoint:
+            return None
+        if checkpoint is not True:
+            check_whole(Path(checkpoint), self.args.world_size, projections)
+            return str(checkpoint)
+        output = Path(str(self.args.output_dir))
+        found, skipped = last_whole(output, self.args.world_size, projections)
+        for folder, reason in skipped.items():
+            _log.warning("%s is skipped: %s", folder, reason)
+        if found is None:
+            raise ValueError(f"{output} holds no checkpoint to resume from: train without it")
+        return str(found)
 
     def _trained(self) -> list[str]:
         model: Any = self.model
@@ -270,54 +306,6 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         assert isinstance(reduced, Tensor)
         return reduced
 
-    def _fill_caches(self, folder: Path) -> None:
-        """Cache the teacher's states of every dataset, then release the teacher."""
-        assert self.objective is not None
-        objective = self.objective
-        device = objective.teacher.get_input_embeddings().weight.device
-
-        def run_teacher(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-            inputs = {name: x.to(device) for name, x in self.data_collator(examples).items()}
-            labels = inputs.pop("labels")
-            inputs.pop("example_id", None)
-            width = labels.shape[1]
-            counts, flat = [], []
-            for row, example in enumerate(examples):
-                positions = counted_positions(example["labels"])
-                counts.append(len(positions))
-                flat.append(torch.as_tensor(positions) + row * width)
-            with self.accelerator.autocast():
-                rows = objective.teacher_rows(inputs, torch.cat(flat).to(device))
-            names = [f"layer_{depth}" for depth in objective.teacher_layers] + ["final"]
-            parts = [x.cpu().split(counts) for x in rows]
-            return [dict(zip(names, x, strict=True)) for x in zip(*parts, strict=True)]
-
-        datasets: dict[str, Any] = {"train": self.train_dataset, "eval": self.eval_dataset}
-        for name, dataset in datasets.items():
-            if dataset is None:
-                continue
-            key = CacheKey.of(
-                objective.teacher,
-                dataset,
-                tuple(objective.teacher_layers),
-                self.processing_class,
-                self.args.teacher_cache_dtype,
-                self.accelerator.mixed_precision,
-            )
-            # Rank 0 builds the cache first. Then the first process of each node builds it, or only
-            # opens it if the nodes share a disk. Then all other processes open it.
-            first, desc = self.args.main_process_first, f"caching the teacher's states, {name}"
-            with first(local=False, desc=desc), first(desc=desc):
-                self._caches[name] = TeacherCache.open_or_build(
-                    folder / name,
-                    key,
-                    dataset,
-                    run_teacher,
-                    batch_size=self.args.per_device_train_batch_size,
-                    progress=not self.args.disable_tqdm,
-                )
-        objective.release_teacher()
-
     def _student_with_projections(self) -> AbstractContextManager[None]:
         objective = self.objective
         return nullcontext() if objective is None else objective.student_with_projections()
@@ -327,6 +315,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         model: Any = self.model
         held = model.state_dict() if state_dict is None else state_dict
         check_weights(held, self._trained())
+        self._save_base(Path(output_dir or str(self.args.output_dir)), held)
         learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
         if not learnt:
             super().write_model(output_dir, state_dict)
@@ -335,12 +324,32 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
-            save_file(own, folder / f"{PROJECTIONS}.safetensors")
+            save_file(own, folder / f"{PROJECTIONS}.partial")
+            (folder / f"{PROJECTIONS}.partial").replace(folder / f"{PROJECTIONS}.safetensors")
+
+    def _save_base(self, folder: Path, held: dict[str, Tensor]) -> None:
+        """Save the base of an adapter that no files hold, once for a folder and its checkpoints."""
+        if not self._base_is_new:
+            return
+        output = Path(str(self.args.output_dir))
+        of_run = folder.parent.absolute() == output.absolute()
+        place = ((output if of_run else folder) / FOLDER).absolute()
+        model: Any = self.model
+        if self.args.should_save and place not in self._saved_bases:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_base(model, held, place)
+            self._saved_bases.add(place)
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = str(place)
 
     def after_loading(self, checkpoint: str) -> None:
         """Load the MSE matrices."""
         if self.objective is not None and self.objective.mse_coeff:
-            learnt = load_file(Path(checkpoint) / f"{PROJECTIONS}.safetensors")
+            file = Path(checkpoint) / f"{PROJECTIONS}.safetensors"
+            try:
+                learnt = load_file(file)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{file} cannot be read: {error}") from error
             # This call splits full tensors over parameters that may be sharded.
             whole = StateDictOptions(full_state_dict=True)
             set_model_state_dict(self.objective.projections, dict(learnt), options=whole)
@@ -353,25 +362,3 @@ def _without_first_label(batch: Any) -> Any:
     labels = batch["labels"].clone()
     labels[..., :1] = IGNORE_INDEX
     return {**batch, "labels": labels}
-
-
-def _numbered(name: str, dataset: Any) -> _Numbered:
-    if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
-        raise TypeError(
-            f"teacher_cache needs a {name} of known length that can be indexed,"
-            f" got a {type(dataset).__name__}"
-        )
-    return _Numbered(dataset)
-
-
-class _Numbered(Dataset):
-    """A dataset that adds ``example_id``, the position of the example in the dataset."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.dataset[index], "example_id": index}

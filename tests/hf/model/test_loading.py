@@ -326,3 +326,22 @@ def test_check_tokenizers_compares_token_ids():
     added.add_tokens(["one", "two"])
     swapped.add_tokens(["two", "one"])
     refused(["2 tokens", "'one' (student 63, teacher 64)"], check_tokenizers, added, swapped)
+
+
+def test_above_the_shared_vocabulary_only_tokens_of_the_data_are_compared():
+    long, short = tiny.tokenizer(), tiny.tokenizer(vocab=60)  # "(", ")" and "=" are missing
+    check_tokenizers(long, short, 60, [5, 59])
+    check_tokenizers(short, long, 60, [5, 59])
+    words = [
+        "different ids for 1 tokens: ')' (student 61",
+        "the data hold them",
+        "vocab_size is 60",
+    ]
+    refused(words, check_tokenizers, long, short, 60, [5, 61])
+    refused(["for 1 tokens: '(' (student 60"], check_tokenizers, long, short, 61)
+    check_tokenizers(long, tiny.tokenizer(), 60, [5, 61])  # the same in both
+    # The message tells of the option where it would help, and only there.
+    refused(["with vocab_size 60"], check_tokenizers, long, short)
+    with pytest.raises(ValueError) as caught:
+        check_tokenizers(long, short, ids=[61])
+    assert "vocab_size" not in str(caught.value)

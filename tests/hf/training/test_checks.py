@@ -13,9 +13,9 @@ ROW = {"input_ids": IDS, "labels": IDS}
 TUNE = {"teacher": False, "kd_ratio": 0.0}
 
 
-def given(folder, teacher=True, student=None, **arguments):
+def given(folder, teacher=True, student=None, vocab_size=None, **arguments):
     """Return a trainer with these arguments and the default config."""
-    options = {} if teacher else {"kd_ratio": 0.0}
+    options = {"vocab_size": vocab_size} if teacher else {"kd_ratio": 0.0}
     config = LensDistillConfig(output_dir=str(folder), use_cpu=True, report_to="none", **options)
     teacher = tiny.model(**TEACHER) if teacher else None
     student = tiny.model(**STUDENT) if student is None else student
@@ -37,6 +37,17 @@ def given(folder, teacher=True, student=None, **arguments):
 def test_data_that_do_not_fit_are_refused_before_training(tmp_path, options, change, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, data=[ROW, {**ROW, **change}], **options)
+
+
+def test_labels_beyond_the_shared_vocabulary_are_refused_before_training(tmp_path):
+    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # no token predicts the first
+    given(tmp_path, vocab_size=60, train_dataset=[{"input_ids": inputs, "labels": first}])
+    above = [ROW, {**ROW, "labels": inputs}]
+    given(tmp_path, False, vocab_size=60, train_dataset=above)
+    with pytest.raises(
+        ValueError, match=r"labels of example 1 of train_dataset hold 63, but vocab"
+    ):
+        given(tmp_path, vocab_size=60, train_dataset=above)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt"])
@@ -86,10 +97,12 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
         trainer.save_model()
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
-    trainer = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=3, **options)
+    trainer = make_trainer(tmp_path, max_steps=3, **options)
+    trainer.args.learning_rate = float("inf")  # the config refuses it
     with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
         trainer.train()
-    quiet = make_trainer(tmp_path, learning_rate=float("inf"), max_steps=1, **options)
+    quiet = make_trainer(tmp_path, max_steps=1, **options)
+    quiet.args.learning_rate = float("inf")
     with pytest.raises(ValueError, match="trained weights are not finite"):
         quiet.train()
 

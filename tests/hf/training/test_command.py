@@ -13,7 +13,7 @@ from lens_kernels import cli
 from lens_kernels.hf import LensDistillConfig, uniform_layers
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.training import command
-from tests.support.commands import arguments, weights
+from tests.support.commands import arguments, weights, write_rows
 
 
 def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
@@ -68,6 +68,16 @@ def test_train_refuses_mismatched_and_missing_models(files, tmp_path, capsys, te
     assert re.search(message, capsys.readouterr().err)
 
 
+def test_tokenizers_may_differ_above_the_shared_vocabulary(files, tmp_path, capsys):
+    options = {"teacher": files / "other", "vocab_size": 60, "max_steps": 1}
+    assert cli.main(arguments(files, tmp_path / "out", **options)) == 0
+    write_rows(tmp_path / "data", [{"prompt": "a (b", "completion": "c"}])
+    argv = arguments(files, tmp_path / "again", train=tmp_path / "data", **options)
+    assert cli.main(argv) == 1
+    assert "'(' (student 60, teacher None)" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
+
+
 def test_lora_trains_only_the_adapter(files, tmp_path):
     options = {"lora_r": 2, "lora_alpha": 5, "lora_dropout": 0.25, "max_steps": 6}
     targets = ["q_proj", "down_proj"]
@@ -106,10 +116,9 @@ def test_command_line_options_override_the_file(files, tmp_path):
     assert chosen["output_dir"] == str(tmp_path)
 
 
-def test_recorded_options_are_plain_values_without_secrets(files, tmp_path):
-    argv = arguments(files, tmp_path, debug=["underflow_overflow"], hub_token="hf_secret")[1:]
-    _, args, chosen = command.parse(argv)
-    assert args.hub_token == "hf_secret" and "hub_token" not in chosen
+def test_recorded_options_are_plain_values(files, tmp_path):
+    argv = arguments(files, tmp_path, debug=["underflow_overflow"])[1:]
+    _, _, chosen = command.parse(argv)
     assert yaml.safe_load(yaml.safe_dump(chosen))["debug"] == ["underflow_overflow"]
 
 
@@ -131,6 +140,21 @@ def test_no_file_or_variable_sets_an_option_unseen(files, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         command.parse([*argv, "--bf16"])
     assert "ACCELERATE_DYNAMO_BACKEND=INDUCTOR" in capsys.readouterr().err
+
+
+def test_no_file_of_a_run_holds_a_secret(files, tmp_path):
+    names = [x.name for x in fields(LensDistillConfig) if x.name.endswith("_token")]
+    assert "hub_token" in names
+    secrets = {name: f"hf_secret_{name}" for name in names}
+    _, args, _ = command.parse(arguments(files, tmp_path, **secrets)[1:])
+    assert args.hub_token in secrets.values()
+    assert cli.main(arguments(files, tmp_path, max_steps=2, **secrets)) == 0
+    written = [x for x in tmp_path.rglob("*") if x.is_file()]
+    assert {"run.yaml", "training_args.bin"} < {x.name for x in written}
+    assert not [x for x in written if b"hf_secret" in x.read_bytes()]
+    (kept,) = tmp_path.glob("checkpoint-2/training_args.bin")
+    kept = torch.load(kept, weights_only=False)
+    assert (kept.hub_token, kept.learning_rate) == (None, 0.01)
 
 
 @pytest.mark.parametrize(

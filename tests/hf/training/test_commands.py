@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lens_kernels import cli
+from lens_kernels import cli, failures
 from lens_kernels.hf.evaluation import generation
 from lens_kernels.hf.inspection import inspect as inspecting
 from lens_kernels.hf.model import loading
@@ -190,6 +190,16 @@ def test_inspect_reports_bad_options_and_models(files, tmp_path, capsys, options
     assert not (tmp_path / "out").exists()
 
 
+def test_inspect_compares_tokens_below_the_vocabulary_size_and_those_of_the_text(
+    files, tmp_path, capsys
+):
+    more = ("--vocab-size", "60")
+    assert cli.main(inspection(files, tmp_path / "out", *more, teacher="other")) == 0
+    argv = inspection(files, tmp_path / "out", *more, teacher="other", text="a (b")
+    assert cli.main(argv) == 1
+    assert "different ids for 1 tokens: '('" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("pair", ["1", "1:2:3", "a:b", "1:", "1,2"])
 def test_layers_option_takes_pairs(files, tmp_path, capsys, pair):
     message = stopped(inspection(files, tmp_path, "--layers", "1:2", pair), capsys)
@@ -236,6 +246,15 @@ def test_commands_name_a_missing_package_to_install(name, capsys, monkeypatch):
         " pip install a-module-that-is-missing\n"
     )
     assert capsys.readouterr().err == f"lens-kernels {expected}"
+
+
+@pytest.mark.parametrize("name", failures.LESS)
+def test_a_full_memory_names_options_of_the_command(name, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([name, "--help"])
+    shown = capsys.readouterr().out
+    options = re.findall(r"--[\w-]+", failures.LESS[name])
+    assert options and all(re.search(rf"^  {x}\b", shown, re.MULTILINE) for x in options)
 
 
 @pytest.mark.parametrize(

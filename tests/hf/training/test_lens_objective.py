@@ -71,7 +71,7 @@ def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
     # All tokens are equal, so every position has the same distribution.
     ids = torch.full((2, 20), 7)
     some = objective()({"input_ids": ids, "labels": ids}).sums
-    monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
+    monkeypatch.setattr("lens_kernels.hf.training.entropy.STRIDE", 1)
     every = objective()({"input_ids": ids, "labels": ids}).sums
     names = [name for name in every if name.startswith("entropy")]
     assert len(names) == 6

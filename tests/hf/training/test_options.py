@@ -157,6 +157,17 @@ def test_grad_threshold_logs_the_dropped_share(tmp_path):
     assert 0.0 <= few < 1e-3 < some < 1.0
 
 
+def test_a_file_of_options_is_utf_8(files, tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_bytes("run_name: é\n".encode())
+    _, args, chosen = command.parse(arguments(files, tmp_path, config=config)[1:])
+    assert args.run_name == chosen["run_name"] == "é"
+    config.write_bytes("run_name: é\n".encode("latin-1"))
+    with pytest.raises(SystemExit):
+        command.parse(arguments(files, tmp_path, config=config)[1:])
+    assert f"--config {config}: {config} is not UTF-8 at byte 11" in capsys.readouterr().err
+
+
 def test_a_key_that_is_twice_in_a_file_is_refused(files, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     for text in ("beta: 0.3\nseed: 1\nbeta: 0.4\n", "a: 1\nb:\n  {beta: 1, beta: 2}\n"):

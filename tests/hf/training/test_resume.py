@@ -1,13 +1,14 @@
 """A second call of ``lens-kernels train`` resumes the run, or explains why it cannot."""
 
 import json
+import os
+import re
 
 import pytest
 import torch
 
 from lens_kernels import cli
 from lens_kernels.hf import LensDistillTrainer
-from lens_kernels.hf.training import command
 from tests.support.commands import arguments, weights
 
 
@@ -69,31 +70,17 @@ def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, cap
 
 
 @pytest.mark.parametrize("content", [b"", b"- a", b"\xff\xfe", b"a: [", b"[" * 5000])
-def test_an_unreadable_record_is_refused(files, tmp_path, capsys, content):
-    (tmp_path / "run.yaml").write_bytes(content)
+@pytest.mark.parametrize("name", ["run.yaml", "data.json"])
+def test_an_unreadable_record_is_refused(files, tmp_path, capsys, name, content):
+    (tmp_path / name).write_bytes(content)
     assert cli.main(arguments(files, tmp_path)) == 1
     shown = capsys.readouterr().err
-    assert "run.yaml, the options of the run in this folder, cannot be read (" in shown
+    assert f"{name}, what the run in this folder was started with, cannot be read (" in shown
 
 
-@pytest.mark.parametrize("name", ["data.json", "metrics.json"])
-def test_a_record_that_is_no_object_counts_as_missing(files, tmp_path, name):
-    (tmp_path / name).write_text("[1]")
-    assert command._json_of(tmp_path / name) is None
+def test_metrics_that_are_no_object_count_as_missing(files, tmp_path):
+    (tmp_path / "metrics.json").write_text("[1]")
     assert cli.main(arguments(files, tmp_path, max_steps=1)) == 0
-
-
-def test_incomplete_checkpoints_are_skipped(tmp_path):
-    assert command.last_checkpoint(tmp_path / "nothing") is None
-    for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        state = tmp_path / f"checkpoint-{step}" / "trainer_state.json"
-        state.write_text('{"a": 1}')
-        assert command.last_checkpoint(tmp_path) == state.parent
-    state.write_text('{"a": ')
-    assert command.last_checkpoint(tmp_path).name == "checkpoint-2"
-    state.unlink()
-    assert command.last_checkpoint(tmp_path).name == "checkpoint-2"
 
 
 def test_run_without_optimizer_state_starts_over(files, tmp_path, monkeypatch, capsys):
@@ -101,17 +88,82 @@ def test_run_without_optimizer_state_starts_over(files, tmp_path, monkeypatch, c
     assert cli.main(arguments(files, tmp_path / "whole", **options)) == 0
     argv = arguments(files, tmp_path / "cut", **options)
     interrupt(monkeypatch, argv, before_step=4)
-    assert command.last_checkpoint(tmp_path / "cut").name == "checkpoint-2"
+    assert (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").exists()
     assert cli.main(argv) == 0
     assert "resuming" not in capsys.readouterr().out
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
-    assert cli.main(arguments(files, tmp_path, max_steps=1)) == 0
-    assert cli.main(arguments(files, tmp_path, max_steps=1, beta=0.3, learning_rate=0.02)) == 1
+    assert cli.main(arguments(files, tmp_path, max_steps=2)) == 0
+    other = {"beta": 0.3, "learning_rate": 0.02, "student_layers": [1], "teacher_layers": [1]}
+    other |= {"max_steps": 1, "per_device_train_batch_size": None, "teacher": files / "other"}
+    assert cli.main(arguments(files, tmp_path, **other)) == 1
     shown = capsys.readouterr().err
-    assert "beta (was None, is 0.3), learning_rate (was 0.01, is 0.02)" in shown
+    for change in (
+        "beta (was 0.5, is 0.3), learning_rate (was 0.01, is 0.02), max_steps (was 2, is 1)",
+        "per_device_train_batch_size (was 2, is 8), student_layers (was None, is [1])",
+        f"teacher (was {files / 'teacher'}, is {files / 'other'})",
+    ):
+        assert change in shown
+
+
+# Options of a run, and options that mean the same or change no weight.
+SAME = [
+    (
+        {},
+        {"report_to": "tensorboard", "logging_steps": 2, "run_name": "again"},
+    ),
+    ({}, {"save_steps": 3, "save_total_limit": 2, "eval_strategy": "no", "eval_steps": 2}),
+    ({"student": "student", "train": "train.jsonl", "in": "here"}, {}),
+    ({}, {"teacher": "teacher", "train": "copy.jsonl", "in": "here"}),
+    ({}, {"gradient_checkpointing": True, "dataloader_num_workers": 0, "beta": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), SAME, ids=str)
+def test_options_that_change_no_weight_do_not_stop_a_run(
+    files, tmp_path, monkeypatch, capsys, first, second
+):
+    monkeypatch.chdir(files)
+    (files / "copy.jsonl").write_text((files / "train.jsonl").read_text())
+    places = {"here": os.path.relpath(tmp_path / "out", files), None: tmp_path / "out"}
+    one, two = (
+        arguments(
+            files, places[options.get("in")], **{k: x for k, x in options.items() if k != "in"}
+        )
+        for options in (first, second)
+    )
+    interrupt(monkeypatch, one, before_step=4)
+    capsys.readouterr()
+    assert cli.main(two) == 0
+    shown = capsys.readouterr().out
+    assert "resuming from" in shown and "checkpoint-2" in shown
+
+
+def test_options_that_choose_the_best_weights_count_with_them(files, tmp_path, capsys):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval": files / "eval.jsonl"}
+    assert cli.main(arguments(files, tmp_path, eval_steps=2, **best)) == 0
+    assert cli.main(arguments(files, tmp_path, eval_steps=4, save_steps=4, **best)) == 1
+    shown = capsys.readouterr().err
+    assert re.search(r"eval_steps \(was 2.*, is 4.*\), save_steps \(was 2.*, is 4.*\)", shown)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_a_complete_run_can_be_continued(files, tmp_path, capsys, schedule):
+    options = {"lr_scheduler_type": schedule}
+    assert cli.main(arguments(files, tmp_path / "more", max_steps=4, **options)) == 0
+    capsys.readouterr()
+    assert cli.main(arguments(files, tmp_path / "more", max_steps=6, **options)) == 0
+    shown = capsys.readouterr().out
+    assert "max_steps was 4 and is 6: the run is continued" in shown
+    assert "resuming from" in shown and "checkpoint-4" in shown
+    assert ("the linear schedule is that of the longer run" in shown) == (schedule == "linear")
+    assert cli.main(arguments(files, tmp_path / "whole", max_steps=6, **options)) == 0
+    if schedule == "constant":
+        assert_equal(tmp_path / "whole", tmp_path / "more", 1e-6)
+    assert cli.main(arguments(files, tmp_path / "more", max_steps=6, **options)) == 0
+    assert "is already complete: delete" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("name", "done"), [("train", False), ("eval", True)])

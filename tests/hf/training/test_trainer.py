@@ -76,7 +76,7 @@ def expected_loss(data, lens_norm=True, **options):
 )
 def test_trainer_options_reach_the_loss_function(tmp_path, option, name, value):
     data = [{"input_ids": x, "labels": x} for x in tokens(vocab=50)]
-    trainer = trained(tmp_path, data=data, max_steps=1, **{option: value})
+    trainer = trained(tmp_path, data=data, eval_data=data, max_steps=1, **{option: value})
     (loss,) = logged(trainer)
     assert loss == pytest.approx(expected_loss(data[:4], **{name: value}), rel=1e-4)
     if option == "lens_backend":
@@ -127,7 +127,7 @@ def test_evaluation_reports_every_part_over_tokens_not_batches(tmp_path):
 
 
 def test_logged_entropies_match_the_models_distributions(tmp_path, monkeypatch):
-    monkeypatch.setattr("lens_kernels.hf.training.objective.ENTROPY_STRIDE", 1)
+    monkeypatch.setattr("lens_kernels.hf.training.entropy.STRIDE", 1)
     entry = trained(tmp_path, max_steps=1).state.log_history[0]
     ids, labels = batch_of(uneven_data()[:4])
     for side, options, depth in (("student", STUDENT, 2), ("teacher", TEACHER, 3)):

@@ -1,0 +1,121 @@
+"""Which checkpoints a run can resume: those whose files are all there and can be read.
+
+The Trainer writes the files of a checkpoint one after the other, and ``trainer_state.json`` last. A
+run that is killed, or a full disk, may leave any of them out or cut off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from safetensors import safe_open
+
+from lens_kernels.hf.text_files import read_text
+from lens_kernels.hf.training.objective import PROJECTIONS
+
+STATE = "trainer_state.json"
+INDEX = "model.safetensors.index.json"
+KEYS = {STATE: "global_step", INDEX: "weight_map"}  # of these JSON files
+# One of each is needed. Folders hold shards of FSDP or DeepSpeed.
+WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")
+OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
+OPTIONAL = ("config.json", "scaler.pt")  # read if they are there
+
+
+def last_whole(
+    output: Path, processes: int, projections: bool
+) -> tuple[Path | None, dict[Path, str]]:
+    """Return the last whole checkpoint in a folder, and what is wrong with each later one.
+
+    Raises:
+        ValueError: No checkpoint is whole, although at least one was written to its end.
+    """
+    numbered = []
+    for folder in output.glob("checkpoint-*"):
+        if folder.is_dir() and (step := re.fullmatch(r"checkpoint-(\d+)", folder.name)):
+            numbered.append((int(step[1]), folder))
+    skipped: dict[Path, str] = {}
+    for _, folder in sorted(numbered, reverse=True):
+        reason = damage(folder, processes, projections)
+        if reason is None:
+            return folder, skipped
+        skipped[folder] = reason
+    if any((folder / STATE).exists() for folder in skipped):
+        raise ValueError(
+            f"no checkpoint in {output} can be resumed ({_listed(skipped)}): restore these files,"
+            " or delete the checkpoints to start over"
+        )
+    return None, skipped
+
+
+def check_whole(folder: Path, processes: int, projections: bool) -> None:
+    """Raise if a checkpoint lacks a file, or one cannot be read."""
+    reason = damage(folder, processes, projections)
+    if reason is not None:
+        raise ValueError(f"cannot resume from {folder}: {reason}; give another checkpoint")
+
+
+def damage(folder: Path, processes: int, projections: bool) -> str | None:
+    """Return which file of a checkpoint is missing or cannot be read, and why; None if none is.
+
+    Args:
+        folder: Folder of the checkpoint.
+        processes: Number of processes that will resume: each has a file of random states.
+        projections: Whether the run has matrices of the MSE term.
+    """
+    for file in _needed(folder, processes, projections):
+        try:
+            _read(file)
+        except FileNotFoundError:
+            return f"{file.name} is missing"
+        except Exception as error:  # each file format raises its own errors for broken files
+            reason = str(error).strip().split("\n")[0]
+            return f"{file.name} cannot be read ({reason or type(error).__name__})"
+    return None
+
+
+def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
+    yield folder / STATE
+    for names in (WEIGHTS, OPTIMIZER):
+        found = [file for name in names for file in sorted(folder.glob(name))]
+        if names is WEIGHTS:
+            found += sorted(folder.glob("*/adapter_model.safetensors"))  # adapters with a name
+        yield from found or [folder / names[0]]
+    if (folder / INDEX).exists():  # read above
+        shards: Mapping[str, str] = json.loads(read_text(folder / INDEX))["weight_map"]
+        yield from (folder / name for name in sorted(set(shards.values())))
+    if (folder / "adapter_config.json").exists():
+        yield from (folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+    yield folder / "scheduler.pt"
+    ranks = [""] if processes == 1 else [f"_{rank}" for rank in range(processes)]
+    yield from (folder / f"rng_state{rank}.pth" for rank in ranks)
+    yield from (folder / name for name in OPTIONAL if (folder / name).exists())
+    if projections:
+        yield folder / f"{PROJECTIONS}.safetensors"
+
+
+def _read(file: Path) -> None:
+    """Read what shows that a file is whole: all of a small one, the directory of a large one."""
+    if file.is_dir():
+        if not any(file.iterdir()):
+            raise ValueError("the folder is empty")
+    elif file.suffix == ".json":
+        content = json.loads(read_text(file))
+        if not isinstance(content, dict) or KEYS.get(file.name, "") not in {"", *content}:
+            raise ValueError("it holds something else")
+    elif file.suffix == ".safetensors":
+        with safe_open(file, framework="pt"):  # compares the file's length with its header
+            pass
+    else:  # torch.save writes a ZIP archive, whose directory is its end
+        with zipfile.ZipFile(file) as archive:
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    archive.read(name)
+
+
+def _listed(skipped: Mapping[Path, str]) -> str:
+    return "; ".join(f"{folder.name}: {reason}" for folder, reason in skipped.items())

@@ -1,0 +1,145 @@
+"""What the folder of a run records: its options, digests of its data, and its last metrics.
+
+A command that is run again resumes its run only if it trains in the same way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lens_kernels.hf.text_files import read_text, write_text
+
+RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
+DIGESTS = "data.json"  # digests of the data files; not in RECORD, which is valid for --config
+
+# Options that change no weight, by the beginnings of their names, so that those of later versions
+# of transformers are among them. An option that is not listed counts as a change.
+UNTRAINED = (
+    "output_dir",
+    "allow_download",
+    *("log_", "logging_", "report_to", "run_name", "project", "trackio_", "disable_tqdm"),
+    *("hub_", "push_to_hub", "do_", "skip_memory_metrics", "include_num_input_tokens_seen"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_timeout"),
+    *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache_steps"),
+)
+# These decide which weights load_best_model_at_end takes, and change none without it.
+CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
+LENGTHS = ("max_steps", "num_train_epochs")  # a run may be continued beyond its end
+# Schedules of the learning rate that do not depend on the number of steps.
+ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
+
+
+def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Compare the options of a command with those that its run was started with.
+
+    Options are compared by what they mean: paths by the place, data files by ``check_data``, and
+    options that change no weight not at all.
+
+    Returns:
+        How the run is continued beyond its former end, or "" if it is not.
+
+    Raises:
+        ValueError: The run was started with other options, or its record cannot be read.
+    """
+    record = output / RECORD
+    if not record.exists():
+        return ""
+    before = _read(record, yaml.safe_load)
+    best = {**defaults, **now}.get("load_best_model_at_end")
+    ignored = UNTRAINED if best else UNTRAINED + CHOOSING
+    differing, longer = [], ""
+    for name in sorted(before.keys() | now.keys()):
+        was, will = (x.get(name, defaults.get(name)) for x in (before, now))
+        if name.startswith(ignored) or _meaning(name, was) == _meaning(name, will):
+            continue
+        if name in LENGTHS and _is_longer(was, will):
+            longer = f"{name} was {was} and is {will}: the run is continued"
+            schedule = {**defaults, **now}.get("lr_scheduler_type")
+            if schedule not in ENDLESS:
+                longer += f"; from here on the {schedule} schedule is that of the longer run"
+        else:
+            differing.append(f"{name} (was {was}, is {will})")
+    if differing:
+        raise ValueError(
+            f"{output} holds a run with other options: {', '.join(differing)}. To resume it, use"
+            f" the options in {record}; otherwise choose another output_dir"
+        )
+    return longer
+
+
+def check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Raise if the data files have changed since the run started."""
+    file = output / DIGESTS
+    if not file.exists():  # earlier versions of this package wrote no digests
+        return
+    before = _read(file, json.loads)
+    for name, path in paths.items():
+        if before.get(name, digests[name]) != digests[name]:
+            raise ValueError(
+                f"the {name} file {path} has changed since the run in {output} started: restore the"
+                " file to resume, or use another output_dir to start a new run"
+            )
+
+
+def metrics_of(output: Path) -> dict[str, float] | None:
+    """Return the metrics of a complete run, or None. They are computed again if damaged."""
+    try:
+        metrics = json.loads(read_text(output / METRICS))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return metrics if isinstance(metrics, dict) else None
+
+
+def write_start(output: Path, options: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Write what later commands compare with."""
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / DIGESTS, json.dumps(dict(digests), indent=1))
+    write_text(output / RECORD, yaml.safe_dump(dict(options), sort_keys=True))
+
+
+def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
+    """Write the metrics of a complete run."""
+    write_text(output / METRICS, json.dumps(dict(metrics), indent=1))
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(read_text(file))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{file}, what the run in this folder was started with, cannot be read ({reason}):"
+            " restore it, or choose another output_dir"
+        ) from error
+    return content
+
+
+def _meaning(name: str, value: Any) -> Any:
+    return MEANINGS.get(name, lambda x: x)(value)
+
+
+def _place(path: str | None) -> str | None:
+    """Return the place that a path names; names on the Hub stay as they are."""
+    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+
+
+# Contents of data are compared by ``check_data``; a cache is checked when it is opened.
+MEANINGS: dict[str, Callable[[Any], Any]] = {
+    "student": _place,
+    "teacher": _place,
+    "train": lambda path: path is not None,
+    "eval": lambda path: path is not None,
+    "teacher_cache": lambda path: path is not None,
+}
+
+
+def _is_longer(was: Any, now: Any) -> bool:
+    return all(isinstance(x, (int, float)) and x > 0 for x in (was, now)) and now > was

@@ -1,0 +1,163 @@
+"""A run resumes from its last checkpoint whose files are all there and can be read."""
+
+import json
+import shutil
+
+import peft
+import pytest
+
+from lens_kernels import cli
+from lens_kernels.hf.training.checkpoints import damage, last_whole
+from tests.support import tiny
+from tests.support.commands import arguments, weights
+from tests.support.training import STUDENT, make_trainer
+
+EVERY = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "mse_coeff": 0.01}
+NEEDED = ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt"]
+NEEDED += ["rng_state.pth", "mse_projections.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return the output folder of a run with two checkpoints."""
+    output = tmp_path_factory.mktemp("run")
+    make_trainer(output, **EVERY).train()
+    return output
+
+
+@pytest.fixture
+def output(run, tmp_path):
+    """Return a copy of the run that a test may change."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+def cut(file):
+    """Cut a file off, as a full disk does."""
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_the_newest_checkpoint_by_number_is_taken(output):
+    assert last_whole(output / "none", 1, True) == (None, {})
+    (output / "checkpoint-1").rename(output / "checkpoint-10")
+    for name in ("checkpoint-last", "checkpoint-3.bak"):
+        (output / name).mkdir()
+    (output / "checkpoint-11").touch()
+    assert last_whole(output, 1, True) == (output / "checkpoint-10", {})
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_checkpoint_without_a_whole_file_is_skipped(output, name):
+    last, before = output / "checkpoint-2", output / "checkpoint-1"
+    damages = {"cannot be read": cut, "not be read": lambda x: x.write_bytes(b"")}
+    if name != "config.json":
+        damages["is missing"] = lambda x: x.unlink()
+    for reason, spoil in damages.items():
+        spoil(last / name)
+        found, skipped = last_whole(output, 1, True)
+        assert found == before and list(skipped) == [last]
+        assert skipped[last].startswith(name) and reason in skipped[last]
+        with pytest.raises(ValueError, match=rf"cannot resume from .*checkpoint-2: {name}"):
+            make_trainer(output, **EVERY).train(resume_from_checkpoint=str(last))
+
+
+def test_files_that_a_resume_does_not_read_may_be_missing(output):
+    (output / "checkpoint-2" / "training_args.bin").unlink()
+    (output / "checkpoint-2" / "mse_projections.safetensors").unlink()
+    assert damage(output / "checkpoint-2", 1, projections=False) is None
+
+
+def test_every_process_needs_its_random_state(output):
+    last = output / "checkpoint-2"
+    assert damage(last, 2, True) == "rng_state_0.pth is missing"
+    for rank in (0, 1):
+        shutil.copy(last / "rng_state.pth", last / f"rng_state_{rank}.pth")
+    assert damage(last, 2, True) is None
+    cut(last / "rng_state_1.pth")
+    assert damage(last, 2, True).startswith("rng_state_1.pth cannot be read")
+
+
+def test_shards_of_weights_are_read(output):
+    last = output / "checkpoint-2"
+    (last / "model.safetensors").unlink()
+    tiny.model(**STUDENT).save_pretrained(last, max_shard_size="8KB")
+    shards = sorted(last.glob("model-*.safetensors"))
+    assert len(shards) > 2 and damage(last, 1, True) is None
+    whole = shards[1].read_bytes()
+    cut(shards[1])
+    assert damage(last, 1, True).startswith(f"{shards[1].name} cannot be read")
+    shards[1].unlink()
+    assert damage(last, 1, True) == f"{shards[1].name} is missing"
+    shards[1].write_bytes(whole)
+    for text in ("{", "[]", "{}"):
+        (last / "model.safetensors.index.json").write_text(text)
+        assert damage(last, 1, True).startswith("model.safetensors.index.json cannot be read")
+
+
+def test_adapters_are_read(tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    student = peft.get_peft_model(tiny.model(**STUDENT), config)
+    options = EVERY | {"mse_coeff": 0.0, "max_steps": 1}
+    make_trainer(tmp_path, student=student, **options).train()
+    last = tmp_path / "checkpoint-1"
+    assert damage(last, 1, False) is None
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        whole = (last / name).read_bytes()
+        cut(last / name)
+        assert damage(last, 1, False).startswith(f"{name} cannot be read")
+        (last / name).write_bytes(whole)
+    (last / "adapter_model.safetensors").unlink()
+    assert "safetensors is missing" in damage(last, 1, False)
+
+
+def test_the_trainer_resumes_from_the_last_whole_checkpoint(output, caplog):
+    cut(output / "checkpoint-2" / "model.safetensors")
+    trainer = make_trainer(output, **EVERY)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2 is skipped: model.safetensors cannot be read" in caplog.text
+    assert len(trainer.state.log_history) == 3  # a step before, a step now, and the summary
+    with pytest.raises(ValueError, match="nothing holds no checkpoint to resume from"):
+        make_trainer(output / "nothing").train(resume_from_checkpoint=True)
+
+
+def test_the_command_says_which_checkpoint_it_skips(files, tmp_path, capsys):
+    assert cli.main(arguments(files, tmp_path / "whole")) == 0
+    argv = arguments(files, tmp_path / "cut")
+    assert cli.main(argv) == 0
+    (tmp_path / "cut" / "metrics.json").unlink()
+    cut(tmp_path / "cut" / "checkpoint-4" / "optimizer.pt")
+    capsys.readouterr()
+    assert cli.main(argv) == 0
+    shown = capsys.readouterr().out
+    last = tmp_path / "cut" / "checkpoint-4"
+    assert f"{last} is skipped: optimizer.pt cannot be read" in shown
+    assert f"resuming from {tmp_path / 'cut' / 'checkpoint-2'}" in shown
+    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all((one[name] - two[name]).abs().max() < 1e-6 for name in one)
+
+
+def test_without_a_whole_checkpoint_only_an_unfinished_one_is_written_over(output):
+    for step in (1, 2):
+        cut(output / f"checkpoint-{step}" / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=r"no checkpoint in .* can be resumed \(checkpoint-2: model"
+    ):
+        last_whole(output, 1, True)
+    for step in (1, 2):  # as if the run had been killed in its first checkpoint
+        (output / f"checkpoint-{step}" / "trainer_state.json").unlink()
+    found, skipped = last_whole(output, 1, True)
+    assert found is None and set(skipped.values()) == {"trainer_state.json is missing"}
+
+
+def test_the_matrices_of_mse_are_named_if_they_cannot_be_read(output):
+    trainer = make_trainer(output, **EVERY)
+    file = output / "checkpoint-2" / "mse_projections.safetensors"
+    cut(file)
+    with pytest.raises(ValueError, match="mse_projections.safetensors cannot be read"):
+        trainer.after_loading(str(file.parent))
+
+
+def test_a_state_of_something_else_is_not_whole(output):
+    (output / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"a": 1}))
+    assert damage(output / "checkpoint-2", 1, True) == (
+        "trainer_state.json cannot be read (it holds something else)"
+    )
