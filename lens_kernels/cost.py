@@ -108,6 +108,7 @@ class CallShape:
     hidden_grad: bool
     device: torch.device
     workspace_bytes: int
+    teacher_statistics: bool = False
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -125,6 +126,7 @@ class CallShape:
             hidden_grad=any(key not in ("weight", "bias") for key in with_grad),
             device=call.row_weight.device,
             workspace_bytes=call.workspace_bytes,
+            teacher_statistics=call.teacher_statistics is not None,
         )
 
     @property
@@ -160,7 +162,10 @@ class CallShape:
         sweeps = self.pairs * (2 + self.with_grad) - online
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
-        return entries * (sweeps * models * self.compute_dtype.itemsize + gradients)
+        reads = sweeps * models
+        if self.teacher_statistics:  # the first sweep is over the student's alone
+            reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
+        return entries * (reads * self.compute_dtype.itemsize + gradients)
 
     def bytes_per_row(self) -> int:
         """Return the bytes that the tiles of the ``torch`` backend need per token."""
@@ -272,10 +277,11 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
         "log-sum-exps and row sums": shape.pairs - two_sweeps,
     }
     widths = shape.student_width, shape.teacher_width
-    reads = dict.fromkeys(sweeps, shape.sweep_bytes(sum(widths)))
-    reads["log-sum-exps"] = sum(map(shape.sweep_bytes, widths))  # one model at a time
+    both = shape.projections, shape.sweep_bytes(sum(widths))
+    alone = widths[:1] if shape.teacher_statistics else widths  # one model at a time
+    each = 2 * shape.logits * sum(alone), sum(map(shape.sweep_bytes, alone))
     steps = [
-        Step(name, shape.projections, reads[name], operand, SWEEP_TIME).times(number)
+        Step(name, *(each if name == "log-sum-exps" else both), operand, SWEEP_TIME).times(number)
         for name, number in sweeps.items()
         if number
     ]
