@@ -42,6 +42,8 @@ class LossCall:
     flag for each student hidden state, then for each of the student head's ``tensors()``.
     ``backend`` is the name of the chosen backend. The gradients of a ``deferred`` call are computed
     in its backward pass, by another call.
+    ``teacher_statistics`` ``(P, N, 2)``, if given, are maximum and log-sum-exp above it of the
+    teacher's logits.
     """
 
     student_hidden: list[Tensor]
@@ -63,10 +65,20 @@ class LossCall:
     threshold_is_relative: bool = False
     backend: str = ""
     deferred: bool = False
+    teacher_statistics: Tensor | None = None
 
     @staticmethod
-    def of(inputs: Inputs, terms: list[Term], options: LossOptions, row_weight: Tensor) -> LossCall:
-        """Return the call that computes ``terms``. Without terms, it has only labels."""
+    def of(
+        inputs: Inputs,
+        terms: list[Term],
+        options: LossOptions,
+        row_weight: Tensor,
+        statistics: Tensor | None = None,
+    ) -> LossCall:
+        """Return the call that computes ``terms``. Without terms, it has only labels.
+
+        ``statistics`` ``(S, N, 2)`` are those of the teacher's states.
+        """
         student, teacher = inputs.student, inputs.teacher
         # Without terms, the cross entropy still needs the last state.
         states = [term.state for term in terms] or [-1]
@@ -94,6 +106,7 @@ class LossCall:
             workspace_bytes=workspace_or_default(options.workspace_bytes, inputs.device),
             grad_threshold=threshold,
             threshold_is_relative=relative,
+            teacher_statistics=None if statistics is None else statistics[states],
         )
 
     @property
@@ -133,6 +146,7 @@ class LossCall:
             mask=self.mask,
             labels=self.labels,
             row_weight=self.row_weight,
+            teacher_statistics=self.teacher_statistics,
             numbers=[self.beta, self.temperature, threshold, *chain(*parts)],
             sizes=[self.vocab_size, self.workspace_bytes],
             names=";".join(names),
@@ -149,6 +163,7 @@ class Packed(NamedTuple):
     mask: Tensor | None
     labels: Tensor | None
     row_weight: Tensor
+    teacher_statistics: Tensor | None
     numbers: list[float]
     sizes: list[int]
     names: str
@@ -200,6 +215,7 @@ class Packed(NamedTuple):
             threshold_is_relative=threshold_kind == "relative",
             backend=backend,
             deferred=when == "deferred",
+            teacher_statistics=self.teacher_statistics,
         )
 
 

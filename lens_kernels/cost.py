@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lens_kernels.backends.matmul import multiplies_natively
+from lens_kernels.backends.row_groups import operand_reads
 from lens_kernels.backends.torch.layout import (
     Layout,
     apart,
@@ -30,11 +31,11 @@ OPERATIONS_PER_BYTE = 200
 # The time of an operation relative to a 16-bit one, by the bytes of a factor. For float32 data
 # sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
+# The time of a sweep's GEMMs relative to those of a library. Shared memory and the cache limit its
+# tiles of at most 128 by 128 logits: estimated from their reads, not measured.
+SWEEP_TIME = 2
 # The number of vocabulary entries in the smallest chunk that the ``triton`` backend processes.
 COLUMNS = 128
-# Hidden states up to this size stay in the cache while they are read for each part of the
-# vocabulary. Data sheets give caches of 40 MiB (A100) and 50 MiB (H100).
-CACHE_BYTES = 32 << 20
 # The row kernel reads the entries of a row in groups of this size.
 GROUP = 8
 
@@ -43,20 +44,21 @@ GROUP = 8
 class Step:
     """A part of a backend's work: the floating-point operations of its GEMMs, and the bytes moved.
 
-    ``factor_bytes`` is the size of one element of the GEMMs' factors.
+    ``factor_bytes`` is the size of one element of the GEMMs' factors. ``product_time`` is the time
+    of the GEMMs relative to those of a library.
     """
 
     name: str
     flops: int
     bytes_moved: int
     factor_bytes: int = 2
+    product_time: int = 1
 
     @property
     def cost(self) -> int:
         """The larger of arithmetic time and traffic time on a GPU, in 16-bit operations."""
-        return max(
-            self.flops * RELATIVE_TIME[self.factor_bytes], self.bytes_moved * OPERATIONS_PER_BYTE
-        )
+        arithmetic = self.flops * RELATIVE_TIME[self.factor_bytes] * self.product_time
+        return max(arithmetic, self.bytes_moved * OPERATIONS_PER_BYTE)
 
     def times(self, number: int) -> Step:
         """Return the step repeated ``number`` times."""
@@ -106,6 +108,7 @@ class CallShape:
     hidden_grad: bool
     device: torch.device
     workspace_bytes: int
+    teacher_statistics: bool = False
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -123,6 +126,7 @@ class CallShape:
             hidden_grad=any(key not in ("weight", "bias") for key in with_grad),
             device=call.row_weight.device,
             workspace_bytes=call.workspace_bytes,
+            teacher_statistics=call.teacher_statistics is not None,
         )
 
     @property
@@ -158,7 +162,10 @@ class CallShape:
         sweeps = self.pairs * (2 + self.with_grad) - online
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
-        return entries * (sweeps * models * self.compute_dtype.itemsize + gradients)
+        reads = sweeps * models
+        if self.teacher_statistics:  # the first sweep is over the student's alone
+            reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
+        return entries * (reads * self.compute_dtype.itemsize + gradients)
 
     def bytes_per_row(self) -> int:
         """Return the bytes that the tiles of the ``torch`` backend need per token."""
@@ -169,6 +176,12 @@ class CallShape:
         both = self.student_width + self.teacher_width
         rows = hidden_reads * self.tokens + head_reads * self.vocab_size
         return rows * both * self.dtype.itemsize
+
+    def sweep_bytes(self, width: int, parts: int = 1) -> int:
+        """Return the bytes that a sweep in parts of the vocabulary reads of operands of a width."""
+        row = width * self.dtype.itemsize
+        hidden, head = operand_reads(self.tokens, self.vocab_size, row, parts)
+        return (hidden * self.tokens + head * self.vocab_size) * row
 
     def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
         """Return the step of the GEMMs that take the logit gradients of all pairs.
@@ -263,17 +276,20 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
         "row sums": two_sweeps,
         "log-sum-exps and row sums": shape.pairs - two_sweeps,
     }
-    # Programs that run together have different row blocks, and share a block of the vocabulary. So
-    # all rows are read for every block of the vocabulary.
-    cached = shape.operand_bytes(0) <= CACHE_BYTES
-    sweep = shape.operand_bytes(1, 1 if cached else tiles)
-    one = shape.projections, sweep, operand
-    steps = [Step(name, *one).times(number) for name, number in sweeps.items() if number]
+    widths = shape.student_width, shape.teacher_width
+    both = shape.projections, shape.sweep_bytes(sum(widths))
+    alone = widths[:1] if shape.teacher_statistics else widths  # one model at a time
+    each = 2 * shape.logits * sum(alone), sum(map(shape.sweep_bytes, alone))
+    steps = [
+        Step(name, *(each if name == "log-sum-exps" else both), operand, SWEEP_TIME).times(number)
+        for name, number in sweeps.items()
+        if number
+    ]
     workspace = 0
     if shape.with_grad:
         workspace = math.ceil(tiles / parts) * column
-        moved = shape.operand_bytes(1, parts if cached else tiles) + shape.logits * operand
-        gradient = Step("gradient of the logits", shape.projections, moved, operand)
+        moved = shape.sweep_bytes(sum(widths), parts) + shape.logits * operand
+        gradient = Step("gradient of the logits", shape.projections, moved, operand, SWEEP_TIME)
         steps += [
             gradient.times(shape.pairs),
             shape.gradient_products(shape.dtype, shape.pairs, parts),

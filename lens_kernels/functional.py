@@ -15,6 +15,7 @@ from lens_kernels.inputs import (
     Head,
     Hidden,
     check_inputs,
+    given_statistics,
     model_inputs,
     pair_weights,
     token_denominator,
@@ -45,6 +46,7 @@ def symmetric_lens_loss(
     backend: str = LensOptions.backend,
     workspace_bytes: int | None = LensOptions.workspace_bytes,
     grad_threshold: float | str | None = LensOptions.grad_threshold,
+    teacher_statistics: Tensor | None = None,
 ) -> Tensor:
     """Compare student and teacher through their logit lenses, without holding all logits in memory.
 
@@ -101,6 +103,12 @@ def symmetric_lens_loss(
             The part left out then has at most 2^-9 of their 2-norm, as much as rounding to bfloat16
             may change. ``docs/memory_and_speed.md`` shows the effect on gradients for some models.
             ``distillation_loss`` reports how much was left out.
+        teacher_statistics: The log-sum-exps of the teacher's logits ``z_teacher``, if they are
+            known: ``(L, ..., 2)`` in float32 or float64, with ``maximum`` and ``log sum exp(z -
+            maximum)`` of each pair and token, over the shared vocabulary and at this temperature.
+            They are trusted, and the teacher's softmax is not normalised again. With ``jsd``,
+            ``tvd`` and ``hellinger`` that saves work on GPUs: the first reading of the teacher's
+            logits, or in ``triton`` one of its projections. The others need them in that sweep.
 
     Returns:
         The loss in nats, in float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for
@@ -144,11 +152,12 @@ def symmetric_lens_loss(
     teacher = model_inputs("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(student, teacher, mask=mask, vocab_size=vocab_size)
     counted = inputs.counted()
+    statistics = given_statistics(teacher_statistics, inputs)
     weights = pair_weights(layer_weights, student.lenses, inputs)
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
     terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
-    call = LossCall.of(inputs, terms, options, weights[:, None] * counted)
+    call = LossCall.of(inputs, terms, options, weights[:, None] * counted, statistics)
     call = dispatch.with_backend(call, options.backend)
     loss, rows, _ = operator.apply(replace(call, deferred=reduction == Reduction.NONE))
     if reduction == Reduction.NONE:
@@ -196,6 +205,7 @@ def distillation_loss(
     backend: str = DistillationOptions.backend,
     workspace_bytes: int | None = DistillationOptions.workspace_bytes,
     grad_threshold: float | str | None = DistillationOptions.grad_threshold,
+    teacher_statistics: Tensor | None = None,
 ) -> DistillationOutput:
     """Compute the whole DistillLens objective in one operation, with one head gradient.
 
@@ -245,6 +255,8 @@ def distillation_loss(
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.
         grad_threshold: As for ``symmetric_lens_loss``; see ``dropped`` of the result.
+        teacher_statistics: As for ``symmetric_lens_loss``, ``(L + 1, ..., 2)``: those of the final
+            hidden state come last.
 
     Returns:
         A ``DistillationOutput``; only its ``loss`` carries gradients.
@@ -281,9 +293,11 @@ def distillation_loss(
         terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(student, teacher, mask=mask, labels=labels, vocab_size=vocab_size)
     counted, labelled = inputs.counted(), inputs.labelled()
+    statistics = given_statistics(teacher_statistics, inputs)
     tokens = token_denominator(denominator, counted)
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
-    call = dispatch.with_backend(LossCall.of(inputs, terms, options, counted), options.backend)
+    call = LossCall.of(inputs, terms, options, counted, statistics)
+    call = dispatch.with_backend(call, options.backend)
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
     # These are the weights of rows within their term. ``row_weight`` are those within the loss.
     lens_rows = counted.expand(pairs, -1)

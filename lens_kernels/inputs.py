@@ -338,6 +338,29 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
     return value.to(dtype)
 
 
+def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
+    """Return the teacher's statistics of each state and token, ``(S, N, 2)``, if they are given."""
+    if value is None or inputs.teacher is None:
+        return None
+    name = "teacher_statistics"
+    _check_dense(name, value)
+    shape = (len(inputs.teacher.named_hidden), *inputs.leading_shape, 2)
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must have shape {shape}: the teacher's states, the leading shape of the hidden"
+            f" states, and maximum and log of sum; got {tuple(value.shape)}"
+        )
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
+    check_device(name, value, inputs.device)
+    value = value.detach().to(inputs.compute_dtype).reshape(shape[0], -1, 2)
+    valid = value.isfinite()
+    if inputs.mask is not None:
+        valid = valid | ~inputs.mask[:, None]
+    _check_values(name, valid, "must be finite")
+    return value
+
+
 def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
     """Return the divisor of a sum over tokens. By default it is the number of tokens, at least 1.
 

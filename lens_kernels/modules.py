@@ -32,7 +32,8 @@ class _Loss(nn.Module):
 class SymmetricLensLoss(_Loss):
     """``symmetric_lens_loss`` with fixed options.
 
-    The constructor takes all keywords of the function except ``mask`` and ``denominator``.
+    The constructor takes all keywords of the function except ``mask``, ``denominator`` and
+    ``teacher_statistics``.
     """
 
     kind = LensOptions
@@ -45,10 +46,17 @@ class SymmetricLensLoss(_Loss):
         teacher_head: Any,
         mask: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        teacher_statistics: Tensor | None = None,
     ) -> Tensor:
         """Return the loss."""
         models = student_hidden, teacher_hidden, student_head, teacher_head
-        return symmetric_lens_loss(*models, mask=mask, denominator=denominator, **self.options)
+        return symmetric_lens_loss(
+            *models,
+            mask=mask,
+            denominator=denominator,
+            teacher_statistics=teacher_statistics,
+            **self.options,
+        )
 
 
 class DistillationLoss(_Loss):

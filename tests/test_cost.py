@@ -83,6 +83,12 @@ def test_workspace_is_the_memory_allocated_beside_the_gradients(monkeypatch, wor
     assert 0.75 * workspace < planned["torch"].workspace_bytes <= workspace
 
 
+def test_a_sweep_s_products_take_twice_the_time():
+    sweep, *_, products, _ = plan(*SIZES)["triton"].steps
+    assert sweep.cost == 2 * sweep.flops > 200 * sweep.bytes_moved
+    assert products.cost == max(products.flops, 200 * products.bytes_moved)
+
+
 def test_torch_has_the_flops_of_the_dense_floor_and_triton_has_more():
     floor = 2 * 1536 * 4096 * (3 * 48 + 64)
     for name in Divergence:

@@ -100,6 +100,7 @@ SHARED = {
     "backend": "auto",
     "workspace_bytes": None,
     "grad_threshold": None,
+    "teacher_statistics": None,
 }
 OBJECTIVE = {"kd_ratio": 1.0, "lens_coeff": 1.0, "final_divergence": "reverse_kl", "labels": None}
 

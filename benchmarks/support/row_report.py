@@ -22,8 +22,9 @@ from lens_kernels.backends.triton.kernels.row_pass import OPTIONS
 from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The variants of a call: a plain loss with gradient, no gradient, labels, or every option.
-VARIANTS = ("plain", "loss only", "labels", "all")
+# The variants of a call: a plain loss with gradient, the same with the teacher's statistics, no
+# gradient, labels, or every option but statistics.
+VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
 LABEL = re.compile(r"^\.?(L\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
@@ -86,9 +87,10 @@ def record(
     grad = None if only_loss else torch.zeros(TOKENS, stride, dtype=dtype)[:, :VOCAB]
     with offline.recorder(arch) as launches:
         survey = made.survey() if everything else None
-        made.run(
-            tiles, Terms(divergence, row, labels, None if labels is None else row), grad, survey
-        )
+        terms = Terms(divergence, row, labels, None if labels is None else row)
+        if variant == "statistics":
+            terms = terms._replace(teacher_statistics=torch.zeros(TOKENS, 2))
+        made.run(tiles, terms, grad, survey)
     (launch,) = launches
     return launch
 

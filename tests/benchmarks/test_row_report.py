@@ -27,11 +27,13 @@ for job in sys.argv[1:]:
                       kernel.total("instructions"), kernel.registers, widths]))
 """
 # The sweeps over a row, the bytes for a pair of logits, and limits for its instructions and for
-# registers. Each sweep reads 8 bytes, and the last one also writes the gradient of 2 bytes. The
+# registers. Each sweep reads 8 bytes, and the last one also writes the gradient of 2 bytes. If the
+# teacher's statistics are given, the first one reads 4. The
 # numbers of instructions and registers depend on Triton's version.
 LIMITS = {
     "sm_90,jsd,plain": (3, 26, 105, 64),
     "sm_90,jsd,loss only": (2, 16, 80, 64),
+    "sm_90,jsd,statistics": (3, 22, 105, 64),
     "sm_90,reverse_kl,plain": (2, 18, 105, 64),
     "sm_80,jsd,plain": (3, 26, 110, 64),
 }

@@ -24,6 +24,8 @@ class Terms(NamedTuple):
     weight: Tensor | None
     labels: Tensor | None
     label_weight: Tensor | None
+    # Maximum and log of sum of the teacher's logits, ``(R, 2)``, if they are given.
+    teacher_statistics: Tensor | None = None
 
 
 class Pass(Protocol):

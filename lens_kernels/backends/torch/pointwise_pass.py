@@ -57,6 +57,7 @@ class Comparison(NamedTuple):
     teacher: LogitMap
     formula: Formula
     beta: Mixture
+    teacher_statistics: Tensor | None = None
 
 
 class Labels(NamedTuple):
@@ -95,7 +96,13 @@ def _divergence(zs: Tensor, row: Comparison, with_grad: bool) -> tuple[Tensor, T
     us, slope = row.student(zs)
     ut, _ = row.teacher(row.zt)
     lq, q = softmax(us.clamp(min=FLOOR))
-    lp, p = softmax(ut.clamp(min=FLOOR))
+    ut = ut.clamp(min=FLOOR)
+    if row.teacher_statistics is None:
+        lp, p = softmax(ut)
+    else:
+        maximum, log_sum = row.teacher_statistics.split(1, -1)
+        lp = (ut - maximum) - log_sum
+        p = lp.exp()
     f, h = row.formula(lp, lq, p, q, row.beta)
     loss = f.sum(-1)
     if not with_grad:
@@ -182,8 +189,10 @@ class TorchPass:
                 assert terms.weight is not None and self.teacher is not None
                 formula = table.pointwise(terms.divergence, self.call.beta)
                 weight = terms.weight[block]
+                given = terms.teacher_statistics
+                given = None if given is None else given[block]
                 comparison = Comparison(
-                    zt[0], weight, self.student, self.teacher, formula, self.beta
+                    zt[0], weight, self.student, self.teacher, formula, self.beta, given
                 )
             if terms.labels is not None:
                 assert terms.label_weight is not None

@@ -162,16 +162,18 @@ class _RowChunks:
             pieces = [*run]
             stop = start + sum(piece.stop - piece.start for piece in pieces)
             rows = [(piece.pair, self.rows(piece)) for piece in pieces]
-            weight = labels = label_weight = None
+            weight = labels = label_weight = statistics = None
             if divergence is not None:
                 weight = _joined([sums.weight[pair][at] for pair, at in rows])
+                if (given := self.call.teacher_statistics) is not None:
+                    statistics = _joined([given[pair][at] for pair, at in rows])
             if labelled:
                 assert self.call.labels is not None
                 labels = _joined([self.call.labels[at] for _, at in rows])
                 label_weight = _joined([sums.weight[-1][at] for _, at in rows])
             losses = self.compare.run(
                 [logits[start:stop] for logits in self.tiles],
-                Terms(divergence, weight, labels, label_weight),
+                Terms(divergence, weight, labels, label_weight, statistics),
                 None if grad is None else grad[start:stop],
                 survey,
             )

@@ -15,6 +15,7 @@ from lens_kernels.backends.triton.kernels.pointwise import name_of
 from lens_kernels.backends.triton.kernels.row_pass import OPTIONS, row_pass_kernel
 from lens_kernels.call import LossCall
 from lens_kernels.lens import LensHead
+from lens_kernels.options import RELATIVE_ENTROPIES
 
 
 class RowKernelPass:
@@ -53,12 +54,15 @@ class RowKernelPass:
 
         losses: list[Tensor] = []
         student, teacher = (zs, *self.student), None
-        weight = loss = labels = None
+        weight = loss = labels = statistics = None
         if terms.divergence is not None:
             assert terms.weight is not None and self.teacher is not None
             teacher = (zt[0], *self.teacher)
             weight, loss = _aligned(terms.weight), one()
             losses.append(loss)
+            # The sweep for relative entropies makes them anyway.
+            if terms.teacher_statistics is not None and terms.divergence not in RELATIVE_ENTROPIES:
+                statistics = _aligned(terms.teacher_statistics)
         if terms.labels is not None:
             assert terms.label_weight is not None
             labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
@@ -66,7 +70,7 @@ class RowKernelPass:
         # Triton launches on the current device, which may differ from the device of the tensors.
         with torch.cuda.device_of(zs):
             row_pass_kernel[(rows,)](
-                student, teacher, labels, weight, loss, grad,
+                student, teacher, statistics, labels, weight, loss, grad,
                 None if survey is None else survey.add(rows),
                 zs.stride(0), 0 if grad is None else grad.stride(0), call.vocab_size,
                 call.beta, 1.0 - call.beta,

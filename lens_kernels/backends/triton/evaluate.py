@@ -81,7 +81,11 @@ class _Sweeps:
         if self.teacher is not None:
             teacher_norm = self.teacher.head.norm if normed else None
             teacher = self.teacher.operand(call.teacher_hidden[pair], index, teacher_norm)
-            sums = self.row_sums(student, teacher, call.divergences[pair])
+            given = None
+            if call.teacher_statistics is not None:
+                columns = call.teacher_statistics[pair, self.rows].unbind(-1)
+                given = RowStats(*(column.contiguous() for column in columns))
+            sums = self.row_sums(student, teacher, call.divergences[pair], given)
             self.sums.rows[pair, self.rows] = sums.f
         if call.labels is not None and pair == len(call.student_hidden) - 1:
             stats = None if sums is None else sums.student
@@ -99,15 +103,17 @@ class _Sweeps:
         else:
             grads[pair][self.rows] = d_x
 
-    def row_sums(self, student: Operand, teacher: Operand, divergence: Divergence) -> RowSums:
-        """Run sweeps 1 and 2."""
+    def row_sums(
+        self, student: Operand, teacher: Operand, divergence: Divergence, given: RowStats | None
+    ) -> RowSums:
+        """Run sweeps 1 and 2; ``given`` are the teacher's statistics, if they are known."""
         vocab_size, beta = self.call.vocab_size, self.call.beta
         if divergence in RELATIVE_ENTROPIES:
             tile = tile_for(Sweep.ONLINE_KL, student, teacher)
             return online_kl(student, teacher, divergence, vocab_size, tile)
         student_stats, teacher_stats = (
-            row_stats(operand, vocab_size, tile_for(Sweep.ROW_STATS, operand))
-            for operand in (student, teacher)
+            known or row_stats(operand, vocab_size, tile_for(Sweep.ROW_STATS, operand))
+            for operand, known in ((student, None), (teacher, given))
         )
         tile = tile_for(Sweep.ROW_SUMS, student, teacher)
         return row_sums(

@@ -1,9 +1,11 @@
 """The row kernel computes losses and gradients of whole rows of logits, which match float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lens_kernels import LensHead, plan
+from lens_kernels import LensHead, cost
 from lens_kernels import divergence as table
 from lens_kernels.backends.torch import layout
 from lens_kernels.backends.torch.passes import Terms
@@ -11,6 +13,7 @@ from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 from lens_kernels.backends.triton import interpreter
 from lens_kernels.backends.triton.kernels import row_pass
 from lens_kernels.call import LossCall
+from lens_kernels.cost import CallShape
 from lens_kernels.options import Divergence
 from tests.backends.triton.test_device_fns import run_table
 from tests.support import row_kernel_backend
@@ -235,8 +238,12 @@ def test_buffers_fit_the_workspace(room, dtype):
 
 
 @kinds
+@pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("with_grad", [True, False])
-def test_the_plan_counts_the_bytes_that_the_kernel_moves(monkeypatch, divergence, beta, with_grad):
+def test_the_plan_counts_the_bytes_that_the_kernel_moves(
+    monkeypatch, divergence, beta, with_grad, given
+):
+    """With the teacher's statistics ``given``, the first sweep does not read its logits."""
     counted = 0
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
@@ -260,14 +267,16 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(monkeypatch, divergence
     monkeypatch.setattr(builder, "create_masked_load", counting_load)
     monkeypatch.setattr(builder, "create_masked_store", counting_store)
     problem = make(Shape((5,), 211, 8, 8, 2), divergence=divergence, beta=beta)
-    call = capture_call(monkeypatch, problem)
+    options = {"teacher_statistics": torch.zeros(2, 5, 2)} if given else {}
+    call = capture_call(monkeypatch, problem, **options)
     if not with_grad:
         call.needs_grad[:] = [False] * len(call.needs_grad)
     with torch.no_grad():
         row_kernel_backend.evaluate(call)
-    wanted = {"head_grad": with_grad, "hidden_grad": with_grad}
-    planned = plan(5, 211, 8, 8, pairs=2, divergence=divergence, dtype=torch.float32, **wanted)[
-        "torch"
-    ]
-    (step,) = [step for step in planned.steps if step.name == "pointwise pass"]
+    shape = replace(CallShape.of(call), device=torch.device("cuda"))
+    (step,) = [s for s in cost.row_chunks(shape).steps if s.name == "pointwise pass"]
     assert counted == step.bytes_moved
+    # 8 entries at a time: 26 bytes a pair of logits, or 22, where gradients have 16 bits.
+    online = divergence in ("jeffreys", "forward_kl", "reverse_kl")
+    each = 8 * (3 - online - (not with_grad)) + 4 * with_grad - 4 * (given and not online)
+    assert counted == 2 * 5 * 216 * each

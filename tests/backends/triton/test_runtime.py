@@ -88,7 +88,7 @@ def test_tf32_is_torch_s_choice_by_either_switch(compiled):
 CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D"}
 CONSTANT |= {"GROUP", "LANES"}
 # These integers change between calls. Triton must not specialise on 1 or multiples of 16.
-COUNTS = {"tokens", "vocab_size", "tiles_per_split", "first_column"}
+COUNTS = {"tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"}
 # Triton does not specialise on the values of floats. An operand contains the floats slope and cap.
 FLOATS = {"operand", "student", "beta", "one_minus_beta", "temperature", "eps", "offset"}
 

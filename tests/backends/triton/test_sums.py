@@ -26,7 +26,7 @@ def layout():
     """Check that the kernels divide SPLITS as its comment says."""
     tile = sizes.default(sizes.Sweep.ONLINE_KL, sizes.ARCHS["interpreter"], torch.float32, 24)
     grid = launch.SplitGrid(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
-    assert grid.shape == (2, 4) and grid.tiles_per_split == 2
+    assert grid.shape == (8,) and (grid.splits, grid.tiles_per_split) == (4, 2)
     assert (tile.block_n, tile.block_v) == (64, 128)
 
 

@@ -9,13 +9,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lens_kernels.backends.row_groups import group_blocks
 from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.device_fns import exp
 from lens_kernels.backends.triton.kernels.launch import Tile
 from lens_kernels.backends.triton.kernels.logits import (
-    block_of_rows,
     load_stats,
     logits_tile,
+    rows_and_part,
     slope_at,
 )
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
@@ -37,6 +38,7 @@ def gradients_kernel(
     tokens,
     vocab_size,
     first_column,
+    group_blocks,
     beta,
     one_minus_beta,
     temperature,
@@ -51,8 +53,8 @@ def gradients_kernel(
     Columns beyond the vocabulary are written too, as copies of the last column. A mask over columns
     would turn 16-byte stores into 2-byte stores.
     """
-    rows, valid = block_of_rows(tokens, BLOCK_N)
-    local = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    rows, valid, part = rows_and_part(tokens, group_blocks, BLOCK_N)
+    local = part * BLOCK_V + tl.arange(0, BLOCK_V)
     columns = first_column + local
     us = logits_tile(
         student, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False
@@ -117,15 +119,17 @@ def gradient_chunk(
     teacher the gradient is that of the cross entropy alone.
     """
     columns = min(out.shape[1], vocab_size - first_column)
-    grid = triton.cdiv(student.tokens, tile.block_n), triton.cdiv(columns, tile.block_v)
+    blocks = triton.cdiv(student.tokens, tile.block_n)
+    programs = blocks * triton.cdiv(columns, tile.block_v)
     comparison: tuple[Any, ...] = None, None, None, None
     if teacher is not None and sums is not None:
         stats = sums.student.arguments(), sums.teacher.arguments()
         comparison = teacher.arguments(), *stats, sums.h
-    gradients_kernel[grid](
+    gradients_kernel[(programs,)](
         student.arguments(), *comparison, weight,
         None if labels is None else labels.arguments(), out, out.stride(0),
-        student.tokens, vocab_size, first_column, beta, 1.0 - beta, student.temperature,
+        student.tokens, vocab_size, first_column, group_blocks(student.tokens, tile.block_n),
+        beta, 1.0 - beta, student.temperature,
         DIVERGENCE=None if divergence is None else divergence.value,
         **tile.blocks(), PRECISION=student.precision, **tile.options(),
     )  # fmt: skip

@@ -9,9 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
+from lens_kernels.backends import row_groups
+
 # Triton must not specialise kernels on the values of these arguments. They vary from call to call,
 # and each specialisation is a compilation.
-COUNTS = ["tokens", "vocab_size", "tiles_per_split", "first_column"]
+COUNTS = ["tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"]
 
 
 @dataclass(frozen=True)
@@ -39,19 +41,21 @@ class Tile:
 
 
 class SplitGrid:
-    """A grid of row blocks times splits of the vocabulary. Splits are merged in a fixed order.
+    """A program for each row block and split of the vocabulary, in the order of ``place_of``.
 
-    Row blocks vary fastest, so programs that run at the same time share tiles of the head.
+    Splits are merged in a fixed order.
     """
 
     def __init__(self, tokens: int, vocab_size: int, tile: Tile, device: torch.device) -> None:
         self.tokens, self.device = tokens, device
         blocks = triton.cdiv(tokens, tile.block_n)
         tiles = triton.cdiv(vocab_size, tile.block_v)
-        # Two programs for each processor, but no more splits than tiles.
-        splits = min(tiles, triton.cdiv(2 * processors(device), blocks))
+        self.group_blocks = row_groups.group_blocks(tokens, tile.block_n)
+        # A group has two programs for each processor, but no more splits than tiles.
+        splits = min(tiles, triton.cdiv(2 * processors(device), self.group_blocks))
         self.tiles_per_split = triton.cdiv(tiles, splits)
-        self.shape = (blocks, triton.cdiv(tiles, self.tiles_per_split))
+        self.splits = triton.cdiv(tiles, self.tiles_per_split)
+        self.shape = (blocks * self.splits,)
 
     def partials(self, number: int) -> tuple[Tensor, ...]:
         """Return ``number`` uninitialised fp32 tensors, ``(splits, tokens)`` each."""
@@ -59,8 +63,7 @@ class SplitGrid:
         # These are separate tensors. Views of one tensor would be aligned to 16 bytes only for some
         # numbers of tokens, and Triton would compile a kernel for each case.
         def one() -> Tensor:
-            shape = (self.shape[1], self.tokens)
-            return torch.empty(shape, dtype=torch.float32, device=self.device)
+            return torch.empty(self.splits, self.tokens, dtype=torch.float32, device=self.device)
 
         return tuple(one() for _ in range(number))
 

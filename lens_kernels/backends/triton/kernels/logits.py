@@ -7,19 +7,39 @@ from lens_kernels.backends.triton.kernels.device_fns import FLOOR, tanh
 
 
 @triton.jit
-def block_of_rows(tokens, BLOCK_N: tl.constexpr):
-    """Return this program's row indices, and which are valid. Invalid ones repeat the last row."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return tl.minimum(rows, tokens - 1), rows < tokens
+def place_of(program, programs, blocks, group_blocks):
+    """Return the row block and the part of the vocabulary of a program.
+
+    There is a program for every block and part. Groups of ``group_blocks`` come one after the
+    other; the last one may be smaller. In a group, blocks vary fastest: programs that run at the
+    same time share tiles of the head and rows of the group.
+    """
+    parts = programs // blocks
+    first = program // (group_blocks * parts) * group_blocks
+    inside = program - first * parts
+    size = tl.minimum(group_blocks, blocks - first)
+    return first + inside % size, inside // size
 
 
 @triton.jit
-def tiles_of_split(vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
-    """Return the range of tiles of this program's split of the vocabulary.
+def rows_and_part(tokens, group_blocks, BLOCK_N: tl.constexpr):
+    """Return this program's row indices, which are valid, and its part of the vocabulary.
+
+    Invalid indices repeat the last.
+    """
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    block, part = place_of(tl.program_id(0), tl.num_programs(0), blocks, group_blocks)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tl.minimum(rows, tokens - 1), rows < tokens, part
+
+
+@triton.jit
+def tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
+    """Return the range of tiles of a split of the vocabulary.
 
     Every split has at least one tile. Every tile has at least one column of the vocabulary.
     """
-    first = tl.program_id(1) * tiles_per_split
+    first = split * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
 
 

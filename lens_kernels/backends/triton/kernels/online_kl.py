@@ -16,7 +16,7 @@ from lens_kernels import divergence as table
 from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.device_fns import FLOOR
 from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
-from lens_kernels.backends.triton.kernels.logits import block_of_rows, logits_tile, tiles_of_split
+from lens_kernels.backends.triton.kernels.logits import logits_tile, rows_and_part, tiles_of_split
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.relative_entropy import (
     conditional,
@@ -40,20 +40,21 @@ def online_kl_kernel(
     tokens,
     vocab_size,
     tiles_per_split,
+    group_blocks,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write both models' statistics and relative entropies of a block of rows over one split."""
-    rows, valid = block_of_rows(tokens, BLOCK_N)
+    rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum_s = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     maximum_t = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total_s = tl.zeros((BLOCK_N,), dtype=tl.float32)
     total_t = tl.zeros((BLOCK_N,), dtype=tl.float32)
     forward = tl.zeros((BLOCK_N,), dtype=tl.float32)
     reverse = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first, last = tiles_of_split(vocab_size, tiles_per_split, BLOCK_V)
+    first, last = tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         us = logits_tile(
@@ -75,7 +76,7 @@ def online_kl_kernel(
         )
         forward = merged(forward, forward_part, lp_old, lq_old, lp_new, lq_new, "forward_kl")
         reverse = merged(reverse, reverse_part, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
-    offsets = tl.program_id(1).to(tl.int64) * tokens + rows
+    offsets = split.to(tl.int64) * tokens + rows
     tl.store(maximum_s_ptr + offsets, maximum_s, mask=valid)
     tl.store(total_s_ptr + offsets, total_s, mask=valid)
     tl.store(maximum_t_ptr + offsets, maximum_t, mask=valid)
@@ -96,7 +97,7 @@ def online_kl(
     partials = grid.partials(6)
     online_kl_kernel[grid.shape](
         student.arguments(), teacher.arguments(), *partials,
-        student.tokens, vocab_size, grid.tiles_per_split,
+        student.tokens, vocab_size, grid.tiles_per_split, grid.group_blocks,
         **tile.blocks(), PRECISION=student.precision, **tile.options(),
     )  # fmt: skip
     maximum_s, total_s, maximum_t, total_t, forward, reverse = partials

@@ -93,7 +93,8 @@ def of_lanes(value, lp, lq, KIND: tl.constexpr):
 
 @triton.jit
 def first_sweep(
-    student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
+    student, teacher, statistics_ptr, offset, factor_s, floor_s, factor_t, floor_t,
+    temperature, vocab_size,
     DIVERGENCE: tl.constexpr, ONLINE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Return the maximum and the sum of exponentials of each lane, and its relative entropies.
@@ -106,7 +107,7 @@ def first_sweep(
     total_1, forward, reverse = zero, zero, zero
     for start in range(0, vocab_size, LANES * GROUP):
         ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
-        if DIVERGENCE is not None:
+        if teacher is not None and statistics_ptr is None:
             yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
         if temperature is not None:
             higher, total_1 = with_group(maximum_s, total_1, ys, factor_s * temperature)
@@ -123,14 +124,14 @@ def first_sweep(
                 reverse = merged(reverse, part, lp_old, lq_old, lp_new, lq_new, "reverse_kl")
         else:
             maximum_s, total_s = with_group(maximum_s, total_s, ys, factor_s)
-            if DIVERGENCE is not None:
+            if teacher is not None and statistics_ptr is None:
                 maximum_t, total_t = with_group(maximum_t, total_t, yt, factor_t)
     return maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse
 
 
 @triton.jit(do_not_specialize=["vocab_size"])
 def row_pass_kernel(
-    student, teacher, labels, weight_ptr, loss_ptr, grad_ptr, survey,
+    student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -140,6 +141,7 @@ def row_pass_kernel(
     weight, cross entropy)``. Labels are compared at temperature 1. ``temperature`` is None if it is
     1, or if there are no labels. ``survey`` receives the largest ``|G|`` of each column, as bits,
     and the sums of ``|G|`` and of ``G^2`` of each row. Without a teacher there is no divergence.
+    ``statistics_ptr`` has the teacher's maximum and log of sum, or is None.
     """
     ONLINE: tl.constexpr = (
         DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys"
@@ -152,11 +154,17 @@ def row_pass_kernel(
     if DIVERGENCE is not None:
         factor_t, floor_t = map_of(teacher)
     maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse = first_sweep(
-        student, teacher, offset, factor_s, floor_s, factor_t, floor_t, temperature, vocab_size,
-        DIVERGENCE, ONLINE, LANES, GROUP,
+        student, teacher, statistics_ptr, offset, factor_s, floor_s, factor_t, floor_t,
+        temperature, vocab_size, DIVERGENCE, ONLINE, LANES, GROUP,
     )  # fmt: skip
     max_s, log_sum_s, lanes_q = over_lanes(maximum_s, total_s, factor_s)
-    max_t, log_sum_t, lanes_p = over_lanes(maximum_t, total_t, factor_t)
+    if statistics_ptr is None:
+        max_t, log_sum_t, lanes_p = over_lanes(maximum_t, total_t, factor_t)
+    else:
+        maximum = tl.load(statistics_ptr + 2 * row)
+        max_t = maximum / factor_t
+        # The division is not exact, and what it loses counts.
+        log_sum_t = tl.load(statistics_ptr + 2 * row + 1) + (maximum - max_t * factor_t)
 
     if DIVERGENCE is not None:
         f = tl.zeros((LANES,), tl.float32)

@@ -8,7 +8,7 @@ import triton.language as tl
 from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.device_fns import FLOOR, exp
 from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
-from lens_kernels.backends.triton.kernels.logits import block_of_rows, logits_tile, tiles_of_split
+from lens_kernels.backends.triton.kernels.logits import logits_tile, rows_and_part, tiles_of_split
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats
 
 
@@ -20,16 +20,17 @@ def row_stats_kernel(
     tokens,
     vocab_size,
     tiles_per_split,
+    group_blocks,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Write the maximum and the sum of exponentials of a block of rows over one split."""
-    rows, valid = block_of_rows(tokens, BLOCK_N)
+    rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first, last = tiles_of_split(vocab_size, tiles_per_split, BLOCK_V)
+    first, last = tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         u = logits_tile(
@@ -38,7 +39,7 @@ def row_stats_kernel(
         higher = tl.maximum(maximum, tl.max(u, 1))
         total = total * exp(maximum - higher) + tl.sum(exp(u - higher[:, None]), 1)
         maximum = higher
-    offsets = tl.program_id(1).to(tl.int64) * tokens + rows
+    offsets = split.to(tl.int64) * tokens + rows
     tl.store(maximum_ptr + offsets, maximum, mask=valid)
     tl.store(total_ptr + offsets, total, mask=valid)
 
@@ -48,7 +49,8 @@ def row_stats(operand: Operand, vocab_size: int, tile: Tile) -> RowStats:
     grid = SplitGrid(operand.tokens, vocab_size, tile, operand.x.device)
     maximum, total = grid.partials(2)
     row_stats_kernel[grid.shape](
-        operand.arguments(), maximum, total, operand.tokens, vocab_size, grid.tiles_per_split,
+        operand.arguments(), maximum, total,
+        operand.tokens, vocab_size, grid.tiles_per_split, grid.group_blocks,
         **tile.blocks(), PRECISION=operand.precision, **tile.options(),
     )  # fmt: skip
     return RowStats.merged(maximum, total)

@@ -8,9 +8,9 @@ import triton.language as tl
 from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.launch import SplitGrid, Tile
 from lens_kernels.backends.triton.kernels.logits import (
-    block_of_rows,
     load_stats,
     logits_tile,
+    rows_and_part,
     tiles_of_split,
 )
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
@@ -29,6 +29,7 @@ def row_sums_kernel(
     tokens,
     vocab_size,
     tiles_per_split,
+    group_blocks,
     beta,
     one_minus_beta,
     DIVERGENCE: tl.constexpr,
@@ -38,12 +39,12 @@ def row_sums_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the sums of f and h of a block of rows over one split."""
-    rows, valid = block_of_rows(tokens, BLOCK_N)
+    rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum_s, log_sum_s = load_stats(student_stats, rows)
     maximum_t, log_sum_t = load_stats(teacher_stats, rows)
     f_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     h_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    first, last = tiles_of_split(vocab_size, tiles_per_split, BLOCK_V)
+    first, last = tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
         us = logits_tile(
@@ -57,7 +58,7 @@ def row_sums_kernel(
         f, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
         f_sum += tl.sum(f, 1)
         h_sum += tl.sum(h, 1)
-    offsets = tl.program_id(1).to(tl.int64) * tokens + rows
+    offsets = split.to(tl.int64) * tokens + rows
     tl.store(f_ptr + offsets, f_sum, mask=valid)
     tl.store(h_ptr + offsets, h_sum, mask=valid)
 
@@ -78,7 +79,7 @@ def row_sums(
     row_sums_kernel[grid.shape](
         student.arguments(), teacher.arguments(),
         student_stats.arguments(), teacher_stats.arguments(), f, h,
-        student.tokens, vocab_size, grid.tiles_per_split, beta, 1.0 - beta,
+        student.tokens, vocab_size, grid.tiles_per_split, grid.group_blocks, beta, 1.0 - beta,
         DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
         **tile.options(),
     )  # fmt: skip

@@ -1,0 +1,113 @@
+"""Peak memory of the ``torch`` backend as it is on a GPU: with the kernel over whole rows."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.support.memory import StorageTracker, track
+from lens_kernels import LensHead, LensNorm, plan
+from lens_kernels.backends import matmul
+from lens_kernels.backends.torch import layout, row_chunks, row_kernel_pass
+from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
+from lens_kernels.call import LossCall
+from lens_kernels.options import Divergence, workspace_or_default
+from tests.support import row_kernel_backend
+from tests.support.grids import FEATURES, Shape
+from tests.support.memory import peak_bytes
+from tests.support.operators import Watch
+from tests.support.problems import capture_call, make
+
+GIB = 1 << 30
+# Llama-3 1B < 8B.
+TOKENS, VOCAB, WIDTHS = 8192, 128256, (2048, 4096)
+
+
+class NoKernel:
+    """A kernel whose launch does nothing."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: None
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Tensors that hold no data, which are multiplied as on a GPU.
+
+    Without CUDA torch can make them on a GPU, but cannot index them.
+    """
+    monkeypatch.setattr(row_kernel_pass, "row_pass_kernel", NoKernel())
+    monkeypatch.setattr(matmul, "multiplies_natively", lambda dtype, *args: dtype in matmul.HALF)
+    monkeypatch.setattr(matmul, "_has_out_dtype", lambda factor: factor.dtype in matmul.HALF)
+    with FakeTensorMode():
+        yield lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype)
+
+
+def llama_call(fake, pairs, tokens=TOKENS):
+    """Return a call over normed hidden states with labels, whose student needs all gradients."""
+    heads = [LensHead(fake(VOCAB, w), norm=LensNorm("rms", fake(w), eps=1e-5)) for w in WIDTHS]
+    hidden = [[fake(tokens, width) for _ in range(pairs)] for width in WIDTHS]
+    return LossCall(
+        student_hidden=hidden[0],
+        teacher_hidden=hidden[1],
+        student_head=heads[0],
+        teacher_head=heads[1],
+        mask=None,
+        labels=fake(tokens, dtype=torch.int64),
+        row_weight=fake(pairs + 1, tokens, dtype=torch.float32),
+        divergences=(Divergence.JSD,) * pairs,
+        normed=(True,) * pairs,
+        needs_grad=[True] * (pairs + 2),
+        beta=0.5,
+        temperature=1.0,
+        vocab_size=VOCAB,
+        workspace_bytes=workspace_or_default(None, torch.device("cuda")),
+    )
+
+
+@pytest.mark.parametrize("pairs", [1, 5])
+def test_llama_takes_at_most_1_3_gib_above_inputs_and_gradients(fake, pairs):
+    """8192 tokens in bfloat16, and the default workspace of 1 GiB. Gradients are in float32."""
+    call = llama_call(fake, pairs, TOKENS // pairs)
+    memory = track(lambda: row_chunks.evaluate(call, RowKernelPass))
+    gradients = 4 * sum(x.numel() for x in call.needing_grad().values())
+    assert gradients <= memory.kept <= gradients + GIB // 1000
+    above = memory.peak - memory.kept
+    held = plan(TOKENS, VOCAB, *WIDTHS)["torch"].workspace_bytes
+    assert held <= above <= held + GIB // 8
+    assert above <= 1.3 * GIB
+
+
+def test_buffers_are_those_of_the_layout(fake):
+    call = llama_call(fake, 1)
+    with StorageTracker() as tracker:
+        chunks = row_chunks._RowChunks(call, RowKernelPass)
+    made = layout.apart(TOKENS, VOCAB, torch.bfloat16, call.workspace_bytes)
+    assert chunks.layout == made and (made.tile_rows, made.grad_rows) == (512, 2048)
+    buffers = {x.untyped_storage().nbytes() for x in (*chunks.tiles, chunks.grad)}
+    tile, grad = 512 * layout.row_stride(VOCAB) * 4, 2048 * layout.grad_stride(VOCAB) * 2
+    assert buffers == {tile, grad}
+    gradients = 4 * sum(x.numel() for x in call.needing_grad().values())
+    rest = tracker.live - 2 * tile - grad - gradients
+    assert 0 <= rest <= 4 * 8 * TOKENS, "rows and weights"
+
+
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, divergence):
+    """The largest are the tiles of 6 rows, whose single bytes the interpreter copies."""
+    problem = make(Shape((40,), 61, 8, 8, 1), **FEATURES["everything"], divergence=divergence)
+    room = 6 * (layout.row_stride(61) * 2 + layout.grad_stride(61)) * 4
+    call = capture_call(monkeypatch, problem, mask=torch.ones(40), workspace_bytes=room)
+    with Watch() as watch, torch.no_grad():
+        row_kernel_backend.evaluate(call)
+    assert watch.largest == 6 * layout.row_stride(61) * 4 < 40 * 61
+
+
+def test_the_peak_does_not_grow_with_tokens_by_vocabulary(monkeypatch):
+    monkeypatch.setattr(row_kernel_pass, "row_pass_kernel", NoKernel())
+    peaks, vocab = [], 4003
+    for tokens in (512, 1024):
+        problem = make(Shape((tokens,), vocab, 16, 24, 1))
+        call = capture_call(monkeypatch, problem, workspace_bytes=100 * vocab * 4)
+        peaks.append(peak_bytes(torch.no_grad()(lambda c=call: row_kernel_backend.evaluate(c))))
+    growth = peaks[1] - peaks[0]
+    assert 512 * 16 * 4 <= growth < 512 * vocab * 4 / 8
