@@ -128,7 +128,7 @@ def _allows_download(argv: list[str]) -> bool:
         try:
             options = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
             value = options.get("allow_download")
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
             return False  # the command itself will report the error in the file
     return str(value).lower() in ("true", "t", "yes", "y", "1")
 

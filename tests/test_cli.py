@@ -120,6 +120,7 @@ def test_a_missing_package_is_installed_by_an_extra_that_holds_it(module, comman
         (["--allow_download", "no"], "allow_download: true", False),
         ([], "- a list", False),
         ([], "a: [", False),
+        ([], "a: " + "[" * 5000, False),
     ],
 )
 def test_downloads_are_off_unless_the_options_allow_them(tmp_path, argv, config, allowed):
