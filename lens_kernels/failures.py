@@ -10,6 +10,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from lens_kernels.visible import WHITE, visible
+
 PACKAGE = Path(__file__).parent
 MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
@@ -26,7 +28,7 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         sys.stderr.write(f"lens-kernels {name}: interrupted\n")
         return 130
     except Exception as error:  # a library may raise errors of any kind
-        sys.stderr.write(f"lens-kernels {name}: {message(error)}\n")
+        sys.stderr.write(f"lens-kernels {name}: {visible(message(error), keep=WHITE)}\n")
         return 1
 
 

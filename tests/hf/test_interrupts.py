@@ -72,6 +72,9 @@ CALLS = {
 }
 
 
+DRAWS = ("shallow_copy", "projections")  # these make new weights at random
+
+
 def settings(*models, tokenizer):
     """Return everything that a call may set for a while."""
     found = [
@@ -94,10 +97,10 @@ def settings(*models, tokenizer):
 
 
 class Interrupt:
-    """A hook that interrupts one of a model's forward passes."""
+    """A hook that interrupts the n-th of a model's forward passes."""
 
-    def __init__(self, call):
-        self.left = call
+    def __init__(self):
+        self.left = 0
 
     def __call__(self, *_):
         self.left -= 1
@@ -105,23 +108,28 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("pass_number", [1, 2])
 @pytest.mark.parametrize("name", CALLS)
-def test_an_interrupted_call_leaves_every_setting(name, pass_number):
+def test_an_interrupted_call_leaves_every_setting(name):
     student, teacher, tokenizer = tiny.model(**STUDENT), tiny.model(**TEACHER), tiny.tokenizer()
     student.train()
     student.model.layers[0].eval()
     student.model.layers[1].requires_grad_(False)
     teacher.requires_grad_(False)  # an objective freezes its teacher for good
-    student.model.layers[-1].register_forward_pre_hook(Interrupt(pass_number))
+    # From version 5, transformers adds hooks in the first such call, and keeps them.
+    student(torch.tensor([IDS]), output_hidden_states=True)
+    interrupt = Interrupt()
+    student.model.layers[-1].register_forward_pre_hook(interrupt)
     before, drawn = settings(student, teacher, tokenizer=tokenizer), torch.get_rng_state()
-    try:
-        CALLS[name](student, teacher, tokenizer)
-        interrupted = False
-    except KeyboardInterrupt:
-        interrupted = True
-    assert interrupted or pass_number > 1
-    after = settings(student, teacher, tokenizer=tokenizer)
-    # shallow_copy makes a model, whose weights are drawn before they are replaced.
-    assert name == "shallow_copy" or torch.equal(torch.get_rng_state(), drawn)
-    assert [x for x, y in zip(after, before, strict=True) if x != y] == []
+    for number in range(1, 20):
+        interrupt.left = number
+        try:
+            CALLS[name](student, teacher, tokenizer)
+            ended = True
+        except KeyboardInterrupt:
+            ended = False
+        after = settings(student, teacher, tokenizer=tokenizer)
+        assert [x for x, y in zip(after, before, strict=True) if x != y] == [], number
+        assert name in DRAWS or torch.equal(torch.get_rng_state(), drawn), number
+        if ended:
+            break
+    assert ended and number > 1
