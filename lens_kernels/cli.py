@@ -14,6 +14,7 @@ from typing import Any
 from lens_kernels import cache
 from lens_kernels.failures import guarded
 from lens_kernels.signature import add_options
+from lens_kernels.visible import WHITE, visible
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "trl")
 
@@ -88,7 +89,7 @@ def _positive(text: str) -> int:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(visible(text, keep=WHITE), flush=True)
 
 
 def _prepare(download: bool) -> None:
@@ -128,7 +129,7 @@ def _allows_download(argv: list[str]) -> bool:
         try:
             options = yaml.safe_load(Path(given.config).read_text(encoding="utf-8"))
             value = options.get("allow_download")
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        except (OSError, ValueError, AttributeError, RecursionError, yaml.YAMLError):
             return False  # the command itself will report the error in the file
     return str(value).lower() in ("true", "t", "yes", "y", "1")
 

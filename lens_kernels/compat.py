@@ -6,8 +6,13 @@ missing. Importing this module loads only torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import getpass
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,6 +78,36 @@ def tensors_in(values: object) -> list[Tensor]:
     from torch.utils import _pytree
 
     return [x for x in _pytree.tree_leaves(values) if isinstance(x, Tensor)]
+
+
+def compiler_cache() -> Path:
+    """Return the folder in which torch's compiler keeps its results.
+
+    Seen in torch 2.8 to 2.13. If a later version uses another folder, one that cannot be made is
+    an error of torch.
+    """
+    given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if given is not None:
+        return Path(given)
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, ImportError, OSError):  # a user without a name
+        user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
+    return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
+
+
+@contextmanager
+def compiler_cache_in(folder: str) -> Iterator[None]:
+    """Let torch's compiler use another cache folder while it is imported."""
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before = os.environ.get(name)
+    try:
+        os.environ[name] = folder
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

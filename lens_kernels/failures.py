@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
+from lens_kernels.visible import WHITE, visible
+
 PACKAGE = Path(__file__).parent
 MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 # What needs less memory, by command.
@@ -33,7 +35,8 @@ def guarded(name: str, run: Callable[[], int]) -> int:
         sys.stderr.write(f"lens-kernels {name}: interrupted\n")
         return 130
     except Exception as error:  # a library may raise errors of any kind
-        sys.stderr.write(f"lens-kernels {name}: {message(error, name)}\n")
+        text = visible(message(error, name), keep=WHITE)
+        sys.stderr.write(f"lens-kernels {name}: {text}\n")
         return 1
 
 

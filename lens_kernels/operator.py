@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels import compat, dispatch
+from lens_kernels.backends import compiled
 from lens_kernels.call import SCHEMA, LossCall, Packed
 
 
@@ -19,6 +20,8 @@ def apply(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     ``deferred``, ``rows`` is differentiable instead. Its gradients are computed in the backward
     pass, when the weight of each row is known.
     """
+    if not torch.compiler.is_compiling():
+        compiled.load()
     loss, rows, dropped, _ = lens_loss(*call.pack())
     return loss, rows, dropped
 

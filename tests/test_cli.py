@@ -110,6 +110,15 @@ def test_a_full_memory_says_what_to_do(error, capsys):
     assert "Memory is full: use smaller batches" in capsys.readouterr().err
 
 
+def test_what_a_file_holds_cannot_change_the_terminal(capsys):
+    odd = "a\x1b[2Jb\u202ec\udcff"
+    assert failures.guarded("eval", raising(OSError(f"{odd}\nmore"))) == 1
+    shown = "a\\u001b[2Jb\\u202ec\\udcff"
+    assert capsys.readouterr().err == f"lens-kernels eval: {shown}\nmore\n"
+    cli._say(odd)
+    assert capsys.readouterr().out == f"{shown}\n"
+
+
 def test_an_interrupt_ends_with_its_status(capsys):
     assert failures.guarded("eval", raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "lens-kernels eval: interrupted\n"
@@ -201,6 +210,7 @@ def test_every_text_file_of_the_package_is_utf_8():
         (["--allow_download", "no"], "allow_download: true", False),
         ([], "- a list", False),
         ([], "a: [", False),
+        ([], "a: " + "[" * 5000, False),
     ],
 )
 def test_downloads_are_off_unless_the_options_allow_them(tmp_path, argv, config, allowed):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,26 @@ INDUCTOR_GPU: dict[str, Any] = {"split_reductions": False}
 VARIANTS = 64
 
 _compiler_failed = False
+
+
+@functools.cache
+def load() -> None:
+    """Make sure that torch's compiler can be imported, which torch does for every own operator.
+
+    The import fails if the compiler's cache folder cannot be made. It then gets another folder,
+    and the pointwise pass is not compiled in this process.
+    """
+    global _compiler_failed
+    place = compat.compiler_cache()
+    if place.is_dir() or not (place.exists() or place.is_symlink()):
+        return
+    _compiler_failed = True
+    with tempfile.TemporaryDirectory() as folder, compat.compiler_cache_in(folder):
+        importlib.import_module("torch._dynamo")
+    warnings.warn(
+        f"the pointwise pass runs uncompiled, which is slower: {place} is not a folder",
+        stacklevel=2,
+    )
 
 
 @functools.cache

@@ -130,8 +130,8 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     # repetition penalty. Two models would then be scored with different settings.
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
-    holder.generation_config = config
     try:
+        holder.generation_config = config
         yield
     finally:
         holder.generation_config = kept

@@ -15,11 +15,11 @@ from lens_kernels.hf.inspection.reading import (
     Reading,
     compare,
     read,
-    visible,
 )
 from lens_kernels.hf.model.families import lens_head_from
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.inputs import shared_vocabulary
+from lens_kernels.visible import visible
 
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 

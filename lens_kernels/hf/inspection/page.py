@@ -8,9 +8,8 @@ from html import escape
 from pathlib import Path
 
 from lens_kernels.hf.inspection.figures import HOT_FROM, first_of, unit
-from lens_kernels.hf.inspection.reading import Inspection, Reading, visible
-
-WHITE = " \n\t"
+from lens_kernels.hf.inspection.reading import Inspection, Reading
+from lens_kernels.visible import WHITE, visible
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1c2530; --soft: #5a6672; --line: #d5dbe1;

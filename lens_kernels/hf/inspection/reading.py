@@ -198,19 +198,6 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
     return set(zip(*layers, strict=True))
 
 
-def visible(text: str, keep: str = " ") -> str:
-    """Return a text with escapes for characters that are invisible or reorder other characters.
-
-    These are control, format (including bidirectional) and space characters, except those in
-    ``keep``.
-    """
-    return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
-
-
-def _escape(char: str) -> str:
-    return f"\\u{ord(char):04x}"
-
-
 def _name(model: Any) -> str:
     """Return a model's name: its repository or folder if it was loaded, else its class."""
     inner = causal_lm_of(model)

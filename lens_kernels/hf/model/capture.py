@@ -27,8 +27,9 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    handles = [blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers]
+    handles: list[Any] = []
     try:
+        handles.extend(blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers)
         yield captured
     finally:
         for handle in handles:
@@ -53,11 +54,11 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
     """
     # accelerate sets its own forward on the instance for autocast. It must be restored.
     before = vars(module).get("forward")
-    module.forward = forward
     try:
+        module.forward = forward
         yield
     finally:
         if before is None:
-            del module.forward
+            vars(module).pop("forward", None)
         else:
             module.forward = before

@@ -80,15 +80,13 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
 
     embedding = teacher.get_input_embeddings().weight
     tokens = torch.arange(8, device=embedding.device)[None] % len(embedding)
-    hooks = [
-        block.register_forward_hook(skip, with_kwargs=True)
-        for depth, block in enumerate(blocks_of(teacher), start=1)
-        if depth not in blocks
-    ]
+    dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
+    hooks: list[Any] = []
     # A model with weights of several dtypes runs only under autocast.
     mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
     cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
     try:
+        hooks.extend(block.register_forward_hook(skip, with_kwargs=True) for block in dropped)
         with evaluating(teacher), evaluating(student), cast:
             own, expected = (
                 model(tokens, use_cache=False).logits.float() for model in (student, teacher)

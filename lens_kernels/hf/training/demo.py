@@ -153,7 +153,9 @@ def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str]
 
 def sample(folder: Path) -> str:
     """Return a greedy continuation of the prompt by the model saved in ``folder``."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, local_files_only=True, use_safetensors=True
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     prompt = tokenizer(PROMPT, return_tensors="pt", return_token_type_ids=False)
     tokens = model.generate(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.objective import LensObjective, Outcome
 
 
@@ -58,8 +59,10 @@ class Speed:
     def paused(self) -> Iterator[None]:
         """Exclude the time spent inside the ``with`` block."""
         started = perf_counter()
-        yield
-        self._since += perf_counter() - started
+        try:
+            yield
+        finally:
+            self._since += perf_counter() - started
 
     def read(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> float:
         """Return the tokens per second of all processes, and reset."""
@@ -73,12 +76,10 @@ class Speed:
 def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """Return the mean of each entry of ``Outcome.sums``, in nats per token."""
     student: Any = objective.student
-    training = student.training
-    student.eval()
     meter = Meter()
-    for batch in batches:
-        meter.add(objective(batch))
-    student.train(training)
+    with evaluating(student):
+        for batch in batches:
+            meter.add(objective(batch))
     means = meter.means()
     if not means:
         raise ValueError("the batches hold no label, so there is nothing to evaluate: add labels")

@@ -193,12 +193,12 @@ class LensObjective(nn.Module):
     def student_with_projections(self) -> Iterator[None]:
         """Register ``projections`` in the student, so that optimizers and wrappers find them."""
         holder = causal_lm_of(self.student)
-        if self.mse_coeff:
-            holder.add_module(PROJECTIONS, self.projections)
         try:
+            if self.mse_coeff:
+                holder.add_module(PROJECTIONS, self.projections)
             yield
         finally:
-            if self.mse_coeff:
+            if hasattr(holder, PROJECTIONS):
                 delattr(holder, PROJECTIONS)
 
     def release_teacher(self) -> None:

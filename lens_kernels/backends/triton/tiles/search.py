@@ -106,8 +106,8 @@ def nan_in_new_tensors() -> Iterator[None]:
     """Fill new tensors with NaN. Otherwise their memory may hold the results of an earlier tile."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
