@@ -102,7 +102,12 @@ def _kept(error: Exception) -> str:
     """Write the traceback to a file, and return a note that names the file."""
     try:
         with tempfile.NamedTemporaryFile(
-            "w", prefix="lens-kernels-", suffix=".txt", delete=False, encoding="utf-8"
+            "w",
+            prefix="lens-kernels-",
+            suffix=".txt",
+            delete=False,
+            encoding="utf-8",
+            errors="backslashreplace",
         ) as file:
             file.write("".join(traceback.format_exception(error)))
     except OSError:

@@ -112,9 +112,9 @@ def test_a_full_memory_says_what_to_do(error, capsys):
 
 def test_what_a_file_holds_cannot_change_the_terminal(capsys):
     odd = "a\x1b[2Jb\u202ec\udcff"
-    assert failures.guarded("eval", raising(OSError(f"{odd}\nmore"))) == 1
+    assert failures.guarded("eval", raising(OSError(odd))) == 1
     shown = "a\\u001b[2Jb\\u202ec\\udcff"
-    assert capsys.readouterr().err == f"lens-kernels eval: {shown}\nmore\n"
+    assert capsys.readouterr().err.startswith(f"lens-kernels eval: OSError: {shown} (")
     cli._say(odd)
     assert capsys.readouterr().out == f"{shown}\n"
 
