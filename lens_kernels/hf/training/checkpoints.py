@@ -14,8 +14,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lens_kernels.hf.text_files import read_text
 from lens_kernels.hf.training.objective import PROJECTIONS
+from lens_kernels.hf.training.text_files import read_text
 
 STATE = "trainer_state.json"
 INDEX = "model.safetensors.index.json"

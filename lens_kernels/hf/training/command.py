@@ -17,12 +17,12 @@ from transformers import HfArgumentParser, set_seed
 
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
-from lens_kernels.hf.text_files import read_text
 from lens_kernels.hf.training import record, report
 from lens_kernels.hf.training.checkpoints import last_whole
 from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
+from lens_kernels.hf.training.text_files import read_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, 
 
 from lens_kernels.hf.model.smollm2 import smollm2
 from lens_kernels.hf.model.student import shallow_copy
-from lens_kernels.hf.text_files import write_text
 from lens_kernels.hf.training import report
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.meter import evaluate
+from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
 BLOCK = 128  # tokens of one training example

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from lens_kernels.hf.text_files import read_text, write_text
+from lens_kernels.hf.training.text_files import read_text, write_text
 
 RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
 DIGESTS = "data.json"  # digests of the data files; not in RECORD, which is valid for --config

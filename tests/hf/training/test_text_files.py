@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lens_kernels.hf.text_files import read_text, write_text
+from lens_kernels.hf.training.text_files import read_text, write_text
 
 
 def test_an_interrupted_write_keeps_the_old_file(tmp_path, monkeypatch):
