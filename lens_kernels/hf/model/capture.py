@@ -31,7 +31,7 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
         return hook
 
-    with hooked([blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers]):
+    with hooked(blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers):
         yield captured
 
 

@@ -118,7 +118,7 @@ def logits_of_products(model: Any, head: Any, ids: Tensor, products: Tensor) -> 
         return put
 
     # First among hooks: one that changes the head's output acts on the products too.
-    with hooked([head.register_forward_hook(put, prepend=True)]):
+    with hooked(x.register_forward_hook(put, prepend=True) for x in [head]):
         return logits_of(model, ids)[0, : len(products)]
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -20,7 +21,15 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
+from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    find_adapter_config_file,
+)
 
 from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
@@ -71,11 +80,17 @@ def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
 
 
 def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
-    found, _ = PretrainedConfig.get_config_dict(path, local_files_only=options["local_files_only"])
-    _check_kernels(found)
+    source = {name: options[name] for name in ("local_files_only", "revision") if name in options}
+    place = _place(path, not options["local_files_only"], source.get("revision"))
+    found, _ = PretrainedConfig.get_config_dict(place, **source)
+    _check_config(found)
+    # transformers would ask a service on the Hub to convert the pickles of such a model.
+    if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
+        raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
     load: Any = _auto_class(found.get("model_type")).from_pretrained
-    model, info = load(path, **options, output_loading_info=True)
-    # transformers gives weights that it does not find random values, with a warning only.
+    model, info = load(place, **options, output_loading_info=True)
+    model.config.name_or_path = model.name_or_path = path
+    # transformers only warns about missing weights, and gives them random values.
     _check_keys("lack weights of the model", path, info["missing_keys"])
     # Keys of a part that the model does not have, such as a reward head, are harmless. Other
     # unexpected keys are biases or blocks that the model was trained with but the config omits.

@@ -65,7 +65,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
         alike = found is not None and found.shape == fresh.shape
         if not alike or found.is_floating_point() != fresh.is_floating_point():
             raise TypeError(
-                f"teacher must hold plain floating-point weights, and {origin!r} is not one:"
+                f"teacher must hold plain floating-point weights, but {origin!r} is not one:"
                 " merge its adapters (merge_and_unload) and dequantise it first. If it has neither,"
                 " its config gives blocks a kind by their depth, so that the copy has others: keep"
                 " the first blocks"
@@ -95,12 +95,9 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
 
     embedding = teacher.get_input_embeddings().weight
     tokens = sample_tokens(teacher, len(embedding), embedding.device)
-    hooks = [
-        block.register_forward_hook(skip, with_kwargs=True)
-        for depth, block in enumerate(blocks_of(teacher), start=1)
-        if depth not in blocks
-    ]
-    # Weights of several dtypes run together only under autocast.
+    dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
+    hooks: list[Any] = []
+    # A model with weights of several dtypes runs only under autocast.
     mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
     cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
     try:

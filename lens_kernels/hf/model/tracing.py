@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,13 +72,15 @@ def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def hooked(hooks: list[Any]) -> Iterator[None]:
-    """Remove forward hooks on exit."""
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """Register the forward hooks that ``hooks`` yields, and remove them on exit."""
+    handles: list[Any] = []
     try:
+        handles.extend(hooks)
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
@@ -105,10 +107,8 @@ def trace(model: Any, inner: nn.Module, ids: Tensor) -> Trace:
         return hook
 
     with hooked(
-        [
-            module.register_forward_hook(keep(path), with_kwargs=True)
-            for path, module in inner.named_modules()
-        ]
+        module.register_forward_hook(keep(path), with_kwargs=True)
+        for path, module in inner.named_modules()
     ):
         logits = logits_of(model, ids)
     return Trace(ids, calls, logits, min(autocast, key=str, default=None))
