@@ -128,7 +128,7 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
     config = model.config.get_text_config()
     if not hasattr(config, name):
         raise ValueError(
-            f"the config of {class_name(model)} has no {name!r}, which its Family names: correct"
+            f"the config of {class_name(model)} has no entry {name!r}, as its Family says: correct"
             " the Family and call register_family again"
         )
     return getattr(config, name)

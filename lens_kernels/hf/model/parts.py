@@ -76,8 +76,8 @@ def submodule(model: Any, path: str, field: str) -> nn.Module:
         part: nn.Module = model.get_submodule(path)
     except AttributeError as error:
         raise ValueError(
-            f"{class_name(model)} has no module {path!r}, which its Family.{field} names: pass a"
-            " causal language model with its head, or correct the family with register_family"
+            f"{class_name(model)} has no module {path!r}, as Family.{field} says: pass a causal"
+            " language model with its head, or correct the family with register_family"
         ) from error
     return part
 
