@@ -40,8 +40,8 @@ from benchmarks.support.plot import SMALL_ERROR, WANTED_RATIO
 from benchmarks.support.shapes import Inputs, Job
 from lens_kernels import LensHead, symmetric_lens_loss
 from lens_kernels.backends import head_products
+from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.model.capture import hidden_states
-from lens_kernels.hf.model.families import lens_head_from
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import command

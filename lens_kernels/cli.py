@@ -22,9 +22,8 @@ PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-ker
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     arguments = sys.argv[1:] if argv is None else argv
-    # The options of these commands can be parsed only after transformers is imported, which is
-    # slow. Other commands do not import it.
-    heavy = {"train": _train, "eval": _eval, "inspect": _inspect}
+    # Parsing these commands' options imports transformers, so do it only for them.
+    heavy = {"train": _train, "eval": _eval, "inspect": _inspect, "student": _student}
     if arguments and arguments[0] in heavy:
         return _run_command(arguments[0], heavy[arguments[0]], arguments[1:])
     args = _parser().parse_args(arguments)
@@ -38,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="distil a teacher into a student")
     commands.add_parser("eval", help="compute cross entropy, and ROUGE-L of generated answers")
     commands.add_parser("inspect", help="draw the logit-lens predictions of two models")
+    commands.add_parser("student", help="make a student of some blocks of its teacher")
     demo = commands.add_parser(
         "demo", help="distil SmolLM2-135M into 20 of its 30 blocks, without network access"
     )
@@ -200,6 +200,12 @@ def _inspect(argv: list[str]) -> None:
         options["pairs"] = tuple(zip(*layers, strict=True))
     inspect(models[0], models[1], tokenizer, **options)
     _say(f"pictures, numbers and page: {options['output'] / 'inspect.html'}")
+
+
+def _student(argv: list[str]) -> None:
+    from lens_kernels.hf.model.student_command import make_student
+
+    make_student(argv, _say)
 
 
 def _pair(text: str) -> tuple[int, int]:

@@ -7,9 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lens_kernels.hf.model.anatomy import detect_lens, lens_head_from
     from lens_kernels.hf.model.capture import capture
-    from lens_kernels.hf.model.families import Family, lens_head_from, register_family
+    from lens_kernels.hf.model.families import Family, register_family
     from lens_kernels.hf.model.layers import uniform_layers
+    from lens_kernels.hf.model.student import shallow_copy
     from lens_kernels.hf.training.config import LensDistillConfig
     from lens_kernels.hf.training.objective import LensObjective
     from lens_kernels.hf.training.trainer import LensDistillTrainer
@@ -20,15 +22,19 @@ __all__ = [
     "LensDistillTrainer",
     "LensObjective",
     "capture",
+    "detect_lens",
     "lens_head_from",
     "register_family",
+    "shallow_copy",
     "uniform_layers",
 ]
 
 _MODULES = {
+    "model.anatomy": ("detect_lens", "lens_head_from"),
     "model.capture": ("capture",),
-    "model.families": ("Family", "lens_head_from", "register_family"),
+    "model.families": ("Family", "register_family"),
     "model.layers": ("uniform_layers",),
+    "model.student": ("shallow_copy",),
     "training.config": ("LensDistillConfig",),
     "training.objective": ("LensObjective",),
     "training.trainer": ("LensDistillTrainer",),

@@ -16,7 +16,7 @@ from lens_kernels.hf.inspection.reading import (
     compare,
     read,
 )
-from lens_kernels.hf.model.families import lens_head_from
+from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.inputs import shared_vocabulary
 from lens_kernels.visible import visible

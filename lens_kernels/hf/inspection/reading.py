@@ -11,14 +11,11 @@ import torch
 from torch import Tensor
 
 from lens_kernels.functional import symmetric_lens_loss
-from lens_kernels.hf.model.families import (
-    blocks_of,
-    causal_lm_of,
-    lens_head_from,
-)
+from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.state import evaluating, without_autocast
-from lens_kernels.hf.model.verification import verify_lens, verify_lens_head
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.lens import LensHead
 
@@ -117,11 +114,9 @@ def read(
     tokens = torch.tensor(ids, device=head.weight.device)
     verify_lens(model)
     with evaluating(model), without_autocast(tokens.device):
-        out = model(input_ids=tokens[None], output_hidden_states=True, use_cache=False)
-    hidden = [h[0] for h in out.hidden_states[1:]]  # hidden_states[0] holds the embeddings
-    assert len(hidden) == len(blocks_of(model))
-    # The lens applies no norm to the last hidden state, which must be normed. This checks that.
-    verify_lens_head(model, _head_at(head, last=True), hidden[-1], out.logits[0])
+        earlier = range(1, len(blocks_of(model)))
+        states, final = hidden_states(model, earlier, {"input_ids": tokens[None]})
+    hidden = [h[0] for h in [*states, final]]  # the final states are normed already
     if not lens_norm:
         head = replace(head, norm=None)
     rows = []

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lens_kernels.hf.model.families import blocks_of, decoder_of
+from lens_kernels.hf.model.anatomy import blocks_of, decoder_of
+from lens_kernels.hf.model.detection import decode
+from lens_kernels.hf.model.tracing import hidden_of, hooked
 
 
 @contextmanager
@@ -23,17 +25,14 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
     def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            captured[depth] = output[0] if isinstance(output, tuple) else output
+            states = hidden_of(output)
+            assert states is not None  # the lens was found in the blocks' outputs
+            captured[depth] = states
 
         return hook
 
-    handles: list[Any] = []
-    try:
-        handles.extend(blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers)
+    with hooked(blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers):
         yield captured
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def hidden_states(
@@ -41,7 +40,8 @@ def hidden_states(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the outputs of ``layers`` and the normed final hidden state. The head is not run."""
     with capture(model, layers) as captured:
-        final = decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+        final = hidden_of(decode(decoder_of(model), inputs))
+    assert final is not None  # the decoder was found by its output
     return [captured[depth] for depth in layers], final
 
 

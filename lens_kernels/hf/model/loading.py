@@ -11,7 +11,16 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PretrainedConfig,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
@@ -78,7 +87,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     # transformers would ask a service on the Hub to convert the pickles of such a model.
     if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
         raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
-    load: Any = AutoModelForCausalLM.from_pretrained
+    load: Any = _auto_class(found.get("model_type")).from_pretrained
     model, info = load(place, **options, output_loading_info=True)
     model.config.name_or_path = model.name_or_path = path
     # transformers only warns about missing weights, and gives them random values.
@@ -90,6 +99,14 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     _check_keys("hold weights that the model does not use", path, others)
     _check_numbers(path, model)
     return model
+
+
+def _auto_class(kind: object) -> Any:
+    """Return the class that loads a model type; image-text models are trained on text."""
+    images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
+    if kind in images - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -28,3 +30,36 @@ def evaluating(model: Any) -> Iterator[None]:
 def without_autocast(device: torch.device) -> torch.autocast:
     """Return a context that computes in the dtypes of weights and inputs."""
     return torch.autocast(device.type, None, False)
+
+
+def measured(model: Any, work: Callable[[], T]) -> T:
+    """Run ``work`` on a model, which is as before afterwards, and return the result.
+
+    The model is in evaluation mode, without gradients. Autocast around the call has no effect, and
+    the random state is unchanged. Weights of several dtypes may run together only under autocast:
+    such a model is tried without it first.
+    """
+    try:
+        with _measuring(model, autocast=False):
+            return work()
+    except RuntimeError:
+        dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
+        if len(dtypes) < 2:
+            raise
+    with _measuring(model, autocast=True):
+        return work()
+
+
+@contextmanager
+def _measuring(model: Any, autocast: bool) -> Iterator[None]:
+    devices = {parameter.device for parameter in model.parameters()}
+    with ExitStack() as contexts:
+        contexts.enter_context(torch.random.fork_rng([]))
+        for kind in {device.type for device in devices} - {"meta"}:
+            contexts.enter_context(torch.autocast(kind, torch.bfloat16, enabled=autocast))
+            if kind != "cpu":
+                indices = sorted(device.index or 0 for device in devices if device.type == kind)
+                contexts.enter_context(torch.random.fork_rng(indices, device_type=kind))
+        contexts.enter_context(evaluating(model))
+        contexts.enter_context(torch.no_grad())
+        yield

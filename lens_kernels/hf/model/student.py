@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 
-from lens_kernels.hf.model.families import blocks_of, causal_lm_of, class_name, family_of
+from lens_kernels.hf.model.anatomy import blocks_of, detect_lens
+from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.hf.model.state import evaluating
+from lens_kernels.hf.model.tracing import hidden_in, logits_of, sample_tokens
+
+# Names of a config's number of blocks; a decoder of an encoder-decoder has one of its own.
+LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
@@ -25,7 +30,10 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
             blocks.
         TypeError: The teacher has adapters or quantised layers.
     """
-    total = len(blocks_of(teacher))
+    lens = detect_lens(teacher)
+    total = len(lens.indices)
+    if lens.indices != tuple(range(len(causal_lm_of(teacher).get_submodule(lens.blocks)))):
+        raise ValueError(f"some blocks in {lens.blocks!r} of {class_name(teacher)} do not run")
     for i in blocks:
         if not 1 <= i <= total:
             raise ValueError(f"blocks must lie in [1, {total}], got {i}")
@@ -37,7 +45,9 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     config = copy.deepcopy(inner.config)
     config.name_or_path = ""
     text = config.get_text_config()
-    text.num_hidden_layers = len(blocks)
+    for name in LAYER_COUNTS:
+        if getattr(text, name, None) == total:
+            setattr(text, name, len(blocks))
     for name, value in text.to_dict().items():
         # A list with one entry per block is shortened. A list of token ids may have that length by
         # chance.
@@ -45,17 +55,20 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
             setattr(text, name, [value[i - 1] for i in blocks])
     student = type(inner)(config)
     source, target = inner.state_dict(), student.state_dict()
-    prefix = family_of(inner).blocks + "."
+    prefix = lens.blocks + "."
     for name, fresh in target.items():
         origin = name
         if name.startswith(prefix):
             index, _, rest = name.removeprefix(prefix).partition(".")
             origin = f"{prefix}{blocks[int(index)] - 1}.{rest}"
         found = source.get(origin)
-        if found is None or found.shape != fresh.shape or not found.is_floating_point():
+        alike = found is not None and found.shape == fresh.shape
+        if not alike or found.is_floating_point() != fresh.is_floating_point():
             raise TypeError(
                 f"teacher must hold plain floating-point weights, but {origin!r} is not one:"
-                " merge its adapters (merge_and_unload) and dequantise it first"
+                " merge its adapters (merge_and_unload) and dequantise it first. If it has neither,"
+                " its config gives blocks a kind by their depth, so that the copy has others: keep"
+                " the first blocks"
             )
         target[name] = found.clone()
     # assign=True keeps the dtype of each weight. Casting the whole model would round buffers that
@@ -75,11 +88,13 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     """Compare the copy with the teacher, whose other blocks are made to return their input."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+        hidden = hidden_in(args, kwargs)
+        if isinstance(output, (tuple, list)):
+            return type(output)([hidden, *output[1:]])
+        return hidden
 
     embedding = teacher.get_input_embeddings().weight
-    tokens = torch.arange(8, device=embedding.device)[None] % len(embedding)
+    tokens = sample_tokens(teacher, len(embedding), embedding.device)
     dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
     hooks: list[Any] = []
     # A model with weights of several dtypes runs only under autocast.
@@ -88,9 +103,7 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     try:
         hooks.extend(block.register_forward_hook(skip, with_kwargs=True) for block in dropped)
         with evaluating(teacher), evaluating(student), cast:
-            own, expected = (
-                model(tokens, use_cache=False).logits.float() for model in (student, teacher)
-            )
+            own, expected = (logits_of(model, tokens).float() for model in (student, teacher))
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,21 +1,22 @@
-"""Check that a lens head reproduces the model's own logits."""
+"""Check that a lens reproduces the model's own logits."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lens_kernels.hf.model.capture import capture
-from lens_kernels.hf.model.families import (
-    blocks_of,
-    causal_lm_of,
-    class_name,
-    final_norm_of,
-    lens_head_from,
+from lens_kernels.hf.model.families import REGISTERED, causal_lm_of, class_name
+from lens_kernels.hf.model.fitting import (
+    in_float32,
+    logits_of_products,
+    norm_rows,
+    norm_sizes,
 )
-from lens_kernels.hf.model.state import evaluating, without_autocast
+from lens_kernels.hf.model.parts import ModelLens
+from lens_kernels.hf.model.tracing import sample_tokens, trace
 from lens_kernels.lens import LensHead
 
 # The largest products of the head in each probe. Large ones show a soft cap. Any of them shows a
@@ -23,8 +24,7 @@ from lens_kernels.lens import LensHead
 PROBES = (1.0, 60.0, 1000.0)
 
 
-@torch.no_grad()
-def verify_lens(model: Any) -> None:
+def check_lens(model: Any, lens: ModelLens) -> None:
     """Check on a few tokens that the lens of the last block's output gives the model's logits.
 
     There are three checks. The first one applies the whole lens to the model's own hidden states.
@@ -32,98 +32,75 @@ def verify_lens(model: Any) -> None:
     matters. The third one replaces the products of the head by given numbers, to compare scale and
     soft cap. The model's own logits may be too small for the soft cap to matter.
 
-    Autocast around the call has no effect. The training modes of modules and the random state are
-    unchanged afterwards.
+    The caller sets the model's mode: see ``state.measured``.
 
     Raises:
         ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
     """
-    head = lens_head_from(model)
-    with evaluating(model), without_autocast(head.weight.device):
-        _verify_logits(model, head)
-        _verify_norm(model, head)
-        _verify_map(model, head)
+    inner = causal_lm_of(model)
+    head = lens.head_in(inner)
+    _check_logits(model, lens, head)
+    _check_norm(model, lens, head)
+    _check_map(model, lens, replace(head, scale=lens.map.scale))
 
 
-def _verify_logits(model: Any, head: LensHead) -> None:
-    last = len(blocks_of(model))
-    # accelerate can wrap the forward of a model in autocast. A context around it cannot disable
-    # that, so a hook looks whether autocast is on.
-    rounded = []
-
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        rounded.append(torch.is_autocast_enabled(head.weight.device.type))
-
-    hook = causal_lm_of(model).get_output_embeddings().register_forward_hook(note)
-    try:
-        with capture(model, [last]) as captured:
-            logits = _logits(model, head)
-    finally:
-        hook.remove()
-    verify_lens_head(model, head, captured[last], logits, rounded=any(rounded))
-
-
-def _logits(model: Any, head: LensHead) -> Tensor:
-    tokens = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
-    logits: Tensor = model(tokens, use_cache=False, return_dict=True).logits
-    return logits
-
-
-def _verify_norm(model: Any, head: LensHead) -> None:
-    """Compare the norms on random rows. Rows of size 1 alone would not show a wrong ``eps``."""
-    assert head.norm is not None and head.norm.weight is not None
-    weight = head.norm.weight
-    rows = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
-    for size in (1.0, head.norm.eps**0.5):
-        x = (size * rows).to(weight.device, weight.dtype)
-        _compare(model, "norm", head.norm.forward(x.float())[0], final_norm_of(model)(x), weight)
-
-
-def _verify_map(model: Any, head: LensHead) -> None:
-    """Compare the maps from the head's products to logits, with given numbers as products."""
-    for size in PROBES:
-        ramp = torch.linspace(-size, size, len(head.weight), device=head.weight.device)
-        put = ramp if head.bias is None else ramp + head.bias.float()
-
-        def replace(module: nn.Module, args: Any, output: Tensor, put: Tensor = put) -> Tensor:
-            return put.expand(output.shape)
-
-        hook = causal_lm_of(model).get_output_embeddings().register_forward_hook(replace)
-        try:
-            own = _logits(model, head)
-        finally:
-            hook.remove()
-        # The products are float32 for any dtype of the weights, so the check can be strict.
-        _compare(model, "logits", head.logits(ramp.clone(), 1.0)[0], own[0, -1], own)
-
-
-@torch.no_grad()
-def verify_lens_head(
-    model: Any, head: LensHead, final: Tensor, logits: Tensor, rounded: bool = False
-) -> None:
-    """Check that the lens of the last block's output gives the model's own logits.
-
-    ``final`` is the output of the last block, before the norm. ``logits`` are the model's logits.
-    ``rounded`` says whether the model computed them under autocast.
-    """
-    x = final.float()
+def _check_logits(model: Any, lens: ModelLens, head: LensHead) -> None:
+    inner = causal_lm_of(model)
+    run = trace(model, inner, sample_tokens(inner, len(head.weight), head.weight.device))
+    call = run.last(lens.blocks_in(inner)[-1])
+    if call is None or call.returned is None:
+        raise ValueError(
+            f"the last block in {lens.blocks!r} of {class_name(model)} does not run, so its lens"
+            " cannot be compared with the logits"
+        )
+    x = call.returned.to(head.weight.device).float()
     if head.norm is not None:
         x = head.norm.forward(x)[0]
     read, _ = head.logits(x @ head.weight.float().T, 1.0)
-    # A model with 16-bit weights may return float32 logits. They have the rounding of 16 bits.
-    _compare(model, "logits", read, logits, logits, head.weight, rounded=rounded)
+    # A model with 16-bit weights may return float32 logits; they are still rounded.
+    dtypes = () if run.autocast else (run.logits.dtype, head.weight.dtype)
+    _compare(model, "logits", read, run.logits, *dtypes)
 
 
-def _compare(
-    model: Any, what: str, read: Tensor, own: Tensor, *computed: Tensor, rounded: bool = False
-) -> None:
-    """Raise if ``read`` and ``own`` differ by more than the rounding of the dtypes ``computed``."""
+def _check_norm(model: Any, lens: ModelLens, head: LensHead) -> None:
+    """Compare the norms on random rows; rows of size 1 alone would hide a wrong ``eps``."""
+    norm = lens.norm_in(causal_lm_of(model))
+    if norm is None or head.norm is None:
+        return
+    whole, device = in_float32(norm), head.weight.device
+    for size in norm_sizes(head.norm.eps):
+        x = norm_rows(head.weight.shape[1], size, device)
+        _compare(model, "norm", head.norm.forward(x)[0], whole(x[None])[0], torch.float32)
+
+
+def _check_map(model: Any, lens: ModelLens, head: LensHead) -> None:
+    """Compare the maps from the head's products to logits, on numbers put in their place."""
+    inner = causal_lm_of(model)
+    module = inner.get_output_embeddings()
+    ids = sample_tokens(inner, len(head.weight), head.weight.device)
+    ramp = torch.linspace(-1, 1, len(module.weight), device=head.weight.device)
+    ramps = torch.stack([size * ramp for size in PROBES])
+    put = ramps if module.bias is None else ramps + module.bias.float()
+    # The products are float32 here, whatever the weights are, so the check can be strict.
+    for x, own in zip(ramps, logits_of_products(model, module, ids, put), strict=True):
+        read = head.logits(x[: len(head.weight)].clone(), 1.0)[0]
+        _compare(model, "logits", read, own, own.dtype)
+
+
+def _compare(model: Any, what: str, read: Tensor, own: Tensor, *dtypes: torch.dtype) -> None:
+    """Raise if ``read`` and ``own`` differ by more than the rounding of the dtypes, if known."""
     largest = own.float().abs().max()
-    error = (read - own.float()).abs().max()
-    exact = not rounded and all(x.dtype in (torch.float32, torch.float64) for x in computed)
+    error = (read.to(own.device) - own.float()).abs().max()
+    exact = bool(dtypes) and all(x in (torch.float32, torch.float64) for x in dtypes)
     if not error <= (1e-3 if exact else 5e-2) * largest:
+        kind = causal_lm_of(model).config.model_type
+        hint = (
+            "The registered Family does not describe its norm or head: correct it and call"
+            " register_family again"
+            if kind in REGISTERED
+            else "Something acts between its last block and its logits that no lens has"
+        )
         raise ValueError(
             f"the lens of {class_name(model)} does not reproduce the model's {what}: they differ by"
-            f" {error / largest:.1e} of the largest value. The Family does not describe its"
-            " norm or head: correct it and call register_family again, or build a LensHead by hand"
+            f" {error / largest:.1e} of the largest value. {hint}, or build a LensHead by hand"
         )

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from lens_kernels import dispatch
 from lens_kernels.hf.cache.store import DTYPES
-from lens_kernels.hf.model.families import blocks_of
+from lens_kernels.hf.model.anatomy import blocks_of
 from lens_kernels.hf.model.layers import DEFAULT_PAIRS, check_choice, lens_layers
 from lens_kernels.options import (
     ADAPTIVE,

@@ -13,10 +13,10 @@ from torch.distributed.fsdp import FSDPModule
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
+from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states, replaced_forward
-from lens_kernels.hf.model.families import blocks_of, causal_lm_of, lens_head_from
+from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.layers import check_layers, lens_layers
-from lens_kernels.hf.model.verification import verify_lens
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.hf.training.entropy import entropy_sum
 from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary

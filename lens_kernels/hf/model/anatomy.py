@@ -1,0 +1,161 @@
+"""The blocks, decoder and lens head of a model, found once and remembered."""
+
+from __future__ import annotations
+
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from lens_kernels.hf.model.detection import find_decoder, find_lens, traced
+from lens_kernels.hf.model.families import REGISTERED, Family, causal_lm_of, class_name
+from lens_kernels.hf.model.fitting import MapFit, NormFit
+from lens_kernels.hf.model.parts import ModelLens, plain_norm, submodule
+from lens_kernels.hf.model.state import measured
+from lens_kernels.hf.model.verification import check_lens
+from lens_kernels.lens import LensHead
+
+# The lenses found, each with what it was found in.
+_FOUND: WeakKeyDictionary[nn.Module, tuple[object, list[object], ModelLens]] = WeakKeyDictionary()
+
+
+def detect_lens(model: Any) -> ModelLens:
+    """Return where the lens of a causal language model is, and its numbers.
+
+    The model reads a few tokens, in evaluation mode and without gradients; it is unchanged
+    afterwards. A registered ``Family`` names the parts instead. Either way the lens is compared
+    with the model's own logits. The result is remembered until the model's parts or its config
+    change. ``model`` may be a peft model.
+
+    Raises:
+        ValueError: The model has no lens, and the message says why; or a registered family does not
+            reproduce its logits; or its weights are on the meta device.
+        TypeError: The head or the final norm is quantised, sharded or wrapped by an adapter.
+    """
+    inner = causal_lm_of(model)
+    known = _remembered(inner)
+    return _find(model, inner) if known is None else known
+
+
+def verify_lens(model: Any) -> None:
+    """Compare the lens of a model with the model's own logits, even if it is known.
+
+    Raises:
+        ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
+    """
+    inner = causal_lm_of(model)
+    known = _remembered(inner)
+    if known is None:
+        _find(model, inner)
+    else:
+        measured(inner, lambda: check_lens(model, known))
+
+
+def _find(model: Any, inner: Any) -> ModelLens:
+    family = REGISTERED.get(inner.config.model_type)
+
+    def search() -> ModelLens:
+        found = find_lens(model, inner) if family is None else _named_lens(model, inner, family)
+        check_lens(model, found)
+        return found
+
+    found = measured(inner, search)
+    _FOUND[inner] = _numbers(inner, found), _modules(inner, found), found
+    return found
+
+
+def _remembered(inner: Any) -> ModelLens | None:
+    if inner not in _FOUND:
+        return None
+    numbers, modules, found = _FOUND[inner]
+    try:
+        now = _modules(inner, found)
+    except ValueError:  # a part is gone
+        return None
+    same = len(now) == len(modules) and all(a is b for a, b in zip(now, modules, strict=True))
+    return found if same and numbers == _numbers(inner, found) else None
+
+
+def _numbers(inner: Any, lens: ModelLens) -> object:
+    """Return the registered family, and the numbers of norm and config that a lens depends on."""
+    norm = lens.norm_in(inner)
+    own = [] if norm is None else [x for x in vars(norm).values() if type(x) is float]
+    config = vars(inner.config.get_text_config())
+    numbers = {k: v for k, v in config.items() if type(v) in (int, float) and "token" not in k}
+    return REGISTERED.get(inner.config.model_type), own, numbers
+
+
+def _modules(inner: Any, lens: ModelLens) -> list[object]:
+    norm = lens.norm_in(inner)
+    return [
+        inner.get_output_embeddings(),
+        norm,
+        *submodule(inner, lens.blocks, "blocks").children(),
+    ]
+
+
+def _named_lens(model: Any, inner: Any, family: Family) -> ModelLens:
+    """Return the lens that a registered family names."""
+    norm = submodule(inner, family.norm, "norm")
+    plain_norm(norm)
+    names = [name for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
+    if not names:
+        raise TypeError(
+            f"the model's final norm, a {type(norm).__name__}, has neither variance_epsilon nor"
+            " eps: build a LensHead by hand"
+        )
+    fit = NormFit(family.norm_kind, getattr(norm, names[0]), family.norm_offset)
+    scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
+    softcap = _setting(inner, family.softcap, None)
+    blocks = submodule(inner, family.blocks, "blocks")
+    run = traced(model, inner)
+    logits = MapFit(scale, softcap, run.logits.shape[-1])
+    indices = tuple(range(len(list(blocks.children()))))
+    lens = ModelLens(family.blocks, indices, family.norm, "", fit, logits)
+    lens.blocks_in(inner)
+    called = run.last(norm)
+    if called is None or called.returned is None:
+        raise ValueError(
+            f"{class_name(model)} does not call {family.norm!r}, which its Family.norm names"
+        )
+    decoder = find_decoder(inner, run, family.blocks, called.returned)
+    return ModelLens(family.blocks, indices, family.norm, decoder, fit, logits)
+
+
+def _setting(model: Any, name: str | None, default: Any) -> Any:
+    if name is None:
+        return default
+    config = model.config.get_text_config()
+    if not hasattr(config, name):
+        raise ValueError(
+            f"the config of {class_name(model)} has no entry {name!r}, as its Family says: correct"
+            " the Family and call register_family again"
+        )
+    return getattr(config, name)
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """Return the model's blocks that run, in order."""
+    return detect_lens(model).blocks_in(causal_lm_of(model))
+
+
+def final_norm_of(model: Any) -> nn.Module | None:
+    """Return the norm between the last block and the head; None without one."""
+    return detect_lens(model).norm_in(causal_lm_of(model))
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """Return the part of the model whose output is the normed final hidden state."""
+    return detect_lens(model).decoder_in(causal_lm_of(model))
+
+
+def lens_head_from(model: Any) -> LensHead:
+    """Return the lens head of a Hugging Face causal language model; it shares the parameters.
+
+    ``model`` may be a peft model.
+
+    Raises:
+        ValueError: The model has no lens; the message says why.
+        TypeError: The head or the final norm is quantised, sharded or wrapped by an adapter.
+    """
+    return detect_lens(model).head_in(causal_lm_of(model))

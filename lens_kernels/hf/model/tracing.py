@@ -1,0 +1,114 @@
+"""What every module of a model is given and returns on a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LENGTH = 6  # tokens of a trace
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module: its path in the model, the hidden states it got and returned."""
+
+    path: str
+    module: nn.Module
+    given: Tensor | None
+    returned: Tensor | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The calls of one forward pass in the order in which they ended, and the logits.
+
+    ``autocast`` is the dtype of autocast in the pass; None without it.
+    """
+
+    ids: Tensor
+    calls: list[Call]
+    logits: Tensor
+    autocast: torch.dtype | None
+
+    def last(self, module: nn.Module) -> Call | None:
+        """Return the last call of a module."""
+        return next((call for call in reversed(self.calls) if call.module is module), None)
+
+
+def hidden_of(value: Any) -> Tensor | None:
+    """Return the hidden states in what a module returned: a tensor, a sequence or an output."""
+    value = getattr(value, "last_hidden_state", value)
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    states = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
+    return value if states else None
+
+
+def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """Return the hidden states among the arguments of a module: the first that can be ones."""
+    named = [kwargs["hidden_states"]] if "hidden_states" in kwargs else list(kwargs.values())
+    return next((x for x in map(hidden_of, [*args, *named]) if x is not None), None)
+
+
+def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
+    """Return a row of token ids without those that a config names: one may stand for an image."""
+    named: set[int] = set()
+    for config in (model.config, model.config.get_text_config()):
+        for name, value in config.to_dict().items():
+            if "token" in name:
+                named.update(
+                    x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)
+                )
+    usual = [i for i in range(min(vocab_size, 1000)) if i not in named] or [0]
+    ids = [usual[(7 * i + 3) % len(usual)] for i in range(LENGTH)]
+    return torch.tensor([ids], device=device)
+
+
+@contextmanager
+def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+    """Register the forward hooks that ``hooks`` yields, and remove them on exit."""
+    handles: list[Any] = []
+    try:
+        handles.extend(hooks)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits_of(model: Any, ids: Tensor) -> Tensor:
+    """Return a model's logits."""
+    logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits
+    return logits
+
+
+def trace(model: Any, inner: nn.Module, ids: Tensor) -> Trace:
+    """Run ``model`` on tokens and record the calls of ``inner``'s modules.
+
+    They are the same model, except that ``inner`` is without peft's wrapper.
+    """
+    calls: list[Call] = []
+    autocast: set[torch.dtype] = set()
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            calls.append(Call(path, module, hidden_in(args, kwargs), hidden_of(output)))
+            # accelerate wraps a model's forward in autocast, which no context around it disables.
+            if torch.is_autocast_enabled(ids.device.type):
+                autocast.add(torch.get_autocast_dtype(ids.device.type))
+
+        return hook
+
+    with hooked(
+        module.register_forward_hook(keep(path), with_kwargs=True)
+        for path, module in inner.named_modules()
+    ):
+        logits = logits_of(model, ids)
+    return Trace(ids, calls, logits, min(autocast, key=str, default=None))

@@ -1,0 +1,1 @@
+"""Which model types of transformers have a lens: tiny models of each, checked by numbers."""
