@@ -68,7 +68,7 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
         return built
 
     plain, cached = trainer(), trainer(teacher_cache=f"{folder}/teacher")
-    objective = plain.objective
+    objective = plain.lens_objective
     assert objective is not None
 
     def states(model: Any, layers: list[int]) -> States:

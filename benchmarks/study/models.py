@@ -138,7 +138,7 @@ class _Watch(TrainerCallback):
         self.times: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        objective = self.trainer.objective
+        objective = self.trainer.lens_objective
         if self.run.lens and self.run.decay != "constant":
             share = DECAYS[self.run.decay](state.global_step / self.run.steps)
             weight = self.run.coeff * share

@@ -95,7 +95,7 @@ def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
     compare = models.LensDistillTrainer.compute_loss
 
     def watched(trainer, *args, **kwargs):
-        weights.append(trainer.objective.options.lens_coeff)
+        weights.append(trainer.lens_objective.options.lens_coeff)
         return compare(trainer, *args, **kwargs)
 
     monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)

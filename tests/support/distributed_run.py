@@ -147,8 +147,8 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:
     """Return the parameters of the student and the MSE projections, gathered from all shards."""
     state = dict(trainer.model.state_dict())
-    if trainer.objective is not None:
-        state |= trainer.objective.projections.state_dict(prefix="learnt.")
+    if trainer.lens_objective is not None:
+        state |= trainer.lens_objective.projections.state_dict(prefix="learnt.")
     whole = {}
     for name, x in state.items():
         whole[name] = (x.full_tensor() if isinstance(x, DTensor) else x).detach().clone()

@@ -217,8 +217,8 @@ def train(
     if args.should_save:
         record.write_start(output, chosen, digests)
         (output / record.METRICS).unlink(missing_ok=True)
-    if trainer.objective is not None:
-        layers = trainer.objective.student_layers, trainer.objective.teacher_layers
+    if trainer.lens_objective is not None:
+        layers = trainer.lens_objective.student_layers, trainer.lens_objective.teacher_layers
         say(f"lens pairs, student and teacher: {layers[0]} and {layers[1]}")
     for folder, reason in skipped.items():
         say(f"{folder} is skipped: {reason}")

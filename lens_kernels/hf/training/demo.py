@@ -103,7 +103,7 @@ def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str]
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(_QuietProgress)
-    objective = trainer.objective
+    objective = trainer.lens_objective
     assert objective is not None
     say(
         f"Teacher: {len(blocks)} blocks. Student: {student.config.num_hidden_layers} blocks,"

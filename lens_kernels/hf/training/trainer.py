@@ -105,19 +105,19 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._base_is_new = hasattr(model, "peft_config") and not is_saved(model)
         self._saved_bases: set[Path] = set()
         self._optimizer_given = (trainer.get("optimizers") or (None,))[0] is not None
-        self.objective: LensObjective | None = None
+        self.lens_objective: LensObjective | None = None
         if teacher is not None:
             check_shards(self.accelerator.state, args)
             # Under FSDP, accelerate does not move the teacher to the device.
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
             # This comes after super(), which sets the seed, because the MSE matrices are random.
-            self.objective = LensObjective(
+            self.lens_objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
             if args.teacher_cache:
                 datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
-                self._caches = fill_caches(self, self.objective, datasets)
+                self._caches = fill_caches(self, self.lens_objective, datasets)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -149,7 +149,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
         """Return a checkpoint whose files are all there."""
-        projections = self.objective is not None and self.args.mse_coeff > 0
+        projections = self.lens_objective is not None and self.args.mse_coeff > 0
         if not checkpoint:
             return None
         if checkpoint is not True:
@@ -168,15 +168,15 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return [name for name, x in model.named_parameters() if x.requires_grad]
 
     def _check_optimizer(self) -> None:
-        if self.objective is None or not self._optimizer_given:
+        if self.lens_objective is None or not self._optimizer_given:
             return
         optimizer: Any = self.optimizer
         held = {id(x) for group in optimizer.param_groups for x in group["params"]}
-        if any(id(x) not in held for x in self.objective.projections.parameters()):
+        if any(id(x) not in held for x in self.lens_objective.projections.parameters()):
             raise ValueError(
                 "the optimizer lacks the matrices of mse_coeff, which would stay random: call"
                 " trainer.optimizer.add_param_group({'params':"
-                " list(trainer.objective.projections.parameters())}) before train()"
+                " list(trainer.lens_objective.projections.parameters())}) before train()"
             )
 
     def get_batch_samples(
@@ -200,10 +200,10 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the objective, divided by the tokens of the global batch if they are given."""
-        if self.objective is None:
+        if self.lens_objective is None:
             return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
-            outcome = self.objective(
+            outcome = self.lens_objective(
                 inputs,
                 denominator=num_items_in_batch,
                 student_call=model,
@@ -307,7 +307,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return reduced
 
     def _student_with_projections(self) -> AbstractContextManager[None]:
-        objective = self.objective
+        objective = self.lens_objective
         return nullcontext() if objective is None else objective.student_with_projections()
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
@@ -344,7 +344,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
     def after_loading(self, checkpoint: str) -> None:
         """Load the MSE matrices."""
-        if self.objective is not None and self.objective.mse_coeff:
+        if self.lens_objective is not None and self.lens_objective.mse_coeff:
             file = Path(checkpoint) / f"{PROJECTIONS}.safetensors"
             try:
                 learnt = load_file(file)
@@ -352,7 +352,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 raise ValueError(f"{file} cannot be read: {error}") from error
             # This call splits full tensors over parameters that may be sharded.
             whole = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(self.objective.projections, dict(learnt), options=whole)
+            set_model_state_dict(self.lens_objective.projections, dict(learnt), options=whole)
 
 
 def _without_first_label(batch: Any) -> Any:

@@ -118,7 +118,7 @@ def test_a_users_optimizer_must_hold_the_matrices(tmp_path):
     )
     with pytest.raises(ValueError, match=r"optimizer lacks the matrices of mse_coeff"):
         trainer.train()
-    matrices = list(trainer.objective.projections.parameters())
+    matrices = list(trainer.lens_objective.projections.parameters())
     trainer.optimizer.add_param_group({"params": matrices})
     start = [x.detach().clone() for x in matrices]
     trainer.train()
@@ -174,6 +174,6 @@ def test_the_default_number_of_lens_pairs_fits_small_models(tmp_path):
         student = tiny.model(layers=blocks, seed=1)
         objective = make_trainer(
             tmp_path, student=student, teacher=tiny.model(layers=6), num_lens_pairs=None
-        ).objective
+        ).lens_objective
         assert objective.student_layers == layers
         assert len(objective.teacher_layers) == len(layers)

@@ -26,7 +26,7 @@ MSE = {"mse_coeff": 0.5, "learning_rate": 0.01}
 
 def test_mse_term_is_the_mean_square_over_counted_tokens(tmp_path):
     trainer = make_trainer(tmp_path, lens_coeff=0.0, max_steps=1, **MSE)
-    start = copy.deepcopy(trainer.objective.projections)
+    start = copy.deepcopy(trainer.lens_objective.projections)
     ids, labels = batch_of(uneven_data()[:4])
     counted = labels[:, 1:] != -100
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_initial_projections_depend_only_on_the_seed(tmp_path):
         # The global random state must not change the projections.
         torch.manual_seed(noise)
         trainer = make_trainer(tmp_path, mse_coeff=0.5, seed=seed, student=student)
-        return trainer.objective.projections[1].weight
+        return trainer.lens_objective.projections[1].weight
 
     one, again, other = first(1, 5), first(2, 5), first(1, 6)
     assert torch.equal(one, again) and not torch.equal(one, other)
@@ -102,9 +102,9 @@ def test_projections_are_trained_with_an_adapter(tmp_path, dtype):
     student = tiny.model(**STUDENT).to(dtype)
     student = peft.get_peft_model(student, peft.LoraConfig(task_type="CAUSAL_LM", r=2))
     trainer = make_trainer(tmp_path, student=student, optim="adamw_torch", **MSE)
-    start = copy.deepcopy(trainer.objective.projections)
+    start = copy.deepcopy(trainer.lens_objective.projections)
     trainer.train()
-    for matrix, before in zip(trainer.objective.projections, start, strict=True):
+    for matrix, before in zip(trainer.lens_objective.projections, start, strict=True):
         assert matrix.weight.dtype == torch.float32 and matrix.weight.isfinite().all()
         assert not torch.equal(matrix.weight, before.weight)
 

@@ -80,7 +80,7 @@ def test_trainer_options_reach_the_loss_function(tmp_path, option, name, value):
     (loss,) = logged(trainer)
     assert loss == pytest.approx(expected_loss(data[:4], **{name: value}), rel=1e-4)
     if option == "lens_backend":
-        assert trainer.objective.options.backend == value
+        assert trainer.lens_objective.options.backend == value
     else:
         assert loss != pytest.approx(expected_loss(data[:4]), rel=1e-3)
 
@@ -88,7 +88,7 @@ def test_trainer_options_reach_the_loss_function(tmp_path, option, name, value):
 def test_layers_are_given_or_spread_evenly(tmp_path):
     given = {"student_layers": [2], "teacher_layers": [1]}
     for options, layers in ((given, ([2], [1])), ({"num_lens_pairs": 1}, ([2], [2]))):
-        objective = make_trainer(tmp_path, **options).objective
+        objective = make_trainer(tmp_path, **options).lens_objective
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
         entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
@@ -179,7 +179,7 @@ def test_gradient_checkpointing_gives_the_same_step(tmp_path):
 
 def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
     trainer = make_trainer(tmp_path, batch=8, max_steps=12)
-    models = trainer.model, trainer.objective.teacher
+    models = trainer.model, trainer.lens_objective.teacher
     calls = []
     for model in models:
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
@@ -256,7 +256,7 @@ def test_final_divergence_may_be_a_weighted_sum(tmp_path):
 
 
 def test_teacher_is_in_eval_mode_without_gradients(tmp_path):
-    teacher = make_trainer(tmp_path, teacher=tiny.model(**TEACHER).train()).objective.teacher
+    teacher = make_trainer(tmp_path, teacher=tiny.model(**TEACHER).train()).lens_objective.teacher
     assert not any(part.training for part in teacher.modules())
     assert not any(x.requires_grad for x in teacher.parameters())
 
@@ -273,3 +273,10 @@ def test_logged_speed_excludes_padding(tmp_path, monkeypatch):
     clock[0] = 2.0
     trainer.log({"loss": 0.0})
     assert logged(trainer, "tokens_per_second") == [(2 * 10 + 2 * 5) / 2.0]
+
+
+def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.objective = 0.5  # transformers' search keeps the value of a trial under this name
+    trainer.train()
+    assert trainer.lens_objective is not None and trainer.state.log_history[0]["lens"] > 0

@@ -15,7 +15,7 @@ def test_cached_training_equals_plain_training_without_the_teacher(tmp_path, acc
     plain = trained(tmp_path / "a", **options)
     options["teacher_cache"] = str(tmp_path / "cache")
     cached = make_trainer(tmp_path / "b", **options)
-    assert cached.objective.teacher is None
+    assert cached.lens_objective.teacher is None
     cached.train()
     assert len(logged(plain)) == 8 // accumulate
     for key in ("loss", "kd", "lens_1"):
