@@ -247,3 +247,13 @@ def test_a_lens_is_found_once_until_a_part_or_the_config_changes(monkeypatch):
     model.config.pad_token_id = 7  # no part of a lens
     lens_head_from(model)
     assert len(found) == 4
+
+
+def test_a_caller_under_autocast_changes_nothing():
+    model, seen = tiny.model("llama"), []
+    model.lm_head.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        detect_lens(model)
+        verify_lens(model)
+        assert torch.is_autocast_enabled("cpu")
+    assert seen and not any(seen)

@@ -140,6 +140,7 @@ def test_a_padding_row_of_zeros_is_no_difference(kind):
     verify_lens(model)
 
 
+@pytest.mark.usefixtures("accelerator_state")
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_autocast_around_or_inside_the_model_changes_no_verdict(register, kind):
     model = tiny.model(kind)
