@@ -34,7 +34,7 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """The teacher's results on held-out rows, with which students are compared."""
+    """The teacher's results on held-out rows. Students are compared with them."""
 
     teacher: Any
     rows: Tensor
@@ -116,7 +116,7 @@ class Judge:
 
 
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
-    """Return log probabilities of the lens after a block. After the last block it is the output."""
+    """Return log probabilities of the lens after a block; after the last block, of the output."""
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
     if depth < len(states) - 1:  # the model has already applied the norm to the last states
@@ -125,7 +125,7 @@ def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
 
 
 def _calibration_error(confidence: Tensor, hit: Tensor) -> float:
-    """Return the expected calibration error. A prediction is right if it equals the text."""
+    """Return the expected calibration error. A prediction is right if the text has this token."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS).index_add_(0, bins, confidence - hit)
     return (gaps.abs().sum() / len(hit)).item()

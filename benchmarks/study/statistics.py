@@ -58,7 +58,7 @@ class Compared:
     mean: float
     deviation: float
     percent: Difference | None
-    reached: float | None  # share of its steps until it reaches the baseline's final KL
+    reached: float | None  # share of the steps after which it has the baseline's final KL
     cpu_ms: float  # median CPU time of a step
     cost: float | None  # CPU time of a step divided by that of the baseline
 
