@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Turn signals into an exit with the shell's status, so that the running step is ended first."""
+    """Let signals raise SystemExit with the shell's status, so that the running step is ended."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)

@@ -116,7 +116,7 @@ class Judge:
 
 
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
-    """Return log probabilities of the lens after a block; after the last block, of the output."""
+    """Return log probabilities of the lens after a block. The last block has the output's."""
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
     if depth < len(states) - 1:  # the model has already applied the norm to the last states

@@ -32,9 +32,9 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
 class Accumulator:
     """The losses of each row and the gradients of one call.
 
-    Tiles of logit gradients in float16 are divided by a unit: a power of two near the largest
-    weight of a token times the slope of its logits, divided by ``headroom``. The finished sums are
-    multiplied by the unit. Otherwise a 1/N in the weights would flush most of a tile to zero.
+    Tiles of logit gradients in float16 are divided by a unit, and the finished sums are multiplied
+    by it. Otherwise a weight of 1/N would round most of a tile to zero. The unit is a power of two:
+    about the largest token weight times the slope of its logits, divided by ``headroom``.
     ``grad_threshold`` is relative to the largest weight too.
     """
 
@@ -55,8 +55,8 @@ class Accumulator:
             key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device))
             for key, x in call.needing_grad().items()
         }
-        # The first product overwrites the head's gradient, which needs no zeros then. Products of
-        # active columns only add to it.
+        # The first product of all columns overwrites the head's gradient, so zeros are not needed.
+        # Products of active columns only add to the gradient, so zeros are needed.
         set_rows = call.vocab_size if self.tokens and self.threshold is None else 0
         for key, grad in self.grads.items():
             (grad[set_rows:] if key == "weight" else grad).zero_()

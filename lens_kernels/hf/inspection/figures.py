@@ -13,7 +13,7 @@ FONT = pictures.STYLE["font.family"]
 COLD, HOT = "#F1F5F8", pictures.BLUE
 HOT_FROM = 0.85  # above this fraction of the colour scale, white text is easier to read than black
 MAX_LAYERS, MAX_POSITIONS = 32, 24
-CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # inches, inches, points
+CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # cells in inches, font in points
 # With parse_math, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}

@@ -19,8 +19,8 @@ from lens_kernels.hf.model.parts import ModelLens
 from lens_kernels.hf.model.tracing import sample_tokens, trace
 from lens_kernels.lens import LensHead
 
-# The largest products of the head in each probe. Large ones show a soft cap. Any of them shows a
-# scale.
+# The largest products of the head in each probe. Only large products show a soft cap, but all show
+# a scale.
 PROBES = (1.0, 60.0, 1000.0)
 
 

@@ -102,7 +102,7 @@ def _saved(path: Path) -> Iterator[Read]:
 
 def _parquet(path: Path) -> Iterator[Read]:
     library = _package("pyarrow.parquet", path)
-    path.stat()  # a missing file has an error of its own
+    path.stat()  # raises FileNotFoundError, which has a clear message
     try:
         number = 0
         for batch in library.ParquetFile(path).iter_batches():
