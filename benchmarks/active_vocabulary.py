@@ -269,7 +269,7 @@ def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
-    """Return errors and shares for bfloat16 rounding, exact gradients, and each threshold.
+    """Return a CSV row of errors for bfloat16 rounding, exact gradients, and each threshold.
 
     Raises:
         RuntimeError: The error of a threshold is above ``WRONG``, or NaN.

@@ -52,7 +52,7 @@ COLUMNS = "step status seconds limit_s note"
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the seconds after which it is stopped."""
+    """A command and its time limit in seconds."""
 
     name: str
     seconds: float
@@ -182,7 +182,7 @@ class Day:
         return any(row["contender"] == "torch" and row["median_ms"] for row in rows)
 
     def show(self) -> None:
-        """Print what ran, the times beside the predictions, and the outcomes of the tests."""
+        """Print the outcomes of steps and tests, and the measured and predicted times."""
         print(f"\n{self.where['device']}, torch {self.where['torch']}")
         if rows := tables.read_csv(self.out / speed_gpu.FILE):
             tables.print_rows(rows, speed_gpu.SHOWN.split())

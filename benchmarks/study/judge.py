@@ -49,7 +49,7 @@ class Judge:
         return cls(teacher, rows, log_p, greedy(teacher, rows))
 
     def _chunks(self, model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Return log p, log q and labels of each chunk."""
+        """Yield the log probabilities of teacher and student, and the labels, of each chunk."""
         training = model.training
         model.eval()
         for chunk, log_p in zip(self.rows.split(CHUNK), self.log_p, strict=True):

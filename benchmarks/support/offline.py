@@ -114,7 +114,7 @@ FEATURES: dict[str, frozenset[str]] = {
 
 
 def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
-    """Return a head with these features."""
+    """Return a head of zeros with the optional parts in ``features``."""
     weight = torch.zeros(vocab, width, dtype=dtype)
     layer = "layer" in features
     norm = LensNorm("layer" if layer else "rms", weight[0], weight[0] if layer else None, eps=1e-6)

@@ -62,7 +62,7 @@ class Accumulator:
             (grad[set_rows:] if key == "weight" else grad).zero_()
         # The number of rows of the head's gradient that are initialised.
         self.begun = call.vocab_size - set_rows
-        # Sums of |G|: over all entries, and over the entries that were left out.
+        # The sums of absolute logit gradients: of all entries, and of those left out.
         self.mass = torch.zeros(2, dtype=compute, device=device)
 
     def set_unit(self, call: LossCall, scale: float) -> None:
@@ -85,7 +85,7 @@ class Accumulator:
             self.threshold = self.threshold * scale * mantissa
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
-        """Return the keys of the gradients to which a lens pair adds."""
+        """Return the keys of the gradients that a lens pair changes."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
 
@@ -101,9 +101,9 @@ class Accumulator:
     ) -> Tensor | None:
         """Add a tile's part to the head's gradients. Return the rows' gradient if it is needed.
 
-        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``, where ``x`` ``(R, D)``
-        are rows of hidden states, and ``weight`` ``(C, D)`` are the rows ``columns`` of the head.
-        Calls must come in ascending order of ``columns``. ``weight_sum``, the sum of the rows of
+        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``. ``x`` ``(R, D)`` holds
+        rows of hidden states, and ``weight`` ``(C, D)`` the rows ``columns`` of the head. Calls
+        must come in ascending order of ``columns``. ``weight_sum``, the sum of the rows of
         ``weight``, and ``survey`` are computed unless they are given.
         """
         if "bias" in targets:

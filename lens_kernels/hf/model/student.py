@@ -25,9 +25,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     ``name_or_path`` is empty, because the teacher's files hold another model.
 
     Raises:
-        ValueError: The teacher does not have one of the blocks, or the blocks are not in ascending
-            order, or the logits of the copy differ from those of the teacher without the other
-            blocks.
+        ValueError: A block does not exist, or the blocks are not in ascending order. Or the copy's
+            logits differ from those of the teacher without the other blocks.
         TypeError: The teacher has adapters or quantised layers.
     """
     lens = detect_lens(teacher)

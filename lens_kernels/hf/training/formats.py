@@ -29,8 +29,8 @@ class Row:
     """A record of data. Only one of ``instruction``, ``prompt``, ``messages`` is set.
 
     None of them is set for plain text, which is the only reference. Training uses the first of
-    ``references``. A conversation has one: its last assistant turn. Its assistant turns from
-    ``trained_from`` on are trained on. ``line`` is the line or the position in its file.
+    ``references``. A conversation has one reference: its last assistant turn. Its assistant turns
+    from ``trained_from`` on are trained on. ``line`` is the line or the position in its file.
     """
 
     line: int
