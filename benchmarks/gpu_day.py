@@ -104,9 +104,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = environment.parser(__doc__)
     parser.set_defaults(device="cuda")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="default %(default)s")
-    parser.add_argument("--steps", nargs="+", help="only these, by their names in steps.csv")
+    parser.add_argument("--steps", nargs="+", help="run only these steps, named as in steps.csv")
     processes = min(12, os.cpu_count() or 1)
-    parser.add_argument("--processes", type=int, default=processes, help="of the tests")
+    parser.add_argument("--processes", type=int, default=processes, help="processes for the tests")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes that test the script")
     return parser.parse_args(argv)
 

@@ -31,8 +31,10 @@ from benchmarks.support.contenders import Contender, gather
 from benchmarks.support.providers import CONTENDERS
 from benchmarks.support.shapes import Job
 
-AGREEMENT = 0.05  # allowed relative difference of counted and measured peaks
-SHARE_OF_MEMORY = 0.5  # share of the available memory for one run with its inputs
+# Counted and measured peaks may differ by this share.
+AGREEMENT = 0.05
+# A run with its inputs may take this share of the available memory.
+SHARE_OF_MEMORY = 0.5
 # Compiled code cannot run over fake tensors. So its time limit is larger by this factor.
 PATIENCE_WITHOUT_FAKES = 3
 # ``dense_kl_div`` is left out, because it is like ``dense`` with more memory.

@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["torch"])
     parser.add_argument(
-        "--parts", action="store_true", help="also kernels, and GEMMs at the rows of our tiles"
+        "--parts", action="store_true", help="also time the kernels, and GEMMs of the tiles' size"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes that test the script")
     args = parser.parse_args(argv)

@@ -26,9 +26,12 @@ Pointwise = tuple[Tensor, Tensor]
 Mixture = tuple[float | Tensor, float | Tensor]
 # A function of log p, log q, p, q and the mixture, which the caller has already computed.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-NEAR = 0.5  # differences of p and q use expm1 if |log p - log q| is below this number
-FLOOR = -1e30  # replaces logits of -inf, because a difference of infinities is NaN
-NO_MASS = -FLOOR / 2  # a log-ratio above this has a FLOOR in its denominator
+# Differences of p and q use expm1 if |log p - log q| is below this number.
+NEAR = 0.5
+# This number replaces logits of -inf, because a difference of infinities is NaN.
+FLOOR = -1e30
+# A log-ratio above this number has a FLOOR in its denominator.
+NO_MASS = -FLOOR / 2
 
 
 def _expm1(x: Tensor) -> Tensor:

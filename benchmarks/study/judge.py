@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 32  # rows in a batch
+# The number of rows in a batch.
+CHUNK = 32
 # Tokens of a prompt, tokens of its continuation, and the number of prompts.
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128
-BINS = 15  # bins of confidence in the calibration error
+# The number of confidence bins in the calibration error.
+BINS = 15
 
 
 def _final(model: Any, rows: Tensor) -> Tensor:

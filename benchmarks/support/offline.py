@@ -41,8 +41,10 @@ TARGETS = {
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
-CONSTANT = "constexpr"  # the type of an argument whose value is compiled into the kernel
-Path = tuple[int, ...]  # the position of an argument, or of an element of a tuple argument
+# The type of an argument whose value is compiled into the kernel.
+CONSTANT = "constexpr"
+# The position of an argument, or of an element of a tuple argument.
+Path = tuple[int, ...]
 # The most registers, threads and blocks on a multiprocessor of NVIDIA's data-centre GPUs.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
@@ -97,7 +99,7 @@ class Compiled:
     matrix: str
     matrix_count: int
     instructions: int
-    programs_per_processor: int  # an estimate
+    programs_per_processor: int  # estimated from the resources of the kernel
 
     def columns(self) -> dict[str, Any]:
         """Return one line of the CSV."""

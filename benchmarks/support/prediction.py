@@ -14,8 +14,10 @@ from lens_kernels import plan
 from lens_kernels.cost import RELATIVE_TIME, Plan
 
 BYTES_PER_MS = 3.0e9
-FLOPS_PER_MS = 700e9  # rate of 16-bit products with float32 results
-FLOOR_FLOPS_PER_MS = 790e9  # rate of the floor's products, in one piece with 16-bit results
+# The assumed rate of 16-bit products with float32 results.
+FLOPS_PER_MS = 700e9
+# The assumed rate of the floor's products, each in one piece with a 16-bit result.
+FLOOR_FLOPS_PER_MS = 790e9
 PARTS = {
     "projections": "products",
     "products of the gradient": "products",

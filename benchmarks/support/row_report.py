@@ -42,7 +42,7 @@ class RowKernel:
     variant: str
     registers: int
     spilled_bytes: int
-    warps_per_processor: int  # an estimate
+    warps_per_processor: int  # estimated from the resources of the kernel
     loops: tuple[Loop, ...]
 
     def total(self, name: str) -> float:

@@ -40,8 +40,10 @@ def _has_amx() -> bool:
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-_lock = threading.Lock()  # without it, a thread could reset the setting while another needs it
-_users: str | None = None  # the user's setting while this module replaces it
+# Without this lock, a thread could reset the setting while another thread needs it.
+_lock = threading.Lock()
+# This holds the user's setting while this module replaces it.
+_users: str | None = None
 
 
 def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:

@@ -208,7 +208,7 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
             named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
-        tokenizer("a")  # a damaged config may show only here
+        tokenizer("a")  # a damaged config may raise only here
         return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error

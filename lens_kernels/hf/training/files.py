@@ -15,7 +15,8 @@ from lens_kernels.hf.cache.key import file_digest
 
 HUB = "hub:"  # hub:NAME or hub:NAME:SPLIT
 
-Read = tuple[int, Any]  # the number of a record, and the record or the error of reading it
+# The number of a record, and the record or the error of reading it.
+Read = tuple[int, Any]
 
 
 def read_records(source: str | Path) -> Iterator[tuple[str, int, Any]]:

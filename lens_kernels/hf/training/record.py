@@ -33,7 +33,8 @@ UNTRAINED = (
 )
 # These options matter only with load_best_model_at_end, because they decide which weights it loads.
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
-LENGTHS = ("max_steps", "num_train_epochs")  # these may be raised to continue a run
+# A complete run is continued if one of these options is raised.
+LENGTHS = ("max_steps", "num_train_epochs")
 # Schedules of the learning rate that do not depend on the number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
