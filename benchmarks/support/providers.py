@@ -191,9 +191,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def _backend_on_fakes() -> Iterator[None]:
     """Return a context in which the ``torch`` backend runs over fake tensors on a CPU.
 
-    The compiled pass accepts only real tensors, so a stand-in makes its allocations: one loss per
-    row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run in
-    one piece. They write into existing buffers, so tiles would not change the memory.
+    The compiled pass accepts only real tensors, so a stand-in allocates the same memory: one loss
+    per row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run
+    in one piece. They write into existing buffers, so tiles would not change the memory.
     """
     original = compiled.call
 

@@ -134,7 +134,7 @@ def in_place(tokens: int, bytes_per_row: int, workspace_bytes: int) -> Layout:
 
 
 def apart(rows: int, vocab_size: int, operand: torch.dtype, workspace_bytes: int) -> Layout:
-    """Return the layout in which gradients have a buffer of their own, in dtype ``operand``.
+    """Return the layout in which gradients have a separate buffer, in dtype ``operand``.
 
     ``rows`` counts the rows of all pairs. The fp32 logits take at most half of the workspace.
     """

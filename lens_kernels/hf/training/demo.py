@@ -46,7 +46,7 @@ class _QuietProgress(ProgressCallback):
 def texts() -> tuple[str, str]:
     """Return training text and held-out text from the help topics of the standard library.
 
-    Topics share paragraphs, so the held-out text leaves out those of the training text.
+    Topics share paragraphs, so the held-out text omits paragraphs that the training text has.
     """
     from pydoc_data.topics import topics
 

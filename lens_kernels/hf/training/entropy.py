@@ -18,7 +18,7 @@ def entropy_sum(rows: Tensor, head: LensHead, temperature: float, workspace: int
     """Estimate the sum of the entropies of ``rows`` ``(N, D)`` from every 16th row, in nats.
 
     ``head`` has a norm only if the rows need one. Tiles of logits take at most ``workspace`` bytes,
-    or those of one row.
+    but hold at least one row.
     """
     sample = rows[::STRIDE]
     row_bytes = TILES * head.weight.shape[0] * torch.float32.itemsize

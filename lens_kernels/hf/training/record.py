@@ -101,7 +101,7 @@ def metrics_of(output: Path) -> dict[str, float] | None:
 
 
 def write_start(output: Path, options: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write what later commands compare with."""
+    """Write the record and the digests that later commands are compared with."""
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / DIGESTS, json.dumps(dict(digests), indent=1))
     write_text(output / RECORD, yaml.safe_dump(dict(options), sort_keys=True))
