@@ -102,7 +102,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
 
 
 def _auto_class(kind: object) -> Any:
-    """Return the class that loads a model type; image-text models are trained on text."""
+    """Return the class that loads a model type. Image-text models have a class of their own."""
     images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
     if kind in images - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         return AutoModelForImageTextToText

@@ -14,7 +14,7 @@ from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.model.tracing import hidden_in, logits_of, sample_tokens
 
-# Names of a config's number of blocks; a decoder of an encoder-decoder has one of its own.
+# Names for the number of blocks in a config. Some are for the decoder of an encoder-decoder.
 LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
