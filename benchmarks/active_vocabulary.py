@@ -7,12 +7,12 @@ teacher. Each student is measured before and after training. Runs that start fro
 share the measurement before training. Each measurement has two groups of hidden states: all lens
 pairs in one call (JSD, with the norm), and the final hidden states alone (forward KL).
 
-The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states it is the
-largest over the pairs. ``bf16_rounding`` is the error of rounding the exact gradients to bfloat16.
-For hidden states it is the smallest over the pairs, which is the stricter reference. Loss and
-backward are timed in interleaved rounds. The floor is the time of the GEMMs alone, and the ratio to
-the floor is the median of the ratios within the rounds. Groups that are already in the CSV are not
-measured again.
+The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states, the largest
+error over the pairs is reported. ``bf16_rounding`` is the error of rounding the exact gradients to
+bfloat16. For hidden states, its smallest error over the pairs is reported, which is the stricter
+reference. Loss and backward are timed in interleaved rounds. The floor is the time of the GEMMs
+alone, and the ratio to the floor is the median of the ratios within the rounds. Groups that are
+already in the CSV are not measured again.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class Trained:
     config: LensDistillConfig
 
     def beginning(self) -> str:
-        """Return the settings on which the measurement before training depends."""
+        """Return the settings that decide the measurement before training."""
         run, config = self.run, self.config
         layers = config.student_layers, config.teacher_layers, config.num_lens_pairs
         return str((self.blocks, layers, run.prompt_style, run.max_length, run.max_prompt_length))
@@ -105,7 +105,7 @@ class Group:
     divergence: str
 
     def gradients(self, threshold: Threshold) -> tuple[Tensor, ...]:
-        """Return the gradients of the hidden states, and of the head as the last one."""
+        """Return the gradients of the hidden states, followed by that of the head."""
         hidden = self.inputs.student_hidden, self.inputs.teacher_hidden
         options = {"divergence": self.divergence, "grad_threshold": threshold}
         loss = symmetric_lens_loss(*hidden, *self.heads, **options)
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def threshold_of(text: str) -> Threshold:
-    """Return the text as a number if it is one. Otherwise return the text for a named threshold."""
+    """Return the text as a number if it is one, or unchanged if it is the name of a threshold."""
     try:
         return float(text)
     except ValueError:
@@ -208,7 +208,7 @@ def groups_of(
 ) -> dict[str, Group]:
     """Return both groups of a student ``before`` or ``after`` training.
 
-    They hold the first ``tokens`` positions of the batch that have a label.
+    The groups hold the first ``tokens`` positions of the batch that have a label.
     """
     if state == "before":
         student = shallow_copy(teacher, trained.blocks)
@@ -239,11 +239,11 @@ def groups_of(
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Count logit gradients and sum their absolute values, for all entries and for those used."""
+    """Count all logit gradients and those used in GEMMs, and sum the absolute values of each."""
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
 
     def counting(owner: Any, name: str, what: str, at: int, columns: int | None = None) -> Any:
-        """Patch a function so that calls count their argument ``at``, or some of its columns."""
+        """Patch a function to count the entries of argument number ``at``, or of its columns."""
         inner = getattr(owner, name)
 
         def counted(*args: Any) -> Any:
@@ -269,7 +269,7 @@ def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
-    """Return errors and shares for bfloat16 rounding, exact gradients, and each threshold.
+    """Return a CSV row of errors for bfloat16 rounding, exact gradients, and each threshold.
 
     Raises:
         RuntimeError: The error of a threshold is above ``WRONG``, or NaN.
@@ -302,7 +302,7 @@ def _errors(hidden: float, head: float) -> Row:
 
 
 def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[str, Row]:
-    """Return times and ratios to the floor, by threshold."""
+    """Return the times of each threshold, and their ratios to the floor."""
     functions: dict[str, Callable[[], Any]] = {
         "floor": partial(products.products, group.inputs),
         "exact": partial(group.gradients, None),

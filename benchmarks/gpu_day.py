@@ -1,18 +1,20 @@
-"""Measures and tests on a GPU within a few minutes, the most important steps first.
+"""Run measurements and tests on a GPU within a few minutes, the most important steps first.
 
     python benchmarks/gpu_day.py --minutes 9 --out DIR
     python benchmarks/gpu_day.py --minutes 9 --out DIR --steps parity    one step
 
-1. Time, peak memory and kernels of our step at the sizes of three models, and its GEMMs alone.
-   Predicted times stand beside the measured ones.
-2. The same for Llama-3 and other implementations. One that is not installed is skipped.
-3. The GPU tests, in parallel. Then, if time is left, two more of the second part.
+1. The time, peak memory and kernels of a lens_kernels step at the sizes of three models, and the
+   time of its GEMMs alone. Predicted times are printed next to the measured ones.
+2. The same for other implementations at the size of Llama-3. Packages that are not installed are
+   skipped.
+3. The GPU tests, in parallel.
+4. Two more implementations at the size of Llama-3, if time is left.
 
 Each step is a process with a time limit. A step that fails or hangs is recorded, and the next one
 starts. A step starts only if a third of its limit is left. ``speed.csv`` and ``tests.csv`` hold the
-results, ``steps.csv`` what became of each step, and ``log.txt`` all output. They are written as
-results come. The exit status is 0 if the first part measured a step of ours. More than 9 minutes
-raise the limits.
+results, ``steps.csv`` holds the outcome of each step, and ``log.txt`` holds all output. Each result
+is written as soon as it is known. The exit status is 0 if a lens_kernels step was measured. With
+more than 9 minutes, the limits are higher.
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ COLUMNS = "step status seconds limit_s note"
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and the seconds after which it is stopped."""
+    """A command and its time limit in seconds."""
 
     name: str
     seconds: float
@@ -58,7 +60,7 @@ class Step:
 
 
 def steps(args: argparse.Namespace) -> list[Step]:
-    """Return the steps in the order of their worth."""
+    """Return the steps, the most important first."""
     where = ["--out", str(args.out), "--device", args.device]
     speed = [sys.executable, str(environment.ROOT / "benchmarks" / "speed_gpu.py")]
     tiny = ["--tiny"] * args.tiny
@@ -78,7 +80,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps; return 0 if a step of ours was measured."""
+    """Run the steps. Return 0 if a lens_kernels step was measured, else 1."""
     args = parse(argv)
     end = time.monotonic() + 60 * args.minutes - RESERVE
     device = torch.device(args.device)
@@ -102,16 +104,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = environment.parser(__doc__)
     parser.set_defaults(device="cuda")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="default %(default)s")
-    parser.add_argument("--steps", nargs="+", help="only these, by their names in steps.csv")
+    parser.add_argument("--steps", nargs="+", help="run only these steps, named as in steps.csv")
     processes = min(12, os.cpu_count() or 1)
-    parser.add_argument("--processes", type=int, default=processes, help="of the tests")
+    parser.add_argument("--processes", type=int, default=processes, help="processes for the tests")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes that test the script")
     return parser.parse_args(argv)
 
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """End the program with the shell's status for a signal, after the steps are stopped."""
+    """Let signals raise SystemExit with the shell's status, so that the running step is ended."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -125,7 +127,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 class Day:
-    """The results in a folder."""
+    """The results of the steps, which are also written to a folder."""
 
     def __init__(self, out: Path, where: dict[str, str], end: float) -> None:
         """Start with no result."""
@@ -134,7 +136,7 @@ class Day:
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, step: Step, limit: float) -> None:
-        """Run a step if there is time, and record what became of it."""
+        """Run a step if there is time, and record its outcome."""
         left = self.end - time.monotonic()
         if left < limit / 3:
             self.record(step, "not started", 0, limit, f"{max(0, left):.0f} s are left")
@@ -148,7 +150,7 @@ class Day:
             output.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
             output.flush()
             begun = output.tell()
-            # A session of its own, so that its processes end with it.
+            # The step gets its own session, so that ``kill`` can end all of its processes.
             process = subprocess.Popen(
                 step.command, cwd=environment.ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
@@ -167,7 +169,7 @@ class Day:
                 self.record(step, status, time.monotonic() - start, limit, note)
 
     def record(self, step: Step, status: str, seconds: float, limit: float, note: str) -> None:
-        """Write what became of a step."""
+        """Write the outcome of a step."""
         known = {"step": step.name, "status": status, "note": note}
         times = {"seconds": f"{seconds:.1f}", "limit_s": f"{limit:.1f}"}
         self.steps.append(tables.row(COLUMNS, known, times))
@@ -175,12 +177,12 @@ class Day:
         print(f"  {status} {note}", flush=True)
 
     def measured(self) -> bool:
-        """Say whether a step of ours was measured."""
+        """Say whether a lens_kernels step was measured."""
         rows = tables.read_csv(self.out / speed_gpu.FILE)
         return any(row["contender"] == "torch" and row["median_ms"] for row in rows)
 
     def show(self) -> None:
-        """Print what ran, the times beside the predictions, and the outcomes of the tests."""
+        """Print the outcomes of steps and tests, and the measured and predicted times."""
         print(f"\n{self.where['device']}, torch {self.where['torch']}")
         if rows := tables.read_csv(self.out / speed_gpu.FILE):
             tables.print_rows(rows, speed_gpu.SHOWN.split())
@@ -196,7 +198,7 @@ class Day:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it started."""
+    """End a process and all processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

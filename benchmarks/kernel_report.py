@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.rewrite(PAGE, PREDICTED, END, prediction.table())
     if args.costs_only:
         return 0
-    # Must be unset before the imports below, because kernels have to be compiled here.
+    # The variable is removed before the imports below, so that kernels are not interpreted.
     os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks.support import offline
 

@@ -5,8 +5,8 @@
 
 Every contender is first compared with the fp64 oracle. A point is then run and measured if its
 GEMMs take at most ``--gemm-seconds`` and its memory fits. Otherwise the same code runs over fake
-tensors, which have sizes but no memory, and the counted memory is marked ``fake``. If a point has
-both numbers, they must agree.
+tensors, which have sizes but no memory, and the counted memory is marked ``fake``. If a point has a
+measured and a counted number, they must agree.
 
 The peak counts everything besides the inputs: temporaries and gradients. The gradients are the same
 for every contender (``gradients_mib``). Liger's chunks have 1024 tokens and TRL's 4096, so both
@@ -31,10 +31,11 @@ from benchmarks.support.contenders import Contender, gather
 from benchmarks.support.providers import CONTENDERS
 from benchmarks.support.shapes import Job
 
-AGREEMENT = 0.05  # allowed relative difference of counted and measured peaks
-SHARE_OF_MEMORY = 0.5  # share of the available memory for one run with its inputs
-# Compiled code cannot run over fake tensors, so its points are measured up to this many times the
-# limit.
+# Counted and measured peaks may differ by this share.
+AGREEMENT = 0.05
+# A run with its inputs may take this share of the available memory.
+SHARE_OF_MEMORY = 0.5
+# Compiled code cannot run over fake tensors. So its time limit is larger by this factor.
 PATIENCE_WITHOUT_FAKES = 3
 # ``dense_kl_div`` is left out, because it is like ``dense`` with more memory.
 DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]
@@ -133,7 +134,7 @@ def points(
 def too_large(
     contender: Contender, job: Job, fake: memory.Memory | None, rate: float, gemm_seconds: float
 ) -> str | None:
-    """Return why a point is not run and measured, or None."""
+    """Return the reason why a point is not measured in a real run, or None."""
     needed = job.gemm_flops() / rate
     if needed > gemm_seconds * (PATIENCE_WITHOUT_FAKES if fake is None else 1):
         return f"time: {needed:.0f} s of GEMMs"

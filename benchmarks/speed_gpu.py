@@ -3,15 +3,15 @@
     python benchmarks/speed_gpu.py llama3 --contenders torch liger
     python benchmarks/speed_gpu.py qwen2.5 --pairs 1 5 --parts     also kernels, and GEMMs alone
 
-``gpu_day.py`` runs it for several models, each in a fresh process. It measures loss and gradients.
-Times come from CUDA events: the median, fastest and slowest of interleaved rounds. The peak counts
-everything above the inputs, gradients included. The floor is the time of the four GEMMs alone, by
-``torch.mm`` of plain operands. float32 GEMMs do not use TF32. ``predicted_ms`` is what
-``prediction.py`` counts for an H100.
+``gpu_day.py`` runs this script for several models, each in a fresh process. A step computes loss
+and gradients. Times come from CUDA events: the median, fastest and slowest of interleaved rounds.
+The peak is the memory besides the inputs. It includes the gradients. The floor is the time of the
+four GEMMs alone, by ``torch.mm`` of plain operands. float32 GEMMs do not use TF32. ``predicted_ms``
+is what ``prediction.py`` counts for an H100.
 
-Rows are added to ``speed.csv`` as they come. What does not fit, or fails, has a row with the
-reason. A backend of the library that gives a wrong result is measured with a note. The exit status
-is 77 if none of several contenders but ``torch`` can run.
+Rows are added to ``speed.csv`` as soon as they are known. If a contender fails, or does not fit
+into memory, its row has the reason. A backend of the library that gives a wrong result is measured
+with a note. The exit status is 77 if several contenders are chosen, but only ``torch`` can run.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ OURS = {key: providers.backend(key) for key in ("torch", "triton")}
 CONTENDERS = OURS | providers.PEERS | providers.GPU_PEERS
 FILE = "speed.csv"
 SKIPPED = 77
-REPEATS = 10  # of a GEMM, because its launch takes time too
+REPEATS = 10  # runs of a GEMM in one measurement, because each launch takes time
 COLUMNS = (
     "shape part contender label tokens pairs vocab_entries student_width teacher_width dtype"
     " median_ms min_ms max_ms ratio_to_floor predicted_ms tflop_per_s peak_with_gradients_mib"
@@ -61,7 +61,7 @@ SHOWN = (
     "shape part contender tokens pairs median_ms ratio_to_floor predicted_ms tflop_per_s"
     " peak_with_gradients_mib note"
 )
-# Kernels of the profile by their names; those of the CPU are for tests.
+# The names of the kernels of each part of a step. The names of CPU kernels are for tests.
 PART_NAMES = {
     "products": re.compile("gemm|nvjet|cutlass|xmma|splitk|aten::(add)?mm", re.IGNORECASE),
     "pass": re.compile("row_pass_kernel|triton_"),
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=["torch"])
     parser.add_argument(
-        "--parts", action="store_true", help="also kernels, and GEMMs at the rows of our tiles"
+        "--parts", action="store_true", help="also time the kernels, and GEMMs of the tiles' size"
     )
     parser.add_argument("--tiny", action="store_true", help="tiny sizes that test the script")
     args = parser.parse_args(argv)
@@ -121,7 +121,7 @@ class Measured:
         self.wrong: dict[str, str] = {}
 
     def choose(self, keys: Sequence[str]) -> bool:
-        """Check the contenders, and say whether there is one to measure beside ``torch``."""
+        """Check the contenders. Return False if several were chosen, but only ``torch`` can run."""
         reasons = {key: CONTENDERS[key].objection(self.device) for key in keys}
         able = {key: CONTENDERS[key] for key, reason in reasons.items() if reason is None}
         failed = {key: reason for key, reason in reasons.items() if reason is not None}
@@ -176,7 +176,7 @@ class Measured:
             for part in (self.kernels, self.gemms):
                 try:
                     part(job, inputs, calls["torch"], expected)
-                except Exception as error:  # the times above are worth more
+                except Exception as error:  # a failure here keeps the times above
                     self.add(part.__name__, job, note=first_line(error))
 
     def kernels(
@@ -206,7 +206,7 @@ class Measured:
             self.add(part, job, known, part="kernels of torch", rounds=1)
 
     def gemms(self, job: shapes.Job, inputs: shapes.Inputs, *_: Any) -> None:
-        """Add the time of each GEMM at the rows of the backend's tiles."""
+        """Add the time of each GEMM with as many rows as the backend's tiles."""
         for name, rows, flops, function in products.at_layout(inputs):
             calls = {name: lambda run=function: [run() for _ in range(REPEATS)]}
             times = timing.time_interleaved(calls, self.rounds, self.device, False)[name]
@@ -223,7 +223,7 @@ def part_of(kernel: str) -> str:
 def measured_memory(
     function: Callable[[], Any], inputs: shapes.Inputs, device: torch.device
 ) -> memory.Memory | str:
-    """Return the memory of a function's second run, or why it does not run."""
+    """Return the memory of a function's second run, or the reason why it cannot run."""
     try:
         function()  # the first run is not measured, because it compiles and fills caches
         inputs.clear()

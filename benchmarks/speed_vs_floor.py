@@ -4,8 +4,8 @@
     python benchmarks/speed_vs_floor.py --uncompiled --bf16      more rows
 
 The floor runs each GEMM as one ``torch.mm`` of plain operands in the dtype of the table row.
-``floor_tiled`` uses the functions of the ``torch`` backend. These work in tiles on a CPU, which is
-faster there, and in fp32 if the device has no 16-bit GEMM with fp32 accumulation. The first round
+``floor_tiled`` uses the functions of the ``torch`` backend. On a CPU these work in tiles, which is
+faster there. They use fp32 if the device has no 16-bit GEMM with fp32 accumulation. The first round
 is not timed. Ratios are ratios of medians. On a busy machine use ``best_ratio_to_floor``, the ratio
 of the fastest rounds.
 """

@@ -15,8 +15,8 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 
 MASS = 0.5  # the head holds at most this part of the teacher's probability
-# Peak memory in units of one model's logits. It is reached in the sort, which returns indices of 8
-# bytes each, and needs as much memory again.
+# The peak memory divided by that of one model's logits. The sort reaches it: its indices have 8
+# bytes each, and it needs as much temporary memory.
 TILES = 8
 
 

@@ -41,9 +41,8 @@ class LossCall:
     must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
     flag for each student hidden state, then for each of the student head's ``tensors()``.
     ``backend`` is the name of the chosen backend. The gradients of a ``deferred`` call are computed
-    in its backward pass, by another call.
-    ``teacher_statistics`` ``(P, N, 2)``, if given, are maximum and log-sum-exp above it of the
-    teacher's logits.
+    in its backward pass, by another call. ``teacher_statistics`` ``(P, N, 2)``, if given, hold
+    ``maximum`` and ``log sum exp(z - maximum)`` of the teacher's logits ``z``.
     """
 
     student_hidden: list[Tensor]

@@ -83,15 +83,15 @@ def tensors_in(values: object) -> list[Tensor]:
 def compiler_cache() -> Path:
     """Return the folder in which torch's compiler keeps its results.
 
-    Seen in torch 2.8 to 2.13. If a later version uses another folder, one that cannot be made is
-    an error of torch.
+    Seen in torch 2.8 to 2.13. If a later version uses another folder that cannot be created, torch
+    raises an error.
     """
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given is not None:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # a user without a name
+    except (KeyError, ImportError, OSError):  # the user has no name
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 

@@ -28,11 +28,11 @@ from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 # The 16-bit operations that a GPU executes in the time of moving one byte. Data sheets give 295
 # (H100 SXM), 153 (A100 80GB), 164 (RTX 4090) and 247 (MI300X).
 OPERATIONS_PER_BYTE = 200
-# The time of an operation relative to a 16-bit one, by the bytes of a factor. For float32 data
-# sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
+# The time of an operation relative to a 16-bit one, by the size of its factors in bytes. For
+# float32, data sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
-# The time of a sweep's GEMMs relative to those of a library. Shared memory and the cache limit its
-# tiles of at most 128 by 128 logits: estimated from their reads, not measured.
+# The time of a sweep's GEMMs relative to those of a library. It is an estimate from the bytes that
+# tiles of 128 by 128 logits read, and is not measured.
 SWEEP_TIME = 2
 # The number of vocabulary entries in the smallest chunk that the ``triton`` backend processes.
 COLUMNS = 128
@@ -67,7 +67,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a backend, and the most bytes of logits and their gradients at any time."""
+    """The steps of a backend, and the peak number of bytes of logits and their gradients."""
 
     backend: str
     steps: tuple[Step, ...]
@@ -163,7 +163,7 @@ class CallShape:
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
         reads = sweeps * models
-        if self.teacher_statistics:  # the first sweep is over the student's alone
+        if self.teacher_statistics:  # the first sweep reads only the student's logits
             reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
         return entries * (reads * self.compute_dtype.itemsize + gradients)
 
@@ -172,13 +172,13 @@ class CallShape:
         return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
 
     def operand_bytes(self, head_reads: int, hidden_reads: int = 1) -> int:
-        """Return the bytes read from heads and hidden states of a pair, by the number of reads."""
+        """Return the bytes of reading a pair's heads and hidden states so many times."""
         both = self.student_width + self.teacher_width
         rows = hidden_reads * self.tokens + head_reads * self.vocab_size
         return rows * both * self.dtype.itemsize
 
     def sweep_bytes(self, width: int, parts: int = 1) -> int:
-        """Return the bytes that a sweep in parts of the vocabulary reads of operands of a width."""
+        """Return the bytes of operands of this width that a sweep over ``parts`` reads."""
         row = width * self.dtype.itemsize
         hidden, head = operand_reads(self.tokens, self.vocab_size, row, parts)
         return (hidden * self.tokens + head * self.vocab_size) * row
@@ -278,7 +278,7 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
     }
     widths = shape.student_width, shape.teacher_width
     both = shape.projections, shape.sweep_bytes(sum(widths))
-    alone = widths[:1] if shape.teacher_statistics else widths  # one model at a time
+    alone = widths[:1] if shape.teacher_statistics else widths  # one sweep per model
     each = 2 * shape.logits * sum(alone), sum(map(shape.sweep_bytes, alone))
     steps = [
         Step(name, *(each if name == "log-sum-exps" else both), operand, SWEEP_TIME).times(number)

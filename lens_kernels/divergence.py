@@ -26,9 +26,12 @@ Pointwise = tuple[Tensor, Tensor]
 Mixture = tuple[float | Tensor, float | Tensor]
 # A function of log p, log q, p, q and the mixture, which the caller has already computed.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-NEAR = 0.5  # differences of p and q use expm1 if |log p - log q| is below this number
-FLOOR = -1e30  # replaces logits of -inf, because a difference of infinities is NaN
-NO_MASS = -FLOOR / 2  # a log-ratio above this has a FLOOR in its denominator
+# Differences of p and q use expm1 if |log p - log q| is below this number.
+NEAR = 0.5
+# This number replaces logits of -inf, because a difference of infinities is NaN.
+FLOOR = -1e30
+# A log-ratio above this number has a FLOOR in its denominator.
+NO_MASS = -FLOOR / 2
 
 
 def _expm1(x: Tensor) -> Tensor:
@@ -44,7 +47,7 @@ def _expm1(x: Tensor) -> Tensor:
 
 
 def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """``p - q`` without cancellation: it is ``q expm1(d)`` where ``p`` and ``q`` nearly agree."""
+    """``p - q`` for ``d = log p - log q``. Where p and q nearly agree, it is ``q expm1(d)``."""
     near = d.clamp(-NEAR, NEAR)
     return torch.where(near == d, q * _expm1(near), p - q)
 
@@ -57,9 +60,10 @@ def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
 def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
     """``log(m / q)`` of the mixture ``m = beta p + (1 - beta) q``.
 
-    ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms. It also equals
-    ``1 + beta expm1(d)``. The first form is accurate away from 1, the second near 1. W. Kahan's
-    identity joins them: ``log(1 + x) = log(u) x / (u - 1)`` for any ``u`` near ``1 + x``.
+    ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms. With ``d = log p - log q``,
+    it also equals ``1 + beta expm1(d)``. The first form is accurate away from 1, the second near 1.
+    W. Kahan's identity ``log(1 + x) = log(u) x / (u - 1)``, for any ``u`` near ``1 + x``, joins
+    them.
     """
     # Where q is 0 the result may be anything, because callers multiply it by q.
     ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
@@ -79,8 +83,8 @@ def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwi
 def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
     """``_jsd`` at beta 1/2, where one logarithm is enough.
 
-    ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``, with
-    ``l = log1p(expm1(-|d|) / 2)``. Neither sum cancels.
+    Let ``d = log p - log q`` and ``l = log1p(expm1(-|d|) / 2)``. Then
+    ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Neither sum cancels.
     """
     d = lp - lq
     # ``far`` is expm1(-|d|) without an exponential. Where p and q are 0, the result is 0 for any l.

@@ -15,7 +15,7 @@ from lens_kernels.visible import WHITE, visible
 
 PACKAGE = Path(__file__).parent
 MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-# What needs less memory, by command.
+# Advice for each command on how to use less memory.
 LESS = {
     "train": "lower --per_device_train_batch_size or --max_length, or set --gradient_checkpointing",
     "eval": "lower --batch-size, --max-length or --max-new-tokens, or set --dtype bfloat16",
@@ -62,7 +62,8 @@ def install(module: str) -> str:
     for package, extra in _extras():
         if package == name:
             return f"pip install 'lens-kernels[{extra}]'"
-    # transformers installs what it needs. The package of a module may have another name.
+    # pip installs these modules together with transformers. A module's package may have another
+    # name.
     if name in OF_TRANSFORMERS and importlib.util.find_spec("transformers") is None:
         return "pip install 'lens-kernels[hf]'"
     return f"pip install {OF_TRANSFORMERS.get(name, name)}"

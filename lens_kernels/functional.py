@@ -108,7 +108,8 @@ def symmetric_lens_loss(
             maximum)`` of each pair and token, over the shared vocabulary and at this temperature.
             They are trusted, and the teacher's softmax is not normalised again. With ``jsd``,
             ``tvd`` and ``hellinger`` that saves work on GPUs: the first reading of the teacher's
-            logits, or in ``triton`` one of its projections. The others need them in that sweep.
+            logits, or in ``triton`` one of its projections. The other divergences read these logits
+            anyway.
 
     Returns:
         The loss in nats, in float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for
@@ -299,7 +300,8 @@ def distillation_loss(
     call = LossCall.of(inputs, terms, options, counted, statistics)
     call = dispatch.with_backend(call, options.backend)
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # These are the weights of rows within their term. ``row_weight`` are those within the loss.
+    # These are the weights of rows within their term. ``row_weight`` holds their weights within the
+    # loss.
     lens_rows = counted.expand(pairs, -1)
     final_rows = [counted * (constant + slope * share) for constant, slope in finals.values()]
     row_weight = [

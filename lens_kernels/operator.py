@@ -102,7 +102,7 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
         # No later pass needs the gradients. Scaling them in place avoids a copy of the head
         # gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
-    # The student's tensors come first among the heads; those of the teacher have no flag.
+    # The student's tensors come first. The teacher's have no flag, because they get no gradient.
     flags, each = iter(packed.needs_grad), iter(scaled)
     for name in ("student_hidden", "heads"):
         result[name] = [next(each) if next(flags, False) else None for _ in result[name]]

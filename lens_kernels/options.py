@@ -208,7 +208,7 @@ class LensOptions(LossOptions):
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        """Check each option, and which options exclude each other."""
+        """Check each option, and refuse options that exclude each other."""
         super().__post_init__()
         if self.reduction == Reduction.NONE and self.layer_weights is not None:
             raise ValueError("layer_weights do not apply to reduction='none': leave them out")

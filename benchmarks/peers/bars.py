@@ -46,7 +46,7 @@ class Bar:
     quantity: str = "times_ms"
 
     def ratios(self, rows: Sequence[Row]) -> list[float]:
-        """Return the ratio in every round that has both, or an empty list if one is missing."""
+        """Return the ratio in every round, or an empty list if a measurement is missing."""
         found = {(row["point"], row["contender"]): row[self.quantity] for row in rows}
         top, bottom = found.get(self.top), found.get(self.bottom)
         if not top or not bottom:

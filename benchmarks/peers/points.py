@@ -41,7 +41,7 @@ class Point:
 def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point]:
     """Return every point once, even if it belongs to several sweeps.
 
-    The vocabulary sweep has half of the tokens, the models sweep a quarter.
+    The vocabulary sweep uses half of the tokens, and the models sweep a quarter.
     """
     models = {"tiny": TINY} if quick else {name: MODELS[name] for name in SHOWN}
     first, model = next(iter(models.items()))

@@ -43,8 +43,8 @@ class Runner:
     def turn(self, number: int) -> None:
         """Run a round, and write its results after all contenders have run.
 
-        If one contender has no time for the round, all repeat it, because ratios are taken within
-        rounds.
+        If one contender has no time for the round, all contenders repeat the round, because ratios
+        are taken within rounds.
         """
         if not self._is_due(number):
             return
@@ -85,7 +85,7 @@ class Runner:
         return any(number not in self.results.times(self.point, k) for k in self._keys(number))
 
     def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
-        """Return the time of one call, if its results agree with those of other contenders."""
+        """Return the time of one call. Raise if its results differ from those of others."""
         job = self.point.job
         if key == FLOOR:
             cut = counted(inputs)

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 32  # rows in a batch
+# The number of rows in a batch.
+CHUNK = 32
 # Tokens of a prompt, tokens of its continuation, and the number of prompts.
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128
-BINS = 15  # bins of confidence in the calibration error
+# The number of confidence bins in the calibration error.
+BINS = 15
 
 
 def _final(model: Any, rows: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """The teacher's results on held-out rows, with which students are compared."""
+    """The teacher's results on held-out rows. Students are compared with them."""
 
     teacher: Any
     rows: Tensor
@@ -49,7 +51,7 @@ class Judge:
         return cls(teacher, rows, log_p, greedy(teacher, rows))
 
     def _chunks(self, model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Return log p, log q and labels of each chunk."""
+        """Yield the log probabilities of teacher and student, and the labels, of each chunk."""
         training = model.training
         model.eval()
         for chunk, log_p in zip(self.rows.split(CHUNK), self.log_p, strict=True):
@@ -116,7 +118,7 @@ class Judge:
 
 
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
-    """Return log probabilities of the lens after a block. After the last block it is the output."""
+    """Return log probabilities of the lens after a block. The last block has the output's."""
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
     if depth < len(states) - 1:  # the model has already applied the norm to the last states
@@ -125,7 +127,7 @@ def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
 
 
 def _calibration_error(confidence: Tensor, hit: Tensor) -> float:
-    """Return the expected calibration error. A prediction is right if it equals the text."""
+    """Return the expected calibration error. A prediction is right if the text has this token."""
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS).index_add_(0, bins, confidence - hit)
     return (gaps.abs().sum() / len(hit)).item()

@@ -21,7 +21,7 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
-# The factor of the lens weight after the share x of the training steps, by the name of the decay.
+# A decay maps the completed share x of the training steps to a factor of the lens weight.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,

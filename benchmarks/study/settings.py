@@ -10,7 +10,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 # The best learning rate for forward KL without a lens, found by the group ``rate``.
 RATE = 6e-3
-UNIFORM: Pairs = ((1, 2), (2, 4))  # the uniform rule for two pairs, with 3 and 6 blocks
+UNIFORM: Pairs = ((1, 2), (2, 4))  # two pairs by the uniform rule, for 3 and 6 blocks
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,12 @@ class Compared:
     mean: float
     deviation: float
     percent: Difference | None
-    reached: float | None  # share of its steps until it reaches the baseline's final KL
-    cpu_ms: float  # median CPU time of a step
-    cost: float | None  # CPU time of a step divided by that of the baseline
+    # The share of the steps after which the arm has the baseline's final KL.
+    reached: float | None
+    # The median CPU time of a step.
+    cpu_ms: float
+    # The CPU time of a step divided by that of the baseline.
+    cost: float | None
 
 
 def compare(

@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# The base class of modes that intercept every operator. torch documents it under this name.
-# Present in torch 2.8 to 2.13. Without it, fake runs cannot be counted, and their points are
+# The base class of modes that intercept every operator. torch documents it under this name. Present
+# in torch 2.8 to 2.13. Without it, runs over fake tensors cannot be counted, and their points are
 # missing.
 DispatchMode = TorchDispatchMode
 
@@ -32,9 +32,9 @@ def fake_tensors() -> AbstractContextManager[Any]:
 
 
 def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Return the tensors in nested arguments, or in the results, of an operator.
+    """Return the tensors in an operator's arguments or results, which may be nested.
 
-    Present in torch 2.8 to 2.13. Without it, fake runs cannot be counted.
+    Present in torch 2.8 to 2.13. Without it, runs over fake tensors cannot be counted.
     """
     return (x for x in tree_iter(tree) if isinstance(x, Tensor))
 
@@ -43,7 +43,7 @@ def body_of(operator: Any) -> Callable[..., Any] | None:
     """Return the body of a custom operator, or None for any other operator.
 
     Present in torch 2.8 to 2.13. Without it, a fake run counts nothing inside the operator of
-    ``lens_kernels``, and the comparison with a real run stops the benchmark.
+    ``lens_kernels``, and the benchmark stops, because a real run gives another number.
     """
     definition = OPDEFS.get(operator._schema.name)
     return None if definition is None else definition._init_fn
@@ -63,7 +63,7 @@ def allocations(profiler: torch.profiler.profile) -> list[int]:
 def static_sizes() -> AbstractContextManager[None]:
     """Let ``torch.compile`` compile every size separately, also inside a peer.
 
-    Present in torch 2.8 to 2.13. Without it, torch compiles code for dynamic sizes at the second
-    size, which took 1.5 times the memory (measured).
+    Present in torch 2.8 to 2.13. Without it, torch compiles code for dynamic sizes when the size
+    changes. That code needed 1.5 times the memory (measured).
     """
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)

@@ -30,8 +30,8 @@ class Contender:
 
     ``load`` imports the packages and returns ``loss(inputs)``. ``on_fakes`` returns a context for a
     run over fake tensors on a CPU, or is None if the contender cannot run over them. ``epsilon`` is
-    the number that the contender adds to the mixture inside its logarithm. It lowers the loss by at
-    most ``epsilon * V``.
+    the number that the contender adds to the mixture before it takes the logarithm. This lowers the
+    loss by at most ``epsilon * V``.
     """
 
     key: str

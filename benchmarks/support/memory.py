@@ -34,7 +34,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 @dataclass(frozen=True)
 class Memory:
-    """The bytes that a run adds to those in use before it.
+    """The memory that a run takes, in bytes, besides the memory in use before it.
 
     ``peak`` is the largest number during the run. ``kept`` is the number at its end, the memory of
     the loss and the gradients.

@@ -31,7 +31,7 @@ from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
 
-# Each target, and its best instruction for multiplying matrices as disassemblers write it.
+# Each target, with the disassembler's name of its fastest instruction for matrix products.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
     "sm_89": (GPUTarget("cuda", 89, 32), "HMMA"),
@@ -41,9 +41,11 @@ TARGETS = {
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
-CONSTANT = "constexpr"  # the type of an argument whose value is compiled into the kernel
-Path = tuple[int, ...]  # the position of an argument, or of an element of a tuple argument
-# The registers, threads and blocks of a multiprocessor in NVIDIA's data-centre GPUs.
+# The type of an argument whose value is compiled into the kernel.
+CONSTANT = "constexpr"
+# The position of an argument, or of an element of a tuple argument.
+Path = tuple[int, ...]
+# The most registers, threads and blocks on a multiprocessor of NVIDIA's data-centre GPUs.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
 
@@ -97,7 +99,7 @@ class Compiled:
     matrix: str
     matrix_count: int
     instructions: int
-    programs_per_processor: int  # an estimate
+    programs_per_processor: int  # estimated from the resources of the kernel
 
     def columns(self) -> dict[str, Any]:
         """Return one line of the CSV."""
@@ -114,7 +116,7 @@ FEATURES: dict[str, frozenset[str]] = {
 
 
 def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
-    """Return a head with these features."""
+    """Return a head of zeros with the optional parts in ``features``."""
     weight = torch.zeros(vocab, width, dtype=dtype)
     layer = "layer" in features
     norm = LensNorm("layer" if layer else "rms", weight[0], weight[0] if layer else None, eps=1e-6)
@@ -250,8 +252,8 @@ def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
     def figure(pattern: str) -> int:
         return int(re.findall(pattern + r"\s*(\d+)", code)[-1])
 
-    # The occupancy counts the waves of one of four SIMD units. All warps of a program must run at
-    # the same time.
+    # A multiprocessor has four SIMD units, and the occupancy counts the waves of one unit. A
+    # program fits only if all its warps fit.
     waves = 4 * figure("; Occupancy:")
     by_shared = sizes.ARCHS["gfx942"].shared_memory // max(1, shared)
     programs = min(waves // compiled.metadata.num_warps, by_shared)

@@ -32,7 +32,7 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-# The goal for a threshold: an error and a time, as a ratio to the floor, below these numbers.
+# A threshold reaches the goal if its error, and its time divided by the floor, are below these.
 SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80
 GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
@@ -264,10 +264,10 @@ def _temporaries(axis: Any, rows: Rows) -> None:
 
 @figure
 def active_vocabulary(rows: Rows) -> Any:
-    """Draw time divided by the floor against error for the lens pairs, a curve for each student.
+    """Draw time divided by the floor against error for the lens pairs, with a curve per student.
 
-    The error of a threshold is the larger one of hidden states and head. The final states are not
-    drawn, because almost every threshold leaves nothing out for them.
+    The error of a threshold is the larger of the errors of hidden states and head. The final states
+    are not drawn, because almost every threshold leaves nothing out for them.
     """
     rows = [row for row in rows if row["group"] == "lens" and row["used_share"]]
     runs, curves = [*_by(rows, "run")], {}

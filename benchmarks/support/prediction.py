@@ -1,7 +1,7 @@
 """The time of a plan on an H100, predicted from its counts. Nothing here is measured.
 
-A step takes the time of its arithmetic or of its traffic, the longer one, and steps follow each
-other. The rates are assumptions. Data sheet of the H100 SXM: 989 TFLOP/s and 3.35 TB/s.
+A step takes as long as its arithmetic or its memory traffic, whichever is longer. Steps do not
+overlap. The rates are assumptions. Data sheet of the H100 SXM: 989 TFLOP/s and 3.35 TB/s.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ from lens_kernels import plan
 from lens_kernels.cost import RELATIVE_TIME, Plan
 
 BYTES_PER_MS = 3.0e9
-FLOPS_PER_MS = 700e9  # of 16-bit products with float32 results
-FLOOR_FLOPS_PER_MS = 790e9  # of the four products alone, each in one piece with a 16-bit result
+# The assumed rate of 16-bit products with float32 results.
+FLOPS_PER_MS = 700e9
+# The assumed rate of the floor's products, each in one piece with a 16-bit result.
+FLOOR_FLOPS_PER_MS = 790e9
 PARTS = {
     "projections": "products",
     "products of the gradient": "products",
     "pointwise pass": "pass",
 }
-# Tokens and pairs of the table.
+# The rows of the table: models, and the numbers of tokens and pairs.
 SHAPES = ("qwen2.5", "llama3")
 PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
 HEADER = (

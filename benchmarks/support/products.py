@@ -16,7 +16,7 @@ TITLE = "the four GEMMs alone"
 
 
 def products(inputs: Inputs) -> None:
-    """Run the four GEMMs of each pair; the student's logits replace their gradient."""
+    """Run the four GEMMs of each pair. The student's logits are used in place of their gradient."""
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
         x = student.detach()
@@ -45,9 +45,9 @@ def tiled_products(inputs: Inputs) -> None:
 
 
 def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], None]]]:
-    """Yield the GEMMs of the ``torch`` backend at the rows of its tiles.
+    """Yield the GEMMs of the ``torch`` backend, with as many rows as its tiles.
 
-    Each has a name, its rows, its operations, and a function that runs it.
+    An item holds a name, the numbers of rows and operations, and a function that runs the GEMM.
     """
     head, hidden = inputs.student_head.detach(), torch.cat(inputs.student_hidden).detach()
     device, (vocab, width) = head.device, head.shape

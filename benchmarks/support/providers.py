@@ -139,7 +139,7 @@ def _liger(compiled: bool) -> Loss:
 
 
 def _liger_fused(kernels: str) -> Loss:
-    """Return Liger's operator with its own kernels; all rows are projected, masked labels ignored.
+    """Return Liger's operator with its own kernels. It projects all rows and ignores masked labels.
 
     By default Liger takes the kernels for Hopper where they can be loaded.
     """
@@ -154,7 +154,7 @@ def _liger_fused(kernels: str) -> Loss:
 
 
 def _orda() -> Loss:
-    """Return ORDA's loss, its skewed JSD with the student's weight 1/2; masked labels ignored."""
+    """Return ORDA's skewed JSD, with the student's weight 1/2. It ignores masked labels."""
     orda = importlib.import_module("orda_kernel")
 
     def loss(
@@ -191,9 +191,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def _backend_on_fakes() -> Iterator[None]:
     """Return a context in which the ``torch`` backend runs over fake tensors on a CPU.
 
-    The compiled pass accepts only real tensors, so a stand-in makes its allocations: one loss per
-    row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run in
-    one piece. They write into existing buffers, so tiles would not change the memory.
+    The compiled pass accepts only real tensors, so a stand-in allocates the same memory: one loss
+    per row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run
+    in one piece. They write into existing buffers, so tiles would not change the memory.
     """
     original = compiled.call
 
@@ -240,7 +240,7 @@ OURS = Contender(
 PEERS = _by_key(
     Contender("dense", "dense PyTorch, autograd", lambda: dense),
     Contender("dense_kl_div", "dense PyTorch, autograd, F.kl_div", lambda: dense_kl_div),
-    # Compiled, Liger cannot run over fake tensors.
+    # Liger's compiled code cannot run over fake tensors.
     Contender(
         "liger", f"{JSD} (compiled, its default)", lambda: _liger(True), on_fakes=None, **LIGER
     ),
@@ -249,14 +249,14 @@ PEERS = _by_key(
 )
 CONTENDERS = {OURS.key: OURS, **PEERS}
 
-# Only for the comparison of speed.
+# These contenders take part only in the comparison of speed.
 SPEED_CONTENDERS = _by_key(
     Contender("dense_compiled", "dense PyTorch, torch.compile", _dense_compiled, on_fakes=None),
     Contender(
         "published", "DistillLens as published", lambda: published, epsilon=PUBLISHED_EPSILON
     ),
 )
-# Only on a GPU.
+# These contenders run only on a GPU.
 GPU_PEERS = _by_key(
     _fused("liger_fused", "Triton", "nvidia-triton"),
     _fused("liger_hopper", "CuTe", "nvidia-cutedsl"),

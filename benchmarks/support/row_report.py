@@ -1,7 +1,7 @@
 """Compile the row kernel without a GPU, and report the instructions and bytes per pair of logits.
 
-A pair is the logit of the student and that of the teacher for one token and vocabulary entry.
-Instructions and bytes are read from the machine code, and are those of the loops over a row.
+A pair is the logit of the student and that of the teacher for one token and vocabulary entry. The
+instructions and bytes of the loops over a row are read from the machine code.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from lens_kernels.backends.triton.kernels.row_pass import OPTIONS
 from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The variants of a call: a plain loss with gradient, the same with the teacher's statistics, no
-# gradient, labels, or every option but statistics.
+# The variants of a call. ``plain`` has a gradient and no options, and ``statistics`` adds the
+# teacher's statistics. ``all`` has every option except statistics.
 VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
 LABEL = re.compile(r"^\.?(L\w+):")
@@ -42,7 +42,7 @@ class RowKernel:
     variant: str
     registers: int
     spilled_bytes: int
-    warps_per_processor: int  # an estimate
+    warps_per_processor: int  # estimated from the resources of the kernel
     loops: tuple[Loop, ...]
 
     def total(self, name: str) -> float:

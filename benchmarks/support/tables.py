@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CELL = 80  # characters of a cell that is printed
+CELL = 80  # the most characters of a cell that are printed
 
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:
-    """Add a row to a file whose rows have the same keys; a stopped program keeps its rows."""
+    """Append a row to a file of rows with the same keys, so that a stopped program loses no row."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
@@ -88,6 +88,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Print some columns of rows, or all. Empty cells have a dash, and long ones are cut."""
+    """Print some columns of rows, or all. Empty cells show a dash, and long cells are cut."""
     columns = columns or list(rows[0])
     print_table(columns, [[str(each[name])[:CELL] or "-" for name in columns] for each in rows])

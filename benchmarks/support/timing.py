@@ -96,7 +96,7 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Return the fp32 operations per second of a GEMM of a lens's size."""
+    """Return the fp32 operations per second of a GEMM that is as large as those of a lens."""
     x, weight = torch.randn(512, 1024, device=device), torch.randn(8192, 1024, device=device)
     best = min(seconds(lambda: x @ weight.t(), device) for _ in range(5))
     return 2 * 512 * 1024 * 8192 / best

@@ -32,9 +32,9 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
 class Accumulator:
     """The losses of each row and the gradients of one call.
 
-    Tiles of logit gradients in float16 are divided by a unit: a power of two near the largest
-    weight of a token times the slope of its logits, divided by ``headroom``. The finished sums are
-    multiplied by the unit. Otherwise a 1/N in the weights would flush most of a tile to zero.
+    Tiles of logit gradients in float16 are divided by a unit, and the finished sums are multiplied
+    by it. Otherwise a weight of 1/N would round most of a tile to zero. The unit is a power of two:
+    about the largest token weight times the slope of its logits, divided by ``headroom``.
     ``grad_threshold`` is relative to the largest weight too.
     """
 
@@ -55,14 +55,14 @@ class Accumulator:
             key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device))
             for key, x in call.needing_grad().items()
         }
-        # The first product overwrites the head's gradient, which needs no zeros then. Products of
-        # active columns only add to it.
+        # The first product of all columns overwrites the head's gradient, so zeros are not needed.
+        # Products of active columns only add to the gradient, so zeros are needed.
         set_rows = call.vocab_size if self.tokens and self.threshold is None else 0
         for key, grad in self.grads.items():
             (grad[set_rows:] if key == "weight" else grad).zero_()
         # The number of rows of the head's gradient that are initialised.
         self.begun = call.vocab_size - set_rows
-        # Sums of |G|: over all entries, and over the entries that were left out.
+        # The sums of absolute logit gradients: of all entries, and of those left out.
         self.mass = torch.zeros(2, dtype=compute, device=device)
 
     def set_unit(self, call: LossCall, scale: float) -> None:
@@ -85,7 +85,7 @@ class Accumulator:
             self.threshold = self.threshold * scale * mantissa
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
-        """Return the keys of the gradients to which a lens pair adds."""
+        """Return the keys of the gradients that a lens pair changes."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
 
@@ -101,9 +101,9 @@ class Accumulator:
     ) -> Tensor | None:
         """Add a tile's part to the head's gradients. Return the rows' gradient if it is needed.
 
-        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``, where ``x`` ``(R, D)``
-        are rows of hidden states, and ``weight`` ``(C, D)`` are the rows ``columns`` of the head.
-        Calls must come in ascending order of ``columns``. ``weight_sum``, the sum of the rows of
+        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``. ``x`` ``(R, D)`` holds
+        rows of hidden states, and ``weight`` ``(C, D)`` the rows ``columns`` of the head. Calls
+        must come in ascending order of ``columns``. ``weight_sum``, the sum of the rows of
         ``weight``, and ``survey`` are computed unless they are given.
         """
         if "bias" in targets:

@@ -15,16 +15,17 @@ from torch import Tensor
 from lens_kernels import compat
 
 INDUCTOR: dict[str, Any] = {
-    # Inductor shall recompute cheap values from the two tiles of logits instead of storing them.
-    # By default it stores four intermediate blocks instead of one, and the pass takes 1.6 times as
+    # These thresholds make Inductor recompute cheap values from the two tiles of logits instead of
+    # storing them. By default it stores four blocks instead of one, and the pass takes 1.6 times as
     # long (2 cores).
     "realize_opcount_threshold": 1 << 30,
     "realize_reads_threshold": 1 << 30,
     # Fused multiply-add instructions save 10 % of the pass on a CPU.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-# On a GPU Inductor's default thresholds are good, but it splits reductions of up to 512 rows. With
-# an unknown vocabulary size its code divides once per element. So only the number of rows may vary.
+# On a GPU Inductor's default thresholds are good, but by default it splits reductions of up to 512
+# rows. Only the number of rows may vary between calls. For a variable vocabulary size, Inductor's
+# code would divide once per element.
 INDUCTOR_GPU: dict[str, Any] = {"split_reductions": False}
 # The most variants of a function that a process compiles. They differ in the divergence, in whether
 # there is a gradient, a bias, or a softcap, and in whether there is a single row. Beyond torch's
@@ -36,10 +37,10 @@ _compiler_failed = False
 
 @functools.cache
 def load() -> None:
-    """Make sure that torch's compiler can be imported, which torch does for every own operator.
+    """Make sure that torch's compiler can be imported. torch imports it for every custom operator.
 
-    The import fails if the compiler's cache folder cannot be made. It then gets another folder,
-    and the pointwise pass is not compiled in this process.
+    The import fails if the compiler's cache folder cannot be created. Then the compiler gets
+    another folder, and the pointwise pass is not compiled in this process.
     """
     global _compiler_failed
     place = compat.compiler_cache()

@@ -40,18 +40,20 @@ def _has_amx() -> bool:
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-_lock = threading.Lock()  # without it, a thread could reset the setting while another needs it
-_users: str | None = None  # the user's setting while this module's replaces it
+# Without this lock, a thread could reset the setting while another thread needs it.
+_lock = threading.Lock()
+# This holds the user's setting while this module replaces it.
+_users: str | None = None
 
 
 def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
     """Run float32 GEMMs, with bfloat16 instructions if ``dtype`` is bfloat16.
 
-    On a CPU torch has no GEMM of bfloat16 matrices with a float32 result. With oneDNN's setting it
-    rounds float32 matrices to bfloat16, which does not change values that came from bfloat16. The
-    setting is global: float32 GEMMs of other threads are also rounded meanwhile.
+    On a CPU torch has no GEMM of bfloat16 matrices with a float32 result. With oneDNN's setting,
+    torch rounds float32 matrices to bfloat16, which does not change values that came from bfloat16.
+    The setting is global: float32 GEMMs of other threads are also rounded meanwhile.
 
-    This is no context manager: an interrupt between its start and its body would leave the setting.
+    This is not a context manager, because an interrupt before the body would leave the setting.
     """
     global _users
     if dtype is not torch.bfloat16:
@@ -70,7 +72,7 @@ def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
 
 
 def _restore() -> None:
-    """Give the user's setting back, unless it is there."""
+    """Restore the user's setting if it was replaced."""
     global _users
     if _users is not None:
         _onednn().fp32_precision = "none"  # "none" inherits from torch's general setting
@@ -84,7 +86,7 @@ def _onednn() -> Any:
 
 
 def _start_in_child() -> None:
-    """Renew the lock and the setting in a forked process: the thread that had them is not there."""
+    """Renew lock and setting in a forked process, which lacks the thread that changed them."""
     global _lock
     _lock = threading.Lock()
     _restore()

@@ -47,7 +47,7 @@ def keep_freed_blocks() -> None:
     """Let malloc keep freed blocks for reuse.
 
     glibc keeps freed memory up to twice the size of the largest block that was freed before. So
-    this frees a block of the largest size that counts. Otherwise the temporaries of compiled code
-    would need new memory for every block of rows.
+    this function frees one block of the largest size that glibc takes into account. Otherwise the
+    temporaries of compiled code would need new memory for every block of rows.
     """
     torch.empty(LARGEST_KEPT, dtype=torch.uint8)

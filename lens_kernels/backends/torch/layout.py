@@ -21,9 +21,9 @@ LINE = 16
 # GEMMs on a GPU work on blocks of this many rows. Any other number of rows wastes a part of the
 # last block.
 BLOCK = 128
-# On a GPU: the rows of a tile of logits, and the rows of gradients that one GEMM takes. The GEMM
-# for the head also reads and writes the fp32 head gradient. That takes as long as multiplying 1050
-# rows.
+# On a GPU, the numbers of rows in a tile of logits, and in the gradients that one GEMM takes. The
+# GEMM for the head also reads and writes the fp32 head gradient. That takes as long as multiplying
+# 1050 rows.
 TILE_ROWS, GRAD_ROWS = 512, 2048
 # Each row of gradients begins at a multiple of this many entries, which GEMMs on a GPU need to be
 # fast.
@@ -49,9 +49,9 @@ class Piece(NamedTuple):
 class Layout:
     """The largest number of rows in a tile of logits, and in the gradients that one GEMM takes.
 
-    With enough rows, both are multiples of ``block``. It is 1 if the workspace has no room for a
-    block. With ``shared``, one tile may hold rows of several lens pairs. ``grad_stride`` is the row
-    stride of the gradients, or None if the gradients overwrite the student's logits.
+    With enough rows, both are multiples of ``block``. ``block`` is 1 if the workspace has no room
+    for more rows. With ``shared``, one tile may hold rows of several lens pairs. ``grad_stride`` is
+    the row stride of the gradients, or None if the gradients overwrite the student's logits.
     """
 
     tile_rows: int
@@ -134,7 +134,7 @@ def in_place(tokens: int, bytes_per_row: int, workspace_bytes: int) -> Layout:
 
 
 def apart(rows: int, vocab_size: int, operand: torch.dtype, workspace_bytes: int) -> Layout:
-    """Return the layout in which gradients have a buffer of their own, in dtype ``operand``.
+    """Return the layout in which gradients have a separate buffer, in dtype ``operand``.
 
     ``rows`` counts the rows of all pairs. The fp32 logits take at most half of the workspace.
     """

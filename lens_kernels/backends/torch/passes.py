@@ -24,7 +24,7 @@ class Terms(NamedTuple):
     weight: Tensor | None
     labels: Tensor | None
     label_weight: Tensor | None
-    # Maximum and log of sum of the teacher's logits, ``(R, 2)``, if they are given.
+    # ``(maximum, log sum exp(z - maximum))`` of each row ``z`` of the teacher's logits, if known.
     teacher_statistics: Tensor | None = None
 
 

@@ -185,7 +185,7 @@ class _RowChunks:
             start = stop
 
     def kind(self, piece: Piece) -> tuple[Divergence | None, bool]:
-        """Return the divergence of a piece, and whether it has labels. Only the last pair has."""
+        """Return a piece's divergence, and whether it has labels. Only the last pair has labels."""
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
         return (call.divergences[piece.pair] if call.divergences else None), labelled

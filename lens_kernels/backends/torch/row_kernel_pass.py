@@ -60,7 +60,7 @@ class RowKernelPass:
             teacher = (zt[0], *self.teacher)
             weight, loss = _aligned(terms.weight), one()
             losses.append(loss)
-            # The sweep for relative entropies makes them anyway.
+            # For relative entropies, the kernel's first sweep computes the statistics anyway.
             if terms.teacher_statistics is not None and terms.divergence not in RELATIVE_ENTROPIES:
                 statistics = _aligned(terms.teacher_statistics)
         if terms.labels is not None:

@@ -31,8 +31,10 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-COUNTS = "counts"  # name of a tensor in each shard: the number of rows of each example
-MAPPED_SHARDS = 64  # the most shards that stay memory-mapped in a long run
+# Each shard has a tensor of this name, which holds the number of rows of each example.
+COUNTS = "counts"
+# At most this many shards stay memory-mapped.
+MAPPED_SHARDS = 64
 
 _log = logging.getLogger(__name__)
 

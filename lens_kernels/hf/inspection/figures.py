@@ -11,9 +11,11 @@ from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 FONT = pictures.STYLE["font.family"]
 COLD, HOT = "#F1F5F8", pictures.BLUE
-HOT_FROM = 0.85  # above this fraction of the colour scale, white text is easier to read than black
+# Above this fraction of the colour scale, white text is easier to read than black text.
+HOT_FROM = 0.85
 MAX_LAYERS, MAX_POSITIONS = 32, 24
-CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5  # inches, inches, points
+# The sizes of cells are in inches, and the size of the font is in points.
+CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5
 # With parse_math, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}

@@ -20,7 +20,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 
 class LensLoss:
-    """A mixin for a TRL trainer: ``lens`` are the keywords of ``LensObjective.from_models``.
+    """A mixin for a TRL trainer. ``lens`` holds keyword arguments of ``LensObjective.from_models``.
 
     The terms of the objective are logged in nats per token, over all processes.
     """
@@ -34,7 +34,7 @@ class LensLoss:
     def __init__(self, *args: Any, lens: dict[str, Any] | None = None, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
         models = (self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model))
-        self._meters = {True: Meter(), False: Meter()}  # by whether the model is training
+        self._meters = {True: Meter(), False: Meter()}  # the key is ``model.training``
         self.lens_objective = LensObjective.from_models(*models, **(lens or {}))
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -64,7 +64,7 @@ class LensLoss:
         means = self._meters[self.model.training].means(
             partial(self.accelerator.reduce, reduction="sum")
         )
-        means.pop("loss", None)  # TRL logs it
+        means.pop("loss", None)  # TRL logs the loss itself
         host: Any = super()
         host.log(logs | {prefix + name: x for name, x in means.items()}, *args, **kwargs)
 
@@ -91,7 +91,7 @@ class LensDistillationTrainer(LensLoss, DistillationTrainer):
     """``DistillationTrainer``: the student generates the answers of each batch."""
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Join prompts and answers. Only answers have labels, without the output of tools."""
+        """Join prompts and answers. Only answers have labels, and output of tools has none."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)

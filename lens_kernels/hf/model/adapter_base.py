@@ -1,7 +1,7 @@
 """The base model of an adapter: saved beside the adapter if no other files hold it.
 
 An adapter's files name the folder of its base. A base that was changed after loading, like a
-shallow copy, is in no folder. Any program would then put the adapter on another model.
+shallow copy, is in no folder. Programs would then load the adapter onto another model.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ INSERTED = ("base_layer", "original_module")
 
 
 def is_saved(model: Any) -> bool:
-    """Return whether files hold the base model that ``model``, an adapted model, names."""
+    """Return whether files hold the base model of ``model``, which has adapters."""
     name = next(iter(model.peft_config.values())).base_model_name_or_path
     if not name:
         return False
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     except (OSError, ValueError):
-        return not Path(name).is_absolute()  # a name on the Hub whose files are elsewhere
+        return not Path(name).is_absolute()  # a name on the Hub, which holds the files
     own = model.get_base_model().config.get_text_config()
     return bool(found.num_hidden_layers == own.num_hidden_layers)
 
@@ -44,7 +44,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
-    with torch.device("meta"):  # a model without adapters, only for the names and the files
+    with torch.device("meta"):  # only for the names of weights, and for saving
         plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config
     names = plain.state_dict().keys()
@@ -66,9 +66,9 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def base_of(adapter: Path, name: str) -> str:
-    """Return the folder or name of an adapter's base, whose files name it ``name``.
+    """Return the folder or name of an adapter's base, which the adapter's files call ``name``.
 
-    A base that was saved beside the adapter is found there although the folder was moved.
+    A base that was saved beside the adapter is found even if the folder was moved.
     """
     if Path(name).name == FOLDER:
         for beside in (adapter / FOLDER, adapter.parent / FOLDER):

@@ -15,17 +15,17 @@ from lens_kernels.hf.model.state import measured
 from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
-# The lenses found, each with what it was found in.
+# The known lens of each model, with the numbers and modules that it depends on.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[object, list[object], ModelLens]] = WeakKeyDictionary()
 
 
 def detect_lens(model: Any) -> ModelLens:
-    """Return where the lens of a causal language model is, and its numbers.
+    """Return the parts of a causal language model that make up its lens, and the lens's numbers.
 
     The model reads a few tokens, in evaluation mode and without gradients; it is unchanged
-    afterwards. A registered ``Family`` names the parts instead. Either way the lens is compared
-    with the model's own logits. The result is remembered until the model's parts or its config
-    change. ``model`` may be a peft model.
+    afterwards. If a ``Family`` is registered, it names the parts instead. In both cases the lens is
+    compared with the model's own logits. The result is remembered until the model's parts or its
+    config change. ``model`` may be a peft model.
 
     Raises:
         ValueError: The model has no lens, and the message says why; or a registered family does not
@@ -70,7 +70,7 @@ def _remembered(inner: Any) -> ModelLens | None:
     numbers, modules, found = _FOUND[inner]
     try:
         now = _modules(inner, found)
-    except ValueError:  # a part is gone
+    except ValueError:  # the model no longer has a part
         return None
     same = len(now) == len(modules) and all(a is b for a, b in zip(now, modules, strict=True))
     return found if same and numbers == _numbers(inner, found) else None
@@ -140,7 +140,7 @@ def blocks_of(model: Any) -> list[nn.Module]:
 
 
 def final_norm_of(model: Any) -> nn.Module | None:
-    """Return the norm between the last block and the head; None without one."""
+    """Return the norm between the last block and the head, or None if there is none."""
     return detect_lens(model).norm_in(causal_lm_of(model))
 
 

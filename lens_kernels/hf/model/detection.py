@@ -20,7 +20,7 @@ from lens_kernels.hf.model.fitting import (
 from lens_kernels.hf.model.parts import ModelLens, plain_head, plain_norm
 from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens, trace
 
-ROUNDED = 1e-2  # relative difference of states in 16 bits that count as equal
+ROUNDED = 1e-2  # the largest relative difference of equal states in 16 bits
 
 
 def traced(model: Any, inner: Any) -> Trace:
@@ -37,8 +37,9 @@ def traced(model: Any, inner: Any) -> Trace:
 def find_lens(model: Any, inner: Any) -> ModelLens:
     """Return the lens between the last block and the logits of a model.
 
-    The head is called once. The norm is the module whose output is the head's input, or a constant
-    multiple of it. The blocks are the module list whose last child that ran gave the norm's input.
+    The head must be called once. The norm is the module whose output is the head's input, or the
+    input divided by a constant. The blocks are a module list: its last block that ran returned the
+    norm's input.
 
     Raises:
         ValueError: There is no such lens; the message says what the model does instead.
@@ -86,16 +87,16 @@ def find_lens(model: Any, inner: Any) -> ModelLens:
 
 
 def tolerance_of(run: Trace, head: Any) -> float:
-    """Return the relative rounding of a model's states."""
+    """Return the relative rounding error that a model's states may have."""
     # Logits may be float32 results of 16-bit work.
     rounded = run.autocast is not None or head.weight.dtype.itemsize < 4
     return ROUNDED if rounded else EXACT
 
 
 def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None, float]]:
-    """Yield what may be the final norm, with the multiple of its output that the head gets."""
+    """Yield calls that may be the final norm. The head gets a multiple of their output."""
     yield None, 1.0
-    for call in reversed(run.calls):  # a wrapper comes before what it wraps
+    for call in reversed(run.calls):  # a wrapper comes before its module
         if call.module is head or call.given is None or call.returned is None:
             continue
         if call.given.shape == call.returned.shape == x.shape:
@@ -106,7 +107,7 @@ def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None
 
 
 def _is_norm(run: Trace, call: Call) -> bool:
-    """Say whether a module is a norm, perhaps wrapped or parametrised, and not several steps."""
+    """Say whether a module is a single step, perhaps wrapped or parametrised, as a norm is."""
     inside = [part for part in run.calls if part.path.startswith(f"{call.path}.")]
     whole = any(part.given is call.given and _same(part.returned, call.returned) for part in inside)
     plain = not any(True for _ in call.module.children())
@@ -114,14 +115,14 @@ def _is_norm(run: Trace, call: Call) -> bool:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether states are equal after a cast; the residual stream may be float32."""
+    """Say whether states are equal after a cast, because the residual stream may be float32."""
     if a is None or b is None or a.shape != b.shape:
         return False
     return torch.equal(a.to(b), b)
 
 
 def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """Return path and indices of the longest module list that ends in ``h``."""
+    """Return path and indices of the longest module list whose last block returned ``h``."""
     ended = {id(call.module): i for i, call in enumerate(run.calls)}
     found = []
     for path, blocks in inner.named_modules():
@@ -161,7 +162,7 @@ def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
         called = run.last(part)
         if called is None or not _close(called.returned, normed):
             continue
-        try:  # alone, a part may need more than tokens; libraries raise errors of any kind
+        try:  # a part may need other inputs, and raise errors of any kind
             with torch.autocast(run.ids.device.type, run.autocast, enabled=bool(run.autocast)):
                 alone = hidden_of(decode(part, {"input_ids": run.ids}))
         except Exception:
@@ -183,7 +184,7 @@ def _close(a: Tensor | None, b: Tensor) -> bool:
 
 
 def _obstacle(run: Trace, inner: Any, head: nn.Module, x: Tensor) -> str:
-    """Say what stands between the blocks and the head."""
+    """Describe the module between blocks and head that prevents a lens."""
     streams = _streams(run, inner, x)
     if streams is not None:
         return streams

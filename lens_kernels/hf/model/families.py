@@ -15,8 +15,8 @@ class Family:
     """A description of how causal language models compute logits from the last block's output h.
 
     ``s = scale * head(norm(h))`` and ``logits = softcap * tanh(s / softcap)``, or ``s`` without a
-    soft cap. ``head`` is ``model.get_output_embeddings()``. Registered families take the place of
-    detection, and are checked against the model's own logits like a detected lens.
+    soft cap. ``head`` is ``model.get_output_embeddings()``. A registered family replaces detection.
+    It is compared with the model's own logits, as a detected lens is.
 
     Attributes:
         blocks: Path of the ``nn.ModuleList`` of blocks, from the causal language model.

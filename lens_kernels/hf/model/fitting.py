@@ -1,4 +1,4 @@
-"""Norms, scales and soft caps, measured by what modules make of numbers."""
+"""Norms, scales and soft caps, measured by running modules on chosen numbers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lens_kernels.hf.model.tracing import hooked, logits_of
 from lens_kernels.lens import NORM_KINDS, LensNorm
 
-EXACT = 1e-4  # relative difference of float32 results that count as equal
-SMALLEST_EPS = 1e-12  # rows must not be smaller than its root
+EXACT = 1e-4  # the largest relative difference of equal float32 results
+SMALLEST_EPS = 1e-12  # rows are at least as large as its square root
 USUAL_EPS = (1e-5, 1e-6, 1e-8, SMALLEST_EPS, 0.0)
 
 
@@ -35,7 +35,7 @@ def difference(found: Tensor, true: Tensor) -> float:
 
 
 def factor(a: Tensor, b: Tensor) -> float:
-    """Return ``c`` for which ``c * b`` is nearest to ``a``."""
+    """Return the number ``c`` for which ``c * b`` is nearest to ``a``."""
     a, b = a.double(), b.to(a.device).double()
     return ((a * b).sum() / b.square().sum().clamp(min=1e-300)).item()
 
@@ -46,7 +46,7 @@ def numbers_of(config: Any) -> list[float]:
 
 
 def exact_number(measured: float, config: Any, tolerance: float = EXACT) -> float:
-    """Return 1, a config's number or the inverse of one if it is what was measured."""
+    """Return the nearest of 1, the config's numbers and their inverses, or else ``measured``."""
     own = numbers_of(config)
     known = [1.0, *own, *(1 / x for x in own)]
     nearest = min(known, key=lambda x: abs(x / measured - 1) if measured else abs(x))
@@ -54,13 +54,13 @@ def exact_number(measured: float, config: Any, tolerance: float = EXACT) -> floa
 
 
 def norm_rows(width: int, size: float, device: torch.device) -> Tensor:
-    """Return random rows. Their mean is not 0, which tells an RMS norm from a layer norm."""
+    """Return random rows. Their mean is not 0, so that RMS norms and layer norms differ."""
     rows = torch.randn(16, width, generator=torch.Generator().manual_seed(0)) + 0.5
     return size * rows.to(device)
 
 
 def norm_sizes(eps: float) -> tuple[float, float]:
-    """Return sizes of rows: at 1 the weight shows, at the root of eps the eps."""
+    """Return sizes of test rows. Size 1 shows a wrong weight, and sqrt(eps) a wrong eps."""
     return 1.0, max(eps, SMALLEST_EPS) ** 0.5
 
 
@@ -70,10 +70,10 @@ def in_float32(norm: nn.Module) -> nn.Module:
 
 
 def fit_norm(norm: Any, width: int, config: Any) -> NormFit:
-    """Return the kind, eps and offset with which ``LensNorm`` computes what ``norm`` does.
+    """Return the kind, eps and offset for which ``LensNorm`` gives the same results as ``norm``.
 
     Raises:
-        ValueError: There are none.
+        ValueError: No known kind, eps and offset give these results.
     """
     weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
     own = {id(x) for x in (weight, bias) if x is not None}
@@ -105,26 +105,27 @@ def fit_norm(norm: Any, width: int, config: Any) -> NormFit:
 def _candidates(norm: Any, config: Any) -> Iterable[float]:
     own = [x for x in vars(norm).values() if type(x) is float]
     named = [x for name, x in config.to_dict().items() if "eps" in name and type(x) is float]
-    finest = torch.finfo(torch.float32).eps  # nn.RMSNorm without eps
+    finest = torch.finfo(torch.float32).eps  # used by nn.RMSNorm if its eps is None
     return dict.fromkeys(x for x in (*own, *named, finest, *USUAL_EPS) if 0 <= x < 0.5)
 
 
 def logits_of_products(model: Any, head: Any, ids: Tensor, products: Tensor) -> Tensor:
-    """Return the model's logits at the first tokens if its head returns ``products`` there."""
+    """Return the model's logits if its head returns ``products`` for the first tokens."""
 
     def put(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         put = products.new_zeros(output.shape)
         put[..., : len(products), :] = products
         return put
 
-    # First among hooks: one that changes the head's output acts on the products too.
+    # This hook runs first, so that other hooks that change the head's output also change the
+    # products.
     with hooked(x.register_forward_hook(put, prepend=True) for x in [head]):
         return logits_of(model, ids)[0, : len(products)]
 
 
 @dataclass(frozen=True)
 class MapFit:
-    """How logits follow from the head's products, and for how many entries there are logits."""
+    """The map from the head's products to logits, and the number of logits."""
 
     scale: float
     softcap: float | None
@@ -132,10 +133,10 @@ class MapFit:
 
 
 def fit_map(model: Any, head: Any, ids: Tensor, config: Any) -> MapFit:
-    """Return scale, cap and number of the logits that a model makes of its head's products.
+    """Return how a model turns its head's products into logits: scale, soft cap and number.
 
     Raises:
-        ValueError: The logits are not a multiple of the products, nor a capped one.
+        ValueError: The logits are not the products times a scale, with or without a soft cap.
     """
     ramp = torch.linspace(-60, 60, len(head.weight), device=head.weight.device)
     put = torch.stack([1e-3 * ramp, ramp, 1e4 * ramp.sign()])

@@ -35,7 +35,7 @@ from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST_BLOCKS = 10_000  # transformers makes a module for each before it reads the weights
+MOST_BLOCKS = 10_000  # a limit, because transformers makes the blocks before it reads weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -102,7 +102,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
 
 
 def _auto_class(kind: object) -> Any:
-    """Return the class that loads a model type; image-text models are trained on text."""
+    """Return the class that loads a model type. Image-text models have a class of their own."""
     images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
     if kind in images - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         return AutoModelForImageTextToText
@@ -172,7 +172,7 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse kernels on the Hub, which transformers would run, and blocks without end."""
+    """Refuse kernels on the Hub, which transformers would run, and too many blocks."""
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_config(value)
@@ -208,7 +208,7 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
             named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
-        tokenizer("a")  # a damaged config may show only here
+        tokenizer("a")  # a damaged config may raise only here
         return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
@@ -219,15 +219,15 @@ def check_tokenizers(
 ) -> None:
     """Check that both tokenizers give every token the same id.
 
-    With ``vocab_size``, only tokens with an id below it are compared, and those of ``ids``, which
-    are the ids of the data.
+    ``ids`` are those that occur in the data. With ``vocab_size``, only these tokens and tokens with
+    an id below ``vocab_size`` are compared.
 
     Raises:
         ValueError: Some ids differ. The message lists a few of these tokens.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     used = set(ids)
-    differing = []  # each with its lowest id, and whether the data hold it
+    differing = []  # tokens, with their lowest id, and whether the data hold them
     for name in mine.keys() | theirs.keys():
         own = {vocabulary[name] for vocabulary in (mine, theirs) if name in vocabulary}
         lowest, held = min(own), bool(own & used)
@@ -253,7 +253,7 @@ def check_tokenizers(
 
 
 def _place(path: str, download: bool, revision: str | None = None) -> str:
-    """Return what a model is read from: without downloads, its folder in the Hub's cache.
+    """Return a model's folder or name. Without downloads, a name becomes a cached folder.
 
     Even with ``local_files_only``, huggingface_hub and transformers ask the Hub about names.
     """

@@ -1,4 +1,4 @@
-"""Where a model's lens is, and the modules and tensors at these places."""
+"""The paths of the modules that make up a model's lens, and access to their tensors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class ModelLens:
     Attributes:
         blocks: Path of the ``nn.ModuleList`` of blocks.
         indices: Indices of the blocks that run.
-        norm: Path of the final norm; None without one.
+        norm: Path of the final norm, or None if there is none.
         decoder: Path of the part that, called without the head, returns the normed final states.
         norm_fit: Kind, eps and offset of the norm.
         map: Soft cap and number of the logits, and their scale after the head.
-        multiple: What multiplies the normed states before the head; part of ``scale``.
+        multiple: The number that multiplies the normed states before the head; part of ``scale``.
     """
 
     blocks: str
@@ -71,7 +71,7 @@ class ModelLens:
 
 
 def submodule(model: Any, path: str, field: str) -> nn.Module:
-    """Return the module at a path; ``field`` of a ``Family`` may have named it."""
+    """Return the module at a path. Errors call the path the ``field`` of a ``Family``."""
     try:
         part: nn.Module = model.get_submodule(path)
     except AttributeError as error:
@@ -101,7 +101,7 @@ def plain_head(model: Any) -> Any:
 
 
 def plain_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return weight and bias of a norm, each None where it has none."""
+    """Return the weight and bias of a norm. A missing one is None."""
     # A wrapper (adapter, modules_to_save, parametrisation) has the norm as a child. The wrapper's
     # own weight attribute may not be the weight that it uses.
     if any(True for _ in norm.children()):

@@ -33,11 +33,11 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 
 def measured(model: Any, work: Callable[[], T]) -> T:
-    """Run ``work`` on a model, which is as before afterwards, and return the result.
+    """Run ``work`` on a model and return the result. The model is unchanged afterwards.
 
     The model is in evaluation mode, without gradients. Autocast around the call has no effect, and
-    the random state is unchanged. Weights of several dtypes may run together only under autocast:
-    such a model is tried without it first.
+    the random state is unchanged. A model with weights of several dtypes may need autocast. It runs
+    without autocast first, and with it if that fails.
     """
     try:
         with _measuring(model, autocast=False):

@@ -14,7 +14,7 @@ from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.model.tracing import hidden_in, logits_of, sample_tokens
 
-# Names of a config's number of blocks; a decoder of an encoder-decoder has one of its own.
+# Names for the number of blocks in a config. Some are for the decoder of an encoder-decoder.
 LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
@@ -25,9 +25,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     ``name_or_path`` is empty, because the teacher's files hold another model.
 
     Raises:
-        ValueError: The teacher does not have one of the blocks, or the blocks are not in ascending
-            order, or the logits of the copy differ from those of the teacher without the other
-            blocks.
+        ValueError: A block does not exist, or the blocks are not in ascending order. Or the copy's
+            logits differ from those of the teacher without the other blocks.
         TypeError: The teacher has adapters or quantised layers.
     """
     lens = detect_lens(teacher)
@@ -85,7 +84,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
-    """Compare the copy with the teacher, whose other blocks are made to return their input."""
+    """Compare the copy with the teacher, while the teacher's other blocks return their input."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = hidden_in(args, kwargs)

@@ -12,10 +12,10 @@ from lens_kernels.hf.model.student import shallow_copy
 
 
 def make_student(argv: Sequence[str], say: Callable[[str], None]) -> None:
-    """Write a student of some blocks of its teacher to a folder.
+    """Make a student from some blocks of its teacher, and write it to a folder.
 
     Raises:
-        ValueError: The blocks do not exist, the teacher has no such copy, or the folder has files.
+        ValueError: A block does not exist, the copy fails, or the folder has files.
     """
     parser = argparse.ArgumentParser(
         prog="lens-kernels student",
@@ -70,7 +70,7 @@ def block_range(text: str) -> range:
 
 
 def even_blocks(number: int, total: int) -> list[int]:
-    """Return evenly spaced blocks, the first and the last among them.
+    """Return evenly spaced blocks, including the first and the last.
 
     Raises:
         ValueError: ``number`` is not in [1, total].

@@ -1,4 +1,4 @@
-"""What every module of a model is given and returns on a few tokens."""
+"""Record the inputs and outputs of every module of a model for a few tokens."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LENGTH = 6  # tokens of a trace
+LENGTH = 6  # the number of tokens in a trace
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path in the model, the hidden states it got and returned."""
+    """One call of a module: the module's path, and the hidden states that it got and returned."""
 
     path: str
     module: nn.Module
@@ -27,7 +27,7 @@ class Call:
 class Trace:
     """The calls of one forward pass in the order in which they ended, and the logits.
 
-    ``autocast`` is the dtype of autocast in the pass; None without it.
+    ``autocast`` is the dtype of autocast in the pass, or None without autocast.
     """
 
     ids: Tensor
@@ -41,7 +41,7 @@ class Trace:
 
 
 def hidden_of(value: Any) -> Tensor | None:
-    """Return the hidden states in what a module returned: a tensor, a sequence or an output."""
+    """Return the hidden states in a module's result: a tensor, a sequence or a model output."""
     value = getattr(value, "last_hidden_state", value)
     if isinstance(value, Mapping):
         value = tuple(value.values())
@@ -52,13 +52,13 @@ def hidden_of(value: Any) -> Tensor | None:
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the hidden states among the arguments of a module: the first that can be ones."""
+    """Return the first argument of a module that can be hidden states."""
     named = [kwargs["hidden_states"]] if "hidden_states" in kwargs else list(kwargs.values())
     return next((x for x in map(hidden_of, [*args, *named]) if x is not None), None)
 
 
 def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
-    """Return a row of token ids without those that a config names: one may stand for an image."""
+    """Return a row of token ids. Ids in the config are avoided, because one may mean an image."""
     named: set[int] = set()
     for config in (model.config, model.config.get_text_config()):
         for name, value in config.to_dict().items():
@@ -92,7 +92,7 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 def trace(model: Any, inner: nn.Module, ids: Tensor) -> Trace:
     """Run ``model`` on tokens and record the calls of ``inner``'s modules.
 
-    They are the same model, except that ``inner`` is without peft's wrapper.
+    ``inner`` is the same model without peft's wrapper.
     """
     calls: list[Call] = []
     autocast: set[torch.dtype] = set()
@@ -100,7 +100,8 @@ def trace(model: Any, inner: nn.Module, ids: Tensor) -> Trace:
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             calls.append(Call(path, module, hidden_in(args, kwargs), hidden_of(output)))
-            # accelerate wraps a model's forward in autocast, which no context around it disables.
+            # accelerate can wrap a model's forward in autocast. A context around the call cannot
+            # disable it.
             if torch.is_autocast_enabled(ids.device.type):
                 autocast.add(torch.get_autocast_dtype(ids.device.type))
 

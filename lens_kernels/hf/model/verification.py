@@ -19,8 +19,8 @@ from lens_kernels.hf.model.parts import ModelLens
 from lens_kernels.hf.model.tracing import sample_tokens, trace
 from lens_kernels.lens import LensHead
 
-# The largest products of the head in each probe. Large ones show a soft cap. Any of them shows a
-# scale.
+# The largest products of the head in each probe. Only large products show a soft cap, but all show
+# a scale.
 PROBES = (1.0, 60.0, 1000.0)
 
 
@@ -74,14 +74,14 @@ def _check_norm(model: Any, lens: ModelLens, head: LensHead) -> None:
 
 
 def _check_map(model: Any, lens: ModelLens, head: LensHead) -> None:
-    """Compare the maps from the head's products to logits, on numbers put in their place."""
+    """Compare the maps from the head's products to logits, with given numbers as products."""
     inner = causal_lm_of(model)
     module = inner.get_output_embeddings()
     ids = sample_tokens(inner, len(head.weight), head.weight.device)
     ramp = torch.linspace(-1, 1, len(module.weight), device=head.weight.device)
     ramps = torch.stack([size * ramp for size in PROBES])
     put = ramps if module.bias is None else ramps + module.bias.float()
-    # The products are float32 here, whatever the weights are, so the check can be strict.
+    # The products are float32 for any dtype of the weights, so the check can be strict.
     for x, own in zip(ramps, logits_of_products(model, module, ids, put), strict=True):
         read = head.logits(x[: len(head.weight)].clone(), 1.0)[0]
         _compare(model, "logits", read, own, own.dtype)

@@ -19,11 +19,12 @@ from lens_kernels.hf.training.text_files import read_text
 
 STATE = "trainer_state.json"
 INDEX = "model.safetensors.index.json"
-KEYS = {STATE: "global_step", INDEX: "weight_map"}  # of these JSON files
-# One of each is needed. Folders hold shards of FSDP or DeepSpeed.
+KEYS = {STATE: "global_step", INDEX: "weight_map"}  # a key that these JSON files must have
+# A checkpoint needs one file or folder of weights and one of the optimizer. FSDP and DeepSpeed
+# write folders.
 WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-OPTIONAL = ("config.json", "scaler.pt")  # read if they are there
+OPTIONAL = ("config.json", "scaler.pt")  # read if they exist
 
 
 def last_whole(
@@ -60,7 +61,7 @@ def check_whole(folder: Path, processes: int, projections: bool) -> None:
 
 
 def damage(folder: Path, processes: int, projections: bool) -> str | None:
-    """Return which file of a checkpoint is missing or cannot be read, and why; None if none is.
+    """Return which file of a checkpoint is missing or cannot be read, and why, else None.
 
     Args:
         folder: Folder of the checkpoint.
@@ -85,7 +86,7 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
         if names is WEIGHTS:
             found += sorted(folder.glob("*/adapter_model.safetensors"))  # adapters with a name
         yield from found or [folder / names[0]]
-    if (folder / INDEX).exists():  # read above
+    if (folder / INDEX).exists():  # the caller has already checked it
         shards: Mapping[str, str] = json.loads(read_text(folder / INDEX))["weight_map"]
         yield from (folder / name for name in sorted(set(shards.values())))
     if (folder / "adapter_config.json").exists():
@@ -99,7 +100,7 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
 
 
 def _read(file: Path) -> None:
-    """Read what shows that a file is whole: all of a small one, the directory of a large one."""
+    """Raise if a file is cut off. Small files are read whole, large ones only in part."""
     if file.is_dir():
         if not any(file.iterdir()):
             raise ValueError("the folder is empty")

@@ -65,9 +65,9 @@ def check_data(
     """Check every example of a dataset against the models. A dataset without indexing is skipped.
 
     Raises:
-        ValueError: An example lacks a column, has more tokens than a model has positions, or holds
-            an id without an embedding or a label that is not below ``vocab_size``. Or no example
-            has a label that counts.
+        ValueError: An example lacks a column, or has more tokens than a model has positions. Or an
+            id has no embedding, or a label is not below ``vocab_size``. Or no example has a label
+            that counts.
     """
     if isinstance(dataset, Mapping):
         for key, part in dataset.items():

@@ -30,7 +30,7 @@ def padding_id(tokenizer: Any) -> int:
     raise ValueError("the tokenizer has neither pad_token nor eos_token: set tokenizer.pad_token")
 
 
-# Columns with one number per token, and the number that pads each. Padding tokens are masked, so
+# Columns with one number per token, each with its number for padding. Padding tokens are masked, so
 # their positions and token types may be any valid number.
 PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
 

@@ -50,7 +50,7 @@ def encode(
             instruction into the Stanford Alpaca text. ``"chat"`` renders it as a user message with
             the tokenizer's chat template. Both styles leave ``prompt`` unchanged and render
             ``messages`` with the template. Every assistant turn from ``row.trained_from`` on is
-            trained on. So is all of plain text.
+            trained on. All of plain text is trained on too.
         max_length: Maximum number of tokens; longer examples are truncated.
         max_prompt_length: Maximum number of tokens before the first response.
 
@@ -137,8 +137,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _further_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text that follows other text.
 
-    SentencePiece tokenizers write a space before a text that is tokenised alone. So the text is
-    tokenised behind a character, and the tokens of the character are removed.
+    SentencePiece tokenizers write a space before a text that is tokenised alone. So a character is
+    put before the text, and the tokens of the character are removed.
     """
     if not any(ids not in (None, _ids(tokenizer, "a")) for ids in _behind(tokenizer, "a")):
         return _ids(tokenizer, text)
@@ -152,7 +152,7 @@ def _further_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _behind(tokenizer: Any, text: str) -> Iterator[list[int] | None]:
-    """Yield the tokens of ``text`` behind each of two characters, or None if they share a token."""
+    """Yield the tokens of ``text`` after each of two characters, or None if both share a token."""
     for character in ("\n", "."):
         before, whole = _ids(tokenizer, character), _ids(tokenizer, character + text)
         yield whole[len(before) :] if whole[: len(before)] == before else None

@@ -23,8 +23,10 @@ from lens_kernels.hf.training.meter import evaluate
 from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
-BLOCK = 128  # tokens of one training example
-HELD_OUT_EVERY = 8  # every eighth topic is held out
+# A training example has this many tokens.
+BLOCK = 128
+# Every eighth topic is held out.
+HELD_OUT_EVERY = 8
 EVAL_BATCHES = 6
 LENS_PAIRS = 3
 # Of nine ways to drop ten blocks, this one does the least harm before training.
@@ -44,7 +46,7 @@ class _QuietProgress(ProgressCallback):
 def texts() -> tuple[str, str]:
     """Return training text and held-out text from the help topics of the standard library.
 
-    Topics share paragraphs, so the held-out text leaves out those of the training text.
+    Topics share paragraphs, so the held-out text omits paragraphs that the training text has.
     """
     from pydoc_data.topics import topics
 

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from lens_kernels.lens import LensHead
 
-STRIDE = 16  # entropies use every 16th token, which costs about 3 % of the loss
-# Peak memory, in tiles of float32 logits: a soft cap and its derivative take the most.
+# Entropies use every 16th token, which costs about 3 % of the time of the loss.
+STRIDE = 16
+# The peak memory divided by that of a tile of float32 logits. It is reached with a soft cap.
 TILES = 6
 
 
@@ -17,7 +18,7 @@ def entropy_sum(rows: Tensor, head: LensHead, temperature: float, workspace: int
     """Estimate the sum of the entropies of ``rows`` ``(N, D)`` from every 16th row, in nats.
 
     ``head`` has a norm only if the rows need one. Tiles of logits take at most ``workspace`` bytes,
-    or those of one row.
+    but hold at least one row.
     """
     sample = rows[::STRIDE]
     row_bytes = TILES * head.weight.shape[0] * torch.float32.itemsize
@@ -32,5 +33,5 @@ def _entropies(x: Tensor, head: LensHead, temperature: float) -> Tensor:
         x = head.norm.forward(x.float())[0]
     products = x.to(head.weight.dtype) @ head.weight.T
     log_p = head.logits(products.float(), temperature)[0].log_softmax(-1)
-    del products  # a tile less at the peak
+    del products  # frees a tile before the peak
     return -(log_p.exp() * log_p).sum(-1)

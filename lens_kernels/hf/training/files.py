@@ -15,7 +15,8 @@ from lens_kernels.hf.cache.key import file_digest
 
 HUB = "hub:"  # hub:NAME or hub:NAME:SPLIT
 
-Read = tuple[int, Any]  # the number of a record, and the record or the error of reading it
+# The number of a record, and the record or the error of reading it.
+Read = tuple[int, Any]
 
 
 def read_records(source: str | Path) -> Iterator[tuple[str, int, Any]]:
@@ -102,7 +103,7 @@ def _saved(path: Path) -> Iterator[Read]:
 
 def _parquet(path: Path) -> Iterator[Read]:
     library = _package("pyarrow.parquet", path)
-    path.stat()  # a missing file has an error of its own
+    path.stat()  # raises FileNotFoundError, which has a clear message
     try:
         number = 0
         for batch in library.ParquetFile(path).iter_batches():

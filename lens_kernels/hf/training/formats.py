@@ -16,8 +16,10 @@ SPEAKERS |= {"observation": "tool", "system": "system", "user": "user", "assista
 FOR_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 # The keys of each format.
 FORMATS = ("instruction and output", "prompt and completion", "messages", "conversations")
-TEXT = "text"  # a format of its own only without the keys of the others
-SHOWN = 10  # maximum number of bad lines in one error message
+# A record with this key is plain text, unless it has the keys of another format.
+TEXT = "text"
+# An error message lists at most this many bad lines.
+SHOWN = 10
 
 Messages = list[dict[str, Any]]
 
@@ -27,8 +29,8 @@ class Row:
     """A record of data. Only one of ``instruction``, ``prompt``, ``messages`` is set.
 
     None of them is set for plain text, which is the only reference. Training uses the first of
-    ``references``. A conversation has one: its last assistant turn. Its assistant turns from
-    ``trained_from`` on are trained on. ``line`` is the line or the position in its file.
+    ``references``. A conversation has one reference: its last assistant turn. Its assistant turns
+    from ``trained_from`` on are trained on. ``line`` is the line or the position in its file.
     """
 
     line: int

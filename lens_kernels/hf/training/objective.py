@@ -181,7 +181,7 @@ class LensObjective(nn.Module):
 
     @torch.no_grad()
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
-        """Return the teacher's states at the flat positions ``counted``. The last are the final."""
+        """Return the teacher's states at the flat positions ``counted``, the final state last."""
         assert self.teacher is not None
         device = inputs["input_ids"].device
         if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:

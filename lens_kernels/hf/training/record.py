@@ -14,11 +14,14 @@ import yaml
 
 from lens_kernels.hf.training.text_files import read_text, write_text
 
-RECORD, METRICS = "run.yaml", "metrics.json"  # METRICS is written when a run is complete
-DIGESTS = "data.json"  # digests of the data files; not in RECORD, which is valid for --config
+# RECORD is written when a run starts, and is a valid file for --config. METRICS is written when the
+# run is complete.
+RECORD, METRICS = "run.yaml", "metrics.json"
+# The digests of the data files.
+DIGESTS = "data.json"
 
-# Options that change no weight, by the beginnings of their names, so that those of later versions
-# of transformers are among them. An option that is not listed counts as a change.
+# Options that change no weight. Names that begin with an entry match, so that options of later
+# versions of transformers match too. Any other option counts as a change.
 UNTRAINED = (
     "output_dir",
     "allow_download",
@@ -28,9 +31,10 @@ UNTRAINED = (
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_timeout"),
     *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache_steps"),
 )
-# These decide which weights load_best_model_at_end takes, and change none without it.
+# These options matter only with load_best_model_at_end, because they decide which weights it loads.
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
-LENGTHS = ("max_steps", "num_train_epochs")  # a run may be continued beyond its end
+# A complete run is continued if one of these options is raised.
+LENGTHS = ("max_steps", "num_train_epochs")
 # Schedules of the learning rate that do not depend on the number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
@@ -38,8 +42,8 @@ ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_pla
 def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Compare the options of a command with those that its run was started with.
 
-    Options are compared by what they mean: paths by the place, data files by ``check_data``, and
-    options that change no weight not at all.
+    Different paths to the same place are equal. Data files are compared by ``check_data``. Options
+    that change no weight are not compared.
 
     Returns:
         How the run is continued beyond its former end, or "" if it is not.
@@ -97,7 +101,7 @@ def metrics_of(output: Path) -> dict[str, float] | None:
 
 
 def write_start(output: Path, options: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write what later commands compare with."""
+    """Write the record and the digests that later commands are compared with."""
     output.mkdir(parents=True, exist_ok=True)
     write_text(output / DIGESTS, json.dumps(dict(digests), indent=1))
     write_text(output / RECORD, yaml.safe_dump(dict(options), sort_keys=True))

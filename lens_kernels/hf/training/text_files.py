@@ -16,7 +16,7 @@ def read_text(path: Path) -> str:
     """Return the text of a file in UTF-8.
 
     Raises:
-        ValueError: The file holds other bytes.
+        ValueError: The file is not valid UTF-8.
         OSError: The file cannot be read.
     """
     try:

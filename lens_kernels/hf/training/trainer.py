@@ -328,7 +328,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             (folder / f"{PROJECTIONS}.partial").replace(folder / f"{PROJECTIONS}.safetensors")
 
     def _save_base(self, folder: Path, held: dict[str, Tensor]) -> None:
-        """Save the base of an adapter that no files hold, once for a folder and its checkpoints."""
+        """Save an adapter's base, if no files hold it, once for a folder and its checkpoints."""
         if not self._base_is_new:
             return
         output = Path(str(self.args.output_dir))

@@ -29,7 +29,7 @@ def exp(x):
 
 @triton.jit
 def expm1_near(x):
-    """``exp(x) - 1`` for ``|x| <= NEAR``, to 2e-8."""
+    """``exp(x) - 1`` for ``|x| <= NEAR``, with an error of 2e-8."""
     y = x * 1.9944874e-4 + 1.3982186e-3
     y = y * x + 8.333236e-3
     y = y * x + 4.1665792e-2
@@ -97,14 +97,14 @@ def log1p_far(e):
 
 @triton.jit
 def log_cosh_near(square):
-    """``log(cosh(d / 2))`` from ``square = d^2`` for ``|d| <= NEAR``, to 2e-7."""
+    """``log(cosh(d / 2))`` from ``square = d^2`` for ``|d| <= NEAR``, with an error of 2e-7."""
     y = square * 3.3756855e-4 - 5.2074352e-3
     return square * (y * square + 0.12499999)
 
 
 @triton.jit
 def symmetric_near(square):
-    """``d/2 tanh(d/2) - log(cosh(d/2))`` from ``square = d^2`` for ``|d| <= NEAR``, to 2e-8."""
+    """``d/2 tanh(d/2) - log(cosh(d/2))`` from ``square = d^2``, ``|d| <= NEAR``; error 2e-8."""
     y = square * -1.7517901e-4 + 1.7346757e-3
     y = y * square - 1.5624928e-2
     return square * (y * square + 0.125)

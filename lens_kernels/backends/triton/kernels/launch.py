@@ -51,7 +51,7 @@ class SplitGrid:
         blocks = triton.cdiv(tokens, tile.block_n)
         tiles = triton.cdiv(vocab_size, tile.block_v)
         self.group_blocks = row_groups.group_blocks(tokens, tile.block_n)
-        # A group has two programs for each processor, but no more splits than tiles.
+        # A group has at least two programs per processor, unless there are too few tiles.
         splits = min(tiles, triton.cdiv(2 * processors(device), self.group_blocks))
         self.tiles_per_split = triton.cdiv(tiles, splits)
         self.splits = triton.cdiv(tiles, self.tiles_per_split)

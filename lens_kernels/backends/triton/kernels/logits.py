@@ -23,9 +23,9 @@ def place_of(program, programs, blocks, group_blocks):
 
 @triton.jit
 def rows_and_part(tokens, group_blocks, BLOCK_N: tl.constexpr):
-    """Return this program's row indices, which are valid, and its part of the vocabulary.
+    """Return this program's row indices, a mask of the valid ones, and its part of the vocabulary.
 
-    Invalid indices repeat the last.
+    Invalid indices repeat the last row.
     """
     blocks = tl.cdiv(tokens, BLOCK_N)
     block, part = place_of(tl.program_id(0), tl.num_programs(0), blocks, group_blocks)

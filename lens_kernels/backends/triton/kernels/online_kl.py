@@ -65,7 +65,7 @@ def online_kl_kernel(
         )
         tile_maximum_s, tile_total_s, lq = conditional(us, 1.0)
         tile_maximum_t, tile_total_t, lp = conditional(ut, 1.0)
-        # These are computed before ``union``, because the registers of the tile are then free.
+        # These are computed before ``union``, so that the registers of the tile become free.
         forward_part = of_tile(lp, lq, "forward_kl")
         reverse_part = of_tile(lp, lq, "reverse_kl")
         maximum_s, total_s, lq_old, lq_new = union(

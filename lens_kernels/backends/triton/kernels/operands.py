@@ -104,7 +104,7 @@ def tf32_is_allowed() -> bool:
 
 
 def padded(width: int) -> int:
-    """Return the padded width of a row, up to which kernels read it."""
+    """Return the padded width of a row. Kernels read rows up to this width."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 

@@ -18,7 +18,7 @@ from lens_kernels.backends.triton.kernels.pointwise import pointwise
 
 @triton.jit
 def conditional(y, factor):
-    """Return ``(maximum, total, log-probabilities)`` of each row of a tile, as if it were all.
+    """Return ``(maximum, total, log-probabilities)`` of each row, within the tile alone.
 
     Logits are ``factor * y``. ``maximum`` is the maximum of ``y``, and ``total`` the sum of
     exponentials.

@@ -163,7 +163,7 @@ def row_pass_kernel(
     else:
         maximum = tl.load(statistics_ptr + 2 * row)
         max_t = maximum / factor_t
-        # The division is not exact, and what it loses counts.
+        # The division by the factor rounds the maximum, so its error is added here.
         log_sum_t = tl.load(statistics_ptr + 2 * row + 1) + (maximum - max_t * factor_t)
 
     if DIVERGENCE is not None:
@@ -232,8 +232,8 @@ def row_pass_kernel(
                 size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
                 mass += tl.sum(size, 1)
                 squares += tl.sum(size * size, 1)
-                # The bits of positive numbers, as integers, have the order of the numbers. NaN is
-                # the largest.
+                # Read as integers, the bits of positive numbers have the same order as the numbers.
+                # NaN is the largest.
                 bits = size.to(tl.int32, bitcast=True)
                 known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
                 tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")

@@ -90,7 +90,7 @@ def rejection(error: Exception) -> str | None:
 
 
 def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return how far results differ from the truth, or None if they are within the tolerance.
+    """Return a message if results differ from the truth by more than the tolerance, else None.
 
     This waits for the GPU.
     """
@@ -152,7 +152,7 @@ class Search:
         return self.outcomes
 
     def gradient(self, sums: RowSums, tile: Tile) -> Tensor:
-        """Launch sweep 3 over a chunk of the vocabulary, a multiple of every candidate's block."""
+        """Launch sweep 3 over a chunk whose size is a multiple of every candidate's block."""
         x, vocab_size = self.student.x, self.vocab_size
         unit = max(v for _, v in BLOCKS_NV)
         units = max(1, WORKSPACE_BYTES // (len(x) * x.element_size() * unit))
