@@ -66,12 +66,13 @@ def test_second_run_reuses_the_results_of_the_first(
         if row["threshold"] == "0.0":
             assert max(float(row["hidden_error"]), float(row["head_error"])) < 1e-6
             assert float(row["used_share"]) > 0.9 and float(row["dropped_share"]) < 1e-6
-    # Each call takes 1 s longer than the last: 4 warm-up calls, then two rotated rounds of 4.
+    # Each call takes 1 s longer than the one before. After 4 warm-up calls, two rounds make 4 calls
+    # each, in rotated order.
     columns = ("ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor", "median_ms")
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
         "",
-        # This is a median of ratios. The ratio of the medians would be 0.895.
+        # 0.858 is the median of the ratios. The ratio of the medians would be 0.895.
         "0.858 0.625 1.091 8500.00",
         "0.784 0.750 0.818 7500.00",
     ]
@@ -270,7 +271,7 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
 
 
 def curves():
-    """Return CSV rows of two states. The error of the fastest threshold is too large."""
+    """Return CSV rows of two students. The error of the fastest threshold is too large."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6

@@ -62,9 +62,9 @@ def compiled_graphs():
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_compiled_pass_matches_the_oracle(compiling, capped):
-    """The pass is compiled once for beta 1/2 and once for any other beta.
+    """The pass is compiled once for beta 1/2 and once for all other values of beta.
 
-    Other numbers and chunk sizes do not recompile it.
+    Another temperature, scale, softcap or chunk size does not recompile it.
     """
     before = compiled_graphs()
     for temperature, beta, scale, softcap, rows in (
@@ -114,9 +114,9 @@ def test_every_variant_of_the_pass_is_compiled(tracing):
 
 
 def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
-    """The jsd is accurate to 1e-3 for logits that differ by 1e-3.
+    """The jsd of logits that differ by 1e-3 has a relative error below 1e-3.
 
-    The jsd is then 1e-7, and a formula with ``exp(x) - 1`` would have an error of 10 %.
+    This jsd is near 1e-7. A formula with ``exp(x) - 1`` would give it an error of 10 %.
     """
     student = 3 * torch.randn(4, 5000)
     teacher = student + 1e-3 * torch.randn(4, 5000)
