@@ -83,7 +83,7 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
 
 
 INFINITE = {
-    # Each key is the model without mass at some entries. These divergences are then infinite.
+    # The key names the model without mass at some entries, and the value the infinite divergences.
     "teacher": ("reverse_kl", "jeffreys"),
     "student": ("forward_kl", "jeffreys"),
     "both": (),
@@ -109,7 +109,8 @@ def test_divergences_are_infinite_only_where_the_formula_is(backend, side, diver
     loss, grads = ours(problem, backend=backend)
     if divergence in INFINITE[side]:
         assert loss == math.inf
-        # If the student has no mass, its -inf logits do not change, so the gradient is finite.
+        # If only the student has no mass, its logits are constant at -inf, so the gradient is
+        # finite.
         assert bool(grads["hidden0"].isfinite().all()) is (side == "student")
         return
     wide = problem.to(torch.float64)
@@ -271,7 +272,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
 def test_a_denominator_below_one_is_not_clamped(backend, denominator):
-    """A denominator may be below one, like the number of all tokens over the number of ranks."""
+    """A denominator may be below one, such as all tokens divided by the number of ranks."""
     check(make(ODD), denominator=denominator, backend=backend)
 
 
@@ -318,7 +319,10 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
-    """Results are right where both models give e^-120. In float32 this is 0, and 0 log 0 is NaN."""
+    """Results are right if both models give an entry the probability e^-120.
+
+    In float32 this probability is 0, and 0 log 0 is NaN.
+    """
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
     z_s[..., 7], z_t[..., 7] = 0.0, 0.0

@@ -271,7 +271,8 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
 
 
 def curves():
-    """Return CSV rows of two students. The error of the fastest threshold is too large."""
+    """Return CSV rows before and after training. The error of the fastest threshold is too
+    large."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6

@@ -1,5 +1,4 @@
-"""The predicted time of a step on an H100 is within its bounds, and follows from the plan's
-counts."""
+"""The predicted time of a step on an H100 is within its bounds, and uses the plan's counts."""
 
 import importlib.util
 

@@ -37,7 +37,7 @@ def _frozen():
 
 @pytest.fixture
 def accelerator_state():
-    """Forget accelerate's state, which a process sets once, before and after this test."""
+    """Reset accelerate's process-wide state before and after this test."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -97,7 +97,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def connections(hub, monkeypatch):
-    """Return a list of the hosts that are asked for; every attempt fails."""
+    """Refuse every network connection, and return the list of the requested hosts."""
     asked = []
 
     def refuse(host, *_, **__):
@@ -108,7 +108,7 @@ def connections(hub, monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # From version 1 huggingface_hub asks for this once in a process.
+    # Since version 1, huggingface_hub requests this registry once in each process.
     registry = sys.modules.get("huggingface_hub.utils._detect_agent")
     if registry is not None:
         monkeypatch.setattr(registry, "_registry", None)

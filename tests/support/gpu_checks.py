@@ -81,8 +81,8 @@ def float32(device, backend, shape, feature, divergence, **options):
 def half(device, backend, dtype, shape, feature, divergence, **options):
     """Compare a call in 16 bits with the oracle.
 
-    Without a norm, the logits are exact. With a norm, its result is rounded to the dtype, and the
-    limits are relative to plain torch, which rounds it too.
+    Without a norm, the logits are exact. With a norm, the norm's result is rounded to the dtype.
+    The limits are then relative to the error of plain torch, which also rounds it.
     """
     normed = "norm" in FEATURES[feature]
     problem = make(shape, std=2.0 if normed else 3.0, **FEATURES[feature], divergence=divergence)
@@ -96,7 +96,7 @@ def half(device, backend, dtype, shape, feature, divergence, **options):
         return
     ulp = torch.finfo(dtype).eps
     baseline = plain_torch(problem)
-    # The slope of tvd jumps where p equals q, and rounding moves these places.
+    # The slope of tvd jumps where p equals q. Rounding moves entries across this point.
     if divergence == "tvd":
         for name, truth in expected_grads.items():
             cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
@@ -122,7 +122,7 @@ def large(device, backend, dtype, shape, divergence, mask=False):
     """Compare long sums with the oracle.
 
     The limit is at least twice the error of plain float32 torch. The gradient of tvd has the limit
-    of 16 bits even in float32, because its slope jumps at ties.
+    of 16 bits even in float32, because the slope of tvd jumps where p equals q.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
     options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}

@@ -11,7 +11,8 @@ from lens_kernels.backends.torch.layout import row_stride
 
 # All backends that must agree with the oracle. Add a new backend here.
 BACKENDS = ["torch", "triton"]
-# The torch backend as on a GPU, with an interpreted kernel. Some grids run it as a slow test only.
+# This backend is ``torch`` as on a GPU, with an interpreted row kernel. Some grids run it only as a
+# slow test.
 ROW_KERNEL = "row_kernel"
 WITH_SLOW_ROW_KERNEL = [*BACKENDS, pytest.param(ROW_KERNEL, marks=pytest.mark.slow)]
 # The backends that support float64; the others raise an error.

@@ -131,8 +131,7 @@ def places_kernel(out, programs, blocks, group_blocks, SIZE: tl.constexpr):
 
 
 def places(programs, blocks, group_blocks):
-    """Return the row block and the part of the vocabulary of each program, as kernels compute
-    them."""
+    """Return the row block and the vocabulary part of each program, as kernels compute them."""
     out = torch.full((programs, 2), -1, dtype=torch.int32)
     size = triton.next_power_of_2(programs)
     places_kernel[(1,)](out, programs, blocks, group_blocks, SIZE=size)

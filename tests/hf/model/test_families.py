@@ -133,7 +133,8 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
 def test_a_padding_row_of_zeros_is_no_difference(kind):
     """An embedding of zeros passes the check.
 
-    New models have one for the padding token; gemma2, gemma3 and cohere have it by default.
+    New models have such an embedding if they set a padding token, as gemma2, gemma3 and cohere do
+    by default.
     """
     model = tiny.model(kind, pad_token_id=0)
     model.get_input_embeddings().weight.data[0] = 0.0
@@ -308,7 +309,7 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            # LoRA weights start at zero, where an adapter has no effect.
+            # Some LoRA weights start at zero, so that a new adapter has no effect.
             nn.init.normal_(parameter, std=0.3)
     model.eval()
     inner = model.base_model.model
