@@ -14,7 +14,7 @@ N, V, D = 24, 600, 16
 
 
 def problem():
-    """Return peaked models, which get almost no gradient at most entries.
+    """Return peaked models, whose gradient is nearly zero for most entries.
 
     The mean of the head's rows is not zero.
     """

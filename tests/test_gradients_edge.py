@@ -227,7 +227,8 @@ def test_leaves_that_are_views_and_shared(backend):
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """Gradients of a mean over 4000 tokens do not underflow. 1/N is applied after the GEMMs."""
+    """Gradients of a mean over 4000 tokens do not underflow. The factor 1/N is applied after the
+    GEMMs."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)

@@ -103,7 +103,7 @@ def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
 
 
 def problem(group="lens"):
-    """Return two peaked models, which get almost no gradient at most vocabulary entries.
+    """Return two peaked models, whose gradient is nearly zero for most vocabulary entries.
 
     The mean of the head's rows is not zero.
     """
@@ -271,8 +271,7 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
 
 
 def curves():
-    """Return CSV rows before and after training. The error of the fastest threshold is too
-    large."""
+    """Return CSV rows before and after training. The fastest threshold has too large an error."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6

@@ -267,7 +267,7 @@ def option(given: Input, random: Random) -> str:
 
 
 def repeated(given: Input, random: Random) -> str:
-    """Give a valid option twice; the last one counts."""
+    """Give a valid option twice; the last value counts."""
     name = random.choice(sorted(given.options))
     value = given.options.pop(name)
     wrong = value if isinstance(value, list) else [value]

@@ -139,7 +139,7 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
 def test_the_compiled_search_finds_the_same_active_entries(compiling):
     """The compiled search agrees with the eager one.
 
-    It is compiled once for blocks of several sizes, with gaps between rows.
+    It is compiled once, although the blocks differ in size and have gaps between rows.
     """
     before = compiled_graphs()
     grad = torch.randn(40, 520)[:, :501] * torch.logspace(-3, 0, 501)

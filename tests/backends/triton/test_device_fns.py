@@ -181,7 +181,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_tables_agree_on_what_is_infinite(divergence, beta):
-    """Kernels and library give the same infinities for all pairs of 1/2, exp(-300) and 0."""
+    """Kernels and library agree on infinite values for all pairs of 1/2, exp(-300) and 0."""
     some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
     lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
     expected = table.pointwise(Divergence(divergence), beta)(

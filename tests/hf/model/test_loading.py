@@ -21,7 +21,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a model, and with a random adapter of it that has no tokenizer."""
+    """Return a folder with a model and an adapter, which has random weights and no tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
