@@ -94,7 +94,7 @@ def given_probabilities(teacher, student):
 
 
 # The head holds the most probable entries of the teacher, in order, while their sum is at most one
-# half. The first entry is always in the head.
+# half. The most probable entry is always in the head.
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
@@ -104,7 +104,7 @@ def given_probabilities(teacher, student):
         ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),
         # With 0.23, the sum would exceed one half, so smaller entries are not in the head either.
         ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
-        # The first entry, 0.7, exceeds one half. It is in the head nevertheless.
+        # The most probable entry, 0.7, exceeds one half. It is in the head nevertheless.
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
         # The first two entries sum to exactly one half. Ties are ordered by index.
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),

@@ -227,8 +227,7 @@ def test_leaves_that_are_views_and_shared(backend):
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """Gradients of a mean over 4000 tokens do not underflow. The factor 1/N is applied after the
-    GEMMs."""
+    """Gradients of a mean over 4000 tokens do not underflow, because 1/N is applied after GEMMs."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -240,8 +239,8 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
     """Gradients near convergence are accurate.
 
-    Heads that differ by 0.3 % have logit gradients near 1e-7, of which float16 would keep one
-    digit.
+    Heads that differ by 0.3 % have logit gradients near 1e-7. Float16 would keep only one digit of
+    such numbers.
     """
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).half().requires_grad_()

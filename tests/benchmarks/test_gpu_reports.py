@@ -1,4 +1,4 @@
-"""The programs that measure and test on a GPU, run without one."""
+"""The programs that measure and test on a GPU are run here without a GPU."""
 
 import os
 import signal

@@ -198,8 +198,8 @@ def peaked(device, backend, divergence, std, shape):
     Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
     probability. The limit is the rounding of a logit of two standard deviations, or twice the error
     of dense float32 torch. The second limit alone would be too small where the errors of torch's
-    rows cancel by chance. In 40 problems of each kind, dense torch was off by 0 to 3.9 roundings of
-    one standard deviation, and the Triton kernels by 0 to 1.8.
+    rows cancel by chance. In 40 problems of each kind, errors were measured in roundings of one
+    standard deviation. Dense torch had up to 3.9, and the Triton kernels up to 1.8.
     """
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std

@@ -66,8 +66,7 @@ def llama_call(fake, pairs, tokens=TOKENS):
 
 @pytest.mark.parametrize("pairs", [1, 5])
 def test_llama_takes_at_most_1_3_gib_above_inputs_and_gradients(fake, pairs):
-    """The call has 8192 tokens in bfloat16 and the default workspace of 1 GiB. Gradients are in
-    float32."""
+    """A call has 8192 bfloat16 tokens, float32 gradients, and the default workspace of 1 GiB."""
     call = llama_call(fake, pairs, TOKENS // pairs)
     memory = track(lambda: row_chunks.evaluate(call, RowKernelPass))
     gradients = 4 * sum(x.numel() for x in call.needing_grad().values())
