@@ -82,7 +82,7 @@ def hub(tmp_path, monkeypatch):
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # transformers before 5 keeps its own copy of this setting.
+    # transformers versions before 5 keep their own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -113,6 +113,6 @@ def connections(hub, monkeypatch):
     if registry is not None:
         monkeypatch.setattr(registry, "_registry", None)
         monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "none")
-    # transformers before 5 keeps its own copy of this setting.
+    # transformers versions before 5 keep their own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
     return asked

@@ -1,4 +1,5 @@
-"""Every command ends with a message on malformed inputs. Harmless changes leave its result."""
+"""Every command reports malformed inputs by a message, and ignores harmless changes of its
+input."""
 
 import json
 import os
@@ -31,7 +32,7 @@ def as_options(argv):
 
 
 def result(given):
-    """Return the written results of a command, which a harmless change of its input keeps."""
+    """Return the results of a command that stay equal under harmless changes of its input."""
     out = given.folder / "out"
     if given.command == "train":
         return {name: x.tolist() for name, x in load_file(out / "model.safetensors").items()}

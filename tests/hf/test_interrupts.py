@@ -115,7 +115,7 @@ def test_an_interrupted_call_leaves_every_setting(name):
     student.model.layers[0].eval()
     student.model.layers[1].requires_grad_(False)
     teacher.requires_grad_(False)  # an objective freezes its teacher permanently
-    # Since version 5, the first call with ``output_hidden_states`` adds hooks that stay.
+    # Since transformers 5, the first call with ``output_hidden_states`` adds hooks that stay.
     student(torch.tensor([IDS]), output_hidden_states=True)
     interrupt = Interrupt()
     student.model.layers[-1].register_forward_pre_hook(interrupt)

@@ -3,7 +3,8 @@
 A valid input is an argument list and a folder. The folder holds models, data, and the files of an
 interrupted run. A mutation changes one thing and returns the expected outcome: REFUSED (a message
 and a status other than 0), SAME (status 0 and the result of the valid input), EITHER (one of these
-two), or CLEAN (a message, or any result: the input may still be valid and mean something else).
+two), or CLEAN. CLEAN accepts a message or any result, because the input may still be valid and mean
+something else.
 """
 
 from __future__ import annotations

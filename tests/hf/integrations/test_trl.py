@@ -1,4 +1,4 @@
-"""TRL's trainers with a lens: two steps, with their losses compared with dense float64 torch."""
+"""TRL's trainers with a lens take two steps, whose losses match dense float64 torch."""
 
 import pytest
 import torch

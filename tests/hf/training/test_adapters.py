@@ -1,4 +1,4 @@
-"""An adapter that the trainer saves loads, with peft alone, as the model that was trained."""
+"""An adapter saved by the trainer can be loaded with peft alone, and gives the trained model."""
 
 import json
 import shutil

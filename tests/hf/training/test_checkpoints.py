@@ -142,7 +142,7 @@ def test_without_a_whole_checkpoint_only_an_unfinished_one_is_written_over(outpu
         ValueError, match=r"no checkpoint in .* can be resumed \(checkpoint-2: model"
     ):
         last_whole(output, 1, True)
-    for step in (1, 2):  # as if the run had been killed in its first checkpoint
+    for step in (1, 2):  # as if the run was killed while it wrote its first checkpoint
         (output / f"checkpoint-{step}" / "trainer_state.json").unlink()
     found, skipped = last_whole(output, 1, True)
     assert found is None and set(skipped.values()) == {"trainer_state.json is missing"}

@@ -85,7 +85,7 @@ def test_errors_name_the_file_and_the_position(tmp_path):
         ("data.json", b"[]", "is empty"),
         ("folder/x", b"", "is not a dataset saved by datasets"),
     ],
-    # The names are explicit, because gzip data contains the time, which differs between processes.
+    # The ids are explicit, because gzip data contains the time, which differs between processes.
     ids=["array", "nesting", "cut gzip", "no gzip", "Parquet", "empty", "no rows", "folder"],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, name, content, message):
