@@ -1,5 +1,4 @@
-"""Every command reports malformed inputs by a message, and ignores harmless changes of its
-input."""
+"""Every command reports malformed inputs by a message, and ignores harmless changes."""
 
 import json
 import os

@@ -1,7 +1,7 @@
 """Checks of compiled kernels against the float64 oracle, on the device that is passed first.
 
-``test_gpu.py`` calls them on a GPU at full size. On the CPU it calls them at tiny sizes, and
-``test_functional.py`` at the sizes of its other tests.
+``test_gpu.py`` calls them on a GPU at full size. On the CPU, it calls them at tiny sizes.
+``test_functional.py`` calls them at the sizes of its other tests.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def peaked(device, backend, divergence, std, shape):
 
     Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
     probability. The limit is the rounding of a logit of two standard deviations, or twice the error
-    of dense float32 torch. The second limit alone would be too small where the errors of torch's
+    of dense float32 torch. Twice that error alone would be too small where the errors of torch's
     rows cancel by chance. In 40 problems of each kind, errors were measured in roundings of one
     standard deviation. Dense torch had up to 3.9, and the Triton kernels up to 1.8.
     """

@@ -20,7 +20,8 @@ from benchmarks.support import environment, tables
 from tests.support import ROOT
 
 FILE = "tests.csv"
-# The outcomes of a test's phases, from best to worst. The worst one is the test's outcome.
+# The outcomes of a test's phases, from best to worst. The worst outcome of a phase is the test's
+# outcome.
 ORDER = ("passed", "skipped", "failed")
 
 

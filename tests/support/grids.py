@@ -47,13 +47,14 @@ BATCH = Shape((5, 7), 97, 33, 17, 2)
 # between such blocks, and the pointwise pass takes two steps.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
-    # Prime sizes, which no chunk, tile or vector divides. The teacher is wider.
+    # The sizes are prime numbers, which no chunk, tile or vector divides. The teacher is wider.
     "odd": ODD,
-    # Two leading dimensions, which differ from the number of pairs. The teacher is narrower.
+    # There are two leading dimensions, which differ from the number of pairs. The teacher is
+    # narrower.
     "batch": BATCH,
-    # Powers of two, and far fewer tokens than a chunk holds.
+    # The sizes are powers of two, and the tokens are far fewer than a chunk holds.
     "aligned": Shape((4,), 64, 16, 16, 3),
-    # One token, an edge case of means, sums and chunks.
+    # One token is an edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
     # The kernels loop over tiles and merge splits, because this shape takes two blocks of rows and
     # three splits of two tiles.
