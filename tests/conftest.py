@@ -19,7 +19,7 @@ for backend in (REFERENCE, ROW_KERNEL):
 def pytest_configure(config):
     """Let Triton interpret all kernels.
 
-    Triton decides on this when kernels are imported. Only ``-m gpu`` compiles kernels; all other
+    Triton reads this setting when kernels are imported. Only ``-m gpu`` compiles kernels; all other
     tests use CPU tensors, on any machine.
     """
     if config.option.markexpr != "gpu":

@@ -14,7 +14,7 @@ N, V, D = 24, 600, 16
 
 
 def problem():
-    """Return peaked models, which get almost no gradient at most entries.
+    """Return peaked models, whose gradient is nearly zero for most entries.
 
     The mean of the head's rows is not zero.
     """
@@ -78,7 +78,7 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
     assert (d_head[~used] == 0).all()
     error = (d_head[used] - exact[2][used]).abs().max()
     assert error <= 1e-5 * exact[2].abs().max()
-    # In the hidden gradient, the mean of the skipped head rows replaces each of them.
+    # The hidden gradient replaces each skipped head row by the mean of all skipped rows.
     head = inputs[2].detach().double()
     rest = torch.outer(g[:, ~used].sum(1), head[~used].mean(0))
     expected = weight * (g[:, used] @ head[used] + rest)
@@ -94,7 +94,7 @@ def test_the_threshold_applies_to_the_logits_gradient_at_any_scale(
 ):
     """The threshold applies to the gradient of the logits, at any scale and temperature.
 
-    At scale 1/64 and temperature 10, gradients of the matmul are 640 times smaller.
+    At scale 1/64 and temperature 10, gradients of the matmul's result are 640 times smaller.
     """
     student, teacher, weight, teacher_weight = problem()
     with torch.no_grad():

@@ -61,7 +61,7 @@ def check(problem, labels, backend, **options):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_loss_and_gradients(backend, feature):
     problem, labels = problem_of(**FEATURES[feature])
-    # The loss has no temperature.
+    # The cross entropy ignores the temperature.
     check(problem, labels, backend)
 
 

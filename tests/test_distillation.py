@@ -159,7 +159,7 @@ def test_micro_batches_accumulate(backend):
 
 @backends
 def test_16_bit(backend):
-    # There is no norm here, because its result would be rounded.
+    # The problem has no norm, because the result of a norm would be rounded.
     problem = make_objective(bias=True).to(torch.bfloat16)
     options = {"labels": some_labels(), "kd_ratio": 0.5, "backend": backend}
     out = check_objective(problem, 1e-5, 1e-2, **options)

@@ -60,7 +60,7 @@ def test_adaptive_kl_of_a_prefix_of_the_vocabulary_with_a_mask_and_a_denominator
 
 
 def share_of(problem, **options):
-    """Return the share of the adaptive KL's head that a call computes for each token, ``(N,)``."""
+    """Return the share of the adaptive KL's head for each token, as a call computes it."""
     with pytest.MonkeyPatch.context() as patch:
         shares = recorded(patch, adaptive, "head_share")
         objective(problem, **options, **akl)
@@ -93,17 +93,18 @@ def given_probabilities(teacher, student):
     return distillation_loss([], [], *heads, **finals, **akl).loss, states[0]
 
 
-# The head holds the most probable entries of the teacher, before the entry that passes one half.
+# The head holds the most probable entries of the teacher, in order, while their sum is at most one
+# half. The most probable entry is always in the head.
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
-        # 0.4 is in the head. 0.3 passes one half, so it is in the tail.
+        # The entry 0.4 is in the head. With 0.3, the sum would exceed one half.
         ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),
-        # 0.23 and 0.22 are in the head. 0.2 passes one half.
+        # The entries 0.23 and 0.22 are in the head. With 0.2, the sum would exceed one half.
         ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),
-        # 0.23 passes one half, so smaller entries are not in the head either.
+        # With 0.23, the sum would exceed one half, so smaller entries are not in the head either.
         ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
-        # 0.7 passes one half alone. The head is never empty.
+        # The most probable entry, 0.7, exceeds one half. It is in the head nevertheless.
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
         # The first two entries sum to exactly one half. Ties are ordered by index.
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),

@@ -33,7 +33,7 @@ def test_float64_is_computed_in_float64(backend, divergence):
 @backends
 @pytest.mark.parametrize("double", ["student", "teacher"])
 def test_float64_on_one_side_only(backend, double):
-    """If one model is float64, all arithmetic is. The loss has the student's dtype."""
+    """If one model is float64, all arithmetic is in float64. The loss has the student's dtype."""
     loss, _ = check(make(ODD).to(torch.float64, double), 1e-7, 1e-7, backend=backend)
     assert loss.dtype is (torch.float64 if double == "student" else torch.float32)
 
@@ -62,7 +62,7 @@ def test_float64_is_refused_with_the_reason_and_what_to_do(backend, double):
 def test_the_boundaries_inside_a_cpu_product(divergence):
     problem = make(TWO_TILES, bias=True, divergence=divergence)
     if divergence == "tvd":
-        # In float32, p equals q at some of half a million entries, where the slope of tvd jumps.
+        # Float32 rounding makes p equal q at some entries, where the slope of tvd jumps.
         problem = problem.to(torch.float64)
     check(problem, backend="torch")
 

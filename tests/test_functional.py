@@ -71,7 +71,7 @@ def test_beta_is_the_weight_of_the_teacher(backend, beta):
 
 @pytest.mark.parametrize("narrow", ["hidden", "head"])
 def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
-    """A float32 head may read 16-bit hidden states, and a 16-bit head float32 ones."""
+    """A float32 head may read 16-bit hidden states, and a 16-bit head may read float32 states."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
     # The kernels round hidden states to the head's dtype.
@@ -83,7 +83,7 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
 
 
 INFINITE = {
-    # Each key is the model without mass at some entries. These divergences are then infinite.
+    # The key names the model without mass at some entries, and the value the infinite divergences.
     "teacher": ("reverse_kl", "jeffreys"),
     "student": ("forward_kl", "jeffreys"),
     "both": (),
@@ -93,7 +93,7 @@ INFINITE = {
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("side", INFINITE)
 def test_divergences_are_infinite_only_where_the_formula_is(backend, side, divergence):
-    """A divergence is infinite only if its formula is.
+    """A divergence is infinite only if its formula gives infinity.
 
     The models have no mass at one entry of a kernel's first tile and at all entries of its last
     tile.
@@ -109,7 +109,8 @@ def test_divergences_are_infinite_only_where_the_formula_is(backend, side, diver
     loss, grads = ours(problem, backend=backend)
     if divergence in INFINITE[side]:
         assert loss == math.inf
-        # If the student has no mass, its -inf logits do not change, so the gradient is finite.
+        # If only the student has no mass, its logits are constant at -inf, so the gradient is
+        # finite.
         assert bool(grads["hidden0"].isfinite().all()) is (side == "student")
         return
     wide = problem.to(torch.float64)
@@ -148,8 +149,8 @@ def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
 
     Only the final gradients are rounded to 16 bits.
 
-    At std 30, the float32 rounding of the matmul dominates the loss, so the limit is relative to
-    the error of float32 torch on the same inputs.
+    At std 30, the float32 rounding of the matmul dominates the error of the loss. The limit is then
+    relative to the error of float32 torch.
     """
     problem = related(ODD, std, bias=True, divergence=divergence).to(dtype)
     truth = oracle(problem)
@@ -253,7 +254,7 @@ def test_layer_weights(backend, reduction, kind):
 def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
     """Micro-batches add up to the whole batch, if they share its denominator.
 
-    They have unequal numbers of tokens, and one has none.
+    They have unequal numbers of tokens, and one micro-batch has none.
     """
     problem = make(BATCH, norm="rms", bias=True)
     mask = torch.rand(BATCH.leading) < 0.5
@@ -271,7 +272,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
 def test_a_denominator_below_one_is_not_clamped(backend, denominator):
-    """A denominator may be below one, like the number of all tokens over the number of ranks."""
+    """A denominator may be below one: for example, few tokens divided by the number of ranks."""
     check(make(ODD), denominator=denominator, backend=backend)
 
 
@@ -318,7 +319,10 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
-    """Results are right where both models give e^-120. In float32 this is 0, and 0 log 0 is NaN."""
+    """Results are right if both models give an entry the probability e^-120.
+
+    In float32 this probability is 0, and 0 log 0 is NaN.
+    """
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
     z_s[..., 7], z_t[..., 7] = 0.0, 0.0
@@ -333,7 +337,7 @@ def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergen
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergence):
-    """Columns at -inf in both models have no effect: the problem without them gives the truth."""
+    """Columns at -inf in both models have no effect: removing them gives the same result."""
     features = {"bias": True, "norm": "layer", "temperature": 1.5, "divergence": divergence}
     closed = torch.zeros(BATCH.vocab, dtype=torch.bool)
     closed[[0, 13, 14, BATCH.vocab - 1]] = True

@@ -56,7 +56,7 @@ def test_parity(backend, feature, divergence, dtype):
 
 @gpu("divergence", dtype=DTYPES[:2], backend=["torch"])
 def test_the_pass_by_inductor(backend, divergence, dtype, monkeypatch):
-    """In place of the row kernel, as in float64."""
+    """The pass by Inductor replaces the row kernel, as it does in float64."""
     monkeypatch.setattr(row_chunks, "has_row_kernel", lambda *args: False)
     check.parity(GPU, backend, dtype, BATCH, "everything", divergence)
 
@@ -132,7 +132,7 @@ TINY = Shape((5,), 70, 24, 40, 2)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoke(backend):
-    """Each check of one backend that no other test runs passes on the CPU."""
+    """Checks of one backend that no other test runs pass on the CPU."""
     if backend == "triton":
         pytest.importorskip("triton")
     for dtype in DTYPES:

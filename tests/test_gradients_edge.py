@@ -24,7 +24,7 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 
     Frozen leaves get no gradient.
     """
-    # The shape is one tile of a kernel, because the loop makes 56 calls.
+    # The shape fits in one tile, because the loop makes 56 calls.
     shape = Shape((3, 4), 61, 33, 17, 2)
     problem = make(shape, **FEATURES["everything"])
     upstream = torch.rand(2, *shape.leading) if reduction == "none" else None
@@ -41,7 +41,8 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 @pytest.mark.parametrize(
     ("wanted", "student_products"),
     [
-        # The GEMMs of the student for two pairs: two compute logits, and the others gradients.
+        # The numbers count the student's GEMMs for two pairs. Two compute logits, the others
+        # gradients.
         ((), 2),
         (("bias",), 2),
         (("hidden1",), 3),
@@ -226,7 +227,7 @@ def test_leaves_that_are_views_and_shared(backend):
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """Gradients of a mean over 4000 tokens do not underflow. 1/N is applied after the GEMMs."""
+    """Gradients of a mean over 4000 tokens do not underflow, because 1/N is applied after GEMMs."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -238,8 +239,8 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
     """Gradients near convergence are accurate.
 
-    Heads that differ by 0.3 % have logit gradients near 1e-7, of which float16 would keep one
-    digit.
+    Heads that differ by 0.3 % have logit gradients near 1e-7. Float16 would keep only one digit of
+    such numbers.
     """
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).half().requires_grad_()
@@ -262,7 +263,8 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
     """Gradients of large log ratios do not overflow.
 
-    The student gives both entries 1/2, and the teacher gives the second entry exp(-400).
+    The student gives both entries the probability 1/2, and the teacher gives the second entry
+    exp(-400).
     """
     student = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     teacher, head = torch.tensor([[0.0, -400.0]]).half(), torch.eye(2).half()

@@ -110,7 +110,7 @@ def test_heads(case):
     value, error, words = HEADS[case]
     words = [w if not w.startswith(".") else f"student_head{w}" for w in words]
     refused(error, ["student_head", *words], op, student_head=value)
-    # The same heads are refused for a teacher with the same hidden size.
+    # The same head is refused as the teacher's head, if the teacher has the same hidden size.
     swapped = [w.replace("student", "teacher") for w in words]
     refused(error, ["teacher_head", *swapped], op, teacher=S, teacher_head=value)
 

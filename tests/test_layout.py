@@ -43,7 +43,7 @@ def imported(name: str) -> set[str]:
 def test_imports_form_no_circle():
     arrows = {name: imported(name) for name in SOURCES}
     assert sum(map(len, arrows.values())) > len(SOURCES)
-    # This raises CycleError if imports form a circle.
+    # This raises CycleError if imports form a cycle.
     TopologicalSorter(arrows).prepare()
 
 

@@ -1,6 +1,7 @@
 """The torch backend keeps its peak memory below a bound, and rarely makes the host wait.
 
-The bound, in bytes, for ``L`` pairs of ``N`` tokens is the sum of:
+A call has ``L`` pairs of ``N`` tokens, hidden sizes ``D_s`` and ``D_t``, and ``V`` entries. The
+bound, in bytes, is the sum of:
 
     workspace_bytes                      the two tiles of logits
   + TEMPORARIES * 4 * 2^18               eager pointwise steps work on blocks of 2^18 logits
@@ -63,7 +64,7 @@ def test_rows_of_a_tile_begin_at_cache_lines(monkeypatch):
     with torch.no_grad():
         row_chunks.evaluate(call)
     strides = [args[-1].stride() for args, _ in tiles]
-    # A row takes 33 cache lines of 16 logits. This number must be odd.
+    # A row takes 33 cache lines of 16 logits. The number of cache lines must be odd.
     assert strides == 2 * [(528, 1)]
 
 

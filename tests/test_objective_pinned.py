@@ -1,7 +1,8 @@
 """Fixed values of the objective: if a test here fails, the objective itself has changed.
 
 Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so that hidden
-states are logits. Comments give each value as a sum of logarithms, where L is ln 2.
+states are logits. Comments give formulas of values and gradients, where ln is the natural
+logarithm.
 """
 
 import inspect
@@ -17,44 +18,44 @@ P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 
 # For each divergence: its options, its value, and its gradient for the student's logits.
 PINNED = {
-    "forward_kl": (  # 1/2 2L + 1/4 L - 1/8 L - 1/8 2L = 7/8 L;  q - p
+    "forward_kl": (  # the sum of p ln(p/q) is 7/8 ln 2; the gradient is q - p
         {},
         0.6065037829899521,
         (-0.375, -0.125, 0.125, 0.375),
     ),
-    "reverse_kl": (  # -1/8 2L - 1/8 L + 1/4 L + 1/2 2L = 7/8 L;  q (ln q/p - 7/8 L)
+    "reverse_kl": (  # the sum of q ln(q/p) is 7/8 ln 2; the gradient is q (ln(q/p) - 7/8 ln 2)
         {},
         0.6065037829899521,
         (-0.2490997680, -0.1624563704, 0.0216608494, 0.3898952891),
     ),
-    "jeffreys": (  # 7/4 L, without a factor 1/2;  the sum of both gradients above
+    "jeffreys": (  # values and gradients of both KLs above add up, without a factor 1/2
         {},
         1.2130075659799042,
         (-0.6240997680, -0.2874563704, 0.1466608494, 0.7648952891),
     ),
-    "tvd": (  # (3 + 1 + 1 + 3)/16;  h = q (-1, -1, 1, 1)/2, less q/4
+    "tvd": (  # half the sum of |p - q|; the gradient is q (sign(q - p)/2 - 1/4)
         {},
         0.5,
         (-0.09375, -0.09375, 0.0625, 0.125),
     ),
-    "hellinger": (  # 1 - (1/4 + sqrt(2)/8 + sqrt(2)/8 + 1/4)
+    "hellinger": (  # 1 minus the sum of sqrt(p q), which is 1/2 + sqrt(2)/4
         {},
         0.1464466094067262,
         (-0.0716529131, -0.0350412607, 0.0183058262, 0.0883883476),
     ),
-    # The mixture is (5, 3, 3, 5)/16: 1/2 ln 8/5 + 1/4 ln 4/3 + 1/8 ln 2/3 + 1/8 ln 2/5
+    # The mixture m = (p + q)/2 is (5, 3, 3, 5)/16. The value is (KL(p, m) + KL(q, m))/2.
     "jsd": (
         {},
         0.1417028527380231,
         (-0.0661245990, -0.0341979976, 0.0182474025, 0.0820751942),
     ),
-    # The mixture with a quarter of the teacher is (7, 5, 7, 13)/32.
+    # The mixture p/4 + 3q/4 is (7, 5, 7, 13)/32.
     "jsd of beta 1/4": (
         {"beta": 0.25},
         0.1079072963215452,
         (-0.0561537564, -0.0246094842, 0.0176575837, 0.0631056569),
     ),
-    # The mixture with nine tenths of the teacher is (37, 19, 11, 13)/80.
+    # The mixture 9p/10 + q/10 is (37, 19, 11, 13)/80.
     "jsd of beta 9/10": (
         {"beta": 0.9},
         0.0531504059467182,
@@ -157,7 +158,8 @@ def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
 def test_scale_then_softcap_then_temperature(forward_kl):
     """Logits are scaled, capped, and divided by the temperature, in this order.
 
-    The student's logits are softcap tanh(scale (h + b) / softcap) / T and 0.
+    With hidden state h, bias b and temperature T, the student's logits are softcap tanh(scale (h +
+    b) / softcap) / T and 0.
     """
     h = torch.tensor([[1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
@@ -173,7 +175,7 @@ def test_scale_then_softcap_then_temperature(forward_kl):
 @pytest.mark.parametrize(
     ("norm", "first", "second"),
     [
-        # The row (3, 1) has mean square 5, mean 2 and variance 1.
+        # The hidden state (3, 1) has mean square 5, mean 2 and variance 1.
         (LensNorm("rms", None, eps=0.0), 3 / math.sqrt(5), 1 / math.sqrt(5)),
         (LensNorm("rms", None, eps=4.0), 1.0, 1 / 3),
         (LensNorm("layer", None, eps=0.0), 1.0, -1.0),
@@ -199,7 +201,8 @@ def test_norms(forward_kl, norm, first, second):
 def test_reductions_and_weights(forward_kl):
     """Reductions use the mask, the denominator and layer weights.
 
-    One pair has a loss of 7/8 L for each token, and the other 0; one of three tokens is masked.
+    One pair has a loss of 7/8 ln 2 for each token, and the other pair 0. One of three tokens is
+    masked.
     """
     student, teacher = logits(Q).expand(3, 4), logits(P).expand(3, 4)
     pairs = ([student, teacher], [teacher, teacher])
@@ -218,8 +221,7 @@ def test_reductions_and_weights(forward_kl):
 def test_the_whole_objective(backend, dtype):
     """The objective is the weighted sum of its terms.
 
-    The terms are one lens pair of jsd, a final reverse KL of 7/8 L, and a cross entropy of ln 8 = 3
-    L.
+    The terms are one lens pair of jsd, a final reverse KL of 7/8 ln 2, and a cross entropy of ln 8.
     """
     eye = torch.eye(4, dtype=dtype)
     out = distillation_loss(

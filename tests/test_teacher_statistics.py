@@ -1,4 +1,4 @@
-"""The teacher's log-sum-exps may be given: they are used, checked, and save their computation."""
+"""A caller may give the teacher's log-sum-exps, which are checked and save their computation."""
 
 import importlib
 
@@ -17,13 +17,13 @@ from tests.support.refusals import small_op as op
 
 SHAPE = Shape((3, 5), 97, 12, 20, 2)
 TEMPERATURE = 1.7
-# The sums of the other divergences are made in the sweep that makes the statistics.
+# Other divergences compute their own sums in the sweep that computes the statistics.
 USED_BY_ALL = ["jsd", "tvd", "hellinger"]
 backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
 def statistics(problem, has_final=False):
-    """Return maximum and log of sum of the teacher's logits, from their definition in float64."""
+    """Return the maximum of the teacher's logits, and the log-sum-exp minus it, in float64."""
     hidden, head = problem.teacher_hidden, problem.teacher_head
     states = []
     for i, h in enumerate(hidden):

@@ -66,12 +66,13 @@ def test_second_run_reuses_the_results_of_the_first(
         if row["threshold"] == "0.0":
             assert max(float(row["hidden_error"]), float(row["head_error"])) < 1e-6
             assert float(row["used_share"]) > 0.9 and float(row["dropped_share"]) < 1e-6
-    # Each call takes 1 s longer than the last: 4 warm-up calls, then two rotated rounds of 4.
+    # Each call takes 1 s longer than the one before. After 4 warm-up calls, two rounds make 4 calls
+    # each, in rotated order.
     columns = ("ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor", "median_ms")
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
         "",
-        # This is a median of ratios. The ratio of the medians would be 0.895.
+        # 0.858 is the median of the ratios. The ratio of the medians would be 0.895.
         "0.858 0.625 1.091 8500.00",
         "0.784 0.750 0.818 7500.00",
     ]
@@ -102,7 +103,7 @@ def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
 
 
 def problem(group="lens"):
-    """Return two peaked models, which get almost no gradient at most vocabulary entries.
+    """Return two peaked models, whose gradient is nearly zero for most vocabulary entries.
 
     The mean of the head's rows is not zero.
     """
@@ -270,7 +271,7 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
 
 
 def curves():
-    """Return CSV rows of two states. The error of the fastest threshold is too large."""
+    """Return CSV rows before and after training. The fastest threshold has too large an error."""
     lines = """floor    0.0  0     0     1.0
                exact    1.0  0     0     0.2
                1e-05    0.1  9e-4  2e-4  0.6

@@ -1,4 +1,4 @@
-"""The performance bounds and the tables of the page, which are computed from the CSV."""
+"""The performance bounds and the tables of the benchmarks' page are computed from the CSV."""
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_verdict_compares_ratios_with_the_bars(five, end):
     base = bars.BASE
     rows = [
         made("floor", base, "1:1000 2:2000 3:1000"),
-        # Round 2 was slow for all. The ratio of the medians would be 1.2, not 1.05.
+        # Round 2 was slow for all contenders. The ratio of the median times would be 1.2, not 1.05.
         made("lens_kernels", base, "1:1050 2:2040 3:1200"),
         made("dense", base, "1:2100 2:4080 3:2640"),
         made("trl", base, "1:4200 3:3000"),

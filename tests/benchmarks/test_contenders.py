@@ -13,7 +13,7 @@ from benchmarks.support.environment import CPU
 from benchmarks.support.providers import CONTENDERS, SPEED_CONTENDERS, dense
 from benchmarks.support.shapes import Job
 
-# Liger compiles for many seconds by default. The scripts check Liger before they measure.
+# Liger is left out, because it compiles for many seconds. The scripts check it before they measure.
 KEYS = [key for key in CONTENDERS if key != "liger"]
 
 

@@ -1,4 +1,4 @@
-"""The programs that measure and test on a GPU, run without one."""
+"""The programs that measure and test on a GPU are run here without a GPU."""
 
 import os
 import signal
@@ -64,7 +64,7 @@ def test_fatal(backend): os._exit(3)
 
 
 def test_the_report_has_a_row_for_every_test_in_order(tmp_path):
-    """The last test ends its process, which keeps the rows before it."""
+    """The rows of earlier tests are kept when the last test ends its process."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
@@ -113,11 +113,12 @@ def test_speed_gpu_runs_end_to_end(tmp_path, clock, monkeypatch):
     gemms += ["gradient of hidden states", "gradient of the head"]
     gemms = [("one GEMM", name) for name in gemms]
     assert [(row["part"], row["contender"]) for row in rows] == [*steps, *parts, *gemms]
-    # Each call takes 1 s longer than the last: 4 warm-up calls, then two rotated rounds of 4.
+    # Each call takes 1 s longer than the one before. After 4 warm-up calls, two rounds make 4 calls
+    # each, in rotated order.
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows[:4]]
     assert found[1:3] == ["5000.000 8500.000 12000.000 0.89", "6000.000 7500.000 9000.000 0.79"]
-    # Only the library's own steps are predicted: here by counts of a CPU's layout.
+    # Only the library's own steps have a predicted time, computed here for a CPU's layout.
     predicted = [row["contender"] for row in rows if row["predicted_ms"]]
     assert predicted == ["triton", "torch", "products", "pass", "rest"]
     assert float(rows[4]["median_ms"]) > 0 and float(rows[6]["median_ms"]) > 0
@@ -207,7 +208,7 @@ def test_the_gemms_alone_are_those_of_a_step(monkeypatch, row_kernel):
     assert sum(flops * tokens // rows for _, rows, flops, _ in gemms) == job.gemm_flops()
 
 
-# The day
+# The program ``gpu_day``, which runs all measurements and tests
 
 HANG = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('x'); time.sleep(3600)"
 
@@ -231,12 +232,12 @@ def test_the_steps_are_in_the_order_of_their_worth(tmp_path):
         assert (given.shape, given.tokens, given.device) == (step.name.split()[0], 8192, "cuda")
         alone = step.name in MODELS
         assert given.pairs == ([1, 5] if alone else [1]) and given.parts == alone
-    # The first part cannot use up the time of the others.
+    # The limits of the steps in OURS take less than half of the default time.
     assert sum(gpu_day.OURS.values()) < 60 * gpu_day.MINUTES / 2
 
 
 def test_a_step_that_hangs_or_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch, capsys):
-    """Real limits are long here, so that a slow machine does not matter."""
+    """Steps that must end have long limits here, so that the test passes on a slow machine."""
     real = gpu_day.steps
 
     def steps(args):
@@ -276,7 +277,7 @@ def test_a_step_starts_only_if_there_is_time(tmp_path, monkeypatch):
     begun = tmp_path / "begun"
     monkeypatch.setattr(gpu_day, "steps", lambda args: [fake("late", 60, HANG, begun)])
     options = [*CPU, "--out", str(tmp_path / "out"), "--minutes"]
-    left = 15  # seconds for a step, of which a third would be enough for 45
+    left = 15  # seconds: less than a third of the step's limit of 60
     assert gpu_day.main([*options, str((gpu_day.RESERVE + left) / 60)]) == 1
     (row,) = tables.read_csv(tmp_path / "out" / "steps.csv")
     assert row["status"] == "not started" and row["note"].endswith(" s are left")

@@ -9,7 +9,7 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-# This allows for scalars and for torch's one-time allocations.
+# The slack allows for scalars and for torch's one-time allocations.
 SLACK = MIB // 32
 
 
@@ -20,13 +20,13 @@ def watched(function):
 
 def allocations():
     """Hold 12 MiB at the peak and return 4 MiB. The comments give the MiB in use."""
-    a = torch.empty(1024, 1024)  # 4
-    b = a + 1  # 8
-    del a  # 4
-    c = b.view(-1, 2) * 2  # 8
+    a = torch.empty(1024, 1024)  # 4 MiB
+    b = a + 1  # 8 MiB
+    del a  # 4 MiB
+    c = b.view(-1, 2) * 2  # 8 MiB
     torch.mul(c, c, out=c)
     c.mul_(2).t_()
-    d = b.view(-1, 2).t().contiguous()  # 12
+    d = b.view(-1, 2).t().contiguous()  # 12 MiB
     del b, d
     return c
 
@@ -35,7 +35,7 @@ def allocations():
     ("function", "peak", "kept"),
     [
         (lambda x: allocations(), 12, 4),
-        # These are only views of existing memory.
+        # Views and in-place operations allocate no memory.
         (lambda x: x.view(-1, 4).t()[0].mul_(2), 0, 0),
         (lambda x: (x.add_(1), x * 2)[0], 4, 0),
     ],

@@ -72,7 +72,7 @@ def test_report_finds_no_spills_in_any_variant(tmp_path):
 def test_costs_count_the_gemms():
     model = kernel_report.Model("toy", student=2, teacher=3, vocab=10)
     rows = {row["step"]: row for row in kernel_report.cost_rows(model, tokens=10**11)}
-    # With these sizes, a GEMM takes 2 N V = 2 TFLOP for each unit of hidden size.
+    # With N tokens and V entries, a GEMM takes 2 N V = 2 TFLOP for each unit of hidden size.
     assert rows["dense floor"]["tflop"] == 2 * (3 * 2 + 3)
     assert rows["all, jsd tvd hellinger"]["tflop"] == 2 * (3 * (2 + 3) + 2 * 2)
     assert rows["all, KL family"]["tflop"] == 2 * (2 * (2 + 3) + 2 * 2)

@@ -212,7 +212,7 @@ def test_comparisons_are_paired_by_seed():
     assert lens.percent.student_t == pytest.approx((-10, -10))
     assert lens.percent.verdict == "lower"
     # In the second half, KL falls from 1.8 to 0.9 times the baseline's last KL. After 8/9 of this
-    # half, it is 1.
+    # half, KL equals the baseline's last KL.
     assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
     assert lens.cost == 1.5
     assert found["forward KL"].percent is None

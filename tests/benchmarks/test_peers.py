@@ -52,8 +52,8 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
         assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
         assert ratios or row["sweeps"] == "memory"
         assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
-    # Calls 1 to 8 warm up lens_kernels, one call at each point. The contenders of a round rotate,
-    # and round 1 starts with the second one.
+    # Calls 1 to 8 warm up lens_kernels, one call at each point. The order of the contenders
+    # rotates, and round 1 starts with the second contender.
     assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
@@ -62,7 +62,7 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
     assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert f"round 3 of 3: {name()}: dense" in printed
-    # The bounds are for full sizes.
+    # The bounds apply only to full sizes.
     assert printed.count("not measured") == len(speed_vs_peers.bars.BARS)
 
 
@@ -84,7 +84,7 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
 def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
-        # The 14th call is in round 2: 2 calls warm up, 7 are in round 1, and 5 in round 2.
+        # The 14th call is in round 2, after 2 warm-up calls and 7 calls in round 1.
         if elapsed == 14:
             raise KeyboardInterrupt
         return elapsed
@@ -190,7 +190,7 @@ def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install,
     assert "gives a wrong result" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
-    # With the same code, a refused contender is not tried again.
+    # A contender with a wrong result is not tried again while the code is the same.
     assert run(tmp_path, *MASK) == after
 
 

@@ -26,9 +26,9 @@ for job in sys.argv[1:]:
     print(json.dumps([kernel.spilled_bytes, len(kernel.loops), kernel.total("bytes_moved"),
                       kernel.total("instructions"), kernel.registers, widths]))
 """
-# The sweeps over a row, the bytes for a pair of logits, and limits for its instructions and for
-# registers. Each sweep reads 8 bytes, and the last one also writes the gradient of 2 bytes. If the
-# teacher's statistics are given, the first one reads 4. The
+# The values are the sweeps over a row, the bytes for a pair of logits, and limits for its
+# instructions and for registers. Each sweep reads 8 bytes, and the last sweep also writes a
+# gradient of 2 bytes. If the teacher's statistics are given, the first sweep reads 4 bytes. The
 # numbers of instructions and registers depend on Triton's version.
 LIMITS = {
     "sm_90,jsd,plain": (3, 26, 105, 64),

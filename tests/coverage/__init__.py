@@ -1,1 +1,1 @@
-"""Which model types of transformers have a lens: tiny models of each, checked by numbers."""
+"""Check with tiny models which model types of transformers have a lens."""

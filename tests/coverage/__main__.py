@@ -1,4 +1,4 @@
-"""Check every type, each in a process of its own; a finished type is not run again."""
+"""Check every model type in its own process. Types that are already in the table are skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.coverage.checks import send
 from tests.coverage.page import PAGE, page
 
 FIELDS = ("group", "type", "lens", "step", "copy", "padding", "checkpointing", "why")
-# A fork of a process that has imported these starts in no time.
+# The fork server imports these modules once, so that each check starts quickly.
 PRELOADED = [
     "tests.coverage.checks",
     "transformers.models.gemma3.modeling_gemma3",
@@ -26,7 +26,7 @@ TABLE = Path(__file__).parent / "table.csv"
 
 
 def types() -> list[tuple[str, str]]:
-    """Return group and type of everything that transformers lists."""
+    """Return the group and the name of every model type that transformers lists."""
     from transformers.models.auto import modeling_auto as auto
 
     causal = list(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -35,7 +35,7 @@ def types() -> list[tuple[str, str]]:
 
 
 def run(kind: str, group: str, seconds: float, context: Any) -> dict[str, str]:
-    """Return a type's row; a process that dies or takes too long has one too."""
+    """Return a type's row in the table, also if its process dies or exceeds the time limit."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send, args=(kind, group, sender))
     process.start()
@@ -60,7 +60,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Fill a table."""
+    """Check the types that the table lacks, and write the table and its page."""
     parser = argparse.ArgumentParser(prog="tests.coverage", description=__doc__)
     parser.add_argument("--table", type=Path, default=TABLE, help="CSV file; default %(default)s")
     parser.add_argument("--only", nargs="+", help="types to run again")
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write a table."""
+    """Write the rows of a table to a CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()

@@ -20,7 +20,7 @@ CHECKS = ("lens", "step", "copy", "padding", "checkpointing")
 
 
 def ids_of(model: Any) -> Tensor:
-    """Return two rows of tokens that no config names."""
+    """Return two rows of token ids. The model's config gives these ids no special role."""
     named = {
         x
         for config in (model.config, model.config.get_text_config())
@@ -35,7 +35,7 @@ def ids_of(model: Any) -> Tensor:
 
 
 def close(found: Tensor, true: Tensor, tolerance: float) -> None:
-    """Raise if values differ by more than a part of the largest true one."""
+    """Raise if the largest error exceeds ``tolerance`` times the largest true value."""
     error = (found.double() - true.double()).abs().max()
     largest = true.double().abs().max()
     if not error <= tolerance * largest:
@@ -48,7 +48,7 @@ def batch_of(model: Any) -> dict[str, Tensor]:
 
 
 def check_lens(model: Any) -> None:
-    """Detect the lens in three dtypes; compare it with the logits of other tokens than it saw."""
+    """Detect the lens in three dtypes, and compare it with the logits of new tokens."""
     depths = len(detect_lens(model).indices)
     ids = ids_of(model)
     with torch.no_grad():
@@ -65,7 +65,7 @@ def check_lens(model: Any) -> None:
         except (RuntimeError, NotImplementedError) as error:
             if "lens" in str(error):
                 raise
-            continue  # the CPU does not run this type in this dtype
+            continue  # this type does not run in this dtype on a CPU
         detect_lens(rounded)
 
 
@@ -85,7 +85,7 @@ def _compare_gradients(found: dict[str, Tensor], true: dict[str, Tensor]) -> Non
 
 
 def check_step(model: Any, group: str, kind: str) -> None:
-    """Compare one step's loss and gradients with a float64 loss on the model's own logits."""
+    """Compare a step's loss and gradients with a float64 loss of the model's own logits."""
     teacher = other(model)
     objective = LensObjective(model, teacher, LENSES, LENSES)
     batch = batch_of(model)
@@ -111,7 +111,7 @@ def check_step(model: Any, group: str, kind: str) -> None:
 
 
 def other(model: Any) -> Any:
-    """Return a copy with other weights."""
+    """Return a copy of the model with random noise added to its weights."""
     teacher = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -122,7 +122,7 @@ def other(model: Any) -> Any:
 
 
 def check_copy(model: Any) -> None:
-    """Copy three of the blocks; the copy checks itself against the model without the others."""
+    """Copy all blocks but the second. ``shallow_copy`` compares the copy with the model."""
     blocks = len(detect_lens(model).indices)
     student = shallow_copy(model, [1, *range(3, blocks + 1)])
     if len(detect_lens(student).indices) != blocks - 1:
@@ -131,7 +131,7 @@ def check_copy(model: Any) -> None:
 
 @torch.no_grad()
 def check_padding(model: Any) -> None:
-    """Compare the states of a row with those of the row padded on the right."""
+    """Compare the hidden states of a row with and without padding on the right."""
     ids = ids_of(model)
     short = ids[:1, :7]
     padded = torch.cat([short, ids.new_full((1, 3), int(ids[0, -1]))], 1)
@@ -157,7 +157,7 @@ def check_checkpointing(model: Any) -> None:
 
 
 def check(kind: str, group: str, changes: dict[str, Any] | None = None) -> dict[str, str]:
-    """Return each check's result: ``yes`` or ``no``; ``why`` holds the first reasons."""
+    """Return ``yes`` or ``no`` for each check of a type; ``why`` holds the reasons for ``no``."""
     row = dict.fromkeys(CHECKS, "") | {"group": group, "type": kind, "why": ""}
     try:
         model = model_of(kind, group, changes)
@@ -190,7 +190,7 @@ def check(kind: str, group: str, changes: dict[str, Any] | None = None) -> dict[
 
 
 def reason(error: Exception) -> str:
-    """Return the first sentence of an error's cause, without advice."""
+    """Return the message of an error or of its cause, without the advice at its end."""
     cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
     text = " ".join(str(cause).split()).split(". If the logits")[0].split(": merge the adapter")[0]
     known = isinstance(error, (ValueError, AssertionError))
@@ -198,6 +198,6 @@ def reason(error: Exception) -> str:
 
 
 def send(kind: str, group: str, pipe: Any) -> None:
-    """Check a type in a process of its own and send its row."""
+    """Check a type and send its row; this function runs in a new process."""
     torch.set_num_threads(1)
     pipe.send(check(kind, group))

@@ -1,4 +1,4 @@
-"""Make docs/models.md of the table."""
+"""Create the text of docs/models.md from the table."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ nothing is known. Image-text models were checked on text only.
 
 
 def page(rows: list[dict[str, str]], version: str) -> str:
-    """Return the page of a table."""
+    """Return the page that shows the rows of the table."""
     text = HEAD.format(version=version)
     for group, title in GROUPS.items():
         own = [row for row in rows if row["group"] == group]

@@ -1,4 +1,4 @@
-"""The page and the table agree with each other and with what types do now."""
+"""The page agrees with the table, and the table agrees with the checks of the types."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Tiny models of any type that transformers lists, with weights that show mistakes."""
+"""Tiny models of every type that transformers lists, with weights that make mistakes visible."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 
 VOCAB, WIDTH, LAYERS, EPS = 96, 32, 4, 0.02
 
-# Names of config entries, and the sizes that make a model tiny. The first match counts.
+# Patterns for names of config entries, and the sizes that make a model tiny. The first match is
+# used.
 SIZES = (
     (r"n_group|topk_group|n_groups|num_group|mamba_n_groups|num_attention_chunks", 1),
     (r"num_nextn.*|.*mtp.*layers|num_kv_shared_layers", 0),
@@ -47,12 +48,12 @@ SIZES = (
     (r".*(sliding_window|attention_chunk_size|window_size|local_window.*|chunk_size)", 8),
     (r".*(pattern|interval)", 2),
 )
-# Of these names, a config's own smaller number is not kept.
+# These entries always get the tiny size, even if the config has a smaller number.
 FIXED = r"num_hidden_layers|n_layer|num_layers|n_layers"
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return values with changes, also inside the configs that they hold."""
+    """Return config values with changes applied, also inside nested configs."""
     inner = {
         name: _merged(values[name], change)
         for name, change in changes.items()
@@ -67,7 +68,7 @@ def _sections(*sizes: int) -> dict[str, Any]:
     return {"text_config": {"rope_parameters": rope}}
 
 
-# What the sizes do not make consistent.
+# Further changes for types whose config would be inconsistent with the tiny sizes.
 CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -137,7 +138,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name not in ("transformers_version", "architectures", "dtype", "per_layer_config"):
             small[name] = _entry(name, value, layers)
-    if "kv_lora_rank" in small:  # latent attention has no grouped heads
+    if "kv_lora_rank" in small:  # latent attention does not group its heads
         small["num_key_value_heads"] = small.get("num_attention_heads", 4)
     return small
 
@@ -173,7 +174,7 @@ def _entry(name: str, value: Any, layers: set[int]) -> Any:
 
 
 def _cut(values: list[Any]) -> list[Any]:
-    """Return as many entries as there are layers, with each kind that the list has if possible."""
+    """Return ``LAYERS`` entries of a list, with as many different kinds as possible."""
     first = [i for i, x in enumerate(values) if x not in values[:i]][:LAYERS]
     rest = [i for i in range(len(values)) if i not in first]
     return [values[i] for i in sorted([*first, *rest[: LAYERS - len(first)]])]
@@ -191,7 +192,7 @@ def model_of(kind: str, group: str, changes: dict[str, Any] | None = None, seed:
 
 @torch.no_grad()
 def randomised(model: Any, seed: int) -> Any:
-    """Give every parameter a size that shows: matrices keep the size of states, norms differ."""
+    """Draw parameters at random. Matrices keep the size of hidden states, and norms get noise."""
     torch.manual_seed(seed + 1)
     for parameter in model.parameters():
         if not parameter.is_floating_point():

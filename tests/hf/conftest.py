@@ -37,7 +37,7 @@ def _frozen():
 
 @pytest.fixture
 def accelerator_state():
-    """Forget accelerate's state, which a process sets once, before and after this test."""
+    """Reset accelerate's process-wide state before and after this test."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -82,7 +82,7 @@ def hub(tmp_path, monkeypatch):
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # transformers before 5 keeps its own copy of this setting.
+    # transformers versions before 5 keep their own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -97,7 +97,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def connections(hub, monkeypatch):
-    """Return a list of the hosts that are asked for; every attempt fails."""
+    """Refuse every network connection, and return the list of the requested hosts."""
     asked = []
 
     def refuse(host, *_, **__):
@@ -108,11 +108,11 @@ def connections(hub, monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # From version 1 huggingface_hub asks for this once in a process.
+    # Since version 1, huggingface_hub requests this registry once in each process.
     registry = sys.modules.get("huggingface_hub.utils._detect_agent")
     if registry is not None:
         monkeypatch.setattr(registry, "_registry", None)
         monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "none")
-    # transformers before 5 keeps its own copy of this setting.
+    # transformers versions before 5 keep their own copy of this setting.
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
     return asked

@@ -1,4 +1,4 @@
-"""Malformed inputs to every command end with a message, and harmless ones change no result."""
+"""Every command reports malformed inputs by a message, and ignores harmless changes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from lens_kernels import cli
 from tests.support.commands import arguments
 from tests.support.fuzz import CLEAN, REFUSED, SAME, Input, mutated
 
-SECONDS = 300  # for one input, on a slow machine
+SECONDS = 300  # the time limit for one input, on a slow machine
 QUICK, ALL = 20, 400
 SEEDS = [x if x < QUICK else pytest.param(x, marks=pytest.mark.slow) for x in range(ALL)]
 
@@ -31,7 +31,7 @@ def as_options(argv):
 
 
 def result(given):
-    """Return what a command wrote that a harmless change keeps."""
+    """Return the results of a command that stay equal under harmless changes of its input."""
     out = given.folder / "out"
     if given.command == "train":
         return {name: x.tolist() for name, x in load_file(out / "model.safetensors").items()}
@@ -43,7 +43,7 @@ def result(given):
 
 @pytest.fixture(scope="module")
 def valid(files, tmp_path_factory):
-    """Return valid inputs by command, their results, and what a run needs to be resumed."""
+    """Return the folder of all files, and the valid inputs and results by command."""
     folder = shutil.copytree(files, tmp_path_factory.mktemp("valid") / "files")
     short = {"max_steps": 2, "save_steps": 1, "max_length": 40}
     train = as_options(arguments(folder, folder / "out", **short))
@@ -73,7 +73,7 @@ def valid(files, tmp_path_factory):
 
 
 class Hung(BaseException):
-    """A command that did not end."""
+    """Raised when a command exceeds its time limit."""
 
 
 @pytest.fixture(autouse=True)

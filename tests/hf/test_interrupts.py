@@ -1,4 +1,4 @@
-"""A call that is interrupted leaves models, tokenizers and torch as they were."""
+"""An interrupted call leaves the settings of models, tokenizers and torch unchanged."""
 
 import copy
 import random
@@ -72,11 +72,11 @@ CALLS = {
 }
 
 
-DRAWS = ("shallow_copy", "projections")  # these make new weights at random
+DRAWS = ("shallow_copy", "projections")  # these calls draw random weights
 
 
 def settings(*models, tokenizer):
-    """Return everything that a call may set for a while."""
+    """Return all settings that a call may change temporarily."""
     found = [
         tokenizer.padding_side,
         tokenizer.truncation_side,
@@ -114,8 +114,8 @@ def test_an_interrupted_call_leaves_every_setting(name):
     student.train()
     student.model.layers[0].eval()
     student.model.layers[1].requires_grad_(False)
-    teacher.requires_grad_(False)  # an objective freezes its teacher for good
-    # From version 5, transformers adds hooks in the first such call, and keeps them.
+    teacher.requires_grad_(False)  # an objective freezes its teacher permanently
+    # Since transformers 5, the first call with ``output_hidden_states`` adds hooks that stay.
     student(torch.tensor([IDS]), output_hidden_states=True)
     interrupt = Interrupt()
     student.model.layers[-1].register_forward_pre_hook(interrupt)

@@ -10,7 +10,7 @@ from tests.support.commands import arguments
 
 @pytest.fixture
 def adapter(files, hub, tmp_path):
-    """Return an adapter whose base is a model in the Hub's cache, and whose tokenizer is there."""
+    """Return an adapter whose base model and tokenizer are in the Hub's cache."""
     student = load_model(hub(files / "student", "some/student"))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     peft.get_peft_model(student, config).save_pretrained(tmp_path / "adapter")

@@ -1,4 +1,4 @@
-"""The published lens term: it equals ours without its quirks, and each quirk has its effect."""
+"""The published lens term equals ours without its quirks, and each quirk changes the value."""
 
 import itertools
 
@@ -61,7 +61,7 @@ def test_the_tiled_mask_masks_samples_by_each_other(problem, mask):
     right = published(problem, mask, OURS)
     tiled = published(problem, mask, Quirks(tiled_mask=True))
     assert abs(tiled / right - 1) > 0.05
-    # Row b * 3 + l belongs to sample b, but gets the mask of sample (b * 3 + l) mod 4.
+    # Row r = b * 3 + l holds pair l of sample b. It gets the mask of sample r mod 4.
     wrong = sum((b * 3 + layer) % 4 != b for b in range(4) for layer in range(3))
     assert wrong == 8
     rows = dense.lens_loss(*problem.args(), reduction="none")

@@ -42,7 +42,7 @@ def test_jsd_is_the_entropy_of_the_mixture_less_the_mean_entropy(pair, beta):
     torch.testing.assert_close(small, kl(p, q), rtol=1e-2, atol=0)
 
 
-# The values for p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2), whose mixture is (3/8, 3/8, 1/4).
+# The values are for p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2). Their mixture is (3/8, 3/8, 1/4).
 LN2, LN3 = math.log(2), math.log(3)
 BY_HAND = {
     "jsd": 0.5 * (2 * LN2 - LN3) + 0.5 * (0.5 * (LN2 - LN3) + 0.5 * LN2),

@@ -124,7 +124,7 @@ def train_case(
 
 
 def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
-    """Enable FSDP on a CPU. There accelerate would silently use DDP instead."""
+    """Enable FSDP on a CPU, where accelerate would silently use DDP instead."""
     make = LensDistillTrainer.create_accelerator_and_postprocess
 
     def make_sharding(self: Any) -> None:

@@ -1,9 +1,10 @@
 """Malformed inputs to the commands: files, options and folders, changed at random with a seed.
 
-A valid input is a folder with models, data and a file of options, an argument list, and what a run
-of it leaves. A mutation changes one thing and says what must happen: REFUSED (a message and a
-status other than 0), SAME (status 0 and the result of the valid input), EITHER (one of these two),
-or CLEAN (a message, or any result: the input may still be valid and mean something else).
+A valid input is an argument list and a folder. The folder holds models, data, and the files of an
+interrupted run. A mutation changes one thing and returns the expected outcome: REFUSED (a message
+and a status other than 0), SAME (status 0 and the result of the valid input), EITHER (one of these
+two), or CLEAN. CLEAN accepts a message or any result, because the input may still be valid and mean
+something else.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Input:
 
 
 def damage(path: Path, random: Random) -> str:
-    """Make a file unreadable for its format, and say how."""
+    """Make a file invalid for its format, and return the kind of damage."""
     content = path.read_bytes()
     how = random.choice(["truncated", "empty", "binary", "directory", "missing", "utf-16", "zeros"])
     path.unlink()
@@ -267,7 +268,7 @@ def option(given: Input, random: Random) -> str:
 
 
 def repeated(given: Input, random: Random) -> str:
-    """Give a valid option twice; the last one counts."""
+    """Give a valid option twice; the last value counts."""
     name = random.choice(sorted(given.options))
     value = given.options.pop(name)
     wrong = value if isinstance(value, list) else [value]
@@ -314,7 +315,7 @@ def options_file(given: Input, random: Random) -> str:
 
 
 def checkpoint(given: Input, random: Random) -> str:
-    """Damage a file of a run that was interrupted: the result is the same, or it is refused."""
+    """Damage a file of an interrupted run. Resuming it gives the same result or is refused."""
     shutil.copytree(given.folder / "interrupted", given.folder / "out")
     files = sorted(x for x in (given.folder / "out").rglob("*") if x.is_file())
     path = random.choice(files)
@@ -323,7 +324,7 @@ def checkpoint(given: Input, random: Random) -> str:
 
 
 def checkpoint_value(given: Input, random: Random) -> str:
-    """Change a value in a JSON file of a run that was interrupted."""
+    """Change a value in a JSON file of an interrupted run."""
     shutil.copytree(given.folder / "interrupted", given.folder / "out")
     names = ["data.json", "checkpoint-1/trainer_state.json", "checkpoint-2/trainer_state.json"]
     path = given.folder / "out" / random.choice(names)
@@ -345,7 +346,7 @@ def cache_file(given: Input, random: Random) -> str:
 
 
 def cache_manifest(given: Input, random: Random) -> str:
-    """Write a manifest with other values under a checksum that fits."""
+    """Write a manifest with other values and a matching checksum."""
     from lens_kernels.hf.cache.key import digest, json_bytes
 
     given.options["--teacher_cache"] = given.folder / "cache"
@@ -373,7 +374,7 @@ COMMANDS = ("train", "train", "train", "eval", "inspect")
 
 
 def mutated(valid: dict[str, Input], folder: Path, seed: int) -> tuple[Input, str]:
-    """Return the input of a seed in ``folder``, which holds the valid files, and its outcome."""
+    """Mutate a valid input in ``folder`` by a seed; return the input and the expected outcome."""
     random = Random(seed)
     command = COMMANDS[seed % len(COMMANDS)]
     model = valid[command]

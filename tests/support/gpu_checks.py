@@ -1,7 +1,7 @@
 """Checks of compiled kernels against the float64 oracle, on the device that is passed first.
 
-``test_gpu.py`` calls them on a GPU at full size. On the CPU it calls them at tiny sizes, and
-``test_functional.py`` at the sizes of its other tests.
+``test_gpu.py`` calls them on a GPU at full size. On the CPU, it calls them at tiny sizes.
+``test_functional.py`` calls them at the sizes of its other tests.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def float32(device, backend, shape, feature, divergence, **options):
 def half(device, backend, dtype, shape, feature, divergence, **options):
     """Compare a call in 16 bits with the oracle.
 
-    Without a norm, the logits are exact. With a norm, its result is rounded to the dtype, and the
-    limits are relative to plain torch, which rounds it too.
+    Without a norm, the logits are exact. With a norm, the norm's result is rounded to the dtype.
+    The limits are then relative to the error of plain torch, which also rounds it.
     """
     normed = "norm" in FEATURES[feature]
     problem = make(shape, std=2.0 if normed else 3.0, **FEATURES[feature], divergence=divergence)
@@ -96,7 +96,7 @@ def half(device, backend, dtype, shape, feature, divergence, **options):
         return
     ulp = torch.finfo(dtype).eps
     baseline = plain_torch(problem)
-    # The slope of tvd jumps where p equals q, and rounding moves these places.
+    # The slope of tvd jumps where p equals q. Rounding moves entries across this point.
     if divergence == "tvd":
         for name, truth in expected_grads.items():
             cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
@@ -122,7 +122,7 @@ def large(device, backend, dtype, shape, divergence, mask=False):
     """Compare long sums with the oracle.
 
     The limit is at least twice the error of plain float32 torch. The gradient of tvd has the limit
-    of 16 bits even in float32, because its slope jumps at ties.
+    of 16 bits even in float32, because the slope of tvd jumps where p equals q.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
     options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}
@@ -197,9 +197,9 @@ def peaked(device, backend, divergence, std, shape):
 
     Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
     probability. The limit is the rounding of a logit of two standard deviations, or twice the error
-    of dense float32 torch. The second limit alone would be too small where the errors of torch's
-    rows cancel by chance. In 40 problems of each kind, dense torch was off by 0 to 3.9 roundings of
-    one standard deviation, and the Triton kernels by 0 to 1.8.
+    of dense float32 torch. Twice that error alone would be too small where the errors of torch's
+    rows cancel by chance. In 40 problems of each kind, errors were measured in roundings of one
+    standard deviation. Dense torch had up to 3.9, and the Triton kernels up to 1.8.
     """
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std

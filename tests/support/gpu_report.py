@@ -2,7 +2,7 @@
 
 Run it with ``python -m tests.support.gpu_report --out DIR``. Arguments for pytest follow ``--``, as
 in ``-- -n 12 -k parity``. A row has the outcome, versions and device. The processes of pytest-xdist
-load this module as a plugin, for the order.
+load this module as a plugin, which orders the tests.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from benchmarks.support import environment, tables
 from tests.support import ROOT
 
 FILE = "tests.csv"
-# The outcomes of a test's phases, from best to worst. The worst one is the test's outcome.
+# The outcomes of a test's phases, from best to worst. The worst outcome of a phase is the test's
+# outcome.
 ORDER = ("passed", "skipped", "failed")
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Run the row kernel's parity first, then the ``torch`` backend, then all-Triton tests."""
+    """Order the tests: parity of the row kernel, then ``torch``, then the ``triton`` backend."""
     items.sort(key=rank)
 
 
@@ -51,7 +52,7 @@ class Recorder:
         row["seconds"] += report.duration
         if ORDER.index(report.outcome) > ORDER.index(row["outcome"]):
             row["outcome"], row["note"] = report.outcome, note(report)
-        # The last phase. A test that ends its process has a phase of its own.
+        # The last phase has another name if the test ended its process.
         if report.when not in ("setup", "call"):
             row["seconds"] = f"{row['seconds']:.2f}"
             tables.append_csv(self.path, row | self.where)

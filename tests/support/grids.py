@@ -11,7 +11,8 @@ from lens_kernels.backends.torch.layout import row_stride
 
 # All backends that must agree with the oracle. Add a new backend here.
 BACKENDS = ["torch", "triton"]
-# The torch backend as on a GPU, with an interpreted kernel. Some grids run it as a slow test only.
+# This backend is ``torch`` as on a GPU, with an interpreted row kernel. Some grids run it only as a
+# slow test.
 ROW_KERNEL = "row_kernel"
 WITH_SLOW_ROW_KERNEL = [*BACKENDS, pytest.param(ROW_KERNEL, marks=pytest.mark.slow)]
 # The backends that support float64; the others raise an error.
@@ -46,13 +47,14 @@ BATCH = Shape((5, 7), 97, 33, 17, 2)
 # between such blocks, and the pointwise pass takes two steps.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
-    # Prime sizes, which no chunk, tile or vector divides. The teacher is wider.
+    # The sizes are prime numbers, which no chunk, tile or vector divides. The teacher is wider.
     "odd": ODD,
-    # Two leading dimensions, which differ from the number of pairs. The teacher is narrower.
+    # There are two leading dimensions, which differ from the number of pairs. The teacher is
+    # narrower.
     "batch": BATCH,
-    # Powers of two, and far fewer tokens than a chunk holds.
+    # The sizes are powers of two, and the tokens are far fewer than a chunk holds.
     "aligned": Shape((4,), 64, 16, 16, 3),
-    # One token, an edge case of means, sums and chunks.
+    # One token is an edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
     # The kernels loop over tiles and merge splits, because this shape takes two blocks of rows and
     # three splits of two tiles.

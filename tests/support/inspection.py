@@ -19,7 +19,7 @@ TEXT = [9, 4, 1, 5, 0, 7, 2, 6]
 
 
 class OddTokenizer:
-    """Reads a text of token ids. The tokens are those of ``ODD``."""
+    """Reads a text of token ids, whose tokens are the entries of ``ODD``."""
 
     def __call__(self, text):
         return {"input_ids": [int(word) for word in text.split()]}

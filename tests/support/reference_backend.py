@@ -1,4 +1,4 @@
-"""The dense float64 oracle as a backend called ``reference``, made as CONTRIBUTING describes."""
+"""The dense float64 oracle as a backend called ``reference``, added as CONTRIBUTING describes."""
 
 from __future__ import annotations
 

@@ -62,9 +62,9 @@ def compiled_graphs():
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_compiled_pass_matches_the_oracle(compiling, capped):
-    """The pass is compiled once for beta 1/2 and once for any other beta.
+    """The pass is compiled once for beta 1/2 and once for all other values of beta.
 
-    Other numbers and chunk sizes do not recompile it.
+    Another temperature, scale, softcap or chunk size does not recompile it.
     """
     before = compiled_graphs()
     for temperature, beta, scale, softcap, rows in (
@@ -114,9 +114,9 @@ def test_every_variant_of_the_pass_is_compiled(tracing):
 
 
 def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
-    """The jsd is accurate to 1e-3 for logits that differ by 1e-3.
+    """The jsd of logits that differ by 1e-3 has a relative error below 1e-3.
 
-    The jsd is then 1e-7, and a formula with ``exp(x) - 1`` would have an error of 10 %.
+    This jsd is near 1e-7. A formula with ``exp(x) - 1`` would give it an error of 10 %.
     """
     student = 3 * torch.randn(4, 5000)
     teacher = student + 1e-3 * torch.randn(4, 5000)
@@ -139,7 +139,7 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
 def test_the_compiled_search_finds_the_same_active_entries(compiling):
     """The compiled search agrees with the eager one.
 
-    It is compiled once for blocks of several sizes, with gaps between rows.
+    It is compiled once, although the blocks differ in size and have gaps between rows.
     """
     before = compiled_graphs()
     grad = torch.randn(40, 520)[:, :501] * torch.logspace(-3, 0, 501)
@@ -350,7 +350,7 @@ def test_opcheck_of_scale_gradients():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduction):
     """Autocast rounds the operands as in a linear layer; the logits stay in float32."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round gradients
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # with AMX, gradients are rounded too
     problem = make(BATCH, std=3.0)
     rounded = problem.to(dtype)
     expected, expected_grads = oracle(rounded, reduction=reduction)
@@ -379,7 +379,7 @@ def test_autocast_accepts_mixed_dtypes():
 
 def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
     """Autocast is off inside the op. Otherwise it would round the results of some GEMMs."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # AMX would round gradients
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # with AMX, gradients are rounded too
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):
         check(problem, 1e-5, truth=problem.to(torch.bfloat16), grad_threshold=0.0)

@@ -1,4 +1,4 @@
-"""The pass that is compiled for GPUs without the row kernel: only the number of rows is dynamic."""
+"""The compiled pass for GPUs that lack the row kernel: only its number of rows is dynamic."""
 
 import torch
 
@@ -39,7 +39,7 @@ def test_only_the_number_of_rows_varies(monkeypatch):
 
 
 def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
-    """Tensors without data stand for those of a GPU."""
+    """Meta tensors, which hold no data, replace the tensors on a GPU."""
     call, calls = capture_call(monkeypatch, make(ODD)), []
 
     def compile(function):
@@ -49,7 +49,7 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
 
         return recorded
 
-    monkeypatch.setattr(compiled, "_compile", None)  # is for CPUs
+    monkeypatch.setattr(compiled, "_compile", None)  # only calls on a CPU may use it
     monkeypatch.setattr(compiled, "_compile_for_gpu", compile)
     made = pointwise_pass.TorchPass(call, torch.float32, 700)
     made.device, made.compiled = torch.device("cuda"), True
@@ -60,5 +60,5 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
 
 
 def test_an_uncompiled_pass_takes_small_blocks_on_a_gpu():
-    """Its temporaries are as large as a block."""
+    """The temporaries of an uncompiled pass are as large as a block."""
     assert pointwise_pass.block_rows(torch.device("cuda"), False, 700, 50000) == 43

@@ -1,4 +1,4 @@
-"""The cache folder of torch's compiler, if it cannot be made."""
+"""Small calls work if the cache folder of torch's compiler cannot be created."""
 
 import pytest
 
@@ -24,7 +24,7 @@ print(*(x.message for x in caught if "uncompiled" in str(x.message)), sep="\\n")
 
 @pytest.mark.parametrize("place", ["the variable", "the default"])
 def test_a_file_in_the_place_of_the_cache_leaves_small_calls(tmp_path, monkeypatch, place):
-    """torch imports its compiler for every operator that is not its own."""
+    """Small calls still work, although torch imports its compiler for every custom operator."""
     monkeypatch.setenv("LOGNAME", "some/user")
     file = tmp_path / "torchinductor_some_user"
     file.write_text("")

@@ -142,7 +142,7 @@ def test_adaptive_kl():
 
 @pytest.fixture
 def unset():
-    """Reset the settings after the test."""
+    """Reset oneDNN's precision settings after the test."""
     yield
     torch.backends.mkldnn.set_flags(_fp32_precision="none")
     SETTING.fp32_precision = "none"
@@ -163,16 +163,17 @@ def test_the_users_settings_stay(own, above):
     with pytest.raises(ZeroDivisionError):
         matmul._multiply(torch.bfloat16, gemms)
     assert SETTING.fp32_precision == before
-    # The setting is still inherited from its parent.
+    # An unset precision of GEMMs is still inherited from oneDNN's general setting.
     if own == "none":
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
 
 
 def interrupted(run, number):
-    """Raise KeyboardInterrupt at a moment of ``run``; return the error, or None at its end.
+    """Interrupt ``run`` at its ``number``-th event; return the error, or None after the last event.
 
-    Python looks for signals when a function begins and after a call of a C function.
+    Events are calls of Python functions and returns from C functions. Python checks for signals
+    there.
     """
     seen = 0
 
@@ -222,7 +223,7 @@ def test_a_process_forked_during_a_product_can_multiply():
     assert inside.wait(60)
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # ends a child that waits for the lock
+        signal.alarm(20)  # end the child if it waits for the lock
         found = [SETTING.fp32_precision]
         matmul._multiply(torch.bfloat16, lambda: found.append(SETTING.fp32_precision))
         os._exit(found + [SETTING.fp32_precision] != [before, "bf16", before])

@@ -41,9 +41,9 @@ def asked_for_huge_pages(address):
 
 @linux
 def test_only_whole_huge_pages_of_a_tensor_are_requested():
-    # A smaller block might be reused from an earlier tensor, which marked it for huge pages.
+    # A smaller tensor might reuse a block that an earlier tensor marked for huge pages.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
-    # The last byte of the first page, which other memory shares.
+    # This is the last byte of the page in which the tensor starts. Other memory shares this page.
     edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE
     assert in_huge_pages(x) is x
     assert asked_for_huge_pages(x.data_ptr() + 8 * HUGE_PAGE)

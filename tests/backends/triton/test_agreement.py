@@ -10,14 +10,14 @@ from lens_kernels.options import Divergence  # noqa: E402
 from tests.support.problems import recorded  # noqa: E402
 
 CPU = torch.device("cpu")
-# Both hidden sizes, the vocabulary size, and the number of tokens.
+# The student's and the teacher's hidden size, the vocabulary size, and the number of tokens.
 SIZES = (24, 40, 90, 300)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
     evaluated = recorded(monkeypatch, agreement, "evaluate")
-    # This is more than one block of rows.
+    # 40 tokens fill more than one block of rows.
     monkeypatch.setattr(agreement, "TOKENS", 40)
     agreement.check(*SIZES, dtype, CPU)
     calls = [call for (call,), _ in evaluated]

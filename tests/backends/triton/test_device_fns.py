@@ -118,7 +118,8 @@ def test_functions_at_zero_infinity_and_nan():
 def test_minus_does_not_cancel():
     """``minus`` computes p - q without cancellation.
 
-    It gets rounded p and q, and ``d``, the exact difference of their logarithms.
+    Its arguments are rounded values of p and q, and ``d``, the exact difference of their
+    logarithms.
     """
     lq = -30 * torch.rand(8000)
     d = torch.cat([magnitudes(5.0), -magnitudes(5.0)])[torch.randperm(16000)[:8000]]
@@ -136,7 +137,8 @@ def test_minus_does_not_cancel():
 def log_probabilities():
     """Return two lists of log-probabilities.
 
-    They hold all pairs of a grid that includes underflow, then near pairs, then equal pairs.
+    Their pairs are all pairs of a grid, nearly equal values, and equal values. The grid includes
+    values whose exponentials underflow.
     """
     torch.manual_seed(0)
     grid = torch.cat([torch.linspace(-12, 0, 25), torch.tensor([-20.0, -40.0, -80.0, -110.0])])
@@ -158,8 +160,8 @@ def run_table(divergence, lp, lq, beta):
 def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, beta):
     """The kernels' divergences and their gradients match those of the library.
 
-    The allowed error is relative to the value and to |p - q|. It grows with the log-probabilities,
-    because the exponentials of larger ones are less accurate.
+    The allowed error is relative to the value and to |p - q|. It grows with the size of the
+    log-probabilities, whose exponentials become less accurate.
     """
     lp, lq = log_probabilities
     wide = lp.double(), lq.double()
@@ -179,7 +181,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_tables_agree_on_what_is_infinite(divergence, beta):
-    """Kernels and library give the same infinities for all pairs of 1/2, exp(-300) and 0."""
+    """Kernels and library agree on infinite values for all pairs of 1/2, exp(-300) and 0."""
     some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
     lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
     expected = table.pointwise(Divergence(divergence), beta)(

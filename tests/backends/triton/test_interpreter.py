@@ -1,4 +1,4 @@
-"""Triton's interpreter, as the library corrects it, rounds to bfloat16 and multiplies as torch."""
+"""Triton's interpreter, with the library's corrections, rounds and multiplies like torch."""
 
 import pytest
 import torch

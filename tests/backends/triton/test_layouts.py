@@ -121,7 +121,7 @@ SIZES = {
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(garbage, size, divergence, norm):
-    """At sizes of a block or less, and just above, kernels read no uninitialised memory."""
+    """Kernels read no uninitialised memory at sizes up to one block, or just above one block."""
     problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")

@@ -19,8 +19,8 @@ WIDTH = 300
 # The number of rows in one block at this width.
 BLOCK_N = norm.BLOCK // 512
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
-# Numbers of rows: one row; a full block; a block for each program and one row more; and several
-# blocks for each program, with a last block that is not full.
+# The numbers of rows are: one row; one full block; one block for each program and one row more;
+# several blocks for each program and a partial block.
 TOKENS = [1, BLOCK_N, BLOCK_N * PROGRAMS + 1, BLOCK_N * 19 + 3]
 
 
@@ -103,6 +103,6 @@ def test_a_16_bit_result_is_rounded_once(dtype):
     got = norm.norm_rows(hidden, None, layer_norm, dtype)
     exact = layer_norm.forward(hidden.double())[0]
     assert got.dtype is dtype
-    # The result is the nearer 16-bit neighbour, except for float32 rounding.
+    # The result is the nearest 16-bit number, except for errors of float32 rounding.
     spacing = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
     assert bool(((got.double() - exact).abs() <= 0.501 * spacing + 1e-6).all())

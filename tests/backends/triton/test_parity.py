@@ -90,7 +90,7 @@ def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
 
 
 def active_problem():
-    """Return peaked models, which get almost no gradient at most entries.
+    """Return peaked models, whose gradient is nearly zero for most entries.
 
     The mean of the head's rows is not zero.
     """
@@ -164,7 +164,7 @@ def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active
 
 
 def test_chunks_of_any_size():
-    """Chunks of one to four tiles give the same loss and gradients as one chunk of all seven."""
+    """Chunks of one to four tiles give the same loss and gradients as one chunk of all 7 tiles."""
     problem = make(Shape((20,), 840, 24, 40, 2), **FEATURES["everything"])
     tile = default(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
     assert tile.block_v == 128

@@ -1,6 +1,6 @@
-"""Programs in groups of rows: what the kernels read through a cache, and that results are equal.
+"""Programs run in groups of row blocks: the bytes read through a cache, and equal results.
 
-The cache is a model: it holds the blocks that were read last. Programs run in waves, in the order
+The cache is simulated: it holds the blocks that were read last. Programs run in waves, in the order
 of their launch, and the programs of a wave read in step.
 """
 
@@ -43,9 +43,9 @@ def bytes_read(programs, at_once, capacity):
     return moved
 
 
-# Two groups of two blocks, by eight tiles in each of two splits.
+# These sizes give two groups of two row blocks, and two splits of eight tiles each.
 TOKENS, VOCAB, WIDTHS, TILE = 64, 256, (16, 32), launch.Tile(16, 16, 16, 4, 1)
-AT_ONCE = 4  # programs: two blocks by two tiles
+AT_ONCE = 4  # programs that run at a time: two row blocks by two splits
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def small_groups(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch, small_groups):
-    """Return a function that runs another one and returns what its programs read of tensors."""
+    """Return a function that runs ``function`` and lists each program's reads from ``tensors``."""
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
     load = builder.create_masked_load
 
@@ -80,7 +80,8 @@ def read(monkeypatch, small_groups):
     return run
 
 
-# A row of both operands takes 192 bytes. At a time, programs read 32 rows and 32 columns: 12 KiB.
+# Programs read 32 rows and 32 columns of 192 bytes at a time, which are 12 KiB. These fit in the
+# first cache, but not in the second.
 @pytest.mark.parametrize("capacity", [14 << 10, 10 << 10])
 def test_the_plan_counts_what_the_kernels_read_through_a_cache(monkeypatch, read, capacity):
     monkeypatch.setattr(row_groups, "CACHE_BYTES", capacity)
@@ -130,7 +131,7 @@ def places_kernel(out, programs, blocks, group_blocks, SIZE: tl.constexpr):
 
 
 def places(programs, blocks, group_blocks):
-    """Return the row block and the part of the vocabulary of each program, by the kernels."""
+    """Return the row block and the vocabulary part of each program, as kernels compute them."""
     out = torch.full((programs, 2), -1, dtype=torch.int32)
     size = triton.next_power_of_2(programs)
     places_kernel[(1,)](out, programs, blocks, group_blocks, SIZE=size)
@@ -147,9 +148,10 @@ def test_every_place_has_one_program(blocks, group, parts):
 @pytest.mark.parametrize(("tile", "at_once"), [((128, 128), 132), ((64, 128), 264)])
 @pytest.mark.parametrize(("widths", "gb"), [((2048, 4096), 9.6), ((8192, 4096), 35.8)])
 def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb, tile, at_once):
-    """Llama-3's vocabulary in 16 bits, and an H100: 132 processors, 50 MiB of cache.
+    """The planned reads match those of a simulated H100 for Llama-3's vocabulary in 16 bits.
 
-    The second widths are too large for the cache. With all rows first it would be 52 and 105 GB.
+    An H100 has 132 processors and a cache of 50 MiB. Operands of the second widths exceed the
+    cache. Without groups, programs would read 52 GB at the first widths and 105 GB at the second.
     """
     tokens, vocab, row, steps = 8192, 128256, 2 * sum(widths), 4
     monkeypatch.setattr(launch, "processors", lambda device: 132)
@@ -178,7 +180,7 @@ def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb
 
 @pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
 def test_groups_change_no_bit(monkeypatch, small_groups, divergence):
-    """Groups of two blocks and of one, of 64 rows. Each split has one tile."""
+    """The size of a group does not change the results. Each split has one tile."""
     problem = make(Shape((150,), 200, 24, 40, 1), **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: 100)
     results = []

@@ -212,7 +212,7 @@ def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
 
 def test_steps_are_whole_blocks_that_cover_every_row_once():
     made = layout.apart(5 * 1000, 5000, torch.bfloat16, 1 << 30)
-    # The rows make three almost equal steps.
+    # The 5000 rows are divided into three almost equal steps.
     assert (made.tile_rows, made.grad_rows) == (512, 1792)
     seen = []
     for tiles in made.steps(5, 1000):
@@ -243,14 +243,14 @@ def test_buffers_fit_the_workspace(room, dtype):
 def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     monkeypatch, divergence, beta, with_grad, given
 ):
-    """With the teacher's statistics ``given``, the first sweep does not read its logits."""
+    """If the teacher's statistics are given, the first sweep does not read the teacher's logits."""
     counted = 0
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def count(mask, pointer):
         nonlocal counted
-        # The plan leaves out single values, such as a row's weight.
+        # The plan does not count single values, such as a row's weight.
         if mask.data.size > 1:
             counted += (
                 int(mask.data.sum()) * pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
@@ -276,7 +276,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     shape = replace(CallShape.of(call), device=torch.device("cuda"))
     (step,) = [s for s in cost.row_chunks(shape).steps if s.name == "pointwise pass"]
     assert counted == step.bytes_moved
-    # 8 entries at a time: 26 bytes a pair of logits, or 22, where gradients have 16 bits.
+    # The kernel moves 8 entries at a time, so a row of 211 entries counts as 216. A sweep reads 8
+    # bytes for a pair of logits. A gradient takes 4 bytes.
     online = divergence in ("jeffreys", "forward_kl", "reverse_kl")
     each = 8 * (3 - online - (not with_grad)) + 4 * with_grad - 4 * (given and not online)
     assert counted == 2 * 5 * 216 * each

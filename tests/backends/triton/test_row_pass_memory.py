@@ -1,4 +1,4 @@
-"""Peak memory of the ``torch`` backend as it is on a GPU: with the kernel over whole rows."""
+"""Peak memory of the ``torch`` backend with the row kernel, as it runs on a GPU."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.support.operators import Watch
 from tests.support.problems import capture_call, make
 
 GIB = 1 << 30
-# Llama-3 1B < 8B.
+# The student is Llama-3 1B, and the teacher is Llama-3 8B.
 TOKENS, VOCAB, WIDTHS = 8192, 128256, (2048, 4096)
 
 
@@ -31,9 +31,9 @@ class NoKernel:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Tensors that hold no data, which are multiplied as on a GPU.
+    """Use fake tensors, which hold no data, and multiply them as on a GPU.
 
-    Without CUDA torch can make them on a GPU, but cannot index them.
+    Without CUDA, torch can create fake tensors on a GPU, but cannot index them.
     """
     monkeypatch.setattr(row_kernel_pass, "row_pass_kernel", NoKernel())
     monkeypatch.setattr(matmul, "multiplies_natively", lambda dtype, *args: dtype in matmul.HALF)
@@ -66,7 +66,7 @@ def llama_call(fake, pairs, tokens=TOKENS):
 
 @pytest.mark.parametrize("pairs", [1, 5])
 def test_llama_takes_at_most_1_3_gib_above_inputs_and_gradients(fake, pairs):
-    """8192 tokens in bfloat16, and the default workspace of 1 GiB. Gradients are in float32."""
+    """A call has 8192 bfloat16 tokens, float32 gradients, and the default workspace of 1 GiB."""
     call = llama_call(fake, pairs, TOKENS // pairs)
     memory = track(lambda: row_chunks.evaluate(call, RowKernelPass))
     gradients = 4 * sum(x.numel() for x in call.needing_grad().values())
@@ -93,7 +93,7 @@ def test_buffers_are_those_of_the_layout(fake):
 
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
 def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, divergence):
-    """The largest are the tiles of 6 rows, whose single bytes the interpreter copies."""
+    """The largest tensor is a tile of 6 rows, which the interpreter copies as single bytes."""
     problem = make(Shape((40,), 61, 8, 8, 1), **FEATURES["everything"], divergence=divergence)
     room = 6 * (layout.row_stride(61) * 2 + layout.grad_stride(61)) * 4
     call = capture_call(monkeypatch, problem, mask=torch.ones(40), workspace_bytes=room)

@@ -18,7 +18,7 @@ from lens_kernels.backends.triton.tiles import search, sizes, store  # noqa: E40
 from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep  # noqa: E402
 
 CPU = torch.device("cpu")
-# Both hidden sizes, the vocabulary size, and the number of tokens.
+# The student's and the teacher's hidden size, the vocabulary size, and the number of tokens.
 SIZES = (24, 40, 90, 6)
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
@@ -162,7 +162,7 @@ def test_the_default_tile_may_be_rejected_too(tune, monkeypatch):
 def wrong_by(factor):
     def launch(original, *args):
         result = original(*args)
-        # Sweep 3 writes into its second-last argument.
+        # Sweep 3 writes into its second-to-last argument.
         tensor = args[-2] if result is None else getattr(result, "log_sum", getattr(result, "f", 0))
         tensor[3] *= factor
         return result

@@ -86,8 +86,8 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
     """Heads with a bias or softcap do not use tuned tiles.
 
-    Tuning measures heads without a bias or softcap. These take registers, so that a tuned tile may
-    not fit.
+    Tuning measures heads without them. A bias or softcap takes registers, so a tuned tile may not
+    fit.
     """
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)

@@ -16,14 +16,14 @@ from tests.support.problems import check, loss_of, make, oracle, ours, without_c
 # The kernels divide this shape into two blocks of rows and four splits of the vocabulary. Each
 # split has two tiles, except the last, which has one partial tile.
 SPLITS = Shape((65,), 840, 24, 40, 1)
-# The sums of jsd take two sweeps over the vocabulary, those of jeffreys take one.
+# jsd takes two sweeps over the vocabulary, and jeffreys takes one.
 PATHS = ["jsd", "jeffreys"]
 INFINITY = float("inf")
 
 
 @pytest.fixture
 def layout():
-    """Check that the kernels divide SPLITS as its comment says."""
+    """Check that kernels divide the shape SPLITS into two row blocks and four vocabulary splits."""
     tile = sizes.default(sizes.Sweep.ONLINE_KL, sizes.ARCHS["interpreter"], torch.float32, 24)
     grid = launch.SplitGrid(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
     assert grid.shape == (8,) and (grid.splits, grid.tiles_per_split) == (4, 2)
@@ -69,7 +69,7 @@ CLOSED = {
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("where", CLOSED)
 def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
-    """Columns at -inf in both models have no effect: the problem without them gives the truth."""
+    """Columns at -inf in both models have no effect: removing them gives the same result."""
     closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
     closed[list(CLOSED[where])] = True
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
@@ -139,8 +139,8 @@ def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergenc
 def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
     """Any tile gives the right result.
 
-    The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 goes past both, and a step of
-    32 past 48.
+    The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 extends beyond both padded
+    sizes, and a step of 32 beyond 48.
     """
     problem = make(Shape((17,), 50, 33, 17, 1), std=3.0, **FEATURES["everything"])
     module = importlib.import_module("lens_kernels.backends.triton.evaluate")
@@ -151,7 +151,7 @@ def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
 @pytest.mark.parametrize("divergence", PATHS)
 def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, divergence):
     problem = make(SPLITS, **FEATURES["everything"], divergence=divergence)
-    # Chunks of 3, 3 and 1 tiles.
+    # This workspace gives chunks of 3, 3 and 1 tiles.
     options = {"backend": "triton", "workspace_bytes": 65 * 128 * 4 * 3}
     loss, grads = ours(problem, **options)
     for garbage in (1e30, float("nan")):

@@ -1,8 +1,8 @@
 """16-bit operands on CUDA, for every backend, with CUDA's GEMMs emulated on the CPU.
 
-On CUDA, a GEMM of 16-bit operands can return float32. The gradient of the logits is rounded to 16
-bits before its GEMMs. ``torch.mm`` and ``torch.addmm`` have no such variant on a CPU. A dispatch
-mode emulates this variant, with the restrictions of CUDA.
+On CUDA, a GEMM of 16-bit operands can return float32. On a CPU it cannot, so a dispatch mode
+emulates these GEMMs, with the restrictions of CUDA. The gradient of the logits is rounded to 16
+bits before its GEMMs.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ def evaluate(monkeypatch, backend):
         loss = (call.row_weight * result.rows).sum()
         leaves = problem.leaves()
         named = {f"hidden{k}" if isinstance(k, int) else k: g for k, g in result.grads.items()}
-        # A call has flattened the leading dimensions of the hidden states.
+        # The backend gets and returns matrices, so the gradients take their original shapes here.
         return (loss, {k: g.view(leaves[k].shape) for k, g in named.items()}), cores.products
 
     return run
@@ -105,7 +105,7 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(dtype)
     got, products = evaluate(problem, workspace_bytes=several_chunks(BATCH, 12))
     # The torch backend needs 10 bytes a logit, so a chunk has 9 rows. The row kernel has 8 chunks
-    # of 9 rows, which both pairs share. The triton backend needs 2 bytes a logit, so one chunk
+    # of 9 rows for both pairs together. The triton backend needs 2 bytes a logit, so one chunk
     # holds the whole vocabulary.
     chunks = 1 if backend == "triton" else 4
     assert products == BATCH.pairs * products_of(backend, chunks)
@@ -139,7 +139,7 @@ def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergen
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
     """Token weights are applied after the GEMMs.
 
-    If they were applied to the tile before, its entries would underflow in float16.
+    If they were applied to the logits' gradient first, its entries would underflow in float16.
     """
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))
@@ -163,7 +163,7 @@ def test_autocast_multiplies_natively_too(evaluate, backend):
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("double", ["student", "teacher"])
 def test_a_16_bit_model_is_widened_if_the_other_is_float64(evaluate, double):
-    """If one model is float64, the other is widened, because CUDA has no mixed GEMM for them."""
+    """If one model is float64, the other is widened, because CUDA has no GEMM of mixed dtypes."""
     problem = make(ODD).to(torch.bfloat16).to(torch.float64, double)
     got, products = evaluate(problem)
     assert products == 0

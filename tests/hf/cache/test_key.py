@@ -1,4 +1,4 @@
-"""Building a teacher cache, and its key, which depends only on the inputs of the states."""
+"""The key of a teacher cache depends only on the inputs of its states. Caches are built once."""
 
 import copy
 import threading
@@ -69,7 +69,7 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
 def test_boundaries_between_examples_change_the_key(model):
     both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
     moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
-    # The concatenated numbers of ``one`` and ``two`` are equal.
+    # ``one`` and ``two`` hold the same sequence of numbers, divided differently.
     one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
     cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
     assert len({key_of(model, examples).data for examples in cuts}) == 6

@@ -127,7 +127,7 @@ def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, example
     # Only two shards stay mapped. Shard 1 was used least recently.
     assert list(cache._mapped) == [0, 2]
     assert len(pickle.dumps(cache)) == before
-    # No example is read, or only examples without counted tokens.
+    # These ids name no example, or only examples without counted tokens.
     for ids in ([], [1, 4, 7]):
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 

@@ -141,7 +141,7 @@ def test_samples_follow_the_models_distribution(options):
     seen = [answers.count([] if token == 1 else [token]) / count for token in ids.tolist()]
     assert sum(seen) == pytest.approx(1) and 1 < (probabilities > 0).sum()
     for found, probability in zip(seen, probabilities.tolist(), strict=True):
-        # The error may be 4.5 standard deviations.
+        # The error may be at most 4.5 standard deviations.
         assert abs(found - probability) <= 4.5 * (probability / count) ** 0.5 + bool(found) / count
 
 

@@ -43,7 +43,7 @@ def test_data_json_holds_every_number(inspected, output):
 
 
 class Page(HTMLParser):
-    """Parses a page into its tags, and lens tables as ``{depth: [(text, classes, detail)]}``."""
+    """Parses a page into its tags and lens tables, as ``{depth: [(text, classes, detail)]}``."""
 
     def __init__(self, text):
         super().__init__()

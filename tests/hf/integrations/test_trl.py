@@ -1,4 +1,4 @@
-"""TRL's trainers with a lens: two steps, with their losses compared with dense float64 torch."""
+"""TRL's trainers with a lens take two steps, whose losses match dense float64 torch."""
 
 import pytest
 import torch
@@ -130,7 +130,8 @@ def test_only_answers_are_trained_on(tmp_path):
     for batch in seen:
         labelled = batch["labels"] != -100
         assert (batch["labels"][labelled] == batch["input_ids"][labelled]).all()
-        # Prompts are padded on the left and answers on the right: one run of labels a row.
+        # Prompts are padded on the left and answers on the right, so the labels of a row are
+        # contiguous.
         starts = labelled.int().diff(dim=1).eq(1).sum(1)
         assert (starts == 1).all() and labelled.sum(1).le(4).all()
         assert batch["attention_mask"][labelled].all()

@@ -1,4 +1,4 @@
-"""The lens of every tiny model reproduces its logits; wrong lenses and families are refused."""
+"""The lens of every tiny model reproduces its logits. Wrong lenses and families are refused."""
 
 import dataclasses
 import sys
@@ -35,7 +35,7 @@ LORA = peft.LoraConfig
 
 @pytest.fixture
 def register():
-    """Return a function that registers a family and what is wrong with it, until the test ends."""
+    """Return a function that registers a family with wrong settings, until the test ends."""
 
     def change(kind, **changes):
         register_family(kind, dataclasses.replace(NAMED[kind], **changes))
@@ -103,7 +103,7 @@ def test_lens_head_reads_scale_and_softcap_from_the_current_config():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma2", {"softcap": None}),
-        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 does not apply it
+        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 ignores this setting
         ("gpt2", {"norm_kind": "rms"}),
     ],
     ids=str,
@@ -123,7 +123,7 @@ def test_a_wrong_family_is_refused_and_a_right_one_gives_the_detected_lens(
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # smaller than the number of tokens in the text
+    model = tiny.model(vocab=3)  # the text of the check has more tokens
     verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verify_lens(model)
@@ -133,7 +133,8 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
 def test_a_padding_row_of_zeros_is_no_difference(kind):
     """An embedding of zeros passes the check.
 
-    New models have one for the padding token; gemma2, gemma3 and cohere have it by default.
+    New models have such an embedding if they set a padding token, as gemma2, gemma3 and cohere do
+    by default.
     """
     model = tiny.model(kind, pad_token_id=0)
     model.get_input_embeddings().weight.data[0] = 0.0
@@ -239,7 +240,7 @@ def test_a_family_that_does_not_fit_the_model_is_refused(register, change, error
 
 
 def test_a_model_without_final_norm_has_a_lens():
-    """OPT-350M has none, but its projection before the head is no lens."""
+    """OPT-350M has no final norm either, but its projection before the head rules out a lens."""
     model = tiny.model("opt", do_layer_norm_before=False)
     assert fam.final_norm_of(model) is None and lens_head_from(model).norm is None
     ids = IDS[:, :7]
@@ -308,7 +309,7 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            # LoRA weights start at zero, where an adapter has no effect.
+            # Some LoRA weights start at zero, so that a new adapter has no effect.
             nn.init.normal_(parameter, std=0.3)
     model.eval()
     inner = model.base_model.model
@@ -346,5 +347,5 @@ def test_prompt_tuning_is_refused():
 
 
 def test_verify_lens_does_not_import_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)  # importing it raises
+    monkeypatch.setitem(sys.modules, "peft", None)  # an import of peft raises an error
     verify_lens(tiny.model())

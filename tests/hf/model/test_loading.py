@@ -21,7 +21,7 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a model, and with a random adapter of it that has no tokenizer."""
+    """Return a folder with a model and an adapter, which has random weights and no tokenizer."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -189,7 +189,7 @@ def test_a_tokenizer_that_cannot_be_called_is_refused(saved, value):
 @pytest.mark.parametrize("kernel", ["some-one/kernels", "flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_kernels_that_a_config_names_are_not_fetched(saved, key, kernel):
-    """transformers takes them from the Hub if a package of kernels is not installed."""
+    """transformers would fetch such kernels from the Hub if no installed package has them."""
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {key: kernel}))
     refused([f"{key}={kernel!r}", "is not run", "remove"], load_model, str(saved))
@@ -283,7 +283,7 @@ def test_no_read_opens_a_connection(files, adapter, hub, connections):
 
 
 def test_a_repository_without_safetensors_is_not_converted(files, saved, hub, connections):
-    """transformers would ask a service on the Hub to convert it."""
+    """transformers would ask a service on the Hub to convert the repository."""
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(b"a pickle")
     words = ["model.safetensors", "save_pretrained"]
@@ -329,7 +329,7 @@ def test_check_tokenizers_compares_token_ids():
 
 
 def test_above_the_shared_vocabulary_only_tokens_of_the_data_are_compared():
-    long, short = tiny.tokenizer(), tiny.tokenizer(vocab=60)  # "(", ")" and "=" are missing
+    long, short = tiny.tokenizer(), tiny.tokenizer(vocab=60)  # short lacks "(", ")" and "="
     check_tokenizers(long, short, 60, [5, 59])
     check_tokenizers(short, long, 60, [5, 59])
     words = [
@@ -339,8 +339,8 @@ def test_above_the_shared_vocabulary_only_tokens_of_the_data_are_compared():
     ]
     refused(words, check_tokenizers, long, short, 60, [5, 61])
     refused(["for 1 tokens: '(' (student 60"], check_tokenizers, long, short, 61)
-    check_tokenizers(long, tiny.tokenizer(), 60, [5, 61])  # the same in both
-    # The message tells of the option where it would help, and only there.
+    check_tokenizers(long, tiny.tokenizer(), 60, [5, 61])  # these tokenizers are equal
+    # The message suggests the option only where the option would help.
     refused(["with vocab_size 60"], check_tokenizers, long, short)
     with pytest.raises(ValueError) as caught:
         check_tokenizers(long, short, ids=[61])

@@ -40,7 +40,7 @@ def test_data_that_do_not_fit_are_refused_before_training(tmp_path, options, cha
 
 
 def test_labels_beyond_the_shared_vocabulary_are_refused_before_training(tmp_path):
-    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # no token predicts the first
+    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # no position predicts the first token
     given(tmp_path, vocab_size=60, train_dataset=[{"input_ids": inputs, "labels": first}])
     above = [ROW, {**ROW, "labels": inputs}]
     given(tmp_path, False, vocab_size=60, train_dataset=above)
@@ -61,7 +61,7 @@ def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
         if column == "position_ids":
             row[column] = [*range(9), 10]
         if length == 10 and column == "input_ids":
-            # The models have 64 and 10 positions.
+            # The student has 64 positions, and the teacher has 10.
             make_trainer(tmp_path, data=[row], **models)
             continue
         with pytest.raises(ValueError, match="example 0 of train_dataset reaches position 11, but"):
@@ -98,7 +98,7 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     trainer = make_trainer(tmp_path, max_steps=3, **options)
-    trainer.args.learning_rate = float("inf")  # the config refuses it
+    trainer.args.learning_rate = float("inf")  # the config would refuse this value
     with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
         trainer.train()
     quiet = make_trainer(tmp_path, max_steps=1, **options)

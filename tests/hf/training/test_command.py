@@ -31,7 +31,7 @@ def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, c
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
     # Only options that were given are recorded.
     assert "beta" not in record
-    # The first file is of the training, and the second of the evaluation.
+    # The first event file is from training, and the second is from evaluation.
     events = min(tmp_path.glob("**/events.out.tfevents.*"))
     reader = EventAccumulator(str(events))
     reader.Reload()
@@ -218,7 +218,7 @@ def test_presets_use_the_layers_of_the_paper(files, tmp_path, preset, pairs, blo
     less = dict.fromkeys(("num_lens_pairs", "use_cpu", "learning_rate"))
     run, args, _ = command.parse(arguments(files, tmp_path, preset=preset, bf16=False, **less)[1:])
     student, teacher = (uniform_layers(pairs, n) for n in blocks)
-    # For TinyLlama's teacher, the paper rounds the layers down.
+    # For TinyLlama's teacher, the paper rounds layer indices down.
     if preset == "tinyllama":
         teacher = [i * 32 // 6 for i in range(1, 6)]
     assert (args.student_layers, args.teacher_layers) == (student, teacher)

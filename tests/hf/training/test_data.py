@@ -178,7 +178,7 @@ def test_alpaca_prompt(given):
 
 def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
-    # Tokenized together, prompt and response would be one token.
+    # If prompt and response were tokenized together, they would be one token.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
     assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
     assert prompt_of(row, tokenizer) == "ab"
@@ -191,7 +191,7 @@ def test_bos_is_added_once_where_the_tokenizer_adds_it():
     # A BOS in the prompt is not repeated.
     assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
     talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
-    # A chat template decides whether a BOS is added, and this one adds none.
+    # The chat template decides whether to add a BOS. This template adds none.
     assert 0 not in talk["input_ids"]
 
 
@@ -328,7 +328,7 @@ def test_cut_responses_are_counted(write):
     examples = load_examples(write(*lines), bpe(), max_length=4)
     assert [len(x["input_ids"]) for x in examples] == [3, 4, 4] and examples.cut == 1
     assert "3 rows, 0 dropped as too long, 1 with responses cut at max_length" in examples.summary()
-    # Cutting tokens after the last response does not count.
+    # A row is not counted as cut if only tokens after the last response are cut.
     talk = {"messages": TALK}
     whole = load_examples(write(talk), bpe())[0]
     assert load_examples(write(talk), bpe(), max_length=len(whole["labels"])).cut == 0
@@ -368,7 +368,7 @@ def test_no_space_is_written_before_a_response(kind):
         row = Row(1, [answer], prompt=prompt)
         ids = encoded(row, tokenizer)["input_ids"]
         assert tokenizer.decode(ids).lstrip(" ") == f"{prompt}{answer}</s>"
-        # The prompt for generation has the same tokens.
+        # Generation encodes the prompt to the same tokens.
         prompt_of(row, tokenizer)
     if kind != "bytes":
         labels = encoded(Row(1, ["Paris"], prompt="Say:\n"), tokenizer)["labels"]
@@ -376,7 +376,7 @@ def test_no_space_is_written_before_a_response(kind):
         assert tokenizer.convert_ids_to_tokens(learnt) == ["Pa", "r", "is", "</s>"]
     text, _ = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
     assert "assistant\n one <|im_end|>" in text and "assistant\ntwo<|im_end|>" in text
-    # The bytes tokenizer writes a space after special tokens, as after all added tokens.
+    # The ``bytes`` tokenizer writes a space after each added token, including special tokens.
     if kind != "bytes":
         assert "</s>\n<|im_start|>user\nsecond" in text
 

@@ -39,7 +39,7 @@ def two_ranks(folder, cases, timeout=HANG):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # After kill(), the launcher could not stop its ranks.
+        # terminate() lets the launcher stop its ranks, which kill() would not.
         process.terminate()
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")

@@ -1,4 +1,4 @@
-"""A training that is killed while it writes its files, resumed until it is done."""
+"""A training run that is killed while it writes files can be resumed until it ends."""
 
 import os
 import random
@@ -21,13 +21,13 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 class Writes:
     """Counts the changes of files in a folder, and kills the process at one of them.
 
-    Every second kill leaves half of the file that was just written. A count is the same on every
-    machine, unlike a time.
+    Every second kill leaves half of the file that was just written. Unlike a time, the number of a
+    change is the same on every machine.
     """
 
     def __init__(self, folder: Path, kill_at: int) -> None:
         self.folder, self.kill_at, self.seen = str(folder), kill_at, 0
-        # These write their files outside Python.
+        # These functions write files without Python's ``open``.
         for module, name in ((torch, "save"), (safetensors.torch, "serialize_file")):
             setattr(module, name, self.watched(getattr(module, name)))
         sys.addaudithook(self.audit)

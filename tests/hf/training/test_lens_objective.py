@@ -95,7 +95,7 @@ def test_masks_and_positions_of_the_data_reach_the_models():
         "attention_mask": [0, 0, 0, 1, 1, 1, 1, 1, 1],
     }
     longer = tokens(batch=1, length=12).tolist()[0]
-    # Llama's positions are relative, so only the mask matters. GPT-2 needs the positions too.
+    # Llama's positions are relative, so it needs only the mask. GPT-2 also needs ``position_ids``.
     other = {"input_ids": longer, "labels": [-100] * 12, "attention_mask": [1] * 12}
     names = ("loss", "ce", "kd", "lens_1", "lens_2")
     expected, found = parts([plain]), parts([left, other])

@@ -15,7 +15,7 @@ from tests.support.commands import arguments, first_loss, weights, write_rows
 from tests.support.training import logged, trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Values for each option of this project. They differ from the default, and list all choices.
+# Values for each option of this project. They differ from the defaults and include every choice.
 GIVEN = yaml.safe_load("""{
 student: [s], train: [d], teacher: [t], eval: [e], student_blocks: [[1, 3]],
 student_dtype: [auto, bfloat16, float16], teacher_dtype: [float32, bfloat16, float16],

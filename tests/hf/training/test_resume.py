@@ -108,7 +108,7 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
         assert change in shown
 
 
-# Options of a run, and options that mean the same or change no weight.
+# Each case: options of a run, and options that are equivalent or do not change the weights.
 SAME = [
     (
         {},

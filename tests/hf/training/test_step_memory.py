@@ -17,7 +17,7 @@ WORKSPACE = MIB // 2
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    """Let the pointwise pass be eager, in blocks so small that they do not hide other tensors."""
+    """Run the pointwise pass eagerly, in blocks too small to hide other tensors."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 1 << 13)
 
@@ -42,7 +42,7 @@ def step_peak(rows):
 
 def test_more_tokens_in_a_step_add_no_logits():
     few, more = step_peak(8), step_peak(24)
-    # A token adds its states in both models. One tile of the sampled logits would be the bound.
+    # More tokens add only hidden states. The bound is the size of their sampled logits.
     assert 0 < more - few < 16 * LENGTH * VOCAB * 4 / entropy.STRIDE
 
 

@@ -1,4 +1,4 @@
-"""Files of a run are never half written, and errors name them."""
+"""A run leaves no half-written file, and an error names its file."""
 
 from pathlib import Path
 

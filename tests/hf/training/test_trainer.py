@@ -162,7 +162,7 @@ def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
     taking(3600.0, Trainer, "evaluation_loop")
     options = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, **options)
-    # A cache may be built before training, which does not count.
+    # The time before training does not count. A cache may be built then.
     now[0] += 3600.0
     trainer.train()
     # A step of one second reads 4 rows of 10 tokens.
