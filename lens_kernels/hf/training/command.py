@@ -230,6 +230,9 @@ def train(
         say("no checkpoint to resume from: the run starts over")
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(result.metrics)
+    if checkpoint is not None:
+        # transformers divides the losses since the checkpoint by the number of all steps.
+        metrics.pop("train_loss", None)
     trainer.save_model()
     if "eval_dataset" in datasets:
         metrics |= trainer.evaluate()

@@ -44,6 +44,9 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
     assert cli.main(argv) == 0
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
     assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
+    metrics = [json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("whole", "cut")]
+    # transformers knows only the losses since the checkpoint.
+    assert "train_loss" in metrics[0] and "train_loss" not in metrics[1]
 
 
 @pytest.mark.parametrize("finished", [True, False])
