@@ -56,7 +56,7 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """The larger of arithmetic time and traffic time on a GPU, in 16-bit operations."""
+        """Time of arithmetic or of traffic on a GPU, in units of one 16-bit operation."""
         arithmetic = self.flops * RELATIVE_TIME[self.factor_bytes] * self.product_time
         return max(arithmetic, self.bytes_moved * OPERATIONS_PER_BYTE)
 
@@ -85,7 +85,7 @@ class Plan:
 
     @property
     def cost(self) -> int:
-        """Estimated time of all steps on a GPU, in 16-bit operations. Use it only to compare."""
+        """Estimated time of all steps on a GPU, in units of one 16-bit operation."""
         return sum(step.cost for step in self.steps)
 
 

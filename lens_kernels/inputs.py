@@ -85,7 +85,9 @@ class Inputs:
 def model_inputs(
     side: str, hidden: Any, head: Any, final: Any = None, has_final: bool = False
 ) -> ModelInputs:
-    """Check one model's tensors. ``side`` begins their names, unless it is empty.
+    """Check one model's tensors.
+
+    Error messages call them ``<side>_hidden`` and so on, or ``hidden`` if ``side`` is empty.
 
     With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
     """

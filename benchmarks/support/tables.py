@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CELL = 80  # the most characters of a cell that are printed
+CELL = 80  # longer cells are cut to this many characters when a table is printed
 
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:

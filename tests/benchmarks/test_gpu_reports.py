@@ -232,7 +232,7 @@ def test_the_steps_are_in_the_order_of_their_worth(tmp_path):
         assert (given.shape, given.tokens, given.device) == (step.name.split()[0], 8192, "cuda")
         alone = step.name in MODELS
         assert given.pairs == ([1, 5] if alone else [1]) and given.parts == alone
-    # The limits of the steps in OURS take less than half of the default time.
+    # The time limits of our own steps add up to less than half of the default time.
     assert sum(gpu_day.OURS.values()) < 60 * gpu_day.MINUTES / 2
 
 

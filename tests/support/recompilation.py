@@ -37,7 +37,7 @@ CALLS = [
 
 
 def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **numbers: float) -> None:
-    """Run every kernel, by the whole objective with labels and by lenses without a mask."""
+    """Run every kernel: once in the whole objective with labels, once in lenses without a mask."""
 
     scale, softcap = numbers.pop("scale"), numbers.pop("softcap")
 

@@ -21,9 +21,9 @@ LINE = 16
 # GEMMs on a GPU work on blocks of this many rows. Any other number of rows wastes a part of the
 # last block.
 BLOCK = 128
-# On a GPU, the numbers of rows in a tile of logits, and in the gradients that one GEMM takes. The
-# GEMM for the head also reads and writes the fp32 head gradient. That takes as long as multiplying
-# 1050 rows.
+# On a GPU, the number of rows in a tile of logits, and in a buffer of gradients. Each buffer is one
+# operand of two GEMMs. One of them also reads and writes the fp32 head gradient, which takes as
+# long as multiplying 1050 rows.
 TILE_ROWS, GRAD_ROWS = 512, 2048
 # Each row of gradients begins at a multiple of this many entries, which GEMMs on a GPU need to be
 # fast.

@@ -123,7 +123,7 @@ def _cross_entropy(zs: Tensor, row: Labels, with_grad: bool) -> tuple[Tensor, Te
 
 
 def is_compiled(device: torch.device, logits: int) -> bool:
-    """Say whether a call over ``logits`` pairs of logits compiles its pointwise pass."""
+    """Say whether a call over this number of pairs of logits compiles its pointwise pass."""
     return device.type != "cpu" or logits >= CPU_COMPILE_LOGITS
 
 

@@ -177,7 +177,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             _check_config(value)
         elif key in DEPTHS and isinstance(value, int) and value > MOST_BLOCKS:
-            raise ValueError(f"its config.json has {key}={value:.3g}, at most {MOST_BLOCKS} fit")
+            raise ValueError(
+                f"its config.json has {key}={value:.3g}; expected at most {MOST_BLOCKS}"
+            )
         elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
             if isinstance(value, str) and ("/" in value or _is_absent(value)):
                 raise ValueError(

@@ -131,7 +131,7 @@ def _meaning(name: str, value: Any) -> Any:
 
 
 def _place(path: str | None) -> str | None:
-    """Return the place that a path names; names on the Hub stay as they are."""
+    """Return the absolute path of an existing file or folder. Hub names are returned unchanged."""
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
