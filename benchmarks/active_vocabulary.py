@@ -47,6 +47,7 @@ from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import command
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.data import Collator, Example, load_examples, padding_id
+from lens_kernels.hf.training.record import RECORD
 from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
@@ -181,11 +182,10 @@ def read_trained(folders: Sequence[Path]) -> list[Trained]:
     """
     students = []
     for folder in folders:
-        record = folder / command.RECORD
+        record = folder / RECORD
         if not record.is_file():
             raise ValueError(
-                f"--trained {folder} holds no {command.RECORD}: give a folder that lens-kernels"
-                " train wrote"
+                f"--trained {folder} holds no {RECORD}: give a folder that lens-kernels train wrote"
             )
         run, config, _ = command.parse(["--config", str(record)])
         if run.student_blocks is None:

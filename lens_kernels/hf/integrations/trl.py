@@ -1,4 +1,4 @@
-"""TRL's trainers with the lens objective as their loss; needs ``trl`` 1.16 or later.
+"""TRL's trainers with the lens objective as their loss; needs ``trl`` 1.16.
 
 TRL prepares the data, generates answers, trains and logs. Only the loss changes: the student's and
 the teacher's full logits are never stored.
