@@ -35,6 +35,12 @@ def fake(monkeypatch):
 
     Without CUDA, torch can create fake tensors on a GPU, but cannot index them.
     """
+    try:
+        torch.mm(
+            *[torch.empty(2, 2, dtype=torch.bfloat16, device="meta")] * 2, out_dtype=torch.float32
+        )
+    except TypeError:
+        pytest.skip("torch 2.8 has no fake GEMM with another dtype for its result")
     monkeypatch.setattr(row_kernel_pass, "row_pass_kernel", NoKernel())
     monkeypatch.setattr(matmul, "multiplies_natively", lambda dtype, *args: dtype in matmul.HALF)
     monkeypatch.setattr(matmul, "_has_out_dtype", lambda factor: factor.dtype in matmul.HALF)
@@ -103,6 +109,12 @@ def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, divergence):
 
 
 def test_the_peak_does_not_grow_with_tokens_by_vocabulary(monkeypatch):
+    try:
+        torch.mm(
+            *[torch.empty(2, 2, dtype=torch.bfloat16, device="meta")] * 2, out_dtype=torch.float32
+        )
+    except TypeError:
+        pytest.skip("torch 2.8 has no fake GEMM with another dtype for its result")
     monkeypatch.setattr(row_kernel_pass, "row_pass_kernel", NoKernel())
     peaks, vocab = [], 4003
     for tokens in (512, 1024):
