@@ -1,4 +1,4 @@
-"""Settings of all tests: kernels are interpreted, and every test starts from the same seed."""
+"""Settings for all tests: Triton interprets kernels, and every test starts from a fixed seed."""
 
 import os
 
@@ -9,8 +9,8 @@ from lens_kernels import dispatch
 from tests.support.reference_backend import REFERENCE
 from tests.support.row_kernel_backend import ROW_KERNEL
 
-# The tests' matrices are small. On a busy machine, waiting for a second thread costs up to a second
-# in each test, which is more than the thread saves.
+# Use one thread. The tests' matrices are small, so a second thread saves little. On a busy machine,
+# waiting for a second thread costs up to a second in each test.
 torch.set_num_threads(1)
 for backend in (REFERENCE, ROW_KERNEL):
     dispatch.REGISTRY[backend.name] = backend
@@ -33,5 +33,8 @@ def _seed():
 
 @pytest.fixture
 def always_active(monkeypatch):
-    """Skip inactive entries even if most are active, as in the small test problems."""
+    """Compute the reduced gradient GEMMs even if most vocabulary entries are active.
+
+    By default they need mostly inactive entries, which the small test problems do not have.
+    """
     monkeypatch.setattr("lens_kernels.backends.head_products.MAX_ACTIVE_SHARE", 1.0)

@@ -1,4 +1,4 @@
-"""The ``grad_threshold`` option: the entries that it skips, and the share that it reports."""
+"""The ``grad_threshold`` option: the vocabulary entries and the share of the gradient it skips."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ N, V, D = 24, 600, 16
 
 
 def problem():
-    """Return peaked models, whose gradient is nearly zero for most entries.
+    """Return two models whose loss gradient is nearly zero for most vocabulary entries.
 
-    The mean of the head's rows is not zero.
+    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
     """
     student = torch.randn(N, D, requires_grad=True)
     teacher = student.detach() + 0.3 * torch.randn(N, D)
@@ -33,7 +33,7 @@ def gradients(threshold, student, teacher, head, teacher_head, **options):
 
 
 def final(threshold, student, teacher, head, teacher_head, **options):
-    """Return the dropped share and the gradients of a final jsd without lens pairs."""
+    """Return the share of skipped entries and the gradients of a final jsd, without lens pairs."""
     finals = {"student_final": student, "teacher_final": teacher, "final_divergence": "jsd"}
     options |= {"grad_threshold": threshold}
     out = distillation_loss([], [], head, teacher_head, **finals, **options)
@@ -41,7 +41,7 @@ def final(threshold, student, teacher, head, teacher_head, **options):
 
 
 def logit_gradients(student, teacher, head, teacher_head):
-    """Return the gradient of the loss, summed over tokens, for the student's logits."""
+    """Return the gradient of the summed loss with respect to the student's logits."""
     z = (student @ head.T).detach().double().requires_grad_()
     q, p = z.softmax(-1), (teacher @ teacher_head.T).double().softmax(-1)
     m = (p + q) / 2
@@ -78,7 +78,7 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
     assert (d_head[~used] == 0).all()
     error = (d_head[used] - exact[2][used]).abs().max()
     assert error <= 1e-5 * exact[2].abs().max()
-    # The hidden gradient replaces each skipped head row by the mean of all skipped rows.
+    # In the hidden gradient, the mean of all skipped head rows replaces each skipped row.
     head = inputs[2].detach().double()
     rest = torch.outer(g[:, ~used].sum(1), head[~used].mean(0))
     expected = weight * (g[:, used] @ head[used] + rest)
@@ -92,9 +92,9 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
 def test_the_threshold_applies_to_the_logits_gradient_at_any_scale(
     always_active, backend, scale, temperature
 ):
-    """The threshold applies to the gradient of the logits, at any scale and temperature.
+    """The threshold is compared with the gradient of the logits, at any scale and temperature.
 
-    At scale 1/64 and temperature 10, gradients of the matmul's result are 640 times smaller.
+    At scale 1/64 and temperature 10, the gradients of the GEMM's result are 640 times smaller.
     """
     student, teacher, weight, teacher_weight = problem()
     with torch.no_grad():
@@ -185,7 +185,7 @@ def test_statistics_cover_all_blocks_of_the_pointwise_pass(always_active, monkey
     inputs = problem()
     whole = final(threshold, *inputs, backend="torch")
     assert whole[0] > 0
-    # The 24 rows make five blocks of at most 5 rows.
+    # A block has at most 5 rows here, so the 24 rows make five blocks.
     monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)
     assert_near(final(threshold, *inputs, backend="torch"), whole, 1e-5)
 
@@ -203,9 +203,9 @@ def test_all_entries_are_used_if_most_are_active(share, above):
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
 def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
-    """A preset is a threshold relative to the size of the gradient.
+    """A preset such as "bf16" sets a threshold relative to the size of the gradient.
 
-    Near convergence, a fixed threshold would drop every entry.
+    Near convergence, gradients are small, and a fixed threshold would skip every entry.
     """
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
@@ -228,7 +228,7 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
 def test_an_infinite_norm_keeps_every_entry(large):
-    """A relative threshold keeps every entry if the norm is infinite.
+    """A relative threshold skips no entry if the gradient's norm is infinite.
 
     In float32, the square of 1e25 is infinite.
     """

@@ -151,7 +151,8 @@ def test_every_package_of_an_extra_is_installed_by_an_extra_that_holds_it():
     for package in packages:
         found = re.fullmatch(r"pip install 'lens-kernels\[(\w+)\]'", failures.install(package))
         assert found and package in names[found[1]], package
-    assert failures.install("pytest") == "pip install pytest"  # without the rest of the extra dev
+    # the other packages of the extra dev are not needed
+    assert failures.install("pytest") == "pip install pytest"
 
 
 def test_what_comes_with_transformers_is_installed_with_it(monkeypatch):
@@ -191,7 +192,8 @@ def test_every_text_file_of_the_package_is_utf_8():
     wrong = []
     for file in Path(failures.__file__).parent.rglob("*.py"):
         wrong += unnamed_encodings(ast.parse(file.read_text("utf-8")))
-    # These calls need no encoding: a cache is no file, gzip reads bytes, and a lock has no content.
+    # These calls need no encoding: ``cls.open`` opens a cache, gzip reads bytes, and the lock file
+    # is empty.
     others = ["cls.open(folder, key)", "gzip.open(path)", "path().with_suffix('.lock').open('w')"]
     assert sorted(wrong) == others
 
@@ -222,7 +224,7 @@ def test_downloads_are_off_unless_the_options_allow_them(tmp_path, argv, config,
 
 def test_the_commands_set_offline_mode_and_a_private_cache(tmp_path, monkeypatch):
     for name in ("HF_HUB_OFFLINE", "TORCHINDUCTOR_CACHE_DIR", "TOKENIZERS_PARALLELISM"):
-        # ``monkeypatch`` then also restores the variable after the test.
+        # After ``setenv``, monkeypatch restores the variable when the test ends.
         monkeypatch.setenv(name, "0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cli._prepare(download=True)

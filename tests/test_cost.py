@@ -30,7 +30,7 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
     for h in made.student_hidden:
         h.requires_grad_(grads["hidden_grad"])
     captured = capture_call(monkeypatch, made, workspace_bytes=workspace)
-    # With a single tile of the vocabulary, the hidden states are read only once.
+    # The vocabulary fits in one tile here, so the hidden states are read only once.
     monkeypatch.setattr(matmul, "CPU_VOCAB_TILE", 4096)
     with torch.no_grad(), Products() as products:
         row_chunks.evaluate(captured)
@@ -42,9 +42,9 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
 
 
 def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
-    """A smaller workspace means more chunks of the vocabulary, which read more memory.
+    """A smaller workspace holds smaller chunks of the vocabulary, and more chunks read more memory.
 
-    The smallest chunk, 128 entries, takes 2 MiB for 8192 tokens in 16 bits.
+    The smallest chunk has 128 entries: 2 MiB for 8192 tokens in 16 bits.
     """
     sizes = (8192, 128 * 250, 64, 32)
     whole, parts = (plan(*sizes, workspace_bytes=n)["triton"] for n in (10**9, 4 * MIB + 1))
@@ -61,9 +61,9 @@ def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
 
 
 def test_float32_operands_take_longer():
-    """GEMMs of float32 operands cost ten times as much on a GPU as GEMMs in 16 bits.
+    """On a GPU, GEMMs of float32 operands are ten times as expensive as GEMMs of 16-bit operands.
 
-    Devices without 16-bit GEMMs copy their operands to float32, at the cost of float32 GEMMs.
+    Devices without 16-bit GEMMs copy 16-bit operands to float32 and pay for float32 GEMMs.
     """
     narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
     emulated = plan(*SIZES, device="mps")["torch"]
@@ -110,7 +110,7 @@ def test_more_chunks_move_more_and_hold_less():
 def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
     options = {"device": "cpu", "workspace_bytes": 10**12}
     narrow = plan(*SIZES, dtype=torch.float32, **options)["torch"]
-    row = 4096 + 16  # rows are padded by a cache line of 16 logits
+    row = 4096 + 16  # each row is padded by a cache line of 16 logits
     assert narrow.workspace_bytes == 1536 * row * 8
     wide = CallShape(
         *SIZES, (Divergence.JSD,), torch.bfloat16, torch.float32, True, True, CUDA, 10**12
@@ -119,9 +119,10 @@ def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
 
 
 def test_on_a_gpu_gradients_have_a_buffer_of_their_own(monkeypatch):
-    """On a GPU, a tile has 512 rows of logits of both models, and a buffer has 2048 gradient rows.
+    """On a GPU, a tile holds 512 rows of logits of both models, and gradients have another buffer.
 
-    Rows of all pairs share the tiles, so five pairs cost as much as five times the tokens.
+    That buffer holds 2048 rows. Rows of all pairs share the tiles, so five pairs cost as much as
+    one pair of five times the tokens.
     """
     row = 4096 + 16
     whole = 512 * row * 8 + 2048 * 4096 * 2
@@ -140,8 +141,8 @@ def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():
     one, five = (plan(*SIZES, pairs=n, device="cpu") for n in (1, 5))
     for name in ("torch", "triton"):
         assert five[name].flops == 5 * one[name].flops
-        # The first pair writes the head gradient without reading it. The final multiplication and
-        # cast also happen once for all pairs.
+        # The head gradient counts once for all pairs: the first pair does not read it, and the
+        # final multiplication and cast run once.
         once = 4096 * 48 * ((2 * 4 + 4 + 2) - 4)
         assert five[name].bytes_moved - once == 5 * (one[name].bytes_moved - once)
         assert five[name].workspace_bytes == one[name].workspace_bytes

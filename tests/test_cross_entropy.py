@@ -1,4 +1,4 @@
-"""``linear_cross_entropy`` agrees with dense float64 torch, on every backend."""
+"""On every backend, ``linear_cross_entropy`` agrees with plain torch in float64."""
 
 import pytest
 import torch
@@ -14,14 +14,14 @@ backends = pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 
 
 def problem_of(**features):
-    """Return a problem with one hidden state, and its labels."""
+    """Return a problem with a single hidden state, and labels for its tokens."""
     problem = make(BATCH, std=2.0, **features)
     problem.student_hidden = problem.student_hidden[:1]
     return problem, some_labels()
 
 
 def dense(problem, labels, **options):
-    """Return the loss by plain torch, on the dtype of the problem."""
+    """Return the loss, computed from full logits in the problem's dtype."""
     head, reduction = problem.student_head, options.get("reduction", "mean")
     x = problem.student_hidden[0]
     if head.norm is not None:
@@ -37,7 +37,7 @@ def dense(problem, labels, **options):
 
 
 def check(problem, labels, backend, **options):
-    """Compare the loss and all gradients with float64."""
+    """Check that the loss and all gradients agree with float64."""
     wide = problem.to(torch.float64)
     truth = dense(wide, labels, **options)
     head = problem.student_head
@@ -61,7 +61,7 @@ def check(problem, labels, backend, **options):
 @pytest.mark.parametrize("feature", FEATURES)
 def test_loss_and_gradients(backend, feature):
     problem, labels = problem_of(**FEATURES[feature])
-    # The cross entropy ignores the temperature.
+    # Some problems set a temperature, which the cross entropy ignores.
     check(problem, labels, backend)
 
 

@@ -1,4 +1,4 @@
-"""The backend of a call: how ``auto`` chooses it, how users choose it, and which choices fail."""
+"""Backend selection: how ``auto`` chooses, how users choose, and which choices raise an error."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ def test_auto_finds_a_backend_everywhere_that_is_not_the_reference(device):
 
 
 def tuned_for(monkeypatch, *keys):
-    """Pretend that a GPU is tuned for these keys. The tests create no tensor on this GPU."""
+    """Pretend that these sweeps are tuned for the GPU. The tests create no tensor on a GPU."""
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "tiles", lambda device: dict.fromkeys(keys))
 
@@ -43,7 +43,7 @@ def test_auto_uses_the_kernels_only_after_tuning_has_finished(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     for done, operand, names in (
         ([], bf16, ["torch"]),
-        # This tuning did not reach the last sweep.
+        # This tuning stopped before the last sweep.
         ([(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)], bf16, ["torch"]),
         ([(Sweep.GRADIENTS, bf16, 64)], bf16, ["torch", "triton"]),
         ([(Sweep.GRADIENTS, bf16, 64)], None, ["torch", "triton"]),
@@ -90,7 +90,7 @@ def test_a_compiled_graph_does_not_read_the_tile_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("how", ["eager", "fullgraph"])
 def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch, how):
-    """A large workspace favours ``torch``, and a small one favours ``triton``.
+    """``auto`` uses ``torch`` in a large workspace and ``triton`` in a small one.
 
     With small chunks, ``torch`` reads the head and writes the head gradient again for every few
     tokens.
@@ -128,7 +128,7 @@ def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch
     [
         ((), contextlib.nullcontext, {}),
         (("weight",), contextlib.nullcontext, {"head_grad": False}),
-        # Only the norm is trained.
+        # Only the parameters of the norm are trained.
         (("weight", "hidden"), contextlib.nullcontext, {"head_grad": False}),
         (("hidden", "norm"), contextlib.nullcontext, {"hidden_grad": False}),
         ((), torch.no_grad, {"head_grad": False, "hidden_grad": False}),
@@ -174,7 +174,7 @@ def test_a_forced_backend_that_cannot_be_imported_says_so(monkeypatch):
 
 
 def test_a_backend_added_by_the_recipe_takes_part_in_auto_and_in_the_plan(monkeypatch):
-    """``auto`` and ``plan`` include a registered backend.
+    """A backend registered by the documented recipe is available to ``auto`` and ``plan``.
 
     With two eligible backends, ``auto`` takes the cheaper one.
     """
@@ -211,7 +211,7 @@ def test_auto_is_the_torch_backend_on_a_cpu(monkeypatch):
 def test_the_reference_backend_is_the_oracle_and_drops_masked_rows(feature, reduction):
     mask = torch.rand(BATCH.leading) < 0.5
     problem = make(BATCH, **FEATURES[feature])
-    # The oracle multiplies by the mask, so its masked rows must be finite.
+    # The oracle multiplies losses by the mask, so the losses of its masked rows must be finite.
     truth = problem.spoil(~mask, 0.0)
     options = {"mask": mask, "reduction": reduction, "backend": "reference"}
     loss, _ = check(problem.spoil(~mask), truth=truth, **options)

@@ -1,4 +1,4 @@
-"""``distillation_loss`` agrees with separately computed terms, and has one head gradient."""
+"""``distillation_loss`` equals the sum of separately computed terms, and has one head gradient."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ NO_LENS = Shape((5, 7), 97, 33, 17, 0)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kd_ratio", [0.3, 1.0])
 def test_terms_and_gradients(backend, feature, kd_ratio):
-    """All terms and gradients match the truth.
+    """All terms and gradients match the oracle's.
 
     The temperature applies to the divergences, but not to the cross entropy.
     """
@@ -88,9 +88,9 @@ def test_lens_coeff(backend, lens_coeff):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("denominator", [None, 17.0])
 def test_labels_mask_and_denominator(backend, labelled, masked, denominator):
-    """Without a mask, positions with a label count.
+    """Without a mask, all positions with a label count.
 
-    With a mask, cross entropy needs a label and a mask of 1.
+    With a mask, cross entropy counts positions that have a label and a mask of 1.
     """
     check_objective(
         make_objective(norm="layer", bias=True),
@@ -159,7 +159,7 @@ def test_micro_batches_accumulate(backend):
 
 @backends
 def test_16_bit(backend):
-    # The problem has no norm, because the result of a norm would be rounded.
+    # The problem has no norm, because the result of a norm would be rounded to 16 bits.
     problem = make_objective(bias=True).to(torch.bfloat16)
     options = {"labels": some_labels(), "kd_ratio": 0.5, "backend": backend}
     out = check_objective(problem, 1e-5, 1e-2, **options)
@@ -167,7 +167,7 @@ def test_16_bit(backend):
 
 
 def test_the_head_gradient_exists_once(monkeypatch):
-    """Four pairs and the cross entropy add to one buffer of the head's size."""
+    """Three lens pairs, the final pair and the cross entropy add to a single head gradient."""
     problem = make_objective(Shape((5, 7), 97, 33, 17, 3))
     options = {"labels": some_labels(), "kd_ratio": 0.5}
     call = capture_call(monkeypatch, problem, whole=True, **options)

@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 CPU = ROOT / "benchmarks" / "data" / "cpu"
 PYTHON = documents.blocks("python")
 COMMANDS = list(documents.commands())
-# These options in the documents belong to other programs: pip, torchrun, pytest and git.
+# These options in the documents belong to other programs, such as pip, torchrun, pytest and git.
 FOREIGN = {"--index-url", "--no-deps", "--nproc_per_node", "--help", "--only"}
 
 
@@ -56,7 +56,7 @@ def test_every_link_leads_somewhere(page):
     for link in documents.links(page):
         if link.startswith(("https://", "http://")):
             continue
-        # On GitHub, this link leads from the project's root to its workflows.
+        # On GitHub, this relative link leads from the project's main page to its workflows.
         if link.startswith("../../actions/workflows/"):
             workflow = link.removeprefix("../../actions/").removesuffix("/badge.svg")
             assert (ROOT / ".github" / workflow).is_file(), link
@@ -70,7 +70,7 @@ def test_every_link_leads_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_file_named_on_a_page_exists(page):
     pattern = r"(?<![\w/])(?:lens_kernels|reference|benchmarks|tests|docs)/[\w/.]+\w/?"
-    # The benchmarks' page names its data relative to its own folder.
+    # The page of the benchmarks names its data files relative to its own folder.
     here = re.findall(r"`(data/[\w/.]+)`", page.read_text())
     missing = [p for p in re.findall(pattern, page.read_text()) if not (ROOT / p).exists()]
     missing += [p for p in here if not (page.parent / p).exists()]
@@ -86,7 +86,7 @@ def test_every_file_named_in_the_code_exists():
 
 
 def messages() -> list[str]:
-    """Return all texts in the package's code. In f-strings, "..." replaces each value."""
+    """Return all texts in the package's code, with "..." in place of the values in f-strings."""
     found = []
     for source in ROOT.glob("lens_kernels/**/*.py"):
         for node in ast.walk(ast.parse(source.read_text())):
@@ -113,9 +113,9 @@ def test_the_messages_explained_are_those_of_the_package():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with the files that examples read.
+    """Return a folder with all files that the examples read.
 
-    It holds tiny models, also under the names of real ones.
+    Tiny models take the place of the real ones and have their names.
     """
     pytest.importorskip("transformers")
     from tests.support import commands, tiny
@@ -144,7 +144,7 @@ def test_examples_run(block, folder, monkeypatch):
 
 @pytest.fixture
 def parsing(folder, monkeypatch):
-    """Let commands stop after parsing, in a folder with the run.yaml that the pages show."""
+    """Make commands stop after parsing. The current folder has the run.yaml that the pages show."""
     monkeypatch.chdir(folder)
     (options,) = documents.blocks("yaml")
     Path("run.yaml").write_text(options.text)
@@ -152,7 +152,7 @@ def parsing(folder, monkeypatch):
 
 
 def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch):
-    """Return the parser of a command of this project, or None for a command of another program."""
+    """Return the parser of one of this project's commands, or None for any other command."""
     if words[0] == "lens-kernels":
         with pytest.raises(Parsed) as end:
             cli.main(words[1:])
@@ -167,7 +167,7 @@ def parsed(words: list[str], monkeypatch: pytest.MonkeyPatch):
 
 
 def is_a_name(words: list[str]) -> bool:
-    """Return whether the text only names a command, as in `lens-kernels train`."""
+    """Return whether the text is only a command's name, such as `lens-kernels train`."""
     return words[0] == "lens-kernels" and words[2:] in ([], ["--help"])
 
 
@@ -194,7 +194,7 @@ def test_commands_are_understood(where, words, parsing, monkeypatch):
         assert importlib.util.find_spec(words[2])
     else:
         name = Path(words[1]).name
-        if words[0] == "lens-kernels":  # some commands share one parser
+        if words[0] == "lens-kernels":  # some commands share a parser, which is checked once
             name = " ".join(words[: 1 if words[1] in ("demo", "env", "tune") else 2])
         assert parsed(words, monkeypatch).prog == name
 

@@ -1,4 +1,4 @@
-"""The final divergence: a weighted sum of several divergences, and the adaptive KL."""
+"""The final divergence: weighted sums of several divergences, and the adaptive KL ("akl")."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_adaptive_kl(backend, feature):
 @pytest.mark.parametrize("shape", ["odd", "one_row", "smallest", "wide"])
 @pytest.mark.parametrize("room", [1, None])
 def test_adaptive_kl_of_any_shape(backend, shape, room):
-    """The adaptive KL needs no lens pairs, and the number of chunks does not change it."""
+    """The adaptive KL needs no lens pairs, and gives the same result for any number of chunks."""
     shape = SHAPES[shape]
     shape = Shape(shape.leading, shape.vocab, shape.student, shape.teacher, 0)
     check_objective(make_objective(shape), backend=backend, room=room, **akl)
@@ -60,7 +60,10 @@ def test_adaptive_kl_of_a_prefix_of_the_vocabulary_with_a_mask_and_a_denominator
 
 
 def share_of(problem, **options):
-    """Return the share of the adaptive KL's head for each token, as a call computes it."""
+    """Return each token's head share as a call computes it.
+
+    The adaptive KL weights the forward KL by this share.
+    """
     with pytest.MonkeyPatch.context() as patch:
         shares = recorded(patch, adaptive, "head_share")
         objective(problem, **options, **akl)
@@ -82,7 +85,7 @@ def test_masked_rows_are_not_projected_and_the_others_in_chunks(monkeypatch):
 
 
 def given_probabilities(teacher, student):
-    """Return the loss of one token with these probabilities, and the student's hidden state."""
+    """Return the loss of one token whose models give these probabilities, and its hidden state."""
     heads, states = [], []
     for values in (student, teacher):
         x = torch.tensor([values])
@@ -93,20 +96,23 @@ def given_probabilities(teacher, student):
     return distillation_loss([], [], *heads, **finals, **akl).loss, states[0]
 
 
-# The head holds the most probable entries of the teacher, in order, while their sum is at most one
-# half. The most probable entry is always in the head.
+# The adaptive KL's "head" is a set of the teacher's most probable entries. It takes entries in
+# order of probability while their sum is at most one half. The most probable entry always belongs
+# to it.
 @pytest.mark.parametrize(
     ("teacher", "student", "head"),
     [
-        # The entry 0.4 is in the head. With 0.3, the sum would exceed one half.
+        # The entry 0.4 is in the head. Adding 0.3 would exceed one half.
         ([0.2, 0.4, 0.3, 0.1], [0.1, 0.2, 0.4, 0.3], [1]),
-        # The entries 0.23 and 0.22 are in the head. With 0.2, the sum would exceed one half.
+        # The entries 0.23 and 0.22 are in the head. Adding 0.2 would exceed one half.
         ([0.2, 0.15, 0.22, 0.23, 0.2], [0.1, 0.3, 0.2, 0.15, 0.25], [2, 3]),
-        # With 0.23, the sum would exceed one half, so smaller entries are not in the head either.
+        # Only 0.3 is in the head. Adding 0.23 would exceed one half, and smaller entries are not
+        # tried.
         ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
-        # The most probable entry, 0.7, exceeds one half. It is in the head nevertheless.
+        # The most probable entry, 0.7, is in the head, although it exceeds one half.
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
-        # The first two entries sum to exactly one half. Ties are ordered by index.
+        # The first two entries are in the head: they sum to exactly one half. Ties are taken by
+        # index.
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),
     ],
 )

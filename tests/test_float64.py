@@ -40,7 +40,7 @@ def test_float64_on_one_side_only(backend, double):
 
 @pytest.mark.parametrize("denominator", [3, 3.0, torch.tensor(3), torch.tensor(3.0)])
 def test_the_objective_keeps_its_digits_whatever_the_denominator_is(denominator):
-    """The dtype of the denominator does not turn float64 token weights into float32."""
+    """Token weights stay in float64, whatever the dtype of the denominator is."""
     problem = make(BATCH, std=2.0).to(torch.float64)
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     options = {"labels": labels, "kd_ratio": 0.3, "divergence": "jsd"}
@@ -62,7 +62,8 @@ def test_float64_is_refused_with_the_reason_and_what_to_do(backend, double):
 def test_the_boundaries_inside_a_cpu_product(divergence):
     problem = make(TWO_TILES, bias=True, divergence=divergence)
     if divergence == "tvd":
-        # Float32 rounding makes p equal q at some entries, where the slope of tvd jumps.
+        # tvd is tested in float64. Float32 rounding makes p equal q at some entries, where its
+        # slope jumps.
         problem = problem.to(torch.float64)
     check(problem, backend="torch")
 

@@ -51,7 +51,7 @@ def test_every_shape(backend, shape, divergence):
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 36, 37, 38])
 def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
-    """Chunks may hold less than one row, one row, or up to all 37 rows.
+    """Chunks of any size give the same result: less than one row, one row, or up to all 37 rows.
 
     With 4 and 36 rows, the last chunk has one row.
     """
@@ -61,9 +61,10 @@ def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
-    """The jsd is accurate for any ``beta``.
+    """``beta`` is the teacher's weight in the jsd's mixture.
 
-    At the extremes, the mixture differs from one distribution by 1e-6.
+    At the extremes, the mixture differs from one distribution by 1e-6, and the jsd is still
+    accurate.
     """
     check(make(ODD, std=2.0), backend=backend, beta=beta)
     check(related(ODD, 2.0), 1e-5, backend=backend, beta=beta)
@@ -74,7 +75,7 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
     """A float32 head may read 16-bit hidden states, and a 16-bit head may read float32 states."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
-    # The kernels round hidden states to the head's dtype.
+    # The Triton kernels round hidden states to the head's dtype.
     if narrow == "head" and backend == "triton":
         rounded = problem.to(torch.bfloat16)
     _, grads = check(problem, 1e-5, 1e-2, truth=rounded, backend=backend)
@@ -83,7 +84,8 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
 
 
 INFINITE = {
-    # The key names the model without mass at some entries, and the value the infinite divergences.
+    # Each key names the model that gives some entries no mass. Its value lists the divergences that
+    # are then infinite.
     "teacher": ("reverse_kl", "jeffreys"),
     "student": ("forward_kl", "jeffreys"),
     "both": (),
@@ -95,8 +97,7 @@ INFINITE = {
 def test_divergences_are_infinite_only_where_the_formula_is(backend, side, divergence):
     """A divergence is infinite only if its formula gives infinity.
 
-    The models have no mass at one entry of a kernel's first tile and at all entries of its last
-    tile.
+    One entry of the kernel's first tile and all entries of its last tile have no mass.
     """
     vocab = 211
     problem = make(Shape((9,), vocab, 8, 12, 1), bias=True, divergence=divergence)
@@ -125,9 +126,9 @@ def test_divergences_are_infinite_only_where_the_formula_is(backend, side, diver
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jeffreys"])
 def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
-    """A probability of exp(-300), which underflows to 0, does not make a divergence infinite.
+    """A probability of exp(-300) underflows to 0, but does not make a divergence infinite.
 
-    The other model has a logit of -inf at the same entry.
+    The other model has a logit of -inf at this entry.
     """
     problem = make(ODD, bias=True, divergence=divergence)
     with torch.no_grad():
@@ -145,11 +146,9 @@ def test_no_mass_beside_a_mass_that_underflows_is_finite(backend, divergence):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_do_not_round_the_logits(backend, dtype, divergence, std):
-    """The loss is exact for the rounded inputs.
+    """The loss is as exact as for float32 inputs: only the final gradients are rounded to 16 bits.
 
-    Only the final gradients are rounded to 16 bits.
-
-    At std 30, the float32 rounding of the matmul dominates the error of the loss. The limit is then
+    At std 30, the float32 rounding of the GEMM dominates the error of the loss. The limit is then
     relative to the error of float32 torch.
     """
     problem = related(ODD, std, bias=True, divergence=divergence).to(dtype)
@@ -201,9 +200,10 @@ def test_masked_rows_have_no_effect(backend, garbage, reduction):
 
 
 def test_masked_rows_have_no_effect_under_an_infinite_upstream_gradient(backend):
-    """Masked rows have no gradient, even if the upstream gradient is infinite there.
+    """Masked rows get no gradient, even where the upstream gradient is infinite.
 
-    The square root has an infinite slope at a masked row, because its loss is 0.
+    The test takes square roots of losses. A masked row has loss 0, where the root has an infinite
+    slope.
     """
     problem = make(BATCH)
     mask = torch.rand(BATCH.leading) < 0.6
@@ -252,7 +252,7 @@ def test_layer_weights(backend, reduction, kind):
 
 @pytest.mark.parametrize("make_denominator", [float, int, lambda n: torch.tensor([n])])
 def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
-    """Micro-batches add up to the whole batch, if they share its denominator.
+    """The losses of micro-batches add up to that of the whole batch, if they share its denominator.
 
     They have unequal numbers of tokens, and one micro-batch has none.
     """
@@ -272,7 +272,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
 def test_a_denominator_below_one_is_not_clamped(backend, denominator):
-    """A denominator may be below one: for example, few tokens divided by the number of ranks."""
+    """A denominator may be below one, such as a few tokens divided by the number of processes."""
     check(make(ODD), denominator=denominator, backend=backend)
 
 
@@ -321,7 +321,7 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
     """Results are right if both models give an entry the probability e^-120.
 
-    In float32 this probability is 0, and 0 log 0 is NaN.
+    In float32 this probability is 0, and 0 log 0 would be NaN.
     """
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
@@ -353,14 +353,17 @@ def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergenc
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
-    """A formula with cancellation would lose all digits in float32."""
+    """Near convergence, the loss is accurate and not negative.
+
+    A formula with cancellation would lose all digits in float32.
+    """
     gpu_checks.near_convergence(CPU, backend, divergence)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_row_is_negative(backend, divergence, dtype):
-    """No loss is negative, for models from almost equal to unrelated."""
+    """The loss of a token is never negative, for models from almost equal to unrelated."""
     problem = make(ODD, std=3.0, divergence=divergence)
     problem.teacher_head = LensHead(problem.student_head.weight.detach())
     for distance in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):

@@ -1,6 +1,6 @@
-"""Checks on a GPU at full size, marked ``gpu``, and the same checks on the CPU at tiny sizes.
+"""Checks that need a GPU, marked ``gpu``, and the same checks on the CPU with tiny sizes.
 
-The checks on the CPU find typos before a GPU is used.
+The checks on the CPU find mistakes in the code before it runs on a GPU.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ EVERY = {"backend": BACKENDS, "dtype": DTYPES, "divergence": DIVERGENCES, "featu
 
 
 def gpu(*over, **more):
-    """Return a decorator for a test that needs a GPU.
+    """Return a decorator that marks a test for a GPU.
 
-    It parametrises the test by names of ``EVERY`` and by more values.
+    It also parametrises the test over the named lists of ``EVERY`` and over further lists.
     """
     absent = not torch.cuda.is_available()
     marks = [pytest.mark.gpu, pytest.mark.skipif(absent, reason="no GPU")]
@@ -56,7 +56,10 @@ def test_parity(backend, feature, divergence, dtype):
 
 @gpu("divergence", dtype=DTYPES[:2], backend=["torch"])
 def test_the_pass_by_inductor(backend, divergence, dtype, monkeypatch):
-    """The pass by Inductor replaces the row kernel, as it does in float64."""
+    """Inductor's compiled pass gives right results in place of the row kernel.
+
+    The op uses it for float64.
+    """
     monkeypatch.setattr(row_chunks, "has_row_kernel", lambda *args: False)
     check.parity(GPU, backend, dtype, BATCH, "everything", divergence)
 
@@ -132,7 +135,7 @@ TINY = Shape((5,), 70, 24, 40, 2)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoke(backend):
-    """Checks of one backend that no other test runs pass on the CPU."""
+    """The checks of a single backend pass on the CPU."""
     if backend == "triton":
         pytest.importorskip("triton")
     for dtype in DTYPES:
@@ -159,7 +162,7 @@ def test_smoke_of_the_checks_that_compare_backends():
 
 
 def test_no_call_but_the_first_has_a_new_key():
-    """Only the first of several calls needs new compiled kernels, by Triton's keys.
+    """Only the first of several calls compiles kernels: later calls have the same keys in Triton.
 
     ``recompilation.py`` computes these keys without a GPU.
     """

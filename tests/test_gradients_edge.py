@@ -1,4 +1,4 @@
-"""Gradients in unusual cases: frozen leaves, repeated or scaled backward passes, odd layouts."""
+"""Gradients in unusual cases: frozen tensors, repeated or scaled backward passes, odd layouts."""
 
 import itertools
 
@@ -20,11 +20,11 @@ SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
-    """Freezing leaves does not change the gradients of the others.
+    """Freezing some tensors does not change the gradients of the others.
 
-    Frozen leaves get no gradient.
+    Frozen tensors get no gradient.
     """
-    # The shape fits in one tile, because the loop makes 56 calls.
+    # The test makes 56 calls, so the shape is small enough for one tile.
     shape = Shape((3, 4), 61, 33, 17, 2)
     problem = make(shape, **FEATURES["everything"])
     upstream = torch.rand(2, *shape.leading) if reduction == "none" else None
@@ -41,7 +41,7 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 @pytest.mark.parametrize(
     ("wanted", "student_products"),
     [
-        # The numbers count the student's GEMMs for two pairs. Two compute logits, the others
+        # Each number counts the student's GEMMs for two pairs: two compute logits, and the others
         # gradients.
         ((), 2),
         (("bias",), 2),
@@ -140,7 +140,7 @@ def test_one_row_s_upstream_gradient_reaches_that_row_alone():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_layer_weights_receive_their_gradient(reduction, dtype):
-    """The gradient of a layer weight is the loss of its pair."""
+    """The gradient of a layer weight is the loss of its lens pair."""
     problem = make(BATCH)
     weights = torch.tensor([0.5, 2.0], dtype=dtype, requires_grad=True)
     mask = torch.rand(BATCH.leading) < 0.5
@@ -152,7 +152,7 @@ def test_layer_weights_receive_their_gradient(reduction, dtype):
     expected = 3 * rows.flatten(1).sum(1) / (mask.sum() if reduction == "mean" else 1)
     assert weights.grad.dtype is dtype
     assert_close(weights.grad, expected, 1e-6 if dtype is not torch.bfloat16 else 4e-3)
-    # Layer weights may be the only tensors that take a gradient.
+    # A loss whose only trainable tensor is the layer weights also has a backward pass.
     loss_of(symmetric_lens_loss, problem.freeze(), layer_weights=weights).backward()
 
 
@@ -170,13 +170,13 @@ def test_double_backward_is_refused_clearly(of, reduction, keep):
     loss = loss_of(symmetric_lens_loss, problem, **options).sum()
     (grad,) = torch.autograd.grad(loss, wanted[of], create_graph=True, retain_graph=keep)
     with pytest.raises(RuntimeError, match="derivatives only.*compute the loss from full logits"):
-        # The added term is twice differentiable, so only our operator can raise the error.
+        # The square could be differentiated twice, so the error can only come from our operator.
         (grad.sum() + problem.student_hidden[0].square().sum()).backward()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_made_in_inference_mode(reduction):
-    """A teacher may consist of inference tensors.
+    """A teacher's tensors may come from ``torch.inference_mode``.
 
     The deferred backward pass needs them, although autograd refuses to save them.
     """
@@ -196,7 +196,7 @@ def test_a_teacher_made_in_inference_mode(reduction):
 
 
 def strided(x):
-    """Return the same values in a layout that is not contiguous and has no unit stride."""
+    """Return the same values in a layout without a unit stride."""
     wide = torch.zeros(*x.shape[::-1], 2, dtype=x.dtype)
     view = wide[..., 0].permute(*range(x.dim() - 1, -1, -1))
     view.copy_(x.detach())
@@ -216,7 +216,7 @@ def test_inputs_that_are_not_contiguous(backend, reduction):
 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 def test_leaves_that_are_views_and_shared(backend):
-    """A tensor and its slices may enter several pairs, and their gradients add up."""
+    """A tensor and slices of it may be used in several pairs, and their gradients add up."""
     base = torch.randn(6, 9, requires_grad=True)
     teacher = torch.randn(5, 9)
     head, other = torch.randn(2, 17, 9)
@@ -227,7 +227,10 @@ def test_leaves_that_are_views_and_shared(backend):
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """Gradients of a mean over 4000 tokens do not underflow, because 1/N is applied after GEMMs."""
+    """Float16 gradients of a mean over 4000 tokens do not underflow.
+
+    The division by 4000 is applied after the GEMMs.
+    """
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -237,7 +240,7 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
-    """Gradients near convergence are accurate.
+    """Float16 gradients are accurate near convergence.
 
     Heads that differ by 0.3 % have logit gradients near 1e-7. Float16 would keep only one digit of
     such numbers.
@@ -261,7 +264,7 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
-    """Gradients of large log ratios do not overflow.
+    """Float16 gradients do not overflow if the models' log-probabilities differ much.
 
     The student gives both entries the probability 1/2, and the teacher gives the second entry
     exp(-400).
@@ -279,7 +282,7 @@ def test_float16_gradients_of_pairs_with_small_weights(backend):
     options = {"layer_weights": [1.0, 1e-2, 1e-3, 1e-4], "reduction": "sum"}
     _, expected = oracle(problem, **options)
     loss = loss_of(symmetric_lens_loss, problem, backend=backend, **options)
-    # Hidden gradients are float16 too. Scaling the loss keeps them from underflowing.
+    # Hidden gradients are float16 too, so the loss is scaled to keep them from underflowing.
     grads = problem.gradients(loss, grad_outputs=torch.tensor(2.0**10))
     for i in range(4):
         assert_close(grads[f"hidden{i}"].double() / 2**10, expected[f"hidden{i}"], 1e-3)

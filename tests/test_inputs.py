@@ -1,7 +1,7 @@
 """Invalid inputs raise an error of the right class, with a message that names the problem.
 
-Each case gives the invalid value, the error, and words that the message must contain: the argument,
-the passed value, and the allowed values.
+Each case gives the invalid value, the class of the error, and words that the message must contain.
+They name the argument, the passed value, and the allowed values.
 """
 
 import re
@@ -110,7 +110,7 @@ def test_heads(case):
     value, error, words = HEADS[case]
     words = [w if not w.startswith(".") else f"student_head{w}" for w in words]
     refused(error, ["student_head", *words], op, student_head=value)
-    # The same head is refused as the teacher's head, if the teacher has the same hidden size.
+    # The same head is invalid as the teacher's. Here the teacher has the student's hidden size.
     swapped = [w.replace("student", "teacher") for w in words]
     refused(error, ["teacher_head", *swapped], op, teacher=S, teacher_head=value)
 
@@ -141,17 +141,20 @@ def test_lens_objects(make, error, words):
 
 
 def number(*values):
-    """Return cases of values that are not numbers, named by their type."""
+    """Return a case for each value that is not a number. The key is the value's type."""
     return {type(x).__name__: (x, TypeError, ["number", type(x).__name__]) for x in values}
 
 
 def outside(words, *values):
-    """Return cases of numbers that are outside the allowed range."""
+    """Return a case for each number that is outside the allowed range."""
     return {str(x): (x, ValueError, [*words, str(x)]) for x in values}
 
 
 def unknown(*known):
-    """Return cases of unknown names, and of values that are not strings."""
+    """Return cases of unknown names, with the names in ``known`` as the allowed ones.
+
+    Values that are not strings are also cases.
+    """
     cases = {f"{x!r}": (x, ValueError, [f"{x!r}", *map(repr, known)]) for x in ("js", "JSD", "")}
     others = (None, 1, ["jsd"])
     return cases | {str(x): (x, TypeError, ["string", type(x).__name__]) for x in others}
@@ -159,7 +162,7 @@ def unknown(*known):
 
 NO_NUMBERS = number(True, None, "1", torch.tensor(0.5), [0.5])
 DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"]
-# These values are invalid, whatever the other arguments are.
+# These values are invalid in any call.
 ARGUMENTS = {
     "mask": {
         "list": ([1, 1, 1], TypeError, ["tensor", "list"]),
@@ -205,7 +208,7 @@ ARGUMENTS = {
         "device": (torch.ones(1, device="meta"), ValueError, ["meta", "cpu"]),
     },
     "denominator": {
-        # None and tensors are valid denominators.
+        # NO_NUMBERS does not fit here, because None and tensors are valid denominators.
         **number(True, "1", [0.5]),
         **outside(["above 0"], 0, -1.0, NAN, INF),
         "two": (torch.ones(2), ValueError, ["one-element", "(2,)"]),
@@ -259,7 +262,7 @@ def test_arguments(argument, case):
 
 
 BIGGER = {"teacher_head": torch.randn(9, 5)}
-# These arguments are valid alone, but not together.
+# These combinations of arguments are invalid, although each argument is valid alone.
 TOGETHER = [
     (objective, {"student": []}, ["pair up", "0 and 1"]),
     (objective, {"student_final": torch.randn(4, 4)}, ["student_final has (4,)"]),

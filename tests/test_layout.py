@@ -29,7 +29,10 @@ BELOW = {
 
 
 def imported(name: str) -> set[str]:
-    """Return the package's modules that a module imports, also inside functions or for types."""
+    """Return the package's modules that a module imports.
+
+    Imports inside functions or for types count too.
+    """
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):
@@ -43,7 +46,7 @@ def imported(name: str) -> set[str]:
 def test_imports_form_no_circle():
     arrows = {name: imported(name) for name in SOURCES}
     assert sum(map(len, arrows.values())) > len(SOURCES)
-    # This raises CycleError if imports form a cycle.
+    # This raises CycleError if the imports form a cycle.
     TopologicalSorter(arrows).prepare()
 
 
@@ -61,7 +64,7 @@ def test_the_folders_of_hf_import_one_way():
         assert targets <= BELOW[folder] | {folder}, name
 
 
-# These names of NamedTuple are public, despite the underscore.
+# These methods of NamedTuple are public, although their names begin with an underscore.
 DOCUMENTED = {"_replace", "_asdict", "_fields"}
 
 
@@ -84,7 +87,7 @@ def defined(tree: ast.Module) -> set[str]:
 
 
 def private_names(tree: ast.Module) -> set[str]:
-    """Return the private names that a file reads, sets or imports."""
+    """Return the names with a leading underscore that a file reads, sets or imports."""
     names: set[object] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):

@@ -1,13 +1,13 @@
 """The torch backend keeps its peak memory below a bound, and rarely makes the host wait.
 
 A call has ``L`` pairs of ``N`` tokens, hidden sizes ``D_s`` and ``D_t``, and ``V`` entries. The
-bound, in bytes, is the sum of:
+bound, in bytes, is the sum of these terms:
 
     workspace_bytes                      the two tiles of logits
-  + TEMPORARIES * 4 * 2^18               eager pointwise steps work on blocks of 2^18 logits
+  + TEMPORARIES * 4 * 2^18               temporaries for blocks of 2^18 logits
   + 4 * (L N D_s + V D_s)                the gradients, float32
-  + OTHER * 4 * R (D_s + D_t)            a chunk of R rows before and after the GEMMs
-  + SMALL * 4 * L N                      rows, weights, and their sums
+  + OTHER * 4 * R (D_s + D_t)            a chunk of R rows: operands and results of GEMMs
+  + SMALL * 4 * L N                      per-token losses, weights, and their sums
 """
 
 import math
@@ -30,7 +30,7 @@ TEMPORARIES, OTHER, SMALL = 16, 8, 8
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Never compile the pointwise pass, because the bound is for eager steps."""
+    """Run the pointwise pass without compilation, because the bound is for eager execution."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
 
 
@@ -64,11 +64,12 @@ def test_rows_of_a_tile_begin_at_cache_lines(monkeypatch):
     with torch.no_grad():
         row_chunks.evaluate(call)
     strides = [args[-1].stride() for args, _ in tiles]
-    # A row takes 33 cache lines of 16 logits. The number of cache lines must be odd.
+    # A row of 501 logits takes 33 cache lines of 16 logits, because the number of lines must be
+    # odd.
     assert strides == 2 * [(528, 1)]
 
 
-# All logits of one model and pair take 32 MiB.
+# All logits of one model and one lens pair would take 32 MiB.
 LARGE = Shape((2048,), 4099, 32, 48, 2)
 
 
@@ -86,7 +87,7 @@ def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
 
 @pytest.mark.usefixtures("eager")
 def test_the_tiles_fill_the_workspace(monkeypatch):
-    """The tiles fill 75 to 100 % of the workspace, and the other memory does not depend on it."""
+    """The tiles fill 75 to 100 % of the workspace. Its size does not change other memory."""
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
         row = 8 * row_stride(LARGE.vocab)
@@ -115,7 +116,7 @@ def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
 
 @pytest.mark.usefixtures("eager")
 def test_16_bit_heads_are_not_copied(monkeypatch):
-    """16-bit heads are converted to float32 tile by tile. Whole copies would take 24 MiB."""
+    """16-bit heads are converted to float32 one tile at a time. Whole copies would take 24 MiB."""
     problem = make(Shape((64,), 8192, 256, 512, 1))
     dtypes = torch.float32, torch.bfloat16
     wide, narrow = (peak_of(monkeypatch, problem.to(dtype)) for dtype in dtypes)
@@ -136,9 +137,9 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
 
 
 def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
-    """Active entries and their head rows are gathered in small tiles.
+    """Active vocabulary entries and their head rows are copied in small tiles.
 
-    Gathering all of them at once would take 15 MiB more.
+    Copying all of them at once would take 15 MiB more.
     """
     shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
     exact, active = (
@@ -177,7 +178,7 @@ def test_the_host_synchronises_only_once_for_a_mask(monkeypatch, feature, labell
     with Watch() as watch, torch.no_grad():
         row_chunks.evaluate(call)
     waits = [name for name in watch.names if name in SYNCHRONISING]
-    # Labels imply a mask, which selects the positions that have a label.
+    # A call with labels has a mask, which selects the positions that have a label.
     assert waits == (["nonzero"] if masked or labelled else [])
 
 

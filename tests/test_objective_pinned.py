@@ -16,29 +16,31 @@ from tests.support.grids import PRECISIONS
 
 P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 
-# For each divergence: its options, its value, and its gradient for the student's logits.
+# For each divergence: its options, its value, and its gradient with respect to the student's
+# logits.
 PINNED = {
-    "forward_kl": (  # the sum of p ln(p/q) is 7/8 ln 2; the gradient is q - p
+    "forward_kl": (  # value: the sum of p ln(p/q) is 7/8 ln 2; the gradient is q - p
         {},
         0.6065037829899521,
         (-0.375, -0.125, 0.125, 0.375),
     ),
-    "reverse_kl": (  # the sum of q ln(q/p) is 7/8 ln 2; the gradient is q (ln(q/p) - 7/8 ln 2)
+    # value: the sum of q ln(q/p) is 7/8 ln 2; the gradient is q (ln(q/p) - 7/8 ln 2)
+    "reverse_kl": (
         {},
         0.6065037829899521,
         (-0.2490997680, -0.1624563704, 0.0216608494, 0.3898952891),
     ),
-    "jeffreys": (  # values and gradients of both KLs above add up, without a factor 1/2
+    "jeffreys": (  # values and gradients of the two KLs above add up, without a factor 1/2
         {},
         1.2130075659799042,
         (-0.6240997680, -0.2874563704, 0.1466608494, 0.7648952891),
     ),
-    "tvd": (  # half the sum of |p - q|; the gradient is q (sign(q - p)/2 - 1/4)
+    "tvd": (  # value: half the sum of |p - q|; the gradient is q (sign(q - p)/2 - 1/4)
         {},
         0.5,
         (-0.09375, -0.09375, 0.0625, 0.125),
     ),
-    "hellinger": (  # 1 minus the sum of sqrt(p q), which is 1/2 + sqrt(2)/4
+    "hellinger": (  # value: 1 minus the sum of sqrt(p q), which is 1/2 + sqrt(2)/4
         {},
         0.1464466094067262,
         (-0.0716529131, -0.0350412607, 0.0183058262, 0.0883883476),
@@ -115,13 +117,13 @@ def test_defaults(function, own):
     assert {p.name: p.default for p in parameters if p.default is not p.empty} == SHARED | own
 
 
-# Relative tolerances for a loss. Each computation has a few rounding errors.
+# Relative tolerances of a loss, for a few rounding errors in each dtype.
 RELATIVE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 @pytest.fixture(params=PRECISIONS, ids=lambda x: f"{x[0]}-{str(x[1]).split('.')[1]}")
 def forward_kl(request):
-    """Return a function for the loss with the forward KL, which is easy to compute by hand."""
+    """Return a function that computes the loss with the forward KL, which is simple by hand."""
     backend, dtype = request.param
 
     def loss(student, teacher, student_head=None, teacher_head=None, **options):
@@ -146,7 +148,7 @@ L = math.log(2)
 
 
 def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
-    """Logits are divided by the temperature, and the loss is not scaled.
+    """Logits are divided by the temperature, and the loss is not multiplied by its square.
 
     At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22.
     """
@@ -158,8 +160,8 @@ def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
 def test_scale_then_softcap_then_temperature(forward_kl):
     """Logits are scaled, capped, and divided by the temperature, in this order.
 
-    With hidden state h, bias b and temperature T, the student's logits are softcap tanh(scale (h +
-    b) / softcap) / T and 0.
+    The student's two logits are softcap tanh(scale (h + b) / softcap) / T and 0, for hidden state
+    h, bias b and temperature T.
     """
     h = torch.tensor([[1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
@@ -199,7 +201,7 @@ def test_norms(forward_kl, norm, first, second):
 
 
 def test_reductions_and_weights(forward_kl):
-    """Reductions use the mask, the denominator and layer weights.
+    """Reductions use the mask, the denominator and the layer weights.
 
     One pair has a loss of 7/8 ln 2 for each token, and the other pair 0. One of three tokens is
     masked.

@@ -1,4 +1,4 @@
-"""A caller may give the teacher's log-sum-exps, which are checked and save their computation."""
+"""The teacher's log-sum-exps may be given: they are checked and then not computed again."""
 
 import importlib
 
@@ -17,13 +17,13 @@ from tests.support.refusals import small_op as op
 
 SHAPE = Shape((3, 5), 97, 12, 20, 2)
 TEMPERATURE = 1.7
-# Other divergences compute their own sums in the sweep that computes the statistics.
+# The KLs and jeffreys do not use given statistics: they compute all sums in one sweep.
 USED_BY_ALL = ["jsd", "tvd", "hellinger"]
 backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
 def statistics(problem, has_final=False):
-    """Return the maximum of the teacher's logits, and the log-sum-exp minus it, in float64."""
+    """Return the maximum of the teacher's logits, and log-sum-exp minus maximum, for each token."""
     hidden, head = problem.teacher_hidden, problem.teacher_head
     states = []
     for i, h in enumerate(hidden):
@@ -41,7 +41,7 @@ def test_right_statistics_give_the_same_loss_and_gradients(backend, divergence):
     options = {"temperature": TEMPERATURE, "mask": torch.rand(3, 5) < 0.7}
     expected, expected_grads = oracle(problem, **options)
     given = statistics(problem)
-    given[:, ~options["mask"]] = NAN  # masked tokens may have any value
+    given[:, ~options["mask"]] = NAN  # the values of masked tokens do not matter
     options |= {"backend": backend, "workspace_bytes": several_chunks(SHAPE, 4)}
     loss, grads = ours(problem, **options, teacher_statistics=given)
     assert_close(loss, expected, LOSS)

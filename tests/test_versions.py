@@ -1,4 +1,4 @@
-"""The oldest tested versions are the lower bounds in pyproject.toml."""
+"""The oldest versions that the tests install are the lower bounds in pyproject.toml."""
 
 from __future__ import annotations
 

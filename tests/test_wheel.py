@@ -1,4 +1,4 @@
-"""The wheel contains only the package, and works with only its declared dependencies."""
+"""The built wheel contains only the package, and works with its declared dependencies alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(sys.modules["lens_kernels"].__file__)
 def call(*command: str | Path, folder: Path) -> str:
     """Run a command in a folder and return its output.
 
-    The command cannot import this checkout and does not use Triton's interpreter.
+    Its environment hides this checkout from Python and switches Triton's interpreter off.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -43,10 +43,7 @@ def call(*command: str | Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel offline, from a copy of the project.
-
-    A build writes into its source folder.
-    """
+    """Build the wheel offline, from a copy, because a build writes into the source folder."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in FILES:
         shutil.copy(ROOT / name, source)
@@ -58,13 +55,13 @@ def wheel(tmp_path_factory):
 
 
 def needed(name: str) -> set[str]:
-    """Return the name of a distribution and the names of all its installed dependencies."""
+    """Return the name of an installed package and the names of all its installed dependencies."""
     found, left = set(), [name]
     while left:
         name = left.pop()
         try:
             requirements = metadata.requires(name) or []
-        # A build of torch for CPUs lacks some of its declared dependencies.
+        # CPU builds of torch declare dependencies that are not installed.
         except metadata.PackageNotFoundError:
             continue
         if name not in found:
@@ -76,7 +73,7 @@ def needed(name: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Return the bin folder of a new environment with the wheel and its dependencies."""
+    """Return the bin folder of a new environment, which holds the wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
     (site,) = folder.glob("lib/python*/site-packages")
@@ -85,7 +82,7 @@ def environment(wheel, tmp_path_factory):
         lines = archive.read(described).decode().splitlines()
     declared = [Requirement(x.partition(": ")[2]) for x in lines if x.startswith("Requires-Dist")]
     for requirement in declared:
-        # Dependencies with a marker belong to extras.
+        # Requirements with a marker belong to optional extras.
         if requirement.marker is None:
             for name in needed(requirement.name):
                 distribution = metadata.distribution(name)

@@ -1,4 +1,4 @@
-"""The ``torch`` backend's compiled pass, and the op under torch.compile and autocast."""
+"""The ``torch`` backend's compiled pointwise pass, and the op in torch.compile and autocast."""
 
 import warnings
 
@@ -29,7 +29,7 @@ from tests.support.problems import (
 
 @pytest.fixture
 def attempting(monkeypatch):
-    """Let every pointwise pass try to compile."""
+    """Make every pointwise pass try to compile, whatever the size of the call."""
     torch._dynamo.reset()
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     monkeypatch.setattr(compiled_calls, "_compiler_failed", False)
@@ -39,7 +39,7 @@ def attempting(monkeypatch):
 
 @pytest.fixture
 def compiling(attempting):
-    """Compile every pointwise pass, and fail if one silently runs uncompiled."""
+    """Make every pointwise pass compile, and raise an error if one cannot."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         yield
@@ -48,7 +48,7 @@ def compiling(attempting):
 
 @pytest.fixture
 def tracing(compiling, monkeypatch):
-    """Trace every pointwise pass with dynamo, but run the traced code eagerly, which is faster."""
+    """Trace every pointwise pass with dynamo, but run the traced code eagerly, to save time."""
 
     def trace(function):
         return torch.compile(function, dynamic=True, backend="eager")
@@ -62,7 +62,7 @@ def compiled_graphs():
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_compiled_pass_matches_the_oracle(compiling, capped):
-    """The pass is compiled once for beta 1/2 and once for all other values of beta.
+    """The compiled pass matches the oracle, with two compilations: beta 1/2, and any other beta.
 
     Another temperature, scale, softcap or chunk size does not recompile it.
     """
@@ -89,7 +89,7 @@ def test_every_divergence_compiled(compiling, divergence, feature):
 
 
 def test_each_divergence_has_its_own_compiled_code(tracing):
-    """A call with another divergence does not reuse the compiled code of an earlier call."""
+    """A call with another divergence does not run the compiled code of an earlier call."""
     problem = make(BATCH, std=2.0)
     options = {"labels": torch.randint(BATCH.vocab, BATCH.leading), "kd_ratio": 0.5}
     for final in (*DIVERGENCES, *DIVERGENCES[:2]):
@@ -103,7 +103,7 @@ def test_each_divergence_has_its_own_compiled_code(tracing):
 
 
 def test_every_variant_of_the_pass_is_compiled(tracing):
-    """All 12 variants of the pass are compiled, although torch's default limit is 8."""
+    """All 12 variants of the pass are compiled, although torch compiles at most 8 by default."""
     before = compiled_graphs()
     for divergence in DIVERGENCES:
         problem = make(BATCH, divergence=divergence)
@@ -137,7 +137,7 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
 
 
 def test_the_compiled_search_finds_the_same_active_entries(compiling):
-    """The compiled search agrees with the eager one.
+    """The compiled search for active entries finds the same entries as the eager search.
 
     It is compiled once, although the blocks differ in size and have gaps between rows.
     """
@@ -163,7 +163,10 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
 
 
 def test_the_compiled_pass_with_labels_matches_the_oracle(compiling):
-    """Results with labels match the oracle; another temperature or beta does not recompile."""
+    """With labels, the compiled pass matches the oracle.
+
+    Another temperature or beta does not recompile it.
+    """
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[0] = -100
     before = compiled_graphs()
@@ -236,7 +239,7 @@ def test_an_error_inside_the_pass_is_not_reported_as_the_compiler_s(attempting, 
 
 
 def outside_and_inside(function):
-    """Return a function and its compiled form."""
+    """Return a function and the same function in ``torch.compile``, for a comparison."""
     torch._dynamo.reset()
     return function, torch.compile(function, fullgraph=True, backend="aot_eager")
 
@@ -244,7 +247,7 @@ def outside_and_inside(function):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("heads", ["outside", "inside"])
 def test_fullgraph(heads, reduction):
-    """The op compiles into one graph, with the loss and gradients of an eager call."""
+    """``fullgraph=True`` compiles the op, with the loss and gradients of an eager call."""
     problem = make(BATCH, std=2.0, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else torch.tensor(1.5)
     options = {"mask": torch.rand(BATCH.leading) < 0.5, "reduction": reduction}

@@ -1,4 +1,4 @@
-"""The compiled pass for GPUs that lack the row kernel: only its number of rows is dynamic."""
+"""The compiled pass for GPUs without the row kernel: new numbers of rows do not recompile it."""
 
 import torch
 
@@ -13,7 +13,7 @@ from tests.support.problems import capture_call, make
 
 
 def test_only_the_number_of_rows_varies(monkeypatch):
-    """The pass is compiled once for each vocabulary size, and not again for other row counts."""
+    """The pass is compiled once for each vocabulary size, whatever the number of rows is."""
     torch._dynamo.reset()
     vocabs = []
 
@@ -39,7 +39,10 @@ def test_only_the_number_of_rows_varies(monkeypatch):
 
 
 def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
-    """Meta tensors, which hold no data, replace the tensors on a GPU."""
+    """The compiled pass for GPUs gets each tile in one block.
+
+    Meta tensors, which hold no data, replace the tensors on a GPU.
+    """
     call, calls = capture_call(monkeypatch, make(ODD)), []
 
     def compile(function):
@@ -49,7 +52,7 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
 
         return recorded
 
-    monkeypatch.setattr(compiled, "_compile", None)  # only calls on a CPU may use it
+    monkeypatch.setattr(compiled, "_compile", None)  # a call on a GPU must not use this function
     monkeypatch.setattr(compiled, "_compile_for_gpu", compile)
     made = pointwise_pass.TorchPass(call, torch.float32, 700)
     made.device, made.compiled = torch.device("cuda"), True
@@ -60,5 +63,8 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
 
 
 def test_an_uncompiled_pass_takes_small_blocks_on_a_gpu():
-    """The temporaries of an uncompiled pass are as large as a block."""
+    """An uncompiled pass on a GPU gets a tile in small blocks.
+
+    Its temporary tensors are as large as a block.
+    """
     assert pointwise_pass.block_rows(torch.device("cuda"), False, 700, 50000) == 43

@@ -1,7 +1,7 @@
-"""GEMMs in bfloat16 on CPUs with AMX: only bfloat16 operands switch oneDNN to bfloat16.
+"""GEMMs in bfloat16 on CPUs with AMX: only calls with bfloat16 operands use them.
 
 Operands are rounded if AMX is detected, whether or not the hardware uses it. The tests pretend that
-AMX is detected, so that they are valid on every CPU.
+AMX is detected, so that they run on every CPU.
 """
 
 import os
@@ -42,7 +42,7 @@ def amx(monkeypatch):
 
 
 class Products(TorchDispatchMode):
-    """Records oneDNN's setting at each matmul."""
+    """Records oneDNN's precision setting during each GEMM."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Return a function that runs a call and returns oneDNN's settings during its GEMMs."""
+    """Return a function that runs a call and returns the precision settings during its GEMMs."""
 
     def run(problem, **options):
         options["workspace_bytes"] = several_chunks(ODD)
@@ -163,16 +163,16 @@ def test_the_users_settings_stay(own, above):
     with pytest.raises(ZeroDivisionError):
         matmul._multiply(torch.bfloat16, gemms)
     assert SETTING.fp32_precision == before
-    # An unset precision of GEMMs is still inherited from oneDNN's general setting.
+    # If the setting for GEMMs was unset, it still takes its value from oneDNN's general setting.
     if own == "none":
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
 
 
 def interrupted(run, number):
-    """Interrupt ``run`` at its ``number``-th event; return the error, or None after the last event.
+    """Interrupt ``run`` at its ``number``-th event and return the error, or None without an event.
 
-    Events are calls of Python functions and returns from C functions. Python checks for signals
+    An event is the call of a Python function or the return of a C function. Python handles signals
     there.
     """
     seen = 0
@@ -198,7 +198,7 @@ def interrupted(run, number):
 def test_an_interrupt_at_any_moment_leaves_the_users_setting():
     x, weight, out = (torch.zeros(4, 4, dtype=t) for t in (torch.bfloat16,) * 2 + (torch.float32,))
     before = SETTING.fp32_precision
-    errors = []  # an error keeps the frames of its call alive, as in a notebook
+    errors = []  # a kept error keeps the frames of its call alive, as in a notebook
     for number in range(1, 1000):
         errors.append(interrupted(lambda: matmul.project(x, weight, out), number))
         assert SETTING.fp32_precision == before, number
@@ -223,7 +223,7 @@ def test_a_process_forked_during_a_product_can_multiply():
     assert inside.wait(60)
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # end the child if it waits for the lock
+        signal.alarm(20)  # the alarm ends the child if it waits for the lock
         found = [SETTING.fp32_precision]
         matmul._multiply(torch.bfloat16, lambda: found.append(SETTING.fp32_precision))
         os._exit(found + [SETTING.fp32_precision] != [before, "bf16", before])
@@ -234,7 +234,7 @@ def test_a_process_forked_during_a_product_can_multiply():
 
 
 class SignallingLock:
-    """A lock that signals when a thread has to wait for it."""
+    """A lock that sets an event when a thread has to wait for it."""
 
     def __init__(self, waiting):
         self.lock, self.waiting = threading.Lock(), waiting
@@ -259,7 +259,8 @@ def test_two_threads_restore_the_setting(monkeypatch):
 
     def second():
         second_waits_or_is_in.set()
-        # Without a lock, this thread would end last, and restore the first thread's bf16.
+        # Without the lock, this thread would end last, and restore bf16, which the first thread has
+        # set.
         threads[0].join()
 
     def run(gemms):

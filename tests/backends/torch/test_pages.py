@@ -1,4 +1,4 @@
-"""Memory on a CPU: large tensors use huge pages, and freed blocks are reused."""
+"""Memory on a CPU: large tensors use huge pages, and freed memory is reused."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ glibc = pytest.mark.skipif(
 
 
 def asked_for_huge_pages(address):
-    """Return whether the mapping that holds an address is marked for huge pages."""
+    """Return whether huge pages are requested for the memory region that holds an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
@@ -41,9 +41,10 @@ def asked_for_huge_pages(address):
 
 @linux
 def test_only_whole_huge_pages_of_a_tensor_are_requested():
-    # A smaller tensor might reuse a block that an earlier tensor marked for huge pages.
+    # The tensor is large. Small ones may reuse memory that has huge pages because of an earlier
+    # tensor.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
-    # This is the last byte of the page in which the tensor starts. Other memory shares this page.
+    # The last byte of the page in which the tensor starts. The page also holds other memory.
     edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE
     assert in_huge_pages(x) is x
     assert asked_for_huge_pages(x.data_ptr() + 8 * HUGE_PAGE)
@@ -64,7 +65,7 @@ def test_tensors_without_such_memory_are_left_alone(monkeypatch):
     ):
         assert in_huge_pages(x) is x
     assert asked == []
-    # The tensor has the size of four huge pages.
+    # A float32 tensor of this many elements has the size of four huge pages.
     x = in_huge_pages(torch.empty(HUGE_PAGE))
     ((start, length, _),) = asked
     assert start % HUGE_PAGE == 0 and length == (3 if x.data_ptr() % HUGE_PAGE else 4) * HUGE_PAGE
@@ -107,7 +108,7 @@ print(faults())
 
 @glibc
 def test_freed_blocks_are_kept():
-    """Glibc keeps freed blocks.
+    """glibc keeps freed blocks for later tensors.
 
     Otherwise five rounds of twelve 4 MiB blocks would cause 60,000 page faults.
     """

@@ -1,11 +1,11 @@
-"""A simulated GPU model for the tests of tuned tiles."""
+"""A fixture that gives the tests of tuned tiles a made-up GPU model."""
 
 import pytest
 
 
 @pytest.fixture
 def some_gpu(monkeypatch):
-    """Report the GPU model of CPU tensors as ``Some GPU``, which has no tuned tiles."""
+    """Give CPU tensors the GPU model ``Some GPU``, which has no tuned tiles."""
     from lens_kernels.backends.triton.tiles import store
 
     monkeypatch.setattr(store, "device_name", lambda device: "Some GPU")

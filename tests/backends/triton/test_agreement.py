@@ -1,4 +1,4 @@
-"""The check that compares the kernels with the ``torch`` backend, run in Triton's interpreter."""
+"""The comparison of the Triton kernels with the ``torch`` backend, run in Triton's interpreter."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from lens_kernels.options import Divergence  # noqa: E402
 from tests.support.problems import recorded  # noqa: E402
 
 CPU = torch.device("cpu")
-# The student's and the teacher's hidden size, the vocabulary size, and the number of tokens.
+# The hidden sizes of student and teacher, the vocabulary size, and the number of tokens.
 SIZES = (24, 40, 90, 300)
 
 
@@ -28,7 +28,7 @@ def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["rows", 0, "weight", "bias", "norm_weight", "norm_bias"])
 def test_a_wrong_result_is_named(monkeypatch, wrong):
-    # The torch backend replaces the kernels, because it is faster than the interpreter.
+    # In place of the kernels, the faster torch backend runs here.
     evaluate = agreement.row_chunks.evaluate
 
     def faulty(call):

@@ -1,4 +1,4 @@
-"""The kernels' elementary functions and divergences, compared with torch and the library."""
+"""The kernels' elementary functions agree with torch, and their divergences with the library's."""
 
 import pytest
 import torch
@@ -51,7 +51,10 @@ def table_kernel(
 
 
 def over_blocks(kernel, *inputs, outputs=1, **options):
-    """Return the results of a kernel on fp32 numbers, which are padded to full blocks."""
+    """Run a kernel on float32 numbers and return its results.
+
+    The numbers are padded to full blocks.
+    """
     size = inputs[0].numel()
     more = -size % BLOCK
     padded = [torch.cat([x, x[:1].expand(more)]) for x in inputs]
@@ -64,7 +67,7 @@ def over_blocks(kernel, *inputs, outputs=1, **options):
 def magnitudes(largest):
     """Return numbers from 1e-38 to ``largest``.
 
-    Some are at or next to the points where a function switches formulas.
+    Some are at or next to the limits where a function changes its formula.
     """
     spread = torch.logspace(-38, 0, 4001, dtype=torch.float64) * largest
     near = torch.tensor([device_fns.NEAR.value, 0.25, 0.29289, 0.75])
@@ -135,10 +138,10 @@ def test_minus_does_not_cancel():
 
 @pytest.fixture(scope="module")
 def log_probabilities():
-    """Return two lists of log-probabilities.
+    """Return log-probabilities of two models, in two lists.
 
-    Their pairs are all pairs of a grid, nearly equal values, and equal values. The grid includes
-    values whose exponentials underflow.
+    They contain all pairs of a grid, nearly equal pairs, and equal pairs. The grid includes values
+    whose exponentials underflow.
     """
     torch.manual_seed(0)
     grid = torch.cat([torch.linspace(-12, 0, 25), torch.tensor([-20.0, -40.0, -80.0, -110.0])])
@@ -151,14 +154,14 @@ def log_probabilities():
 
 
 def run_table(divergence, lp, lq, beta):
-    # Round the scalars to float32, as a GPU does. The interpreter keeps them in float64.
+    # Round beta to float32, as a GPU does. The interpreter keeps scalars in float64.
     scalars = torch.tensor([beta, 1 - beta]).tolist()
     return over_blocks(table_kernel, lp, lq, outputs=2, scalars=scalars, DIVERGENCE=divergence)
 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, beta):
-    """The kernels' divergences and their gradients match those of the library.
+    """The kernels' formulas for divergences and their gradients match the library's.
 
     The allowed error is relative to the value and to |p - q|. It grows with the size of the
     log-probabilities, whose exponentials become less accurate.
@@ -169,7 +172,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
     truth = table.pointwise(Divergence(divergence), beta)(*wide, p, q, (beta, 1 - beta))
     digits = 1 + torch.maximum(lp, lq).abs().clamp(max=110) / 4
     for name, got, expected in zip("fh", run_table(divergence, lp, lq, beta), truth, strict=True):
-        # Where p is near q, the jsd is proportional to beta (1 - beta).
+        # The jsd is proportional to beta (1 - beta) where p is near q, and so is its allowed error.
         scale = 0.4 * beta * (1 - beta) if divergence == "jsd" else 0.1
         bound = 5e-6 * digits * (expected.abs() + scale * (p - q).abs())
         excess = (got - expected).abs() / bound.clamp(min=1e-41)
@@ -181,7 +184,10 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_tables_agree_on_what_is_infinite(divergence, beta):
-    """Kernels and library agree on infinite values for all pairs of 1/2, exp(-300) and 0."""
+    """Kernels and library give infinity for the same pairs of probabilities.
+
+    The pairs combine 1/2, exp(-300) and 0.
+    """
     some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
     lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
     expected = table.pointwise(Divergence(divergence), beta)(

@@ -40,7 +40,7 @@ def cast(x, dtype):
 
 
 def specials():
-    """Return float32 numbers at and next to rounding ties, and the smallest and largest numbers."""
+    """Return float32 numbers at and next to rounding ties, and the smallest and largest ones."""
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x00008000, 0x00018000, 0x7F7F8000, 0x7F7F7FFF])
     ties = torch.cat([ties - 1, ties, ties + 1]).to(torch.int32).view(torch.float32)
     info = torch.finfo(torch.float32)
@@ -50,7 +50,7 @@ def specials():
 
 
 def test_rounding_is_torch_s_bit_for_bit():
-    # Random bits give every kind of float.
+    # Random bits give floats of every kind, such as subnormal numbers.
     patterns = torch.randint(-(2**31), 2**31, (1 << 16,)).to(torch.int32)
     x = torch.cat([patterns.view(torch.float32), torch.randn(1 << 12), specials()])
     x = torch.cat([x, torch.zeros(-x.numel() % 256)])

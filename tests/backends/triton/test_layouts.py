@@ -10,7 +10,7 @@ from tests.support.objectives import solve_objective
 from tests.support.problems import check, make, oracle, ours
 
 NAN = float("nan")
-# Rows of width 32 are read in place; rows of width 33 are padded first.
+# Matrices of width 32 are read in place. Matrices of width 33 are first copied to padded rows.
 WIDTHS = [32, 33]
 
 
@@ -20,41 +20,41 @@ def garbage(monkeypatch):
 
 
 def rows_inside(x, before, after):
-    """Return an uninitialised view shaped like ``x``, inside a buffer that is otherwise NaN."""
+    """Return an uninitialised view of ``x``'s shape. The buffer around it is filled with NaN."""
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
     rows = torch.full((tokens + 2, before + width + after), NAN)
     return rows[1:-1, before : before + width].unflatten(0, x.shape[:-1])
 
 
 def padded_rows(x):
-    """Return rows whose stride and offset allow vector loads."""
+    """Return uninitialised rows whose stride and offset allow vector loads."""
     return rows_inside(x, 16, 16)
 
 
 def far_rows(x):
-    """Return rows whose stride and offset rule out vector loads."""
+    """Return uninitialised rows whose stride and offset rule out vector loads."""
     return rows_inside(x, 3, 20)
 
 
 def transposed(x):
-    """Return an uninitialised transpose, whose first axis has stride 1."""
+    """Return an uninitialised transposed tensor, whose first axis has stride 1."""
     return torch.empty(x.shape[::-1]).permute(*reversed(range(x.dim())))
 
 
 def every_other(x):
-    """Return every other entry of a NaN-filled buffer, so that no axis has stride 1."""
+    """Return every other entry of a buffer of NaN, so that no axis has stride 1."""
     return torch.full((*x.shape[:-1], 2 * x.shape[-1]), NAN)[..., ::2]
 
 
 def offset(x):
-    """Return a contiguous view in the middle of a NaN-filled buffer."""
+    """Return a contiguous view in the middle of a buffer of NaN."""
     return torch.full((x.numel() + 7,), NAN)[5:-2].view(x.shape)
 
 
 def laid_out(problem, layout):
     """Return a copy of the problem.
 
-    ``layout`` arranges its tensors of two or more axes in memory.
+    The function ``layout`` creates the memory for each tensor of two or more axes.
     """
 
     def move(x):
@@ -121,13 +121,13 @@ SIZES = {
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(garbage, size, divergence, norm):
-    """Kernels read no uninitialised memory at sizes up to one block, or just above one block."""
+    """Kernels read no uninitialised memory, for sizes below, at and just above one block."""
     problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")
         assert loss == 0 and not any(g.any() for g in grads.values())
         return
-    # A layer norm of width 1 gives 0 and has no gradient.
+    # A layer norm of width 1 always gives 0, so it passes no gradient.
     none = ("hidden0", "weight", "norm_weight") if (size, norm) == ("width 1", "layer") else ()
     check(problem, zero=none, backend="triton")
     assert not any(oracle(problem)[1][name].any() for name in none)
@@ -139,7 +139,7 @@ def test_an_upstream_gradient_in_any_layout(divergence):
     problem = make(BATCH, divergence=divergence)
     for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)
-        # The op flattens the upstream gradient in the same way.
+        # The op flattens the upstream gradient like this, without a copy.
         flat = upstream.reshape(BATCH.pairs, -1)
         assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
         check(problem, upstream=upstream, reduction="none", backend="triton")

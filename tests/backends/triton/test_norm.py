@@ -1,4 +1,4 @@
-"""The norm's kernels agree with ``LensNorm`` for any number of rows, row blocks and programs."""
+"""The kernels for the norm agree with ``LensNorm``, for any number of rows, blocks and programs."""
 
 import pytest
 import torch
@@ -16,11 +16,11 @@ KINDS = {
     "layer": {"kind": "layer", "weight": True, "bias": True, "offset": 0.5},
 }
 WIDTH = 300
-# The number of rows in one block at this width.
+# The kernels divide rows of this width into blocks of this many rows.
 BLOCK_N = norm.BLOCK // 512
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
-# The numbers of rows are: one row; one full block; one block for each program and one row more;
-# several blocks for each program and a partial block.
+# The tests run with one row; one full block; one block for each program and one more row; and
+# several blocks for each program with a partial last block.
 TOKENS = [1, BLOCK_N, BLOCK_N * PROGRAMS + 1, BLOCK_N * 19 + 3]
 
 
@@ -31,7 +31,7 @@ def make(name):
 
 
 def indexed(tokens, masked):
-    """Return hidden states. With a mask, also return the indices of the unmasked rows."""
+    """Return hidden states, and the indices of the unmasked rows, or None without a mask."""
     if not masked:
         return torch.randn(tokens, WIDTH), None
     hidden = torch.randn(2 * tokens + 1, WIDTH)
@@ -73,7 +73,7 @@ def test_rows_and_their_gradients(name, tokens, masked):
         grad, hidden, index, layer_norm, got["hidden"], got.get("weight"), got.get("bias")
     )
     for key, x in before.items():
-        # The kernel adds to the buffer, whose old values are subtracted here.
+        # The kernel adds to the buffer, so its old values are subtracted here.
         got[key] = got[key] - x
     if index is not None:
         others = torch.ones(len(hidden), dtype=torch.bool)
@@ -103,6 +103,6 @@ def test_a_16_bit_result_is_rounded_once(dtype):
     got = norm.norm_rows(hidden, None, layer_norm, dtype)
     exact = layer_norm.forward(hidden.double())[0]
     assert got.dtype is dtype
-    # The result is the nearest 16-bit number, except for errors of float32 rounding.
+    # Without the errors of float32 rounding, the result would be the nearest 16-bit number.
     spacing = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
     assert bool(((got.double() - exact).abs() <= 0.501 * spacing + 1e-6).all())

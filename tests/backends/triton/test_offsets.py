@@ -1,8 +1,8 @@
-"""Offsets beyond 2^31 elements, where a row index times its stride overflows 32 bits.
+"""Tensors with more than 2^31 elements, whose offsets overflow 32-bit integers.
 
 8192 tokens by 262144 entries are 2^31 logits. The tests only reserve address space, because pages
-that are never written take no memory. They reserve 2^31 more elements before each tensor, so that a
-wrapped offset reads zeros instead of crashing.
+that are never written take no memory. They reserve 2^31 more elements before each tensor. An offset
+that wraps around then reads zeros instead of crashing.
 """
 
 import mmap
@@ -24,7 +24,7 @@ NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 def far_apart(x):
-    """Return a copy whose rows are 2^30 elements apart, in reserved address space."""
+    """Return a copy whose rows are 2^30 elements apart, in memory that is reserved but not used."""
     assert x.shape[0] == ROWS and (ROWS - 1) * STRIDE >= 1 << 31
     reach = ROWS * STRIDE + x.shape[1]
     before = 1 << 31

@@ -17,8 +17,8 @@ from tests.support.problems import make, objective, ours
 
 BACKENDS = ("torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
-# Tolerances of the loss without a norm, the loss with a norm, and gradients. Before a GEMM, the
-# norm's result and the logits' gradient are rounded to the dtype.
+# For each dtype, the tolerances of the loss without a norm, of the loss with a norm, and of
+# gradients. The norm's result and the logits' gradient are rounded to the dtype before a GEMM.
 TOLERANCES = {
     torch.float32: (1e-6, 1e-6, 1e-5),
     torch.float16: (1e-5, 5e-4, 2e-3),
@@ -27,7 +27,7 @@ TOLERANCES = {
 
 
 def both(problem, **options):
-    """Return ``(loss, gradients)`` of the torch backend and of the triton backend."""
+    """Return ``(loss, gradients)`` of the torch backend and of the triton backend, as a list."""
     return [ours(problem, backend=backend, **options) for backend in BACKENDS]
 
 
@@ -44,8 +44,8 @@ def compare(problem, dtype, normed, **options):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("feature", "divergence"),
-    # tvd is tested without a norm. Rounding a norm's result would move entries across p = q, where
-    # the slope of tvd jumps.
+    # tvd is tested without a norm. Rounding a norm's result would change the sign of p - q at some
+    # entries, where the slope of tvd jumps.
     [*((feature, "jsd") for feature in FEATURES), *(("bias", d) for d in DIVERGENCES if d != "jsd")]
     + [("everything", "jeffreys")],
 )
@@ -90,9 +90,9 @@ def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
 
 
 def active_problem():
-    """Return peaked models, whose gradient is nearly zero for most entries.
+    """Return two models whose loss gradient is nearly zero for most vocabulary entries.
 
-    The mean of the head's rows is not zero.
+    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
     """
     problem = make(Shape((24,), 400, 16, 16, 1))
     weight = 2.0 * torch.randn(400, 16) + 3.0
@@ -107,9 +107,9 @@ def active_problem():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 1e-5, 1e-4, 1e-3, 1e3])
 def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
-    """With one chunk, both backends skip the same columns.
+    """With one chunk, both backends skip the same vocabulary entries.
 
-    With more chunks they may differ: the torch backend chooses columns for each chunk of tokens,
+    With more chunks they may differ: the torch backend chooses entries for each chunk of tokens,
     and the triton backend for each chunk of the vocabulary.
     """
     problem = active_problem()
@@ -120,13 +120,15 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
     )
     assert_close(got.loss, expected.loss, 1e-6)
     if threshold == 0.0:
-        # Some gradients are 0 in one backend and 1e-12 in the other.
+        # The share is not exactly 0, because some gradients are 0 in one backend and 1e-12 in the
+        # other.
         assert abs(got.dropped) < 1e-6 and abs(expected.dropped) < 1e-6
     else:
         assert_close(got.dropped, expected.dropped, 1e-4, "dropped")
         assert 0 < got.dropped <= 1
     if threshold == 1e3:
-        # All entries are dropped. Each row of the gradient sums to 0, so the mean head row adds 0.
+        # Here all entries are skipped, and the mean head row replaces all rows. It adds 0, because
+        # each row of the gradient sums to 0.
         assert got.dropped == 1 and not grads["weight"].any()
         assert grads["hidden0"].abs().max() < 1e-6
         return
@@ -136,9 +138,9 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
 
 
 def test_the_threshold_of_float16(always_active):
-    """Both backends drop the same share in float16.
+    """Both backends skip the same share of the gradient in float16.
 
-    The kernels multiply float16 gradients by a constant against underflow, and must multiply the
+    The kernels multiply float16 gradients by a constant against underflow. They must multiply the
     threshold too.
     """
     problem = active_problem().to(torch.float16)
@@ -149,9 +151,9 @@ def test_the_threshold_of_float16(always_active):
 
 
 def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active):
-    """With a chunk for each tile, dropping entries changes the gradient by at most 0.1 %.
+    """With one chunk for each tile, skipping entries changes the gradient by at most 0.1 %.
 
-    Each chunk replaces its skipped head rows by their mean.
+    Each chunk replaces the head rows that it skips by their mean.
     """
     problem = active_problem()
     _, exact = ours(problem, backend="triton")
@@ -164,7 +166,7 @@ def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active
 
 
 def test_chunks_of_any_size():
-    """Chunks of one to four tiles give the same loss and gradients as one chunk of all 7 tiles."""
+    """Chunks of one to four tiles give the same loss and gradients as a single chunk of 7 tiles."""
     problem = make(Shape((20,), 840, 24, 40, 2), **FEATURES["everything"])
     tile = default(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
     assert tile.block_v == 128

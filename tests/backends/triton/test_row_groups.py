@@ -1,7 +1,7 @@
-"""Programs run in groups of row blocks: the bytes read through a cache, and equal results.
+"""Groups of row blocks: they change how many bytes are read through a cache, but no result.
 
-The cache is simulated: it holds the blocks that were read last. Programs run in waves, in the order
-of their launch, and the programs of a wave read in step.
+The simulated cache holds the blocks that were read last. Programs run in waves, in the order of
+their launch, and the programs of a wave read at the same pace.
 """
 
 from collections import OrderedDict
@@ -27,7 +27,10 @@ from tests.support.problems import check, make, ours
 
 
 def bytes_read(programs, at_once, capacity):
-    """Return the bytes that a cache reads: ``programs`` are lists of ``(block, bytes)``."""
+    """Return the bytes that a simulated cache reads from memory.
+
+    Each program in ``programs`` is its list of reads, ``(block, bytes)``.
+    """
     held, moved, size_held = OrderedDict(), 0, 0
     for first in range(0, len(programs), at_once):
         wave = programs[first : first + at_once]
@@ -43,9 +46,9 @@ def bytes_read(programs, at_once, capacity):
     return moved
 
 
-# These sizes give two groups of two row blocks, and two splits of eight tiles each.
+# With these sizes there are two groups of two row blocks, and two splits of eight tiles each.
 TOKENS, VOCAB, WIDTHS, TILE = 64, 256, (16, 32), launch.Tile(16, 16, 16, 4, 1)
-AT_ONCE = 4  # programs that run at a time: two row blocks by two splits
+AT_ONCE = 4  # programs that run at a time: two row blocks times two splits
 
 
 @pytest.fixture
@@ -57,7 +60,10 @@ def small_groups(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch, small_groups):
-    """Return a function that runs ``function`` and lists each program's reads from ``tensors``."""
+    """Return a function that runs ``function`` and returns each program's reads and its result.
+
+    Only reads from ``tensors`` count.
+    """
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
     load = builder.create_masked_load
 
@@ -80,8 +86,8 @@ def read(monkeypatch, small_groups):
     return run
 
 
-# Programs read 32 rows and 32 columns of 192 bytes at a time, which are 12 KiB. These fit in the
-# first cache, but not in the second.
+# At a time, the programs read 32 rows and 32 columns of 192 bytes, which are 12 KiB. They fit in
+# the first cache, but not in the second.
 @pytest.mark.parametrize("capacity", [14 << 10, 10 << 10])
 def test_the_plan_counts_what_the_kernels_read_through_a_cache(monkeypatch, read, capacity):
     monkeypatch.setattr(row_groups, "CACHE_BYTES", capacity)
@@ -131,7 +137,7 @@ def places_kernel(out, programs, blocks, group_blocks, SIZE: tl.constexpr):
 
 
 def places(programs, blocks, group_blocks):
-    """Return the row block and the vocabulary part of each program, as kernels compute them."""
+    """Return each program's row block and part of the vocabulary, as the kernels compute them."""
     out = torch.full((programs, 2), -1, dtype=torch.int32)
     size = triton.next_power_of_2(programs)
     places_kernel[(1,)](out, programs, blocks, group_blocks, SIZE=size)
@@ -150,8 +156,9 @@ def test_every_place_has_one_program(blocks, group, parts):
 def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb, tile, at_once):
     """The planned reads match those of a simulated H100 for Llama-3's vocabulary in 16 bits.
 
-    An H100 has 132 processors and a cache of 50 MiB. Operands of the second widths exceed the
-    cache. Without groups, programs would read 52 GB at the first widths and 105 GB at the second.
+    An H100 has 132 processors and a cache of 50 MiB. Operands of the second pair of widths exceed
+    the cache. Without groups, programs would read 52 GB at the first pair of widths and 105 GB at
+    the second.
     """
     tokens, vocab, row, steps = 8192, 128256, 2 * sum(widths), 4
     monkeypatch.setattr(launch, "processors", lambda device: 132)
@@ -180,7 +187,7 @@ def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb
 
 @pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
 def test_groups_change_no_bit(monkeypatch, small_groups, divergence):
-    """The size of a group does not change the results. Each split has one tile."""
+    """Groups of any size give the same results, bit for bit. Each split has one tile."""
     problem = make(Shape((150,), 200, 24, 40, 1), **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: 100)
     results = []

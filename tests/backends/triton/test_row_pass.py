@@ -1,4 +1,4 @@
-"""The row kernel computes losses and gradients of whole rows of logits, which match float64."""
+"""The row kernel, which computes losses and gradients of whole rows of logits, matches float64."""
 
 from dataclasses import replace
 
@@ -28,13 +28,16 @@ kinds = pytest.mark.parametrize(("divergence", "beta"), KINDS)
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Let the kernel read 64 entries at a time, so that a row takes several steps."""
+    """Make the kernel read 64 entries at a time, so that a row takes several steps."""
     interpreter.prepare()
     monkeypatch.setitem(row_pass.OPTIONS, "LANES", 8)
 
 
 def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, survey=False):
-    """Return losses, gradient and survey of a tile. The padding of all tiles is NaN."""
+    """Run the kernel on a tile and return losses, gradient and column statistics.
+
+    The padding of all tiles is NaN.
+    """
     rows, vocab = zs.shape
     head = head or LensHead(torch.zeros(vocab, 1))
     divergence = None if divergence is None else Divergence(divergence)
@@ -102,7 +105,7 @@ def test_labels_have_no_temperature(divergence, temperature):
 @kinds
 @pytest.mark.parametrize("scale", [1.0, 0.02, 300.0])
 def test_rows_without_a_finite_logit_are_uniform(divergence, beta, scale):
-    """A row with only logits of -inf is uniform over the vocabulary, at any scale.
+    """A row whose logits are all -inf has a uniform distribution over the vocabulary, at any scale.
 
     The padding beyond the vocabulary gets no probability.
     """
@@ -195,7 +198,7 @@ def test_half_and_the_general_formula_agree():
 @pytest.mark.parametrize("rows", [7, 30])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
-    """With several pairs in a tile, results match the oracle and repeat bit for bit."""
+    """If a tile holds rows of several pairs, results match the oracle and repeat bit for bit."""
     shape = Shape((11,), 97, 12, 8, 3)
     problem = make(shape, **FEATURES[feature])
     options = {"layer_weights": [0.2, 1.5, 0.7], "mask": torch.rand(11) < 0.8}
@@ -212,7 +215,7 @@ def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
 
 def test_steps_are_whole_blocks_that_cover_every_row_once():
     made = layout.apart(5 * 1000, 5000, torch.bfloat16, 1 << 30)
-    # The 5000 rows are divided into three almost equal steps.
+    # The 5000 rows are processed in three steps of almost equal size.
     assert (made.tile_rows, made.grad_rows) == (512, 1792)
     seen = []
     for tiles in made.steps(5, 1000):
@@ -243,14 +246,17 @@ def test_buffers_fit_the_workspace(room, dtype):
 def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     monkeypatch, divergence, beta, with_grad, given
 ):
-    """If the teacher's statistics are given, the first sweep does not read the teacher's logits."""
+    """The plan's bytes match those that the kernel reads and writes.
+
+    If the teacher's statistics are given, the first sweep does not read the teacher's logits.
+    """
     counted = 0
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
 
     def count(mask, pointer):
         nonlocal counted
-        # The plan does not count single values, such as a row's weight.
+        # The plan leaves out single values, such as the weight of a row.
         if mask.data.size > 1:
             counted += (
                 int(mask.data.sum()) * pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
@@ -276,8 +282,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     shape = replace(CallShape.of(call), device=torch.device("cuda"))
     (step,) = [s for s in cost.row_chunks(shape).steps if s.name == "pointwise pass"]
     assert counted == step.bytes_moved
-    # The kernel moves 8 entries at a time, so a row of 211 entries counts as 216. A sweep reads 8
-    # bytes for a pair of logits. A gradient takes 4 bytes.
+    # The kernel reads 8 entries at a time, so a row of 211 entries counts as 216. A sweep reads 8
+    # bytes for an entry of both models, and a gradient entry takes 4 bytes.
     online = divergence in ("jeffreys", "forward_kl", "reverse_kl")
     each = 8 * (3 - online - (not with_grad)) + 4 * with_grad - 4 * (given and not online)
     assert counted == 2 * 5 * 216 * each

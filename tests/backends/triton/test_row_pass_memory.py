@@ -18,12 +18,12 @@ from tests.support.operators import Watch
 from tests.support.problems import capture_call, make
 
 GIB = 1 << 30
-# The student is Llama-3 1B, and the teacher is Llama-3 8B.
+# The sizes are those of a Llama-3 1B student and a Llama-3 8B teacher.
 TOKENS, VOCAB, WIDTHS = 8192, 128256, (2048, 4096)
 
 
 class NoKernel:
-    """A kernel whose launch does nothing."""
+    """Stands in for a kernel: a launch does nothing."""
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: None
@@ -31,9 +31,10 @@ class NoKernel:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Use fake tensors, which hold no data, and multiply them as on a GPU.
+    """Use fake tensors, which hold no data, with GEMMs as on a GPU.
 
-    Without CUDA, torch can create fake tensors on a GPU, but cannot index them.
+    Without CUDA, torch can create fake tensors on a GPU, but cannot index them. These are on the
+    CPU.
     """
     try:
         torch.mm(
@@ -49,7 +50,7 @@ def fake(monkeypatch):
 
 
 def llama_call(fake, pairs, tokens=TOKENS):
-    """Return a call over normed hidden states with labels, whose student needs all gradients."""
+    """Return a call with labels, in which every student tensor needs a gradient."""
     heads = [LensHead(fake(VOCAB, w), norm=LensNorm("rms", fake(w), eps=1e-5)) for w in WIDTHS]
     hidden = [[fake(tokens, width) for _ in range(pairs)] for width in WIDTHS]
     return LossCall(
@@ -72,7 +73,10 @@ def llama_call(fake, pairs, tokens=TOKENS):
 
 @pytest.mark.parametrize("pairs", [1, 5])
 def test_llama_takes_at_most_1_3_gib_above_inputs_and_gradients(fake, pairs):
-    """A call has 8192 bfloat16 tokens, float32 gradients, and the default workspace of 1 GiB."""
+    """A call of Llama-3's size stays below the memory limit.
+
+    It has 8192 bfloat16 tokens, float32 gradients, and the default workspace of 1 GiB.
+    """
     call = llama_call(fake, pairs, TOKENS // pairs)
     memory = track(lambda: row_chunks.evaluate(call, RowKernelPass))
     gradients = 4 * sum(x.numel() for x in call.needing_grad().values())
@@ -99,7 +103,10 @@ def test_buffers_are_those_of_the_layout(fake):
 
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
 def test_no_tensor_of_tokens_by_vocabulary(monkeypatch, divergence):
-    """The largest tensor is a tile of 6 rows, which the interpreter copies as single bytes."""
+    """The largest tensor is a tile of 6 rows, not the full logits of 40 tokens.
+
+    The interpreter copies a tile as single bytes.
+    """
     problem = make(Shape((40,), 61, 8, 8, 1), **FEATURES["everything"], divergence=divergence)
     room = 6 * (layout.row_stride(61) * 2 + layout.grad_stride(61)) * 4
     call = capture_call(monkeypatch, problem, mask=torch.ones(40), workspace_bytes=room)

@@ -1,4 +1,4 @@
-"""The triton backend's requirements and errors, and what its kernels are compiled for."""
+"""The triton backend: what it requires, its errors, and the values that recompile its kernels."""
 
 import importlib
 import importlib.util
@@ -18,8 +18,8 @@ from tests.support.problems import call_shape, loss_of, make, recorded
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
-# Settings of torch, and whether each allows TF32. Each setting needs a process of its own, because
-# torch cannot read the older switch once the newer one is set.
+# Statements that set torch's precision, and whether TF32 is then allowed. Each statement needs its
+# own process, because torch cannot read the older switch once the newer one is set.
 TF32 = {
     "pass": False,
     "torch.set_float32_matmul_precision('high')": True,
@@ -28,7 +28,7 @@ TF32 = {
     "torch.backends.fp32_precision = 'tf32'": True,
     "torch.backends.cuda.matmul.fp32_precision = 'ieee'": False,
 }
-# The newer switch exists since torch 2.9.
+# Torch before 2.9 lacks the newer switch, ``fp32_precision``.
 if not hasattr(torch.backends, "fp32_precision"):
     TF32 = {setting: allowed for setting, allowed in TF32.items() if "fp32" not in setting}
 COMPILED = """
@@ -63,7 +63,7 @@ print(json.dumps([kernels, error, tf32]))
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Return the output of COMPILED, which runs without Triton's interpreter."""
+    """Return the output of the script COMPILED, which runs without Triton's interpreter."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-c", COMPILED]
@@ -84,12 +84,14 @@ def test_tf32_is_torch_s_choice_by_either_switch(compiled):
     assert tf32 == [10 + allowed for allowed in TF32.values()]
 
 
-# The compile-time constants of the kernels: they select the formula and the tile.
+# Kernel parameters that are compile-time constants: they select the formula and the tile.
 CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D"}
 CONSTANT |= {"GROUP", "LANES"}
-# These integers change between calls. Triton must not specialise on 1 or multiples of 16.
+# Integer parameters that change between calls. Triton must not compile extra kernels if their value
+# is 1 or a multiple of 16.
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"}
-# Triton does not specialise on the values of floats. An operand contains the floats slope and cap.
+# Float parameters, for whose values Triton compiles no extra kernels. An operand contains the
+# floats slope and cap.
 FLOATS = {"operand", "student", "beta", "one_minus_beta", "temperature", "eps", "offset"}
 
 
@@ -107,7 +109,7 @@ def test_new_numbers_do_not_recompile_the_kernels(compiled):
 
 
 def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
-    """Integers given as options become floats.
+    """Options of a call that are given as integers reach the kernels as floats.
 
     Triton would compile another kernel for an integer, and one more for the integer 1.
     """
@@ -121,13 +123,13 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     numbers = [call.temperature, call.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
     operand = head_of(head, call).operand(call.student_hidden[0], None, None)
-    # The last two arguments of an operand are slope and cap.
+    # The last two arguments of an operand are the floats slope and cap.
     numbers += operand.arguments()[-2:]
     assert all(type(x) is float for x in numbers), numbers
 
 
 def test_auto_never_chooses_the_interpreter():
-    """``auto`` never runs interpreted kernels, which support a CPU but are 1000 times slower."""
+    """``auto`` never runs interpreted kernels. They work on a CPU, but are 1000 times slower."""
     assert choose("triton", call_shape(CPU)).name == "triton"
     assert choose("auto", call_shape(CPU)).name == "torch"
 

@@ -1,4 +1,4 @@
-"""Tuning, with a fake clock and with tiles that fail or give wrong results."""
+"""The search for the fastest tiles, with made-up times and with tiles that fail."""
 
 import importlib.util
 
@@ -18,29 +18,29 @@ from lens_kernels.backends.triton.tiles import search, sizes, store  # noqa: E40
 from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep  # noqa: E402
 
 CPU = torch.device("cpu")
-# The student's and the teacher's hidden size, the vocabulary size, and the number of tokens.
+# The hidden sizes of student and teacher, the vocabulary size, and the number of tokens.
 SIZES = (24, 40, 90, 6)
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
-# These tiles are the fastest, but tests give them wrong results or errors.
+# By the made-up times, these tiles are the fastest. Tests make their results wrong or raise errors.
 BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
     (Sweep.GRADIENTS, 24),
 ]  # fmt: skip
 COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
-# The functions that launch the sweeps, in the order of the enum ``Sweep``.
+# The names of the functions that launch the sweeps, in the order of the enum ``Sweep``.
 LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]
 
 
 def clock(function):
-    """Return the fake time of the tile that is measured."""
+    """Return the made-up time of the tile that is being measured."""
     return COST[function.args[-1]]
 
 
 @pytest.fixture(autouse=True)
 def compared(monkeypatch, tmp_path, some_gpu):
-    """Record each comparison with the torch backend instead of running it."""
+    """Record the comparisons with the torch backend instead of running them."""
     asked = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(agreement, "check", lambda *args: asked.append(args))
@@ -49,7 +49,7 @@ def compared(monkeypatch, tmp_path, some_gpu):
 
 @pytest.fixture
 def tune(monkeypatch):
-    """Return a function that tunes over given tiles and returns the outcomes."""
+    """Return a function that tunes over the given tiles and returns the outcomes."""
 
     def run(*others, sizes=SIZES, **options):
         monkeypatch.setattr(search, "candidates", lambda *args: list(others))
@@ -63,7 +63,7 @@ def stored():
 
 
 def instead(monkeypatch, name, replacements):
-    """Replace the function that launches a sweep, for some tiles."""
+    """For the tiles in ``replacements``, replace the function that launches a sweep."""
     original = getattr(search, name)
 
     def launch(*args):
@@ -162,7 +162,7 @@ def test_the_default_tile_may_be_rejected_too(tune, monkeypatch):
 def wrong_by(factor):
     def launch(original, *args):
         result = original(*args)
-        # Sweep 3 writes into its second-to-last argument.
+        # Sweep 3 returns None and writes into its second-to-last argument.
         tensor = args[-2] if result is None else getattr(result, "log_sum", getattr(result, "f", 0))
         tensor[3] *= factor
         return result
@@ -230,7 +230,7 @@ def test_a_missing_requirement_is_reported_in_one_line(capsys, monkeypatch, miss
 
 @pytest.fixture
 def command(monkeypatch):
-    """Let ``lens-kernels tune`` run on the CPU, with the fake clock."""
+    """Make ``lens-kernels tune`` run on the CPU, with made-up times."""
     monkeypatch.setattr(tuning, "unsupported_reason", lambda: None)
     monkeypatch.setattr(search, "candidates", lambda *args: [FAST])
     tune = tuning.tune

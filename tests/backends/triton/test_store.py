@@ -1,4 +1,4 @@
-"""The file of tuned tiles: writing, reading, and the use of its tiles in a call."""
+"""The file of tuned tiles: how it is written and read, and how a call uses its tiles."""
 
 import functools
 import importlib
@@ -33,7 +33,7 @@ def save(tile=FAST, device=GPU, **changes):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path, some_gpu):
-    """Pretend that kernels are compiled for an H100. Return the path of the tile file."""
+    """Pretend that kernels are compiled for an H100, and return the path of the tile file."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "arch_of", lambda device: SM_90)
@@ -67,9 +67,9 @@ def test_the_file_is_read_once_and_never_by_the_interpreter(compiled, monkeypatc
 
 
 def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
-    """A call uses tuned tiles.
+    """A call runs with the tuned tiles.
 
-    If a sweep reads both models, it looks up the smaller hidden size.
+    A sweep that reads both models looks up a tile by the smaller hidden size.
     """
     monkeypatch.setattr(store, "lookup", lambda sweep, *key: FAST if sweep is GRADIENTS else None)
     asked = recorded(monkeypatch, store, "lookup")
@@ -86,7 +86,7 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
     """Heads with a bias or softcap do not use tuned tiles.
 
-    Tuning measures heads without them. A bias or softcap takes registers, so a tuned tile may not
+    Tuning measures heads without a bias or softcap. These take registers, so a tuned tile may not
     fit.
     """
     monkeypatch.setattr(store, "lookup", None)
@@ -94,7 +94,8 @@ def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch
     heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))
     call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
     with pytest.raises(TypeError, match="not callable"):
-        # The teacher's head has no bias or softcap, so its own sweep looks up a tile.
+        # The lookup, which is None here, is called for the teacher's sweep: its head has no bias or
+        # softcap.
         call(*heads, divergence="jsd")
     call(heads[0], heads[0], divergence="jsd").backward()
 
@@ -135,7 +136,7 @@ def test_invalid_content_is_ignored_with_one_warning_that_names_the_file(compile
         assert look() is None
         assert look() is None
     assert len(caught) == 1 and str(compiled) in str(caught[0].message)
-    # Saving a new tile replaces the invalid content.
+    # Saving a new tile replaces content that is invalid.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         save(SLOW)
@@ -195,7 +196,7 @@ def test_processes_that_write_at_once_lose_nothing(compiled, monkeypatch):
         process.start()
     while any(process.is_alive() for process in writers):
         if compiled.exists():
-            # A reader always finds a complete file.
+            # While processes write, a reader always finds a complete file.
             json.loads(compiled.read_text())
     for process in writers:
         process.join()

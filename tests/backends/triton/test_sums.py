@@ -1,4 +1,4 @@
-"""The kernels' sums over the vocabulary are exact and repeatable, and rows do not mix."""
+"""The kernels' sums over the vocabulary are exact and repeatable, and rows are independent."""
 
 import importlib
 
@@ -13,17 +13,17 @@ from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.memory import fill_new_tensors
 from tests.support.problems import check, loss_of, make, oracle, ours, without_columns
 
-# The kernels divide this shape into two blocks of rows and four splits of the vocabulary. Each
-# split has two tiles, except the last, which has one partial tile.
+# The kernels divide this shape into two row blocks and four splits of the vocabulary. Each split
+# has two tiles, except the last, which has a single partial tile.
 SPLITS = Shape((65,), 840, 24, 40, 1)
-# jsd takes two sweeps over the vocabulary, and jeffreys takes one.
+# With jsd, the kernels sweep the vocabulary twice before the gradients; with jeffreys, once.
 PATHS = ["jsd", "jeffreys"]
 INFINITY = float("inf")
 
 
 @pytest.fixture
 def layout():
-    """Check that kernels divide the shape SPLITS into two row blocks and four vocabulary splits."""
+    """Check that the kernels divide SPLITS into two row blocks and four vocabulary splits."""
     tile = sizes.default(sizes.Sweep.ONLINE_KL, sizes.ARCHS["interpreter"], torch.float32, 24)
     grid = launch.SplitGrid(SPLITS.tokens, SPLITS.vocab, tile, torch.device("cpu"))
     assert grid.shape == (8,) and (grid.splits, grid.tiles_per_split) == (4, 2)
@@ -36,7 +36,7 @@ def rows(problem, **options):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(layout, divergence):
-    """The sums lose no digits near convergence.
+    """Near convergence, the sums over the vocabulary lose no digits.
 
     All logits are multiples of 2^-16 below 64, which float32 represents exactly. Any error is
     therefore an error of the sums.
@@ -69,7 +69,10 @@ CLOSED = {
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("where", CLOSED)
 def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
-    """Columns at -inf in both models have no effect: removing them gives the same result."""
+    """Vocabulary entries at -inf in both models have no effect.
+
+    Removing these entries gives the same result.
+    """
     closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
     closed[list(CLOSED[where])] = True
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
@@ -88,9 +91,9 @@ def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, diverg
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("where", ["the last tile of a split", "the first and the last split"])
 def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence):
-    """A tile adds nothing to a KL if the model that weights its terms has no mass there.
+    """A tile adds nothing to a KL if the first distribution, the KL's weights, is 0 in the tile.
 
-    This holds even if the other model has no mass at an entry of the tile.
+    This holds even if the other model gives 0 to an entry of the tile.
     """
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
     other, weighing = problem.args()[2:]
@@ -119,7 +122,7 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 
     peak(6.0, 7.0)
     check(problem, backend="triton")
-    # Gradients underflow here, so only the loss is compared.
+    # At these heights gradients underflow, so only the loss is compared.
     peak(30.0, 35.0)
     expected, _ = oracle(problem)
     assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
@@ -128,7 +131,7 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("processors", [1, 100])
 def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergence):
-    """One split of all seven tiles is as accurate as one split for each tile."""
+    """One split of all seven tiles is as accurate as seven splits of one tile."""
     problem = make(SPLITS, std=3.0, **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: processors)
     check(problem, backend="triton")
@@ -137,7 +140,7 @@ def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergenc
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("blocks", [(16, 32, 64), (32, 16, 32), (128, 128, 16)])
 def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
-    """Any tile gives the right result.
+    """Kernels with any tile give right results.
 
     The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 extends beyond both padded
     sizes, and a step of 32 beyond 48.
@@ -151,7 +154,7 @@ def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
 @pytest.mark.parametrize("divergence", PATHS)
 def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, divergence):
     problem = make(SPLITS, **FEATURES["everything"], divergence=divergence)
-    # This workspace gives chunks of 3, 3 and 1 tiles.
+    # This workspace gives three chunks: of 3, 3 and 1 tiles.
     options = {"backend": "triton", "workspace_bytes": 65 * 128 * 4 * 3}
     loss, grads = ours(problem, **options)
     for garbage in (1e30, float("nan")):
@@ -166,7 +169,7 @@ def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, div
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_stays_in_its_row(divergence, side):
-    """A NaN in a hidden state makes only the loss of its own row NaN."""
+    """A NaN in a hidden state makes the loss of its row NaN, and no other loss."""
     problem = make(Shape((40,), 97, 33, 17, 1), **FEATURES["everything"], divergence=divergence)
     clean = rows(problem).detach()
     bad = torch.zeros(40, dtype=torch.bool)
@@ -184,7 +187,7 @@ def test_nan_stays_in_its_row(divergence, side):
 
 @pytest.mark.parametrize("infinite", [INFINITY, -INFINITY])
 def test_an_infinite_hidden_state_gives_nan_in_its_row_alone(infinite):
-    """An infinite hidden state makes only its row NaN: softmax gives NaN for a logit of +inf."""
+    """An infinite hidden state makes only its own row NaN, because softmax gives NaN for +inf."""
     problem = make(BATCH)
     with torch.no_grad():
         problem.student_hidden[0][2, 3] = infinite

@@ -1,4 +1,4 @@
-"""16-bit operands on CUDA, for every backend, with CUDA's GEMMs emulated on the CPU.
+"""All backends with 16-bit operands, with the GEMMs of CUDA emulated on the CPU.
 
 On CUDA, a GEMM of 16-bit operands can return float32. On a CPU it cannot, so a dispatch mode
 emulates these GEMMs, with the restrictions of CUDA. The gradient of the logits is rounded to 16
@@ -33,7 +33,7 @@ backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
 class TensorCores(TorchDispatchMode):
-    """Emulates GEMMs of 16-bit operands with float32 results; computes them in float64."""
+    """Emulates CUDA's GEMMs of 16-bit operands with float32 results, by computing in float64."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class TensorCores(TorchDispatchMode):
 
 
 def products_of(backend, chunks):
-    """Return the number of 16-bit GEMMs for a lens pair.
+    """Return the number of 16-bit GEMMs for one lens pair.
 
     The triton backend computes its logits inside kernels, without a GEMM.
     """
@@ -62,7 +62,7 @@ def products_of(backend, chunks):
 
 @pytest.fixture
 def evaluate(monkeypatch, backend):
-    """Return a function that runs a call as on CUDA.
+    """Return a function that evaluates a call as on CUDA.
 
     It returns ``(loss, gradients)`` and the number of 16-bit GEMMs.
     """
@@ -82,7 +82,7 @@ def evaluate(monkeypatch, backend):
         loss = (call.row_weight * result.rows).sum()
         leaves = problem.leaves()
         named = {f"hidden{k}" if isinstance(k, int) else k: g for k, g in result.grads.items()}
-        # The backend gets and returns matrices, so the gradients take their original shapes here.
+        # The backend works on matrices, so the gradients get their original shapes back here.
         return (loss, {k: g.view(leaves[k].shape) for k, g in named.items()}), cores.products
 
     return run
@@ -104,9 +104,9 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(dtype)
     got, products = evaluate(problem, workspace_bytes=several_chunks(BATCH, 12))
-    # The torch backend needs 10 bytes a logit, so a chunk has 9 rows. The row kernel has 8 chunks
-    # of 9 rows for both pairs together. The triton backend needs 2 bytes a logit, so one chunk
-    # holds the whole vocabulary.
+    # The torch backend needs 10 bytes for each logit, so a chunk has 9 rows. The row kernel
+    # processes both pairs together, in 8 chunks of 9 rows. The triton backend needs 2 bytes for
+    # each logit, so one chunk holds the whole vocabulary.
     chunks = 1 if backend == "triton" else 4
     assert products == BATCH.pairs * products_of(backend, chunks)
     check(got, oracle(problem))
@@ -118,7 +118,7 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergence):
     """The norm's result is rounded to 16 bits for the GEMM.
 
-    The loss is then about as accurate as in plain torch.
+    The loss is then about as accurate as that of plain torch.
     """
     problem = make(BATCH, std=2.0, norm=norm, divergence=divergence).to(dtype)
     ulp = torch.finfo(dtype).eps
@@ -133,13 +133,13 @@ def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergen
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    # triton skips bfloat16, which cannot underflow, because the interpreter is slow.
+    # For triton, bfloat16 is left out: it cannot underflow, and the interpreter is slow.
     [("torch", torch.float16), ("torch", torch.bfloat16), ("triton", torch.float16)],
 )
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
     """Token weights are applied after the GEMMs.
 
-    If they were applied to the logits' gradient first, its entries would underflow in float16.
+    If weights were applied to the logits' gradient first, its entries would underflow in float16.
     """
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))
@@ -163,7 +163,7 @@ def test_autocast_multiplies_natively_too(evaluate, backend):
 @pytest.mark.parametrize("backend", FLOAT64_BACKENDS)
 @pytest.mark.parametrize("double", ["student", "teacher"])
 def test_a_16_bit_model_is_widened_if_the_other_is_float64(evaluate, double):
-    """If one model is float64, the other is widened, because CUDA has no GEMM of mixed dtypes."""
+    """If one model is float64, the other is converted, because CUDA GEMMs need equal dtypes."""
     problem = make(ODD).to(torch.bfloat16).to(torch.float64, double)
     got, products = evaluate(problem)
     assert products == 0
