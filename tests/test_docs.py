@@ -178,7 +178,7 @@ def test_every_command_is_shown():
     assert {*names} == shown
 
 
-@pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[where for where, _ in COMMANDS])
+@pytest.mark.parametrize(("where", "words"), COMMANDS, ids=[where[:60] for where, _ in COMMANDS])
 def test_commands_are_understood(where, words, parsing, monkeypatch):
     if is_a_name(words):
         with pytest.raises(SystemExit) as end:

@@ -1,4 +1,4 @@
-"""The benchmark of ``grad_threshold``: the errors, shares, files, verdict and figure."""
+"""The benchmark of ``grad_threshold``: its errors, shares, files, verdict and figure."""
 
 import shutil
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from reference.dense import divergence, lens_logits, softmax
 from tests.support import commands, tiny
 
 pytestmark = pytest.mark.hf
-# The labelled tokens are the letters of each response and an EOS token.
+# In each response, the letters and an EOS token have labels.
 COUNTED = sum(len(word) + 1 for word in commands.WORDS)
 BLOCKS, STUDENT_LAYERS, TEACHER_LAYERS = [1, 3, 4], [1, 2], [2, 3]
 N, V, D = 24, 600, 16
@@ -26,7 +26,7 @@ N, V, D = 24, 600, 16
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a teacher, data and a trained student."""
+    """Return a folder with a teacher, data, and a student that was trained on the data."""
     folder = tmp_path_factory.mktemp("files")
     tiny.model(seed=2).save_pretrained(folder / "teacher")
     tiny.tokenizer().save_pretrained(folder / "teacher")
@@ -66,13 +66,13 @@ def test_second_run_reuses_the_results_of_the_first(
         if row["threshold"] == "0.0":
             assert max(float(row["hidden_error"]), float(row["head_error"])) < 1e-6
             assert float(row["used_share"]) > 0.9 and float(row["dropped_share"]) < 1e-6
-    # Each call takes 1 s longer than the one before. After 4 warm-up calls, two rounds make 4 calls
-    # each, in rotated order.
+    # Each call takes 1 s longer than the previous call. After 4 warm-up calls, two rounds make 4
+    # calls each, in rotated order.
     columns = ("ratio_to_floor", "min_ratio_to_floor", "max_ratio_to_floor", "median_ms")
     assert [" ".join(row[name] for name in columns).strip() for row in rows[:4]] == [
         "1.000 1.000 1.000 9500.00",
         "",
-        # 0.858 is the median of the ratios. The ratio of the medians would be 0.895.
+        # 0.858 is the median of the two ratios. The ratio of the two medians would be 0.895.
         "0.858 0.625 1.091 8500.00",
         "0.784 0.750 0.818 7500.00",
     ]
@@ -103,9 +103,9 @@ def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
 
 
 def problem(group="lens"):
-    """Return two peaked models, whose gradient is nearly zero for most vocabulary entries.
+    """Return two models whose loss gradient is nearly zero for most vocabulary entries.
 
-    The mean of the head's rows is not zero.
+    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
     """
     students = [torch.randn(N, D, requires_grad=True) for _ in range(2 if group == "lens" else 1)]
     teachers = [x.detach() + 0.3 * torch.randn(N, D) for x in students]
@@ -121,7 +121,7 @@ def relative(found, exact):
 
 
 def dense_gradients(group):
-    """Return the dense gradients of the logits, one matrix per pair."""
+    """Return the gradients of the logits by dense torch, as one matrix for each pair."""
     sides, gradients = (group.inputs.student_hidden, group.inputs.teacher_hidden), []
     for pair in zip(*sides, strict=True):
         logits = (lens_logits(x, h, True, None) for x, h in zip(pair, group.heads, strict=True))
@@ -153,7 +153,7 @@ def test_bf16_rounding_row_uses_the_pair_with_the_smallest_error():
     chosen = problem()
     *_, head = exact = chosen.gradients(None)
     found = [relative(g.bfloat16().double(), g) for g in exact]
-    # The error is relative to the norm of the exact gradient.
+    # Errors are relative to the norm of the exact gradient.
     assert bench.errors([4 * head], [head]) == pytest.approx([3.0])
     row = bench.judge(chosen, [])["bf16_rounding"]
     assert found[0] != found[1]
@@ -180,7 +180,7 @@ def test_states_come_from_the_cut_teacher_and_the_trained_student(files, state):
     (trained,) = bench.read_trained([files / "trained"])
     tokenizer = bench.load_tokenizer(str(files / "teacher"))
     examples = trained.examples(files / "train.jsonl", tokenizer, 20)
-    # The examples have 10 and 16 tokens, including EOS.
+    # The two examples have 10 and 16 tokens, including EOS.
     assert len(examples) == 2
     batch = bench.Collator(1)(examples)
     teacher, student = (load_model(str(files / "teacher"), "float32") for _ in range(2))
@@ -265,7 +265,7 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
     after = run(files, tmp_path)
     assert len(calls) == 5 and after[: len(before)] == before
     assert (len(states(before)), len(states(after))) == (3, 4)
-    # With another threshold, all states are measured again.
+    # If the thresholds change, all states are measured again.
     run(files, tmp_path, "--thresholds", "1e-4")
     assert len(calls) == 9
 

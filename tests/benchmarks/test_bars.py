@@ -1,4 +1,4 @@
-"""The performance bounds and the tables of the benchmarks' page are computed from the CSV."""
+"""The performance limits and the tables on the benchmarks' page are computed from the CSV."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_the_default_run_measures_every_bar():
 
 
 def made(contender, point, times="", temporaries=""):
-    """Return a CSV row with the columns that ``verdict`` reads."""
+    """Return a CSV row of a contender, with the columns that ``verdict`` reads."""
     timing = {"median_ms": "", **Timing.read(times).columns()}
     row = {"contender": contender, "label": contender.upper(), "point": point, "times_ms": times}
     row |= {"temporaries_mib": temporaries, "ratio_to_floor": "1.25"}
@@ -45,7 +45,7 @@ def test_verdict_compares_ratios_with_the_bars(five, end):
         made("dense", bars.LARGE, "", "4990"),
         made("trl", bars.LARGE, "1:8000", "500"),
         made("liger", base.replace("gpt2", "tiny"), "1:9999"),
-        # Five pairs may take at most 5.6 times as long as one pair.
+        # The limit is 5.6: how much longer five pairs may take than one pair.
         made("lens_kernels", "gpt2 N1024 V50257 L1 masked 0.5", "1:1000"),
         made("lens_kernels", bars.FIVE, f"1:{five}"),
     ]
@@ -84,7 +84,7 @@ def test_write_tables_replaces_the_tables_of_the_page(tmp_path):
 
 
 def test_page_agrees_with_the_csv(tmp_path):
-    """The page's tables are those of the CSV. Without a CSV, all bounds are "not measured"."""
+    """The page's tables agree with the CSV. Without a CSV, every limit is "not measured"."""
     copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
     bars.write_tables(copy, tables.read_csv(environment.DATA / "cpu" / "speed_vs_peers.csv"))

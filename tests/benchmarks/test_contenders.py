@@ -1,4 +1,4 @@
-"""All contenders compute the same loss, and fake tensors predict their memory."""
+"""All contenders compute the same loss, and fake tensors predict the memory that they use."""
 
 import functools
 from contextlib import nullcontext
@@ -13,7 +13,8 @@ from benchmarks.support.environment import CPU
 from benchmarks.support.providers import CONTENDERS, SPEED_CONTENDERS, dense
 from benchmarks.support.shapes import Job
 
-# Liger is left out, because it compiles for many seconds. The scripts check it before they measure.
+# Liger is left out, because it takes many seconds to compile. The benchmark scripts check its loss
+# before they measure.
 KEYS = [key for key in CONTENDERS if key != "liger"]
 
 
@@ -27,7 +28,7 @@ def contender(request):
 
 @pytest.mark.parametrize("contender", [*KEYS, "dense_compiled", "published"], indirect=True)
 def test_contender_computes_the_loss_and_gradients_of_the_oracle(contender, monkeypatch):
-    # The eager backend tests the contender's graph without the cost of compiling it.
+    # torch.compile's "eager" backend tests the contender's graph, without the cost of compiling it.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     check(contender, CPU)
 
@@ -84,7 +85,7 @@ def test_gather_lists_unusable_contenders_with_the_reason(capsys):
 def test_mask_reduces_tokens_and_floor_by_its_share():
     job = Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
     inputs, unmasked = job.make(), replace(job, masked=0.0)
-    # The masked positions are random.
+    # The masked positions are spread at random.
     assert inputs.mask.sum() == 30 and 0 < inputs.mask[:10].sum() < 10
     assert torch.equal(inputs.counted(x := inputs.student_hidden[0]), x[inputs.mask])
     assert job.gemm_flops() == 0.75 * unmasked.gemm_flops()
@@ -106,9 +107,9 @@ def test_fake_tensors_predict_the_memory_of_a_real_run(contender, pairs):
 
 
 def test_fake_tensors_predict_the_memory_of_the_compiled_pass(monkeypatch):
-    """Large calls compile the pass.
+    """Fake tensors predict the memory of a large call, which compiles its pass.
 
-    Fake tensors run a substitute, which allocates the same memory.
+    With fake tensors, a substitute for the compiled pass allocates the same memory.
     """
     monkeypatch.setattr(providers.pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     job = Job(tokens=256, vocab=20000, student_width=16, teacher_width=24)

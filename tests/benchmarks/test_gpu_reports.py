@@ -1,4 +1,4 @@
-"""The programs that measure and test on a GPU are run here without a GPU."""
+"""The programs that measure and test on a GPU run here on a CPU."""
 
 import os
 import signal
@@ -64,7 +64,10 @@ def test_fatal(backend): os._exit(3)
 
 
 def test_the_report_has_a_row_for_every_test_in_order(tmp_path):
-    """The rows of earlier tests are kept when the last test ends its process."""
+    """The report has one row for each test, in order.
+
+    If a test ends its process, the rows of earlier tests are kept.
+    """
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
@@ -113,12 +116,13 @@ def test_speed_gpu_runs_end_to_end(tmp_path, clock, monkeypatch):
     gemms += ["gradient of hidden states", "gradient of the head"]
     gemms = [("one GEMM", name) for name in gemms]
     assert [(row["part"], row["contender"]) for row in rows] == [*steps, *parts, *gemms]
-    # Each call takes 1 s longer than the one before. After 4 warm-up calls, two rounds make 4 calls
-    # each, in rotated order.
+    # Each call takes 1 s longer than the previous call. After 4 warm-up calls, two rounds make 4
+    # calls each, in rotated order.
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows[:4]]
     assert found[1:3] == ["5000.000 8500.000 12000.000 0.89", "6000.000 7500.000 9000.000 0.79"]
-    # Only the library's own steps have a predicted time, computed here for a CPU's layout.
+    # Only steps of the library and their parts have a predicted time. Here it is predicted for the
+    # layout of tiles on a CPU.
     predicted = [row["contender"] for row in rows if row["predicted_ms"]]
     assert predicted == ["triton", "torch", "products", "pass", "rest"]
     assert float(rows[4]["median_ms"]) > 0 and float(rows[6]["median_ms"]) > 0
@@ -141,7 +145,7 @@ def test_what_fails_has_a_row_and_the_others_have_times(monkeypatch, tmp_path, k
     def loss(inputs):
         raise error
 
-    # Collecting garbage is slow while the whole test suite is loaded.
+    # Garbage collection is slow in the test process, which has loaded many modules.
     monkeypatch.setattr(speed_gpu.gc, "collect", lambda: None)
     monkeypatch.setattr(contenders, "check", lambda each, device: None)
     every = {name: speed_gpu.CONTENDERS[name] for name in ("torch", "trl")}
@@ -208,7 +212,7 @@ def test_the_gemms_alone_are_those_of_a_step(monkeypatch, row_kernel):
     assert sum(flops * tokens // rows for _, rows, flops, _ in gemms) == job.gemm_flops()
 
 
-# The program ``gpu_day``, which runs all measurements and tests
+# Tests of the program ``gpu_day``, which runs all GPU measurements and tests
 
 HANG = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text('x'); time.sleep(3600)"
 
@@ -232,12 +236,15 @@ def test_the_steps_are_in_the_order_of_their_worth(tmp_path):
         assert (given.shape, given.tokens, given.device) == (step.name.split()[0], 8192, "cuda")
         alone = step.name in MODELS
         assert given.pairs == ([1, 5] if alone else [1]) and given.parts == alone
-    # The time limits of our own steps add up to less than half of the default time.
+    # The time limits of the library's own steps add up to less than half of the default time.
     assert sum(gpu_day.OURS.values()) < 60 * gpu_day.MINUTES / 2
 
 
 def test_a_step_that_hangs_or_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch, capsys):
-    """Steps that must end have long limits here, so that the test passes on a slow machine."""
+    """A step that hangs or fails is recorded, and the other steps run.
+
+    The steps that must end have long limits, so that the test passes on a slow machine.
+    """
     real = gpu_day.steps
 
     def steps(args):
@@ -277,7 +284,7 @@ def test_a_step_starts_only_if_there_is_time(tmp_path, monkeypatch):
     begun = tmp_path / "begun"
     monkeypatch.setattr(gpu_day, "steps", lambda args: [fake("late", 60, HANG, begun)])
     options = [*CPU, "--out", str(tmp_path / "out"), "--minutes"]
-    left = 15  # seconds: less than a third of the step's limit of 60
+    left = 15  # in seconds; a step with a limit of 60 s starts only if 20 s are left
     assert gpu_day.main([*options, str((gpu_day.RESERVE + left) / 60)]) == 1
     (row,) = tables.read_csv(tmp_path / "out" / "steps.csv")
     assert row["status"] == "not started" and row["note"].endswith(" s are left")

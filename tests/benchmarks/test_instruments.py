@@ -1,4 +1,4 @@
-"""The measuring tools: peak memory of real and fake tensors, timing, and the recorded commit."""
+"""The measuring tools: peak memory of real and fake tensors, time, and the recorded commit."""
 
 import subprocess
 
@@ -9,24 +9,27 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-# The slack allows for scalars and for torch's one-time allocations.
+# The measured memory may differ by this much: scalars and torch's one-time allocations.
 SLACK = MIB // 32
 
 
 def watched(function):
-    """Return the memory of a run, measured with real tensors and counted with fake ones."""
+    """Return the memory of a function as measured with real tensors, and as counted with fakes."""
     return memory.measure(function, CPU), memory.track(function)
 
 
 def allocations():
-    """Hold 12 MiB at the peak and return 4 MiB. The comments give the MiB in use."""
-    a = torch.empty(1024, 1024)  # 4 MiB
-    b = a + 1  # 8 MiB
-    del a  # 4 MiB
-    c = b.view(-1, 2) * 2  # 8 MiB
+    """Allocate 12 MiB at the peak and return 4 MiB.
+
+    Each tensor takes 4 MiB. At the peak, three of them exist: b, c and d.
+    """
+    a = torch.empty(1024, 1024)
+    b = a + 1
+    del a
+    c = b.view(-1, 2) * 2
     torch.mul(c, c, out=c)
     c.mul_(2).t_()
-    d = b.view(-1, 2).t().contiguous()  # 12 MiB
+    d = b.view(-1, 2).t().contiguous()
     del b, d
     return c
 

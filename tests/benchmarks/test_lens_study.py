@@ -1,4 +1,4 @@
-"""Tests of the parts of the lens study, and a slow test that the lens improves distillation."""
+"""Parts of the lens study, and a slow test that the lens improves distillation."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
 
 
 def result(run, kl, curve=None, cpu_ms=100.0):
-    """Return a made-up result of a run."""
+    """Return a made-up result for a run of the study."""
     row = {name: str(kl) for name in runs.METRICS} | {"key": run.key, "curve": json.dumps(curve)}
     depths = [{"depth": 1.0, "entropy_student": 1.0, "entropy_teacher": 2.0}]
     depths[0] |= {"kl": 0.1, "reverse_kl": 0.2, "overconfident": 0.5}
@@ -59,7 +59,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     trained = {tuple(row) for row in text.train.tolist()}
     assert len(trained) > 800
     assert not trained & {tuple(row) for row in text.held_out.tolist()}
-    # The second call reads the saved file.
+    # The second call reads the file that the first call saved.
     assert torch.equal(text.train, data.load("topics", tmp_path).train)
 
 
@@ -129,7 +129,7 @@ def test_calibration_error_matches_a_computation_by_hand():
 
 
 class Pool:
-    """Replaces the process pool: calls each function at once, in this process."""
+    """Stands in for a process pool: runs each function at once, in this process."""
 
     def __init__(self, *args):
         pass
@@ -191,7 +191,10 @@ def test_differences_match_computations_by_hand():
 
 
 def main_results(seeds=(1, 2, 3)):
-    """Return results of the main group. The JSD lens lowers KL by 10 % and costs 50 % more."""
+    """Return results for the main group, in which the JSD lens lowers KL by 10 %.
+
+    The lens makes a run 50 % longer.
+    """
     results = {}
     for arm in groups.GROUPS["main"].arms:
         for seed in seeds:
@@ -207,12 +210,12 @@ def test_comparisons_are_paired_by_seed():
     results = main_results()
     found = {x.arm.label: x for x in statistics.compare(groups.GROUPS["main"], results)}
     lens = found["forward KL + JSD lens"]
-    # The losses differ between seeds, but the difference of each pair is always -10 %.
+    # Losses differ between seeds, but for each seed the lens lowers KL by 10 %.
     assert lens.percent.mean == pytest.approx(-10)
     assert lens.percent.student_t == pytest.approx((-10, -10))
     assert lens.percent.verdict == "lower"
-    # In the second half, KL falls from 1.8 to 0.9 times the baseline's last KL. After 8/9 of this
-    # half, KL equals the baseline's last KL.
+    # The lens reaches the baseline's final KL before the end. In the second half of training, its
+    # KL falls from 1.8 to 0.9 times this value, so it passes 1.0 after 8/9 of this half.
     assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
     assert lens.cost == 1.5
     assert found["forward KL"].percent is None
@@ -247,7 +250,7 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
 def test_distillation_improves_on_fine_tuning_and_the_lens_on_distillation(tmp_path, capsys):
     """Distillation lowers KL, and the lens lowers it further.
 
-    The judge shares no code with the loss, so it would detect a lens without effect.
+    The test's KL shares no code with the loss, so it would reveal a lens without effect.
     """
     lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")

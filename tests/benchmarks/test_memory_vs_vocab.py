@@ -1,4 +1,4 @@
-"""``memory_vs_vocab.py`` and ``speed_vs_floor.py`` run from start to end at small sizes."""
+"""The programs ``memory_vs_vocab.py`` and ``speed_vs_floor.py``, run at small sizes."""
 
 import os
 import subprocess
@@ -59,8 +59,8 @@ def test_speed_ratios_use_the_floor_of_the_same_dtype(tmp_path, clock):
     speed_vs_floor.main([*sizes, *options, "--out", str(tmp_path)])
     rows = tables.read_csv(tmp_path / "speed_vs_floor.csv")
     assert [row["dtype"] for row in rows] == ["float32"] * 6 + ["bfloat16"] * 6
-    # Each call takes 1 s longer than the one before. After 6 warm-up calls, two rounds make 6 calls
-    # each, in rotated order.
+    # Each call takes 1 s longer than the previous call. After 6 warm-up calls, two rounds make 6
+    # calls each, in rotated order.
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor", "best_ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows]
     assert found[1] == "7000.0 12500.0 18000.0 0.86 0.58"

@@ -1,4 +1,4 @@
-"""The speed comparison: contenders do equal work, and a resumed run keeps earlier results."""
+"""The speed comparison: all contenders do equal work, and a resumed run keeps earlier results."""
 
 import statistics
 from dataclasses import replace
@@ -19,7 +19,7 @@ MASK, TOKENS = (("--sweep", sweep, "--rounds", "1") for sweep in ("mask", "token
 
 
 def run(out, *options, contenders=EVERYONE):
-    """Run the comparison at tiny sizes, and return its rows by point and contender."""
+    """Run the comparison at tiny sizes, and return its CSV rows by point and contender."""
     command = ["--quick", "--device", "cpu", "--out", str(out), *options]
     speed_vs_peers.main([*command, "--contenders", *contenders])
     return read(out)
@@ -52,8 +52,8 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
         assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
         assert ratios or row["sweeps"] == "memory"
         assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
-    # Calls 1 to 8 warm up lens_kernels, one call at each point. The order of the contenders
-    # rotates, and round 1 starts with the second contender.
+    # Calls 1 to 8 are warm-up calls of lens_kernels, one at each point. The order of contenders
+    # rotates: round 1 starts with the second one.
     assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
@@ -62,7 +62,7 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
     assert (tmp_path / "speed_vs_peers.png").stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert f"round 3 of 3: {name()}: dense" in printed
-    # The bounds apply only to full sizes.
+    # The performance limits apply only to full sizes.
     assert printed.count("not measured") == len(speed_vs_peers.bars.BARS)
 
 
@@ -74,7 +74,7 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
     (point,) = [p for p in points(64, CPU, quick=True) if p.sweeps == ("memory",)]
     for row in (ours, other):
         counted = CONTENDERS[row["contender"]].fake_memory(point.job)
-        # Temporary memory does not include the gradients.
+        # The column does not include the memory of gradients.
         above = (counted.peak - counted.kept) / memory.MIB
         assert above > 8 and float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
     # The second run finds all results and measures nothing.
@@ -84,7 +84,7 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
 def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
-        # The 14th call is in round 2, after 2 warm-up calls and 7 calls in round 1.
+        # Before the 14th call come 2 warm-up calls and the 7 calls of round 1, so it is in round 2.
         if elapsed == 14:
             raise KeyboardInterrupt
         return elapsed
@@ -122,7 +122,7 @@ def test_resumed_run_retries_missing_contenders_but_not_skipped_points(tmp_path,
 
 @pytest.fixture
 def install(monkeypatch):
-    """Return a function that replaces the loss of a contender."""
+    """Return a function that replaces a contender's loss."""
     known = speed_vs_peers.CONTENDERS
 
     def install(key, loss):
@@ -132,7 +132,7 @@ def install(monkeypatch):
 
 
 def at_a_point(change):
-    """Return a loss that is right at the small size of the check, and changed at larger sizes."""
+    """Return a loss that passes the check at a small size, and is ``change`` at larger sizes."""
     return lambda inputs: (change if len(inputs.student_hidden[0]) > 24 else dense)(inputs)
 
 
@@ -190,7 +190,7 @@ def test_added_contender_is_checked_and_timed_with_the_others(tmp_path, install,
     assert "gives a wrong result" in after[name(), "dense"]["note"]
     for key in (FLOOR, "lens_kernels"):
         assert after[name(), key]["times_ms"] != before[name(), key]["times_ms"]
-    # A contender with a wrong result is not tried again while the code is the same.
+    # A contender with a wrong result is not run again while the code stays the same.
     assert run(tmp_path, *MASK) == after
 
 
@@ -201,7 +201,7 @@ def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    # With little memory again, the measured times are kept.
+    # Later, with little memory again, the times measured before are kept.
     assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times
 
 

@@ -1,4 +1,4 @@
-"""The predicted time of a step on an H100 is within its bounds, and uses the plan's counts."""
+"""The predicted time of a step on an H100 stays within limits, and comes from the plan's counts."""
 
 import importlib.util
 
@@ -32,7 +32,7 @@ def test_the_prediction_meets_its_bar(key, bar):
     found = plans(key, 8192)
     ratio = prediction.of_floor(found)
     assert 1 < ratio <= bar
-    # The row pass reads the logits of both models three times, and writes 16-bit gradients.
+    # The row pass reads the logits of both models three times, and writes a 16-bit gradient.
     moved = 8192 * MODELS[key].vocab * (3 * 2 * 4 + 2)
     pass_ms = prediction.part_ms(found["torch"])["pass"]
     assert pass_ms == pytest.approx(moved / prediction.BYTES_PER_MS, rel=1e-3)
@@ -57,6 +57,6 @@ def test_the_readme_has_what_was_counted_and_predicted():
     (row,) = (row for row in rows if kernel.items() <= row.items())
     counted = f"{float(row['bytes_a_pair']):.0f} bytes and {float(row['instructions_a_pair']):.0f}"
     assert f"{counted} instructions a pair of" in text
-    # While the README says this, the data folder has no GPU results.
+    # The README says this only while the data folder has no GPU results.
     assert "Nothing has run or been timed on a GPU yet" in text
     assert not [*environment.DATA.glob("gpu*")]

@@ -1,4 +1,4 @@
-"""The row kernel, compiled for GPUs: its bytes and instructions for a pair of logits.
+"""The row kernel, compiled for GPUs: how many bytes and instructions a pair of logits costs.
 
 The tests compile in new processes, because the test process interprets kernels.
 """
@@ -26,10 +26,10 @@ for job in sys.argv[1:]:
     print(json.dumps([kernel.spilled_bytes, len(kernel.loops), kernel.total("bytes_moved"),
                       kernel.total("instructions"), kernel.registers, widths]))
 """
-# The values are the sweeps over a row, the bytes for a pair of logits, and limits for its
-# instructions and for registers. Each sweep reads 8 bytes, and the last sweep also writes a
-# gradient of 2 bytes. If the teacher's statistics are given, the first sweep reads 4 bytes. The
-# numbers of instructions and registers depend on Triton's version.
+# For each kernel: its sweeps over a row, its bytes for a pair of logits, and upper limits of its
+# instructions and registers. Each sweep reads 8 bytes, and the last sweep also writes a gradient of
+# 2 bytes. If the teacher's statistics are given, the first sweep reads 4 bytes. The numbers of
+# instructions and registers depend on Triton's version.
 LIMITS = {
     "sm_90,jsd,plain": (3, 26, 105, 64),
     "sm_90,jsd,loss only": (2, 16, 80, 64),

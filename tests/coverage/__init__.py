@@ -1,1 +1,1 @@
-"""Check with tiny models which model types of transformers have a lens."""
+"""A check of all model types of transformers: for which of them does this library have a lens?"""

@@ -1,4 +1,4 @@
-"""Check every model type in its own process. Types that are already in the table are skipped."""
+"""Check every model type in a process of its own. Types that the table already has are skipped."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.coverage.checks import send
 from tests.coverage.page import PAGE, page
 
 FIELDS = ("group", "type", "lens", "step", "copy", "padding", "checkpointing", "why")
-# The fork server imports these modules once, so that each check starts quickly.
+# The fork server loads these modules once, so that the process of each type starts fast.
 PRELOADED = [
     "tests.coverage.checks",
     "transformers.models.gemma3.modeling_gemma3",
@@ -26,7 +26,7 @@ TABLE = Path(__file__).parent / "table.csv"
 
 
 def types() -> list[tuple[str, str]]:
-    """Return the group and the name of every model type that transformers lists."""
+    """Return all model types of transformers, as pairs of group and name."""
     from transformers.models.auto import modeling_auto as auto
 
     causal = list(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -35,7 +35,7 @@ def types() -> list[tuple[str, str]]:
 
 
 def run(kind: str, group: str, seconds: float, context: Any) -> dict[str, str]:
-    """Return a type's row in the table, also if its process dies or exceeds the time limit."""
+    """Check a type and return its table row, even if the process dies or runs out of time."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send, args=(kind, group, sender))
     process.start()
@@ -52,7 +52,7 @@ def run(kind: str, group: str, seconds: float, context: Any) -> dict[str, str]:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a table."""
+    """Read a table and return its rows."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -60,7 +60,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    """Check the types that the table lacks, and write the table and its page."""
+    """Check the types that are not in the table, and write the table and docs/models.md."""
     parser = argparse.ArgumentParser(prog="tests.coverage", description=__doc__)
     parser.add_argument("--table", type=Path, default=TABLE, help="CSV file; default %(default)s")
     parser.add_argument("--only", nargs="+", help="types to run again")

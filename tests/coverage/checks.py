@@ -1,4 +1,4 @@
-"""The checks of one model type: lens, objective, copy, padding and gradient checkpointing."""
+"""The checks of a model type: lens, objective, shallow copy, padding, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKS = ("lens", "step", "copy", "padding", "checkpointing")
 
 
 def ids_of(model: Any) -> Tensor:
-    """Return two rows of token ids. The model's config gives these ids no special role."""
+    """Return two rows of token ids, without the special tokens of the model's config."""
     named = {
         x
         for config in (model.config, model.config.get_text_config())
@@ -35,7 +35,7 @@ def ids_of(model: Any) -> Tensor:
 
 
 def close(found: Tensor, true: Tensor, tolerance: float) -> None:
-    """Raise if the largest error exceeds ``tolerance`` times the largest true value."""
+    """Fail if the largest deviation exceeds ``tolerance`` times the largest true value."""
     error = (found.double() - true.double()).abs().max()
     largest = true.double().abs().max()
     if not error <= tolerance * largest:
@@ -48,7 +48,10 @@ def batch_of(model: Any) -> dict[str, Tensor]:
 
 
 def check_lens(model: Any) -> None:
-    """Detect the lens in three dtypes, and compare it with the logits of new tokens."""
+    """Check the lens in three dtypes.
+
+    In float32, its logits must also equal the model's on new tokens.
+    """
     depths = len(detect_lens(model).indices)
     ids = ids_of(model)
     with torch.no_grad():
@@ -65,7 +68,7 @@ def check_lens(model: Any) -> None:
         except (RuntimeError, NotImplementedError) as error:
             if "lens" in str(error):
                 raise
-            continue  # this type does not run in this dtype on a CPU
+            continue  # some types do not run in this dtype on a CPU
         detect_lens(rounded)
 
 
@@ -85,7 +88,7 @@ def _compare_gradients(found: dict[str, Tensor], true: dict[str, Tensor]) -> Non
 
 
 def check_step(model: Any, group: str, kind: str) -> None:
-    """Compare a step's loss and gradients with a float64 loss of the model's own logits."""
+    """Compare the loss and gradients of a step with a float64 loss of the model's own logits."""
     teacher = other(model)
     objective = LensObjective(model, teacher, LENSES, LENSES)
     batch = batch_of(model)
@@ -111,7 +114,7 @@ def check_step(model: Any, group: str, kind: str) -> None:
 
 
 def other(model: Any) -> Any:
-    """Return a copy of the model with random noise added to its weights."""
+    """Return a copy of the model with noise added to its weights, as a teacher."""
     teacher = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -122,7 +125,7 @@ def other(model: Any) -> Any:
 
 
 def check_copy(model: Any) -> None:
-    """Copy all blocks but the second. ``shallow_copy`` compares the copy with the model."""
+    """Copy all blocks except the second. ``shallow_copy`` itself checks the copy's logits."""
     blocks = len(detect_lens(model).indices)
     student = shallow_copy(model, [1, *range(3, blocks + 1)])
     if len(detect_lens(student).indices) != blocks - 1:
@@ -131,7 +134,7 @@ def check_copy(model: Any) -> None:
 
 @torch.no_grad()
 def check_padding(model: Any) -> None:
-    """Compare the hidden states of a row with and without padding on the right."""
+    """Check that padding on the right does not change the hidden states of a row."""
     ids = ids_of(model)
     short = ids[:1, :7]
     padded = torch.cat([short, ids.new_full((1, 3), int(ids[0, -1]))], 1)
@@ -144,7 +147,7 @@ def check_padding(model: Any) -> None:
 
 
 def check_checkpointing(model: Any) -> None:
-    """Compare a step's gradients with and without gradient checkpointing."""
+    """Check that gradient checkpointing does not change the gradients of a step."""
     objective = LensObjective(model, other(model), LENSES, LENSES)
     batch = batch_of(model)
     model.train()
@@ -157,7 +160,10 @@ def check_checkpointing(model: Any) -> None:
 
 
 def check(kind: str, group: str, changes: dict[str, Any] | None = None) -> dict[str, str]:
-    """Return ``yes`` or ``no`` for each check of a type; ``why`` holds the reasons for ``no``."""
+    """Check a type and return its row, with ``yes`` or ``no`` for each check.
+
+    The column ``why`` has the reasons for ``no``.
+    """
     row = dict.fromkeys(CHECKS, "") | {"group": group, "type": kind, "why": ""}
     try:
         model = model_of(kind, group, changes)
@@ -190,7 +196,7 @@ def check(kind: str, group: str, changes: dict[str, Any] | None = None) -> dict[
 
 
 def reason(error: Exception) -> str:
-    """Return the message of an error or of its cause, without the advice at its end."""
+    """Return the message of an error or of its cause, without the advice that follows it."""
     cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
     text = " ".join(str(cause).split()).split(". If the logits")[0].split(": merge the adapter")[0]
     known = isinstance(error, (ValueError, AssertionError))
@@ -198,6 +204,6 @@ def reason(error: Exception) -> str:
 
 
 def send(kind: str, group: str, pipe: Any) -> None:
-    """Check a type and send its row; this function runs in a new process."""
+    """Check a type and send its row through a pipe. This function runs in a process of its own."""
     torch.set_num_threads(1)
     pipe.send(check(kind, group))

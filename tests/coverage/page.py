@@ -1,4 +1,4 @@
-"""Create the text of docs/models.md from the table."""
+"""Writes the text of docs/models.md from the table of checked types."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ nothing is known. Image-text models were checked on text only.
 
 
 def page(rows: list[dict[str, str]], version: str) -> str:
-    """Return the page that shows the rows of the table."""
+    """Return the text of the page for these rows of the table."""
     text = HEAD.format(version=version)
     for group, title in GROUPS.items():
         own = [row for row in rows if row["group"] == group]

@@ -1,4 +1,4 @@
-"""The page agrees with the table, and the table agrees with the checks of the types."""
+"""docs/models.md agrees with the table, and some checks run again and agree with the table."""
 
 import csv
 import re

@@ -1,4 +1,4 @@
-"""Tiny models of every type that transformers lists, with weights that make mistakes visible."""
+"""Tiny models of every type in transformers, with weights that make a wrong lens visible."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 
 VOCAB, WIDTH, LAYERS, EPS = 96, 32, 4, 0.02
 
-# Patterns for names of config entries, and the sizes that make a model tiny. The first match is
-# used.
+# Patterns for names of config entries, with the size that a tiny model gets. The first pattern that
+# matches is used.
 SIZES = (
     (r"n_group|topk_group|n_groups|num_group|mamba_n_groups|num_attention_chunks", 1),
     (r"num_nextn.*|.*mtp.*layers|num_kv_shared_layers", 0),
@@ -48,12 +48,12 @@ SIZES = (
     (r".*(sliding_window|attention_chunk_size|window_size|local_window.*|chunk_size)", 8),
     (r".*(pattern|interval)", 2),
 )
-# These entries always get the tiny size, even if the config has a smaller number.
+# These entries are set to the tiny size even if the default config has a smaller number.
 FIXED = r"num_hidden_layers|n_layer|num_layers|n_layers"
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return config values with changes applied, also inside nested configs."""
+    """Return config values with changes, which may be nested like the values."""
     inner = {
         name: _merged(values[name], change)
         for name, change in changes.items()
@@ -63,12 +63,12 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sections(*sizes: int) -> dict[str, Any]:
-    """Return a text config whose rotary dimensions are divided into ``sizes``."""
+    """Return a text config with these sections of rotary dimensions."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}
     return {"text_config": {"rope_parameters": rope}}
 
 
-# Further changes for types whose config would be inconsistent with the tiny sizes.
+# Further config changes for types that do not work with the sizes above alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -117,7 +117,7 @@ NUMBERS = {
 
 
 def config_of(kind: str, changes: dict[str, Any] | None = None) -> Any:
-    """Return a tiny config of a type."""
+    """Return the config of a tiny model of a type."""
     from transformers import CONFIG_MAPPING
 
     cls = CONFIG_MAPPING[kind]
@@ -138,7 +138,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name not in ("transformers_version", "architectures", "dtype", "per_layer_config"):
             small[name] = _entry(name, value, layers)
-    if "kv_lora_rank" in small:  # latent attention does not group its heads
+    if "kv_lora_rank" in small:  # latent attention has no grouped key-value heads
         small["num_key_value_heads"] = small.get("num_attention_heads", 4)
     return small
 
@@ -174,14 +174,14 @@ def _entry(name: str, value: Any, layers: set[int]) -> Any:
 
 
 def _cut(values: list[Any]) -> list[Any]:
-    """Return ``LAYERS`` entries of a list, with as many different kinds as possible."""
+    """Return ``LAYERS`` entries of a longer list, with as many different values as possible."""
     first = [i for i, x in enumerate(values) if x not in values[:i]][:LAYERS]
     rest = [i for i in range(len(values)) if i not in first]
     return [values[i] for i in sorted([*first, *rest[: LAYERS - len(first)]])]
 
 
 def model_of(kind: str, group: str, changes: dict[str, Any] | None = None, seed: int = 0) -> Any:
-    """Return a tiny model with random weights, norms and biases."""
+    """Return a tiny model of a type with random weights, norms and biases."""
     import transformers
 
     auto = {"causal": "AutoModelForCausalLM", "image-text": "AutoModelForImageTextToText"}[group]
@@ -192,7 +192,10 @@ def model_of(kind: str, group: str, changes: dict[str, Any] | None = None, seed:
 
 @torch.no_grad()
 def randomised(model: Any, seed: int) -> Any:
-    """Draw parameters at random. Matrices keep the size of hidden states, and norms get noise."""
+    """Fill parameters with random values.
+
+    Matrices keep the size of hidden states, and norms get noise.
+    """
     torch.manual_seed(seed + 1)
     for parameter in model.parameters():
         if not parameter.is_floating_point():

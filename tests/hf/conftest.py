@@ -1,4 +1,4 @@
-"""Fixtures of the Hugging Face tests. These tests are not collected without transformers."""
+"""Fixtures for the tests of ``lens_kernels.hf``, which run only if transformers is installed."""
 
 import gc
 import importlib.util
@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen():
-    """Exclude loaded objects from garbage collection, which runs at the start of every training.
+    """Exclude the loaded objects from garbage collection, which runs when a training starts.
 
     With transformers loaded, one collection takes half a second.
     """
@@ -37,7 +37,7 @@ def _frozen():
 
 @pytest.fixture
 def accelerator_state():
-    """Reset accelerate's process-wide state before and after this test."""
+    """Reset accelerate's state, which is global in the process, before and after this test."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -47,12 +47,12 @@ def accelerator_state():
 
 @pytest.fixture
 def pictures():
-    """Draw the loss picture of a run in this test."""
+    """Let this test draw the loss picture of a run."""
 
 
 @pytest.fixture(autouse=True)
 def _no_pictures(request, monkeypatch):
-    """Skip the loss picture unless a test uses ``pictures``.
+    """Skip the drawing of loss pictures, unless a test uses ``pictures``.
 
     Drawing takes longer than a tiny run.
     """
@@ -62,7 +62,10 @@ def _no_pictures(request, monkeypatch):
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory):
-    """Return a folder with a student, a teacher, a model with another tokenizer, and data."""
+    """Return a folder with data and three tiny models with tokenizers.
+
+    The models are student, teacher, and other, which has a smaller vocabulary.
+    """
     folder = tmp_path_factory.mktemp("files")
     for name, model, vocab in (
         ("student", tiny.model(layers=3, seed=1), 64),
@@ -78,11 +81,11 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Return a function that copies a folder into the Hub's cache under a name."""
+    """Return a function that puts a copy of a folder into the Hub's cache, under a given name."""
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # transformers versions before 5 keep their own copy of this setting.
+    # Before version 5, transformers keeps a copy of this setting.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -97,7 +100,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def connections(hub, monkeypatch):
-    """Refuse every network connection, and return the list of the requested hosts."""
+    """Refuse every network connection, and return a list of the hosts that were requested."""
     asked = []
 
     def refuse(host, *_, **__):
@@ -108,11 +111,11 @@ def connections(hub, monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # Since version 1, huggingface_hub requests this registry once in each process.
+    # huggingface_hub since version 1 requests this registry once in each process.
     registry = sys.modules.get("huggingface_hub.utils._detect_agent")
     if registry is not None:
         monkeypatch.setattr(registry, "_registry", None)
         monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "none")
-    # transformers versions before 5 keep their own copy of this setting.
+    # Before version 5, transformers keeps a copy of this setting.
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
     return asked

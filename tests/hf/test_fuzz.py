@@ -1,4 +1,4 @@
-"""Every command reports malformed inputs by a message, and ignores harmless changes."""
+"""Every command answers malformed input with a message, and harmless changes change no result."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from lens_kernels import cli
 from tests.support.commands import arguments
 from tests.support.fuzz import CLEAN, REFUSED, SAME, Input, mutated
 
-SECONDS = 300  # the time limit for one input, on a slow machine
+SECONDS = 300  # the time limit in seconds for one command, on a slow machine
 QUICK, ALL = 20, 400
 SEEDS = [x if x < QUICK else pytest.param(x, marks=pytest.mark.slow) for x in range(ALL)]
 
 
 def as_options(argv):
-    """Return a command's options by name."""
+    """Return a command line as a dict of options."""
     options = {}
     for word in argv[1:]:
         if word.startswith("--"):
@@ -31,7 +31,7 @@ def as_options(argv):
 
 
 def result(given):
-    """Return the results of a command that stay equal under harmless changes of its input."""
+    """Return the results of a command that harmless changes of its input must not change."""
     out = given.folder / "out"
     if given.command == "train":
         return {name: x.tolist() for name, x in load_file(out / "model.safetensors").items()}
@@ -43,7 +43,7 @@ def result(given):
 
 @pytest.fixture(scope="module")
 def valid(files, tmp_path_factory):
-    """Return the folder of all files, and the valid inputs and results by command."""
+    """Return a folder with all files, and for each command a valid input and its result."""
     folder = shutil.copytree(files, tmp_path_factory.mktemp("valid") / "files")
     short = {"max_steps": 2, "save_steps": 1, "max_length": 40}
     train = as_options(arguments(folder, folder / "out", **short))
@@ -73,12 +73,12 @@ def valid(files, tmp_path_factory):
 
 
 class Hung(BaseException):
-    """Raised when a command exceeds its time limit."""
+    """Raised if a command exceeds its time limit."""
 
 
 @pytest.fixture(autouse=True)
 def _no_pages(monkeypatch):
-    """Skip the pictures of ``inspect``, which take longer than everything else."""
+    """Skip the page and pictures of ``inspect``, which take longer than everything else."""
     for name in ("figures.draw", "page.write"):
         monkeypatch.setattr(f"lens_kernels.hf.inspection.{name}", lambda *_: None)
 

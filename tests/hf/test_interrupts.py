@@ -1,4 +1,4 @@
-"""An interrupted call leaves the settings of models, tokenizers and torch unchanged."""
+"""A call that is interrupted restores the settings of models, tokenizers and torch."""
 
 import copy
 import random
@@ -72,11 +72,12 @@ CALLS = {
 }
 
 
-DRAWS = ("shallow_copy", "projections")  # these calls draw random weights
+# These calls draw random weights, so they may change torch's random state.
+DRAWS = ("shallow_copy", "projections")
 
 
 def settings(*models, tokenizer):
-    """Return all settings that a call may change temporarily."""
+    """Return every setting that a call may change while it runs."""
     found = [
         tokenizer.padding_side,
         tokenizer.truncation_side,
@@ -97,7 +98,7 @@ def settings(*models, tokenizer):
 
 
 class Interrupt:
-    """A hook that interrupts the n-th of a model's forward passes."""
+    """A hook on a model that raises KeyboardInterrupt in the n-th forward pass."""
 
     def __init__(self):
         self.left = 0
@@ -114,8 +115,10 @@ def test_an_interrupted_call_leaves_every_setting(name):
     student.train()
     student.model.layers[0].eval()
     student.model.layers[1].requires_grad_(False)
-    teacher.requires_grad_(False)  # an objective freezes its teacher permanently
-    # Since transformers 5, the first call with ``output_hidden_states`` adds hooks that stay.
+    # Every objective freezes its teacher, and leaves it so.
+    teacher.requires_grad_(False)
+    # Call the model once before the comparison. Since transformers 5, the first call with
+    # ``output_hidden_states`` adds hooks that stay.
     student(torch.tensor([IDS]), output_hidden_states=True)
     interrupt = Interrupt()
     student.model.layers[-1].register_forward_pre_hook(interrupt)

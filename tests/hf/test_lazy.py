@@ -1,4 +1,4 @@
-"""``lens_kernels.hf`` imports a module only when a program uses a name from this module."""
+"""``lens_kernels.hf`` imports each of its modules only when a program uses a name from it."""
 
 from tests.support.fresh import run_fresh
 

@@ -1,11 +1,12 @@
 """Plant known faults, one at a time, and check that the tests find each of them.
 
-Run ``python -m tests.mutants`` from the root of a checkout, in the environment of its tests. Each
-fault is planted in a temporary copy of the checkout, where the tests that the fault names run. The
-results are written to ``tests/mutants/table.md``. The exit status is 1 if a fault is not caught.
+Run ``python -m tests.mutants`` from the root of a checkout, with the packages for its tests
+installed. Each fault is planted in a temporary copy of the checkout, where the fault's tests then
+run. The results are written to ``tests/mutants/table.md``. The exit status is 1 if a fault is not
+caught.
 
 The faults are in the ``*.txt`` files beside this file, whose format ``faults.py`` describes.
-``--list`` also marks the faults that no longer fit the code.
+``--list`` only lists the faults, and marks those that no longer fit the code.
 """
 
 # ruff: noqa: T201  this script prints
@@ -23,16 +24,16 @@ from tests.mutants.process import run_pytest
 
 ROOT = HERE.parents[1]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "demo_output")
-# If the faulty code cannot be imported, the fault does not count as caught.
+# A fault is not caught by tests if its code cannot be imported.
 NOT_LOADED = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|NameError")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", re.MULTILINE)
 SECONDS = 600  # the time limit for the tests of one fault
 
 
 def plant(fault: Fault, root: Path) -> tuple[str, str]:
-    """Plant a fault in a copy.
+    """Plant a fault in a copy of the checkout, and run its tests.
 
-    Return the test that fails and the reason; the test is "" if none fails.
+    Return the first test that fails and its error. The test is "" if none fails.
     """
     try:
         path, arguments = fault.target(root), fault.arguments(root)
@@ -54,7 +55,7 @@ def plant(fault: Fault, root: Path) -> tuple[str, str]:
 
 
 def main() -> int:
-    """Plant the faults; return 1 if any is not caught."""
+    """Plant all chosen faults, and return 1 if any of them is not caught."""
     parser = argparse.ArgumentParser(
         "python -m tests.mutants", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -93,7 +94,7 @@ def main() -> int:
         tests = list(pool.map(attempt, faults.values()))
         if not any(tests):
             return 1
-        # A test that also fails without its fault does not catch the fault.
+        # A test does not catch a fault if it also fails without the fault.
         status, output = run_pytest(copies.get(), sorted({*tests} - {""}), None)
     broken = {match[1] for match in FAILED.finditer(output)}
     caught = ["" if test in broken else test for test in tests]

@@ -1,4 +1,4 @@
-"""Reads the lists of faults. Each paragraph of a ``*.txt`` file is a fault.
+"""Reads the files that list faults. Each paragraph of a ``*.txt`` file describes one fault.
 
 A paragraph has these lines::
 
@@ -25,11 +25,11 @@ class Fault:
     lines: dict[str, list[str]] = field(default_factory=dict)
 
     def text(self, mark: str) -> str:
-        """Return the text of the lines marked with ``mark``, without the marks."""
+        """Return all lines of the fault that start with ``mark``, without the mark."""
         return "\n".join(self.lines.get(mark, []))
 
     def target(self, root: Path) -> Path:
-        """Return the file that holds the code to replace, or raise LookupError."""
+        """Return the file that contains the code to replace, or raise LookupError."""
         found = []
         for folder in ("lens_kernels", "reference"):
             for path in (root / folder).rglob(self.text("@") or "*.py"):
@@ -39,7 +39,7 @@ class Fault:
         return found[0]
 
     def objection(self, root: Path) -> str:
-        """Return the reason why the fault cannot be planted, or an empty string."""
+        """Return the reason why the fault does not fit the code, or an empty string."""
         try:
             self.target(root), self.arguments(root)
         except LookupError as error:
@@ -47,7 +47,10 @@ class Fault:
         return ""
 
     def arguments(self, root: Path) -> list[str]:
-        """Return the arguments for pytest, or raise LookupError if they name no single file."""
+        """Return the fault's arguments for pytest, with full paths of files.
+
+        Raise LookupError if the name of a test file does not fit exactly one file.
+        """
         arguments = []
         for word in shlex.split(self.text(">")):
             name, *rest = word.split("::")

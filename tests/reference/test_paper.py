@@ -1,4 +1,4 @@
-"""The published lens term equals ours without its quirks, and each quirk changes the value."""
+"""The published lens loss, which equals ours without its quirks. Each quirk changes its value."""
 
 import itertools
 
@@ -12,14 +12,15 @@ from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BACKENDS, Shape
 from tests.support.problems import ours, related
 
-# With three pairs, the tiled mask mixes all four samples.
+# With four samples and three pairs, the tiled mask gives samples the masks of other samples.
 SHAPE = Shape((4, 6), 61, 12, 12, 3)
 
 
 @pytest.fixture
 def problem():
     problem = related(SHAPE, std=2.0, norm="rms", bias=True)
-    # The models differ by 0.1 in the first sample and by 3 in the last, so that the mask matters.
+    # The first sample's models differ by 0.1 and the last one's by 3, so that the choice of mask
+    # matters.
     size = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
     problem.teacher_hidden = [
         (h + size * torch.randn_like(h)).detach() for h in problem.student_hidden
@@ -29,7 +30,7 @@ def problem():
 
 @pytest.fixture
 def mask():
-    """Return a mask for responses of different lengths."""
+    """Return a mask for samples whose responses differ in length."""
     return (torch.arange(6) >= torch.tensor([[0], [2], [4], [5]])).float()
 
 
@@ -38,7 +39,7 @@ def published(problem, mask, quirks=PUBLISHED):
 
 
 def pair_by_pair(problem, mask, final_norm=True):
-    """Return the mean over samples, pairs and unmasked positions, computed in plain loops."""
+    """Return the mean loss over samples, pairs and unmasked positions, computed in plain loops."""
     total = 0.0
     for h_s, h_t in zip(problem.student_hidden, problem.teacher_hidden, strict=True):
         for b, t in itertools.product(range(4), range(6)):
@@ -61,7 +62,8 @@ def test_the_tiled_mask_masks_samples_by_each_other(problem, mask):
     right = published(problem, mask, OURS)
     tiled = published(problem, mask, Quirks(tiled_mask=True))
     assert abs(tiled / right - 1) > 0.05
-    # Row r = b * 3 + l holds pair l of sample b. It gets the mask of sample r mod 4.
+    # Row r = 3 b + l is lens pair l of sample b. The tiled mask gives this row the mask of sample r
+    # mod 4.
     wrong = sum((b * 3 + layer) % 4 != b for b in range(4) for layer in range(3))
     assert wrong == 8
     rows = dense.lens_loss(*problem.args(), reduction="none")

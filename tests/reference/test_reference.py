@@ -1,4 +1,4 @@
-"""The oracle agrees with torch.distributions, torch.nn, and values computed by hand."""
+"""The oracle agrees with torch.distributions, with torch.nn, and with values computed by hand."""
 
 import math
 
@@ -37,12 +37,13 @@ def test_jsd_is_the_entropy_of_the_mixture_less_the_mean_entropy(pair, beta):
     expected = expected - beta * Categorical(probs=p).entropy()
     expected = expected - (1 - beta) * Categorical(probs=q).entropy()
     torch.testing.assert_close(dense.divergence("jsd", p, q, beta), expected)
-    # If beta approaches 0, jsd / beta approaches a KL divergence.
+    # If beta approaches 0, the ratio jsd / beta approaches a KL divergence.
     small = dense.divergence("jsd", p, q, 1e-5) / 1e-5
     torch.testing.assert_close(small, kl(p, q), rtol=1e-2, atol=0)
 
 
-# The values are for p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2). Their mixture is (3/8, 3/8, 1/4).
+# The two distributions are p = (1/2, 1/2, 0) and q = (1/4, 1/4, 1/2). Their mixture is (3/8, 3/8,
+# 1/4).
 LN2, LN3 = math.log(2), math.log(3)
 BY_HAND = {
     "jsd": 0.5 * (2 * LN2 - LN3) + 0.5 * (0.5 * (LN2 - LN3) + 0.5 * LN2),

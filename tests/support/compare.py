@@ -1,8 +1,8 @@
-"""Comparison of a tensor with the truth, relative to the truth's largest entry.
+"""Comparison of a tensor with its true value, relative to the largest true entry.
 
 An absolute tolerance larger than all gradients would accept zeros. Here zeros have an error of 1,
-and NaN always fails. The comparison of gradients also refuses a truth that zeros or reordered
-entries would match.
+and NaN always fails. For gradients, the true value itself must also differ from zeros and from its
+own entries in another order.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# The tolerances of float32 results, compared with the float64 oracle.
+# The default tolerances when float32 results are compared with the float64 oracle.
 LOSS, GRADIENT = 1e-6, 1e-5
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """Return the largest deviation divided by the largest entry of the truth."""
+    """Return the largest deviation divided by the largest true entry."""
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:
         return 0.0
@@ -40,7 +40,7 @@ def assert_close(actual: Tensor | None, truth: Tensor, tolerance: float, name: s
 
 
 def assert_informative(truth: Tensor, tolerance: float, name: str = "") -> None:
-    """Fail if zeros, or the truth's entries in another order, would be accepted as the truth."""
+    """Fail if zeros or reordered entries would be accepted in place of the true value."""
     assert bool((truth != 0).any()), f"{name}: the truth is zero everywhere"
     for dim, size in enumerate(truth.shape):
         if size > 1:
@@ -56,9 +56,10 @@ def assert_gradients(
     tolerance: float,
     zero: tuple[str, ...] = (),
 ) -> None:
-    """Compare named gradients.
+    """Compare gradients by name.
 
-    Those in ``zero`` must be 0, and the truth of the others must pass ``assert_informative``.
+    Gradients named in ``zero`` must be 0. The true values of all others must pass
+    ``assert_informative``.
     """
     assert actual.keys() == truth.keys()
     for name, expected in truth.items():

@@ -1,7 +1,7 @@
-"""The program that trains in test_distributed.py, on each rank or in a single process.
+"""The training program of test_distributed.py, which runs on each rank.
 
 The command is ``python -m torch.distributed.run ... -m tests.support.distributed_run CASES
-FOLDER``. The JSON file CASES maps each name of a case to the arguments of ``train_case``. Each rank
+FOLDER``. CASES is a JSON file with the arguments of ``train_case`` for each named case. Each rank
 writes its results into FOLDER.
 """
 
@@ -25,13 +25,16 @@ from lens_kernels.hf.training import entropy, objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # a rank counts as hung after this many seconds
+HANG = 1200  # a rank that runs for more seconds than this has hung
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
 @dataclasses.dataclass
 class Result:
-    """Parameters before and after training, all logs, and how many examples the teacher read."""
+    """The result of a case: parameters before and after training, and logs.
+
+    ``teacher_ran`` is the number of examples that the teacher processed.
+    """
 
     start: dict[str, torch.Tensor]
     end: dict[str, torch.Tensor]
@@ -68,7 +71,7 @@ def train_case(
     evaluate_first: bool = False,
     **options: Any,
 ) -> Result:
-    """Train a tiny student. All processes together take ``rows`` examples a step."""
+    """Train a tiny student. In each step, all ranks together process ``rows`` examples."""
     processes = accelerate.PartialState(cpu=True).num_processes
     ran = []
 
@@ -84,14 +87,14 @@ def train_case(
         options["teacher_cache"] = str(folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
-        # Log entropies of all tokens, because a sample of them would depend on the batch.
+        # Compute the entropies of all tokens, because a sample would depend on the batch.
         patch.setattr(entropy, "STRIDE", 1)
-        # Each rank acts as if it ran on its own machine, with a shared disk.
+        # Make each rank believe that it is the only one on its machine. The machines share a disk.
         if processes > 1 and one_node_each:
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            # Before version 5, transformers does not set these variables.
+            # transformers sets these variables only since version 5.
             patch.setenv("FSDP_VERSION", "2")
             patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
             _let_accelerate_shard(patch)
@@ -145,7 +148,7 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
 
 
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters of the student and the MSE projections, gathered from all shards."""
+    """Return the parameters of the student and of the MSE projections, without sharding."""
     state = dict(trainer.model.state_dict())
     if trainer.lens_objective is not None:
         state |= trainer.lens_objective.projections.state_dict(prefix="learnt.")
@@ -157,7 +160,7 @@ def _whole(trainer: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # This makes garbage collection faster, as in tests/hf/conftest.py.
+    # Garbage collection then skips all loaded objects, as in tests/hf/conftest.py.
     gc.freeze()
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = accelerate.PartialState(cpu=True).process_index

@@ -1,4 +1,4 @@
-"""The documents of the project, and the links, headings, examples and commands in them."""
+"""The Markdown pages of the project, and the links, headings, examples and commands in them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DOWNLOAD = "# Needs a download: "
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: the page, the language, the text, and the text's first line."""
+    """A fenced block: its page, its language, its text, and the line where the text begins."""
 
     page: Path
     language: str
@@ -36,7 +36,7 @@ class Block(NamedTuple):
 
 
 def blocks(*languages: str) -> list[Block]:
-    """Return the fenced blocks in these languages from all pages."""
+    """Return all fenced blocks in the given languages, from all pages."""
     found = []
     for page in PAGES:
         text = page.read_text()
@@ -48,17 +48,17 @@ def blocks(*languages: str) -> list[Block]:
 
 
 def prose(page: Path) -> str:
-    """Return a page without its fenced blocks."""
+    """Return the text of a page without its fenced blocks."""
     return FENCED.sub("", page.read_text())
 
 
 def code_spans(page: Path) -> list[str]:
-    """Return the code between backticks in the prose of a page. Each is joined into one line."""
+    """Return the code spans in a page's prose, each on a single line."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
 def links(page: Path) -> list[str]:
-    """Return the targets of all links and pictures of a page, also of pictures inside links."""
+    """Return the targets of all links and pictures of a page, including pictures inside links."""
     inner = LINK.findall(prose(page))
     return inner + re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", prose(page))
 
@@ -89,14 +89,14 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def _own(words: list[str]) -> list[str]:
-    """Return ``lens-kernels ...`` for a command that runs this package by ``-m lens_kernels``."""
+    """Return a command with ``lens-kernels`` in place of ``python -m lens_kernels``."""
     if "lens_kernels" in words and words[words.index("lens_kernels") - 1] == "-m":
         return ["lens-kernels", *words[words.index("lens_kernels") + 1 :]]
     return words
 
 
 class Parsed(BaseException):
-    """Raised when a command has parsed its arguments. It holds the parser."""
+    """Raised after a command has parsed its arguments, in place of running it. Holds the parser."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Parsed(BaseException):
 
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every command stop when it has parsed its arguments."""
+    """Make every command stop after parsing its arguments, by raising ``Parsed``."""
     parse_args: Any = argparse.ArgumentParser.parse_args
 
     def parse(self: argparse.ArgumentParser, *args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Programs in a new interpreter, which has loaded only the modules that a program imports."""
+"""Programs in a new interpreter, in which no modules are loaded yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Malformed inputs to the commands: files, options and folders, changed at random with a seed.
+"""Malformed inputs for the commands: files, options and folders with random changes.
 
 A valid input is an argument list and a folder. The folder holds models, data, and the files of an
 interrupted run. A mutation changes one thing and returns the expected outcome: REFUSED (a message
@@ -29,7 +29,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 @dataclass
 class Input:
-    """A folder and a command; ``what`` describes the mutation."""
+    """The input of a command: a folder and options. ``what`` describes the change that was made."""
 
     folder: Path
     command: str
@@ -45,7 +45,7 @@ class Input:
 
 
 def damage(path: Path, random: Random) -> str:
-    """Make a file invalid for its format, and return the kind of damage."""
+    """Make a file invalid for its format, and return a description of the damage."""
     content = path.read_bytes()
     how = random.choice(["truncated", "empty", "binary", "directory", "missing", "utf-16", "zeros"])
     path.unlink()
@@ -79,7 +79,7 @@ def other_model_file(given: Input, random: Random) -> str:
 
 
 def model_config(given: Input, random: Random) -> str:
-    """Change a value of a model's config."""
+    """Change a random value in a model's config."""
     path = given.folder / "student" / "config.json"
     config = json.loads(path.read_text())
     key = random.choice(sorted(config))
@@ -90,7 +90,7 @@ def model_config(given: Input, random: Random) -> str:
 
 
 def tokenizer_value(given: Input, random: Random) -> str:
-    """Change a value of a tokenizer's config."""
+    """Change a random value in a tokenizer's config."""
     path = given.folder / "student" / "tokenizer_config.json"
     config = json.loads(path.read_text())
     key = random.choice([*sorted(config), "chat_template", "tokenizer_class", "auto_map"])
@@ -101,7 +101,7 @@ def tokenizer_value(given: Input, random: Random) -> str:
 
 
 def weights(given: Input, random: Random) -> str:
-    """Change a tensor of the student."""
+    """Change a random tensor in the student's weights."""
     path = given.folder / "student" / "model.safetensors"
     tensors = load_file(path)
     key = random.choice(sorted(tensors))
@@ -268,7 +268,7 @@ def option(given: Input, random: Random) -> str:
 
 
 def repeated(given: Input, random: Random) -> str:
-    """Give a valid option twice; the last value counts."""
+    """Give an option twice with the same valid value."""
     name = random.choice(sorted(given.options))
     value = given.options.pop(name)
     wrong = value if isinstance(value, list) else [value]
@@ -315,7 +315,10 @@ def options_file(given: Input, random: Random) -> str:
 
 
 def checkpoint(given: Input, random: Random) -> str:
-    """Damage a file of an interrupted run. Resuming it gives the same result or is refused."""
+    """Damage a file of an interrupted run.
+
+    The command may refuse to resume, or resume with the same result.
+    """
     shutil.copytree(given.folder / "interrupted", given.folder / "out")
     files = sorted(x for x in (given.folder / "out").rglob("*") if x.is_file())
     path = random.choice(files)
@@ -324,7 +327,7 @@ def checkpoint(given: Input, random: Random) -> str:
 
 
 def checkpoint_value(given: Input, random: Random) -> str:
-    """Change a value in a JSON file of an interrupted run."""
+    """Change a random value in a JSON file of an interrupted run."""
     shutil.copytree(given.folder / "interrupted", given.folder / "out")
     names = ["data.json", "checkpoint-1/trainer_state.json", "checkpoint-2/trainer_state.json"]
     path = given.folder / "out" / random.choice(names)
@@ -337,7 +340,7 @@ def checkpoint_value(given: Input, random: Random) -> str:
 
 
 def cache_file(given: Input, random: Random) -> str:
-    """Damage a file of the teacher cache."""
+    """Damage a random file of the teacher cache."""
     given.options["--teacher_cache"] = given.folder / "cache"
     files = sorted(x for x in (given.folder / "cache").rglob("*") if x.is_file())
     path = random.choice([x for x in files if x.suffix != ".lock"])
@@ -346,7 +349,7 @@ def cache_file(given: Input, random: Random) -> str:
 
 
 def cache_manifest(given: Input, random: Random) -> str:
-    """Write a manifest with other values and a matching checksum."""
+    """Change values in the manifest of the teacher cache, and update its checksum."""
     from lens_kernels.hf.cache.key import digest, json_bytes
 
     given.options["--teacher_cache"] = given.folder / "cache"
@@ -374,7 +377,10 @@ COMMANDS = ("train", "train", "train", "eval", "inspect")
 
 
 def mutated(valid: dict[str, Input], folder: Path, seed: int) -> tuple[Input, str]:
-    """Mutate a valid input in ``folder`` by a seed; return the input and the expected outcome."""
+    """Change a valid input in ``folder`` at random, by ``seed``.
+
+    Return the changed input and the expected outcome.
+    """
     random = Random(seed)
     command = COMMANDS[seed % len(COMMANDS)]
     model = valid[command]

@@ -1,7 +1,7 @@
-"""Checks of compiled kernels against the float64 oracle, on the device that is passed first.
+"""Checks of compiled kernels against the float64 oracle. The first argument is the device.
 
-``test_gpu.py`` calls them on a GPU at full size. On the CPU, it calls them at tiny sizes.
-``test_functional.py`` calls them at the sizes of its other tests.
+``test_gpu.py`` runs the checks on a GPU at full size, and on the CPU at tiny sizes.
+``test_functional.py`` runs some of them at the sizes of its other tests.
 """
 
 from __future__ import annotations
@@ -32,26 +32,26 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = DTYPES[1:]
 GIB = 1 << 30
 
-# Both dimensions are larger than every tile, and no block size divides them.
+# The vocabulary and the tokens exceed every tile, and no block size divides them.
 LARGE = Shape((3, 131), 1531, 197, 331, 1)
-# These hidden sizes are large enough for the tiles of wide models.
+# With these large hidden sizes, the kernels use their tiles for wide models.
 WIDE = Shape((150,), 521, 2049, 2600, 1)
 
 
 def on(problem: Problem, device: torch.device) -> Problem:
-    """Return a copy of the problem and its options on a device."""
+    """Return a copy of the problem on a device, including the tensors in its options."""
     there = problem.to(device)
     there.options = moved(problem.options, device)
     return there
 
 
 def moved(options, device):
-    """Return the options of a call with their tensors on a device."""
+    """Return options with their tensors moved to a device."""
     return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
 
 
 def solve_on(device, problem, backend, **options):
-    """Solve on a device; return loss and gradients on the CPU."""
+    """Solve the problem on a device, and return loss and gradients on the CPU."""
     options = moved({**options, "backend": backend}, device)
     loss, grads = solve(symmetric_lens_loss, on(problem, device), **options)
     for grad in grads.values():
@@ -60,7 +60,7 @@ def solve_on(device, problem, backend, **options):
 
 
 def agree(first, second, loss_tolerance, tolerance):
-    """Check that two results of ``solve_on`` are close."""
+    """Check that two results ``(loss, gradients)`` are close."""
     assert_close(first[0], second[0], loss_tolerance, "loss")
     for name, grad in second[1].items():
         assert_close(first[1][name], grad, tolerance, name)
@@ -96,7 +96,8 @@ def half(device, backend, dtype, shape, feature, divergence, **options):
         return
     ulp = torch.finfo(dtype).eps
     baseline = plain_torch(problem)
-    # The slope of tvd jumps where p equals q. Rounding moves entries across this point.
+    # The slope of tvd jumps where p equals q, and rounding moves entries across this point. So only
+    # the direction of its gradients is compared.
     if divergence == "tvd":
         for name, truth in expected_grads.items():
             cosine = torch.cosine_similarity(grads[name].double().flatten(), truth.flatten(), 0)
@@ -119,9 +120,9 @@ def parity(device, backend, dtype, shape, feature, divergence, **options):
 
 
 def large(device, backend, dtype, shape, divergence, mask=False):
-    """Compare long sums with the oracle.
+    """Compare a call with long sums with the oracle.
 
-    The limit is at least twice the error of plain float32 torch. The gradient of tvd has the limit
+    The limit is at least twice the error of plain float32 torch. For tvd, gradients have the limit
     of 16 bits even in float32, because the slope of tvd jumps where p equals q.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
@@ -151,7 +152,7 @@ def masked_rows_are_inert(device, backend, dtype, shape):
 
 
 def whole_objective(device, backend, dtype, shape):
-    """Compare the whole objective with the oracle; some positions have no label."""
+    """Compare the whole objective with the oracle, with labels at some positions only."""
     problem = make(shape, std=2.0, temperature=2.0, bias=True).to(dtype)
     labels = some_labels(shape)
 
@@ -196,10 +197,11 @@ def peaked(device, backend, divergence, std, shape):
     """Losses of peaked models are as accurate as float32 logits allow.
 
     Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
-    probability. The limit is the rounding of a logit of two standard deviations, or twice the error
-    of dense float32 torch. Twice that error alone would be too small where the errors of torch's
-    rows cancel by chance. In 40 problems of each kind, errors were measured in roundings of one
-    standard deviation. Dense torch had up to 3.9, and the Triton kernels up to 1.8.
+    probability. The limit is the larger of two numbers: the rounding of a logit of two standard
+    deviations, and twice the error of dense float32 torch. The error of torch alone would give no
+    safe limit, because errors of its rows may cancel by chance. In 40 problems of each kind, the
+    error was at most 3.9 for dense torch and 1.8 for the Triton kernels, in roundings of a logit of
+    one standard deviation.
     """
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
@@ -213,7 +215,7 @@ def peaked(device, backend, divergence, std, shape):
 
 
 def agreement(device, dtype, divergence, shape):
-    """Compare the two backends at sizes that are too large for the oracle.
+    """Compare the backends with each other, at sizes that are too large for the oracle.
 
     16-bit problems have no norm, because the backends may round the norm's result differently.
     """
@@ -241,7 +243,7 @@ def determinism(device, backend, dtype, divergence, shape, runs):
 
 
 def need(device, size):
-    """Skip the test if the device has less than ``size`` bytes of free memory."""
+    """Skip the test if the GPU has less than ``size`` bytes of free memory."""
     if device.type != "cuda":
         return
     free, _ = torch.cuda.mem_get_info(device)
@@ -250,7 +252,7 @@ def need(device, size):
 
 
 def random_problem(device, tokens, vocab, widths, dtype, head_grad):
-    """Return a problem created on the device, because a copy of its heads may not fit in memory."""
+    """Create a random problem directly on the device, where no second copy of its heads may fit."""
     torch.manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -263,7 +265,7 @@ def random_problem(device, tokens, vocab, widths, dtype, head_grad):
 
 
 def same(problem, options, others):
-    """Check that two sets of options on the triton backend agree with the torch backend."""
+    """Check that the triton backend agrees with torch, once with each of two sets of options."""
     truth = solve(symmetric_lens_loss, problem, backend="torch")
     for each in (options, others):
         result = solve(symmetric_lens_loss, problem, backend="triton", **each)
@@ -288,7 +290,7 @@ def large_head(device, tokens, vocab, width, other_width, dtype):
 
 
 def kernels():
-    """Return every kernel of the triton backend."""
+    """Return all Triton kernels of the triton backend."""
     from lens_kernels.backends.triton.kernels import (
         gradients,
         norm,
@@ -303,7 +305,7 @@ def kernels():
 
 
 def compiled_again(device, calls):
-    """Check that only the first call compiles kernels, and return their number."""
+    """Check that only the first call compiles kernels, and return the number of these kernels."""
     compiled = []
     for call in calls:
         recompilation.run(device, **call)

@@ -1,8 +1,8 @@
-"""Runs the GPU tests, the most important first, and adds a row to a CSV when a test ends.
+"""Runs the GPU tests in order of importance, and writes a row to a CSV when a test ends.
 
 Run it with ``python -m tests.support.gpu_report --out DIR``. Arguments for pytest follow ``--``, as
-in ``-- -n 12 -k parity``. A row has the outcome, versions and device. The processes of pytest-xdist
-load this module as a plugin, which orders the tests.
+in ``-- -n 12 -k parity``. A row has the outcome, versions and device. Each process of pytest-xdist
+loads this module as a plugin and orders the tests.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from benchmarks.support import environment, tables
 from tests.support import ROOT
 
 FILE = "tests.csv"
-# The outcomes of a test's phases, from best to worst. The worst outcome of a phase is the test's
-# outcome.
+# The outcomes of a test's phases, from best to worst. A test gets the worst outcome of its phases.
 ORDER = ("passed", "skipped", "failed")
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Order the tests: parity of the row kernel, then ``torch``, then the ``triton`` backend."""
+    """Sort the tests by importance.
+
+    Parity tests of the row kernel and ``torch`` run first, and tests of ``triton`` last.
+    """
     items.sort(key=rank)
 
 
 def rank(item: Any) -> int:
-    """Return the place of a test in the order."""
+    """Return the sort key of a test: lower numbers run first."""
     backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
     if backend == "triton":
         return 3
@@ -52,14 +54,14 @@ class Recorder:
         row["seconds"] += report.duration
         if ORDER.index(report.outcome) > ORDER.index(row["outcome"]):
             row["outcome"], row["note"] = report.outcome, note(report)
-        # The last phase has another name if the test ended its process.
+        # The last phase is "teardown". It has another name if the test ended its process.
         if report.when not in ("setup", "call"):
             row["seconds"] = f"{row['seconds']:.2f}"
             tables.append_csv(self.path, row | self.where)
 
 
 def note(report: Any) -> str:
-    """Return one line that says why a test was skipped or failed."""
+    """Return the reason, in one line, why a test was skipped or failed."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -67,7 +69,7 @@ def note(report: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tests and return pytest's exit status."""
+    """Run the tests and return the exit status of pytest."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=environment.OUT, metavar="DIR")
     parser.add_argument("--device", default="cuda", help="with cpu, the GPU tests are skipped")

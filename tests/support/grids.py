@@ -1,4 +1,4 @@
-"""The cases of the functional tests, each with a comment that gives its purpose."""
+"""The shapes and options of the functional tests, each with a comment on its purpose."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from lens_kernels.backends.torch.layout import row_stride
 
 # All backends that must agree with the oracle. Add a new backend here.
 BACKENDS = ["torch", "triton"]
-# This backend is ``torch`` as on a GPU, with an interpreted row kernel. Some grids run it only as a
-# slow test.
+# ``row_kernel`` is the ``torch`` backend as on a GPU, with an interpreted kernel. It is slow, so
+# some tests run it only if slow tests are selected.
 ROW_KERNEL = "row_kernel"
 WITH_SLOW_ROW_KERNEL = [*BACKENDS, pytest.param(ROW_KERNEL, marks=pytest.mark.slow)]
-# The backends that support float64; the others raise an error.
+# These backends support float64. The others raise an error.
 FLOAT64_BACKENDS = ["torch"]
-# Pairs of a backend and a dtype that it computes in.
+# Each backend with each dtype in which it can compute.
 PRECISIONS = [
     *((backend, torch.float32) for backend in (*BACKENDS, ROW_KERNEL)),
     *((backend, torch.float64) for backend in FLOAT64_BACKENDS),
@@ -43,29 +43,31 @@ class Shape:
 
 ODD = Shape((37,), 211, 29, 41, 1)
 BATCH = Shape((5, 7), 97, 33, 17, 2)
-# The torch backend multiplies 768 columns at a time on a CPU. This vocabulary has two boundaries
-# between such blocks, and the pointwise pass takes two steps.
+# On a CPU, the torch backend multiplies 768 columns at a time. This vocabulary needs three such
+# GEMMs, and the pointwise pass takes two steps.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
-    # The sizes are prime numbers, which no chunk, tile or vector divides. The teacher is wider.
+    # All sizes are prime numbers, which no chunk, tile or vector divides. The teacher has the
+    # larger hidden size.
     "odd": ODD,
-    # There are two leading dimensions, which differ from the number of pairs. The teacher is
-    # narrower.
+    # There are two leading dimensions, which differ from the number of pairs. The teacher has the
+    # smaller hidden size.
     "batch": BATCH,
-    # The sizes are powers of two, and the tokens are far fewer than a chunk holds.
+    # All sizes are powers of two, except for the number of pairs. A chunk could hold many more
+    # tokens.
     "aligned": Shape((4,), 64, 16, 16, 3),
     # One token is an edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
     # The kernels loop over tiles and merge splits, because this shape takes two blocks of rows and
     # three splits of two tiles.
     "splits": Shape((70,), 680, 24, 40, 1),
-    # The smallest vocabulary and the narrowest hidden states.
+    # The vocabulary and the teacher's hidden size are as small as possible.
     "smallest": Shape((4, 3), 2, 2, 1, 2),
     # The hidden size exceeds the vocabulary size.
     "wide": Shape((3, 2), 5, 130, 70, 1),
 }
 
-# Features of a head or a call: each feature alone, then all of them together.
+# Options of a head or a call: each option alone, then many of them together.
 FEATURES = {
     "plain": {},
     "temperature": {"temperature": 2.5},
@@ -90,7 +92,7 @@ FEATURES = {
 
 
 def several_chunks(shape: Shape, rows: int = 5) -> int:
-    """Return a ``workspace_bytes`` for chunks of ``rows`` rows.
+    """Return the ``workspace_bytes`` that make chunks of ``rows`` rows.
 
     A row holds the fp32 logits of both models.
     """

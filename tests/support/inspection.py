@@ -1,4 +1,4 @@
-"""An inspection of two tiny models, with tokens that are difficult to plot or to show in HTML."""
+"""An inspection of two tiny models whose tokens are hard to draw or to show in HTML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEXT = [9, 4, 1, 5, 0, 7, 2, 6]
 
 
 class OddTokenizer:
-    """Reads a text of token ids, whose tokens are the entries of ``ODD``."""
+    """A tokenizer that reads a text of numbers as ids of tokens in the list ``ODD``."""
 
     def __call__(self, text):
         return {"input_ids": [int(word) for word in text.split()]}
@@ -32,7 +32,7 @@ class OddTokenizer:
 
 
 def inspected(output):
-    """Return the result of ``inspect`` on ``TEXT`` and two models; the files go to ``output``."""
+    """Inspect two models on ``TEXT``, write the files to ``output``, and return the result."""
     from lens_kernels.hf.inspection.inspect import inspect
 
     models = tiny.model(layers=3, seed=1), tiny.model(layers=5, width=24, seed=2)

@@ -1,4 +1,4 @@
-"""The peak memory of a function, and control over uninitialised memory."""
+"""Functions that measure peak memory, and that fill uninitialised memory with a value."""
 
 import gc
 
@@ -9,11 +9,11 @@ MIB = 2**20
 
 
 def peak_bytes(function):
-    """Return how many bytes ``function`` adds to memory at its peak.
+    """Return by how many bytes ``function`` increases memory at its peak.
 
     The profiler sees every allocation of torch's CPU allocator, including those inside operators.
     """
-    # The first run fills caches, whose memory is not counted.
+    # The first run fills caches, which must not be counted.
     function()
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -29,7 +29,7 @@ def peak_bytes(function):
 
 
 def fill_new_tensors(monkeypatch, value):
-    """Let ``torch.empty`` and ``new_empty`` fill floating-point tensors with ``value``."""
+    """Make ``torch.empty`` and ``new_empty`` fill floating-point tensors with ``value``."""
 
     def filled(function):
         def wrapper(*args, **kwargs):

@@ -1,4 +1,4 @@
-"""The whole objective: problems with a final pair and labels, and the true value of each term."""
+"""Problems for the whole objective, with final outputs and labels, and each term's true value."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.support.problems import Gradients, Problem, make, objective
 
 
 def make_objective(shape: Shape = BATCH, std: float = 2.0, **features: Any) -> Problem:
-    """Return a problem with the lens pairs of ``shape``, followed by a pair of final outputs."""
+    """Return a problem with the lens pairs of ``shape``, and the final outputs as the last pair."""
     return make(replace(shape, pairs=shape.pairs + 1), std, **features)
 
 
 def some_labels(shape: Shape = BATCH) -> Tensor:
-    """Return labels for about 70 % of the positions."""
+    """Return random labels, with -100 for about 30 % of the positions."""
     labels = torch.randint(shape.vocab, shape.leading)
     return labels.masked_fill(torch.rand(shape.leading) < 0.3, -100)
 
@@ -43,9 +43,9 @@ def terms_of(
     denominator: float | None = None,
     vocab_size: int | None = None,
 ) -> SimpleNamespace:
-    """Return the terms of a problem in float64.
+    """Return the true terms of the objective for a problem, in float64.
 
-    The oracles compute divergences, and torch the cross entropy.
+    Divergences come from the oracle, and the cross entropy from torch.
     """
     s, t, s_head, t_head = problem.args()
     *lenses, last = range(len(s))
@@ -82,7 +82,7 @@ def terms_of(
 def solve_objective(
     problem: Problem, function: Any = distillation_loss, **options: Any
 ) -> tuple[Any, Gradients]:
-    """Return the library's output and the gradients of its loss."""
+    """Return the objective's output and the gradients of its loss, computed by the library."""
     out = objective(problem, function, **options)
     return out, problem.gradients(out.loss)
 
@@ -97,7 +97,7 @@ def check_objective(
     room: int | None = None,
     **options: Any,
 ) -> Any:
-    """Compare every term and gradient with the truth, and return the library's output."""
+    """Compare every term and gradient with its true value, and return the library's output."""
     wide = problem.to(torch.float64)
     truth = terms_of(wide, **{**problem.options, **options})
     out, grads = solve_objective(problem, backend=backend, workspace_bytes=room, **options)

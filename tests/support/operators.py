@@ -1,11 +1,11 @@
-"""Dispatch modes that record the operators that run inside a call."""
+"""Dispatch modes that record which operators a call runs."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Records the names of the operators that run, and the size of their largest result."""
+    """Records the name of each operator, and the size of the largest result of any operator."""
 
     def __init__(self):
         super().__init__()
@@ -21,9 +21,9 @@ class Watch(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """Counts the operations and bytes of GEMMs.
+    """Counts the floating-point operations of GEMMs and the bytes of their operands.
 
-    The counter of torch ignores in-place GEMMs and does not count bytes.
+    Torch's own counter ignores in-place GEMMs and does not count bytes.
     """
 
     flops = bytes = 0

@@ -1,4 +1,4 @@
-"""Random problems, and their solutions by the library, the oracle, or dense torch."""
+"""Random problems, and solutions of a problem by the library, the oracle, or dense torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = ("student_hidden", "teacher_hidden", "student_head", "teacher_head")
 
 @dataclass
 class Problem:
-    """The hidden states, heads and options of a call."""
+    """The inputs of a call: hidden states and heads of both models, and options."""
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
@@ -33,18 +33,18 @@ class Problem:
     options: dict[str, Any]
 
     def leaves(self) -> dict[str, Tensor]:
-        """Return the tensors that take a gradient, by name."""
+        """Return the tensors that can receive a gradient, by name."""
         hidden = {f"hidden{i}": h for i, h in enumerate(self.student_hidden)}
         return {**hidden, **self.student_head.tensors()}
 
     def args(self) -> tuple[list[Tensor], list[Tensor], LensHead, LensHead]:
-        """Return the positional arguments of the op."""
+        """Return the positional arguments for the op."""
         return self.student_hidden, self.teacher_hidden, self.student_head, self.teacher_head
 
     def map(self, function: Callable[[Tensor], Tensor], *parts: str) -> Problem:
-        """Return a copy of the problem with ``function`` applied to every tensor.
+        """Return a copy of the problem in which ``function`` was applied to every tensor.
 
-        If ``parts`` are given, only fields whose name contains one of them change.
+        If ``parts`` are given, only tensors of fields whose name contains a part are changed.
         """
         fields = {}
         for name in FIELDS:
@@ -56,7 +56,7 @@ class Problem:
         return replace(self, **fields, options=dict(self.options))
 
     def to(self, target: torch.dtype | torch.device, *parts: str) -> Problem:
-        """Return a copy with its tensors in a dtype or on a device."""
+        """Return a copy of the problem with its tensors in another dtype or on another device."""
 
         def leaf(x: Tensor) -> Tensor:
             return x.detach().to(target, copy=True).requires_grad_(x.requires_grad)
@@ -64,19 +64,19 @@ class Problem:
         return self.map(leaf, *parts)
 
     def freeze(self, *trained: str) -> Problem:
-        """Require gradients for the named leaves only."""
+        """Require gradients only for the named tensors."""
         for name, x in self.leaves().items():
             x.requires_grad_(name in trained)
         return self
 
     def imitate(self) -> Problem:
-        """Make the teacher equal to the student."""
+        """Give the student's hidden states and head to the teacher."""
         self.teacher_hidden = [h.detach().clone() for h in self.student_hidden]
         self.teacher_head = self.student_head
         return self
 
     def spoil(self, rows: Tensor, value: float = float("nan")) -> Problem:
-        """Return a copy in which these rows of all hidden states hold ``value``."""
+        """Return a copy of the problem with ``value`` in these rows of all hidden states."""
 
         def spoiled(x: Tensor) -> Tensor:
             y = x.detach().masked_fill(rows[..., None], value)
@@ -85,7 +85,7 @@ class Problem:
         return self.map(spoiled, "hidden")
 
     def gradients(self, loss: Tensor, **backward: Any) -> Gradients:
-        """Return the gradient of ``loss`` for every leaf that requires one."""
+        """Return the gradient of ``loss`` for each tensor that requires one, by name."""
         wanted = {name: x for name, x in self.leaves().items() if x.requires_grad}
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, **backward)
         return dict(zip(wanted, grads, strict=True))
@@ -105,7 +105,7 @@ def random_head(
     softcap: float | None = None,
     requires_grad: bool = True,
 ) -> LensHead:
-    """Return a head. On standard normal rows, its logits have standard deviation ``std``."""
+    """Return a random head. On standard normal rows, its logits have standard deviation ``std``."""
 
     def leaf(x: Tensor) -> Tensor:
         return x.requires_grad_(requires_grad)
@@ -124,7 +124,7 @@ def random_head(
 
 
 def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
-    """Return a random problem. ``features`` are arguments of the heads or options of the call."""
+    """Return a random problem with ``features``, which are options of the heads or of the call."""
     head = {
         k: features.pop(k)
         for k in ("bias", "norm", "norm_weight", "norm_bias", "offset", "scale", "softcap")
@@ -147,8 +147,8 @@ def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
 def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -> Problem:
     """Return a problem whose teacher is the student plus noise.
 
-    Unrelated peaked distributions would saturate every divergence, and their gradients would be
-    noise.
+    For unrelated peaked distributions, every divergence would be close to its maximum, and
+    gradients would be noise.
     """
     problem = make(replace(shape, teacher=shape.student), std, **features)
 
@@ -161,7 +161,7 @@ def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -
 
 
 def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Problem:
-    """Return a problem whose logits differ by a few 1e-4, for a jsd near 1e-7.
+    """Return a problem whose logits differ by a few 1e-4, so that the jsd is near 1e-7.
 
     Its head is the identity, so that the logits are not rounded.
     """
@@ -175,7 +175,7 @@ def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Pr
 def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]:
     """Return two problems with equal results.
 
-    The first has biases of -inf at the closed entries, and the second lacks these entries.
+    In the first, the columns in ``closed`` have a bias of -inf. The second lacks these columns.
     """
     shut, reduced = replace(problem), replace(problem)
     for name in ("student_head", "teacher_head"):
@@ -189,14 +189,17 @@ def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]
 
 
 def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:
-    """Return the loss that ``solver`` gives; ``solver`` takes the arguments of the op."""
+    """Return the loss of a problem by ``solver``, a function with the arguments of the op."""
     return solver(*problem.args(), **{**problem.options, **options})
 
 
 def solve(
     solver: Callable[..., Tensor], problem: Problem, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Gradients]:
-    """Return ``(loss, gradients)``. ``upstream`` is the gradient of a loss that is not a scalar."""
+    """Return ``(loss, gradients)`` of a problem by ``solver``.
+
+    ``upstream`` is the gradient of a loss that is not a scalar.
+    """
     loss = loss_of(solver, problem, **options)
     return loss, problem.gradients(loss, grad_outputs=upstream)
 
@@ -204,7 +207,7 @@ def solve(
 def objective(
     problem: Problem, function: Callable[..., Any] = distillation_loss, **options: Any
 ) -> Any:
-    """Return the output of the whole objective. The last pair of hidden states is the final one."""
+    """Return the output of the whole objective. The last pair of states is the final outputs."""
     return function(
         problem.student_hidden[:-1],
         problem.teacher_hidden[:-1],
@@ -217,12 +220,12 @@ def objective(
 
 
 def ours(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
-    """Return ``(loss, gradients)`` of the library."""
+    """Return ``(loss, gradients)`` of a problem, computed by the library."""
     return solve(symmetric_lens_loss, problem, **options)
 
 
 def oracle(problem: Problem, upstream: Tensor | None = None, **options: Any) -> Any:
-    """Return ``(loss, gradients)`` of the dense oracle, on float64 copies of the problem."""
+    """Return ``(loss, gradients)`` of a problem in float64, computed by the dense oracle."""
     for name in ("backend", "workspace_bytes", "grad_threshold"):
         options.pop(name, None)
     if upstream is None and options.get("reduction") == "none":
@@ -241,9 +244,9 @@ def check(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Gradients]:
-    """Compare loss and gradients with the oracle.
+    """Compare the library's loss and gradients with the oracle's.
 
-    The oracle solves ``truth`` instead, if it is given.
+    The oracle solves ``truth`` if it is given, and otherwise the same problem.
     """
     expected, expected_grads = oracle(truth or problem, upstream, **options)
     if upstream is None and expected.dim() > 0:
@@ -261,9 +264,9 @@ def check_beside(
     loss_limit: Callable[[float], float],
     limit: Callable[[float], float],
 ) -> None:
-    """Compare ``got`` with the truth.
+    """Check that the errors of ``got`` are within limits.
 
-    The limits are functions of the error of ``baseline``, which is another solution.
+    Each limit is a function of the error of ``baseline``, another solution of the same problem.
     """
     (base, base_grads), (loss, grads), (expected, expected_grads) = baseline, got, truth
     error, most = relative_error(loss, expected), loss_limit(relative_error(base, expected))
@@ -278,9 +281,9 @@ def check_beside(
 
 
 def plain_torch(problem: Problem, **options: Any) -> tuple[Tensor, Gradients]:
-    """Return ``(loss, gradients)`` of plain torch.
+    """Return ``(loss, gradients)`` of a problem, computed by plain torch.
 
-    Logits have the inputs' dtype, and log-softmax is in float32.
+    Logits have the dtype of the inputs, and log-softmax is in float32.
     """
     return solve(_plain_torch, problem, **options)
 
@@ -322,7 +325,7 @@ def _pointwise(divergence: str, lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
-    """Return the shape of a small call. Its device need not exist on this machine."""
+    """Return the sizes of a small call on a device, which this machine need not have."""
     dtype = torch.float64 if fp64 else torch.float32
     sizes = {"tokens": 8, "vocab_size": 16, "student_width": 4, "teacher_width": 4}
     needs = {"head_grad": True, "hidden_grad": True, "workspace_bytes": 1 << 20}
@@ -333,7 +336,7 @@ def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
 
 
 def recorded(monkeypatch: Any, owner: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
-    """Return a list to which every call of the function adds its arguments and its result."""
+    """Return a list that receives the arguments and the result of each call of a function."""
     calls, function = [], getattr(owner, name)
 
     def recorder(*args: Any) -> Any:
@@ -352,7 +355,7 @@ class _Captured(Exception):
 def capture_call(monkeypatch: Any, problem: Problem, whole: bool = False, **options: Any) -> Any:
     """Return the LossCall that the op would pass to its backend.
 
-    ``whole`` selects the whole objective.
+    With ``whole``, the op is the whole objective.
     """
     calls: list[LossCall] = []
 

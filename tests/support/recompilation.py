@@ -1,4 +1,4 @@
-"""A series of calls in which only the first call may compile kernels.
+"""A series of calls of which only the first may compile kernels.
 
 As a program, this module needs no GPU. It computes the key of each kernel that Triton would compile
 for an H100, and prints the number of keys after each call. ``TRITON_INTERPRET`` must be unset.
@@ -31,13 +31,13 @@ CALLS = [
     {**FIRST, "scale": 0.25},
     {**FIRST, "softcap": 1.0},
     {**FIRST, "beta": 0.9},
-    # A kd_ratio of 0 would leave out the teacher and use another kernel.
+    # A kd_ratio of 0 is not tested: it would leave out the teacher and run another kernel.
     {**FIRST, "kd_ratio": 0.9},
 ]
 
 
 def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **numbers: float) -> None:
-    """Run every kernel: once in the whole objective with labels, once in lenses without a mask."""
+    """Run every kernel: in the whole objective with labels, and in a lens loss without a mask."""
 
     scale, softcap = numbers.pop("scale"), numbers.pop("softcap")
 
@@ -61,7 +61,7 @@ def run(device: torch.device, tokens: int, vocab: int, kd_ratio: float, **number
 
 
 def main() -> None:
-    """Print the number of keys of compiled kernels after each call."""
+    """Print how many different kernels were compiled after each call."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime import jit

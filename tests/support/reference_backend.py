@@ -1,4 +1,4 @@
-"""The dense float64 oracle as a backend called ``reference``, added as CONTRIBUTING describes."""
+"""The dense float64 oracle as the backend ``reference``, added in the way of CONTRIBUTING."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference import dense
 
 
 def rows(call: LossCall) -> Tensor:
-    """Return the loss of each pair and token of a call in float64; masked tokens have 0."""
+    """Return the loss of each pair and token of a call, in float64. Masked tokens have loss 0."""
     every = torch.arange(call.row_weight.shape[1])
     kept = every if call.mask is None else every[call.mask]
     values = dense.rows(
@@ -34,9 +34,9 @@ def rows(call: LossCall) -> Tensor:
 
 
 def evaluate(call: LossCall) -> LossResult:
-    """Return the losses of a call and their gradients, by autograd.
+    """Return the losses of a call, and their gradients by autograd.
 
-    Autograd is off inside an operator, so this runs in another thread.
+    This runs in another thread, because autograd is off inside a custom operator.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_evaluate, call).result()

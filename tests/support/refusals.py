@@ -1,4 +1,4 @@
-"""Small calls for tests of errors, and a check of the error that a bad argument raises."""
+"""Small calls for tests of error messages, and a function that checks the raised error."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def small_objective(student=(S,), teacher=(T,), student_final=S, teacher_final=T
 
 
 def refused(error, words, function, *args, **kwargs):
-    """Fail unless the call raises exactly this error and its message contains these words."""
+    """Fail unless the call raises exactly this class of error and its message has all ``words``."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     assert type(caught.value) is error

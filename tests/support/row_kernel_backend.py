@@ -1,4 +1,4 @@
-"""The backend ``row_kernel``: the ``torch`` backend as on a GPU, with an interpreted kernel."""
+"""The backend ``row_kernel``: ``torch`` as it runs on a GPU, with an interpreted row kernel."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lens_kernels.backends.torch import row_chunks
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.dispatch import REGISTRY, Backend
 
-LANES = 16  # each lane reads 8 entries
+LANES = 16  # a kernel step reads LANES * 8 entries of a row
 
 
 def evaluate(call: LossCall) -> LossResult:
@@ -18,7 +18,7 @@ def evaluate(call: LossCall) -> LossResult:
     from lens_kernels.backends.triton.kernels import row_pass
 
     interpreter.prepare()
-    # With small steps, a row of a test problem takes several steps, and the interpreter is faster.
+    # In small steps, a row of a test problem takes several of them, and the interpreter is faster.
     with mock.patch.dict(row_pass.OPTIONS, LANES=LANES):
         return row_chunks.evaluate(call, RowKernelPass)
 

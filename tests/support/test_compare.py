@@ -1,4 +1,4 @@
-"""The comparison accepts rounding and rejects wrong values."""
+"""Tests of the comparison: it accepts rounding errors and rejects wrong values."""
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ import torch
 
 KINDS = """cohere gemma2 gemma3 gemma3_text gpt2 gpt_neox granite llama mistral olmo2 opt phi phi3
 qwen2 qwen3""".split()
-EPS = 0.02  # large enough to change the result of a norm visibly
+EPS = 0.02  # a large eps, which visibly changes the result of a norm
 
 
 def model(
@@ -19,9 +19,9 @@ def model(
     seed: int = 0,
     **options: Any,
 ):
-    """Return a random model.
+    """Return a tiny model with random weights.
 
-    Its norms and biases are random too, and ``options`` change its config.
+    Its norms and biases are random too. ``options`` are entries of its config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,7 +51,7 @@ def model(
 
 
 def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
-    """Return the config settings that only this model family has."""
+    """Return the config entries that only models of this type have."""
     inner = {"intermediate_size": 2 * width}
     heads = {"num_key_value_heads": 1}
     rms = {**inner, **heads, "rms_norm_eps": EPS, "head_dim": width // 2}
@@ -82,7 +82,7 @@ def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
 
 
 def _with_images(text: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a model with images, whose text part has the settings ``text``."""
+    """Return the config of a model that reads images. ``text`` is the config of its text part."""
     vision = {
         "hidden_size": 8,
         "intermediate_size": 8,
@@ -95,7 +95,7 @@ def _with_images(text: dict[str, Any]) -> dict[str, Any]:
         "text_config": text,
         "vision_config": vision,
         "mm_tokens_per_image": 4,
-        # This index is outside the vocabulary, so that no text contains an image.
+        # The id of the image token is outside the vocabulary, so that no text contains an image.
         "image_token_index": text["vocab_size"],
         "initializer_range": 0.5,
         "tie_word_embeddings": text.get("tie_word_embeddings", True),
@@ -103,7 +103,7 @@ def _with_images(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer(vocab: int = 64):
-    """Return a tokenizer whose tokens are single characters."""
+    """Return a tokenizer that makes each character a token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Tiny trainings: data, trainers without shuffling, and comparisons of training steps."""
+"""Short trainings of tiny models: data, trainers without shuffling, and comparisons of steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TEACHER = {"layers": 4, "width": 24, "seed": 2}
 
 
 class InOrder(LensDistillTrainer):
-    """A trainer that does not shuffle. Older transformers versions have no option for this."""
+    """A trainer that does not shuffle its data, for transformers versions without this option."""
 
     def _get_train_sampler(self, *_: Any) -> SequentialSampler:
         return SequentialSampler(self.train_dataset)
@@ -29,7 +29,7 @@ def tokens(batch: int = 8, length: int = 10, vocab: int = 64) -> torch.Tensor:
 def uneven_data() -> list[dict[str, torch.Tensor]]:
     """Return examples with different numbers of labels.
 
-    Only one label of the first example counts.
+    The first example has only one label that counts.
     """
     ids = tokens()
     labels = ids.clone()
@@ -39,7 +39,7 @@ def uneven_data() -> list[dict[str, torch.Tensor]]:
 
 
 def batch_of(examples: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the token ids and the labels of examples of equal length, each as one tensor."""
+    """Return the token ids and the labels of equally long examples, as two tensors."""
     ids, labels = (torch.stack([x[key] for x in examples]) for key in ("input_ids", "labels"))
     return ids, labels
 
@@ -55,9 +55,9 @@ def make_trainer(
     kind: type[LensDistillTrainer] = InOrder,
     **options: Any,
 ) -> LensDistillTrainer:
-    """Return a trainer of tiny models.
+    """Return a trainer for a tiny student.
 
-    ``teacher`` is a model, True for a tiny one, or False for none.
+    ``teacher`` is a model, True for a tiny model, or False for none.
     """
     defaults = {
         "max_steps": 2,
@@ -90,7 +90,7 @@ def make_trainer(
 
 
 def trained(folder: Any, **options: Any) -> LensDistillTrainer:
-    """Return a trainer after its training."""
+    """Create a trainer, train, and return the trainer."""
     trainer = make_trainer(folder, **options)
     trainer.train()
     return trainer
@@ -105,7 +105,7 @@ def logged(trainer: LensDistillTrainer, key: str = "loss", having: str = "loss")
 
 
 def assert_same_step(start: Any, one: Any, other: Any, relative: float = 1e-5) -> None:
-    """Check that the weights ``one`` and ``other`` are equal.
+    """Check that two trainings from ``start`` give the same weights, ``one`` and ``other``.
 
     The error is relative to how far ``one`` moved from ``start``.
     """

@@ -141,6 +141,7 @@ def test_auto_never_chooses_the_interpreter():
         (CPU, True, "float32.*float64.*backend='torch'"),
         (CUDA, True, "float32.*float64.*backend='torch'"),
     ],
+    ids=["mps", "cpu", "cuda"],
 )
 def test_unsupported_tensors_are_refused_with_the_reason(device, fp64, reason):
     with pytest.raises(RuntimeError, match=reason):

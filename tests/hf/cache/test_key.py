@@ -14,7 +14,7 @@ from lens_kernels.hf.cache import store
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-HANG = 120  # a thread counts as hung after this many seconds
+HANG = 120  # a thread that runs for more seconds than this has hung
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},
@@ -69,7 +69,7 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
 def test_boundaries_between_examples_change_the_key(model):
     both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
     moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
-    # ``one`` and ``two`` hold the same sequence of numbers, divided differently.
+    # Both hold the same sequence of numbers, but divide it into examples differently.
     one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
     cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
     assert len({key_of(model, examples).data for examples in cuts}) == 6
@@ -117,7 +117,7 @@ def test_adapters_change_the_key():
     model = adapted(4)
     want = key_of(model)
     assert key_of(adapted(4)) == want
-    # The weights are equal, but the adapter's scale differs.
+    # Only the adapter's scale differs. The weights are equal.
     assert key_of(adapted(8)).model != want.model
     with model.disable_adapter():
         assert key_of(model).model != want.model
@@ -126,7 +126,7 @@ def test_adapters_change_the_key():
 
 
 def states(batch):
-    """Return random states with the shapes that the cache expects."""
+    """Return random states in the shapes that the cache expects."""
     return [
         {name: torch.randn(len(counted_positions(x["labels"])), 3) for name in ("layer_1", "final")}
         for x in batch
@@ -191,7 +191,7 @@ def test_build_refuses_a_full_disk_before_writing(tmp_path, model, monkeypatch):
 
 @pytest.mark.parametrize("shown", [True, False])
 def test_progress_counts_examples_and_can_be_silenced(tmp_path, model, capsys, shown):
-    # The first call builds the cache, and the second one finds it.
+    # The first call builds the cache, and the second call opens it.
     for _ in range(2):
         build(tmp_path, key_of(model), batch_size=1, progress=shown)
         printed = capsys.readouterr().err
@@ -209,7 +209,7 @@ def test_build_disables_gradients_and_reports_size_and_summary(tmp_path, model):
 
 
 def test_second_builder_of_a_cache_waits_for_the_first(tmp_path, model, monkeypatch):
-    """A second process that opens a cache waits for the one that builds it.
+    """A second process that opens a cache waits until the first has built it.
 
     Here both are threads. The first continues only after the second has logged that it waits.
     """

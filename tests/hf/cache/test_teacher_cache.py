@@ -16,12 +16,12 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 from tests.support import tiny
 
 LAYERS = (1, 3)
-# The nine examples make three shards.
+# Nine examples, with 4 in each shard, make three shards.
 BATCH, SHARD = 2, 4
 
 
 def make_examples():
-    """Return nine examples of several lengths. Three of them have no counted token."""
+    """Return nine examples of different lengths. In three of them, no token counts in the loss."""
     generator, made = torch.Generator().manual_seed(0), []
     for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
@@ -66,7 +66,10 @@ def key(model, examples):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory, model, examples, key):
-    """Return a folder with a cache. Tests that change the cache use the copy ``own`` instead."""
+    """Return a folder with a complete cache.
+
+    Tests must not change it. They may change its copy, ``own``.
+    """
     folder = tmp_path_factory.mktemp("cache")
     build(folder, key, examples, Teacher(model))
     return folder
@@ -124,10 +127,10 @@ def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, example
     before = len(pickle.dumps(cache))
     for ids in ([8, 0, 5, 0, 1, 3, 8], [4, 7], [2], torch.tensor([6, 0, 8])):
         assert_same(cache.rows(ids), expected(model, examples, ids))
-    # Only two shards stay mapped. Shard 1 was used least recently.
+    # At most two shards stay mapped. Shard 1 was used longest ago.
     assert list(cache._mapped) == [0, 2]
     assert len(pickle.dumps(cache)) == before
-    # These ids name no example, or only examples without counted tokens.
+    # The first list has no ids. The second has only examples in which no token counts.
     for ids in ([], [1, 4, 7]):
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
@@ -161,7 +164,7 @@ def test_unknown_examples_are_refused(built, key):
 def test_two_builds_write_identical_files_and_leave_no_partial_files(
     built, tmp_path, model, examples, key
 ):
-    # An interrupted first write leaves a partial manifest.
+    # A first build that was interrupted leaves a partial manifest.
     (tmp_path / "manifest.json.partial").write_text("{")
     build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)
@@ -212,10 +215,10 @@ def test_build_replaces_damaged_shards_and_open_or_build_refuses_them(
     flip(own / "shard-00001.safetensors")
     with pytest.raises(ValueError, match="shard-00001.safetensors is damaged"):
         build(own, key, examples, teacher, make=TeacherCache.open_or_build)
-    # Existing shards keep their size.
+    # The new batch size and shard size apply only to new shards: existing shards are kept.
     build(own, key, examples, teacher, batch_size=1, shard_examples=1)
     assert teacher.calls == [1, 1, 1, 1]
-    # Another batch size gives equal states, because ``Teacher`` runs the examples one by one.
+    # The batch size does not change the states, because ``Teacher`` runs one example at a time.
     assert files(own) == files(built)
 
 
@@ -254,7 +257,7 @@ def test_open_refuses_damaged_files(own, key, file, change, match):
 
 
 def craft(folder, change):
-    """Change the manifest and update its checksum."""
+    """Change the manifest and give it a matching checksum."""
     fields = json.loads((folder / "manifest.json").read_text())
     del fields["checksum"]
     change(fields)
@@ -316,7 +319,7 @@ def masked(examples):
     return [x | {"attention_mask": [1] * len(x["labels"])} for x in examples]
 
 
-# Each case: an argument of ``CacheKey.of``, a change of this argument, and the error message.
+# Each case has an argument of ``CacheKey.of``, a change of this argument, and the expected message.
 @pytest.mark.parametrize(
     ("argument", "change", "match"),
     [
@@ -330,6 +333,18 @@ def masked(examples):
         ("tokenizer", lambda x: x.add_tokens(["new"]), "made with another tokenizer"),
         ("tokenizer", None, "made with another tokenizer"),
         ("dtype", None, "another dtype: found float32, expected bfloat16"),
+    ],
+    ids=[
+        "weight",
+        "rotary",
+        "config",
+        "labels",
+        "order",
+        "mask",
+        "layers",
+        "vocabulary",
+        "tokenizer",
+        "dtype",
     ],
 )
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The evaluation of saved models: the scores, and the files with the scores."""
+"""The evaluation of saved models: its scores, and the files that it writes."""
 
 import json
 import re
@@ -82,7 +82,7 @@ def test_adapter_answers_alike_before_and_after_merging():
         ("prompt_style", "poem", "prompt_style must be"),
         ("max_prompt_length", 1, "raise max_prompt_length"),
         ("rouge_tokenizer", "en", "english, unicode"),
-        ("output", __file__, __file__),
+        pytest.param("output", __file__, __file__, id="output"),
     ],
 )
 def test_everything_is_checked_before_the_model_is_loaded(

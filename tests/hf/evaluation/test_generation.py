@@ -1,4 +1,4 @@
-"""Generated answers of tiny models, their ROUGE-L, and the held-out cross entropy."""
+"""Answers that tiny models generate, their ROUGE-L, and the cross entropy on held-out data."""
 
 import statistics
 import sys
@@ -17,13 +17,14 @@ from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.training.data import Collator, Row, prompt_ids
 from tests.support import tiny
 
-# The prompts have three lengths. The padding id, 1, is inside one prompt and begins another.
+# The prompts have three lengths. The padding id, 1, occurs inside one prompt and at the start of
+# another.
 PROMPTS = [[5, 6, 7], [8, 1, 9, 10, 11, 12, 13], [1, 14], [20, 21, 22]]
 MANY = [[i, i + 1] for i in range(5, 25)]
 
 
 def greedy(model, prompt, count):
-    """Return the ids of the greedy answer, computed without padding and without a cache."""
+    """Return the token ids of the greedy answer, without padding and without a key-value cache."""
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
@@ -35,7 +36,7 @@ def greedy(model, prompt, count):
 
 
 def undecoded():
-    """Return a tokenizer whose ``decode`` returns the ids unchanged."""
+    """Return a tokenizer whose ``decode`` returns the token ids themselves."""
     tokenizer = tiny.tokenizer()
     tokenizer.decode = lambda ids, skip_special_tokens: ids
     return tokenizer
@@ -51,14 +52,15 @@ def test_rouge_l_is_100_times_the_f_measure_of_the_best_reference():
     ("text", "other", "expected"),
     [
         ("été", "été", 100),
-        # Two of three words match.
+        # Two of the three words are equal.
         ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),
-        # In Chinese, each character is a word.
+        # In Chinese, each character counts as a word.
         ("猫坐着", "猫坐下", 200 / 3),
         ("हिन्दी में", "हिन्दी में", 100),
         ("ไทย", "ไท", 80),
         ("mot", "été", 0),
     ],
+    ids=["equal", "accents", "chinese", "hindi", "thai", "different"],
 )
 def test_rouge_l_of_text_in_any_script(text, other, expected):
     with warnings.catch_warnings():
@@ -87,6 +89,7 @@ def test_words_of_a_text():
         (["a"], ["a"], TypeError, r"references\[0\] must be a list of texts, got a str"),
         (["a"], [[]], ValueError, r"references\[0\] must hold at least one text"),
     ],
+    ids=["lengths", "empty", "text", "no_reference"],
 )
 def test_rouge_l_refuses_bad_arguments(predictions, references, error, message):
     with pytest.raises(error, match=message):
@@ -104,7 +107,7 @@ def test_missing_rouge_score_raises_before_generation(monkeypatch):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_greedy_answers_match_unpadded_decoding_in_order(kind, batch_size):
     model, expected = tiny.model(kind), [greedy(tiny.model(kind), x, 12) for x in PROMPTS]
-    # ``generate`` ignores the model's own settings, and restores them.
+    # ``generate`` must ignore these settings of the model, and must not change them.
     saved = model.generation_config
     saved.repetition_penalty, saved.min_new_tokens = 9.0, 12
     options = {"max_new_tokens": 12, "batch_size": batch_size, "do_sample": False}
@@ -141,7 +144,7 @@ def test_samples_follow_the_models_distribution(options):
     seen = [answers.count([] if token == 1 else [token]) / count for token in ids.tolist()]
     assert sum(seen) == pytest.approx(1) and 1 < (probabilities > 0).sum()
     for found, probability in zip(seen, probabilities.tolist(), strict=True):
-        # The error may be at most 4.5 standard deviations.
+        # The allowed error is 4.5 standard deviations of the observed share.
         assert abs(found - probability) <= 4.5 * (probability / count) ** 0.5 + bool(found) / count
 
 
@@ -251,6 +254,7 @@ def test_greedy_decoding_uses_only_the_first_seed():
         ("seeds", (1, 2, 1), r"all different, got \[1, 2, 1\]"),
         ("max_prompt_length", 1, "max_prompt_length=1 .* all of the 3 rows are longer"),
     ],
+    ids=["no_seed", "equal_seeds", "short_prompts"],
 )
 def test_evaluate_rouge_refuses_bad_arguments(name, value, message):
     with pytest.raises(ValueError, match=message):
@@ -287,7 +291,7 @@ def test_cross_entropy_of_a_low_precision_model_is_summed_in_float32():
 def test_held_out_ce_refuses_unlabelled_data_and_a_batch_size_of_0():
     first_only = [
         {"input_ids": [5, 6], "labels": [5, -100]}
-        # The only label is that of the first token, which no position predicts.
+        # The only label is that of the first token, which is predicted from no position.
     ]
     with pytest.raises(ValueError, match="examples must hold a label"):
         held_out_ce(tiny.model(), first_only, Collator(1))

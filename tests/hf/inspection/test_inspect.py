@@ -1,4 +1,4 @@
-"""Lens readings and divergences agree with plain torch, and bad arguments raise an error."""
+"""Lens readings and divergences agree with plain torch, and invalid arguments raise an error."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
 
 
 def probabilities(model, ids, depth, lens_norm=True):
-    """Return the lens distribution of a Llama at ``depth``, computed by the model's own modules."""
+    """Return the lens distribution of a Llama at ``depth``, using the model's own norm and head."""
     with torch.no_grad():
         out = model(torch.tensor([ids]), output_hidden_states=True)
         if depth == model.config.get_text_config().num_hidden_layers:
@@ -96,7 +96,7 @@ def test_compare_gives_the_divergences_of_the_lens_distributions(student, teache
         truth = true_divergence(name, p, q, 0.3)
         torch.testing.assert_close(c.divergence, truth, **CLOSE)
         assert c.mean == pytest.approx(truth.mean().item(), rel=1e-4)
-    # This teacher has fewer blocks than the student.
+    # This teacher has one block, fewer than the student.
     shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)
     found = ins.compare(readings[0], shallow)
     assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]
@@ -163,7 +163,7 @@ def test_token_text_makes_invisible_characters_visible():
     texts = [inspecting.token_text(tokenizer, i) for i in range(len(ODD))]
     assert texts[:4] == ODD[:4] and texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
     tokenizer.convert_ids_to_tokens = lambda token: "▁the"
-    # Some tokenizers drop the leading space when they decode a single token.
+    # When they decode a single token, some tokenizers drop its leading space.
     for decoded in ("the", " the"):
         tokenizer.decode = lambda ids, decoded=decoded: decoded
         assert inspecting.token_text(tokenizer, 3) == "␣the"

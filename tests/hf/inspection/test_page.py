@@ -43,7 +43,10 @@ def test_data_json_holds_every_number(inspected, output):
 
 
 class Page(HTMLParser):
-    """Parses a page into its tags and lens tables, as ``{depth: [(text, classes, detail)]}``."""
+    """Parses a page into tags and lens tables.
+
+    A table is a dict ``{depth: [(text, classes, detail)]}``.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -128,7 +131,7 @@ def test_page_is_one_file_and_escapes_tokens_texts_and_names(inspected, output):
 
 @pytest.fixture(scope="module")
 def drawn(inspected, tmp_path_factory):
-    """Return a dict of the figures by file name, and the folder with their files."""
+    """Return the drawn figures by file name, and the folder with their files."""
     kept, save = {}, Figure.savefig
     folder = tmp_path_factory.mktemp("drawn")
 
@@ -181,13 +184,14 @@ def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspecte
             right = [token] == TEXT[x + 1 : x + 2]
             shown = figures.fit(token_text(OddTokenizer(), token))
             assert cell == (shown, "bold" if right else "normal")
-        assert axes.get_ylim()[0] < axes.get_ylim()[1]  # the last block is at the top
+        # The y axis points up, so the last block is at the top.
+        assert axes.get_ylim()[0] < axes.get_ylim()[1]
         (image,) = axes.images
         assert image.get_clim() == (0, inspected.max_entropy)
         torch.testing.assert_close(torch.from_numpy(image.get_array().data), reading.entropy)
         labels = axes.get_xticklabels()
         assert [t.get_text() for t in labels] == [figures.fit(t) for t in inspected.tokens]
-        # Dollar signs in a token must not start a formula.
+        # Dollar signs in tokens must not be read as formulas.
         assert not any(t.get_parse_math() for t in (*labels, *axes.texts))
 
 

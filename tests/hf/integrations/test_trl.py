@@ -1,4 +1,4 @@
-"""TRL's trainers with a lens take two steps, whose losses match dense float64 torch."""
+"""TRL's trainers with a lens train for two steps, with losses that match dense float64 torch."""
 
 import pytest
 import torch
@@ -76,7 +76,7 @@ def make(kind, folder, **options):
 
 
 def dense_kl(trainer, batch):
-    """Return the summed forward KL of a batch's labelled tokens, from both models' logits."""
+    """Return the forward KL of a batch's labelled tokens, summed, from both models' logits."""
     inputs = {name: x for name, x in batch.items() if name != "labels"}
     counted = batch["labels"][:, 1:] != -100
     with torch.no_grad():
@@ -98,7 +98,8 @@ def test_trainer_takes_the_lens_loss(kind, tmp_path):
     batches = []
 
     def compare(objective, args, outcome):
-        if len(batches) < 2:  # the student has not changed yet
+        # The first two batches come before the first update, so the student has not changed yet.
+        if len(batches) < 2:
             batches.append((args[0]["labels"], outcome.num_tokens, args[1]))
             torch.testing.assert_close(
                 outcome.sums["kd"].double(), dense_kl(trainer, args[0]), rtol=1e-4, atol=1e-6
@@ -130,8 +131,8 @@ def test_only_answers_are_trained_on(tmp_path):
     for batch in seen:
         labelled = batch["labels"] != -100
         assert (batch["labels"][labelled] == batch["input_ids"][labelled]).all()
-        # Prompts are padded on the left and answers on the right, so the labels of a row are
-        # contiguous.
+        # The padding is to the left of prompts and to the right of answers, so the labels of a row
+        # are contiguous.
         starts = labelled.int().diff(dim=1).eq(1).sum(1)
         assert (starts == 1).all() and labelled.sum(1).le(4).all()
         assert batch["attention_mask"][labelled].all()

@@ -1,4 +1,7 @@
-"""The lens is detected numerically, a wrong lens is refused, and the model does not change."""
+"""The lens is detected from a model's outputs, and a wrong lens is refused.
+
+Neither changes the model.
+"""
 
 import dataclasses
 
@@ -56,7 +59,7 @@ def with_map(lens, **changes):
     ],
 )
 def test_planted_mistakes_are_refused(kind, change, dtype):
-    # The eps has a usual size, so that large hidden states would hide a wrong eps.
+    # With an eps of usual size, large hidden states would hide a wrong eps.
     eps = {"gpt2": "layer_norm_epsilon", "cohere": "layer_norm_eps"}.get(kind, "rms_norm_eps")
     model = tiny.model(kind, **{eps: 1e-5}).to(dtype)
     lens = detect_lens(model)
@@ -104,7 +107,7 @@ def test_blocks_may_return_lists_and_blocks_that_do_not_run_are_left_out():
 
 
 class Unpacking(nn.ModuleList):
-    """A list whose slices hold blocks that return only the first entry of their output."""
+    """A list of blocks whose slices wrap each block, so that it returns only its first output."""
 
     def __getitem__(self, index):
         if isinstance(index, slice):
@@ -244,7 +247,7 @@ def test_a_lens_is_found_once_until_a_part_or_the_config_changes(monkeypatch):
     del model.model.layers[3]
     model.config.num_hidden_layers = 3
     assert len(anatomy.blocks_of(model)) == 3 and len(found) == 4
-    model.config.pad_token_id = 7  # the lens does not depend on this entry
+    model.config.pad_token_id = 7  # the lens does not depend on the padding token
     lens_head_from(model)
     assert len(found) == 4
 

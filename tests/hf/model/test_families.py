@@ -1,4 +1,4 @@
-"""The lens of every tiny model reproduces its logits. Wrong lenses and families are refused."""
+"""The lens of every tiny model gives the model's logits. Wrong lenses and families are refused."""
 
 import dataclasses
 import sys
@@ -35,7 +35,7 @@ LORA = peft.LoraConfig
 
 @pytest.fixture
 def register():
-    """Return a function that registers a family with wrong settings, until the test ends."""
+    """Return a function that registers a changed family. The registration ends with the test."""
 
     def change(kind, **changes):
         register_family(kind, dataclasses.replace(NAMED[kind], **changes))
@@ -45,7 +45,7 @@ def register():
 
 
 def outputs_of(model):
-    """Return the outputs of the blocks, of the final norm and of the model."""
+    """Return the outputs of all blocks, of the final norm, and of the whole model."""
     outputs = []
     modules = [*fam.blocks_of(model), fam.final_norm_of(model)]
     hooks = [x.register_forward_hook(lambda m, a, out: outputs.append(out)) for x in modules]
@@ -62,7 +62,10 @@ def read(head: LensHead, h):
 
 
 def assert_reproduced(model):
-    """Check that the lens of the last block gives the model's logits, and return all outputs."""
+    """Check that the lens of the last block gives the model's logits.
+
+    Return the outputs of blocks, final norm and model.
+    """
     hidden, final, out = outputs_of(model)
     with torch.no_grad():
         found = read(lens_head_from(model), hidden[-1])
@@ -103,10 +106,20 @@ def test_lens_head_reads_scale_and_softcap_from_the_current_config():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma2", {"softcap": None}),
-        ("gemma3", {"softcap": "final_logit_softcapping"}),  # Gemma 3 ignores this setting
+        # Gemma 3 itself ignores this config entry.
+        ("gemma3", {"softcap": "final_logit_softcapping"}),
         ("gpt2", {"norm_kind": "rms"}),
     ],
-    ids=str,
+    ids=[
+        "gemma2-offset",
+        "llama-offset",
+        "cohere-scale",
+        "granite-divisor",
+        "granite-scale",
+        "gemma2-softcap",
+        "gemma3-softcap",
+        "gpt2-norm",
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_wrong_family_is_refused_and_a_right_one_gives_the_detected_lens(
@@ -123,7 +136,7 @@ def test_a_wrong_family_is_refused_and_a_right_one_gives_the_detected_lens(
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # the text of the check has more tokens
+    model = tiny.model(vocab=3)  # the check uses more tokens than 3
     verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verify_lens(model)
@@ -133,8 +146,8 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
 def test_a_padding_row_of_zeros_is_no_difference(kind):
     """An embedding of zeros passes the check.
 
-    New models have such an embedding if they set a padding token, as gemma2, gemma3 and cohere do
-    by default.
+    A new model has such an embedding if its config sets a padding token, which is the default for
+    gemma2, gemma3 and cohere.
     """
     model = tiny.model(kind, pad_token_id=0)
     model.get_input_embeddings().weight.data[0] = 0.0
@@ -150,7 +163,7 @@ def test_autocast_around_or_inside_the_model_changes_no_verdict(register, kind):
         verify_lens(model)
         assert fam.detect_lens(tiny.model(kind)) == detected
         assert torch.is_autocast_enabled("cpu")
-        # An error of 2 % would pass as rounding if the check ran under autocast.
+        # Under autocast, the check would accept an error of 2 % as rounding.
         hook = model.lm_head.register_forward_hook(lambda module, args, output: 1.02 * output)
         with pytest.raises(ValueError, match="does not reproduce the model's logits"):
             verify_lens(model)
@@ -231,7 +244,7 @@ def test_invalid_families_are_refused(field, value, error, message):
         ({"blocks": "model"}, TypeError, r"'model' of Llama.* must be the nn\.ModuleList .*LlamaM"),
         ({"softcap": "cap"}, ValueError, "config of LlamaForCausalLM has no entry 'cap'"),
     ],
-    ids=str,
+    ids=["no_module", "no_list", "no_entry"],
 )
 def test_a_family_that_does_not_fit_the_model_is_refused(register, change, error, message):
     register("llama", **change)
@@ -240,7 +253,10 @@ def test_a_family_that_does_not_fit_the_model_is_refused(register, change, error
 
 
 def test_a_model_without_final_norm_has_a_lens():
-    """OPT-350M has no final norm either, but its projection before the head rules out a lens."""
+    """A model without a final norm has a lens without a norm.
+
+    OPT-350M has no final norm, but it projects hidden states before the head, so it has no lens.
+    """
     model = tiny.model("opt", do_layer_norm_before=False)
     assert fam.final_norm_of(model) is None and lens_head_from(model).norm is None
     ids = IDS[:, :7]
@@ -257,7 +273,7 @@ def test_a_model_without_final_norm_has_a_lens():
 
 
 class Packed(torch.Tensor):
-    """A tensor subclass, as in quantization libraries."""
+    """A subclass of torch.Tensor, as quantization libraries use."""
 
 
 @pytest.mark.parametrize(
@@ -278,7 +294,7 @@ def test_lens_head_from_refuses_weights_that_are_not_dense_floats(part, replace,
 
 
 class Adapter(nn.Linear):
-    """A subclass of nn.Linear, as in adapter libraries."""
+    """A subclass of nn.Linear, as adapter libraries use."""
 
 
 def parametrized(norm):
@@ -309,7 +325,8 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            # Some LoRA weights start at zero, so that a new adapter has no effect.
+            # A new LoRA adapter has no effect, because some of its weights are zero. Random weights
+            # change this.
             nn.init.normal_(parameter, std=0.3)
     model.eval()
     inner = model.base_model.model
@@ -347,5 +364,5 @@ def test_prompt_tuning_is_refused():
 
 
 def test_verify_lens_does_not_import_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)  # an import of peft raises an error
+    monkeypatch.setitem(sys.modules, "peft", None)  # any import of peft now raises an error
     verify_lens(tiny.model())

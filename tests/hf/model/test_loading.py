@@ -1,4 +1,4 @@
-"""Models, adapters and tokenizers are loaded from folders and from the Hub's cache."""
+"""Models, adapters and tokenizers are loaded from folders or from the Hub's cache."""
 
 import functools
 import json
@@ -21,7 +21,10 @@ IDS = torch.tensor([[5, 6, 7]])
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Return a folder with a model and an adapter, which has random weights and no tokenizer."""
+    """Return a folder with a model and an adapter.
+
+    The adapter has random weights and no tokenizer.
+    """
     folder = tmp_path_factory.mktemp("files")
     tiny.model().save_pretrained(folder / "model")
     tiny.tokenizer().save_pretrained(folder / "model")
@@ -33,12 +36,12 @@ def files(tmp_path_factory):
 
 @pytest.fixture
 def adapter(files, tmp_path):
-    """Return a copy of the adapter that a test may change."""
+    """Return a copy of the adapter's folder, which a test may change."""
     return shutil.copytree(files / "adapter", tmp_path / "copy")
 
 
 def put_on(adapter, model):
-    """Set the base model in the adapter's config."""
+    """Write the name of the base model into the adapter's config."""
     config = json.loads((adapter / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = str(model)
     (adapter / "adapter_config.json").write_text(json.dumps(config))
@@ -46,7 +49,7 @@ def put_on(adapter, model):
 
 @pytest.fixture
 def saved(files, tmp_path):
-    """Return a copy of the model that a test may change."""
+    """Return a copy of the model's folder, which a test may change."""
     return shutil.copytree(files / "model", tmp_path / "model")
 
 
@@ -86,7 +89,7 @@ def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch)
 
 
 def renamed(file, change):
-    """Rename the keys of a safetensors file, and drop the keys that become None."""
+    """Rename the tensors of a safetensors file by ``change``, and drop those renamed to None."""
     tensors = {change(key): x for key, x in load_file(file).items()}
     tensors.pop(None, None)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -123,9 +126,9 @@ def test_a_config_that_leaves_weights_out_is_refused(saved, change):
 
 @pytest.mark.parametrize("layers", [3, 5])
 def test_an_adapter_of_a_model_of_another_depth_is_refused(saved, adapter, layers):
-    """An adapter of four blocks is refused on three or five blocks.
+    """An adapter for four blocks is refused on a model of three or five blocks.
 
-    Otherwise a part of the adapter or of the model would be ignored silently.
+    Otherwise a part of the adapter would have no effect, or some blocks would have no adapter.
     """
     tiny.model(layers=layers).save_pretrained(saved)
     put_on(adapter, saved)
@@ -189,7 +192,10 @@ def test_a_tokenizer_that_cannot_be_called_is_refused(saved, value):
 @pytest.mark.parametrize("kernel", ["some-one/kernels", "flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_kernels_that_a_config_names_are_not_fetched(saved, key, kernel):
-    """transformers would fetch such kernels from the Hub if no installed package has them."""
+    """A config that names a kernel is refused.
+
+    If no installed package has the kernel, transformers would download it from the Hub.
+    """
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {key: kernel}))
     refused([f"{key}={kernel!r}", "is not run", "remove"], load_model, str(saved))
@@ -283,7 +289,10 @@ def test_no_read_opens_a_connection(files, adapter, hub, connections):
 
 
 def test_a_repository_without_safetensors_is_not_converted(files, saved, hub, connections):
-    """transformers would ask a service on the Hub to convert the repository."""
+    """A repository without safetensors files is refused.
+
+    transformers would ask a service on the Hub to convert it.
+    """
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(b"a pickle")
     words = ["model.safetensors", "save_pretrained"]
@@ -329,7 +338,8 @@ def test_check_tokenizers_compares_token_ids():
 
 
 def test_above_the_shared_vocabulary_only_tokens_of_the_data_are_compared():
-    long, short = tiny.tokenizer(), tiny.tokenizer(vocab=60)  # short lacks "(", ")" and "="
+    # The second tokenizer lacks "(", ")" and "=".
+    long, short = tiny.tokenizer(), tiny.tokenizer(vocab=60)
     check_tokenizers(long, short, 60, [5, 59])
     check_tokenizers(short, long, 60, [5, 59])
     words = [
@@ -339,8 +349,9 @@ def test_above_the_shared_vocabulary_only_tokens_of_the_data_are_compared():
     ]
     refused(words, check_tokenizers, long, short, 60, [5, 61])
     refused(["for 1 tokens: '(' (student 60"], check_tokenizers, long, short, 61)
-    check_tokenizers(long, tiny.tokenizer(), 60, [5, 61])  # these tokenizers are equal
-    # The message suggests the option only where the option would help.
+    # Equal tokenizers pass with any ids.
+    check_tokenizers(long, tiny.tokenizer(), 60, [5, 61])
+    # The message suggests ``vocab_size`` only where this option would help.
     refused(["with vocab_size 60"], check_tokenizers, long, short)
     with pytest.raises(ValueError) as caught:
         check_tokenizers(long, short, ids=[61])

@@ -1,4 +1,4 @@
-"""The layers that lenses compare, and students made of some blocks of their teacher."""
+"""The layers that lenses compare, and students that consist of some blocks of their teacher."""
 
 import peft
 import pytest
@@ -37,7 +37,7 @@ def test_layers_out_of_range_are_refused(number):
 
 
 def skipping(model, blocks, ids):
-    """Return the logits of the model if it runs only ``blocks``."""
+    """Return the logits that the model gives if only ``blocks`` run."""
 
     def skip(module, args, kwargs, output):
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -58,7 +58,7 @@ def skipping(model, blocks, ids):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", [x for x in tiny.KINDS if x != "phi"])
 def test_shallow_copy_equals_the_teacher_without_the_other_blocks(kind, tied):
-    """A copy of some blocks computes what the teacher computes without the other blocks.
+    """A copy of some blocks computes the same as the teacher without the other blocks.
 
     Each block keeps its attention type: blocks 1, 3 and 5 may use a sliding window.
     """
@@ -86,7 +86,7 @@ def test_shallow_copy_can_be_saved_and_loaded(tmp_path):
 
 
 def test_blocks_that_depend_on_their_depth_are_refused():
-    # transformers 4.56 ignores the option in its other attention.
+    # In transformers 4.56, only eager attention supports this option.
     options = {"scale_attn_by_inverse_layer_idx": True, "attn_implementation": "eager"}
     teacher = tiny.model("gpt2", layers=5, **options)
     with pytest.raises(ValueError, match=r"blocks \[2, 4\] of GPT2.*logits differ.*depth"):
@@ -107,7 +107,7 @@ def test_lists_by_layer_are_cut_and_lists_of_ids_are_not():
 
 
 def test_a_shallow_copy_does_not_keep_the_teachers_name(tmp_path):
-    """The copy does not keep the teacher's name.
+    """A shallow copy has no name, although its teacher has one.
 
     Otherwise an adapter of the copy would record the teacher as its base model.
     """
@@ -130,7 +130,7 @@ def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
 
 
 def test_shallow_copy_has_the_teachers_dtypes_and_device():
-    """A copy has the teacher's dtypes and device.
+    """A shallow copy has the teacher's dtypes and device.
 
     Rotary frequencies stay float32, although no checkpoint contains them.
     """
@@ -159,7 +159,7 @@ def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     weight.data = weight.data.to(torch.int8)
     with pytest.raises(TypeError, match=r"'model.layers.1.mlp.up_proj.weight' is not one: merge"):
         shallow_copy(teacher, [1, 2])
-    weight.data = torch.zeros(3)  # packed weights have such shapes
+    weight.data = torch.zeros(3)  # some quantization libraries pack weights into such shapes
     with pytest.raises(TypeError, match="plain floating-point weights.*dequantise"):
         shallow_copy(teacher, [1, 2])
 

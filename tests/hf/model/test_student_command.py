@@ -1,4 +1,4 @@
-"""``lens-kernels student`` writes a copy of some blocks, and refuses what it cannot copy."""
+"""``lens-kernels student`` writes a model of some blocks, and refuses models that it cannot cut."""
 
 import pytest
 import torch

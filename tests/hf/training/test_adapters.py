@@ -1,4 +1,4 @@
-"""An adapter saved by the trainer can be loaded with peft alone, and gives the trained model."""
+"""peft alone can load an adapter that the trainer saved, and gets the trained model."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def auto(folder):
 
 @pytest.fixture(scope="module")
 def run(files, tmp_path_factory):
-    """Return the output folder of a run that trained an adapter on two blocks of the student."""
+    """Return the output folder of a run that trained an adapter on two of the student's blocks."""
     output = tmp_path_factory.mktemp("run") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lens_kernels.hf.training.report.loss_figure", lambda *_: None)
@@ -48,7 +48,7 @@ def test_an_adapter_of_some_blocks_is_saved_with_its_base(files, run):
     assert torch.equal(logits(load_model(str(run))), expected)
     saved = AutoModelForCausalLM.from_pretrained(run / "base_model")
     assert saved.config.num_hidden_layers == 2 and torch.equal(logits(saved), before)
-    # All checkpoints use the base model in the run's folder.
+    # Checkpoints have no base model of their own. They use the one in the run's folder.
     assert not (run / "checkpoint-4" / "base_model").exists()
     assert torch.equal(auto(run / "checkpoint-4"), expected)
     assert not torch.equal(auto(run / "checkpoint-2"), expected)
@@ -60,7 +60,7 @@ def test_a_run_may_be_moved(run, tmp_path):
     config = moved / "adapter_config.json"
     recorded = json.loads(config.read_text())
     assert recorded["base_model_name_or_path"] == str(run / "base_model")
-    # The recorded path holds another base model. The base model beside the adapter is used.
+    # The base model beside the adapter is used, although the recorded path has another base model.
     recorded["base_model_name_or_path"] = str(tmp_path / "other" / "base_model")
     config.write_text(json.dumps(recorded))
     tiny.model(layers=2, seed=9).save_pretrained(tmp_path / "other" / "base_model")
@@ -102,12 +102,12 @@ def adapted(student, **options):
 def test_the_trainer_saves_a_base_that_no_files_hold(tmp_path, kind, tied, dtype):
     modules = ["c_attn"] if kind == "gpt2" else ["q_proj", "mlp.down_proj"]
     base = tiny.model(kind, **STUDENT, tie_word_embeddings=tied)
-    for x in base.parameters():  # rotary frequencies keep their dtype: no file holds them
+    for x in base.parameters():  # buffers such as rotary frequencies stay float32: no file has them
         x.data = x.data.to(dtype)
     student = adapted(base, target_modules=modules)
     trainer = make_trainer(tmp_path / "out", student=student)
     trainer.save_model(str(tmp_path / "elsewhere"))
-    assert not (tmp_path / "out" / "base_model").exists()  # the base is saved in "elsewhere"
+    assert not (tmp_path / "out" / "base_model").exists()  # the base was saved in "elsewhere"
     assert torch.equal(auto(tmp_path / "elsewhere"), logits(student))
 
 
@@ -118,6 +118,6 @@ def test_a_base_of_other_files_is_saved_and_one_on_disk_is_not(files, tmp_path):
     assert torch.equal(auto(tmp_path / "whole"), logits(load_model(str(tmp_path / "whole"))))
     cut = AutoModelForCausalLM.from_pretrained(files / "student")
     cut.model.layers, cut.config.num_hidden_layers = cut.model.layers[:2], 2
-    student = adapted(cut)  # its config names the files of the whole model
+    student = adapted(cut)  # the config still names the files of all blocks
     make_trainer(tmp_path / "cut", student=student, num_lens_pairs=1).save_model()
     assert torch.equal(auto(tmp_path / "cut"), logits(student))

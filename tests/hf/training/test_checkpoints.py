@@ -1,4 +1,4 @@
-"""A run resumes from its last checkpoint that is complete and readable."""
+"""A run resumes from its last complete and readable checkpoint."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ NEEDED += ["rng_state.pth", "mse_projections.safetensors"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Return the output folder of a run with two checkpoints."""
+    """Return the output folder of a run that wrote two checkpoints."""
     output = tmp_path_factory.mktemp("run")
     make_trainer(output, **EVERY).train()
     return output
@@ -27,12 +27,12 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def output(run, tmp_path):
-    """Return a copy of the run that a test may change."""
+    """Return a copy of the run's folder, which a test may change."""
     return shutil.copytree(run, tmp_path / "run")
 
 
 def cut(file):
-    """Truncate a file, as a full disk does."""
+    """Cut off the end of a file, as a full disk does."""
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
@@ -114,7 +114,7 @@ def test_the_trainer_resumes_from_the_last_whole_checkpoint(output, caplog):
     trainer = make_trainer(output, **EVERY)
     trainer.train(resume_from_checkpoint=True)
     assert "checkpoint-2 is skipped: model.safetensors cannot be read" in caplog.text
-    assert len(trainer.state.log_history) == 3  # a step before resuming, a step after, a summary
+    assert len(trainer.state.log_history) == 3  # one step before resuming, one after, and a summary
     with pytest.raises(ValueError, match="nothing holds no checkpoint to resume from"):
         make_trainer(output / "nothing").train(resume_from_checkpoint=True)
 
@@ -142,7 +142,7 @@ def test_without_a_whole_checkpoint_only_an_unfinished_one_is_written_over(outpu
         ValueError, match=r"no checkpoint in .* can be resumed \(checkpoint-2: model"
     ):
         last_whole(output, 1, True)
-    for step in (1, 2):  # as if the run was killed while it wrote its first checkpoint
+    for step in (1, 2):  # as a run that was killed during its first checkpoint leaves it
         (output / f"checkpoint-{step}" / "trainer_state.json").unlink()
     found, skipped = last_whole(output, 1, True)
     assert found is None and set(skipped.values()) == {"trainer_state.json is missing"}

@@ -14,7 +14,7 @@ TUNE = {"teacher": False, "kd_ratio": 0.0}
 
 
 def given(folder, teacher=True, student=None, vocab_size=None, **arguments):
-    """Return a trainer with these arguments and the default config."""
+    """Return a trainer with these arguments and a config that has only default values."""
     options = {"vocab_size": vocab_size} if teacher else {"kd_ratio": 0.0}
     config = LensDistillConfig(output_dir=str(folder), use_cpu=True, report_to="none", **options)
     teacher = tiny.model(**TEACHER) if teacher else None
@@ -32,6 +32,7 @@ def given(folder, teacher=True, student=None, vocab_size=None, **arguments):
         ({"input_ids": []}, r"labels of example 1 .*shape \(6,\), but input_ids has \(0,\)"),
         ({"input_ids": [], "labels": []}, "example 1 of train_dataset has no input_ids: leave"),
     ],
+    ids=["shape", "large_id", "large_label", "negative_label", "no_ids", "no_tokens"],
 )
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
 def test_data_that_do_not_fit_are_refused_before_training(tmp_path, options, change, message):
@@ -40,7 +41,7 @@ def test_data_that_do_not_fit_are_refused_before_training(tmp_path, options, cha
 
 
 def test_labels_beyond_the_shared_vocabulary_are_refused_before_training(tmp_path):
-    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # no position predicts the first token
+    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # the label of the first token is never used
     given(tmp_path, vocab_size=60, train_dataset=[{"input_ids": inputs, "labels": first}])
     above = [ROW, {**ROW, "labels": inputs}]
     given(tmp_path, False, vocab_size=60, train_dataset=above)
@@ -61,7 +62,7 @@ def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
         if column == "position_ids":
             row[column] = [*range(9), 10]
         if length == 10 and column == "input_ids":
-            # The student has 64 positions, and the teacher has 10.
+            # Ten tokens fit: the student has 64 positions, and the teacher has 10.
             make_trainer(tmp_path, data=[row], **models)
             continue
         with pytest.raises(ValueError, match="example 0 of train_dataset reaches position 11, but"):
@@ -69,19 +70,19 @@ def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
     with pytest.raises(ValueError, match=r"example 0 of eval_dataset\['a'\] reaches position 65"):
         row = {"input_ids": [5] * 65, "labels": [5] * 65}
         given(tmp_path, False, models["student"], eval_dataset={"a": [row]})
-    # Rotary positions have no limit, because they are computed.
+    # Models with rotary positions have no maximum length, because positions are computed.
     make_trainer(tmp_path, data=[{"input_ids": [5] * 70, "labels": [5] * 70}])
 
 
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
 def test_data_without_a_label_are_refused(tmp_path, options):
-    # The only label is that of the first token, which no position predicts.
+    # The only label is that of the first token, which is predicted from no position.
     nothing = {**ROW, "labels": [7, *[-100] * 5]}
     with pytest.raises(ValueError, match="no token to train on, because every label"):
         make_trainer(tmp_path, data=[nothing] * 4, **options)
     trainer = make_trainer(tmp_path, data=[nothing] * 4 + [ROW], max_steps=1, **options)
     with pytest.raises(ValueError, match="no step had a token with a label, so nothing was learnt"):
-        # The only step reads the first four rows, which have no counted label.
+        # The trainer has one step, which reads the first four rows. Their labels do not count.
         trainer.train()
 
 
@@ -98,7 +99,7 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     trainer = make_trainer(tmp_path, max_steps=3, **options)
-    trainer.args.learning_rate = float("inf")  # the config would refuse this value
+    trainer.args.learning_rate = float("inf")  # set after the config has checked its values
     with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
         trainer.train()
     quiet = make_trainer(tmp_path, max_steps=1, **options)

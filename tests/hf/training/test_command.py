@@ -29,9 +29,9 @@ def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, c
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     record = yaml.safe_load((tmp_path / "run.yaml").read_text())
     assert record["max_steps"] == 4 and record["learning_rate"] == 0.01
-    # Only options that were given are recorded.
+    # run.yaml contains only options that the user gave.
     assert "beta" not in record
-    # The first event file is from training, and the second is from evaluation.
+    # Training writes the first event file, and the final evaluation writes the second.
     events = min(tmp_path.glob("**/events.out.tfevents.*"))
     reader = EventAccumulator(str(events))
     reader.Reload()
@@ -89,7 +89,7 @@ def test_lora_trains_only_the_adapter(files, tmp_path):
     for name, x in trained.get_base_model().state_dict().items():
         assert "lora_" in name or torch.equal(x, start[name.replace("base_layer.", "")]), name
     moved = [x.abs().max() for name, x in trained.named_parameters() if "lora_B" in name]
-    # There are two adapted modules in each of three blocks.
+    # There are six adapted modules: two in each of three blocks.
     assert len(moved) == 6 and min(moved) > 0
 
 
@@ -127,7 +127,8 @@ def test_no_file_or_variable_sets_an_option_unseen(files, tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", ["train.py"])
     (tmp_path / "train.args").write_text("--beta 0.25")
     argv = arguments(files, tmp_path)[1:]
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")  # as accelerate's launcher sets it
+    # accelerate's launcher always sets this variable. Its value NO is accepted: it has no effect.
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     _, args, chosen = command.parse(argv)
     assert args.beta == 0.5 and "beta" not in chosen
@@ -187,6 +188,8 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("beta: many", "argument --beta: invalid float value"),
         ("lens_divergence: kl", "invalid choice: 'kl'"),
     ],
+    ids=["unknown", "list", "open", "nested", "batch", "accumulation", "rate", "epochs"]
+    + ["seed", "beta", "text", "choice"],
 )
 def test_bad_options_files_are_refused(files, tmp_path, capsys, text, message):
     (tmp_path / "run.yaml").write_text(text)
@@ -218,7 +221,7 @@ def test_presets_use_the_layers_of_the_paper(files, tmp_path, preset, pairs, blo
     less = dict.fromkeys(("num_lens_pairs", "use_cpu", "learning_rate"))
     run, args, _ = command.parse(arguments(files, tmp_path, preset=preset, bf16=False, **less)[1:])
     student, teacher = (uniform_layers(pairs, n) for n in blocks)
-    # For TinyLlama's teacher, the paper rounds layer indices down.
+    # In the paper, the layers of TinyLlama's teacher are rounded down.
     if preset == "tinyllama":
         teacher = [i * 32 // 6 for i in range(1, 6)]
     assert (args.student_layers, args.teacher_layers) == (student, teacher)

@@ -23,7 +23,7 @@ FILES = ["data.json", "inspect.html", *(f"{x}.{y}" for x in PICTURES for y in ("
 
 @pytest.fixture
 def data(tmp_path):
-    """Return a data file with one usable row, and one row whose prompt is too long."""
+    """Return a data file with two rows. The prompt of the second row is too long."""
     prompts = {"say: ": "a b", "too long " * 3: "c"}
     write_rows(tmp_path / "data", [{"prompt": p, "completion": c} for p, c in prompts.items()])
     return tmp_path / "data"
@@ -53,7 +53,7 @@ def inspection(files, output, *more, text="a cat sat", teacher="teacher"):
 
 
 def stopped(argv, capsys):
-    """Return the error message of a command with bad arguments, without the usage text."""
+    """Run a command with invalid arguments, and return its error message without the usage text."""
     with pytest.raises(SystemExit) as stop:
         cli.main(argv)
     assert stop.value.code == 2
@@ -61,7 +61,7 @@ def stopped(argv, capsys):
 
 
 def received(monkeypatch, target, argv, result=None):
-    """Run a command, and return the arguments that it passes to its function, by name."""
+    """Run a command, and return the arguments that its function receives, by name."""
     module, name = target.rsplit(".", 1)
     function, calls = getattr(sys.modules[module], name), []
 
@@ -109,7 +109,8 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
     assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN | SAY
     few = {"model_path": "m", "data_path": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
-    # First no switch is given, and then every switch with its default.
+    # The command gets no switches in the first round, and every switch with its default in the
+    # second.
     for more in ({}, switches):
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
         assert found == defaults | few | SAY

@@ -1,4 +1,4 @@
-"""Instruction data: reading files, encoding rows, and which positions are labelled."""
+"""Instruction data: how files are read, how rows are encoded, and which tokens have labels."""
 
 import importlib.util
 import json
@@ -35,7 +35,7 @@ TALK = [
 
 
 def bpe(template=CHAT, bos=False, **special):
-    """Return a byte-level BPE tokenizer. Its tokens may cross line ends and word boundaries."""
+    """Return a byte-level BPE tokenizer, whose tokens may span the ends of lines and words."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
@@ -66,7 +66,7 @@ def write(tmp_path):
 
 
 def halves(tokenizer, example):
-    """Return the text of an example, and the text of each span of labelled tokens."""
+    """Return the text of an example, and a list with the text of each labelled span."""
     runs, before = [], -100
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         assert label in (token, -100)
@@ -82,7 +82,7 @@ def encoded(row, tokenizer, style="chat", **limits):
 
 
 def prompt_of(row, tokenizer, style="chat"):
-    """Return the text of a row's prompt, and check that the encoded row starts with the prompt."""
+    """Return the text of a row's prompt, which must also be the start of the encoded row."""
     ids = data.prompt_ids(row, tokenizer, prompt_style=style, max_prompt_length=256)
     assert encoded(row, tokenizer, style)["input_ids"][: len(ids)] == ids
     return tokenizer.decode(ids)
@@ -178,7 +178,7 @@ def test_alpaca_prompt(given):
 
 def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
-    # If prompt and response were tokenized together, they would be one token.
+    # In a text with both, prompt and response would be a single token.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
     assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
     assert prompt_of(row, tokenizer) == "ab"
@@ -188,10 +188,10 @@ def test_bos_is_added_once_where_the_tokenizer_adds_it():
     begun, plain = (encoded(Row(1, ["cd"], prompt="ab"), bpe(bos=x)) for x in (True, False))
     assert begun["input_ids"] == [0, *plain["input_ids"]]
     assert begun["labels"] == [-100, *plain["labels"]]
-    # A BOS in the prompt is not repeated.
+    # If the prompt starts with BOS, no second BOS is added.
     assert encoded(Row(1, ["cd"], prompt="<s>ab"), bpe(bos=True)) == begun
     talk = encoded(Row(1, ["two"], messages=TALK), bpe(bos=True))
-    # The chat template decides whether to add a BOS. This template adds none.
+    # In a chat, only the template may add BOS. This template adds none.
     assert 0 not in talk["input_ids"]
 
 
@@ -201,7 +201,8 @@ def test_eos_ends_a_response_once_and_is_labelled_even_if_it_pads():
     for answer in ("cd", "cd</s>"):
         example = encoded(Row(1, [answer], prompt="ab"), tokenizer)
         assert example["labels"].count(1) == 1 and example["labels"][-1] == 1
-    # Without a template, only EOS ends a completion, even after another end token.
+    # Without a chat template, a completion ends with EOS, even if its text ends with another end
+    # token.
     assert encoded(Row(1, ["cd<|im_end|>"], prompt="ab"), tokenizer)["labels"][-2:] == [3, 1]
 
 
@@ -230,7 +231,8 @@ def test_every_assistant_turn_is_labelled_including_its_end(style):
 def test_eos_ends_a_turn_that_the_template_leaves_open(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
-    # If a turn has no end token, the text's last space looks like a part of the template.
+    # Without an end token, the space at the end of a text cannot be told from the template's own
+    # space.
     written = " one " if end else " one"
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
 
@@ -270,9 +272,9 @@ def test_long_prompts_are_dropped_and_long_examples_are_cut():
     assert data.prompt_ids(row, tokenizer, **options) is None
     assert encoded(row, tokenizer, max_prompt_length=3) is None
     assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
-    # Cutting to four tokens leaves no labelled token.
+    # In the first four tokens, no token has a label.
     assert encoded(row, tokenizer, max_length=4) is None
-    # If several turns are labelled, max_prompt_length limits only the first prompt.
+    # In a chat with several labelled turns, max_prompt_length limits only the prompt of the first.
     talk = Row(1, ["two"], messages=TALK)
     whole = encoded(talk, tokenizer)
     first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
@@ -298,7 +300,7 @@ def test_encode_checks_its_options(name, value, error, message):
 def test_tokenizer_must_have_eos_and_a_padding_id():
     with pytest.raises(ValueError, match="no eos_token to end responses: set tokenizer.eos_"):
         encoded(Row(1, ["b"], prompt="a"), bpe(eos_token=None))
-    # 0 is a valid id for padding.
+    # 0 is a valid padding id, although it is false in Python.
     assert data.padding_id(bpe(pad_token="<s>")) == 0
     assert data.padding_id(bpe(pad_token=None)) == 1
     with pytest.raises(ValueError, match="neither pad_token nor eos_token: set tokenizer.pad_to"):
@@ -328,7 +330,7 @@ def test_cut_responses_are_counted(write):
     examples = load_examples(write(*lines), bpe(), max_length=4)
     assert [len(x["input_ids"]) for x in examples] == [3, 4, 4] and examples.cut == 1
     assert "3 rows, 0 dropped as too long, 1 with responses cut at max_length" in examples.summary()
-    # A row is not counted as cut if only tokens after the last response are cut.
+    # The row counts as cut only if a token of a response is lost.
     talk = {"messages": TALK}
     whole = load_examples(write(talk), bpe())[0]
     assert load_examples(write(talk), bpe(), max_length=len(whole["labels"])).cut == 0
@@ -336,7 +338,7 @@ def test_cut_responses_are_counted(write):
 
 
 def sentencepiece(kind):
-    """Return a tokenizer that adds a space before a text, as those of Llama 2 and Mistral do."""
+    """Return a tokenizer that adds a space before a text, like those of Llama 2 and Mistral."""
     letters = [chr(x) for x in range(33, 127)]
     names = ["<unk>", "<s>", "</s>", "[A]", *(f"<0x{x:02X}>" for x in range(256))]
     merges = [("▁", "P"), ("i", "s"), ("▁P", "a"), ("P", "a")]
@@ -368,7 +370,7 @@ def test_no_space_is_written_before_a_response(kind):
         row = Row(1, [answer], prompt=prompt)
         ids = encoded(row, tokenizer)["input_ids"]
         assert tokenizer.decode(ids).lstrip(" ") == f"{prompt}{answer}</s>"
-        # Generation encodes the prompt to the same tokens.
+        # The prompt is encoded to the same tokens for generation.
         prompt_of(row, tokenizer)
     if kind != "bytes":
         labels = encoded(Row(1, ["Paris"], prompt="Say:\n"), tokenizer)["labels"]
@@ -376,7 +378,7 @@ def test_no_space_is_written_before_a_response(kind):
         assert tokenizer.convert_ids_to_tokens(learnt) == ["Pa", "r", "is", "</s>"]
     text, _ = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
     assert "assistant\n one <|im_end|>" in text and "assistant\ntwo<|im_end|>" in text
-    # The ``bytes`` tokenizer writes a space after each added token, including special tokens.
+    # When it decodes, the ``bytes`` tokenizer writes a space after each added token, such as </s>.
     if kind != "bytes":
         assert "</s>\n<|im_start|>user\nsecond" in text
 
@@ -410,6 +412,7 @@ def test_collator_masks_by_length():
         ({"position_ids": [0, 1, 2]}, r"example 1 .* columns .*'position_ids'\], but example 0"),
         ({"idx": 3}, "example 1 of a batch has the column 'idx': expected some of attention_mask"),
     ],
+    ids=["labels", "mask", "dimensions", "missing", "unknown"],
 )
 def test_collator_refuses_what_it_cannot_batch(change, message):
     example = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
@@ -437,7 +440,7 @@ def test_template_of_smollm2_is_supported(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    # Some versions of transformers add a BOS if the tokenizer is from a GGUF file.
+    # With a tokenizer from a GGUF file, some versions of transformers add BOS.
     assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
         "Yes, it is.<|im_end|>"
     ]

@@ -1,4 +1,4 @@
-"""Training on two ranks equals training in one process, with the same logs, and no rank hangs."""
+"""Training on two ranks equals training in one process, logs are equal, and no rank hangs."""
 
 import json
 import os
@@ -20,7 +20,7 @@ TIMING = ("second", "runtime", "preparation_time", "epoch")
 
 
 def two_ranks(folder, cases, timeout=HANG):
-    """Train all cases on two ranks in one launch.
+    """Run one launch on two ranks that trains all cases.
 
     Return the results of both ranks for each case.
     """
@@ -39,7 +39,7 @@ def two_ranks(folder, cases, timeout=HANG):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # terminate() lets the launcher stop its ranks, which kill() would not.
+        # terminate() lets the launcher stop its ranks. After kill() they would keep running.
         process.terminate()
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
@@ -57,7 +57,7 @@ def assert_same_logs(one, other, name, relative=1e-4):
 
 
 def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
-    """Check for each case that training on two ranks equals training in one process.
+    """Train each case on two ranks and in one process, and check that the results are equal.
 
     Return the results of the ranks.
 
@@ -72,11 +72,11 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
     return results
 
 
-# In the first step, one rank has no labelled token. In the second step, both ranks have none.
+# In the first step, the data of one rank has no labels. In the second step, no rank has labels.
 EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
-# Each rank has nine tokens, so the mean of both ranks' means is the mean over all tokens.
+# Both ranks have nine labelled tokens, so the mean of their means is the mean over all tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
-# The optimizer is AdamW, because SGD has no state, and FSDP cannot load an empty state.
+# The optimizer is AdamW. SGD has no state, and FSDP cannot load an empty state.
 RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
 RESUMED |= {"learning_rate": 0.02}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
@@ -107,7 +107,7 @@ def test_two_ranks_with_cache_or_adapters_train_like_one_process(tmp_path):
     }
     results = assert_ranks_equal_one_process(tmp_path, cases)
     for name in ("cache", "shared_disk"):
-        # The teacher reads each of 8 training and 3 evaluation examples once.
+        # Each of 8 training and 3 evaluation examples is read by the teacher only once.
         assert sum(result.teacher_ran for result in results[name]) == 11, name
     assert sum(result.teacher_ran for result in results["lora"]) > 11
 
@@ -123,9 +123,9 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
         "cache": {"fsdp": True, "cache": True},
         "lora": {"fsdp": True, "lora": True},
         "resumed": RESUMED,
-        "lora_resumed": RESUMED | {"lora": True},  # FSDP checkpoints hold only the adapter
+        "lora_resumed": RESUMED | {"lora": True},  # with FSDP, checkpoints contain only the adapter
     }
-    # The second step amplifies rounding. Errors of 5e-5 were measured.
+    # Rounding errors grow in the second step. The largest seen was 5e-5.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 
@@ -145,7 +145,7 @@ def test_sharded_weights_are_refused(mesh, part):
     assert objective(batch).loss.isfinite()
     module = student.lm_head if part == "head" else student.model.norm
     module.weight = nn.Parameter(distribute_tensor(module.weight.data, mesh, [Shard(0)]))
-    # Otherwise the norm's own forward would raise another error first.
+    # The norm's own forward would fail first, with another error.
     module.forward = lambda x: x
     with pytest.raises(TypeError, match=f"{part} must be a dense .*, got a DTensor.*gather it"):
         objective(batch)

@@ -1,4 +1,4 @@
-"""Records are read from each kind of file, and from the formats of other libraries."""
+"""Records can be read from every kind of file, and in the formats of other libraries."""
 
 import gzip
 import json
@@ -85,7 +85,7 @@ def test_errors_name_the_file_and_the_position(tmp_path):
         ("data.json", b"[]", "is empty"),
         ("folder/x", b"", "is not a dataset saved by datasets"),
     ],
-    # The ids are explicit, because gzip data contains the time, which differs between processes.
+    # Automatic ids would contain gzip data, in which the time differs between processes.
     ids=["array", "nesting", "cut gzip", "no gzip", "Parquet", "empty", "no rows", "folder"],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, name, content, message):
@@ -137,7 +137,7 @@ def test_only_the_completion_of_a_conversation_is_trained_on(tmp_path):
 
 def test_plain_text_is_trained_on_as_a_whole(tmp_path):
     tokenizer = bpe(bos=True)
-    # Instruction data often has a column with the whole text, which is not used.
+    # Instruction data often has a column with the whole text. It is ignored.
     record = {"instruction": "Say it.", "output": "yes", "input": None, "text": "whole"}
     assert written(tmp_path, record) == [Row(1, ["yes"], instruction="Say it.")]
     (row,) = written(tmp_path, {"text": "abcd"})

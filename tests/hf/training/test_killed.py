@@ -1,4 +1,4 @@
-"""A training run that is killed while it writes files can be resumed until it ends."""
+"""A run that is killed while it writes files can be resumed, and then ends normally."""
 
 import os
 import random
@@ -21,13 +21,13 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 class Writes:
     """Counts the changes of files in a folder, and kills the process at one of them.
 
-    Every second kill leaves half of the file that was just written. Unlike a time, the number of a
-    change is the same on every machine.
+    Every second kill also truncates the file that was just written. The process dies at a count and
+    not at a time, because a count is the same on every machine.
     """
 
     def __init__(self, folder: Path, kill_at: int) -> None:
         self.folder, self.kill_at, self.seen = str(folder), kill_at, 0
-        # These functions write files without Python's ``open``.
+        # These two functions write files without Python's ``open``, so they are counted separately.
         for module, name in ((torch, "save"), (safetensors.torch, "serialize_file")):
             setattr(module, name, self.watched(getattr(module, name)))
         sys.addaudithook(self.audit)
@@ -54,7 +54,7 @@ class Writes:
 
 
 def run(argv, folder, kill_at, counted):
-    """Run the command in a forked process, and return its exit status, -9 if it was killed."""
+    """Run the command in a forked process, and return its exit status, which is -9 after a kill."""
     child = os.fork()
     if child == 0:
         status = 70

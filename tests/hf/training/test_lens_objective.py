@@ -1,4 +1,4 @@
-"""The objective of two models on a batch, and the removal of its hooks from the models."""
+"""The objective of two models on a batch, and its hooks on the models, which are removed."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_evaluate_weighs_batches_by_their_tokens():
 
 
 def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
-    # All tokens are equal, so every position has the same distribution.
+    # All tokens are equal, so the distributions at all positions are equal.
     ids = torch.full((2, 20), 7)
     some = objective()({"input_ids": ids, "labels": ids}).sums
     monkeypatch.setattr("lens_kernels.hf.training.entropy.STRIDE", 1)
@@ -80,7 +80,7 @@ def test_sampled_entropies_are_scaled_to_all_tokens(monkeypatch):
 
 
 def parts(examples, **options):
-    """Return the terms of the loss in float64, for one batch of these examples."""
+    """Return the terms of the loss in float64, for a batch of these examples."""
     models = [tiny.model(**x, **options).double() for x in (STUDENT, TEACHER)]
     out = LensObjective(*models, [1, 2], [1, 3], kd_ratio=0.5)(Collator(1)(examples))
     return {name: (x / out.num_tokens).item() for name, x in out.sums.items()}
@@ -95,7 +95,7 @@ def test_masks_and_positions_of_the_data_reach_the_models():
         "attention_mask": [0, 0, 0, 1, 1, 1, 1, 1, 1],
     }
     longer = tokens(batch=1, length=12).tolist()[0]
-    # Llama's positions are relative, so it needs only the mask. GPT-2 also needs ``position_ids``.
+    # Llama computes relative positions, so the mask is enough. GPT-2 also needs ``position_ids``.
     other = {"input_ids": longer, "labels": [-100] * 12, "attention_mask": [1] * 12}
     names = ("loss", "ce", "kd", "lens_1", "lens_2")
     expected, found = parts([plain]), parts([left, other])

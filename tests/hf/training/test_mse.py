@@ -79,7 +79,7 @@ def test_loading_the_best_checkpoint_restores_its_projections(tmp_path):
 def test_initial_projections_depend_only_on_the_seed(tmp_path):
     def first(noise, seed):
         student = tiny.model(**STUDENT)
-        # The global random state must not change the projections.
+        # The projections must not depend on the global random state.
         torch.manual_seed(noise)
         trainer = make_trainer(tmp_path, mse_coeff=0.5, seed=seed, student=student)
         return trainer.lens_objective.projections[1].weight

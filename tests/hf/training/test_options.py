@@ -1,4 +1,4 @@
-"""Every option of ``lens-kernels train`` reaches the configuration and has its effect."""
+"""Every option of ``lens-kernels train`` arrives in the configuration and has its effect."""
 
 from dataclasses import fields
 
@@ -15,7 +15,7 @@ from tests.support.commands import arguments, first_loss, weights, write_rows
 from tests.support.training import logged, trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Values for each option of this project. They differ from the defaults and include every choice.
+# For each option of this project, values that differ from the default. They include every choice.
 GIVEN = yaml.safe_load("""{
 student: [s], train: [d], teacher: [t], eval: [e], student_blocks: [[1, 3]],
 student_dtype: [auto, bfloat16, float16], teacher_dtype: [float32, bfloat16, float16],
@@ -63,7 +63,8 @@ def plain_loss(files, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_of_16_bits_change_the_loss_only_by_rounding(files, tmp_path, plain_loss, dtype):
-    # With float16 weights, only an adapter can be trained. A new adapter does not change the loss.
+    # float16 weights cannot be trained, so the student gets an adapter. A new adapter does not
+    # change the loss.
     adapter = {"lora_r": 2, "lora_target_modules": ["q_proj"]} if dtype == "float16" else {}
     for name, more in (("student_dtype", adapter), ("teacher_dtype", {})):
         loss = first_loss(files, tmp_path / name, **{name: dtype}, **more)

@@ -1,4 +1,4 @@
-"""A second call of ``lens-kernels train`` resumes the run, or explains why it cannot."""
+"""If a run's command is called again, it resumes the run, or explains why it cannot."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from tests.support.commands import arguments, weights
 
 
 def interrupt(monkeypatch, argv, before_step):
-    """Run the command, and interrupt it before this training step."""
+    """Run the command until a training step, and interrupt it there."""
     calls = []
     step = LensDistillTrainer.training_step
 
@@ -45,17 +45,17 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
     assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
     metrics = [json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("whole", "cut")]
-    # transformers knows only the losses since the checkpoint.
+    # The mean loss is missing: transformers has only the losses since the checkpoint.
     assert "train_loss" in metrics[0] and "train_loss" not in metrics[1]
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, capsys, finished):
-    # An epoch has 4 steps, so the run ends in its second epoch.
+    # An epoch has 4 steps, so step 5, the last one, is in the second epoch.
     argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
-    # This is the state after an interrupt between the last checkpoint and the end.
+    # The run looks as if it was interrupted after its last checkpoint and before its end.
     if not finished:
         (tmp_path / "metrics.json").write_text(metrics[:-5])
         (tmp_path / "model.safetensors").unlink()
@@ -72,7 +72,9 @@ def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, cap
     assert loss == pytest.approx(json.loads(metrics)["eval_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("content", [b"", b"- a", b"\xff\xfe", b"a: [", b"[" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"", b"- a", b"\xff\xfe", b"a: [", pytest.param(b"[" * 5000, id="nested")]
+)
 @pytest.mark.parametrize("name", ["run.yaml", "data.json"])
 def test_an_unreadable_record_is_refused(files, tmp_path, capsys, name, content):
     (tmp_path / name).write_bytes(content)
@@ -111,7 +113,7 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
         assert change in shown
 
 
-# Each case: options of a run, and options that are equivalent or do not change the weights.
+# Each case has the options of a run, and other options that must not prevent its continuation.
 SAME = [
     (
         {},
@@ -124,7 +126,9 @@ SAME = [
 ]
 
 
-@pytest.mark.parametrize(("first", "second"), SAME, ids=str)
+@pytest.mark.parametrize(
+    ("first", "second"), SAME, ids=["logs", "saves", "relative", "copy", "memory"]
+)
 def test_options_that_change_no_weight_do_not_stop_a_run(
     files, tmp_path, monkeypatch, capsys, first, second
 ):
@@ -182,6 +186,6 @@ def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, cap
     assert cli.main(argv) == 1
     message = f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore"
     assert message in capsys.readouterr().err
-    # Earlier versions did not write data.json.
+    # Older versions of this library did not write data.json.
     (tmp_path / "out" / "data.json").unlink()
     assert cli.main(argv) == 0

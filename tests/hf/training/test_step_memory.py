@@ -1,4 +1,4 @@
-"""Peak memory of a whole training step: models, loss, entropies, backward pass, optimizer."""
+"""Peak memory of a training step: models, loss, entropies, backward pass and optimizer together."""
 
 import pytest
 import torch
@@ -17,13 +17,13 @@ WORKSPACE = MIB // 2
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    """Run the pointwise pass eagerly, in blocks too small to hide other tensors."""
+    """Run the pointwise pass without compilation, in blocks that are small beside other tensors."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 1 << 13)
 
 
 def step_peak(rows):
-    """Return the peak memory of a step of ``rows`` examples, in bytes."""
+    """Return the peak memory in bytes of a step with ``rows`` examples."""
     student, teacher = (
         tiny.model(layers=2, width=8, vocab=VOCAB, seed=seed, tie_word_embeddings=True)
         for seed in (1, 2)
@@ -42,7 +42,8 @@ def step_peak(rows):
 
 def test_more_tokens_in_a_step_add_no_logits():
     few, more = step_peak(8), step_peak(24)
-    # More tokens add only hidden states. The bound is the size of their sampled logits.
+    # More tokens add hidden states, but no full logits. The bound is the size of the logits from
+    # which entropies are sampled.
     assert 0 < more - few < 16 * LENGTH * VOCAB * 4 / entropy.STRIDE
 
 

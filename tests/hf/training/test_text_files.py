@@ -1,4 +1,4 @@
-"""A run leaves no half-written file, and an error names its file."""
+"""A write that is interrupted leaves the old file, and errors name the file."""
 
 from pathlib import Path
 

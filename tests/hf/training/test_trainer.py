@@ -1,4 +1,4 @@
-"""The trainer: every option has its effect, and equivalent settings give equal steps."""
+"""The trainer: each option has its effect, and equivalent settings give equal steps."""
 
 import copy
 
@@ -46,7 +46,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_parts(tmp_path):
 
 
 def expected_loss(data, lens_norm=True, **options):
-    """Return the loss of the first step, computed from the models' own hidden states."""
+    """Return the loss of the first step, computed by the op from the models' hidden states."""
     models = tiny.model(**STUDENT), tiny.model(**TEACHER)
     ids, labels = batch_of(data)
     with torch.no_grad():
@@ -92,7 +92,7 @@ def test_layers_are_given_or_spread_evenly(tmp_path):
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
         entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
-        # A lens with weight 0 is not computed.
+        # If lenses have weight 0, they are not computed.
         assert "lens" not in entry and "lens_1" not in entry
         assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
@@ -162,10 +162,10 @@ def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
     taking(3600.0, Trainer, "evaluation_loop")
     options = {"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3}
     trainer = make_trainer(tmp_path, **options)
-    # The time before training does not count. A cache may be built then.
+    # The hour before training, in which a cache may be built, does not count.
     now[0] += 3600.0
     trainer.train()
-    # A step of one second reads 4 rows of 10 tokens.
+    # Each step takes one second and reads 4 rows of 10 tokens.
     assert logged(trainer, "tokens_per_second") == [40.0, 40.0]
 
 
@@ -185,7 +185,7 @@ def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
         model.lm_head.register_forward_hook(lambda *_: calls.append(1))
     trainer.train()
     assert logged(trainer)[-1] < 0.9 * logged(trainer)[0]
-    # The models' own heads must not run in training.
+    # Training must not call the models' own heads.
     assert not calls
     for model in models:
         assert "forward" not in vars(model)
@@ -196,7 +196,7 @@ def test_training_leaves_no_hooks_and_does_not_change_the_teacher(tmp_path):
 
 def test_models_that_share_parameters_are_refused(tmp_path):
     student = tiny.model(layers=4, seed=1)
-    for teacher in (student, copy.copy(student)):  # a shallow copy shares all weights
+    for teacher in (student, copy.copy(student)):  # copy.copy shares all weights
         with pytest.raises(ValueError, match=r"share 39 parameters, such as model\.embed_tokens"):
             make_trainer(tmp_path, student=student, teacher=teacher)
         assert all(x.requires_grad for x in student.parameters())
@@ -277,6 +277,7 @@ def test_logged_speed_excludes_padding(tmp_path, monkeypatch):
 
 def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
     trainer = make_trainer(tmp_path)
-    trainer.objective = 0.5  # transformers' search keeps the value of a trial under this name
+    # transformers' hyperparameter search stores the score of a trial in this attribute.
+    trainer.objective = 0.5
     trainer.train()
     assert trainer.lens_objective is not None and trainer.state.log_history[0]["lens"] > 0
