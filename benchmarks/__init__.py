@@ -1,1 +1,1 @@
-"""Benchmarks. Each script prints a table and writes a CSV. ``plot`` draws figures from the CSV."""
+"""Benchmarks. Each script prints a table and writes a CSV, from which ``plot`` draws figures."""

@@ -7,12 +7,12 @@ teacher. Each student is measured before and after training. Runs that start fro
 share the measurement before training. Each measurement has two groups of hidden states: all lens
 pairs in one call (JSD, with the norm), and the final hidden states alone (forward KL).
 
-The error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states, the largest
-error over the pairs is reported. ``bf16_rounding`` is the error of rounding the exact gradients to
-bfloat16. For hidden states, its smallest error over the pairs is reported, which is the stricter
-reference. Loss and backward are timed in interleaved rounds. The floor is the time of the GEMMs
-alone, and the ratio to the floor is the median of the ratios within the rounds. Groups that are
-already in the CSV are not measured again.
+The relative error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states, the
+largest error over the pairs is reported. ``bf16_rounding`` is the error of rounding the exact
+gradients to bfloat16. For hidden states, its smallest error over the pairs is reported, which is
+the stricter reference. Loss and backward are timed in interleaved rounds. The floor is the time of
+the GEMMs alone, and the ratio to the floor is the median of the ratios within the rounds. Groups
+that are already in the CSV are not measured again.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
-WRONG = 0.1  # the script stops if a gradient has a larger error
+WRONG = 0.1  # the script stops if the relative error of a gradient is larger
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -69,7 +69,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trained:
-    """A folder that ``lens-kernels train`` wrote, and its options."""
+    """The output folder of a run of ``lens-kernels train``, with the options of the run."""
 
     folder: Path
     blocks: list[int]
@@ -77,13 +77,13 @@ class Trained:
     config: LensDistillConfig
 
     def beginning(self) -> str:
-        """Return the settings that decide the measurement before training."""
+        """Return the settings on which the student before training depends, as a text."""
         run, config = self.run, self.config
         layers = config.student_layers, config.teacher_layers, config.num_lens_pairs
         return str((self.blocks, layers, run.prompt_style, run.max_length, run.max_prompt_length))
 
     def examples(self, data: Path, tokenizer: Any, tokens: int) -> Sequence[Example]:
-        """Return examples with at least ``tokens`` labels in total, encoded as in training."""
+        """Return the first examples with ``tokens`` labels in total, encoded as in training."""
         names = "prompt_style", "max_length", "max_prompt_length"
         found = load_examples(data, tokenizer, **{name: getattr(self.run, name) for name in names})
         counted = 0
@@ -99,14 +99,14 @@ class Trained:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The hidden states of one call, its heads and its divergence."""
+    """The inputs of one call: hidden states, heads and divergence."""
 
     inputs: Inputs
     heads: tuple[LensHead, LensHead]
     divergence: str
 
     def gradients(self, threshold: Threshold) -> tuple[Tensor, ...]:
-        """Return the gradients of the hidden states, followed by that of the head."""
+        """Return the gradients of all hidden states, followed by the gradient of the head."""
         hidden = self.inputs.student_hidden, self.inputs.teacher_hidden
         options = {"divergence": self.divergence, "grad_threshold": threshold}
         loss = symmetric_lens_loss(*hidden, *self.heads, **options)
@@ -114,7 +114,7 @@ class Group:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the groups that are not in the CSV, then print the table and draw the figure."""
+    """Measure the groups that are missing in the CSV, then print the table and draw the figure."""
     args = parse(argv)
     start = time.perf_counter()
     path = args.out / "active_vocabulary.csv"
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def threshold_of(text: str) -> Threshold:
-    """Return the text as a number if it is one, or unchanged if it is the name of a threshold."""
+    """Return a text as a number, or unchanged if it names a threshold, such as ``bf16``."""
     try:
         return float(text)
     except ValueError:
@@ -163,7 +163,7 @@ def threshold_of(text: str) -> Threshold:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments."""
+    """Return the parsed command-line arguments."""
     parser = environment.parser(__doc__, on_device=False, tokens=1024, rounds=3)
     parser.add_argument("--teacher", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines")
@@ -174,7 +174,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_trained(folders: Sequence[Path]) -> list[Trained]:
-    """Return the training runs in folders.
+    """Return the training runs that are in the given folders.
 
     Raises:
         ValueError: A folder has no run, or its student was not cut from a model, or two folders
@@ -206,9 +206,10 @@ def read_trained(folders: Sequence[Path]) -> list[Trained]:
 def groups_of(
     trained: Trained, state: str, teacher: Any, batch: Mapping[str, Tensor], tokens: int
 ) -> dict[str, Group]:
-    """Return both groups of a student ``before`` or ``after`` training.
+    """Return two groups of a student's hidden states: its lens pairs, and its final states.
 
-    The groups hold the first ``tokens`` positions of the batch that have a label.
+    ``state`` is ``before`` or ``after`` training. The groups hold the first ``tokens`` positions of
+    the batch that have a label.
     """
     if state == "before":
         student = shallow_copy(teacher, trained.blocks)
@@ -227,7 +228,7 @@ def groups_of(
     head, teacher_head = lens_head_from(student), lens_head_from(teacher)
     leaf = head.weight.detach().requires_grad_()
     heads = replace(head, weight=leaf), teacher_head
-    # The model has already applied the norm to its final states.
+    # The model has already applied its norm to the final states.
     bare = replace(heads[0], norm=None), replace(teacher_head, norm=None)
     groups = {}
     for name, part, used in (("lens", slice(-1), heads), ("final", slice(-1, None), bare)):
@@ -239,11 +240,17 @@ def groups_of(
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Count all logit gradients and those used in GEMMs, and sum the absolute values of each."""
+    """Count the entries of the logits' gradient, and the entries that GEMMs use.
+
+    For both, the mass is the sum of the absolute values.
+    """
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
 
     def counting(owner: Any, name: str, what: str, at: int, columns: int | None = None) -> Any:
-        """Patch a function to count the entries of argument number ``at``, or of its columns."""
+        """Make a function count the entries of its argument number ``at`` when it is called.
+
+        If ``columns`` is given, only the columns in that argument count.
+        """
         inner = getattr(owner, name)
 
         def counted(*args: Any) -> Any:
@@ -263,7 +270,7 @@ def watched() -> Iterator[dict[str, float]]:
 
 
 def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
-    """Return the relative error of each gradient."""
+    """Return the relative error of each gradient, in the 2-norm."""
     pairs = zip(found, exact, strict=True)
     return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in pairs]
 
@@ -302,7 +309,7 @@ def _errors(hidden: float, head: float) -> Row:
 
 
 def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[str, Row]:
-    """Return the times of each threshold, and their ratios to the floor."""
+    """Return, for each threshold, the times of loss and backward, and their ratios to the floor."""
     functions: dict[str, Callable[[], Any]] = {
         "floor": partial(products.products, group.inputs),
         "exact": partial(group.gradients, None),
@@ -319,7 +326,7 @@ def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[st
 
 
 def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: Row) -> list[Row]:
-    """Return the CSV rows of a group. Errors are checked before anything is timed."""
+    """Return the CSV rows of a group. All errors are checked before the first timing."""
     judged = judge(group, thresholds)
     times = timed(group, thresholds, rounds)
     (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
@@ -333,7 +340,7 @@ def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: R
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Say which threshold with small errors is the fastest for the lens pairs of each student."""
+    """Return a line for each student: its fastest threshold with small errors for lens pairs."""
     quickest: dict[str, tuple[float, str] | None] = {}
     for row in rows:
         if row["group"] != "lens" or not row["used_share"]:

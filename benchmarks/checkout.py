@@ -1,4 +1,4 @@
-"""Import this first to make the checkout importable in scripts that are run by their path."""
+"""Makes the checkout importable. Scripts that are run by their path import this module first."""
 
 import sys
 from pathlib import Path

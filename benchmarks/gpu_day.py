@@ -41,7 +41,7 @@ from benchmarks import speed_gpu
 from benchmarks.support import environment, tables
 
 MINUTES = 9
-RESERVE = 15  # seconds for the start of this program and for its table
+RESERVE = 15  # in seconds: for the start of this program and for its last table
 OURS = {"qwen2.5": 75, "llama3": 60, "gpt2": 50}
 PEERS = {"liger": 60, "liger_hopper": 45, "orda": 90, "dense": 40, "trl": 40}
 PARITY_SECONDS = 400
@@ -52,7 +52,7 @@ COLUMNS = "step status seconds limit_s note"
 
 @dataclass(frozen=True)
 class Step:
-    """A command and its time limit in seconds."""
+    """A process to run: its name, its time limit in seconds, and its command."""
 
     name: str
     seconds: float
@@ -60,7 +60,7 @@ class Step:
 
 
 def steps(args: argparse.Namespace) -> list[Step]:
-    """Return the steps, the most important first."""
+    """Return the steps in order of importance."""
     where = ["--out", str(args.out), "--device", args.device]
     speed = [sys.executable, str(environment.ROOT / "benchmarks" / "speed_gpu.py")]
     tiny = ["--tiny"] * args.tiny
@@ -80,7 +80,7 @@ def steps(args: argparse.Namespace) -> list[Step]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the steps. Return 0 if a lens_kernels step was measured, else 1."""
+    """Run the steps. Return 0 if a step of lens_kernels was measured, else 1."""
     args = parse(argv)
     end = time.monotonic() + 60 * args.minutes - RESERVE
     device = torch.device(args.device)
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments."""
+    """Return the parsed command-line arguments."""
     parser = environment.parser(__doc__)
     parser.set_defaults(device="cuda")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="default %(default)s")
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Let signals raise SystemExit with the shell's status, so that the running step is ended."""
+    """Turn signals into SystemExit, so that the running step is ended before this program exits."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -127,16 +127,16 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 class Day:
-    """The results of the steps, which are also written to a folder."""
+    """Runs steps until the time is over, and writes their results to a folder."""
 
     def __init__(self, out: Path, where: dict[str, str], end: float) -> None:
-        """Start with no result."""
+        """Create the folder. ``end`` is the time at which the steps must end."""
         self.out, self.where, self.end = out, where, end
         self.steps: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, step: Step, limit: float) -> None:
-        """Run a step if there is time, and record its outcome."""
+        """Run a step if enough time is left, and record its outcome."""
         left = self.end - time.monotonic()
         if left < limit / 3:
             self.record(step, "not started", 0, limit, f"{max(0, left):.0f} s are left")
@@ -150,7 +150,7 @@ class Day:
             output.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
             output.flush()
             begun = output.tell()
-            # The step gets its own session, so that ``kill`` can end all of its processes.
+            # The process gets a session of its own, so that ``kill`` can end all of its children.
             process = subprocess.Popen(
                 step.command, cwd=environment.ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
@@ -169,7 +169,7 @@ class Day:
                 self.record(step, status, time.monotonic() - start, limit, note)
 
     def record(self, step: Step, status: str, seconds: float, limit: float, note: str) -> None:
-        """Write the outcome of a step."""
+        """Add the outcome of a step to the list and to ``steps.csv``."""
         known = {"step": step.name, "status": status, "note": note}
         times = {"seconds": f"{seconds:.1f}", "limit_s": f"{limit:.1f}"}
         self.steps.append(tables.row(COLUMNS, known, times))
@@ -177,7 +177,7 @@ class Day:
         print(f"  {status} {note}", flush=True)
 
     def measured(self) -> bool:
-        """Say whether a lens_kernels step was measured."""
+        """Return whether a step of lens_kernels was measured."""
         rows = tables.read_csv(self.out / speed_gpu.FILE)
         return any(row["contender"] == "torch" and row["median_ms"] for row in rows)
 
@@ -198,7 +198,7 @@ class Day:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all processes that it started."""
+    """End a process and all of its children."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -26,7 +26,7 @@ from benchmarks.support import environment, prediction, tables
 from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import plan
 
-# These hidden sizes cover every default tile of the sweeps, and every block size of the norm.
+# With these hidden sizes, every default tile of the sweeps and every block size of the norm occurs.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = {
@@ -52,7 +52,7 @@ END = "<!-- end of what kernel_report.py made -->"
 
 
 def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
-    """Compile every kernel variant for every architecture, in parallel."""
+    """Compile every variant of the kernels for every architecture, in parallel."""
     from benchmarks.support import offline
     from lens_kernels.options import Divergence
 
@@ -76,7 +76,7 @@ def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
 
 
 def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
-    """Return the operations and bytes of each step for one lens pair, and the dense floor."""
+    """Return the operations and bytes of each step for one lens pair, and of the dense floor."""
     sizes = (tokens, model.vocab, model.student, model.teacher)
     jsd, kl = (plan(*sizes, divergence=name) for name in ("jsd", "forward_kl"))
     floor = jsd["dense"]
@@ -97,7 +97,7 @@ def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
 
 
 def plan_table() -> str:
-    """Return the table in the documentation: the cost on each backend for some pairs of models."""
+    """Return the documentation's table: the cost on each backend for some pairs of models."""
     rows = []
     for key in PLANNED:
         model = MODELS[key]
@@ -134,14 +134,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.rewrite(PAGE, PREDICTED, END, prediction.table())
     if args.costs_only:
         return 0
-    # The variable is removed before the imports below, so that kernels are not interpreted.
+    # The imports below read this variable. Without it, kernels are compiled and not interpreted.
     os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks.support import offline
 
     # Only NVIDIA GPUs have TF32.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}
-    if args.dtype != "tf32":  # the row kernel has no matrix product
+    if args.dtype != "tf32":  # the row kernel has no matrix multiplication
         from benchmarks.support import row_report
 
         kernels = row_report.measure_all(args.arch or row_report.ARCHS, DTYPES[args.dtype])

@@ -1,4 +1,4 @@
-"""Train small students with and without a lens, to see whether and with which settings it helps.
+"""Train small students with and without a lens: does the lens help, and with which settings?
 
 A teacher of 6 blocks x 128 is trained on the documentation of Django (a source distribution of
 10.8 MB on PyPI, BSD-3-Clause; 1.9 million tokens; the tokenizer of 2,048 entries is trained here).
@@ -36,7 +36,7 @@ from benchmarks.support import environment
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the arguments."""
+    """Return the parsed command-line arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run everything that is missing, then print the tables."""
+    """Execute the runs that are missing, then print the tables."""
     args = parse(argv)
     chosen = [groups.quick()] if args.quick else [groups.GROUPS[x] for x in args.only]
     if args.all:

@@ -31,13 +31,13 @@ from benchmarks.support.contenders import Contender, gather
 from benchmarks.support.providers import CONTENDERS
 from benchmarks.support.shapes import Job
 
-# Counted and measured peaks may differ by this share.
+# The largest relative difference between the counted and the measured peak.
 AGREEMENT = 0.05
-# A run with its inputs may take this share of the available memory.
+# The share of the available memory that a run and its inputs may take.
 SHARE_OF_MEMORY = 0.5
-# Compiled code cannot run over fake tensors. So its time limit is larger by this factor.
+# The factor on the time limit of compiled code, which cannot run over fake tensors instead.
 PATIENCE_WITHOUT_FAKES = 3
-# ``dense_kl_div`` is left out, because it is like ``dense`` with more memory.
+# ``dense_kl_div`` is left out, because it is a variant of ``dense`` that takes more memory.
 DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]
 COLUMNS = (
     "contender label pairs vocab_entries tokens student_width teacher_width dtype method"
@@ -48,7 +48,7 @@ SHOWN = ("contender", "pairs", "vocab_entries", "peak_with_gradients_mib", "meth
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark."""
+    """Measure or count the peak memory at every point, then print the table and draw the figure."""
     args = parse(argv)
     device = torch.device(args.device)
     start = time.perf_counter()
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments. ``--quick`` sets the sizes that are not given."""
+    """Return the parsed command-line arguments. ``--quick`` changes the default sizes."""
     parser = environment.parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--tokens", type=int, help="default 512, with --quick 128")
@@ -95,7 +95,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def row(contender: Contender, job: Job, *more: dict[str, str]) -> dict[str, Any]:
-    """Return one line of the CSV."""
+    """Return a CSV row of a contender and a job. ``more`` has further columns."""
     return tables.row(COLUMNS, contender.columns(), job.columns(), *more)
 
 
@@ -134,13 +134,13 @@ def points(
 def too_large(
     contender: Contender, job: Job, fake: memory.Memory | None, rate: float, gemm_seconds: float
 ) -> str | None:
-    """Return the reason why a point is not measured in a real run, or None."""
+    """Return the reason why a contender cannot really run a job, or None if it can."""
     needed = job.gemm_flops() / rate
     if needed > gemm_seconds * (PATIENCE_WITHOUT_FAKES if fake is None else 1):
         return f"time: {needed:.0f} s of GEMMs"
     if job.device.type != "cpu":
         return None
-    if fake is None:  # compiled code needs at most as much memory as the same code uncompiled
+    if fake is None:  # the uncompiled code needs at least as much memory
         bound = CONTENDERS.get(f"{contender.key}_uncompiled")
         fake = bound and bound.fake_memory(job)
     inputs = job.vocab * (job.student_width + job.teacher_width) * 4

@@ -51,7 +51,7 @@ OURS = {key: providers.backend(key) for key in ("torch", "triton")}
 CONTENDERS = OURS | providers.PEERS | providers.GPU_PEERS
 FILE = "speed.csv"
 SKIPPED = 77
-REPEATS = 10  # runs of a GEMM in one measurement, because each launch takes time
+REPEATS = 10  # a single launch is too short to time, so a measurement repeats a GEMM
 COLUMNS = (
     "shape part contender label tokens pairs vocab_entries student_width teacher_width dtype"
     " median_ms min_ms max_ms ratio_to_floor predicted_ms tflop_per_s peak_with_gradients_mib"
@@ -61,7 +61,8 @@ SHOWN = (
     "shape part contender tokens pairs median_ms ratio_to_floor predicted_ms tflop_per_s"
     " peak_with_gradients_mib note"
 )
-# The names of the kernels of each part of a step. The names of CPU kernels are for tests.
+# A step has three parts. These patterns find the part of a kernel by its name. Names of CPU kernels
+# are for tests.
 PART_NAMES = {
     "products": re.compile("gemm|nvjet|cutlass|xmma|splitk|aten::(add)?mm", re.IGNORECASE),
     "pass": re.compile("row_pass_kernel|triton_"),
@@ -70,7 +71,7 @@ PART_NAMES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark; return 1 if a backend of the library failed."""
+    """Run the benchmark, and return 1 if a backend of the library failed."""
     args = parse(argv)
     device = torch.device(args.device)
     if device.type == "cuda" and (reason := environment.no_gpu()):
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments. ``--tiny`` replaces the sizes."""
+    """Return the parsed command-line arguments. ``--tiny`` overrides the sizes."""
     parser = environment.parser(__doc__, tokens=8192, rounds=10)
     parser.add_argument("shape", choices=shapes.MODELS)
     parser.add_argument("--pairs", type=int, nargs="+", default=[1])
@@ -107,10 +108,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Measured:
-    """The rows of a run, each written when it is known."""
+    """Measures contenders, and writes each row of the results at once."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        """Start with no row."""
+        """Start without rows."""
         self.device, self.rounds = device, args.rounds
         self.shape = TINY.name if args.tiny else args.shape
         self.model = TINY if args.tiny else shapes.MODELS[args.shape]
@@ -121,7 +122,10 @@ class Measured:
         self.wrong: dict[str, str] = {}
 
     def choose(self, keys: Sequence[str]) -> bool:
-        """Check the contenders. Return False if several were chosen, but only ``torch`` can run."""
+        """Choose and check the contenders.
+
+        Return False if several were requested, but only ``torch`` can run.
+        """
         reasons = {key: CONTENDERS[key].objection(self.device) for key in keys}
         able = {key: CONTENDERS[key] for key, reason in reasons.items() if reason is None}
         failed = {key: reason for key, reason in reasons.items() if reason is not None}
@@ -139,7 +143,7 @@ class Measured:
     def add(
         self, key: str, job: shapes.Job | None = None, *parts: Mapping[str, Any], **more: Any
     ) -> None:
-        """Write a row."""
+        """Add a row to the results and to ``speed.csv``."""
         label = CONTENDERS[key].label() if key in CONTENDERS else key
         names = {"shape": self.shape, "part": "step", "contender": key, "label": label, "rounds": 0}
         sizes = {} if job is None else job.columns()
@@ -148,7 +152,7 @@ class Measured:
         tables.append_csv(self.path, row | self.where)
 
     def job(self, job: shapes.Job, inputs: shapes.Inputs, parts: bool) -> None:
-        """Measure a job."""
+        """Measure all contenders on one job."""
         calls: dict[str, Callable[[], Any]] = {FLOOR: partial(products.products, inputs)}
         for key, contender in self.contenders.items():
             calls[key] = partial(step, contender.load(), inputs)
@@ -176,7 +180,7 @@ class Measured:
             for part in (self.kernels, self.gemms):
                 try:
                     part(job, inputs, calls["torch"], expected)
-                except Exception as error:  # a failure here keeps the times above
+                except Exception as error:  # a failure here does not lose the times above
                     self.add(part.__name__, job, note=first_line(error))
 
     def kernels(
@@ -186,7 +190,7 @@ class Measured:
         function: Callable[[], Any],
         expected: Mapping[str, float],
     ) -> None:
-        """Print the table of the kernels of a step, and add the time of each kind."""
+        """Profile a step: print its kernels, and add a row with the time of each part."""
         on_gpu = self.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         with profile(activities=activities) as profiler:
@@ -206,7 +210,7 @@ class Measured:
             self.add(part, job, known, part="kernels of torch", rounds=1)
 
     def gemms(self, job: shapes.Job, inputs: shapes.Inputs, *_: Any) -> None:
-        """Add the time of each GEMM with as many rows as the backend's tiles."""
+        """Add a row for each GEMM of the ``torch`` backend, timed with as many rows as a tile."""
         for name, rows, flops, function in products.at_layout(inputs):
             calls = {name: lambda run=function: [run() for _ in range(REPEATS)]}
             times = timing.time_interleaved(calls, self.rounds, self.device, False)[name]
@@ -216,16 +220,16 @@ class Measured:
 
 
 def part_of(kernel: str) -> str:
-    """Return the part of a step to which a kernel belongs."""
+    """Return the part of a step to which the kernel with this name belongs."""
     return next(part for part, names in PART_NAMES.items() if names.search(kernel))
 
 
 def measured_memory(
     function: Callable[[], Any], inputs: shapes.Inputs, device: torch.device
 ) -> memory.Memory | str:
-    """Return the memory of a function's second run, or the reason why it cannot run."""
+    """Return the memory of a function's second run, or a message if the function fails."""
     try:
-        function()  # the first run is not measured, because it compiles and fills caches
+        function()  # the first run compiles and fills caches, so only the second is measured
         inputs.clear()
         return memory.measure(function, device)
     except Exception as error:

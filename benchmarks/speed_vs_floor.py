@@ -35,7 +35,7 @@ SHOWN = "contender dtype median_ms min_ms max_ms ratio_to_floor best_ratio_to_fl
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark."""
+    """Time the functions, then print the table and write the CSV."""
     args = parse(argv)
     start = time.perf_counter()
     device = torch.device(args.device)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments."""
+    """Return the parsed command-line arguments."""
     sizes = {"tokens": 1024, "vocab": 50257, "pairs": 1, "student_width": 768}
     parser = environment.parser(__doc__, **sizes, teacher_width=1600, rounds=3)
     parser.add_argument("--bf16", action="store_true", help="also with bfloat16 inputs")
@@ -70,7 +70,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def functions(job: Job, uncompiled: bool) -> dict[str, Callable[[], Any]]:
-    """Return the functions to time, by name, on shared inputs."""
+    """Return the functions to time by name. All use the same inputs."""
     inputs = job.make()
     ours = partial(step, providers.ours, inputs)
 

@@ -41,7 +41,7 @@ PAGE = environment.ROOT / "docs" / "memory_and_speed.md"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark."""
+    """Measure all points, then print the tables, write the CSV, and draw the figure."""
     args = parse(argv)
     start = time.perf_counter()
     device = torch.device(args.device)
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Return the arguments. ``--quick`` sets the sizes that are not given."""
+    """Return the parsed command-line arguments. ``--quick`` changes the default sizes."""
     parser = environment.parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument(

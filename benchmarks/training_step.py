@@ -27,14 +27,14 @@ States = list[torch.Tensor]
 
 
 def parse() -> argparse.Namespace:
-    """Return the arguments."""
+    """Return the parsed command-line arguments."""
     models = {"student_blocks": 20, "teacher_blocks": 30, "width": 576, "vocab": 49152, "pairs": 3}
     parser = environment.parser(__doc__, False, batch=4, length=128, **models, rounds=5)
     return parser.parse_args()
 
 
 def model(args: argparse.Namespace, blocks: int) -> Any:
-    """Return a Llama with SmolLM2's proportions and random weights."""
+    """Return a Llama with the proportions of SmolLM2 and random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -135,7 +135,7 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
 
 
 def main() -> None:
-    """Time, print the shares and write the CSV."""
+    """Time the functions, print the share of each part, and write the CSV."""
     args = parse()
     with tempfile.TemporaryDirectory() as folder:
         timed = jobs(args, folder)

@@ -1,4 +1,4 @@
-"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657) as its published code defines it."""
+"""The adaptive KL of Wu et al. 2024 (arXiv 2404.02657), as in its published code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from reference import dense
 
 
 def head(p: Tensor, mass: float = 0.5) -> list[int]:
-    """Return the most probable entries, as many as sum to at most ``mass``, but at least one."""
+    """Return which entries are in the head: the most probable ones, in order of probability.
+
+    They sum to at most ``mass``. The most probable entry is always in the head.
+    """
     entries: list[int] = []
     held = 0.0
     for entry in sorted(range(len(p)), key=lambda i: -p[i].item()):
@@ -21,7 +24,7 @@ def head(p: Tensor, mass: float = 0.5) -> list[int]:
 
 
 def head_share(p: Tensor, q: Tensor) -> float:
-    """Return the share of ``sum |p - q|`` that lies in the head, or 0.5 if ``p == q``."""
+    """Return the head's share of ``sum |p - q|``, or 0.5 if ``p == q``."""
     gap = (p - q).abs().tolist()
     of_head = set(head(p))
     gap_head = sum(g for i, g in enumerate(gap) if i in of_head)
@@ -30,7 +33,7 @@ def head_share(p: Tensor, q: Tensor) -> float:
 
 
 def adaptive_kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return the adaptive KL of teacher ``p`` and student ``q`` ``(..., V)`` for each row."""
+    """Return the adaptive KL of each row, for teacher ``p`` and student ``q`` ``(..., V)``."""
     vocab = p.shape[-1]
     pairs = zip(p.reshape(-1, vocab), q.detach().reshape(-1, vocab), strict=True)
     share = torch.tensor([head_share(*pair) for pair in pairs], dtype=p.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def normalise(h: Tensor, norm: Any) -> Tensor:
-    """Apply a final norm as its paper defines it."""
+    """Apply a norm as the paper that introduced it defines it."""
     if norm is None:
         return h
     if norm.kind == "layer":
@@ -28,7 +28,7 @@ def normalise(h: Tensor, norm: Any) -> Tensor:
 
 
 def lens_logits(hidden: Tensor, head: Any, normed: bool, vocab_size: int | None) -> Tensor:
-    """Return the logits of a hidden state as the model would compute them, ``(..., V)``."""
+    """Return the logits of a hidden state, ``(..., V)``, as the model computes them."""
     x = normalise(hidden.double(), head.norm if normed else None)
     z = x @ head.weight[:vocab_size].double().T
     if head.bias is not None:
@@ -51,7 +51,7 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
-    """Return the named divergence of teacher ``p`` and student ``q``."""
+    """Return the divergence with this name, of teacher ``p`` and student ``q``."""
     if name == "jsd":
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m) + (1 - beta) * kl(q, m)
@@ -64,7 +64,7 @@ def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
     if name == "tvd":
         return (p - q).abs().sum(-1) / 2
     if name == "hellinger":
-        # This is 1 - sum sqrt(p q), the Bhattacharyya form. Its gradient is finite where p == q.
+        # The formula is 1 - sum sqrt(p q), whose gradient is finite where p == q.
         return ((p + q) / 2 - torch.sqrt(p * q)).sum(-1)
     raise ValueError(f"unknown divergence {name!r}")
 
@@ -84,7 +84,7 @@ def rows(
 ) -> Tensor:
     """Return the divergence of each pair and token, ``(L, ...)``.
 
-    With ``labels``, one more row at the end holds the cross entropy.
+    With ``labels``, a last row holds the cross entropy.
     """
     values = []
     for h_s, h_t, name, with_norm in zip(
@@ -112,7 +112,7 @@ def lens_loss(
     denominator: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """Return the loss as ``symmetric_lens_loss`` defines it, for lists of hidden states."""
+    """Return the loss of lists of hidden states, as ``symmetric_lens_loss`` defines it."""
     pairs = len(student_hidden)
     weights = [1 / pairs] * pairs if layer_weights is None else layer_weights
     values = rows(

@@ -61,7 +61,7 @@ def lens_term(
     mask: Tensor,
     quirks: Quirks = OURS,
 ) -> Tensor:
-    """Return the lens term of the objective, a mean over samples, layers and unmasked positions.
+    """Return the lens term of the objective: a mean over samples, layers and unmasked positions.
 
     Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. The
     result is in float64. It is 0 if all positions are masked; the published code divides 0 by 0.
@@ -69,7 +69,7 @@ def lens_term(
     samples, layers = student_hidden[0].shape[0], len(student_hidden)
 
     def probabilities(hidden: Sequence[Tensor], head: Any) -> Tensor:
-        """Return ``(B * n, T, V)``: row ``b * n + l`` is layer ``l`` of sample ``b``."""
+        """Return ``(B * n, T, V)``, where row ``b * n + l`` is layer ``l`` of sample ``b``."""
         logits = [dense.lens_logits(h, head, quirks.final_norm, None) for h in hidden]
         return dense.softmax(torch.stack(logits, dim=1).flatten(0, 1))
 

@@ -1,7 +1,8 @@
-"""Bounds on the results of ``speed_vs_peers.py``, and its tables, computed from its CSV.
+"""Limits for the results of ``speed_vs_peers.py``, and its tables, computed from its CSV.
 
 Ratios of times are taken within each round, where both times were measured shortly after each
-other. The median ratio is compared with the bound, and printed with the lowest and the highest.
+other. The median ratio is compared with the limit, and printed with the lowest and the highest
+ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Row = Mapping[str, str]
 
 
 def at(tokens: int = 1024, vocab: int = 50257, pairs: int = 1, masked: float = 0.0) -> str:
-    """Return the name of a point with GPT-2's hidden sizes."""
+    """Return the name of a point with the hidden sizes of GPT-2."""
     return Point((), "gpt2", Job(tokens, vocab, pairs, masked=masked)).key()
 
 
@@ -33,7 +34,7 @@ END = "<!-- end of what speed_vs_peers.py made -->"
 
 @dataclass(frozen=True)
 class Bar:
-    """A bound on a ratio of two measurements, ``top / bottom``.
+    """A limit for the ratio of two measurements, ``top / bottom``.
 
     ``top`` and ``bottom`` are (point, contender). ``quantity`` is the column of the CSV.
     """
@@ -46,7 +47,7 @@ class Bar:
     quantity: str = "times_ms"
 
     def ratios(self, rows: Sequence[Row]) -> list[float]:
-        """Return the ratio in every round, or an empty list if a measurement is missing."""
+        """Return the ratio in each round, or an empty list if a measurement is missing."""
         found = {(row["point"], row["contender"]): row[self.quantity] for row in rows}
         top, bottom = found.get(self.top), found.get(self.bottom)
         if not top or not bottom:
@@ -56,7 +57,7 @@ class Bar:
         return [float(top) / float(bottom)]
 
     def is_met(self, ratio: float) -> bool:
-        """Say whether a ratio is within the bound."""
+        """Return whether a ratio is within the limit."""
         return ratio <= self.limit if self.at_most else ratio >= self.limit
 
 
@@ -65,7 +66,7 @@ def _against(peer: str, point: str, limit: float, name: str, quantity: str = "ti
 
 
 def _growth(what: str, larger: str, smaller: str, factor: float = 2) -> Bar:
-    """Return a bound on the growth of the time: at most 2.1 times for each doubling of a size."""
+    """Return a limit for the growth of the time: at most 2.1 times if a size is doubled."""
     sides = (larger, "lens_kernels"), (smaller, "lens_kernels")
     return Bar(f"lens_kernels, {what}", *sides, 2.1 ** math.log2(factor), at_most=True)
 
@@ -93,7 +94,7 @@ BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "t
 
 
 def verdict(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line of cells for each bound: name, limit, ratio, range, and met or missed."""
+    """Return a table row for each limit, with the ratio, its range, and met or missed."""
     lines = []
     for bar in BARS:
         found = bar.ratios(rows)
@@ -109,7 +110,7 @@ def verdict(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def base_times(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a line of cells for each contender at the point ``BASE``."""
+    """Return a table row for each contender, with its times at the point ``BASE``."""
     lines, order = [], [*dict.fromkeys(row["contender"] for row in rows)]
     for row in sorted(rows, key=lambda row: order.index(row["contender"])):
         if row["point"] == BASE and row["median_ms"]:
@@ -120,11 +121,11 @@ def base_times(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def both_tables(rows: Sequence[Row]) -> list[tuple[Sequence[str], list[list[str]]]]:
-    """Return header and lines of both tables: times, and ratios with their bounds."""
+    """Return two tables, each as a header and rows: times, and ratios with their limits."""
     return [(BASE_TIMES, base_times(rows)), (VERDICT, verdict(rows))]
 
 
 def write_tables(path: Path, rows: Sequence[Row]) -> None:
-    """Replace the tables in a page. Raise ValueError if the page has no markers for them."""
+    """Replace the tables on a page. Raise ValueError if the page has no markers for them."""
     made = [tables.markdown_table(*table) for table in both_tables(rows) if table[1]]
     tables.rewrite(path, BEGIN, END, "\n\n".join(made))

@@ -1,4 +1,4 @@
-"""The points that ``speed_vs_peers.py`` measures, and the contenders at each point."""
+"""The points that ``speed_vs_peers.py`` measures, and the contenders that run at each point."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FLOOR = "floor"
 SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
 COMPILED = ("lens_kernels", "dense_compiled", "liger")
 SLOW = ("liger_uncompiled", "trl", "published")
-ONCE = "dense_kl_div"  # timed only at the first point, because it is like dense but slower
+ONCE = "dense_kl_div"  # runs only at the first point, because it is a slower variant of dense
 TINY = Model("tiny", 24, 40, 1000)
 SHOWN = ("gpt2", "tinyllama", "smollm2", "qwen2.5")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One job, the sweeps that it belongs to, and the contenders that are too slow for it."""
+    """One set of sizes, the sweeps that include it, and the contenders that are too slow for it."""
 
     sweeps: tuple[str, ...]
     model: str
@@ -33,13 +33,13 @@ class Point:
         return f"{self.model} N{job.tokens} V{job.vocab} L{job.pairs} masked {job.masked:g}"
 
     def columns(self) -> dict[str, Any]:
-        """Return the columns of the CSV that describe the point."""
+        """Return the point as columns of the CSV."""
         names = {"point": self.key(), "sweeps": " ".join(self.sweeps), "model": self.model}
         return names | self.job.columns()
 
 
 def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point]:
-    """Return every point once, even if it belongs to several sweeps.
+    """Return all points. A point that belongs to several sweeps appears once.
 
     The vocabulary sweep uses half of the tokens, and the models sweep a quarter.
     """
@@ -69,7 +69,10 @@ def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point
 
 
 def takes_part(key: str, number: int) -> bool:
-    """Say whether a contender runs in a round. Round 0 compiles and is not timed."""
+    """Return whether a contender runs in a round.
+
+    Round 0 is not timed: it only compiles.
+    """
     if number == 0:
         return key in COMPILED
     return key not in SLOW or number % 2 == 1

@@ -22,7 +22,7 @@ class Results:
     """The rows of the CSV, by point and contender."""
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
-        """Read the rows that an earlier run has written.
+        """Read the rows that an earlier run wrote, if there are any.
 
         Raises:
             RuntimeError: The rows were measured with other code, versions, or another machine.
@@ -31,8 +31,8 @@ class Results:
         self.environment = environment
         self._rows: dict[tuple[str, str], dict[str, str]] = {}
         for row in tables.read_own_csv(path, environment):
-            # These rows are not kept, because each run checks again which contenders are installed
-            # and how much memory is available.
+            # Rows about a missing package or too little memory are not kept, because each run
+            # checks both again.
             if row["point"] and not row["note"].startswith("does not fit"):
                 self._rows[row["point"], row["contender"]] = row
 
@@ -41,11 +41,11 @@ class Results:
         return [*self._rows.values()]
 
     def row(self, point: Point, key: str) -> dict[str, str]:
-        """Return a row, or an empty dict if there is none."""
+        """Return a contender's row at a point, or an empty dict if there is none."""
         return self._rows.get((point.key(), key), {})
 
     def times(self, point: Point, key: str) -> Mapping[int, float]:
-        """Return the times of a row in ms by round."""
+        """Return the times of a contender at a point, in ms by round."""
         return Timing.read(self.row(point, key).get("times_ms", "")).by_round
 
     def put(
@@ -56,7 +56,7 @@ class Results:
         times: Mapping[int, float] | None = None,
         **more: str,
     ) -> dict[str, str]:
-        """Set a row and return it."""
+        """Set a contender's row at a point, and return the row."""
         timing = Timing(times or {})
         names: dict[str, Any] = {"contender": key, "label": label, "times_ms": timing}
         parts = [names, timing.columns(), more, *([point.columns()] if point else [])]
@@ -66,7 +66,7 @@ class Results:
         return row
 
     def save(self) -> None:
-        """Compute the ratios to the floor, round by round, and write the file."""
+        """Compute the ratios to the floor within each round, and write the CSV."""
         for (place, _), row in self._rows.items():
             if floor := self._rows.get((place, FLOOR)):
                 ratios = Timing.read(row["times_ms"]).ratios(Timing.read(floor["times_ms"]))

@@ -1,4 +1,4 @@
-"""The rounds of ``speed_vs_peers.py``. A round times every contender at every point."""
+"""Runs the rounds of ``speed_vs_peers.py``. In a round, every contender runs at every point."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from benchmarks.support import memory, products, providers, shapes, timing
 from benchmarks.support.contenders import Contender, first_line, step
 
 RUN_AT_THE_LARGE_POINT = ("lens_kernels", "trl")
-AVAILABLE = 0.9  # the share of the available memory that a contender may use
+AVAILABLE = 0.9  # the largest share of the available memory that a contender may use
 
 
 class Runner:
-    """Times all contenders at one point, one round after another."""
+    """Times the contenders at one point, in one round after another."""
 
     def __init__(
         self, point: Point, contenders: Mapping[str, Contender], results: Results, rounds: int
     ) -> None:
-        """Print which contenders are left out, and which rounds exist already."""
+        """Choose contenders. Print which are left out, and which rounds were measured before."""
         self.point, self.results, self.rounds = point, results, rounds
         self.contenders = dict(contenders)
         self.first, self.expected = "", (0.0,)
@@ -41,10 +41,10 @@ class Runner:
             print(f"{point.key()}: rounds measured already: {done}", flush=True)
 
     def turn(self, number: int) -> None:
-        """Run a round, and write its results after all contenders have run.
+        """Run one round at this point, and write its times when all contenders have run.
 
-        If one contender has no time for the round, all contenders repeat the round, because ratios
-        are taken within rounds.
+        If one contender has no time for this round, all run it again, because ratios are taken
+        within rounds.
         """
         if not self._is_due(number):
             return
@@ -72,7 +72,7 @@ class Runner:
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
         if (
             self.results.row(self.point, key).get("note") != reason
-        ):  # a row with the same note is not written again, and keeps its date
+        ):  # if the note is unchanged, the row is not written again and keeps its date
             self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:
@@ -85,7 +85,7 @@ class Runner:
         return any(number not in self.results.times(self.point, k) for k in self._keys(number))
 
     def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
-        """Return the time of one call. Raise if its results differ from those of others."""
+        """Return the time of one call. Raise an error if the loss or a gradient is wrong."""
         job = self.point.job
         if key == FLOOR:
             cut = counted(inputs)
@@ -106,18 +106,19 @@ class Runner:
 
 
 def counted(inputs: shapes.Inputs) -> shapes.Inputs:
-    """Return the inputs without masked rows, so that the floor does not spend time on masking."""
+    """Return the inputs without masked rows, so that the floor does no work for masked tokens."""
     student = [inputs.counted(x).detach() for x in inputs.student_hidden]
     teacher = [inputs.counted(x) for x in inputs.teacher_hidden]
     return replace(inputs, student_hidden=student, teacher_hidden=teacher, mask=None)
 
 
 def too_large(contender: Contender, job: shapes.Job) -> str | None:
-    """Return a message if the counted memory exceeds the available memory, else None."""
-    # Fake tensors cannot drop masked rows, so this is an upper bound.
+    """Return a message if a contender needs more memory than is available, else None."""
+    # Fake tensors cannot drop masked rows, so the memory is counted without a mask, as an upper
+    # bound.
     try:
         fake = contender.fake_memory(replace(job, masked=0.0))
-    except Exception:  # the real run will show the error
+    except Exception:  # the real run will then show this error
         return None
     if fake is None or fake.peak <= AVAILABLE * memory.available():
         return None
@@ -125,7 +126,7 @@ def too_large(contender: Contender, job: shapes.Job) -> str | None:
 
 
 def large_point(point: Point, contenders: Mapping[str, Contender], results: Results) -> None:
-    """Run lens_kernels and TRL once, and count the temporary memory of the others."""
+    """Run lens_kernels and TRL once at the largest point, and count the memory of the others."""
     expected: tuple[float, ...] | None = None
     for key, contender in contenders.items():
         if results.row(point, key):
@@ -135,7 +136,7 @@ def large_point(point: Point, contenders: Mapping[str, Contender], results: Resu
             continue
         times: dict[int, float] = {}
         if key in RUN_AT_THE_LARGE_POINT:
-            # A smaller job runs first, so that compilation is not timed.
+            # Compile in a smaller job, so that the time of the large job includes no compilation.
             step(contender.load(), replace(point.job, tokens=point.job.tokens // 4, pairs=1).make())
             (used, elapsed), seen = contender.observe(point.job.make(), _memory_and_seconds)
             expected = expected or seen

@@ -1,4 +1,4 @@
-"""The text of the study: its source, its split, and the tokenizer that is trained on it."""
+"""The text of the study: where it comes from, how it is split, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ END = 0  # the token between documents
 
 @dataclass(frozen=True)
 class Text:
-    """Rows of ``ROW`` tokens for training, and rows of held-out documents for evaluation."""
+    """The text as rows of ``ROW`` tokens, for training and from held-out documents."""
 
     train: Tensor
     held_out: Tensor
 
 
 def load(source: str, folder: Path) -> Text:
-    """Return the rows of a source, read from ``folder`` if they exist there."""
+    """Return the rows of a source, from a file in ``folder`` if it exists."""
     path = folder / f"text-{source}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,10 +48,11 @@ def load(source: str, folder: Path) -> Text:
 
 
 def _django(folder: Path) -> list[str]:
-    """Return the files of Django's documentation."""
+    """Return the texts of Django's documentation."""
     path = folder / DJANGO_FILE
     if not path.exists():
-        # pip uses the installed setuptools to read the metadata, so that it downloads nothing else.
+        # To read the metadata, pip uses the setuptools that is installed, so it downloads nothing
+        # else.
         flags = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q", "-d"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         subprocess.run([*pip, *flags, str(folder), DJANGO], check=True)
@@ -71,14 +72,14 @@ def _django(folder: Path) -> list[str]:
 
 
 def _topics() -> list[str]:
-    """Return the topics of Python's ``help``, a small text that needs no download."""
+    """Return the topics of Python's ``help``: a small text that needs no download."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
 
 
 def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
-    """Return the rows for training and the rows of held-out documents."""
+    """Train the tokenizer, and return the rows for training and the held-out rows."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     random.Random(0).shuffle(documents)
@@ -92,7 +93,7 @@ def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
     )
     tokenizer.train_from_iterator(documents, trainer)
     encoded = [[*tokenizer.encode(text).ids, END] for text in documents]
-    # Whole documents are held out, as many as the held-out rows need.
+    # Whole documents are held out, until they fill the held-out rows.
     count, total = 0, 0
     while total < HELD_OUT_ROWS * ROW:
         total += len(encoded[count])

@@ -1,4 +1,4 @@
-"""The pictures of the study, drawn only from its results."""
+"""The figures of the study, drawn from its results alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VERDICTS = {"lower": pictures.GREEN, "higher": pictures.VERMILION}
 
 @pictures.styled
 def forest(group: Group, results: statistics.Results, folder: Path) -> Path | None:
-    """Draw the differences of a group from their baselines, and KL by steps."""
+    """Draw KL by steps, and each arm's differences from its baseline, for one group."""
     found = [x for x in statistics.compare(group, results) if x.percent is not None]
     compared = [arm for arm in group.arms if arm.versus]
-    if not found or 2 * len(found) < len(compared):  # too few results for a picture
+    if not found or 2 * len(found) < len(compared):  # the group has too few results for a figure
         return None
     drawn = pictures.canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])
@@ -63,7 +63,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
 
 @pictures.styled
 def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | None:
-    """Draw entropy, divergence and overconfidence of the lenses by depth."""
+    """Draw entropy, divergence and overconfidence of the lens at each depth."""
     panels = {
         "entropy_student": "entropy, nats",
         "kl": "KL(teacher, student): missed mass",
@@ -94,7 +94,7 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
 
 @pictures.styled
 def penalties(folder: Path, teacher: float = 0.2) -> Path:
-    """Draw each divergence and its gradient for a vocabulary of two entries.
+    """Draw every divergence and its gradient for a vocabulary of two entries.
 
     The horizontal axis is the student's probability of the first entry.
     """
@@ -132,7 +132,7 @@ def _save(drawn: Any, folder: Path, name: str) -> Path:
 
 
 def all_of(results: statistics.Results, folder: Path) -> list[Path]:
-    """Draw every picture that has results."""
+    """Draw every figure for which there are results."""
     paths = [forest(group, results, folder) for group in GROUPS.values()]
     paths += [by_depth(GROUPS["main"], results, folder), penalties(folder)]
     return [path for path in paths if path is not None]

@@ -1,4 +1,4 @@
-"""The questions of the study: named groups of runs, each compared with its baseline."""
+"""The questions of the study. A group of runs answers a question by comparisons with a baseline."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "jeffreys", "tvd", "hellinger"
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective, and the label of the arm that it is compared with.
+    """An objective with its label, and the label of its baseline.
 
-    ``run`` holds the settings. Its seed is replaced by each seed of the group.
+    ``run`` has the settings. Its seed is replaced by each seed of the group.
     """
 
     label: str
@@ -38,7 +38,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Group:
-    """A question and the runs that answer it."""
+    """A question, and the arms and seeds that answer it."""
 
     name: str
     question: str
@@ -46,14 +46,14 @@ class Group:
     seeds: tuple[int, ...] = SEEDS
 
     def runs(self, seeds: tuple[int, ...] | None = None) -> Iterator[Run]:
-        """Return all runs, seed by seed, so that early results can be compared in pairs."""
+        """Return all runs, seed by seed, so that first comparisons are possible after one seed."""
         for seed in seeds or self.seeds:
             for arm in self.arms:
                 yield replace(arm.run, seed=seed)
 
 
 def with_and_without(label: str, run: Run, pairs: Pairs = UNIFORM) -> tuple[Arm, Arm]:
-    """Return an arm without a lens, and the same arm with a JSD lens."""
+    """Return two arms: one without a lens, and the same one with a JSD lens."""
     return Arm(label, run), Arm(f"{label} + lens", replace(run, lens="jsd", pairs=pairs), label)
 
 
@@ -171,7 +171,7 @@ def _teacher() -> Group:
     return Group("teacher", "Does it depend on the teacher?", tuple(arms))
 
 
-# The most important groups are first.
+# All groups, the most important first.
 GROUPS = {
     group.name: group
     for group in (
@@ -194,10 +194,10 @@ GROUPS = {
 
 
 def quick() -> Group:
-    """Return a small version of the comparison for tests. It takes minutes, and needs no network.
+    """Return a small group for tests, which takes minutes and needs no network.
 
-    The student is cut from the teacher and trained for a few steps, with a large weight of the
-    lens. With these settings the lens helps most, so a small run can show the effect.
+    The student is cut from the teacher and trained for a few steps, with a large lens weight. With
+    these settings the lens helps most, so that a small run can show it.
     """
     student = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
     plain = student | {"teacher": TeacherSettings(text="topics", steps=400)}

@@ -1,4 +1,4 @@
-"""The metrics of a student, computed from all logits. They do not use the library's loss."""
+"""The metrics of a student, computed from full logits and without the library's loss."""
 
 from __future__ import annotations
 
@@ -9,25 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The number of rows in a batch.
+# The number of rows that the models process at a time.
 CHUNK = 32
-# Tokens of a prompt, tokens of its continuation, and the number of prompts.
+# The length of a prompt and of its continuation in tokens, and the number of prompts.
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128
-# The number of confidence bins in the calibration error.
+# The number of bins of confidence in the calibration error.
 BINS = 15
 
 
 def _final(model: Any, rows: Tensor) -> Tensor:
-    """Return log probabilities of the next token, ``(tokens, V)``, without the last position."""
+    """Return the log probabilities of all next tokens, ``(tokens, V)``.
+
+    The last position is left out, because its next token is unknown.
+    """
     return model(input_ids=rows).logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
 
 @torch.no_grad()
 def greedy(model: Any, rows: Tensor) -> Tensor:
-    """Return the model's greedy continuation of the first tokens of rows."""
+    """Return the model's greedy continuations of the first tokens of rows."""
     prompts = rows[:PROMPTS, :PROMPT]
     mask = torch.ones_like(prompts)
-    # The model has no end token, so all continuations have the same length and need no padding.
+    # Without an end token, all continuations have the same length, and none needs padding.
     out = model.generate(
         prompts, attention_mask=mask, do_sample=False, max_new_tokens=CONTINUED, pad_token_id=0
     )
@@ -36,22 +39,22 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Judge:
-    """The teacher's results on held-out rows. Students are compared with them."""
+    """The teacher's results on held-out rows, with which students are compared."""
 
     teacher: Any
     rows: Tensor
-    log_p: list[Tensor]  # one tensor per chunk of rows
+    log_p: list[Tensor]  # one tensor for each chunk of rows
     continuation: Tensor
 
     @classmethod
     @torch.no_grad()
     def of(cls, teacher: Any, rows: Tensor) -> Judge:
-        """Run the teacher on the rows."""
+        """Run the teacher on the rows and return its results."""
         log_p = [_final(teacher, chunk) for chunk in rows.split(CHUNK)]
         return cls(teacher, rows, log_p, greedy(teacher, rows))
 
     def _chunks(self, model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield the log probabilities of teacher and student, and the labels, of each chunk."""
+        """Yield for each chunk the log probabilities of teacher and student, and the labels."""
         training = model.training
         model.eval()
         for chunk, log_p in zip(self.rows.split(CHUNK), self.log_p, strict=True):
@@ -60,7 +63,7 @@ class Judge:
 
     @torch.no_grad()
     def forward_kl(self, student: Any) -> float:
-        """Return KL(teacher, student) in nats per token."""
+        """Return the student's KL(teacher, student), in nats per token."""
         values = [(p.exp() * (p - q)).sum(-1) for p, q, _ in self._chunks(student)]
         return torch.cat(values).mean().item()
 
@@ -89,7 +92,7 @@ class Judge:
 
     @torch.no_grad()
     def by_depth(self, student: Any) -> list[dict[str, float]]:
-        """Return metrics of the student's lens against the teacher's, for each student block.
+        """Return, for each student block, metrics that compare its lens with the teacher's lens.
 
         Each student block is compared with the teacher's block at the same relative depth.
         """
@@ -118,7 +121,10 @@ class Judge:
 
 
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
-    """Return log probabilities of the lens after a block. The last block has the output's."""
+    """Return the log probabilities of the lens after a block.
+
+    After the last block, they are the model's output.
+    """
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
     if depth < len(states) - 1:  # the model has already applied the norm to the last states
@@ -127,7 +133,10 @@ def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
 
 
 def _calibration_error(confidence: Tensor, hit: Tensor) -> float:
-    """Return the expected calibration error. A prediction is right if the text has this token."""
+    """Return the expected calibration error: the mean gap between confidence and accuracy.
+
+    A prediction is a hit if it is the next token of the text.
+    """
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS).index_add_(0, bins, confidence - hit)
     return (gaps.abs().sum() / len(hit)).item()

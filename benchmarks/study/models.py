@@ -21,7 +21,7 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
-# A decay maps the completed share x of the training steps to a factor of the lens weight.
+# A decay gives the factor on the lens weight as a function of x, the completed share of training.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
@@ -30,7 +30,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 
 def new_model(depth: int, width: int) -> Any:
-    """Return a Llama with random weights, drawn from torch's current random state."""
+    """Return a Llama with random weights, which depend on torch's current random state."""
     config = LlamaConfig(
         vocab_size=data.VOCABULARY,
         hidden_size=width,
@@ -47,7 +47,7 @@ def new_model(depth: int, width: int) -> Any:
 
 
 def new_student(run: Run, teacher: Any) -> Any:
-    """Return the untrained student of a run. Runs with the same seed start from equal weights."""
+    """Return a run's untrained student. It starts from the same weights in all runs of a seed."""
     if run.blocks:
         return shallow_copy(teacher, run.blocks).requires_grad_(True)
     torch.manual_seed(run.seed)
@@ -55,7 +55,7 @@ def new_student(run: Run, teacher: Any) -> Any:
 
 
 def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
-    """Return the teacher from ``folder``. Train it first if the folder does not hold it."""
+    """Return the teacher from ``folder``, or train it and save it there."""
     path = folder / f"teacher-{settings.key}.pt"
     torch.manual_seed(settings.seed)
     teacher = new_model(TEACHER_DEPTH, TEACHER_WIDTH)
@@ -78,7 +78,7 @@ def train(
     folder: Path,
     at_step: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Train a student. Return the CPU time of its median step in milliseconds.
+    """Train a student, and return the median CPU time of a step in milliseconds.
 
     ``at_step`` is called after each step, outside the measured time. The order of the rows
     depends only on the seed.
@@ -130,7 +130,7 @@ def train(
 
 
 class _Watch(TrainerCallback):
-    """Measures the time of steps, calls ``at_step``, and sets the weight of the lens."""
+    """A callback that times steps, calls ``at_step``, and sets the weight of the lens."""
 
     def __init__(self, run: Run, at_step: Callable[[int], None]) -> None:
         self.run, self.at_step = run, at_step

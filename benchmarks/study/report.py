@@ -1,4 +1,4 @@
-"""The tables of the study, made from the CSV of its results alone."""
+"""The tables of the study, which are written from the CSV of its results alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHERS = {
 
 
 def table(group: Group, results: statistics.Results, seeds: Sequence[int] | None = None) -> str:
-    """Return the comparison of a group as Markdown."""
+    """Return the comparisons of a group as a Markdown table."""
     found = statistics.compare(group, results, seeds=seeds)
     if not found:
         return "No run is done yet."
@@ -58,7 +58,10 @@ def _line(each: Compared) -> list[str]:
 
 
 def others(group: Group, results: statistics.Results) -> str:
-    """Return the other metrics of a group. A star marks differences beyond the noise."""
+    """Return a group's other metrics as a Markdown table.
+
+    A star marks differences that exceed the noise.
+    """
     columns = {
         metric: {x.arm.label: x for x in statistics.compare(group, results, metric, absolute=True)}
         for metric in OTHERS
@@ -78,7 +81,7 @@ def others(group: Group, results: statistics.Results) -> str:
 
 
 def origin(results: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the machine, versions and commits of the results."""
+    """Return a sentence with the machine, versions and commits of the results."""
     said = [f"{len(results)} runs"]
     for column in ("commit", "device", "threads", "torch", "transformers", "shared_machine"):
         counts = Counter(row[column] for row in results.values())
@@ -89,7 +92,7 @@ def origin(results: Mapping[str, Mapping[str, str]]) -> str:
 
 
 def publish(csv: Path, page: Path = PAGE, kept: Path = CSV, folder: Path = FIGURES) -> None:
-    """Write the CSV, tables and figures of the documentation."""
+    """Write the CSV, the tables and the figures that the documentation shows."""
     results = runs.read(csv)
     if csv.resolve() != kept.resolve():
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Executes the runs. Runs are independent. Each writes one line of a CSV, and is not repeated."""
+"""Executes runs, which are independent of each other. Each run writes one line of a CSV, once."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from typing import Any
 from benchmarks.study.settings import Run, TeacherSettings
 from benchmarks.support import environment, tables
 
-EVALUATIONS = 12  # number of evaluations in a run, evenly spaced
+EVALUATIONS = 12  # the number of evaluations in a run, at equal distances
 SETTINGS = [f.name for f in fields(Run)]
 METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error greedy_prefix".split()
 COLUMNS = [
     *("key", *SETTINGS),
     *METRICS,
-    *("curve", "by_depth"),  # JSON: the KL by step, and the metrics of the lenses by depth
+    *("curve", "by_depth"),  # as JSON: the KL by step, and metrics of the lenses by depth
     *("cpu_ms_per_step", "seconds", "shared_machine"),
     *("device", "threads", "torch", "transformers", "python", "commit", "date_utc"),
 ]
 
 
 def append(path: Path, values: dict[str, Any]) -> None:
-    """Append a result as one line. A lock keeps lines whole if other processes write too."""
+    """Append a result to the CSV as one line.
+
+    A lock prevents that lines of several processes mix.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -44,7 +47,7 @@ def append(path: Path, values: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the results as a mapping from the key of a run to its line."""
+    """Return the lines of the CSV, by the key of their run."""
     return {row["key"]: row for row in tables.read_csv(path)}
 
 
@@ -58,14 +61,14 @@ def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, An
 
 
 def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
-    """Train a teacher once, before several processes need it."""
+    """Train a teacher once, before several processes would train it."""
     from benchmarks.study import models
 
     models.load_teacher(settings, folder)
 
 
 def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
-    """Execute a run and return its result."""
+    """Execute a run, and return its result as a line of the CSV."""
     import torch
 
     from benchmarks.study import data, models
@@ -85,7 +88,7 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     final, lenses = judge.final(student), judge.by_depth(student)
     kept = folder / "students" / f"{run.key}.pt"
     kept.parent.mkdir(exist_ok=True)
-    torch.save(student.state_dict(), kept)  # kept, so that the student can be evaluated again
+    torch.save(student.state_dict(), kept)  # the student is kept for later evaluations
     found = environment.environment(environment.CPU)
     found["transformers"] = environment.version_of("transformers")
     return {
@@ -112,14 +115,14 @@ def _prepare(threads: int) -> None:
 
 
 def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machine: bool) -> None:
-    """Execute the missing runs in order. Each result is written as soon as its run ends."""
+    """Execute all missing runs in order, and write each result when its run ends."""
     path = folder / "runs.csv"
     known = read(path)
     wanted = list({run.key: run for run in runs if run.key not in known}.values())
     if not wanted:
         return
     started = time.perf_counter()
-    # Processes are spawned, because torch's threads do not survive a fork.
+    # New processes are spawned, because a fork would lose torch's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _prepare, (threads,)) as pool:
         for settings in dict.fromkeys(run.teacher for run in wanted):
@@ -144,7 +147,7 @@ def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machin
 
 
 def describe(run: Run) -> str:
-    """Return the settings that differ from their defaults."""
+    """Return the settings that differ from their defaults, as a text."""
     plain = Run()
     names = [name for name in SETTINGS if getattr(run, name) != getattr(plain, name)]
     return " ".join(f"{name}={getattr(run, name)}" for name in names) or "defaults"

@@ -1,4 +1,4 @@
-"""The settings of a run: everything that its result depends on. Their hash is the run's key."""
+"""The settings of a run, on which its result depends. The key of a run is a hash of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import asdict, dataclass, fields
 
 Pairs = tuple[tuple[int, int], ...]
 
-# The best learning rate for forward KL without a lens, found by the group ``rate``.
+# The best learning rate for forward KL without a lens, as the group ``rate`` found.
 RATE = 6e-3
-UNIFORM: Pairs = ((1, 2), (2, 4))  # two pairs by the uniform rule, for 3 and 6 blocks
+# the two pairs of the uniform rule, for a student of 3 blocks and a teacher of 6
+UNIFORM: Pairs = ((1, 2), (2, 4))
 
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """A teacher of 6 blocks of width 128, trained by cross entropy."""
+    """The settings of a teacher: 6 blocks of width 128, trained by cross entropy."""
 
     text: str = "django"
     seed: int = 0
@@ -30,7 +31,7 @@ class TeacherSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """A student and its training. Runs that differ only in ``seed`` are repetitions.
+    """The settings of a student's training. Runs that differ only in ``seed`` are repetitions.
 
     An empty ``final`` means cross entropy without a teacher. An empty ``lens`` means no lens, and
     ``coeff``, ``decay`` and ``norm`` must then keep their defaults. ``pairs`` are (student,
@@ -55,7 +56,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse settings that have no effect, because equal runs must have equal keys."""
+        """Refuse settings that would have no effect, because equal runs must have equal keys."""
         plain = (self.coeff, self.decay, self.norm) == (1.0, "constant", True)
         if not self.lens and not plain:
             raise ValueError("coeff, decay and norm need a lens: set lens, or keep their defaults")

@@ -1,4 +1,4 @@
-"""Comparisons paired by seed, with intervals and verdicts."""
+"""Comparisons of runs that are paired by seed, with intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from benchmarks.study.groups import Arm, Group
 
 RESAMPLES = 10_000
-# Quantiles of Student's t distribution at 97.5 %, by degrees of freedom.
+# Quantiles of Student's t distribution at 97.5 %, for 1, 2, ... degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-Results = Mapping[str, Mapping[str, str]]  # the CSV lines of runs, by the key of the run
+Results = Mapping[str, Mapping[str, str]]  # The lines of the CSV, by the key of their run.
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The mean of paired differences, with 95 % intervals if there are at least two seeds."""
+    """The mean of paired differences, with 95 % intervals if there are two seeds or more."""
 
     mean: float
     bootstrap: Interval | None
@@ -27,9 +27,10 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """``lower``, ``higher``, ``within the noise`` or ``one seed``, by Student's t.
+        """``lower``, ``higher``, ``within the noise`` or ``one seed``, by Student's t interval.
 
-        The bootstrap of a few values is too narrow, because it only resamples these values.
+        The bootstrap interval is too narrow for a few values, because it only resamples these
+        values.
         """
         if self.student_t is None:
             return "one seed"
@@ -38,7 +39,7 @@ class Difference:
 
 
 def difference(values: Sequence[float]) -> Difference:
-    """Return the mean and the intervals of differences, one value per seed."""
+    """Return the mean of the differences, one for each seed, with intervals."""
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Difference(mean, None, None)
@@ -51,18 +52,18 @@ def difference(values: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """The results of an arm over seeds, and its difference from the baseline over shared seeds."""
+    """An arm's results over seeds, and its difference from the baseline over the shared seeds."""
 
     arm: Arm
     seeds: tuple[int, ...]
     mean: float
     deviation: float
     percent: Difference | None
-    # The share of the steps after which the arm has the baseline's final KL.
+    # The share of training after which the arm reaches the baseline's final KL.
     reached: float | None
-    # The median CPU time of a step.
+    # The median CPU time of a step in milliseconds.
     cpu_ms: float
-    # The CPU time of a step divided by that of the baseline.
+    # The CPU time of a step, divided by the time of the baseline's step.
     cost: float | None
 
 
@@ -73,9 +74,9 @@ def compare(
     seeds: Sequence[int] | None = None,
     absolute: bool = False,
 ) -> list[Compared]:
-    """Return a comparison for each arm that has a result.
+    """Return a comparison with the baseline for each arm that has a result.
 
-    Differences are in percent of the baseline's value, or ``absolute``.
+    Differences are in percent of the baseline's value, or in its own unit if ``absolute``.
     """
     seeds = group.seeds if seeds is None else seeds
     by_label = {arm.label: arm for arm in group.arms}
@@ -111,12 +112,12 @@ def _of(arm: Arm, results: Results, seeds: Sequence[int]) -> dict[int, Mapping[s
 
 
 def curve(row: Mapping[str, str]) -> list[tuple[int, float]]:
-    """Return the KL of a run at each evaluated step."""
+    """Return the KL of a run at each evaluated step, by step."""
     return sorted((int(step), value) for step, value in json.loads(row["curve"]).items())
 
 
 def mean_curve(arm: Arm, results: Results, seeds: Sequence[int]) -> list[tuple[int, float]]:
-    """Return the mean over seeds of the KL at each evaluated step."""
+    """Return the KL at each evaluated step as a mean over seeds."""
     curves = [dict(curve(row)) for row in _of(arm, results, seeds).values()]
     shared = sorted(set.intersection(*map(set, curves))) if curves else []
     return [(step, statistics.fmean(each[step] for each in curves)) for step in shared]
@@ -125,17 +126,17 @@ def mean_curve(arm: Arm, results: Results, seeds: Sequence[int]) -> list[tuple[i
 def by_depth(
     arm: Arm, results: Results, seeds: Sequence[int], metric: str
 ) -> list[tuple[float, float]]:
-    """Return the student's depths, each with the mean over seeds of a metric of its lens."""
+    """Return a metric of the lens at each of the student's depths, as a mean over seeds."""
     tables = [json.loads(row["by_depth"]) for row in _of(arm, results, seeds).values()]
     columns = zip(*tables, strict=True)
     return [(rows[0]["depth"], statistics.fmean(x[metric] for x in rows)) for rows in columns]
 
 
 def _share_to_reach(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]]) -> float | None:
-    """Return the mean share of the steps that an arm needs to reach its baseline's final KL.
+    """Return the mean share of training that an arm needs to reach its baseline's final KL.
 
-    The curve is interpolated linearly between evaluations. The result is None if a run never
-    reaches that KL.
+    KL is interpolated linearly between evaluations. The result is None if a run never reaches that
+    KL.
     """
     shares = []
     for own, base in rows:

@@ -1,1 +1,1 @@
-"""Code that the scripts share: contenders, sizes, measurement, records, tables and figures."""
+"""Code that several scripts use: contenders, sizes, measurements, tables and figures."""

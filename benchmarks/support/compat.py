@@ -1,7 +1,7 @@
-"""Every private interface of another library that only the benchmarks use.
+"""The private interfaces of other libraries that only the benchmarks use.
 
-Each docstring states the purpose, the versions that have the interface, and the effect if it is
-missing. Interfaces that the package uses too are in ``lens_kernels/compat.py``.
+Each docstring states the purpose of an interface, the versions that have it, and the effect if it
+is missing. Interfaces that the package uses too are in ``lens_kernels/compat.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# The base class of modes that intercept every operator. torch documents it under this name. Present
-# in torch 2.8 to 2.13. Without it, runs over fake tensors cannot be counted, and their points are
+# The base class of modes that intercept every operator. torch documents it by this name. Present in
+# torch 2.8 to 2.13. Without it, runs over fake tensors cannot be counted, and their points are
 # missing.
 DispatchMode = TorchDispatchMode
 
@@ -40,17 +40,17 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
 
 
 def body_of(operator: Any) -> Callable[..., Any] | None:
-    """Return the body of a custom operator, or None for any other operator.
+    """Return the function that runs inside a custom operator, or None for any other operator.
 
     Present in torch 2.8 to 2.13. Without it, a fake run counts nothing inside the operator of
-    ``lens_kernels``, and the benchmark stops, because a real run gives another number.
+    ``lens_kernels``. The benchmark then stops, because a real run gives another number.
     """
     definition = OPDEFS.get(operator._schema.name)
     return None if definition is None else definition._init_fn
 
 
 def allocations(profiler: torch.profiler.profile) -> list[int]:
-    """Return the bytes of every allocation, and minus the bytes of every release, in order.
+    """Return the bytes of every allocation in order. A release counts as negative.
 
     The profiler's public results have only sums. Present in torch 2.8 to 2.13. Without it, no
     memory can be measured on a CPU.
@@ -61,7 +61,7 @@ def allocations(profiler: torch.profiler.profile) -> list[int]:
 
 
 def static_sizes() -> AbstractContextManager[None]:
-    """Let ``torch.compile`` compile every size separately, also inside a peer.
+    """Make ``torch.compile`` compile every size separately, also in the code of peers.
 
     Present in torch 2.8 to 2.13. Without it, torch compiles code for dynamic sizes when the size
     changes. That code needed 1.5 times the memory (measured).

@@ -1,6 +1,6 @@
-"""Contenders: ways to compute the loss of a job, with their checks and their counted memory.
+"""Contenders: ways to compute the loss of a job.
 
-The results of a contender are compared with the fp64 oracle before it is measured.
+Their results are compared with the fp64 oracle, and their memory can be counted.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Contender:
 
     ``load`` imports the packages and returns ``loss(inputs)``. ``on_fakes`` returns a context for a
     run over fake tensors on a CPU, or is None if the contender cannot run over them. ``epsilon`` is
-    the number that the contender adds to the mixture before it takes the logarithm. This lowers the
-    loss by at most ``epsilon * V``.
+    the number that the contender adds to the mixture before it takes the logarithm. The number
+    lowers the loss by at most ``epsilon * V``.
     """
 
     key: str
@@ -44,15 +44,15 @@ class Contender:
     gpu_only: bool = False
 
     def label(self) -> str:
-        """Return the title with the installed version."""
+        """Return the contender's title, with the installed version of its package."""
         return self.title.format(version=version_of(self.package) if self.package else "")
 
     def columns(self) -> dict[str, str]:
-        """Return the columns of the CSV that name the contender."""
+        """Return the contender's name as columns of the CSV."""
         return {"contender": self.key, "label": self.label()}
 
     def objection(self, device: torch.device) -> str | None:
-        """Return why the contender cannot run on a device, or None."""
+        """Return the reason why the contender cannot run on a device, or None if it can."""
         if self.gpu_only and device.type == "cpu":
             return "needs a GPU"
         module = self.package.replace("-", "_")
@@ -60,12 +60,13 @@ class Contender:
             return f"not installed; pip install {self.package}=={self.release}"
         try:
             self.load()
-        except Exception as error:  # peers import many packages that can fail in many ways
+        # importing a peer may fail in many ways, in any of the packages that it imports
+        except Exception as error:
             return f"cannot be loaded: {first_line(error)}"
         return None
 
     def fake_memory(self, job: Job) -> memory.Memory | None:
-        """Return the memory counted over fake tensors, or None if that is impossible."""
+        """Return the memory of a job counted over fake tensors, or None if that is impossible."""
         # On a GPU the peers and the compiled pass launch kernels, which do not accept fake tensors.
         if self.on_fakes is None or job.device.type != "cpu":
             return None
@@ -77,16 +78,19 @@ class Contender:
     def observe(
         self, inputs: Inputs, instrument: Callable[[Callable[[], Any], torch.device], T]
     ) -> tuple[T, tuple[float, ...]]:
-        """Measure one step. Return the measurement, and the loss and gradient norms of the step."""
+        """Measure one step.
+
+        Return the measurement, and the loss and the gradient norms of the step.
+        """
         loss, values = self.load(), []
-        inputs.clear()  # otherwise old gradients would be measured too
+        inputs.clear()  # gradients of an earlier step would be measured too
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())
         return said, (values[0].item(), *norms)
 
     def difference(self, job: Job, seen: tuple[float, ...], other: tuple[float, ...]) -> str | None:
-        """Say where the loss or a gradient norm differs from ``other``, or return None."""
+        """Return a text on how the loss or a gradient norm differs from ``other``, or None."""
         names = ["loss"] + [f"norm of gradient {i}" for i in range(len(seen) - 1)]
         for name, mine, theirs in zip(names, seen, other, strict=True):
             allowed = 1e-3 * theirs
@@ -98,19 +102,19 @@ class Contender:
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:
-    """Clear gradients, compute loss and gradients, and return the detached loss."""
+    """Compute loss and gradients on cleared inputs, and return the loss without its graph."""
     inputs.clear()
     value = loss(inputs)
-    # The upstream gradient is a real constant, because Liger reads its value on the host. A fake
-    # tensor has no value.
+    # The upstream gradient is a real tensor even if the inputs are fake, because Liger reads its
+    # value on the host.
     value.backward(gradient=torch.tensor(1.0, device=value.device))
     return value.detach()
 
 
 def check(contender: Contender, device: torch.device) -> None:
-    """Raise unless loss and gradients agree with the fp64 oracle for two small pairs.
+    """Raise an error unless loss and gradients agree with the fp64 oracle.
 
-    This is checked without a mask and with some tokens masked.
+    The job has two small pairs. It is checked without a mask and with a mask.
     """
     problems = [x for masked in (0.0, 0.4) for x in _problems(contender, device, masked)]
     if problems:
@@ -118,7 +122,7 @@ def check(contender: Contender, device: torch.device) -> None:
 
 
 def _problems(contender: Contender, device: torch.device, masked: float) -> list[str]:
-    """Return the differences from the oracle."""
+    """Return a text for each difference between a contender and the oracle."""
 
     def truth(inputs: Inputs) -> Tensor:
         heads = LensHead(inputs.student_head), LensHead(inputs.teacher_head)
@@ -144,9 +148,9 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
 def gather(
     contenders: Mapping[str, Contender], device: torch.device, needed: Container[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the contenders that run on a device, and why the others do not.
+    """Return the contenders that run on a device, and for each other one the reason.
 
-    A contender that fails or gives a wrong result is left out. If it is ``needed``, its error is
+    A contender that fails or gives a wrong result is left out. If it is in ``needed``, its error is
     raised.
     """
     present: dict[str, Contender] = {}
@@ -170,5 +174,5 @@ def gather(
 
 
 def first_line(error: Exception) -> str:
-    """Return an error in one line."""
+    """Return an error's class and message as one line."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"

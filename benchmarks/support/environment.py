@@ -1,4 +1,4 @@
-"""The origin of a measurement, for its CSV: code, versions, machine and date."""
+"""The origin of a measurement, which its CSV records: code, versions, machine and date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEERS = ("liger-kernel", "trl")
 
 
 def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.ArgumentParser:
-    """Return a parser with the options that all scripts share, and the given integer options."""
+    """Return an argument parser with the options of all scripts and the given integer options."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
     if on_device:
@@ -32,7 +32,7 @@ def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.
 
 
 def version_of(package: str) -> str:
-    """Return the installed version of a distribution, or ``""``."""
+    """Return the installed version of a package, or ``""`` without it."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -40,7 +40,7 @@ def version_of(package: str) -> str:
 
 
 def environment(device: torch.device) -> dict[str, str]:
-    """Return the machine, versions and commit of a measurement."""
+    """Return the machine, the versions and the commit of a measurement, as CSV columns."""
     return {
         "device": device_name(device),
         "threads": str(torch.get_num_threads()),
@@ -60,7 +60,7 @@ def gpu_environment(device: torch.device) -> dict[str, str]:
 
 
 def driver_version(device: torch.device) -> str:
-    """Return the version of the GPU's driver, or ``""``."""
+    """Return the version of the GPU driver, or ``""``."""
     if device.type != "cuda":
         return ""
     if torch.version.hip is not None:
@@ -81,7 +81,7 @@ def no_gpu() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Return the model of the device."""
+    """Return the name of the GPU or CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -91,14 +91,17 @@ def device_name(device: torch.device) -> str:
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     if "model name" not in found:
         return platform.processor() or platform.machine()
-    # Family and model are added, because virtual machines use the same name for several generations
-    # of processors.
+    # The name alone is ambiguous: virtual machines use it for several generations of processors. So
+    # family and model are added.
     numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
     return ", ".join([found["model name"].strip(), *numbers])
 
 
 def commit() -> str:
-    """Return the last commit of the measured code. ``-dirty`` marks changes after it."""
+    """Return the last commit that changed the measured code.
+
+    ``-dirty`` marks code with uncommitted changes.
+    """
     git, code = ("git", "-C", str(ROOT)), ("--", "lens_kernels", "benchmarks/*.py")
     try:
         changed = _output(*git, "status", "--porcelain", *code)

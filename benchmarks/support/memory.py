@@ -1,4 +1,4 @@
-"""The peak memory of a function, measured in a real run or counted in a run over fake tensors.
+"""The peak memory of a function, measured in a real run, or counted over fake tensors.
 
 On a CPU, the profiler records every allocation and release of PyTorch's CPU allocator: in C++, in
 custom operators and in compiled code. It misses the buffers that a BLAS library allocates itself.
@@ -28,33 +28,33 @@ from benchmarks.support import compat
 
 MIB = 1 << 20
 
-# By default the profiler writes to stderr on every use.
+# Otherwise the profiler would write a message to stderr on every use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that a run takes, in bytes, besides the memory in use before it.
+    """The memory that a function takes in bytes, besides the memory in use before.
 
-    ``peak`` is the largest number during the run. ``kept`` is the number at its end, the memory of
-    the loss and the gradients.
+    ``peak`` is the largest number during the run. ``kept`` is the number at the end, for the loss
+    and the gradients.
     """
 
     peak: int
     kept: int
 
     def columns(self) -> dict[str, str]:
-        """Return both sizes as columns of a CSV."""
+        """Return both numbers as columns of a CSV, in MiB."""
         return {"peak_with_gradients_mib": mib(self.peak), "gradients_mib": mib(self.kept)}
 
 
 def mib(size: float) -> str:
-    """Return a size in bytes as MiB."""
+    """Return a number of bytes in MiB, as a text."""
     return f"{size / MIB:.2f}"
 
 
 def measure(function: Callable[[], Any], device: torch.device) -> Memory:
-    """Run ``function`` and measure its memory. Its result counts as kept."""
+    """Run ``function`` and measure its memory. Its result is part of the kept memory."""
     if device.type == "cuda":
         return _measure_cuda(function, device)
     if device.type != "cpu":
@@ -84,14 +84,14 @@ def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
 
 
 class StorageTracker(compat.DispatchMode):
-    """Counts the bytes of the storages that operators create while the mode is active.
+    """A mode that counts the bytes of the storages that operators create.
 
     Views and in-place results share a storage that is already counted. A storage that appears first
     as an argument existed before, and is not counted.
     """
 
     def __init__(self) -> None:
-        """Start without any counted storage."""
+        """Start with no counted storage."""
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -120,7 +120,7 @@ class StorageTracker(compat.DispatchMode):
             self._sizes[key] = storage.nbytes() if created else 0
             self.live += self._sizes[key]
             self.peak = max(self.peak, self.live)
-            # torch keeps one Python object per storage, which lives as long as the storage.
+            # torch has one Python object for each storage, which exists as long as the storage.
             weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
@@ -138,7 +138,7 @@ def track(function: Callable[[], Any]) -> Memory:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disable the garbage collector, because it frees memory at unpredictable times."""
+    """Disable the garbage collector, because it would free memory at unpredictable times."""
     gc.disable()
     try:
         yield
@@ -147,7 +147,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def available() -> int:
-    """Return the bytes of main memory that can still be used."""
+    """Return how many bytes of main memory are available."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

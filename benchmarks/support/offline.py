@@ -1,7 +1,7 @@
-"""Compile the kernels for a GPU without having it, and read the machine code.
+"""Compile the kernels for a GPU that this machine does not have, and read the machine code.
 
-The backend runs on tiny CPU tensors. Triton is made to see the GPU as its device, and a hook
-records every kernel before it is compiled. So arguments, options and tiles are those for the GPU.
+The backend runs on tiny CPU tensors, while Triton sees the GPU as its device. A hook records every
+kernel before it is compiled, so arguments, options and tiles are those of the GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
 
-# Each target, with the disassembler's name of its fastest instruction for matrix products.
+# For each architecture, Triton's target, and the start of the names of its fastest matrix
+# instructions.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
     "sm_89": (GPUTarget("cuda", 89, 32), "HMMA"),
@@ -41,32 +42,32 @@ TARGETS = {
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
-# The type of an argument whose value is compiled into the kernel.
+# Triton's name for the type of an argument whose value is compiled into the kernel.
 CONSTANT = "constexpr"
-# The position of an argument, or of an element of a tuple argument.
+# The position of an argument. For an element of a tuple argument, two numbers.
 Path = tuple[int, ...]
-# The most registers, threads and blocks on a multiprocessor of NVIDIA's data-centre GPUs.
+# The registers, threads and blocks that fit on a multiprocessor of NVIDIA's data-centre GPUs.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded launch: a kernel, and everything that its compilation depends on."""
+    """A recorded launch of a kernel, with everything on which its compilation depends."""
 
     kernel: str
     module: str
-    signature: tuple[tuple[str, Any], ...]  # names of arguments with their types
+    signature: tuple[tuple[str, Any], ...]  # the names and types of the arguments
     constants: tuple[tuple[Path, Any], ...]
     divisible: tuple[Path, ...]
     options: tuple[tuple[str, Any], ...]
 
     def fixed(self) -> dict[str, Any]:
-        """Return the values that are compiled into the kernel, except those inside tuples."""
+        """Return the values that are compiled into the kernel, by argument. Tuples are left out."""
         names = [name for name, _ in self.signature]
         return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
 
     def variant(self) -> str:
-        """Return a text that distinguishes this variant from others of its kernel."""
+        """Return a text that names this variant of the kernel."""
         types, fixed = dict(self.signature), self.fixed()
         words = []
         if "LAYER" in fixed:
@@ -79,17 +80,17 @@ class Launch:
         return " ".join(words + [k for k, v in optional.items() if v not in (None, CONSTANT)])
 
     def tile(self) -> str:
-        """Return the tile, the number of warps, and the number of stages as a text."""
+        """Return the tile, the number of warps and the number of stages, as a text."""
         blocks = [str(v) for k, v in self.fixed().items() if k.startswith("BLOCK_")]
         options = dict(self.options)
-        # Stages pipeline the loads of a loop, and the norm kernels have no such loop.
+        # The norm kernels have no stages, which pipeline the loads of a loop.
         stages = "" if self.kernel.startswith("norm") else options["num_stages"]
         return f"{'x'.join(blocks)}/{options['num_warps']}w{stages}"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """The result of compiling a launch for one target."""
+    """A launch that was compiled for an architecture, and the resources of the kernel."""
 
     arch: str
     launch: Launch
@@ -99,10 +100,10 @@ class Compiled:
     matrix: str
     matrix_count: int
     instructions: int
-    programs_per_processor: int  # estimated from the resources of the kernel
+    programs_per_processor: int  # estimated from registers, shared memory and threads
 
     def columns(self) -> dict[str, Any]:
-        """Return one line of the CSV."""
+        """Return the kernel as a CSV row."""
         kernel = self.launch.kernel.removesuffix("_kernel")
         names = {"kernel": kernel, "variant": self.launch.variant(), "tile": self.launch.tile()}
         return {"arch": self.arch, **names} | {k: v for k, v in vars(self).items() if k != "launch"}
@@ -116,7 +117,7 @@ FEATURES: dict[str, frozenset[str]] = {
 
 
 def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
-    """Return a head of zeros with the optional parts in ``features``."""
+    """Return a head of zeros with the optional parts named in ``features``."""
     weight = torch.zeros(vocab, width, dtype=dtype)
     layer = "layer" in features
     norm = LensNorm("layer" if layer else "rms", weight[0], weight[0] if layer else None, eps=1e-6)
@@ -133,7 +134,7 @@ def record(
     tile: Tile | None = None,
     tf32: bool = False,
 ) -> list[Launch]:
-    """Return the launches of one loss with its gradients. Each variant of a kernel appears once."""
+    """Return the launches of a loss and its gradients, one for each variant of a kernel."""
     call = loss_call(dtype, (32, 64), widths, divergence, features, temperature=2.0)
     with recorder(arch, tile, tf32) as launches:
         backend.evaluate(call)
@@ -148,7 +149,7 @@ def loss_call(
     features: frozenset[str],
     **options: float,
 ) -> LossCall:
-    """Return a call with these features. ``sizes`` are tokens and vocabulary size."""
+    """Return a call with these features. ``sizes`` are the tokens and the vocabulary size."""
     tokens, vocab = sizes
     student, teacher = (head(dtype, vocab, width, features) for width in widths)
     hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
@@ -172,7 +173,7 @@ def loss_call(
 
 @contextmanager
 def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterator[list[Launch]]:
-    """Collect launches instead of running them, as if the device had this architecture."""
+    """Record launches without running them, as if the device had the architecture ``arch``."""
     launches: list[Launch] = []
 
     def collect(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
@@ -180,7 +181,7 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
         divisible = tuple(path for path, value in compile["configs"][0].items() if value)
         options = tuple((name, compile[name]) for name in ("num_warps", "num_stages"))
         launches.append(Launch(fn.name, fn.module, types, constants, divisible, options))
-        return True  # makes Triton skip compilation and launch
+        return True  # True makes Triton skip the compilation and the launch
 
     patches = {(sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
     patches[store, "lookup"] = lambda *args: None
@@ -189,7 +190,7 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
     if tile is not None:
         patches[sizes, "default"] = lambda *args: tile
     device = SimpleNamespace(
-        get_current_device=lambda: arch,  # Triton's caches use this as their key
+        get_current_device=lambda: arch,  # the key of Triton's caches
         get_current_stream=lambda device: 0,
         get_current_target=lambda: TARGETS[arch][0],
     )
@@ -202,9 +203,10 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
 
 
 def machine_code(arch: str, launch: Launch) -> tuple[str, int, int, int, int]:
-    """Return the machine code of a launch, and its resources.
+    """Return the machine code of a launch and the resources of the kernel.
 
-    These are registers, spilled bytes, bytes of shared memory, and programs per multiprocessor.
+    The resources are registers, spilled bytes, bytes of shared memory, and programs that fit on a
+    multiprocessor.
     """
     module = __import__(launch.module, fromlist=[launch.kernel])
     source = ASTSource(
@@ -221,7 +223,7 @@ def machine_code(arch: str, launch: Launch) -> tuple[str, int, int, int, int]:
 
 
 def compile_for(arch: str, launch: Launch) -> Compiled:
-    """Compile a launch for a target and read its resources from the machine code."""
+    """Compile a launch for an architecture, and read the resources from the machine code."""
     code, registers, spilled, shared, programs = machine_code(arch, launch)
     found = [match.group(1) for match in ANY_MATRIX.finditer(code)]
     matrix = max(set(found), key=found.count) if found else "none"
@@ -237,7 +239,8 @@ def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    # A kernel can use few registers and still spill, so the stack and its accesses are counted.
+    # A kernel that uses few registers can still spill, so the stack size and accesses to it are
+    # counted.
     spilled = int(re.findall(r"STACK:(\d+)", usage)[-1])
     spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
     threads = 32 * compiled.metadata.num_warps
@@ -252,8 +255,8 @@ def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
     def figure(pattern: str) -> int:
         return int(re.findall(pattern + r"\s*(\d+)", code)[-1])
 
-    # A multiprocessor has four SIMD units, and the occupancy counts the waves of one unit. A
-    # program fits only if all its warps fit.
+    # An AMD multiprocessor has four SIMD units. The compiler reports the waves that fit on one
+    # unit, and a program needs room for all of its warps.
     waves = 4 * figure("; Occupancy:")
     by_shared = sizes.ARCHS["gfx942"].shared_memory // max(1, shared)
     programs = min(waves // compiled.metadata.num_warps, by_shared)
@@ -266,11 +269,11 @@ def _tool(name: str, *args: str) -> str:
 
 
 def fault(compiled: Compiled, dtype: str) -> str | None:
-    """Return a message if a kernel spills registers or lacks matrix instructions, else None."""
+    """Return a message if a compiled kernel spills registers or lacks matrix instructions."""
     name = f"{compiled.arch} {compiled.launch.kernel} {compiled.launch.variant()}"
     if compiled.spilled_bytes:
         return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
-    # NVIDIA GPUs have no matrix instruction for exact fp32.
+    # Exact fp32 GEMMs have no matrix instruction on NVIDIA GPUs.
     best = TARGETS[compiled.arch][1]
     exempt = compiled.launch.kernel.startswith("norm") or dtype == "float32"
     if exempt or compiled.matrix == best:

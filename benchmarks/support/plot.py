@@ -19,7 +19,7 @@ from lens_kernels.pictures import HOLLOW, LOWER
 
 Row = Mapping[str, str]
 Rows = list[dict[str, str]]
-# Colour and marker of each implementation. Dense PyTorch is grey.
+# The colour and marker of each implementation. Dense PyTorch is grey.
 STYLES = {
     "floor": (pictures.BLACK, ""),
     "lens_kernels": (pictures.VERMILION, "o"),
@@ -32,7 +32,8 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-# A threshold reaches the goal if its error, and its time divided by the floor, are below these.
+# The goal of the approximation: an error, and a ratio of its time to the floor, below these
+# numbers.
 SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80
 GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
@@ -61,21 +62,21 @@ def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
 
 
 def no_matplotlib() -> str | None:
-    """Return a message if matplotlib is missing, else None."""
+    """Return a message if matplotlib is not installed, else None."""
     if importlib.util.find_spec("matplotlib") is not None:
         return None
     return "no picture: matplotlib is not installed; pip install matplotlib"
 
 
 def _log2(axis: Any, said: Callable[[float], str]) -> None:
-    """Make the vertical axis logarithmic, with formatted tick labels."""
+    """Make the vertical axis logarithmic, with tick labels written by ``said``."""
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
     axis.minorticks_off()
 
 
 def _by(rows: Rows, *columns: str) -> dict[Any, Rows]:
-    """Group rows by their values in some columns. Groups are in order of appearance."""
+    """Return the rows grouped by their values in some columns, in order of first appearance."""
     groups: dict[Any, Rows] = {}
     for row in rows:
         key = tuple(row[name] for name in columns)
@@ -84,7 +85,7 @@ def _by(rows: Rows, *columns: str) -> dict[Any, Rows]:
 
 
 def _numbers(rows: Rows, *columns: str) -> list[tuple[float, ...]]:
-    """Return columns of rows as numbers, sorted by the first one."""
+    """Return columns of the rows as lists of numbers, sorted by the first column."""
     return [*zip(*sorted(tuple(float(r[name]) for name in columns) for r in rows), strict=True)]
 
 
@@ -97,7 +98,7 @@ def _pairs(count: str) -> str:
 
 
 def _key(color: str, **style: Any) -> Any:
-    """Return a legend entry that is not drawn in the plot."""
+    """Return a line for the legend alone, with the given style."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, **style)
@@ -109,7 +110,7 @@ def _legend(drawn: Any, handles: Mapping[str, Any], columns: int) -> None:
 
 @figure
 def memory_vs_vocab(rows: Rows) -> Any:
-    """Draw memory against vocabulary size, with a panel for each number of pairs."""
+    """Draw memory against vocabulary size, in one panel for each number of pairs."""
     rows = [row for row in rows if row["peak_with_gradients_mib"]]
     panels = sorted(_by(rows, "pairs").items(), key=lambda item: int(item[0]))
     drawn = pictures.canvas(4.6 * len(panels), 4.6)
@@ -147,7 +148,7 @@ def memory_vs_vocab(rows: Rows) -> Any:
     return drawn
 
 
-# For each sweep: the column of the CSV, the label of its axis, and the format of a value.
+# For each sweep: its CSV column, the label of its axis, and the text of a value.
 SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
     "tokens": ("tokens", "tokens", lambda text: f"{int(text):,} tokens"),
     "vocab": ("vocab_entries", "vocabulary entries", lambda text: f"{int(text):,} entries"),
@@ -162,7 +163,7 @@ SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
 
 @figure
 def speed_vs_peers(rows: Rows) -> Any:
-    """Draw times along each sweep, times divided by the floor, and temporary memory."""
+    """Draw times along each sweep, their ratios to the floor, and temporary memory."""
     rows = [row for row in rows if row["median_ms"] or row["temporaries_mib"]]
     in_sweep = {name: [r for r in rows if name in r["sweeps"].split()] for name in SPEED_AXES}
     panels = [(functools.partial(_lines, sweep=name), own) for name, own in in_sweep.items()]
@@ -223,7 +224,7 @@ def _lines(axis: Any, rows: Rows, sweep: str) -> None:
 
 
 def _model_bars(axis: Any, rows: Rows) -> None:
-    """Draw a group of bars for each pair of models: time divided by the floor, with its range."""
+    """Draw bars for each pair of models: the ratio of each time to the floor, with its range."""
     floors = {
         row["model"]: Timing.read(row["times_ms"]) for row in rows if row["contender"] == "floor"
     }
@@ -247,7 +248,7 @@ def _model_bars(axis: Any, rows: Rows) -> None:
 
 
 def _temporaries(axis: Any, rows: Rows) -> None:
-    """Draw the temporary memory of each contender. Hollow markers show counted numbers."""
+    """Draw the temporary memory of each contender. Hollow markers show counted memory."""
     for place, row in enumerate(rows):
         colour, marker = STYLES[row["contender"]]
         hollow = {} if row["memory_method"] == "measured" else HOLLOW
@@ -273,7 +274,7 @@ def active_vocabulary(rows: Rows) -> Any:
     runs, curves = [*_by(rows, "run")], {}
     drawn = pictures.canvas(7.2, 5.4)
     axis, handles = drawn.subplots(), {}
-    # The axis is linear near 0, where the exact gradients are.
+    # Near 0, where the exact gradients are, the axis is linear.
     smallest = min((error for row in rows if (error := _error(row))), default=SMALL_ERROR)
     axis.set_xscale("symlog", linthresh=smallest / 1.5, linscale=0.4)
     for (run, state), own in _by(rows, "run", "state").items():
@@ -284,7 +285,7 @@ def active_vocabulary(rows: Rows) -> Any:
         handles[f"{run.replace('_', ' ')}, {state} training"] = _key(**style)
         axis.plot(*[*zip(*curve, strict=True)][:2], **style)
         curves[run, state] = curve
-    # The names of the thresholds are above the slowest curve, where they fit. The first point of a
+    # Thresholds are written above the slowest curve, where there is room. The first point of a
     # curve has no threshold.
     for *point, name in max(curves.values(), key=lambda curve: sum(x[1] for x in curve))[1:]:
         above = {"textcoords": "offset points", "ha": "center", "rotation": 90, "fontsize": 8}
@@ -315,7 +316,7 @@ def _error(row: Row) -> float:
 
 
 def main() -> None:
-    """Draw the figures of benchmarks/figures/ from the committed results."""
+    """Draw all figures of benchmarks/figures/ from the committed CSV files."""
     data = environment.DATA / "cpu"
     for draw in (memory_vs_vocab, speed_vs_peers, active_vocabulary):
         name = draw.__name__

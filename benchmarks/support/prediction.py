@@ -1,4 +1,4 @@
-"""The time of a plan on an H100, predicted from its counts. Nothing here is measured.
+"""The time of a plan on an H100, predicted from its operations and bytes. Nothing is measured.
 
 A step takes as long as its arithmetic or its memory traffic, whichever is longer. Steps do not
 overlap. The rates are assumptions. Data sheet of the H100 SXM: 989 TFLOP/s and 3.35 TB/s.
@@ -14,16 +14,16 @@ from lens_kernels import plan
 from lens_kernels.cost import RELATIVE_TIME, Plan
 
 BYTES_PER_MS = 3.0e9
-# The assumed rate of 16-bit products with float32 results.
+# The assumed rate of 16-bit GEMMs with float32 results.
 FLOPS_PER_MS = 700e9
-# The assumed rate of the floor's products, each in one piece with a 16-bit result.
+# The assumed rate of the floor's GEMMs, which are not divided and have 16-bit results.
 FLOOR_FLOPS_PER_MS = 790e9
 PARTS = {
     "projections": "products",
     "products of the gradient": "products",
     "pointwise pass": "pass",
 }
-# The rows of the table: models, and the numbers of tokens and pairs.
+# The rows of the table: models, and pairs of the numbers of tokens and lens pairs.
 SHAPES = ("qwen2.5", "llama3")
 PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
 HEADER = (
@@ -39,7 +39,7 @@ HEADER = (
 
 
 def step_ms(planned: Plan) -> dict[str, float]:
-    """Return the time of each step in ms."""
+    """Return the predicted time of each step in ms."""
     ms = dict.fromkeys((step.name for step in planned.steps), 0.0)
     for step in planned.steps:
         arithmetic = step.flops * RELATIVE_TIME[step.factor_bytes] / FLOPS_PER_MS
@@ -48,7 +48,7 @@ def step_ms(planned: Plan) -> dict[str, float]:
 
 
 def part_ms(planned: Plan) -> dict[str, float]:
-    """Return the time of the products, of the pass between them, and of the rest, in ms."""
+    """Return the predicted time of each part in ms: GEMMs, the pass between them, and the rest."""
     ms = {"products": 0.0, "pass": 0.0, "rest": 0.0}
     for name, time in step_ms(planned).items():
         ms[PARTS.get(name, "rest")] += time
@@ -56,17 +56,20 @@ def part_ms(planned: Plan) -> dict[str, float]:
 
 
 def total_ms(planned: Plan) -> float:
-    """Return the time of all steps in ms."""
+    """Return the predicted time of all steps together in ms."""
     return sum(step_ms(planned).values())
 
 
 def of_floor(plans: Mapping[str, Plan]) -> float:
-    """Return the time of the ``torch`` backend divided by that of the four products alone."""
+    """Return the predicted time of the ``torch`` backend, divided by that of its GEMMs alone."""
     return total_ms(plans["torch"]) / (plans["dense"].flops / FLOOR_FLOPS_PER_MS)
 
 
 def table() -> str:
-    """Return the predicted time of a bf16 step with ``jsd`` on the ``torch`` backend."""
+    """Return a Markdown table of predicted times.
+
+    They are for a bf16 step with ``jsd`` on the ``torch`` backend.
+    """
     rows = []
     for key in SHAPES:
         model = MODELS[key]

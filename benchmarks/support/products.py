@@ -1,4 +1,4 @@
-"""The floor of the benchmarks: the GEMMs that every contender needs."""
+"""The floor of the benchmarks: the GEMMs that every implementation needs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "the four GEMMs alone"
 
 
 def products(inputs: Inputs) -> None:
-    """Run the four GEMMs of each pair. The student's logits are used in place of their gradient."""
+    """Run the four GEMMs of each pair. The logits take the place of their own gradient."""
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
         x = student.detach()
@@ -27,7 +27,7 @@ def products(inputs: Inputs) -> None:
 
 
 def tiled_products(inputs: Inputs) -> None:
-    """Run the same GEMMs with the functions and the precision of the ``torch`` backend."""
+    """Run the same GEMMs in the tiles and the precision of the ``torch`` backend."""
     ours, theirs = (
         matmul.Factors(head.detach(), None, torch.float32)
         for head in (inputs.student_head, inputs.teacher_head)
@@ -45,7 +45,7 @@ def tiled_products(inputs: Inputs) -> None:
 
 
 def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], None]]]:
-    """Yield the GEMMs of the ``torch`` backend, with as many rows as its tiles.
+    """Yield each GEMM of the ``torch`` backend, with as many rows as a tile.
 
     An item holds a name, the numbers of rows and operations, and a function that runs the GEMM.
     """
@@ -67,7 +67,7 @@ def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], None
         run = partial(matmul.project, x, factors.weight, tile)
         yield f"logits of the {name}", rows, flops, run
     rows = layout.grad_rows
-    # Random numbers, because a GPU multiplies zeros faster.
+    # The operands are random, because a GPU multiplies zeros faster.
     grad = torch.randn(rows, layout.grad_stride or vocab, device=device).to(ours.dtype)[:, :vocab]
     d_head = torch.zeros(vocab, width, device=device)
     flops = 2 * rows * vocab * width

@@ -32,10 +32,11 @@ PUBLISHED_EPSILON = 1e-8
 
 
 def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
-    """Turn ``loss(student, student_head, teacher, teacher_head)`` into a mean over all pairs.
+    """Return a loss of a job's inputs: the mean of ``loss`` over all pairs.
 
-    ``loss`` gets the rows of the unmasked tokens. If ``labelled``, it gets all rows and, as the
-    last argument, Liger's labels, which are -100 for masked tokens.
+    The arguments of ``loss`` are ``(student, student_head, teacher, teacher_head)``. They hold only
+    unmasked rows. If ``labelled``, they hold all rows, and the last argument is Liger's labels,
+    which are -100 for masked tokens.
     """
 
     def one(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
@@ -47,8 +48,8 @@ def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
     def mean(inputs: Inputs) -> Tensor:
         pairs = zip(inputs.student_hidden, inputs.teacher_hidden, strict=True)
         losses = [one(student, teacher, inputs) for student, teacher in pairs]
-        # One loss is not divided by 1, because Liger copies its gradients unless the upstream
-        # gradient is exactly 1.
+        # A single loss is not divided by 1. Liger copies its gradients unless the upstream gradient
+        # is exactly 1.
         return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
 
     return mean
@@ -61,7 +62,7 @@ def _labels(inputs: Inputs) -> Tensor:
 
 
 def ours(inputs: Inputs, backend: str = "torch") -> Tensor:
-    """Pass all pairs in one call, with the mask as an argument."""
+    """Call lens_kernels once for all pairs, with the mask as an argument."""
     hidden = inputs.student_hidden, inputs.teacher_hidden
     heads = inputs.student_head, inputs.teacher_head
     return symmetric_lens_loss(*hidden, *heads, mask=inputs.mask, backend=backend)
@@ -81,7 +82,7 @@ dense = per_pair(_lean_jsd)
 
 
 def _dense_compiled() -> Loss:
-    """Return ``dense`` under ``torch.compile``. Masked rows are dropped before the graph."""
+    """Compile ``dense`` with ``torch.compile``. Masked rows are dropped before the graph."""
     return per_pair(_each_size_apart(torch.compile(_lean_jsd, fullgraph=True)))
 
 
@@ -120,7 +121,7 @@ def published(inputs: Inputs) -> Tensor:
 
 
 def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile each size separately. Training has only one size, so this is the fair comparison."""
+    """Compile each size separately. Training has only one size, so this comparison is fair."""
 
     def apart(*args: Tensor) -> Tensor:
         with compat.static_sizes():
@@ -154,7 +155,7 @@ def _liger_fused(kernels: str) -> Loss:
 
 
 def _orda() -> Loss:
-    """Return ORDA's skewed JSD, with the student's weight 1/2. It ignores masked labels."""
+    """Return the skewed JSD of ORDA, with weight 1/2 for the student. It ignores masked labels."""
     orda = importlib.import_module("orda_kernel")
 
     def loss(
@@ -183,7 +184,7 @@ def _trl() -> Loss:
 
 
 def uncompiled() -> AbstractContextManager[Any]:
-    """Make the ``torch`` backend run its pointwise pass without the compiler."""
+    """Make the ``torch`` backend run its pointwise pass without compilation."""
     return mock.patch.object(pointwise_pass, "is_compiled", lambda device, logits: False)
 
 
@@ -211,7 +212,7 @@ def _backend_on_fakes() -> Iterator[None]:
 
 
 def backend(name: str) -> Contender:
-    """Return one of the library's own backends as a contender."""
+    """Return a backend of this library as a contender."""
     load = functools.partial(functools.partial, ours, backend=name)
     title = f"{OURS.title}, backend {name!r}"
     return replace(OURS, key=name, title=title, load=load)
@@ -249,7 +250,7 @@ PEERS = _by_key(
 )
 CONTENDERS = {OURS.key: OURS, **PEERS}
 
-# These contenders take part only in the comparison of speed.
+# These contenders appear only in the comparison of speed.
 SPEED_CONTENDERS = _by_key(
     Contender("dense_compiled", "dense PyTorch, torch.compile", _dense_compiled, on_fakes=None),
     Contender(

@@ -1,4 +1,4 @@
-"""Compile the row kernel without a GPU, and report the instructions and bytes per pair of logits.
+"""Compile the row kernel without a GPU, and report its instructions and bytes per pair of logits.
 
 A pair is the logit of the student and that of the teacher for one token and vocabulary entry. The
 instructions and bytes of the loops over a row are read from the machine code.
@@ -22,35 +22,36 @@ from lens_kernels.backends.triton.kernels.row_pass import OPTIONS
 from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The variants of a call. ``plain`` has a gradient and no options, and ``statistics`` adds the
-# teacher's statistics. ``all`` has every option except statistics.
+# The variants of the kernel. ``plain`` has a gradient and no options. ``statistics`` adds the
+# teacher's statistics, and ``all`` adds every other option.
 VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
 LABEL = re.compile(r"^\.?(L\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
-# Loads and stores of device memory in NVIDIA's and AMD's assembly, and the bytes of AMD's words.
+# Patterns for loads and stores in the assembly of NVIDIA and AMD, and the bytes of AMD's word
+# sizes.
 ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128|U8|U16))?\b|global_(load|store)_(\w+)")
 WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "ushort": 2}
 
 
 @dataclass(frozen=True)
 class RowKernel:
-    """One variant of the row kernel for one architecture, with the costs of its loops."""
+    """A compiled variant of the row kernel for one architecture, with the costs of its loops."""
 
     arch: str
     divergence: str
     variant: str
     registers: int
     spilled_bytes: int
-    warps_per_processor: int  # estimated from the resources of the kernel
+    warps_per_processor: int  # estimated from the kernel's registers and shared memory
     loops: tuple[Loop, ...]
 
     def total(self, name: str) -> float:
-        """Return the sum of a field of the loops, per pair of logits."""
+        """Return the sum of a cost over all loops, per pair of logits."""
         return sum(getattr(loop, name) for loop in self.loops)
 
     def columns(self) -> dict[str, Any]:
-        """Return one line of the CSV."""
+        """Return the kernel as a CSV row."""
         names = ("arch", "divergence", "variant", "registers", "spilled_bytes")
         widths = sorted({width for loop in self.loops for width in loop.widths})
         known = {name: getattr(self, name) for name in (*names, "warps_per_processor")}
@@ -64,7 +65,11 @@ class RowKernel:
 
 @dataclass(frozen=True)
 class Loop:
-    """The costs of a loop over a row: instructions and bytes per pair, and bytes per access."""
+    """The costs of a loop over a row.
+
+    ``instructions`` and ``bytes_moved`` are per pair of logits, and ``widths`` are the bytes of
+    each access.
+    """
 
     instructions: float
     bytes_moved: float
@@ -74,7 +79,7 @@ class Loop:
 def record(
     arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
 ) -> Launch:
-    """Return the recorded launch of the row kernel over one tile of logits."""
+    """Return the recorded launch of the row kernel on one tile of logits."""
     everything, only_loss = variant == "all", variant == "loss only"
     features = FEATURES["all"] if everything else frozenset({"labels"} & {variant})
     options = {"beta": beta, "temperature": 2.0 if everything else 1.0}
@@ -98,11 +103,12 @@ def record(
 def measure(
     arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
 ) -> RowKernel:
-    """Compile a variant of the kernel and read its loops."""
+    """Compile a variant of the kernel, and return it with the costs of its loops."""
     launch = record(arch, dtype, divergence, variant, beta)
     code, registers, spilled, _, programs = offline.machine_code(arch, launch)
     lanes = (64 if arch.startswith("gfx") else 32) * OPTIONS["num_warps"]
-    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes  # per thread and loop iteration
+    # entries of a row that a thread processes in each iteration
+    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes
     return RowKernel(
         arch,
         launch.fixed()["DIVERGENCE"],
@@ -110,13 +116,14 @@ def measure(
         registers,
         spilled,
         programs * OPTIONS["num_warps"],
-        # AMD's compiler moves parts of a loop out of it, so its loops are not read.
+        # The loops of AMD's code are not read, because its compiler moves parts of a loop out of
+        # it.
         () if arch.startswith("gfx") else tuple(loop_costs(body, pairs) for body in loops(code)),
     )
 
 
 def loops(code: str) -> list[list[str]]:
-    """Return the instructions of each innermost loop, from a label to the branch back to it."""
+    """Return the instructions of each innermost loop: from a label to the branch back to it."""
     labels: dict[str, int] = {}
     instructions: list[str] = []
     found: list[list[str]] = []
@@ -136,7 +143,7 @@ def loops(code: str) -> list[list[str]]:
 
 
 def loop_costs(body: list[str], pairs: float) -> Loop:
-    """Return the costs of a loop in which a thread takes ``pairs`` pairs of logits at a time."""
+    """Return the costs of a loop whose iterations process ``pairs`` pairs of logits per thread."""
     widths = []
     for line in body:
         access = ACCESS.search(line)
@@ -148,7 +155,7 @@ def loop_costs(body: list[str], pairs: float) -> Loop:
 
 
 def measure_all(archs: Sequence[str], dtype: torch.dtype) -> list[RowKernel]:
-    """Compile the variants of every divergence, and jsd also with a beta other than 1/2."""
+    """Compile the variants of every divergence. For jsd, also compile a beta other than 1/2."""
     kinds = [(divergence, 0.5) for divergence in Divergence] + [(Divergence.JSD, 0.3)]
     jobs = [
         (arch, dtype, divergence, variant, beta)

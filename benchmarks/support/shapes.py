@@ -1,4 +1,4 @@
-"""The sizes of real models, and the job of a benchmark: its sizes and its inputs."""
+"""The sizes of real models, and the jobs of the benchmarks: sizes and random inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Model:
-    """Hidden sizes of a student and its teacher, and their vocabulary size."""
+    """The hidden sizes of a student and its teacher, and their vocabulary size."""
 
     name: str
     student: int
@@ -20,12 +20,12 @@ class Model:
     vocab: int
 
     def job(self, tokens: int, **options: Any) -> Job:
-        """Return a job of these sizes."""
+        """Return a job with these sizes."""
         widths = {"student_width": self.student, "teacher_width": self.teacher}
         return Job(tokens, **{"vocab": self.vocab, **widths, **options})
 
 
-# Sizes from the configurations of the models. A name is "student < teacher".
+# The sizes are from the models' configs. In a name, "student < teacher" are the two models.
 MODELS = {
     "gpt2": Model("GPT-2 124M < 1.5B", 768, 1600, 50257),
     "tinyllama": Model("TinyLlama 1.1B < Llama-2 7B", 2048, 4096, 32000),
@@ -39,7 +39,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Job:
-    """The sizes of one measurement. Default hidden sizes are those of GPT-2 124M and 1.5B."""
+    """The sizes of one measurement. By default, hidden sizes are those of GPT-2 124M and 1.5B."""
 
     tokens: int
     vocab: int
@@ -63,7 +63,7 @@ class Job:
         }
 
     def gemm_flops(self) -> int:
-        """Return the operations of the floor: the GEMMs of two projections and two gradients."""
+        """Return the operations of the floor: for each pair, two projections and two gradients."""
         width = 3 * self.student_width + self.teacher_width
         return 2 * self.pairs * (self.tokens - self.ignored()) * self.vocab * width
 
@@ -72,11 +72,12 @@ class Job:
         return round(self.masked * self.tokens)
 
     def make(self) -> Inputs:
-        """Return random inputs. Their distributions are neither flat nor one-hot."""
+        """Return random inputs, whose distributions are neither flat nor one-hot."""
         torch.manual_seed(0)
 
         def random(rows: int, width: int, scale: float) -> Tensor:
-            # Rows repeat after 8192, because generating 10^9 random numbers would take too long.
+            # After 8192 rows, the inputs repeat. Generating 10^9 random numbers would take too
+            # long.
             block = torch.randn(min(rows, 8192), width, device=self.device) * scale
             return block.repeat(-(-rows // block.shape[0]), 1)[:rows].to(self.dtype)
 
@@ -105,19 +106,19 @@ class Inputs:
     mask: Tensor | None = None
 
     def leaves(self) -> list[Tensor]:
-        """Return the tensors that get gradients."""
+        """Return the tensors that receive gradients."""
         return [*self.student_hidden, self.student_head]
 
     def clear(self) -> None:
-        """Drop the gradients."""
+        """Set all gradients to None."""
         for x in self.leaves():
             x.grad = None
 
     def pairs(self, count: int) -> Inputs:
-        """Return the first ``count`` pairs."""
+        """Return inputs with only the first ``count`` pairs."""
         first = {name: getattr(self, name)[:count] for name in ("student_hidden", "teacher_hidden")}
         return replace(self, **first)
 
     def counted(self, hidden: Tensor) -> Tensor:
-        """Return the rows of the unmasked tokens."""
+        """Return the rows of a hidden state that belong to unmasked tokens."""
         return hidden if self.mask is None else hidden[self.mask]

@@ -1,4 +1,4 @@
-"""Rows of results as CSV, as Markdown, and as tables on the screen."""
+"""Rows of results, as CSV files, as Markdown, and as tables on the screen."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CELL = 80  # longer cells are cut to this many characters when a table is printed
+CELL = 80  # on the screen, longer cells are cut to this many characters
 
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one line of a CSV. Columns that no part has are empty."""
+    """Return a row with the named columns, filled from ``parts``. Other columns are empty."""
     values = {name: value for part in parts for name, value in part.items()}
     return {name: values.get(name, "") for name in columns.split()}
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows with equal keys. A key includes its unit."""
+    """Write rows that have the same keys. The name of a key includes its unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -26,7 +26,10 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def append_csv(path: Path, row: Mapping[str, Any]) -> None:
-    """Append a row to a file of rows with the same keys, so that a stopped program loses no row."""
+    """Append a row to a CSV at once, so that no row is lost if the program stops.
+
+    All rows of a file have the same keys.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
@@ -44,7 +47,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows that an earlier run wrote under the same ``conditions``, at any date.
+    """Return the rows that an earlier run wrote under the same ``conditions``. The date may differ.
 
     Raises:
         RuntimeError: The rows were measured under other conditions.
@@ -61,10 +64,10 @@ def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, st
 
 
 def rewrite(path: Path, begin: str, end: str, content: str) -> None:
-    """Replace the content between two lines of a document.
+    """Replace the lines between two marker lines of a document.
 
     Raises:
-        ValueError: The document does not hold both lines in this order.
+        ValueError: The document does not have both marker lines in this order.
     """
     before, first, rest = path.read_text(encoding="utf-8").partition(begin)
     _, last, after = rest.partition(end)
@@ -88,6 +91,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Print some columns of rows, or all. Empty cells show a dash, and long cells are cut."""
+    """Print the named columns of rows, or all. Empty cells show a dash, and long cells are cut."""
     columns = columns or list(rows[0])
     print_table(columns, [[str(each[name])[:CELL] or "-" for name in columns] for each in rows])

@@ -1,4 +1,4 @@
-"""The timing protocol: interleaved rounds, and ratios within the rounds."""
+"""How times are measured: in interleaved rounds, with ratios taken within rounds."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """The times of one contender in milliseconds, by round."""
+    """The times of one function in milliseconds, by the number of the round."""
 
     by_round: Mapping[int, float]
 
     @classmethod
     def read(cls, text: str) -> Timing:
-        """Return the times from a cell of a CSV, in the format of ``__str__``."""
+        """Return the times from a CSV cell, which ``__str__`` wrote."""
         pairs = (each.split(":") for each in text.split())
         return cls({int(number): float(ms) for number, ms in pairs})
 
@@ -28,16 +28,16 @@ class Timing:
 
     @property
     def median_ms(self) -> float:
-        """The median over the rounds."""
+        """The median time over all rounds."""
         return statistics.median(self.by_round.values())
 
     def ratios(self, other: Timing) -> list[float]:
-        """Return the ratio to another contender's time, for each round that both have."""
+        """Return the ratios to another function's times, for all rounds that both have."""
         both = sorted(self.by_round.keys() & other.by_round.keys())
         return [self.by_round[number] / other.by_round[number] for number in both]
 
     def columns(self, digits: int = 2, floor: Timing | None = None) -> dict[str, Any]:
-        """Return the times as columns of a CSV, or only ``rounds`` if there are none.
+        """Return the times as columns of a CSV, or only ``rounds`` if there are no times.
 
         The ratio to the floor is a ratio of medians.
         """
@@ -56,7 +56,7 @@ def time_interleaved(
     device: torch.device,
     progress: bool = True,
 ) -> dict[str, Timing]:
-    """Time functions in rounds, each once per round, after one unmeasured round.
+    """Time functions in rounds. Each runs once in a round, and a first round is not timed.
 
     Interleaving spreads disturbances of the machine over all functions. Each round starts with
     another function. Caches need not be flushed, because the heads are larger than every cache.
@@ -74,13 +74,13 @@ def time_interleaved(
 
 
 def rotated(names: Sequence[str], number: int) -> list[str]:
-    """Return the order of names in a round. Each round starts with the next name."""
+    """Return the order of the names in a round. Each round starts with another name."""
     shift = number % len(names)
     return [*names[shift:], *names[:shift]]
 
 
 def seconds(function: Callable[[], Any], device: torch.device) -> float:
-    """Return the time of one call, including the work on the device, in seconds."""
+    """Return the time of one call in seconds, including its work on the device."""
     if device.type != "cuda":
         start = time.perf_counter()
         function()
@@ -96,7 +96,7 @@ def seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 def matmul_rate(device: torch.device) -> float:
-    """Return the fp32 operations per second of a GEMM that is as large as those of a lens."""
+    """Return the fp32 operations per second of a GEMM as large as those of the benchmarks."""
     x, weight = torch.randn(512, 1024, device=device), torch.randn(8192, 1024, device=device)
     best = min(seconds(lambda: x @ weight.t(), device) for _ in range(5))
     return 2 * 512 * 1024 * 8192 / best
