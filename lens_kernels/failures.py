@@ -18,8 +18,8 @@ MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.
 # Advice for each command on how to use less memory.
 LESS = {
     "train": "lower --per_device_train_batch_size or --max_length, or set --gradient_checkpointing",
-    "eval": "lower --batch-size, --max-length or --max-new-tokens, or set --dtype bfloat16",
-    "inspect": "lower --max-tokens",
+    "eval": "lower --batch_size, --max_length or --max_new_tokens, or set --dtype bfloat16",
+    "inspect": "lower --max_tokens",
 }
 
 

@@ -47,14 +47,14 @@ def valid(files, tmp_path_factory):
     folder = shutil.copytree(files, tmp_path_factory.mktemp("valid") / "files")
     short = {"max_steps": 2, "save_steps": 1, "max_length": 40}
     train = as_options(arguments(folder, folder / "out", **short))
-    for name in ("--student", "--teacher", "--train", "--output"):
+    for name in ("--student", "--teacher", "--data", "--output"):
         train[name] = folder / os.path.relpath(train[name], folder)
-    data = {"--data-path": folder / "train.jsonl", "--max-new-tokens": 2, "--no-progress": []}
+    data = {"--data": folder / "train.jsonl", "--max_new_tokens": 2, "--no_progress": []}
     out = {"--output": folder / "out"}
     models = {"--student": folder / "student", "--teacher": folder / "teacher"}
     inputs = {
         "train": Input(folder, "train", train),
-        "eval": Input(folder, "eval", {"--model-path": folder / "student", **data, **out}),
+        "eval": Input(folder, "eval", {"--student": folder / "student", **data, **out}),
         "inspect": Input(folder, "inspect", {**models, "--text": "a cat", **out}),
     }
     results = {}

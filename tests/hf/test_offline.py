@@ -27,8 +27,8 @@ def test_no_command_opens_a_connection(
     output = tmp_path / "out"
     argv = {
         "train": [*arguments(files, output, student=adapter), *more],
-        "eval": ["eval", "--model-path", adapter, "--data-path", files / "eval.jsonl"]
-        + ["--max-new-tokens", 2],
+        "eval": ["eval", "--student", adapter, "--data", files / "eval.jsonl"]
+        + ["--max_new_tokens", 2],
         "inspect": ["inspect", "--student", adapter, "--teacher", files / "teacher"]
         + ["--text", "a cat", "--output", output],
     }[command]

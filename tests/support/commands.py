@@ -24,7 +24,7 @@ def arguments(files: Path, output: Path, **options: Any) -> list[str]:
     given = {
         "student": files / "student",
         "teacher": files / "teacher",
-        "train": files / "train.jsonl",
+        "data": files / "train.jsonl",
         "output": output,
         "num_lens_pairs": 2,
         "max_steps": 4,

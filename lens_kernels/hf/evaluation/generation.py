@@ -187,8 +187,8 @@ def held_out_ce(
 
 
 def evaluate_model(
-    model_path: str | Path,
-    data_path: str | Path,
+    student: str | Path,
+    data: str | Path,
     *,
     output: str | Path | None = None,
     prompt_style: str = "alpaca",
@@ -216,8 +216,9 @@ def evaluate_model(
     reports the scores before the error is raised.
 
     Args:
-        model_path: Folder of a model in safetensors with its tokenizer, or of a peft adapter.
-        data_path: JSON lines: instruction/input/output, prompt/completion, or messages.
+        student: Folder or Hub name of the model, in safetensors with its tokenizer, or of a peft
+            adapter. It may be a teacher, too.
+        data: Held-out data in a format that training reads.
         output: Folder for ``eval.json`` (the returned result) and ``answers.jsonl``.
         prompt_style: The format of prompts: alpaca, or chat for the tokenizer's chat template.
         max_length: Maximum number of tokens of prompt and reference, for the cross entropy.
@@ -271,20 +272,18 @@ def evaluate_model(
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass  # fails if the folder cannot be written
-    check_download(data_path, allow_download)
-    rows = read_rows(data_path)
-    tokenizer = load_tokenizer(str(model_path), allow_download)
+    check_download(data, allow_download)
+    rows = read_rows(data)
+    tokenizer = load_tokenizer(str(student), allow_download)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
-    examples = load_examples(
-        data_path, tokenizer, max_length=max_length, progress=progress, **lengths
-    )
-    model = load_model(str(model_path), dtype, allow_download).to(device)
+    examples = load_examples(data, tokenizer, max_length=max_length, progress=progress, **lengths)
+    model = load_model(str(student), dtype, allow_download).to(device)
     check_lengths(model, [ids for _, ids in asked], max_new_tokens)
     collator = Collator(padding_id(tokenizer))
     cross_entropy = held_out_ce(model, examples, collator, batch_size, progress=progress)
     settings = {
-        "model_path": str(model_path),
-        "data_path": str(data_path),
+        "student": str(student),
+        "data": str(data),
         "max_length": max_length,
         "dtype": dtype,
         "device": device,

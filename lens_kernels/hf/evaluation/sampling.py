@@ -188,8 +188,11 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Non
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and longest + new > limit:
         raise ValueError(
-            f"max_new_tokens={new} and the longest prompt of {longest} tokens must fit into the"
-            f" model's {limit} positions; lower max_new_tokens or leave out long prompts"
+            f"the model has {limit} positions, but the longest prompt has {longest} tokens and an"
+            f" answer up to max_new_tokens={new}: set max_new_tokens to {limit - longest} or less"
+            if longest < limit
+            else f"the model has {limit} positions, but the longest prompt has {longest} tokens:"
+            " lower max_prompt_length"
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from lens_kernels.hf.inspection.reading import (
     read,
 )
 from lens_kernels.hf.model.anatomy import lens_head_from
+from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.inputs import shared_vocabulary
 from lens_kernels.visible import visible
@@ -89,6 +92,75 @@ def inspect(
     figures.draw(result, output)
     page.write(result, output)
     return result
+
+
+def inspect_models(
+    student: str,
+    teacher: str,
+    text: str,
+    output: Path,
+    *,
+    layers: Sequence[str] | None = None,
+    divergence: str = "jsd",
+    beta: float = 0.5,
+    lens_norm: bool = True,
+    top_k: int = 5,
+    max_tokens: int = 64,
+    vocab_size: int | None = None,
+    allow_download: bool = False,
+    say: Callable[[str], None],
+) -> None:
+    """Show what the logit lens predicts at every depth of two models, on one text.
+
+    Args:
+        student: Folder or Hub name of the student.
+        teacher: Folder or Hub name of the teacher; it must have the same tokenizer.
+        text: Text that both models read.
+        output: Folder to write to; it is created if missing.
+        layers: Pairs of student and teacher layers that were used in training, such as 5:8 10:16.
+        divergence: Name of the divergence: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
+        beta: Weight of the teacher in jsd, in (0, 1).
+        lens_norm: Apply the final norm at intermediate depths too; the last always has it.
+        top_k: Number of most likely tokens listed for each depth and position.
+        max_tokens: Maximum number of tokens read; the rest of the text is cut off.
+        vocab_size: Size of the shared vocabulary, if the models' vocabulary sizes differ.
+        allow_download: Allow downloads from the Hugging Face Hub.
+        say: Called with a summary.
+
+    Raises:
+        ValueError: An argument or a model is invalid.
+        RuntimeError: matplotlib is not installed.
+    """
+    pairs = layer_pairs(layers)
+    tokenizer, other = (load_tokenizer(name, allow_download) for name in (student, teacher))
+    check_tokenizers(tokenizer, other, vocab_size, tokenizer(text)["input_ids"])
+    models = [load_model(name, "float32", allow_download) for name in (student, teacher)]
+    inspect(
+        models[0],
+        models[1],
+        tokenizer,
+        text,
+        output,
+        pairs=pairs,
+        divergence=divergence,
+        beta=beta,
+        lens_norm=lens_norm,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        vocab_size=vocab_size,
+    )
+    say(f"pictures, numbers and page: {output / 'inspect.html'}")
+
+
+def layer_pairs(texts: Sequence[str] | None) -> Pairs | None:
+    """Parse ``5:8`` and so on into the student layers and the teacher layers."""
+    if texts is None:
+        return None
+    bad = [text for text in texts if not re.fullmatch(r"\d+:\d+", text)]
+    if bad:
+        raise ValueError(f"layers must be pairs of two layers such as 5:8, got {bad[0]!r}")
+    student, teacher = zip(*(map(int, text.split(":")) for text in texts), strict=True)
+    return student, teacher
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple[list[int], int]:

@@ -1,58 +1,56 @@
-"""The command ``lens-kernels student``."""
+"""The ``lens-kernels student`` command: a smaller copy of a teacher, saved as a model folder."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lens_kernels.hf.model.anatomy import blocks_of
-from lens_kernels.hf.model.loading import DTYPES, load_model, load_tokenizer
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
 
 
-def make_student(argv: Sequence[str], say: Callable[[str], None]) -> None:
-    """Make a student from some blocks of its teacher, and write it to a folder.
+def make_student(
+    teacher: str,
+    output: Path,
+    *,
+    blocks: Sequence[str] | None = None,
+    num_blocks: int | None = None,
+    dtype: str = "auto",
+    allow_download: bool = False,
+    say: Callable[[str], None],
+) -> None:
+    """Make a student of some blocks of its teacher, and its embeddings and head.
+
+    Args:
+        teacher: Folder or Hub name of the teacher.
+        output: Folder for the student; it must be empty or missing.
+        blocks: Blocks to keep, such as 1-11 13; 1 is the first.
+        num_blocks: Instead of blocks: the number of blocks to keep, evenly spaced.
+        dtype: Dtype of the weights: float32, bfloat16, float16, or auto for the teacher's dtype.
+        allow_download: Allow downloads from the Hugging Face Hub.
+        say: Called with a summary.
 
     Raises:
         ValueError: A block does not exist, the copy fails, or the folder has files.
     """
-    parser = argparse.ArgumentParser(
-        prog="lens-kernels student",
-        description="Make a student of some blocks of its teacher, and its embeddings and head.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--teacher", required=True, help="folder or Hub name of the teacher")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the student")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument(
-        "--blocks", nargs="+", type=block_range, metavar="I-J", help="blocks to keep; 1 is first"
-    )
-    which.add_argument(
-        "--num_blocks", "--num-blocks", type=int, metavar="N", help="keep N blocks, evenly spaced"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="dtype of the weights; default %(default)s"
-    )
-    parser.add_argument(
-        "--allow_download", "--allow-download", action="store_true", help="allow the Hub"
-    )
-    args = parser.parse_args(argv)
-    if args.output.exists() and any(args.output.iterdir()):
-        raise ValueError(f"the folder {str(args.output)!r} has files: give another --output")
-    tokenizer = load_tokenizer(args.teacher, args.allow_download)
-    teacher = load_model(args.teacher, args.dtype, args.allow_download)
-    total = len(blocks_of(teacher))
-    if args.num_blocks is None:
-        blocks = [i for part in args.blocks for i in part]
-    else:
-        blocks = even_blocks(args.num_blocks, total)
-    student = shallow_copy(teacher, blocks)
-    student.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    sizes = [sum(x.numel() for x in model.parameters()) for model in (student, teacher)]
+    if (blocks is None) == (num_blocks is None):
+        raise ValueError("give either blocks or num_blocks")
+    ranges = [block_range(text) for text in blocks or ()]
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"the folder {str(output)!r} has files: give another --output")
+    tokenizer = load_tokenizer(teacher, allow_download)
+    model = load_model(teacher, dtype, allow_download)
+    total = len(blocks_of(model))
+    kept = [i for part in ranges for i in part]
+    if num_blocks is not None:
+        kept = even_blocks(num_blocks, total)
+    student = shallow_copy(model, kept)
+    student.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    sizes = [sum(x.numel() for x in each.parameters()) for each in (student, model)]
     say(
-        f"{args.output}: blocks {' '.join(map(str, blocks))} of {total};"
+        f"{output}: blocks {' '.join(map(str, kept))} of {total};"
         f" {sizes[0]:,} of {sizes[1]:,} parameters"
     )
 
@@ -65,7 +63,7 @@ def block_range(text: str) -> range:
     except ValueError:
         numbers = (1, 0)
     if numbers[0] > numbers[1]:
-        raise argparse.ArgumentTypeError(f"must be a block or a range such as 1-11, got {text!r}")
+        raise ValueError(f"blocks must be blocks or ranges such as 1-11, got {text!r}")
     return range(numbers[0], numbers[1] + 1)
 
 

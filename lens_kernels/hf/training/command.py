@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,9 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser, set_seed
 
+from lens_kernels.arguments import Options, Parser, underscored
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import record, report
@@ -22,8 +20,8 @@ from lens_kernels.hf.training.checkpoints import last_whole
 from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
-from lens_kernels.hf.training.text_files import read_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
+from lens_kernels.option_files import read_options
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer
 
@@ -32,12 +30,10 @@ ALL_LINEAR = "all-linear"  # peft's name for every linear layer
 class RunConfig:
     """The models and data of a run."""
 
-    _argument_group_name = "models and data"
-
     student: str = option(
         None, "Folder or Hub name of the student model, or of a LoRA adapter.", required=True
     )
-    train: str = option(
+    data: str = option(
         None,
         "Data to train on: a JSON Lines, JSON or Parquet file, a pattern, a folder saved by"
         " datasets, or hub:NAME. Each record has the keys instruction/input/output,"
@@ -47,7 +43,7 @@ class RunConfig:
     teacher: str | None = option(
         None, "Folder or Hub name of the teacher model, or of a LoRA adapter."
     )
-    eval: str | None = option(None, "Data to evaluate the objective on.")
+    eval_data: str | None = option(None, "Data to evaluate the objective on.")
     student_blocks: list[int] | None = option(
         None, "Keep only these blocks of the student model (1 is the first)."
     )
@@ -78,28 +74,53 @@ class RunConfig:
 
 
 KINDS: Any = (RunConfig, LensDistillConfig)
+# Options of transformers' Trainer that the short help shows.
+USED = (
+    *("num_train_epochs", "max_steps", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "bf16", "gradient_checkpointing", "eval_strategy", "eval_steps"),
+    *("save_steps", "logging_steps", "report_to", "seed", "use_cpu"),
+)
 
 
-def presets() -> list[str]:
-    """Return the names of the presets. Each preset is for a pair of models from the paper."""
+class _TrainParser(Parser, HfArgumentParser):
+    """A parser of the fields of dataclasses."""
+
+
+def presets() -> dict[str, Options]:
+    """Return the options of each preset. Each preset is for a pair of models from the paper."""
     folder = resources.files("lens_kernels.hf.training") / "presets"
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+    return {
+        file.name.removesuffix(".yaml"): read_options(file.read_text(encoding="utf-8"))
+        for file in sorted(folder.iterdir(), key=lambda x: x.name)
+    }
 
 
-def build_parser() -> HfArgumentParser:
-    """Return the parser of ``lens-kernels train``."""
-    parser = HfArgumentParser(
+def build_parser(everything: bool = False) -> Parser:
+    """Return the parser of ``lens-kernels train``; ``everything`` shows all options in its help."""
+    own = {x.name for x in fields(RunConfig)} | {"output_dir"}
+    objective = {*LensDistillConfig.__annotations__} - own - {*USED}
+    others = {x.name for x in fields(LensDistillConfig)} - own - objective - {*USED}
+    sections = {
+        "models and data": own,
+        "objective": objective,
+        "transformers' Trainer (--help_all shows its other options)": USED,
+        "other options of transformers' Trainer": others,
+    }
+    given = presets()
+    parser = _TrainParser(
         KINDS,
         prog="lens-kernels train",
-        allow_abbrev=False,
         description="Distil a teacher into a student. The same command resumes an interrupted run.",
+        sections=sections,
+        hidden=() if everything else others,
+        presets=given,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of options; the command line overrides it."
-    )
+    parser.add_argument("--help_all", action="help", help="Also show the Trainer's other options.")
+    parser.add_config()
     parser.add_argument(
         "--preset",
-        choices=presets(),
+        choices=[*given],
         help="The paper's options for a pair of models; --config and other options override them.",
     )
     return parser
@@ -107,23 +128,8 @@ def build_parser() -> HfArgumentParser:
 
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
     """Return the parsed options, and a dictionary of those that differ from their defaults."""
-    parser = build_parser()
-    files = argparse.ArgumentParser(parser.prog, add_help=False, allow_abbrev=False)
-    files.add_argument("--config")
-    files.add_argument("--preset", choices=presets())
-    known, _ = files.parse_known_args(argv)
-    given: list[str] = []
-    if known.preset:
-        preset = resources.files("lens_kernels.hf.training") / "presets" / f"{known.preset}.yaml"
-        given += _as_arguments(parser, known.preset, preset.read_text(encoding="utf-8"))
-    if known.config:
-        try:
-            text = read_text(Path(known.config))
-        except (OSError, ValueError) as error:
-            parser.error(f"--config {known.config}: {getattr(error, 'strerror', None) or error}")
-        given += _as_arguments(parser, known.config, text)
-    arguments = [*given, *argv]
-    values = vars(parser.parse_args(arguments))
+    parser = build_parser("--help_all" in map(underscored, argv))
+    values = vars(parser.parse_args(argv))
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
     defaults = vars(parser.parse_args([x for name in required for x in (f"--{name}", "")]))
     chosen = {k: v for k, v in values.items() if v != defaults[k]}
@@ -131,8 +137,9 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     hidden = ("config", "preset")
     chosen = {k: v for k, v in chosen.items() if k not in hidden and not is_secret(k)}
     try:
-        # By default this also reads options from a file that has the name of the program.
-        config, args, _ = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        config, args = (
+            kind(**{x.name: values[x.name] for x in fields(kind) if x.init}) for kind in KINDS
+        )
     except (ValueError, TypeError) as error:
         parser.error(str(error))
     if args.resume_from_checkpoint is not None:
@@ -143,7 +150,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     return config, args, json.loads(json.dumps(chosen))  # converts Enum members to strings
 
 
-def _check_environment(parser: HfArgumentParser, values: Mapping[str, Any]) -> None:
+def _check_environment(parser: Parser, values: Mapping[str, Any]) -> None:
     """Refuse settings of accelerate's launcher that no record of the run would show."""
     for name, options in (
         ("ACCELERATE_MIXED_PRECISION", ("bf16", "fp16")),
@@ -174,9 +181,8 @@ def train(
         say = _silent
     output = Path(str(args.output_dir))
     longer = record.check_options(output, chosen, _defaults())
-    paths = {
-        name: x for name, x in (("train", config.train), ("eval", config.eval)) if x is not None
-    }
+    given = {"train": config.data, "eval": config.eval_data}
+    paths = {name: path for name, path in given.items() if path is not None}
     for path in paths.values():
         check_download(path, config.allow_download)
     digests = {name: source_digest(path) for name, path in paths.items()}
@@ -293,45 +299,3 @@ def _defaults() -> dict[str, Any]:
             if x.default_factory is not MISSING:
                 found[x.name] = x.default_factory()
     return dict(json.loads(json.dumps(found, default=str)))
-
-
-def _as_arguments(parser: HfArgumentParser, name: str, text: str) -> list[str]:
-    """Convert a YAML file to command-line arguments, so that one parser checks all options."""
-    try:
-        values = yaml.load(text, _UniqueLoader) or {}
-    except (yaml.YAMLError, RecursionError) as error:
-        parser.error(f"{name} is not YAML: {error}")
-    if not isinstance(values, dict):
-        parser.error(f"{name} must hold options as 'name: value', got a {type(values).__name__}")
-    known = {x.name for kind in KINDS for x in fields(kind)}
-    arguments: list[str] = []
-    for key, value in values.items():
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            parser.error(f"{name}: {key!r} is not an option{hint}")
-        if value is None:
-            continue
-        items = value if isinstance(value, list) else [value]
-        arguments += [f"--{key}", *map(_as_text, items)]
-    return arguments
-
-
-class _UniqueLoader(yaml.SafeLoader):
-    """A YAML loader that refuses a key that occurs twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = key_node.value
-            if key in seen:
-                line = key_node.start_mark.line + 1
-                raise yaml.YAMLError(f"line {line}: the key {key!r} occurs twice")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _as_text(value: Any) -> str:
-    if value is False:
-        return "no"  # YAML reads the name "no" of a strategy as False, and flags accept "no" too
-    return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

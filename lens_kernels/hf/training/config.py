@@ -84,8 +84,6 @@ class LensDistillConfig(TrainingArguments):
     into every checkpoint.
     """
 
-    _argument_group_name = "options of the objective, and of transformers' Trainer"
-
     output_dir: str | None = option(
         None, "Folder for checkpoints, the trained student and reports.", aliases=["--output"]
     )

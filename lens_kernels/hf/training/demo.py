@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
 
+from lens_kernels import cache as user_cache
 from lens_kernels.hf.model.smollm2 import smollm2
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import report
 from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.data import check_count
 from lens_kernels.hf.training.meter import evaluate
 from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
@@ -72,13 +74,32 @@ def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, 
         yield {key: torch.stack([x[key] for x in chunk]) for key in chunk[0]}
 
 
-def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str], None]) -> bool:
-    """Distil, evaluate and save. Return whether every score in the table improved."""
+def distil(
+    output: Path = Path("demo_output"),
+    cache: Path | None = None,
+    steps: int = 40,
+    seed: int = 0,
+    *,
+    say: Callable[[str], None],
+) -> None:
+    """Distil SmolLM2-135M into 20 of its 30 blocks, without network access.
+
+    Args:
+        output: Folder for the results.
+        cache: Folder for the converted teacher. If not given, the user's cache folder.
+        steps: Number of optimiser steps.
+        seed: Random seed.
+        say: Called with each line of progress.
+
+    Raises:
+        RuntimeError: A score did not improve, or the teacher's package is missing.
+    """
+    check_count("steps", steps, 1)
     started = time.monotonic()
     output.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
     say("Loading the teacher, SmolLM2-135M-Instruct (the first run converts it, about 30 s)")
-    teacher, tokenizer = smollm2(cache)
+    teacher, tokenizer = smollm2(cache or user_cache.folder())
     blocks = range(1, teacher.config.num_hidden_layers + 1)
     student = shallow_copy(teacher, [i for i in blocks if i not in DROPPED])
     train_text, held_text = texts()
@@ -150,7 +171,8 @@ def distil(output: Path, cache: Path, steps: int, seed: int, say: Callable[[str]
         f"\nStudent: {folder}\nFigures: {output / 'divergence_by_depth.png'},"
         f" {output / 'loss.png'}\nTime: {time.monotonic() - started:.0f} s"
     )
-    return all(after[key] < before[key] for key in before)
+    if not all(after[key] < before[key] for key in before):
+        raise RuntimeError("some scores did not improve: train longer, with more --steps")
 
 
 def sample(folder: Path) -> str:

@@ -55,6 +55,8 @@ def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, A
     if not record.exists():
         return ""
     before = _read(record, yaml.safe_load)
+    if not _has_trained(output):
+        return ""
     best = {**defaults, **now}.get("load_best_model_at_end")
     ignored = UNTRAINED if best else UNTRAINED + CHOOSING
     differing, longer = [], ""
@@ -83,6 +85,8 @@ def check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str
     if not file.exists():  # earlier versions of this package wrote no digests
         return
     before = _read(file, json.loads)
+    if not _has_trained(output):
+        return
     for name, path in paths.items():
         if before.get(name, digests[name]) != digests[name]:
             raise ValueError(
@@ -112,6 +116,12 @@ def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
     write_text(output / METRICS, json.dumps(dict(metrics), indent=1))
 
 
+def _has_trained(output: Path) -> bool:
+    """Return whether a run left a checkpoint, weights or metrics. Other runs start anew."""
+    names = ("checkpoint-*", "*.safetensors", METRICS)
+    return any(file for name in names for file in output.glob(name))
+
+
 def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(read_text(file))
@@ -139,8 +149,8 @@ def _place(path: str | None) -> str | None:
 MEANINGS: dict[str, Callable[[Any], Any]] = {
     "student": _place,
     "teacher": _place,
-    "train": lambda path: path is not None,
-    "eval": lambda path: path is not None,
+    "data": lambda path: path is not None,
+    "eval_data": lambda path: path is not None,
     "teacher_cache": lambda path: path is not None,
 }
 

@@ -48,7 +48,7 @@ def test_demo_fails_if_a_row_did_not_improve(tiny_teacher, tmp_path, monkeypatch
     monkeypatch.setattr(demo, "evaluate", lambda *args: next(values))
     monkeypatch.setattr(report, "depth_figure", lambda *_: None)
     assert cli.main(["demo", "--output", str(tmp_path), "--steps", "1"]) == 1
-    assert "Some scores did not improve" in capsys.readouterr().err
+    assert "some scores did not improve" in capsys.readouterr().err
 
 
 def test_demo_without_its_teacher_names_the_package_to_install(tmp_path, monkeypatch, capsys):

@@ -17,7 +17,7 @@ from tests.support.training import logged, trained
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # For each option of this project, values that differ from the default. They include every choice.
 GIVEN = yaml.safe_load("""{
-student: [s], train: [d], teacher: [t], eval: [e], student_blocks: [[1, 3]],
+student: [s], data: [d], teacher: [t], eval_data: [e], student_blocks: [[1, 3]],
 student_dtype: [auto, bfloat16, float16], teacher_dtype: [float32, bfloat16, float16],
 prompt_style: [chat], max_length: [8], max_prompt_length: [9],
 lora_r: [2], lora_alpha: [5], lora_dropout: [0.25], lora_target_modules: [[q_proj, v_proj]],
@@ -106,14 +106,14 @@ def test_prompt_style_selects_the_template(files, tmp_path, capsys):
     tiny.model(layers=3, seed=1).save_pretrained(student)
     tokenizer.save_pretrained(student)
     chat, alpaca, expected = (
-        first_loss(files, tmp_path / str(i), train=train, prompt_style=style, student=student)
+        first_loss(files, tmp_path / str(i), data=train, prompt_style=style, student=student)
         for i, (train, style) in enumerate(
             [(asked, "chat"), (asked, "alpaca"), (verbatim, "alpaca")]
         )
     )
     assert chat == pytest.approx(expected, rel=1e-6)
     assert chat != pytest.approx(alpaca, rel=1e-3)
-    assert cli.main(arguments(files, tmp_path / "out", train=asked, prompt_style="chat")) == 1
+    assert cli.main(arguments(files, tmp_path / "out", data=asked, prompt_style="chat")) == 1
     assert "template" in capsys.readouterr().err
 
 
@@ -166,7 +166,7 @@ def test_a_file_of_options_is_utf_8(files, tmp_path, capsys):
     config.write_bytes("run_name: é\n".encode("latin-1"))
     with pytest.raises(SystemExit):
         command.parse(arguments(files, tmp_path, config=config)[1:])
-    assert f"--config {config}: {config} is not UTF-8 at byte 11" in capsys.readouterr().err
+    assert f"--config {config}: 'utf-8' codec can't decode byte" in capsys.readouterr().err
 
 
 def test_a_key_that_is_twice_in_a_file_is_refused(files, tmp_path, capsys):
@@ -176,4 +176,4 @@ def test_a_key_that_is_twice_in_a_file_is_refused(files, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command.parse(arguments(files, tmp_path / "out", config=config)[1:])
         shown = capsys.readouterr().err
-        assert f"{config} is not YAML: line 3: the key 'beta' occurs twice" in shown
+        assert f"{config}: not YAML: line 3: the key 'beta' occurs twice" in shown

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import yaml
 
 from lens_kernels import cli
 from lens_kernels.hf import LensDistillTrainer
@@ -52,7 +53,7 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
 @pytest.mark.parametrize("finished", [True, False])
 def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, capsys, finished):
     # An epoch has 4 steps, so step 5, the last one, is in the second epoch.
-    argv = arguments(files, tmp_path, max_steps=5, eval=files / "eval.jsonl")
+    argv = arguments(files, tmp_path, max_steps=5, eval_data=files / "eval.jsonl")
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
     # The run looks as if it was interrupted after its last checkpoint and before its end.
@@ -113,6 +114,16 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
         assert change in shown
 
 
+def test_a_run_that_left_nothing_starts_over_with_other_options(
+    files, tmp_path, monkeypatch, capsys
+):
+    interrupt(monkeypatch, arguments(files, tmp_path, max_steps=2), before_step=1)
+    assert {x.name for x in tmp_path.iterdir()} == {"run.yaml", "data.json"}
+    options = {"max_steps": 1, "beta": 0.3, "data": files / "eval.jsonl"}
+    assert cli.main(arguments(files, tmp_path, **options)) == 0
+    assert yaml.safe_load((tmp_path / "run.yaml").read_text())["beta"] == 0.3
+
+
 # Each case has the options of a run, and other options that must not prevent its continuation.
 SAME = [
     (
@@ -120,8 +131,8 @@ SAME = [
         {"report_to": "tensorboard", "logging_steps": 2, "run_name": "again"},
     ),
     ({}, {"save_steps": 3, "save_total_limit": 2, "eval_strategy": "no", "eval_steps": 2}),
-    ({"student": "student", "train": "train.jsonl", "in": "here"}, {}),
-    ({}, {"teacher": "teacher", "train": "copy.jsonl", "in": "here"}),
+    ({"student": "student", "data": "train.jsonl", "in": "here"}, {}),
+    ({}, {"teacher": "teacher", "data": "copy.jsonl", "in": "here"}),
     ({}, {"gradient_checkpointing": True, "dataloader_num_workers": 0, "beta": 0.5}),
 ]
 
@@ -149,7 +160,11 @@ def test_options_that_change_no_weight_do_not_stop_a_run(
 
 
 def test_options_that_choose_the_best_weights_count_with_them(files, tmp_path, capsys):
-    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval": files / "eval.jsonl"}
+    best = {
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_data": files / "eval.jsonl",
+    }
     assert cli.main(arguments(files, tmp_path, eval_steps=2, **best)) == 0
     assert cli.main(arguments(files, tmp_path, eval_steps=4, save_steps=4, **best)) == 1
     shown = capsys.readouterr().err
@@ -173,12 +188,12 @@ def test_a_complete_run_can_be_continued(files, tmp_path, capsys, schedule):
     assert "is already complete: delete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "done"), [("train", False), ("eval", True)])
-def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, capsys, name, done):
+@pytest.mark.parametrize(("option", "name"), [("data", "train"), ("eval_data", "eval")])
+def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, capsys, option, name):
     data, before = tmp_path / "data.jsonl", (files / "train.jsonl").read_text()
     data.write_text(before)
-    argv = arguments(files, tmp_path / "out", **{"eval": files / "eval.jsonl", name: data})
-    if done:
+    argv = arguments(files, tmp_path / "out", **{"eval_data": files / "eval.jsonl", option: data})
+    if name == "eval":
         assert cli.main(argv) == 0
     else:
         interrupt(monkeypatch, argv, before_step=4)
