@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens_kernels import sharded_share
 from lens_kernels.backends import matmul
 from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
+from lens_kernels.sharding import Reduction
 
 MASS = 0.5  # the head holds at most this part of the teacher's probability
 # The peak memory divided by that of one model's logits. The sort reaches it: its indices have 8
@@ -39,10 +41,16 @@ def _head_share(*packed: Any) -> Tensor:
     share = h_student.new_zeros(h_student.shape[0], dtype=call.compute_dtype)
     every = torch.arange(share.shape[0], device=share.device)
     kept = every if call.mask is None else every[call.mask]
-    step = call.workspace_bytes // (TILES * call.vocab_size * call.compute_dtype.itemsize)
+    reduce = Reduction(call.group) if call.group else None
+    columns = call.widest or call.vocab_size  # all ranks of a group need the same steps
+    step = call.workspace_bytes // (TILES * columns * call.compute_dtype.itemsize)
     for rows in kept.split(max(1, step)):
-        p = teacher.probabilities(h_teacher[rows])
-        share[rows] = _share(p, student.probabilities(h_student[rows]))
+        sides = (teacher, h_teacher[rows]), (student, h_student[rows])
+        if reduce is None:
+            share[rows] = _share(*(model.logits(h).softmax(-1) for model, h in sides))
+        else:
+            p, q = sharded_share.softmax([model.logits(h) for model, h in sides], reduce)
+            share[rows] = sharded_share.share(p, q, MASS, reduce)
     return share
 
 
@@ -61,13 +69,12 @@ class _Model:
         self.compute_dtype = call.compute_dtype
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
 
-    def probabilities(self, hidden: Tensor) -> Tensor:
-        """Return the probabilities of rows that are already normed, ``(R, V)``."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits of rows that are already normed, ``(R, V)``."""
         x, weight = self.factors.rows(hidden), self.factors.weight
         z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute_dtype)
         matmul.project(x, weight, z)
-        logits, _ = self.head.logits(z, self.temperature)
-        return logits.softmax(-1)
+        return self.head.logits(z, self.temperature)[0]
 
 
 def _share(p: Tensor, q: Tensor) -> Tensor:

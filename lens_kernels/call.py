@@ -43,6 +43,10 @@ class LossCall:
     ``backend`` is the name of the chosen backend. The gradients of a ``deferred`` call are computed
     in its backward pass, by another call. ``teacher_statistics`` ``(P, N, 2)``, if given, hold
     ``maximum`` and ``log sum exp(z - maximum)`` of the teacher's logits ``z``.
+
+    With a process ``group``, by name, this rank holds ``vocab_size`` entries of a larger
+    vocabulary. ``labels`` count from the first of them, so labels of other ranks' entries are out
+    of range. Tiles must have room for ``widest`` entries, so that all ranks have the same tiles.
     """
 
     student_hidden: list[Tensor]
@@ -65,6 +69,8 @@ class LossCall:
     backend: str = ""
     deferred: bool = False
     teacher_statistics: Tensor | None = None
+    group: str = ""
+    widest: int = 0
 
     @staticmethod
     def of(
@@ -78,7 +84,10 @@ class LossCall:
 
         ``statistics`` ``(S, N, 2)`` are those of the teacher's states.
         """
-        student, teacher = inputs.student, inputs.teacher
+        student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
+        labels = inputs.labels
+        if shard is not None and labels is not None:
+            labels = labels - shard.start
         # Without terms, the cross entropy still needs the last state.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
@@ -93,7 +102,7 @@ class LossCall:
             student_head=student.head,
             teacher_head=None if teacher is None else teacher.head,
             mask=inputs.mask,
-            labels=inputs.labels,
+            labels=labels,
             row_weight=row_weight,
             divergences=tuple(term.divergence for term in terms),
             normed=tuple(0 <= i < student.lenses for i in states),
@@ -101,11 +110,13 @@ class LossCall:
             operand_dtype=inputs.operand_dtype,
             beta=float(options.beta),
             temperature=float(options.temperature),
-            vocab_size=inputs.vocab_size,
+            vocab_size=inputs.vocab_size if shard is None else shard.columns,
             workspace_bytes=workspace_or_default(options.workspace_bytes, inputs.device),
             grad_threshold=threshold,
             threshold_is_relative=relative,
             teacher_statistics=None if statistics is None else statistics[states],
+            group="" if shard is None else shard.group,
+            widest=0 if shard is None else shard.widest,
         )
 
     @property
@@ -130,6 +141,7 @@ class LossCall:
         parts = [_pack_head(head) for head in heads]
         names = [
             self.backend,
+            self.group,
             "deferred" if self.deferred else "at once",
             ",".join(d.value for d in self.divergences),
             ",".join("normed" if normed else "" for normed in self.normed),
@@ -147,7 +159,7 @@ class LossCall:
             row_weight=self.row_weight,
             teacher_statistics=self.teacher_statistics,
             numbers=[self.beta, self.temperature, threshold, *chain(*parts)],
-            sizes=[self.vocab_size, self.workspace_bytes],
+            sizes=[self.vocab_size, self.workspace_bytes, self.widest],
             names=";".join(names),
             needs_grad=self.needs_grad,
         )
@@ -181,11 +193,11 @@ class Packed(NamedTuple):
 
     def unpack(self) -> LossCall:
         """Return the call that was packed."""
-        backend, when, divergences, normed, operand_dtype, threshold_kind, *head_names = (
+        backend, group, when, divergences, normed, operand_dtype, threshold_kind, *head_names = (
             self.names.split(";")
         )
         beta, temperature, threshold, *head_numbers = self.numbers
-        vocab_size, workspace_bytes = self.sizes
+        vocab_size, workspace_bytes, widest = self.sizes
         tensors, numbers = iter(self.heads), iter(head_numbers)
         heads = [
             _unpack_head(
@@ -215,6 +227,8 @@ class Packed(NamedTuple):
             backend=backend,
             deferred=when == "deferred",
             teacher_statistics=self.teacher_statistics,
+            group=group,
+            widest=widest,
         )
 
 

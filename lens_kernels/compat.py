@@ -53,6 +53,18 @@ def assert_on_device(condition: Tensor, message: str) -> None:
     torch._assert_async(condition, message)
 
 
+def process_group(name: str) -> Any:
+    """Return the process group whose ``group_name`` is ``name``.
+
+    Operators take names, because their schema has no type for groups. Present in torch 2.8 to 2.13.
+    Without it an error is raised.
+    """
+    from torch.distributed import distributed_c10d
+
+    resolve: Any = distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
 def recompile_limit(variants: int) -> AbstractContextManager[None]:
     """Return a context in which ``torch.compile`` keeps up to ``variants`` variants of a function.
 

@@ -94,7 +94,8 @@ class CallShape:
     """The properties of a call that decide its cost.
 
     ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
-    in GEMMs. ``teacher_width`` is 0 without a teacher.
+    in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
+    holds only a slice of the vocabulary.
     """
 
     tokens: int
@@ -109,6 +110,7 @@ class CallShape:
     device: torch.device
     workspace_bytes: int
     teacher_statistics: bool = False
+    sharded: bool = False
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -127,6 +129,7 @@ class CallShape:
             device=call.row_weight.device,
             workspace_bytes=call.workspace_bytes,
             teacher_statistics=call.teacher_statistics is not None,
+            sharded=bool(call.group),
         )
 
     @property

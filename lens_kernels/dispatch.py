@@ -28,7 +28,8 @@ class Backend:
     ``unsupported_reason(device, fp64)`` returns why the backend cannot run with such tensors, or
     None. ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or
     None. ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns
-    the plan of a call; ``"auto"`` takes the cheapest plan.
+    the plan of a call; ``"auto"`` takes the cheapest plan. ``takes_shards`` says whether the
+    backend supports ``process_group``.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Backend:
     auto_excluded_reason: Callable[[torch.device, torch.dtype | None], str | None] = lambda *args: (
         None
     )
+    takes_shards: bool = False
 
     def evaluate(self, call: LossCall) -> LossResult:
         """Return the rows of the call and the gradients of its loss."""
@@ -83,7 +85,9 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("torch", "lens_kernels.backends.torch.row_chunks", cost.row_chunks),
+        Backend(
+            "torch", "lens_kernels.backends.torch.row_chunks", cost.row_chunks, takes_shards=True
+        ),
         Backend(
             "triton",
             "lens_kernels.backends.triton",
@@ -112,6 +116,8 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
         able = automatic(device, fp64, shape.dtype)
+        if shape.sharded:
+            able = [backend for backend in able if backend.takes_shards]
         if len(able) == 1:
             return able[0]
         costs = [backend.cost(shape).cost for backend in able]
@@ -121,6 +127,8 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
         raise ValueError(f"backend={name!r} is unknown; choose one of {known}")
     backend = REGISTRY[name]
     reason = backend.unsupported_reason(device, fp64)
+    if shape.sharded and not backend.takes_shards:
+        reason = "it has no reductions over a process_group"
     if reason is not None:
         raise RuntimeError(
             f"backend={name!r} does not support these tensors on {device.type}: {reason};"

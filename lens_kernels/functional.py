@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lens_kernels import adaptive, dispatch, operator
+from lens_kernels import adaptive, dispatch, operator, sharding
 from lens_kernels.call import LossCall, Term
 from lens_kernels.inputs import (
     Head,
@@ -47,6 +47,7 @@ def symmetric_lens_loss(
     workspace_bytes: int | None = LensOptions.workspace_bytes,
     grad_threshold: float | str | None = LensOptions.grad_threshold,
     teacher_statistics: Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """Compare student and teacher through their logit lenses, without holding all logits in memory.
 
@@ -110,6 +111,14 @@ def symmetric_lens_loss(
             ``tvd`` and ``hellinger`` that saves work on GPUs: the first reading of the teacher's
             logits, or in ``triton`` one of its projections. The other divergences read these logits
             anyway.
+        process_group: A ``torch.distributed`` process group over which the vocabulary is spread.
+            Each rank passes the same arguments, but only its contiguous slice of the rows of both
+            heads, in rank order, cut at the same entries. The slices may differ in size. All ranks
+            get the same loss and the same gradients of hidden states and norm, and each gets the
+            gradient of its own rows of the head. Heads may be DTensors with ``Shard(0)`` on the
+            group's mesh. ``vocab_size`` and ``labels`` refer to the whole vocabulary. Every rank
+            must call the function and its backward pass. Only the ``torch`` backend supports it.
+            See ``docs/scale.md``.
 
     Returns:
         The loss in nats, in float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for
@@ -149,9 +158,15 @@ def symmetric_lens_loss(
         grad_threshold=grad_threshold,
     )
     options.check_denominator(denominator)
+    if process_group is not None:
+        student_head = sharding.local_head("student_head", student_head, process_group)
+        teacher_head = sharding.local_head("teacher_head", teacher_head, process_group)
     student = model_inputs("student", student_hidden, student_head)
     teacher = model_inputs("teacher", teacher_hidden, teacher_head)
-    inputs = check_inputs(student, teacher, mask=mask, vocab_size=vocab_size)
+    inputs = check_inputs(
+        student, teacher, mask=mask, vocab_size=vocab_size,
+        process_group=process_group, options=vars(options),
+    )  # fmt: skip
     counted = inputs.counted()
     statistics = given_statistics(teacher_statistics, inputs)
     weights = pair_weights(layer_weights, student.lenses, inputs)
@@ -207,6 +222,7 @@ def distillation_loss(
     workspace_bytes: int | None = DistillationOptions.workspace_bytes,
     grad_threshold: float | str | None = DistillationOptions.grad_threshold,
     teacher_statistics: Tensor | None = None,
+    process_group: Any = None,
 ) -> DistillationOutput:
     """Compute the whole DistillLens objective in one operation, with one head gradient.
 
@@ -258,6 +274,7 @@ def distillation_loss(
         grad_threshold: As for ``symmetric_lens_loss``; see ``dropped`` of the result.
         teacher_statistics: As for ``symmetric_lens_loss``, ``(L + 1, ..., 2)``: those of the final
             hidden state come last.
+        process_group: As for ``symmetric_lens_loss``.
 
     Returns:
         A ``DistillationOutput``; only its ``loss`` carries gradients.
@@ -280,6 +297,9 @@ def distillation_loss(
     )
     if labels is None and kd_ratio < 1.0:
         raise ValueError(f"kd_ratio={kd_ratio} is below 1 and needs cross entropy: pass labels")
+    if process_group is not None:
+        student_head = sharding.local_head("student_head", student_head, process_group)
+        teacher_head = sharding.local_head("teacher_head", teacher_head, process_group)
     student = model_inputs("student", student_hidden, student_head, student_final, has_final=True)
     teacher, pairs = None, 0
     terms: list[Term] = []
@@ -292,7 +312,10 @@ def distillation_loss(
         finals = parse_final_divergence("final_divergence", final_divergence)
         terms = [Term(Divergence(divergence), i) for i in range(pairs)]
         terms += [Term(kind, -1) for kind in finals]
-    inputs = check_inputs(student, teacher, mask=mask, labels=labels, vocab_size=vocab_size)
+    inputs = check_inputs(
+        student, teacher, mask=mask, labels=labels, vocab_size=vocab_size,
+        process_group=process_group, options=vars(options),
+    )  # fmt: skip
     counted, labelled = inputs.counted(), inputs.labelled()
     statistics = given_statistics(teacher_statistics, inputs)
     tokens = token_denominator(denominator, counted)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens_kernels import compat
+from lens_kernels import compat, sharding
 from lens_kernels.lens import LensHead, compute_dtype
 from lens_kernels.options import check_int, check_number
 
@@ -43,7 +43,8 @@ class Inputs:
     """All tensors of a call, over ``N`` tokens.
 
     ``teacher`` is None if the loss is cross entropy alone. ``labels`` is 0 for tokens without a
-    label. ``operand_dtype`` is the dtype to which autocast rounds GEMM factors, or None.
+    label. ``operand_dtype`` is the dtype to which autocast rounds GEMM factors, or None. ``shard``
+    is this rank's part of the ``vocab_size`` entries, or None if it holds all.
     """
 
     student: ModelInputs
@@ -54,6 +55,7 @@ class Inputs:
     has_label: Tensor | None
     vocab_size: int
     operand_dtype: torch.dtype | None
+    shard: sharding.VocabularyShard | None = None
 
     @property
     def device(self) -> torch.device:
@@ -124,10 +126,13 @@ def check_inputs(
     mask: Any,
     vocab_size: Any,
     labels: Any = None,
+    process_group: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Check that the tensors of a call fit together.
 
     Without ``mask``, tokens with a label count. Without ``mask`` and ``labels``, all tokens count.
+    With a ``process_group``, the ``options`` must be the same on all ranks.
     """
     device = student.head.weight.device
     named = list(student.named_hidden)
@@ -140,14 +145,23 @@ def check_inputs(
         check_device("teacher_head.weight", teacher.head.weight, device)
         named += teacher.named_hidden
     autocast = torch.is_autocast_enabled(device.type)
-    for model in (student, teacher):
-        if model is not None:
-            _check_widths_and_dtypes(model, autocast)
+    models = [student] if teacher is None else [student, teacher]
+    for model in models:
+        _check_widths_and_dtypes(model, autocast)
     shape = _leading_shape(named)
-    heads = {model.head_name: model.head for model in (student, teacher) if model is not None}
-    size = shared_vocabulary(vocab_size, heads)
+    sizes = {model.head_name: model.head.weight.shape[0] for model in models}
     flat_mask = _token_mask(mask, shape, device)
-    flat_labels = has_label = None
+    flat_labels = has_label = shard = None
+    if process_group is None:
+        size = shared_vocabulary(vocab_size, sizes)
+    else:
+        reached = [x for _, x in student.named_hidden] + [*student.head.tensors().values()]
+        implied = None if labels is None else labels != IGNORE_INDEX
+        counted = implied if flat_mask is None else flat_mask
+        same = sharding.agreed(shape, counted, reached, options or {})
+        rows = sharding.gather(process_group, sizes, same, device)
+        size = shared_vocabulary(vocab_size, {name: sum(x) for name, x in rows.items()})
+        shard = sharding.shard_of(process_group, rows, size)
     if labels is not None:
         flat = _token_labels(labels, shape, device, size)
         has_label = flat != IGNORE_INDEX
@@ -162,6 +176,7 @@ def check_inputs(
         has_label=has_label,
         vocab_size=size,
         operand_dtype=torch.get_autocast_dtype(device.type) if autocast else None,
+        shard=shard,
     )
 
 
@@ -300,9 +315,8 @@ def _check_values(name: str, valid: Tensor, requirement: str) -> None:
         raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")
 
 
-def shared_vocabulary(vocab_size: Any, heads: Mapping[str, LensHead]) -> int:
-    """Return the size of the vocabulary prefix over which softmaxes are taken."""
-    sizes = {name: head.weight.shape[0] for name, head in heads.items()}
+def shared_vocabulary(vocab_size: Any, sizes: Mapping[str, int]) -> int:
+    """Return the size of the prefix over which softmaxes are taken. ``sizes`` are the heads'."""
     smaller = min(sizes.values())
     shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
     if vocab_size is None:

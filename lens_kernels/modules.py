@@ -32,8 +32,8 @@ class _Loss(nn.Module):
 class SymmetricLensLoss(_Loss):
     """``symmetric_lens_loss`` with fixed options.
 
-    The constructor takes all keywords of the function except ``mask``, ``denominator`` and
-    ``teacher_statistics``.
+    The constructor takes all keywords of the function except ``mask``, ``denominator``,
+    ``teacher_statistics`` and ``process_group``.
     """
 
     kind = LensOptions
@@ -47,6 +47,7 @@ class SymmetricLensLoss(_Loss):
         mask: Tensor | None = None,
         denominator: float | Tensor | None = None,
         teacher_statistics: Tensor | None = None,
+        process_group: Any = None,
     ) -> Tensor:
         """Return the loss."""
         models = student_hidden, teacher_hidden, student_head, teacher_head
@@ -55,6 +56,7 @@ class SymmetricLensLoss(_Loss):
             mask=mask,
             denominator=denominator,
             teacher_statistics=teacher_statistics,
+            process_group=process_group,
             **self.options,
         )
 
@@ -62,7 +64,8 @@ class SymmetricLensLoss(_Loss):
 class DistillationLoss(_Loss):
     """``distillation_loss`` with fixed options.
 
-    The constructor takes all keywords of the function except tensors and ``denominator``.
+    The constructor takes all keywords of the function except tensors, ``denominator`` and
+    ``process_group``.
     """
 
     kind = DistillationOptions

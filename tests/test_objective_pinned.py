@@ -104,6 +104,7 @@ SHARED = {
     "workspace_bytes": None,
     "grad_threshold": None,
     "teacher_statistics": None,
+    "process_group": None,
 }
 OBJECTIVE = {"kd_ratio": 1.0, "lens_coeff": 1.0, "final_divergence": "reverse_kl", "labels": None}
 

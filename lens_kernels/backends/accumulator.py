@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from lens_kernels.backends.head_products import ColumnStatistics, Survey
 from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
+from lens_kernels.sharding import Reduction
 
 # The logit gradients of these divergences are unbounded: they grow with log(q / p).
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
@@ -64,6 +66,10 @@ class Accumulator:
         self.begun = call.vocab_size - set_rows
         # The sums of absolute logit gradients: of all entries, and of those left out.
         self.mass = torch.zeros(2, dtype=compute, device=device)
+        # With a process group, each rank has only its entries' part of the gradients before the
+        # head. These are linear in the logit gradients, so their sums are complete.
+        self.reduce = Reduction(call.group) if call.group else None
+        self.unfinished: list[Any] = []
 
     def set_unit(self, call: LossCall, scale: float) -> None:
         """Choose the unit, and divide the weights of the rows by it."""
@@ -130,9 +136,20 @@ class Accumulator:
             self.mass += torch.stack([survey.total(), left_out])
         return None if hidden is None else hidden.to(self.mass.dtype)
 
+    def finish(self, *keys: int | str) -> None:
+        """Sum gradients over the process group, if there is one, while other work continues."""
+        if self.reduce is not None:
+            done = [self.grads[key] for key in keys if key in self.grads]
+            self.unfinished += [self.reduce.begin_sum(x) for x in done]
+
     def result(self) -> LossResult:
         """Return the losses of the rows, and the gradients multiplied by the unit."""
         grads = self.grads
+        self.finish("norm_weight", "norm_bias")
+        if self.reduce is not None and self.threshold is not None:
+            self.reduce.sum(self.mass)
+        for work in self.unfinished:
+            work.wait()
         if self.unit is not None:
             grads = {key: grad.mul_(self.unit) for key, grad in grads.items()}
         everything, left_out = self.mass

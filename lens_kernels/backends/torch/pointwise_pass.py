@@ -142,11 +142,12 @@ class TorchPass:
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         compute = call.compute_dtype
         self.call, self.device = call, call.row_weight.device
-        logits = len(call.student_hidden) * tokens * call.vocab_size
+        columns = call.widest or call.vocab_size  # all ranks of a group need the same layout
+        logits = len(call.student_hidden) * tokens * columns
         self.compiled = is_compiled(self.device, logits)
         if self.compiled:
             keep_freed_blocks()
-        row_bytes = bytes_per_row(call.vocab_size, factor, compute)
+        row_bytes = bytes_per_row(columns, factor, compute)
         self.layout = in_place(tokens, row_bytes, call.workspace_bytes)
         # 1 - beta is computed in fp64, because in fp32 it loses its digits for a beta near 1.
         beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
@@ -181,28 +182,35 @@ class TorchPass:
         blocks = []
         for start in range(0, tiles[0].shape[0], step):
             block = slice(start, start + step)
-            # ``data`` drops the link to the base tensor. Otherwise torch would compile a variant
-            # for views that cover their whole base.
-            zs, *zt = (tile[block].data for tile in tiles)
-            comparison = labels = None
-            if terms.divergence is not None:
-                assert terms.weight is not None and self.teacher is not None
-                formula = table.pointwise(terms.divergence, self.call.beta)
-                weight = terms.weight[block]
-                given = terms.teacher_statistics
-                given = None if given is None else given[block]
-                comparison = Comparison(
-                    zt[0], weight, self.student, self.teacher, formula, self.beta, given
-                )
-            if terms.labels is not None:
-                assert terms.label_weight is not None
-                weight = terms.label_weight[block]
-                labels = Labels(terms.labels[block], weight, self.untempered)
-            arguments = zs, comparison, labels, grad is not None
+            zs, *terms_of_block = self.arguments(tiles, terms, block)
+            arguments = zs, *terms_of_block, grad is not None
             blocks.append(compiled.call(self.compiled, tile_pass, *arguments))
             if survey is not None:
                 survey.add(zs)  # zs holds the gradient now
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
+
+    def arguments(
+        self, tiles: list[Tensor], terms: Terms, block: slice
+    ) -> tuple[Tensor, Comparison | None, Labels | None]:
+        """Return the student's products of a block of rows, and the terms of its rows."""
+        # ``data`` drops the link to the base tensor. Otherwise torch would compile a variant for
+        # views that cover their whole base.
+        zs, *zt = (tile[block].data for tile in tiles)
+        comparison = labels = None
+        if terms.divergence is not None:
+            assert terms.weight is not None and self.teacher is not None
+            formula = table.pointwise(terms.divergence, self.call.beta)
+            weight = terms.weight[block]
+            given = terms.teacher_statistics
+            given = None if given is None else given[block]
+            comparison = Comparison(
+                zt[0], weight, self.student, self.teacher, formula, self.beta, given
+            )
+        if terms.labels is not None:
+            assert terms.label_weight is not None
+            weight = terms.label_weight[block]
+            labels = Labels(terms.labels[block], weight, self.untempered)
+        return zs, comparison, labels
 
 
 def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:

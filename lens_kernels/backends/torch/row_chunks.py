@@ -41,6 +41,10 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 def pass_for(call: LossCall) -> MakePass:
     """Return the pass by the Triton kernel where it can run, and else the pass by torch."""
+    if call.group:
+        from lens_kernels.backends.torch.sharded_pass import ShardedPass
+
+        return ShardedPass
     if has_row_kernel(call.row_weight.device, call.compute_dtype):
         from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 
@@ -136,6 +140,8 @@ class _RowChunks:
         parts = d_x.split([read.x.shape[0] for read in reads])
         for piece, read, part in zip(pieces, reads, parts, strict=True):
             self.backward_of_norm(piece, part, read.saved)
+            if piece.stop == self.sums.tokens:
+                self.sums.finish(piece.pair)
 
     def project(self, tile: list[Piece]) -> list[_Read]:
         """Fill the tiles of both models, and return the student's rows."""

@@ -69,8 +69,9 @@ def inspect(
     """
     # This fails before the models run if matplotlib is missing.
     figures.check_matplotlib()
-    heads = {"student_head": lens_head_from(student), "teacher_head": lens_head_from(teacher)}
-    size = shared_vocabulary(vocab_size, heads)
+    models = {"student_head": student, "teacher_head": teacher}
+    sizes = {name: len(lens_head_from(model).weight) for name, model in models.items()}
+    size = shared_vocabulary(vocab_size, sizes)
     ids, total = encode(tokenizer, text, max_tokens, size)
     read_student = read(student, ids, lens_norm, top_k, size)
     read_teacher = read(teacher, ids, lens_norm, top_k, size)

@@ -98,8 +98,8 @@ class LensObjective(nn.Module):
         for model in (student, teacher):
             verify_lens(model)
         student_head, teacher_head = self.heads()
-        heads = {"student_head": student_head, "teacher_head": teacher_head}
-        shared_vocabulary(self.options.vocab_size, heads)
+        sizes = {"student_head": len(student_head.weight), "teacher_head": len(teacher_head.weight)}
+        shared_vocabulary(self.options.vocab_size, sizes)
         self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
 
     @classmethod

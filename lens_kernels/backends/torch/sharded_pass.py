@@ -1,0 +1,151 @@
+"""The pass in torch over a vocabulary shard. Reductions over the process group join the shards.
+
+Each rank has the same rows and its own entries. A tile takes three reductions: the maxima of the
+logits, the sums of their exponentials, and the sums of ``f`` and ``h``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_kernels.backends import compiled
+from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.backends.torch.pointwise_pass import (
+    Comparison,
+    Labels,
+    TorchPass,
+    block_rows,
+)
+from lens_kernels.call import LossCall
+from lens_kernels.divergence import FLOOR
+from lens_kernels.sharding import Reduction
+
+
+class Whole(NamedTuple):
+    """Values of rows over the whole vocabulary, ``(R, 1)`` each.
+
+    ``statistics`` holds the maximum and the log of the sum of exponentials of the student's logits,
+    of the teacher's, and of the student's at temperature 1, if they are needed.
+    """
+
+    statistics: list[tuple[Tensor, Tensor]]
+    h_sum: Tensor | None = None
+
+
+def local_statistics(
+    zs: Tensor, comparison: Comparison | None, labels: Labels | None
+) -> tuple[Tensor, Tensor]:
+    """Return the maxima of this rank's logits, and the sums of ``exp(z - maximum)``, ``(S, R)``."""
+    logits = []
+    if comparison is not None:
+        logits.append(comparison.student(zs)[0])
+        if comparison.teacher_statistics is None:
+            logits.append(comparison.teacher(comparison.zt)[0])
+    if labels is not None:
+        logits.append(labels.student(zs)[0])
+    logits = [u.clamp(min=FLOOR) for u in logits]
+    maxima = [u.amax(-1) for u in logits]
+    sums = [(u - m[:, None]).exp().sum(-1) for u, m in zip(logits, maxima, strict=True)]
+    return torch.stack(maxima), torch.stack(sums)
+
+
+def local_sums(
+    zs: Tensor, comparison: Comparison | None, labels: Labels | None, whole: Whole
+) -> Tensor:
+    """Return this rank's part of the sums of ``f`` and ``h``, and of the cross entropy, ``(S, R)``.
+
+    The cross entropy is that of labels among this rank's entries, and 0 for others.
+    """
+    sums = []
+    if comparison is not None:
+        _, f, h, _ = _entries(zs, comparison, whole)
+        sums += [f.sum(-1), h.sum(-1)]
+    if labels is not None:
+        lq, _ = _log_softmax(labels.student(zs)[0], whole.statistics[-1])
+        own = (labels.labels >= 0) & (labels.labels < zs.shape[-1])
+        column = labels.labels.clamp(0, zs.shape[-1] - 1)
+        sums.append(torch.where(own, -lq.gather(-1, column[:, None])[:, 0], 0.0))
+    return torch.stack(sums)
+
+
+def write_gradient(
+    zs: Tensor, comparison: Comparison | None, labels: Labels | None, whole: Whole
+) -> None:
+    """Overwrite ``zs`` with the gradient of the weighted sum of the losses."""
+    grads = []
+    if comparison is not None:
+        assert whole.h_sum is not None
+        q, _, h, slope = _entries(zs, comparison, whole)
+        grads.append((h - q * whole.h_sum) * (comparison.weight[:, None] * slope))
+    if labels is not None:
+        logits, slope = labels.student(zs)
+        _, q = _log_softmax(logits, whole.statistics[-1])
+        columns = torch.arange(zs.shape[-1], device=zs.device)
+        residual = q - (columns == labels.labels[:, None]).to(q.dtype)
+        grads.append(residual * (labels.weight[:, None] * slope))
+    zs.copy_(sum(grads[1:], grads[0]))
+
+
+def _entries(
+    zs: Tensor, row: Comparison, whole: Whole
+) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
+    """Return ``q``, ``f``, ``h`` and the derivative of the logits, of this rank's entries."""
+    us, slope = row.student(zs)
+    lq, q = _log_softmax(us, whole.statistics[0])
+    if row.teacher_statistics is None:
+        statistics = whole.statistics[1]
+    else:
+        maximum, log_sum = row.teacher_statistics.split(1, -1)
+        statistics = (maximum, log_sum)
+    lp, p = _log_softmax(row.teacher(row.zt)[0], statistics)
+    return q, *row.formula(lp, lq, p, q, row.beta), slope
+
+
+def _log_softmax(u: Tensor, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    maximum, log_sum = statistics
+    log = (u.clamp(min=FLOOR) - maximum) - log_sum
+    return log, log.exp()
+
+
+class ShardedPass(TorchPass):
+    """The pass of one call over this rank's entries."""
+
+    def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
+        super().__init__(call, factor, tokens)
+        self.reduce = Reduction(call.group)
+
+    def run(
+        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
+    ) -> list[Tensor]:
+        """Run each part of the pass over all blocks, and reduce its results for the whole tile."""
+        step = block_rows(self.device, self.compiled, *tiles[0].shape)
+        blocks = [slice(at, at + step) for at in range(0, tiles[0].shape[0], step)]
+
+        def each(function: Callable[..., Any], whole: Whole | None = None) -> Iterator[Any]:
+            for block in blocks:
+                arguments = self.arguments(tiles, terms, block)
+                known = () if whole is None else (_part(whole, block),)
+                yield compiled.call(self.compiled, function, *arguments, *known)
+
+        maxima, sums = (torch.cat(x, 1) for x in zip(*each(local_statistics), strict=True))
+        highest = self.reduce.maximum(maxima.clone())
+        sums = self.reduce.sum(sums * (maxima - highest).exp())
+        statistics = zip(highest[..., None], sums.log()[..., None], strict=True)
+        whole = Whole([*statistics])
+        totals = [*self.reduce.sum(torch.cat([*each(local_sums, whole)], 1))]
+        if terms.divergence is not None:
+            whole = whole._replace(h_sum=totals.pop(1)[:, None])
+        if grad is not None:
+            for block, _ in zip(blocks, each(write_gradient, whole), strict=True):
+                if survey is not None:
+                    survey.add(tiles[0][block].data)
+        return totals
+
+
+def _part(whole: Whole, block: slice) -> Whole:
+    statistics = [(maximum[block], log_sum[block]) for maximum, log_sum in whole.statistics]
+    return Whole(statistics, None if whole.h_sum is None else whole.h_sum[block])

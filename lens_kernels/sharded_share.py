@@ -1,0 +1,74 @@
+"""The head share of the adaptive KL over a vocabulary shard, where no rank can sort all entries.
+
+The head ends at the entry at which the teacher's mass crosses one half. A search over the bits of
+positive floating-point numbers, which are in the same order as the numbers, finds its probability.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lens_kernels.sharding import Reduction
+
+# Each reduction of the search divides the interval by this number.
+PARTS = 16
+
+
+def softmax(logits: list[Tensor], reduce: Reduction) -> list[Tensor]:
+    """Return the probabilities of this rank's entries, of several models at once, ``(R, C)``."""
+    maxima = reduce.maximum(torch.stack([u.amax(-1) for u in logits]))
+    powers = [(u - m[:, None]).exp() for u, m in zip(logits, maxima, strict=True)]
+    totals = reduce.sum(torch.stack([x.sum(-1) for x in powers]))
+    return [x / total[:, None] for x, total in zip(powers, totals, strict=True)]
+
+
+def share(p: Tensor, q: Tensor, mass: float, reduce: Reduction) -> Tensor:
+    """Return the head share of each row, ``(R,)``, from this rank's entries of ``p`` and ``q``."""
+    of_head = _head(p, mass, reduce)
+    gap = (p - q).abs()
+    sums = torch.stack([gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)])
+    head, tail = reduce.sum(sums)
+    return torch.where(head + tail > 0, head / (head + tail), 0.5)
+
+
+def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
+    """Say which entries belong to the head: the largest ones that hold at most ``mass``.
+
+    Equal entries count in their order, so entries of lower ranks first. The largest entry always
+    belongs to the head.
+    """
+    integer = torch.int64 if p.dtype is torch.float64 else torch.int32
+    ascending = p.sort(-1).values
+    # ``below[:, n]`` is the mass of the n largest entries.
+    below = torch.nn.functional.pad(ascending.flip(-1).cumsum(-1), (1, 0))
+
+    def mass_from(bits: Tensor) -> Tensor:
+        """Return the mass of this rank's entries that are at least as large, ``(R, K)``."""
+        smaller = torch.searchsorted(ascending, bits.to(integer).view(p.dtype).contiguous())
+        return below.gather(-1, p.shape[-1] - smaller)
+
+    # The entries from ``low`` on hold more than ``mass``, those from ``high`` on do not.
+    low = torch.zeros(p.shape[0], 1, dtype=torch.int64, device=p.device)
+    high = torch.full_like(low, int(torch.tensor(2.0, dtype=p.dtype).view(integer)))
+    steps = torch.arange(1, PARTS, device=p.device)
+    for _ in range(p.element_size() * 2):  # PARTS ** 2 is one byte
+        width = high - low
+        inner = low + width // PARTS * steps + width % PARTS * steps // PARTS
+        above = (reduce.sum(mass_from(inner)) > mass).sum(-1, keepdim=True)
+        bounds = torch.cat([low, inner, high], -1)
+        low, high = bounds.gather(-1, above), bounds.gather(-1, above + 1)
+    crossing = low.to(integer).view(p.dtype)
+
+    ties = p == crossing
+    larger = p > crossing
+    # One column per rank holds its number of ties.
+    counts = p.new_zeros(p.shape[0], reduce.size + 2)
+    counts[:, reduce.rank] = ties.sum(-1).to(p.dtype)
+    counts[:, -2] = larger.sum(-1).to(p.dtype)
+    counts[:, -1] = p.where(larger, 0).sum(-1)
+    reduce.sum(counts)
+    allowed = ((mass - counts[:, -1]) / crossing[:, 0]).floor()
+    allowed = allowed.clamp(min=(counts[:, -2] == 0).to(p.dtype))
+    left = allowed - counts[:, : reduce.rank].sum(-1)
+    return larger | (ties & (ties.cumsum(-1) <= left[:, None]))

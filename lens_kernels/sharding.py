@@ -1,0 +1,153 @@
+"""A vocabulary spread over a process group: each rank holds a slice of the rows of both heads."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lens_kernels import compat
+from lens_kernels.lens import LensHead
+
+
+@dataclass(frozen=True)
+class VocabularyShard:
+    """The entries of the shared vocabulary that this rank holds: ``start`` and their number.
+
+    ``widest`` is the largest number of entries of a rank. All ranks cut the tokens into the same
+    chunks, so the chunks must fit that rank. ``group`` is the name of the process group.
+    """
+
+    group: str
+    start: int
+    columns: int
+    widest: int
+
+
+class Reduction:
+    """Reductions over the process group of a call. They change tensors in place."""
+
+    def __init__(self, group: str) -> None:
+        self.group = compat.process_group(group)
+        self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+
+    def maximum(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by its maximum over all ranks."""
+        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+        return x
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by its sum over all ranks."""
+        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+        return x
+
+    def begin_sum(self, x: Tensor) -> Any:
+        """Start to replace ``x`` by its sum over all ranks. The result has a ``wait()``."""
+        return dist.all_reduce(x, dist.ReduceOp.SUM, self.group, async_op=True)
+
+
+def local_head(name: str, head: Any, group: Any) -> Any:
+    """Return this rank's part of a head whose tensors may be DTensors. Others are unchanged.
+
+    Weight and bias must be ``Shard(0)`` on a mesh whose group is ``group``. Tensors of the norm
+    must be replicated.
+    """
+    if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        kind = type(group).__name__
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {kind}")
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # the import takes a second
+
+    if isinstance(head, Tensor):
+        head = LensHead(head)
+    if not isinstance(head, LensHead):
+        return head  # the caller's checks report it
+    parts = {id(x): part for part, x in head.tensors().items()}
+
+    def local(x: Tensor) -> Tensor:
+        if not isinstance(x, DTensor):
+            return x
+        part = parts[id(x)]
+        expected = Shard(0) if part in ("weight", "bias") else Replicate()
+        mesh = x.device_mesh
+        if x.placements != (expected,) or mesh.get_group().group_name != group.group_name:
+            raise ValueError(
+                f"{name}.{part} is a DTensor with placements {x.placements} on {mesh}; it must have"
+                f" ({expected},) on a mesh of one dimension whose group is process_group"
+            )
+        return x.to_local()
+
+    return head.map(local)
+
+
+def agreed(
+    shape: torch.Size, mask: Tensor | None, reached: Sequence[Tensor], options: Mapping[str, Any]
+) -> dict[str, int]:
+    """Return numbers that decide which reductions run. They must agree on all ranks.
+
+    ``reached`` are the tensors that may need a gradient.
+    """
+    plain = {name: x for name, x in options.items() if not isinstance(x, Tensor)}
+    grads = torch.is_grad_enabled(), [x.requires_grad for x in reached]
+    return {
+        "number of tokens": shape.numel(),
+        "number of unmasked tokens": shape.numel() if mask is None else int(mask.sum()),
+        "options (as a checksum)": zlib.crc32(repr(plain).encode()),
+        "tensors that require a gradient (as a checksum)": zlib.crc32(repr(grads).encode()),
+    }
+
+
+def gather(
+    group: Any, rows: Mapping[str, int], same: Mapping[str, int], device: torch.device
+) -> dict[str, list[int]]:
+    """Return the number of rows of each head on every rank.
+
+    Raises:
+        ValueError: The numbers ``same`` are not the same on all ranks. Later reductions would not
+            match, and might never end.
+    """
+    own = [*rows.values(), *same.values()]
+    sent = torch.tensor(own, dtype=torch.int64, device=device)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group)
+    table = torch.stack(received).t().tolist()
+    for name, values in zip(same, table[len(rows) :], strict=True):
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"all ranks of process_group must pass the same {name}, but rank by rank they are"
+                f" {values}"
+            )
+    return dict(zip(rows, table, strict=False))
+
+
+def shard_of(group: Any, rows: Mapping[str, list[int]], vocab_size: int) -> VocabularyShard:
+    """Return this rank's part of the first ``vocab_size`` entries.
+
+    ``rows`` holds the number of rows of each head on every rank.
+
+    Raises:
+        ValueError: The slices of the heads differ within the shared vocabulary, or a rank holds no
+            entry of it.
+    """
+    bounds: dict[str, list[tuple[int, int]]] = {}
+    for name, sizes in rows.items():
+        ends = torch.tensor(sizes).cumsum(0).clamp(max=vocab_size).tolist()
+        bounds[name] = [*zip([0, *ends[:-1]], ends, strict=True)]
+    slices, *others = bounds.values()
+    if any(other != slices for other in others):
+        shown = ", ".join(f"{name} {value}" for name, value in bounds.items())
+        raise ValueError(
+            f"both heads must be cut at the same entries of the shared vocabulary, got {shown}"
+        )
+    widths = [stop - start for start, stop in slices]
+    if 0 in widths:
+        raise ValueError(
+            f"rank {widths.index(0)} of process_group holds none of the {vocab_size} entries of the"
+            f" shared vocabulary: its slice is {slices[widths.index(0)]}; use fewer ranks"
+        )
+    rank = dist.get_rank(group)
+    return VocabularyShard(group.group_name, slices[rank][0], widths[rank], max(widths))

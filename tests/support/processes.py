@@ -1,0 +1,104 @@
+"""Real processes of a gloo group that run functions of the tests, and count what they send.
+
+A server process imports torch once. Every rank is a fork of it, which starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 30.0  # seconds without progress after which a collective raises
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded"])
+
+
+def _work(rank: int, world: int, file: str, pipe: Any, seconds: float) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(file, world)
+    limit = timedelta(seconds=seconds)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
+    while (job := pipe.recv()) is not None:
+        function, arguments = job
+        try:
+            torch.manual_seed(20260213)
+            pipe.send((function(*arguments), None))
+        except Exception:
+            pipe.send((None, traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """A group of processes. They run one function after another."""
+
+    def __init__(self, world: int, seconds: float = TIMEOUT) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.seconds = seconds
+        pipes = [_context.Pipe() for _ in range(world)]
+        self.pipes = [ours for ours, _ in pipes]
+        file = os.path.join(self.folder.name, "store")
+        self.processes = [
+            _context.Process(target=_work, args=(rank, world, file, theirs, seconds), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
+        """Run ``function`` on every rank. Return ``(result, traceback)`` of each."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        received = []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(2 * self.seconds):
+                raise TimeoutError(f"rank {rank} still runs after {2 * self.seconds} s")
+            received.append(pipe.recv())
+        return received
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """Run ``function`` on every rank, and return the results in rank order."""
+        outcomes = self.outcomes(function, *arguments)
+        failed = [f"rank {i}: {error}" for i, (_, error) in enumerate(outcomes) if error]
+        assert not failed, "\n".join(failed)
+        return [result for result, _ in outcomes]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(10)
+        self.folder.cleanup()
+
+
+@contextmanager
+def counted() -> Any:
+    """Count the collectives inside: a list of ``(name, bytes of its tensor)``."""
+    seen: list[tuple[str, int]] = []
+    with_tensor = ["all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"]
+    originals = {name: getattr(dist, name) for name in [*with_tensor, "broadcast"]}
+
+    def counting(name: str) -> Callable[..., Any]:
+        def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+            tensors = [first] if isinstance(first, torch.Tensor) else first
+            seen.append((name, sum(x.numel() * x.element_size() for x in tensors)))
+            return originals[name](first, *args, **kwargs)
+
+        return call
+
+    try:
+        for name in originals:
+            setattr(dist, name, counting(name))
+        yield seen
+    finally:
+        for name, function in originals.items():
+            setattr(dist, name, function)

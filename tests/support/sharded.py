@@ -1,0 +1,232 @@
+"""Calls with ``process_group``, as each rank of a test makes them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from lens_kernels import (
+    LensHead,
+    adaptive,
+    distillation_loss,
+    functional,
+    sharded_share,
+    symmetric_lens_loss,
+)
+from lens_kernels.backends import head_products
+from lens_kernels.backends.torch import row_chunks
+from lens_kernels.backends.torch.layout import row_stride
+from lens_kernels.sharding import Reduction
+from tests.support.grids import Shape
+from tests.support.objectives import make_objective, some_labels
+from tests.support.operators import Watch
+from tests.support.problems import Problem, make, objective
+from tests.support.processes import counted
+
+WIDTH = 61  # no number of ranks from 2 to 4 divides this vocabulary
+HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
+SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)
+_groups: dict[int, Any] = {}
+
+
+def group_of(size: int) -> Any:
+    """Return the group of the first ranks, or None on other ranks. All ranks call it."""
+    if size not in _groups:
+        _groups[size] = dist.new_group(range(size))
+    return _groups[size] if dist.get_rank() < size else None
+
+
+def slice_of(vocab: int, rank: int, size: int) -> slice:
+    """Return the entries of a rank: as many as those of a DTensor."""
+    width = -(-vocab // size)
+    return slice(min(vocab, rank * width), min(vocab, (rank + 1) * width))
+
+
+def cut(head: LensHead, part: slice) -> LensHead:
+    """Return a slice of a head with tensors of its own."""
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    bias = None if head.bias is None else leaf(head.bias[part])
+    return replace(head, weight=leaf(head.weight[part]), bias=bias)
+
+
+def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
+    """Return the problem of a case and the options of its call. They depend only on the case."""
+    case = dict(case)
+    whole, dtype = case.get("whole", False), case.pop("dtype", torch.float64)
+    torch.manual_seed(1)
+    head = {name: case.pop(name) for name in HEAD if name in case}
+    shape = case.pop("shape", SHAPE)
+    problem = (make_objective if whole else make)(shape, 2.0, **head).to(dtype)
+    if case.pop("masked", False):
+        case["mask"] = torch.rand(shape.leading) < 0.6
+    if case.pop("labelled", False):
+        labels = some_labels(shape)
+        case["labels"] = labels.where(labels < case.get("vocab_size", shape.vocab), -100)
+    if case.pop("frozen_head", False):
+        problem.freeze("hidden0")
+    if case.pop("statistics", False):
+        case["teacher_statistics"] = statistics_of(problem)
+    return problem, case
+
+
+def statistics_of(problem: Problem) -> Tensor:
+    """Return the log-sum-exps of the teacher's logits, in two parts."""
+    head = problem.teacher_head
+    rows = []
+    for h in problem.teacher_hidden:
+        z = h @ head.weight.T
+        top = z.amax(-1, keepdim=True)
+        rows.append(torch.cat([top, (z - top).exp().sum(-1, keepdim=True).log()], -1))
+    return torch.stack(rows).detach()
+
+
+def solve(problem: Problem, options: dict[str, Any], group: Any = None) -> dict[str, Tensor]:
+    """Return the results of a call and its gradients, by name."""
+    options = dict(options)
+    out: dict[str, Any] = {}
+    if options.pop("whole", False):
+        result = objective(problem, distillation_loss, process_group=group, **options)
+        out = {k: v for k, v in result._asdict().items() if v is not None}
+        loss = result.loss
+    else:
+        loss = symmetric_lens_loss(*problem.args(), process_group=group, **options)
+        out["loss"] = loss
+        if loss.dim():
+            loss = (loss * torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view_as(loss)).sum()
+    grads = {k: g for k, g in problem.gradients(loss).items() if g is not None}
+    return {k: x.detach() for k, x in (out | grads).items()}
+
+
+def solve_sharded(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Return this rank's results, or None on ranks outside the group."""
+    group = group_of(size)
+    if group is None:
+        return None
+    problem, options = problem_of(case)
+    part = slice_of(len(problem.student_head.weight), dist.get_rank(), size)
+    problem.student_head = cut(problem.student_head, part)
+    problem.teacher_head = cut(problem.teacher_head, part)
+    return solve(problem, options, group)
+
+
+def count_collectives(size: int, case: dict[str, Any]) -> list[tuple[str, int]]:
+    """Return the collectives of a call, with their bytes."""
+    group_of(size)
+    with counted() as seen:
+        solve_sharded(size, case)
+    return [*seen]
+
+
+def largest_tensor(size: int) -> int:
+    """Return the largest number of entries of a tensor that a call makes, on a large vocabulary."""
+    group = group_of(size)
+    shape = Shape((40,), 2001, 4, 4, 1)
+    room = 7 * row_stride(-(-shape.vocab // size)) * 2 * 4
+    problem, options = problem_of({"shape": shape, "dtype": torch.float32, "workspace_bytes": room})
+    part = slice_of(shape.vocab, dist.get_rank(), size)
+    heads = cut(problem.student_head, part), cut(problem.teacher_head, part)
+    models = problem.student_hidden, problem.teacher_hidden
+    calls: list[Any] = []
+
+    def keep(call: Any) -> Any:
+        calls.append(call)
+        return apply(call)
+
+    apply = functional.operator.apply
+    functional.operator.apply = keep
+    symmetric_lens_loss(*models, *heads, process_group=group, **options)
+    functional.operator.apply = apply
+    with Watch() as watch, torch.no_grad():
+        row_chunks.evaluate(calls[0])
+    return watch.largest
+
+
+def solve_active(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
+    """Return this rank's results. Inactive entries are skipped even if most are active."""
+    head_products.MAX_ACTIVE_SHARE = 1.0
+    return solve_sharded(size, case)
+
+
+def solve_dtensors(case: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the whole results of a call whose heads are sharded DTensors."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    problem, options = problem_of(case)
+
+    def shard(head: LensHead) -> LensHead:
+        def leaf(x: Tensor) -> Tensor:
+            place = Replicate() if x.shape[0] != len(head.weight) else Shard(0)
+            return distribute_tensor(x.detach(), mesh, [place]).requires_grad_(x.requires_grad)
+
+        return head.map(leaf)
+
+    problem.student_head, problem.teacher_head = map(
+        shard, (problem.student_head, problem.teacher_head)
+    )
+    results = solve(problem, options, mesh.get_group())
+    assert results["weight"].placements == (Shard(0),)
+    return {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in results.items()}
+
+
+# Teacher probabilities with equal entries where the mass crosses one half.
+TIED = [
+    [0.125] * 8 + [0.0],
+    [0.05, 0.2, 0.2, 0.1, 0.2, 0.05, 0.0, 0.2, 0.0],
+    [0.05, 0.6, 0.1, 0.05, 0.05, 0.05, 0.05, 0.05, 0.0],
+    [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.5, 0.5],
+]
+OTHER = torch.tensor([0.3, 0.05, 0.02, 0.13, 0.1, 0.15, 0.05, 0.08, 0.12])
+
+
+def head_share_of(size: int, p: list[float]) -> Tensor | None:
+    """Return the head share of a row of probabilities, whose entries are spread over ranks."""
+    group = group_of(size)
+    if group is None:
+        return None
+    part = slice_of(len(p), dist.get_rank(), size)
+    rows = torch.tensor([p])[:, part], OTHER[None, part]
+    return sharded_share.share(*rows, adaptive.MASS, Reduction(group.group_name))
+
+
+def refused(name: str) -> str:
+    """Return the error of a call that three ranks do not make alike."""
+    group, rank = group_of(3), dist.get_rank()
+    mesh = init_device_mesh("cpu", (4,))
+    if group is None:
+        return ""
+    problem, options = problem_of({"bias": True})
+    bounds = [slice_of(WIDTH, rank, 3)] * 2
+    if name == "tokens" and rank == 2:
+        problem = problem.map(lambda x: x.detach()[:, :6].requires_grad_(x.requires_grad), "hidden")
+    if name == "mask":
+        options["mask"] = torch.arange(35).view(5, 7) < 10 + rank
+    if name == "options":
+        options["temperature"] = 1.0 + rank
+    if name == "grads" and rank == 1:
+        problem.freeze("hidden0")
+    if name == "cuts":
+        bounds[1] = slice((0, 20, 40)[rank], (20, 40, 61)[rank])
+    if name == "empty":
+        options["vocab_size"] = 20
+    if name == "triton":
+        options["backend"] = "triton"
+    student, teacher = cut(problem.student_head, bounds[0]), cut(problem.teacher_head, bounds[1])
+    if name == "sizes" and rank == 2:
+        teacher = teacher.map(lambda x: torch.cat([x, x[:3]]))
+    if name == "placement":
+        whole = problem.student_head.weight.detach()
+        student = LensHead(DTensor.from_local(whole, mesh, [Replicate()], run_check=False))
+    heads = problem.student_hidden, problem.teacher_hidden, student, teacher
+    try:
+        symmetric_lens_loss(*heads, process_group="x" if name == "no group" else group, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return str(error)
+    return "no error"

@@ -1,0 +1,148 @@
+"""A vocabulary spread over 2 to 4 processes gives the loss and gradients of one process."""
+
+import re
+
+import pytest
+import torch
+
+from lens_kernels import adaptive
+from lens_kernels.backends.torch.layout import row_stride
+from tests.support import sharded
+from tests.support.compare import assert_close, relative_error
+from tests.support.grids import DIVERGENCES, FEATURES, Shape
+from tests.support.processes import Ranks
+from tests.support.sharded import SHAPE, WIDTH, problem_of, solve
+
+HEAD = ("weight", "bias")  # gradients that stay on the rank of their rows
+SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}  # several chunks per pair
+FEATURE = {**FEATURES["everything"], **SMALL, "masked": True}
+OBJECTIVE = {**FEATURE, "whole": True, "labelled": True, "kd_ratio": 0.5}
+CASES = {
+    **{d: {"divergence": d, **FEATURE} for d in DIVERGENCES},
+    "objective": OBJECTIVE | {"masked": False},
+    "labels only": {"whole": True, "labelled": True, "kd_ratio": 0.0, **SMALL},
+    "akl": {"whole": True, "final_divergence": "akl", **SMALL, "bias": True},
+    "prefix": OBJECTIVE | {"vocab_size": WIDTH - 3},
+    "none": {"reduction": "none", **SMALL, "norm": "rms"},
+    "weights": {"layer_weights": [0.3, 2.0], "denominator": 11.0, "beta": 0.2},
+    "frozen head": {"frozen_head": True, **FEATURE},
+    "statistics": {"statistics": True, "temperature": 1.0},
+    "no tokens": {"shape": Shape((0,), WIDTH, 12, 10, 1)},
+}
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    group = Ranks(4)
+    yield group
+    group.close()
+
+
+def joined(results, name, vocab):
+    """Return a result of all ranks: the rows of the head in rank order, or one of equal results."""
+    parts = [result[name] for result in results]
+    if name in HEAD:
+        return torch.cat(parts)
+    for part in parts[1:]:
+        assert torch.equal(part, parts[0]), f"{name} differs between ranks"
+    return parts[0]
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_ranks_compute_the_loss_and_gradients_of_one_process(ranks, size):
+    for name in CASES if size == 3 else ("objective", "akl", "prefix", "none"):
+        case = CASES[name]
+        truth = solve(*problem_of(case))
+        results = ranks.run(sharded.solve_sharded, size, case)[:size]
+        for key, expected in truth.items():
+            assert_close(joined(results, key, WIDTH), expected, 1e-6, f"{name}: {key}")
+        if name not in ("no tokens", "labels only"):
+            assert truth["loss"].abs().max() > 0.01, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_narrow_dtypes_are_as_accurate_as_in_one_process(ranks, dtype):
+    for case in (OBJECTIVE | {"masked": False}, {"divergence": "hellinger", "bias": True}):
+        wide, _ = problem_of(case)
+        problem, options = problem_of(case | {"dtype": dtype})
+        truth = solve(problem.to(torch.float64), options)
+        alone = solve(problem, options)
+        results = ranks.run(sharded.solve_sharded, 3, case | {"dtype": dtype})[:3]
+        for key, expected in truth.items():
+            error = relative_error(joined(results, key, WIDTH), expected)
+            assert error <= 2 * relative_error(alone[key], expected) + 1e-6, key
+
+
+def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
+    case = {**FEATURES["everything"], "dtype": torch.float32, **SMALL}
+    row = 2 * 4 * row_stride(-(-WIDTH // 3))
+    chunks, tokens = -(-SHAPE.tokens // (SMALL["workspace_bytes"] // row)), SHAPE.tokens
+    (seen, *others) = ranks.run(sharded.count_collectives, 3, case)[:3]
+    assert seen == others[0] == others[1]
+    (first, *rest) = seen
+    assert first == ("all_gather", 3 * 8 * 6)  # two heads' rows, and four numbers that must agree
+    assert {name for name, _ in rest} == {"all_reduce"}
+    assert len(rest) == SHAPE.pairs * (3 * chunks + 1) + 2  # the norm has weight and bias
+    width = SHAPE.student
+    # Maxima, sums of exponentials, and sums of f and h have two numbers per row.
+    sums = SHAPE.pairs * tokens * (3 * 2 + width) + 2 * width
+    assert sum(size for _, size in rest) == 4 * sums
+    frozen = ranks.run(sharded.count_collectives, 3, case | {"frozen_head": True})[0]
+    assert len(frozen) == 1 + SHAPE.pairs * 3 * chunks + 1, "only hidden0 needs a gradient"
+
+
+def test_no_rank_holds_more_logits_than_its_share(ranks):
+    for result in ranks.run(sharded.largest_tensor, 4):
+        assert result == 7 * row_stride(-(-2001 // 4))
+
+
+def test_the_active_vocabulary_stays_within_its_bound(ranks):
+    case = {"whole": True, "shape": Shape((9,), 499, 12, 10, 1), "scale": 4.0}
+    exact = solve(*problem_of(case))
+    for threshold in (1e-4, "bf16", 0.0):
+        results = ranks.run(sharded.solve_active, 3, case | {"grad_threshold": threshold})[:3]
+        dropped = joined(results, "dropped", 499)
+        assert 0 < dropped < 0.3 if threshold else dropped == 0
+        limit = 0.1 if threshold == 1e-4 else 2.0**-8 if threshold else 1e-12
+        for key, expected in exact.items():
+            if key != "dropped":
+                actual = joined(results, key, 499)
+                error = (actual - expected).norm() / expected.norm()
+                assert error < limit, (threshold, key, error)
+                changes = bool(threshold) and key not in ("loss", "kd", "lens", "per_layer")
+                assert (error > 1e-9) == (changes and key != "num_tokens"), (threshold, key)
+
+
+def test_dtensor_heads_keep_their_shards(ranks):
+    case = OBJECTIVE | {"masked": False}
+    truth = solve(*problem_of(case))
+    for result in ranks.run(sharded.solve_dtensors, case):
+        for key in ("loss", "weight", "bias", "hidden0", "norm_weight"):
+            assert_close(result[key], truth[key], 1e-6, key)
+
+
+def test_equal_probabilities_join_the_head_in_their_order(ranks):
+    for p in sharded.TIED:
+        whole = adaptive._share(torch.tensor([p]), sharded.OTHER[None])
+        for share in ranks.run(sharded.head_share_of, 3, p)[:3]:
+            assert_close(share, whole, 1e-6)
+
+
+REFUSALS = {
+    "tokens": "same number of tokens.*\\[35, 35, 30\\]",
+    "mask": "same number of unmasked tokens",
+    "options": "same options \\(as a checksum\\)",
+    "grads": "same tensors that require a gradient",
+    "cuts": "cut at the same entries of the shared vocabulary.*teacher_head",
+    "empty": "rank 1 of process_group holds none of the 20 entries.*fewer ranks",
+    "sizes": "student_head has 61 entries, teacher_head has 64.*vocab_size=61",
+    "triton": "does not support these tensors on cpu: it has no reductions over a process_group",
+    "placement": "student_head.weight is a DTensor with placements .*Replicate",
+    "no group": "process_group must be a torch.distributed.ProcessGroup, got str",
+}
+
+
+def test_calls_that_do_not_match_are_refused_on_every_rank(ranks):
+    for name, message in REFUSALS.items():
+        for error in ranks.run(sharded.refused, name)[:3]:
+            assert re.search(message, error), f"{name}: {error}"
