@@ -196,7 +196,7 @@ def test_commands_are_understood(where, words, parsing, monkeypatch):
 
 
 def test_options_in_the_text_exist(parsing, monkeypatch):
-    known = {*FOREIGN}
+    known = {*FOREIGN, *cli._parser().known}
     for _, words in COMMANDS:
         if not is_a_name(words) and (parser := parsed(words, monkeypatch)):
             known |= {*parser._option_string_actions}
