@@ -224,8 +224,16 @@ def test_hub_names_are_loaded_from_the_local_cache(files, adapter, hub):
 
 def test_weights_are_read_only_from_safetensors(saved, adapter, monkeypatch):
     monkeypatch.setattr(torch, "load", lambda *args, **_: pytest.fail("a pickle was read"))
+    read, given = AutoModelForCausalLM.from_pretrained, []
+
+    def recording(*args, **options):
+        given.append(options)
+        return read(*args, **options)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recording)
     put_on(adapter, saved)
     load_model(str(adapter))
+    assert [x["use_safetensors"] for x in given] == [True]  # transformers refuses pickles too
     torch.save(tiny.model().state_dict(), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     refused([repr(str(saved)), "model.safetensors", "folder"], load_model, str(saved))
