@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ def check_placement(quantization: str | None, device_map: str | None, prefix: st
             raise ValueError(
                 f"{prefix}quantization must be {' or '.join(QUANTIZATIONS)}, got {quantization!r}"
             )
-        if importlib.util.find_spec("bitsandbytes") is None:
+        if find_spec("bitsandbytes") is None:
             raise RuntimeError(
                 f"{prefix}quantization={quantization} needs the package bitsandbytes:"
                 f" {install('bitsandbytes')}"

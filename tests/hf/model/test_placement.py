@@ -25,7 +25,7 @@ quantiser = pytest.mark.skipif(
 @pytest.fixture
 def _bitsandbytes(monkeypatch):
     """Let the check of the options find bitsandbytes."""
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: types.SimpleNamespace())
+    monkeypatch.setattr(placement, "find_spec", lambda name: types.SimpleNamespace())
 
 
 @pytest.mark.usefixtures("_bitsandbytes")
@@ -59,7 +59,7 @@ def test_options_are_refused_before_a_model_is_loaded(
     files, tmp_path, monkeypatch, capsys, options, message
 ):
     monkeypatch.setattr("lens_kernels.hf.training.command.load_model", None)
-    monkeypatch.setattr(placement.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(placement, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         raise SystemExit(cli.main(arguments(files, tmp_path / "run", **options)))
     assert message in capsys.readouterr().err
