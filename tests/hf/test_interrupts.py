@@ -13,8 +13,8 @@ from lens_kernels.hf.evaluation.generation import held_out_ce
 from lens_kernels.hf.evaluation.sampling import generate
 from lens_kernels.hf.inspection.reading import read
 from lens_kernels.hf.model.anatomy import verify_lens
-from lens_kernels.hf.model.capture import hidden_states, replaced_forward
-from lens_kernels.hf.model.state import evaluating, without_autocast
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.state import evaluating, replaced_forward, without_autocast
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import meter
 from lens_kernels.hf.training.collation import Collator

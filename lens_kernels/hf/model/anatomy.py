@@ -9,9 +9,10 @@ from torch import nn
 
 from lens_kernels.hf.model.detection import find_decoder, find_lens, traced
 from lens_kernels.hf.model.families import REGISTERED, Family, causal_lm_of, class_name
-from lens_kernels.hf.model.fitting import MapFit, NormFit
-from lens_kernels.hf.model.parts import ModelLens, plain_norm, submodule
+from lens_kernels.hf.model.fitting import MapFit, NormFit, settings_of
+from lens_kernels.hf.model.parts import ModelLens, block_list, plain_norm, submodule
 from lens_kernels.hf.model.state import measured
+from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
@@ -48,15 +49,24 @@ def verify_lens(model: Any) -> None:
     if known is None:
         _find(model, inner)
     else:
-        measured(inner, lambda: check_lens(model, known))
+        measured(inner, lambda: _check_known(model, inner, known))
+
+
+def _check_known(model: Any, inner: Any, lens: ModelLens) -> None:
+    parts = lens.blocks_in(inner)[-1], lens.decoder_in(inner)
+    check_lens(model, inner, lens, traced(model, inner, parts))
 
 
 def _find(model: Any, inner: Any) -> ModelLens:
     family = REGISTERED.get(inner.config.model_type)
 
     def search() -> ModelLens:
-        found = find_lens(model, inner) if family is None else _named_lens(model, inner, family)
-        check_lens(model, found)
+        run = traced(model, inner)
+        if family is None:
+            found = find_lens(model, inner, run)
+        else:
+            found = _named_lens(inner, family, run)
+        check_lens(model, inner, found, run)
         return found
 
     found = measured(inner, search)
@@ -80,8 +90,9 @@ def _numbers(inner: Any, lens: ModelLens) -> object:
     """Return the registered family, and the numbers of norm and config that a lens depends on."""
     norm = lens.norm_in(inner)
     own = [] if norm is None else [x for x in vars(norm).values() if type(x) is float]
-    config = vars(inner.config.get_text_config())
-    numbers = {k: v for k, v in config.items() if type(v) in (int, float) and "token" not in k}
+    numbers = {
+        k: v for k, v in settings_of(inner).items() if type(v) in (int, float) and "token" not in k
+    }
     return REGISTERED.get(inner.config.model_type), own, numbers
 
 
@@ -94,8 +105,9 @@ def _modules(inner: Any, lens: ModelLens) -> list[object]:
     ]
 
 
-def _named_lens(model: Any, inner: Any, family: Family) -> ModelLens:
+def _named_lens(inner: Any, family: Family, run: Trace) -> ModelLens:
     """Return the lens that a registered family names."""
+    blocks = block_list(inner, family.blocks)
     norm = submodule(inner, family.norm, "norm")
     plain_norm(norm)
     names = [name for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
@@ -104,22 +116,21 @@ def _named_lens(model: Any, inner: Any, family: Family) -> ModelLens:
             f"the model's final norm, a {type(norm).__name__}, has neither variance_epsilon nor"
             " eps: build a LensHead by hand"
         )
-    fit = NormFit(family.norm_kind, getattr(norm, names[0]), family.norm_offset)
-    scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
-    softcap = _setting(inner, family.softcap, None)
-    blocks = submodule(inner, family.blocks, "blocks")
-    run = traced(model, inner)
-    logits = MapFit(scale, softcap, run.logits.shape[-1])
-    indices = tuple(range(len(list(blocks.children()))))
-    lens = ModelLens(family.blocks, indices, family.norm, "", fit, logits)
-    lens.blocks_in(inner)
     called = run.last(norm)
     if called is None or called.returned is None:
         raise ValueError(
-            f"{class_name(model)} does not call {family.norm!r}, which its Family.norm names"
+            f"{class_name(inner)} does not call {family.norm!r}, which its Family.norm names"
         )
-    decoder = find_decoder(inner, run, family.blocks, called.returned)
-    return ModelLens(family.blocks, indices, family.norm, decoder, fit, logits)
+    scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
+    softcap = _setting(inner, family.softcap, None)
+    return ModelLens(
+        family.blocks,
+        tuple(range(len(blocks))),
+        family.norm,
+        find_decoder(inner, run, family.blocks, called.returned),
+        NormFit(family.norm_kind, getattr(norm, names[0]), family.norm_offset),
+        MapFit(scale, softcap, run.logits.shape[-1]),
+    )
 
 
 def _setting(model: Any, name: str | None, default: Any) -> Any:

@@ -43,22 +43,3 @@ def hidden_states(
         final = hidden_of(decode(decoder_of(model), inputs))
     assert final is not None  # the decoder was found by its output
     return [captured[depth] for depth in layers], final
-
-
-@contextmanager
-def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace ``module.forward`` by ``forward`` inside the context.
-
-    Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
-    code that uses the parameters must run inside that call.
-    """
-    # accelerate sets its own forward on the instance for autocast. It must be restored.
-    before = vars(module).get("forward")
-    try:
-        module.forward = forward
-        yield
-    finally:
-        if before is None:
-            vars(module).pop("forward", None)
-        else:
-            module.forward = before

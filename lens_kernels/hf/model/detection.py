@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lens_kernels.hf.model.fitting import (
     factor,
     fit_map,
     fit_norm,
+    settings_of,
 )
 from lens_kernels.hf.model.parts import ModelLens, plain_head, plain_norm
 from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens, trace
@@ -23,19 +24,25 @@ from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens,
 ROUNDED = 1e-2  # the largest relative difference of equal states in 16 bits
 
 
-def traced(model: Any, inner: Any) -> Trace:
-    """Run a model on a few tokens of its own vocabulary, without peft's wrapper in the paths."""
-    if any(parameter.is_meta for parameter in inner.parameters()):
+def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> Trace:
+    """Run a model on a few tokens of its own vocabulary, without peft's wrapper in the paths.
+
+    Raises:
+        ValueError: Weights are on the meta device.
+        TypeError: The head is quantised, sharded or wrapped by an adapter.
+    """
+    offloaded = getattr(inner, "hf_device_map", None) is not None  # accelerate loads weights
+    if not offloaded and any(parameter.is_meta for parameter in inner.parameters()):
         raise ValueError(
             f"{class_name(model)} has weights on the meta device, which hold no numbers: load it"
-            " on a device, or without offloading"
+            " on a device"
         )
     weight = plain_head(inner).weight
-    return trace(model, inner, sample_tokens(inner, len(weight), weight.device))
+    return trace(model, inner, sample_tokens(inner, len(weight), weight.device), parts)
 
 
-def find_lens(model: Any, inner: Any) -> ModelLens:
-    """Return the lens between the last block and the logits of a model.
+def find_lens(model: Any, inner: Any, run: Trace) -> ModelLens:
+    """Return the lens between the last block and the logits of a model that ran once.
 
     The head must be called once. The norm is the module whose output is the head's input, or the
     input divided by a constant. The blocks are a module list: its last block that ran returned the
@@ -45,45 +52,42 @@ def find_lens(model: Any, inner: Any) -> ModelLens:
         ValueError: There is no such lens; the message says what the model does instead.
         TypeError: Head or norm are quantised, sharded or wrapped by an adapter.
     """
-    run, head = traced(model, inner), plain_head(inner)
-    config = inner.config.get_text_config()
-    fed = [call for call in run.calls if call.module is head]
-    if len(fed) != 1 or fed[0].given is None:
-        raise ValueError(
-            f"{class_name(model)} has no lens: it calls its head {len(fed)} times in a forward"
-            f" pass, not once. {_advice(inner)}"
-        )
-    x = fed[0].given
     try:
-        if x.shape[:-1] != run.ids.shape:
-            raise ValueError(
-                f"its head reads states of shape {tuple(x.shape)} for tokens of shape"
-                f" {tuple(run.ids.shape)}, so the logits are not those of the tokens"
-            )
-        for call, multiple in _norms(run, head, x):
-            h = x if call is None else call.given
-            assert h is not None
-            found = _blocks_before(run, inner, h)
-            if found is None:
-                continue
-            blocks, indices = found
-            fit = None
-            if call is not None:
-                if not _is_norm(run, call):
-                    continue
-                plain_norm(call.module)
-                fit = fit_norm(call.module, h.shape[-1], config)
-            logits = fit_map(model, head, run.ids, config)
-            multiple = exact_number(multiple, config, tolerance_of(run, head) / 5)
-            if head.bias is not None and multiple != 1:
-                raise ValueError("its final states are scaled before a head with a bias")
-            normed = x if call is None or call.returned is None else call.returned
-            decoder = find_decoder(inner, run, blocks, normed)
-            path = None if call is None else call.path
-            return ModelLens(blocks, indices, path, decoder, fit, logits, multiple)
-        raise ValueError(_obstacle(run, inner, head, x))
+        return _found(model, inner, run)
     except ValueError as error:
         raise ValueError(f"{class_name(model)} has no lens: {error}. {_advice(inner)}") from error
+
+
+def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
+    head, settings = plain_head(inner), settings_of(inner)
+    fed = [call for call in run.calls if call.module is head]
+    if len(fed) != 1 or fed[0].given is None:
+        raise ValueError(f"it calls its head {len(fed)} times in a forward pass, not once")
+    x = fed[0].given
+    if x.shape[:-1] != run.ids.shape:
+        raise ValueError(
+            f"its head reads states of shape {tuple(x.shape)} for tokens of shape"
+            f" {tuple(run.ids.shape)}, so the logits are not those of the tokens"
+        )
+    for call, measured in _norms(run, head, x):
+        h = x if call is None else call.given
+        assert h is not None
+        found = _blocks_before(run, inner, h)
+        if found is None or not (call is None or _is_norm(run, call)):
+            continue
+        blocks, indices = found
+        path, fit, normed = None, None, x
+        if call is not None and call.returned is not None:
+            plain_norm(call.module)
+            fit = fit_norm(call.module, h.shape[-1], settings)
+            path, normed = call.path, call.returned
+        multiple = exact_number(measured, settings, tolerance_of(run, head) / 5)
+        if head.bias is not None and multiple != 1:
+            raise ValueError("its final states are scaled before a head with a bias")
+        decoder = find_decoder(inner, run, blocks, normed)
+        logits = fit_map(model, inner, run, decoder)
+        return ModelLens(blocks, indices, path, decoder, fit, logits, multiple)
+    raise ValueError(_obstacle(run, inner, head, x))
 
 
 def tolerance_of(run: Trace, head: Any) -> float:

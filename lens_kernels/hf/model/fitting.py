@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lens_kernels.hf.model.tracing import hooked, logits_of
+from lens_kernels.hf.model.state import replaced_forward
+from lens_kernels.hf.model.tracing import Trace, logits_of
 from lens_kernels.lens import NORM_KINDS, LensNorm
 
 EXACT = 1e-4  # the largest relative difference of equal float32 results
@@ -40,28 +41,31 @@ def factor(a: Tensor, b: Tensor) -> float:
     return ((a * b).sum() / b.square().sum().clamp(min=1e-300)).item()
 
 
-def numbers_of(config: Any) -> list[float]:
-    """Return the positive numbers of a config."""
-    return [float(x) for x in config.to_dict().values() if type(x) in (int, float) and x > 0]
+def settings_of(model: Any) -> Mapping[str, Any]:
+    """Return the entries of a model's text config."""
+    return vars(model.config.get_text_config())
 
 
-def exact_number(measured: float, config: Any, tolerance: float = EXACT) -> float:
+def exact_number(measured: float, settings: Mapping[str, Any], tolerance: float = EXACT) -> float:
     """Return the nearest of 1, the config's numbers and their inverses, or else ``measured``."""
-    own = numbers_of(config)
+    own = [float(x) for x in settings.values() if type(x) in (int, float) and x > 0]
     known = [1.0, *own, *(1 / x for x in own)]
     nearest = min(known, key=lambda x: abs(x / measured - 1) if measured else abs(x))
     return nearest if abs(nearest - measured) <= tolerance * abs(measured) else measured
 
 
-def norm_rows(width: int, size: float, device: torch.device) -> Tensor:
-    """Return random rows. Their mean is not 0, so that RMS norms and layer norms differ."""
+def norm_difference(norm: nn.Module, lens_norm: LensNorm, width: int) -> float:
+    """Return how much the results of a module differ from those of a ``LensNorm``.
+
+    The rows are random. Half of them have size 1, to show a wrong weight. The others have size
+    sqrt(eps), to show a wrong eps. Their mean is not 0, so RMS norms and layer norms differ.
+    ``norm`` is in float32, because results in 16 bits would hide a wrong eps.
+    """
+    weight = lens_norm.weight
     rows = torch.randn(16, width, generator=torch.Generator().manual_seed(0)) + 0.5
-    return size * rows.to(device)
-
-
-def norm_sizes(eps: float) -> tuple[float, float]:
-    """Return sizes of test rows. Size 1 shows a wrong weight, and sqrt(eps) a wrong eps."""
-    return 1.0, max(eps, SMALLEST_EPS) ** 0.5
+    small = max(lens_norm.eps, SMALLEST_EPS) ** 0.5
+    rows = torch.cat([rows, small * rows]).to(None if weight is None else weight.device)
+    return difference(lens_norm.forward(rows.double())[0], norm(rows[None])[0])
 
 
 def in_float32(norm: nn.Module) -> nn.Module:
@@ -69,7 +73,7 @@ def in_float32(norm: nn.Module) -> nn.Module:
     return copy.deepcopy(norm).float()
 
 
-def fit_norm(norm: Any, width: int, config: Any) -> NormFit:
+def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
     """Return the kind, eps and offset for which ``LensNorm`` gives the same results as ``norm``.
 
     Raises:
@@ -81,46 +85,51 @@ def fit_norm(norm: Any, width: int, config: Any) -> NormFit:
         raise ValueError(
             f"its final norm, a {type(norm).__name__}, has other parameters than weight and bias"
         )
-    whole = in_float32(norm)
-    device = torch.device("cpu") if weight is None else weight.device
-    trials: list[tuple[float, int, NormFit]] = []
-    for eps in _candidates(norm, config):
-        rows = [norm_rows(width, size, device) for size in norm_sizes(eps)]
-        true = [whole(x[None])[0] for x in rows]
+    whole, errors = in_float32(norm), []
+    offsets = (0.0, 1.0) if weight is not None else (0.0,)
+    for eps in _candidates(norm, settings):
         for kind in NORM_KINDS:
-            for offset in (0.0, 1.0) if weight is not None else (0.0,):
+            for offset in offsets:
                 tried = LensNorm(kind, weight, bias, eps=eps, offset=offset)
-                results = [tried.forward(x.double())[0] for x in rows]
-                error = max(map(difference, results, true))
-                trials.append((error, len(trials), NormFit(kind, eps, offset)))
-    error, _, best = min(trials)
-    if not error <= EXACT:
-        raise ValueError(
-            f"its final norm, a {type(norm).__name__}, is neither an RMS norm nor a layer norm with"
-            f" a known eps: the nearest differs by {error:.1e} of the largest value"
-        )
-    return best
+                errors.append(norm_difference(whole, tried, width))
+                # An eps that is wrong by a millionth shows, so the first match is right.
+                if errors[-1] <= EXACT / 10:
+                    return NormFit(kind, eps, offset)
+    raise ValueError(
+        f"its final norm, a {type(norm).__name__}, is neither an RMS norm nor a layer norm with"
+        f" a known eps: the nearest differs by {min(errors):.1e} of the largest value"
+    )
 
 
-def _candidates(norm: Any, config: Any) -> Iterable[float]:
+def _candidates(norm: Any, settings: Mapping[str, Any]) -> Iterator[float]:
     own = [x for x in vars(norm).values() if type(x) is float]
-    named = [x for name, x in config.to_dict().items() if "eps" in name and type(x) is float]
+    named = [x for name, x in settings.items() if "eps" in name and type(x) is float]
     finest = torch.finfo(torch.float32).eps  # used by nn.RMSNorm if its eps is None
-    return dict.fromkeys(x for x in (*own, *named, finest, *USUAL_EPS) if 0 <= x < 0.5)
+    return (x for x in dict.fromkeys((*own, *named, finest, *USUAL_EPS)) if 0 <= x < 0.5)
 
 
-def logits_of_products(model: Any, head: Any, ids: Tensor, products: Tensor) -> Tensor:
-    """Return the model's logits if its head returns ``products`` for the first tokens."""
+def logits_of_products(
+    model: Any, inner: Any, run: Trace, decoder: str, products: Tensor
+) -> Tensor:
+    """Return the model's logits if its head returns ``products`` for the first tokens.
 
-    def put(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        put = products.new_zeros(output.shape)
+    The decoder does not run again. It returns the same as in ``run``.
+    """
+    part = inner.get_submodule(decoder)
+    called = run.last(part)
+    assert called is not None  # the decoder was found in this run
+
+    def put(x: Tensor) -> Tensor:
+        put = products.new_zeros(*x.shape[:-1], products.shape[-1])
         put[..., : len(products), :] = products
         return put
 
-    # This hook runs first, so that other hooks that change the head's output also change the
-    # products.
-    with hooked(x.register_forward_hook(put, prepend=True) for x in [head]):
-        return logits_of(model, ids)[0, : len(products)]
+    # Hooks of decoder and head still run, because they may change the logits.
+    with (
+        replaced_forward(part, lambda *args, **options: called.output),
+        replaced_forward(inner.get_output_embeddings(), put),
+    ):
+        return logits_of(model, run.ids)[0, : len(products)]
 
 
 @dataclass(frozen=True)
@@ -132,21 +141,22 @@ class MapFit:
     vocab_size: int
 
 
-def fit_map(model: Any, head: Any, ids: Tensor, config: Any) -> MapFit:
+def fit_map(model: Any, inner: Any, run: Trace, decoder: str) -> MapFit:
     """Return how a model turns its head's products into logits: scale, soft cap and number.
 
     Raises:
         ValueError: The logits are not the products times a scale, with or without a soft cap.
     """
-    ramp = torch.linspace(-60, 60, len(head.weight), device=head.weight.device)
+    weight, settings = inner.get_output_embeddings().weight, settings_of(inner)
+    ramp = torch.linspace(-60, 60, len(weight), device=weight.device)
     put = torch.stack([1e-3 * ramp, ramp, 1e4 * ramp.sign()])
-    near, logits, far = logits_of_products(model, head, ids, put).double()
+    near, logits, far = logits_of_products(model, inner, run, decoder, put).double()
     x, sign = ramp[: len(logits)].to(logits), ramp.sign()[: len(logits)].to(logits)
     slope = factor(near, 1e-3 * x)
-    scale, cap = exact_number(slope, config), None
+    scale, cap = exact_number(slope, settings), None
     expected = scale * x
     if not difference(far, 1e4 * slope * sign) <= 1e-3:
-        cap = exact_number(far.abs().median().item(), config)
+        cap = exact_number(far.abs().median().item(), settings)
         expected = cap * torch.tanh(expected / cap) if cap else expected
     if not (scale > 0 and difference(expected, logits) <= 1e-3):
         raise ValueError(

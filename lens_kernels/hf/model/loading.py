@@ -33,32 +33,44 @@ from transformers.utils import (
 
 from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
+from lens_kernels.hf.model.placement import check_placement, placed
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 MOST_BLOCKS = 10_000  # a limit, because transformers makes the blocks before it reads weights
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(path: str, dtype: str = "auto", download: bool = False) -> Any:
+def load_model(
+    path: str,
+    dtype: str = "auto",
+    download: bool = False,
+    quantization: str | None = None,
+    device_map: str | None = None,
+) -> Any:
     """Return a causal language model, with its adapter if ``path`` holds one.
 
     Only safetensors files are read, and code in the model's repository is not run. Files are
     downloaded from the Hub only if ``download`` is True. This applies to the base model of an
-    adapter too.
+    adapter too. ``quantization`` is ``"4bit"`` or ``"8bit"``: bitsandbytes quantises the linear
+    layers except the head. ``device_map`` is a device, or a name such as ``"auto"``, by which
+    accelerate spreads the blocks over all devices.
 
     Raises:
-        ValueError: The model or dtype does not exist, the model is not in safetensors, or its files
-            do not have exactly the weights of the model.
-        RuntimeError: ``path`` holds an adapter, but peft is not installed.
+        ValueError: The model, dtype, quantisation or device does not exist, the model is not in
+            safetensors, or its files do not have exactly the weights of the model.
+        RuntimeError: A package is missing: peft for an adapter, bitsandbytes for quantisation.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_placement(quantization, device_map)
     local: dict[str, Any] = {"local_files_only": not download}
     options: dict[str, Any] = {
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         **local,
         "use_safetensors": True,
         "trust_remote_code": False,
+        "quantization": quantization,
+        "device_map": device_map,
     }
     try:
         place = _place(path, download)
@@ -84,11 +96,12 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     place = _place(path, not options["local_files_only"], source.get("revision"))
     found, _ = PretrainedConfig.get_config_dict(place, **source)
     _check_config(found)
+    arguments = placed(options, found)
     # transformers would ask a service on the Hub to convert the pickles of such a model.
     if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
         raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
     load: Any = _auto_class(found.get("model_type")).from_pretrained
-    model, info = load(place, **options, output_loading_info=True)
+    model, info = load(place, **arguments, output_loading_info=True)
     model.config.name_or_path = model.name_or_path = path
     # transformers only warns about missing weights, and gives them random values.
     _check_keys("lack weights of the model", path, info["missing_keys"])
@@ -98,6 +111,9 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
     _check_numbers(path, model)
+    if "device_map" in arguments and not hasattr(model, "hf_device_map"):
+        # transformers sets this attribute only for several devices. With it, no one moves a model.
+        model.hf_device_map = {"": str(model.device)}
     return model
 
 

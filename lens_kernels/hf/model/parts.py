@@ -41,12 +41,7 @@ class ModelLens:
 
     def blocks_in(self, model: Any) -> list[nn.Module]:
         """Return the blocks that run, in order."""
-        blocks = submodule(model, self.blocks, "blocks")
-        if not isinstance(blocks, nn.ModuleList):
-            raise TypeError(
-                f"{self.blocks!r} of {class_name(model)} must be the nn.ModuleList of its blocks,"
-                f" got {type(blocks).__name__}: correct its Family.blocks"
-            )
+        blocks = block_list(model, self.blocks)
         return [blocks[i] for i in self.indices]
 
     def norm_in(self, model: Any) -> nn.Module | None:
@@ -80,6 +75,17 @@ def submodule(model: Any, path: str, field: str) -> nn.Module:
             " language model with its head, or correct the family with register_family"
         ) from error
     return part
+
+
+def block_list(model: Any, path: str) -> nn.ModuleList:
+    """Return the list of blocks at a path."""
+    blocks = submodule(model, path, "blocks")
+    if not isinstance(blocks, nn.ModuleList):
+        raise TypeError(
+            f"{path!r} of {class_name(model)} must be the nn.ModuleList of its blocks, got"
+            f" {type(blocks).__name__}: correct its Family.blocks"
+        )
+    return blocks
 
 
 def plain_head(model: Any) -> Any:
@@ -118,6 +124,11 @@ def plain_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _check_weight(part: str, weight: Tensor) -> None:
+    if weight.is_meta:
+        raise ValueError(
+            f"the weight of the model's {part} is on the meta device, so lenses cannot read it:"
+            " load the model without offloading, or keep this part on a device in device_map"
+        )
     # Quantised and sharded weights are subclasses of Tensor that do not hold plain values.
     plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
     if not (plain and weight.is_floating_point()):

@@ -1,4 +1,4 @@
-"""Contexts that run a model in evaluation mode or without autocast, and restore its state."""
+"""Contexts that change how a model runs, and restore its state."""
 
 from __future__ import annotations
 
@@ -30,6 +30,25 @@ def evaluating(model: Any) -> Iterator[None]:
 def without_autocast(device: torch.device) -> torch.autocast:
     """Return a context that computes in the dtypes of weights and inputs."""
     return torch.autocast(device.type, None, False)
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace ``module.forward`` by ``forward`` inside the context.
+
+    Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
+    code that uses the parameters must run inside that call.
+    """
+    # accelerate sets its own forward on the instance for autocast. It must be restored.
+    before = vars(module).get("forward")
+    try:
+        module.forward = forward
+        yield
+    finally:
+        if before is None:
+            vars(module).pop("forward", None)
+        else:
+            module.forward = before
 
 
 def measured(model: Any, work: Callable[[], T]) -> T:

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LENGTH = 6  # the number of tokens in a trace
+LENGTH = 5  # the number of tokens in a trace; few other sizes in models are 5
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: the module's path, and the hidden states that it got and returned."""
+    """One call of a module: its path, its output, and the hidden states in input and output."""
 
     path: str
     module: nn.Module
     given: Tensor | None
     returned: Tensor | None
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,10 @@ def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
     """Return a row of token ids. Ids in the config are avoided, because one may mean an image."""
     named: set[int] = set()
     for config in (model.config, model.config.get_text_config()):
-        for name, value in config.to_dict().items():
+        for name, value in vars(config).items():
             if "token" in name:
-                named.update(
-                    x for x in (value if isinstance(value, list) else [value]) if isinstance(x, int)
-                )
+                items = value if isinstance(value, list) else [value]
+                named.update(x for x in items if isinstance(x, int))
     usual = [i for i in range(min(vocab_size, 1000)) if i not in named] or [0]
     ids = [usual[(7 * i + 3) % len(usual)] for i in range(LENGTH)]
     return torch.tensor([ids], device=device)
@@ -89,17 +89,20 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def trace(model: Any, inner: nn.Module, ids: Tensor) -> Trace:
-    """Run ``model`` on tokens and record the calls of ``inner``'s modules.
+def trace(
+    model: Any, inner: nn.Module, ids: Tensor, parts: Iterable[nn.Module] | None = None
+) -> Trace:
+    """Run ``model`` on tokens and record the calls of modules: of ``parts``, or of all.
 
-    ``inner`` is the same model without peft's wrapper.
+    ``inner`` is the same model without peft's wrapper. Paths start there.
     """
     calls: list[Call] = []
     autocast: set[torch.dtype] = set()
 
     def keep(path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls.append(Call(path, module, hidden_in(args, kwargs), hidden_of(output)))
+            given, returned = hidden_in(args, kwargs), hidden_of(output)
+            calls.append(Call(path, module, given, returned, output))
             # accelerate can wrap a model's forward in autocast. A context around the call cannot
             # disable it.
             if torch.is_autocast_enabled(ids.device.type):
@@ -107,9 +110,11 @@ def trace(model: Any, inner: nn.Module, ids: Tensor) -> Trace:
 
         return hook
 
+    wanted = None if parts is None else {id(part) for part in parts}
     with hooked(
         module.register_forward_hook(keep(path), with_kwargs=True)
         for path, module in inner.named_modules()
+        if wanted is None or id(module) in wanted
     ):
         logits = logits_of(model, ids)
     return Trace(ids, calls, logits, min(autocast, key=str, default=None))

@@ -6,17 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lens_kernels.hf.model.families import REGISTERED, causal_lm_of, class_name
+from lens_kernels.hf.model.families import REGISTERED, class_name
 from lens_kernels.hf.model.fitting import (
+    difference,
     in_float32,
     logits_of_products,
-    norm_rows,
-    norm_sizes,
+    norm_difference,
 )
 from lens_kernels.hf.model.parts import ModelLens
-from lens_kernels.hf.model.tracing import sample_tokens, trace
+from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.lens import LensHead
 
 # The largest products of the head in each probe. Only large products show a soft cap, but all show
@@ -24,83 +24,78 @@ from lens_kernels.lens import LensHead
 PROBES = (1.0, 60.0, 1000.0)
 
 
-def check_lens(model: Any, lens: ModelLens) -> None:
-    """Check on a few tokens that the lens of the last block's output gives the model's logits.
+def check_lens(model: Any, inner: Any, lens: ModelLens, run: Trace) -> None:
+    """Check that the lens of the last block's output gives the model's logits in ``run``.
 
     There are three checks. The first one applies the whole lens to the model's own hidden states.
-    The second one compares the norms on random rows of size 1, and of a size for which ``eps``
-    matters. The third one replaces the products of the head by given numbers, to compare scale and
-    soft cap. The model's own logits may be too small for the soft cap to matter.
+    The second one compares the norms on random rows, some so small that ``eps`` matters. The third
+    one replaces the products of the head by given numbers, to compare scale and soft cap. The
+    model's own logits may be too small for the soft cap to matter.
 
     The caller sets the model's mode: see ``state.measured``.
 
     Raises:
         ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
     """
-    inner = causal_lm_of(model)
     head = lens.head_in(inner)
-    _check_logits(model, lens, head)
-    _check_norm(model, lens, head)
-    _check_map(model, lens, replace(head, scale=lens.map.scale))
+    _accept(
+        inner, "logits", difference(_read(inner, lens, head, run), run.logits), _exact(head, run)
+    )
+    norm = lens.norm_in(inner)
+    if norm is not None and head.norm is not None:
+        error = norm_difference(in_float32(norm), head.norm, head.weight.shape[1])
+        _accept(inner, "norm", error, exact=True)
+    _check_map(model, inner, lens, replace(head, scale=lens.map.scale), run)
 
 
-def _check_logits(model: Any, lens: ModelLens, head: LensHead) -> None:
-    inner = causal_lm_of(model)
-    run = trace(model, inner, sample_tokens(inner, len(head.weight), head.weight.device))
+def _read(inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> Tensor:
+    """Return the logits of the lens from the last block's output."""
     call = run.last(lens.blocks_in(inner)[-1])
     if call is None or call.returned is None:
         raise ValueError(
-            f"the last block in {lens.blocks!r} of {class_name(model)} does not run, so its lens"
+            f"the last block in {lens.blocks!r} of {class_name(inner)} does not run, so its lens"
             " cannot be compared with the logits"
         )
-    x = call.returned.to(head.weight.device).float()
+    weight = head.weight
+    x = call.returned.to(weight.device).float()
     if head.norm is not None:
         x = head.norm.forward(x)[0]
-    read, _ = head.logits(x @ head.weight.float().T, 1.0)
-    # A model with 16-bit weights may return float32 logits; they are still rounded.
-    dtypes = () if run.autocast else (run.logits.dtype, head.weight.dtype)
-    _compare(model, "logits", read, run.logits, *dtypes)
+    # The weight may be too large for a copy in float32.
+    products = nn.functional.linear(x.to(weight.dtype), weight)
+    return head.logits(products.float(), 1.0)[0]
 
 
-def _check_norm(model: Any, lens: ModelLens, head: LensHead) -> None:
-    """Compare the norms on random rows; rows of size 1 alone would hide a wrong ``eps``."""
-    norm = lens.norm_in(causal_lm_of(model))
-    if norm is None or head.norm is None:
-        return
-    whole, device = in_float32(norm), head.weight.device
-    for size in norm_sizes(head.norm.eps):
-        x = norm_rows(head.weight.shape[1], size, device)
-        _compare(model, "norm", head.norm.forward(x)[0], whole(x[None])[0], torch.float32)
+def _exact(head: LensHead, run: Trace) -> bool:
+    """Say whether no logits are rounded to 16 bits.
+
+    A model with 16-bit weights may return float32 logits; they are still rounded.
+    """
+    return run.autocast is None and min(run.logits.itemsize, head.weight.itemsize) >= 4
 
 
-def _check_map(model: Any, lens: ModelLens, head: LensHead) -> None:
+def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> None:
     """Compare the maps from the head's products to logits, with given numbers as products."""
-    inner = causal_lm_of(model)
     module = inner.get_output_embeddings()
-    ids = sample_tokens(inner, len(head.weight), head.weight.device)
     ramp = torch.linspace(-1, 1, len(module.weight), device=head.weight.device)
     ramps = torch.stack([size * ramp for size in PROBES])
     put = ramps if module.bias is None else ramps + module.bias.float()
     # The products are float32 for any dtype of the weights, so the check can be strict.
-    for x, own in zip(ramps, logits_of_products(model, module, ids, put), strict=True):
+    logits = logits_of_products(model, inner, run, lens.decoder, put)
+    for x, own in zip(ramps, logits, strict=True):
         read = head.logits(x[: len(head.weight)].clone(), 1.0)[0]
-        _compare(model, "logits", read, own, own.dtype)
+        _accept(inner, "logits", difference(read, own), own.dtype.itemsize >= 4)
 
 
-def _compare(model: Any, what: str, read: Tensor, own: Tensor, *dtypes: torch.dtype) -> None:
-    """Raise if ``read`` and ``own`` differ by more than the rounding of the dtypes, if known."""
-    largest = own.float().abs().max()
-    error = (read.to(own.device) - own.float()).abs().max()
-    exact = bool(dtypes) and all(x in (torch.float32, torch.float64) for x in dtypes)
-    if not error <= (1e-3 if exact else 5e-2) * largest:
-        kind = causal_lm_of(model).config.model_type
+def _accept(inner: Any, what: str, error: float, exact: bool) -> None:
+    """Raise if an error, relative to the largest value, exceeds the rounding."""
+    if not error <= (1e-3 if exact else 5e-2):
         hint = (
             "The registered Family does not describe its norm or head: correct it and call"
             " register_family again"
-            if kind in REGISTERED
+            if inner.config.model_type in REGISTERED
             else "Something acts between its last block and its logits that no lens has"
         )
         raise ValueError(
-            f"the lens of {class_name(model)} does not reproduce the model's {what}: they differ by"
-            f" {error / largest:.1e} of the largest value. {hint}, or build a LensHead by hand"
+            f"the lens of {class_name(inner)} does not reproduce the model's {what}: they differ by"
+            f" {error:.1e} of the largest value. {hint}, or build a LensHead by hand"
         )

@@ -10,10 +10,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import HfArgumentParser, set_seed
 
 from lens_kernels.arguments import Options, Parser, underscored
 from lens_kernels.hf.model.loading import DTYPES, check_tokenizers, load_model, load_tokenizer
+from lens_kernels.hf.model.placement import QUANTIZATIONS, SPREADS, check_placement
 from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import record, report
 from lens_kernels.hf.training.checkpoints import last_whole
@@ -53,6 +55,16 @@ class RunConfig:
         choices=list(DTYPES),
     )
     teacher_dtype: str = option("auto", "Dtype of the teacher's weights.", choices=list(DTYPES))
+    teacher_quantization: str | None = option(
+        None,
+        "Quantise the teacher's linear layers, except its head, with bitsandbytes.",
+        choices=list(QUANTIZATIONS),
+    )
+    teacher_device_map: str | None = option(
+        None,
+        "Device of the teacher, such as cuda:1, or auto to spread its blocks over all devices."
+        " Default: the student's device.",
+    )
     prompt_style: str = option(
         "alpaca",
         "Format of prompts from instruction/input: the Alpaca text or the tokenizer's chat"
@@ -71,6 +83,10 @@ class RunConfig:
         "Names of the modules that LoRA adapts, or all-linear; default: peft's choice.",
     )
     allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
+
+    def __post_init__(self) -> None:
+        """Check the options before any file is read."""
+        check_placement(self.teacher_quantization, self.teacher_device_map, "teacher_")
 
 
 KINDS: Any = (RunConfig, LensDistillConfig)
@@ -179,6 +195,12 @@ def train(
     """
     if args.process_index > 0:
         say = _silent
+    if config.teacher_device_map in SPREADS and args.world_size > 1:
+        raise ValueError(
+            f"teacher_device_map={config.teacher_device_map} would spread the teacher of each of"
+            f" the {args.world_size} processes over the same devices: leave it out, so that each"
+            " process has a teacher on its own device, or start one process"
+        )
     output = Path(str(args.output_dir))
     longer = record.check_options(output, chosen, _defaults())
     given = {"train": config.data, "eval": config.eval_data}
@@ -218,7 +240,11 @@ def train(
         check_tokenizers(tokenizer, other, args.vocab_size, ids)
     set_seed(args.seed)
     trainer = LensDistillTrainer(
-        load_student(config), load_teacher(config), args, **datasets, processing_class=tokenizer
+        load_student(config),
+        load_teacher(config, args.device),
+        args,
+        **datasets,
+        processing_class=tokenizer,
     )
     if args.should_save:
         record.write_start(output, chosen, digests)
@@ -283,11 +309,18 @@ def load_student(config: RunConfig) -> Any:
     return student
 
 
-def load_teacher(config: RunConfig) -> Any:
-    """Load the teacher, or return None if the config has no teacher."""
+def load_teacher(config: RunConfig, device: torch.device) -> Any:
+    """Load the teacher, or return None if the config has no teacher.
+
+    A quantised teacher is loaded on ``device``, because it cannot be moved there.
+    """
     if config.teacher is None:
         return None
-    return load_model(config.teacher, config.teacher_dtype, config.allow_download)
+    quantization, place = config.teacher_quantization, config.teacher_device_map
+    if quantization is not None and place is None:
+        place = str(device)
+    dtype, download = config.teacher_dtype, config.allow_download
+    return load_model(config.teacher, dtype, download, quantization, place)
 
 
 def _defaults() -> dict[str, Any]:

@@ -14,9 +14,10 @@ from torch.distributed.fsdp import FSDPModule
 from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
-from lens_kernels.hf.model.capture import hidden_states, replaced_forward
+from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.layers import check_layers, lens_layers
+from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.hf.training.entropy import entropy_sum
 from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
@@ -86,6 +87,7 @@ class LensObjective(nn.Module):
         teacher.requires_grad_(False)
         teacher.eval()
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._teacher_head: LensHead | None = None
         self.student_layers = check_layers(
             "student_layers", list(student_layers), len(blocks_of(student))
         )
@@ -186,8 +188,12 @@ class LensObjective(nn.Module):
         device = inputs["input_ids"].device
         if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:
             self.teacher.to(device)
+        # A teacher that was loaded with a device map may be on other devices than the student.
+        own = self.teacher.get_input_embeddings().weight.device
+        if own.type != "meta":  # accelerate moves the inputs of offloaded embeddings
+            inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
-        return [_select(x, counted) for x in [*hidden, final]]
+        return [_select(x, counted).to(device) for x in [*hidden, final]]
 
     @contextmanager
     def student_with_projections(self) -> Iterator[None]:
@@ -203,7 +209,7 @@ class LensObjective(nn.Module):
 
     def release_teacher(self) -> None:
         """Drop the teacher except its head. Call this when all its states are in the cache."""
-        self._teacher_head = lens_head_from(self.teacher)
+        self._teacher_head = self._whole_teacher_head()
         self._teacher = (None,)
 
     def heads(self) -> tuple[LensHead, LensHead]:
@@ -214,7 +220,16 @@ class LensObjective(nn.Module):
         return replace(heads[0], norm=None), replace(heads[1], norm=None)
 
     def _whole_teacher_head(self) -> LensHead:
-        return self._teacher_head if self.teacher is None else lens_head_from(self.teacher)
+        if self.teacher is not None:
+            head = lens_head_from(self.teacher)
+            if getattr(self.teacher, "hf_device_map", None) is None:
+                return head
+            # The teacher stays where its device map says. Its head is copied to the student once.
+            device, known = lens_head_from(self.student).weight.device, self._teacher_head
+            if known is None or known.weight.device != device:
+                self._teacher_head = head.map(lambda x: x.to(device))
+        assert self._teacher_head is not None
+        return self._teacher_head
 
     def _compare(
         self,

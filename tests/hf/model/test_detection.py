@@ -12,6 +12,7 @@ from torch import nn
 from lens_kernels.hf.model import anatomy
 from lens_kernels.hf.model.anatomy import detect_lens, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.detection import traced
 from lens_kernels.hf.model.fitting import NormFit
 from lens_kernels.hf.model.verification import check_lens
 from tests.coverage import tiny_models
@@ -64,9 +65,10 @@ def test_planted_mistakes_are_refused(kind, change, dtype):
     model = tiny.model(kind, **{eps: 1e-5}).to(dtype)
     lens = detect_lens(model)
     with torch.no_grad():
-        check_lens(model, lens)
+        run = traced(model, model)
+        check_lens(model, model, lens, run)
         with pytest.raises(ValueError, match="does not reproduce the model's (logits|norm)"):
-            check_lens(model, change(lens))
+            check_lens(model, model, change(lens), run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -250,6 +252,15 @@ def test_a_lens_is_found_once_until_a_part_or_the_config_changes(monkeypatch):
     model.config.pad_token_id = 7  # the lens does not depend on the padding token
     lens_head_from(model)
     assert len(found) == 4
+
+
+def test_the_blocks_run_twice_in_a_detection_and_once_in_a_check():
+    model, calls = tiny.model("gemma2"), []
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    detect_lens(model)
+    assert len(calls) == 2  # in the model, and in the decoder alone
+    verify_lens(model)
+    assert len(calls) == 3
 
 
 def test_a_caller_under_autocast_changes_nothing():

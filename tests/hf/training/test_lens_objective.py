@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lens_kernels.hf import LensObjective, capture
-from lens_kernels.hf.model.capture import replaced_forward
+from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.training.collation import Collator
 from lens_kernels.hf.training.meter import evaluate
 from tests.support import tiny

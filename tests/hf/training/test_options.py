@@ -8,6 +8,7 @@ import yaml
 
 from lens_kernels import cli
 from lens_kernels.hf import LensDistillConfig
+from lens_kernels.hf.model import placement
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.training import command
 from tests.support import tiny
@@ -19,6 +20,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 GIVEN = yaml.safe_load("""{
 student: [s], data: [d], teacher: [t], eval_data: [e], student_blocks: [[1, 3]],
 student_dtype: [auto, bfloat16, float16], teacher_dtype: [float32, bfloat16, float16],
+teacher_quantization: [4bit, 8bit], teacher_device_map: [cpu, auto],
 prompt_style: [chat], max_length: [8], max_prompt_length: [9],
 lora_r: [2], lora_alpha: [5], lora_dropout: [0.25], lora_target_modules: [[q_proj, v_proj]],
 allow_download: [true], output_dir: [o], student_layers: [[2]], teacher_layers: [[1]],
@@ -34,12 +36,14 @@ def own_fields(kind):
     return [x for x in fields(kind) if x.name in kind.__annotations__]
 
 
-def test_every_option_and_choice_reaches_the_configuration():
+def test_every_option_and_choice_reaches_the_configuration(monkeypatch):
+    monkeypatch.setattr(placement, "find_spec", lambda name: name)  # is installed
     found = {x.name: x for kind in (command.RunConfig, LensDistillConfig) for x in own_fields(kind)}
     assert found.keys() == GIVEN.keys()
     for name, option in found.items():
         if "choices" in option.metadata:
-            assert {option.default, *GIVEN[name]} == set(option.metadata["choices"]), name
+            default = set() if option.default is None else {option.default}
+            assert {*default, *GIVEN[name]} == set(option.metadata["choices"]), name
     for turn in range(max(map(len, GIVEN.values()))):
         given = {name: values[min(turn, len(values) - 1)] for name, values in GIVEN.items()}
         if given["lens_backend"] == "reference":
@@ -137,11 +141,16 @@ def test_strategies_in_an_options_file_may_be_no(files, tmp_path, text):
 def test_models_are_downloaded_only_if_allowed(files, tmp_path, monkeypatch, download):
     asked = []
 
-    def watch(name):
+    def watch(name, at):
         load = getattr(command, name)
-        monkeypatch.setattr(command, name, lambda *a: asked.append(a[-1]) or load(*a[:-1], False))
 
-    watch("load_model"), watch("load_tokenizer")
+        def offline(*given):
+            asked.append(given[at])
+            return load(*given[:at], False, *given[at + 1 :])
+
+        monkeypatch.setattr(command, name, offline)
+
+    watch("load_model", 2), watch("load_tokenizer", 1)
     argv = arguments(files, tmp_path, max_steps=1, save_strategy="no")
     assert cli.main([*argv, "--allow_download"] if download else argv) == 0
     assert asked == [download] * 4

@@ -1,0 +1,79 @@
+"""Where and how a model is loaded: quantised weights, and devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from lens_kernels.failures import install
+
+QUANTIZATIONS = ("4bit", "8bit")
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # over all devices, by accelerate
+
+
+def check_placement(quantization: str | None, device_map: str | None, prefix: str = "") -> None:
+    """Check the options ``quantization`` and ``device_map``; errors begin with ``prefix``.
+
+    Raises:
+        ValueError: A name is unknown, or a device does not exist.
+        RuntimeError: bitsandbytes is not installed, but quantises the weights.
+    """
+    if quantization is not None:
+        if quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"{prefix}quantization must be {' or '.join(QUANTIZATIONS)}, got {quantization!r}"
+            )
+        if find_spec("bitsandbytes") is None:
+            raise RuntimeError(
+                f"{prefix}quantization={quantization} needs the package bitsandbytes:"
+                f" {install('bitsandbytes')}"
+            )
+    if device_map is None or device_map in SPREADS:
+        return
+    try:
+        if not torch.empty(0, device=device_map).is_meta:
+            return
+        reason = "the meta device holds no weights"
+    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
+        reason = str(error).split("\n")[0]
+    raise ValueError(
+        f"{prefix}device_map must be a device of this machine, such as cpu or cuda:0, or one of"
+        f" {', '.join(SPREADS)}, got {device_map!r} ({reason})"
+    )
+
+
+def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``from_pretrained`` for loading options and a model's config.
+
+    ``options`` may hold ``quantization`` and ``device_map``, checked by ``check_placement``.
+
+    Raises:
+        ValueError: The model's files are quantised already.
+    """
+    arguments = {name: x for name, x in options.items() if x is not None}
+    quantization = arguments.pop("quantization", None)
+    if quantization is None:
+        return arguments
+    if "quantization_config" in config:
+        kind = config["quantization_config"].get("quant_method", "a method of their own")
+        raise ValueError(
+            f"its files are quantised already, by {kind}: leave {quantization} quantisation out"
+        )
+    # Imported here, because it is slow.
+    from transformers import BitsAndBytesConfig
+
+    dtype = options["dtype"]
+    if dtype == "auto":
+        own = {**config, **config.get("text_config", {})}
+        dtype = getattr(torch, own.get("dtype") or own.get("torch_dtype") or "float32")
+    # transformers keeps the head as it is, because models are sensitive to it.
+    arguments["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=quantization == "4bit",
+        load_in_8bit=quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,  # by default float32, which is slow
+    )
+    return arguments
