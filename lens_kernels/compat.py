@@ -177,6 +177,16 @@ def class_before_sharding(module: object) -> type:
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
 
 
+def attention_of(model: Any) -> set[str]:
+    """Return the names of the attention implementations in a model's configs.
+
+    ``_attn_implementation`` is present in transformers 4.56 to 5.24. Without it the set is empty,
+    and packing refuses models with flash attention if a batch has several rows.
+    """
+    configs = model.config, model.config.get_text_config()
+    return {str(getattr(config, "_attn_implementation", None)) for config in configs}
+
+
 def forget_preparation(model: object) -> None:
     """Remove the attribute by which accelerate marks a model as prepared for evaluation.
 

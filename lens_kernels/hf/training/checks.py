@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,38 +60,47 @@ def check_model(name: str, model: Any) -> None:
         )
 
 
-def check_data(
-    name: str, dataset: Any, models: Sequence[Any], collator: Any, vocab_size: int | None = None
-) -> None:
-    """Check every example of a dataset against the models. A dataset without indexing is skipped.
+@dataclass(frozen=True)
+class Limits:
+    """The ids, positions and labels that models support."""
 
-    Raises:
-        ValueError: An example lacks a column, or has more tokens than a model has positions. Or an
-            id has no embedding, or a label is not below ``vocab_size``. Or no example has a label
-            that counts.
-    """
-    if isinstance(dataset, Mapping):
-        for key, part in dataset.items():
-            check_data(f"{name}[{key!r}]", part, models, collator, vocab_size)
-        return
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        return
-    ours = isinstance(collator, Collator)
-    rows = min(model.get_input_embeddings().weight.shape[0] for model in models)
-    positions = min((x for x in map(_learnt_positions, models) if x is not None), default=None)
-    labelled = 0
-    for i in range(len(dataset)):
-        where, example = f"example {i} of {name}", dataset[i]
-        if ours:
-            example = columns_of(where, _model_columns(example))
-            labelled += int((example["labels"][1:] != IGNORE_INDEX).sum())
-        elif not isinstance(example, Mapping):
-            return  # only the user's collator can read such examples
+    ids: int
+    positions: int | None
+    vocab_size: int | None
+
+    @classmethod
+    def of(cls, models: Sequence[Any], vocab_size: int | None) -> Limits:
+        """Return the limits that hold for all ``models``."""
+        ids = min(model.get_input_embeddings().weight.shape[0] for model in models)
+        positions = [x for x in map(_learnt_positions, models) if x is not None]
+        return cls(ids, min(positions, default=None), vocab_size)
+
+    def check(self, where: str, example: Mapping[str, Any]) -> None:
+        """Raise if an example is empty or too long, or if an id or a label is out of range."""
         for column in ("input_ids", "labels", "position_ids"):
             if column in example:
-                _check_ids(where, column, torch.as_tensor(example[column]), rows, positions)
-        if vocab_size is not None and "labels" in example:
-            _check_labels(where, torch.as_tensor(example["labels"])[..., 1:], vocab_size)
+                _check_ids(
+                    where, column, torch.as_tensor(example[column]), self.ids, self.positions
+                )
+        if self.vocab_size is not None and "labels" in example:
+            labels = torch.as_tensor(example["labels"])[..., 1:]
+            _check_labels(where, labels, self.vocab_size)
+
+
+def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
+    """Check every example of a dataset. A dataset without indexing is skipped.
+
+    Raises:
+        ValueError: An example fails ``check_example``, or no example has a label that counts.
+    """
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        return
+    ours, labelled = isinstance(collator, Collator), 0
+    for i in range(len(dataset)):
+        example = dataset[i]
+        if not ours and not isinstance(example, Mapping):
+            return  # only the user's collator can read such examples
+        labelled += check_example(f"example {i} of {name}", example, limits, ours)
     if ours and len(dataset) and not labelled:
         raise ValueError(
             f"{name} has no token to train on, because every label after the first is"
@@ -98,7 +108,24 @@ def check_data(
         )
 
 
-def _model_columns(example: Any) -> Any:
+def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
+    """Check an example, and return the number of its labels that count.
+
+    With a custom collator, ``ours`` is False, and only its known columns are checked.
+
+    Raises:
+        ValueError: The example lacks a column, or has more tokens than a model has positions. Or an
+            id has no embedding, or a label is not below ``vocab_size``.
+    """
+    labelled = 0
+    if ours:
+        example = columns_of(where, model_columns(example))
+        labelled = int((example["labels"][1:] != IGNORE_INDEX).sum())
+    limits.check(where, example)
+    return labelled
+
+
+def model_columns(example: Any) -> Any:
     """Return an example without the columns that the Trainer removes before it is collated."""
     if not isinstance(example, Mapping):
         raise TypeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "to
 class Collator:
     """Pads examples on the right. If they have no ``attention_mask``, it follows from the lengths.
 
+    A list of examples becomes one packed row. Packed batches have ``position_ids`` that restart at
+    each example, and no ``attention_mask``. Models separate examples where positions restart. So
+    each padding token, at position 0, is separate too. With ``one_row`` all examples of a packed
+    batch become one row, without padding: flash attention separates the examples of one row only.
+
     Raises:
         ValueError: An example lacks a column that others have, its columns differ in length, or a
             column is unknown.
@@ -46,6 +52,7 @@ class Collator:
 
     pad_token_id: int
     pad_to_multiple_of: int | None = None
+    one_row: bool = False
 
     def __post_init__(self) -> None:
         check_count("pad_token_id", self.pad_token_id, 0)
@@ -57,26 +64,61 @@ class Collator:
         """Return the names of the columns that can be batched."""
         return {"input_ids", "example_id", *PER_TOKEN}
 
-    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``labels``, ``attention_mask``, and further columns if given."""
-        rows = [columns_of(f"example {i} of a batch", x) for i, x in enumerate(examples)]
-        for i, row in enumerate(rows):
-            if row.keys() != rows[0].keys():
+    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+        """Return ``input_ids``, ``labels``, ``attention_mask``, and further columns if given.
+
+        Packed batches have ``position_ids`` instead of ``attention_mask``.
+        """
+        packed = isinstance(examples[0], list)
+        groups: list[list[Any]] = list(examples) if packed else [[x] for x in examples]
+        if packed and self.one_row:
+            groups = [[x for group in groups for x in group]]
+        number = count()
+        rows = [
+            [columns_of(f"example {next(number)} of a batch", x) for x in group] for group in groups
+        ]
+        for i, part in enumerate(part for row in rows for part in row):
+            if part.keys() != rows[0][0].keys():
                 raise ValueError(
-                    f"example {i} of a batch has the columns {sorted(row)}, but example 0 has"
-                    f" {sorted(rows[0])}: give all examples the same columns"
+                    f"example {i} of a batch has the columns {sorted(part)}, but example 0 has"
+                    f" {sorted(rows[0][0])}: give all examples the same columns"
                 )
-        batch = {"input_ids": self._padded([row["input_ids"] for row in rows], self.pad_token_id)}
+        joined = [_joined(row) if packed else row[0] for row in rows]
+        batch = {"input_ids": self._padded([row["input_ids"] for row in joined], self.pad_token_id)}
         for name, value in PER_TOKEN.items():
-            if name in rows[0]:
-                batch[name] = self._padded([row[name] for row in rows], value)
-        if "example_id" in rows[0]:
-            batch["example_id"] = torch.stack([row["example_id"] for row in rows])
+            if name in joined[0]:
+                batch[name] = self._padded([row[name] for row in joined], value)
+        if "example_id" in joined[0]:
+            batch["example_id"] = torch.cat([row["example_id"].reshape(-1) for row in joined])
         return batch
 
     def _padded(self, rows: list[Tensor], value: int) -> Tensor:
         batch = pad_sequence(rows, batch_first=True, padding_value=value)
         return pad(batch, (0, -batch.shape[1] % (self.pad_to_multiple_of or 1)), value=value)
+
+
+def _joined(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return a packed row. The first label of each example is -100: no other example predicts it.
+
+    The columns ``attention_mask`` and ``position_ids`` of the examples are replaced.
+    """
+    for x in examples:
+        del x["attention_mask"]
+        x["position_ids"] = torch.arange(len(x["input_ids"]))
+        x["labels"] = x["labels"].clone()
+        x["labels"][:1] = IGNORE_INDEX
+    return {name: torch.cat([x[name].reshape(-1) for x in examples]) for name in examples[0]}
+
+
+def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return the number of tokens of a batch, without padding."""
+    if "attention_mask" in batch:
+        return batch["attention_mask"].sum()
+    if "position_ids" not in batch:
+        return torch.tensor(batch["input_ids"].numel())
+    # In a packed batch, padding is at position 0, and position 1 does not follow.
+    positions = batch["position_ids"]
+    return (positions > 0).sum() + (positions == 1).sum()
 
 
 def columns_of(where: str, example: Mapping[str, Any]) -> dict[str, Tensor]:

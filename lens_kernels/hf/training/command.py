@@ -20,8 +20,9 @@ from lens_kernels.hf.model.student import shallow_copy
 from lens_kernels.hf.training import record, report
 from lens_kernels.hf.training.checkpoints import last_whole
 from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
-from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
+from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
+from lens_kernels.hf.training.preparation import Rows, Stream
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 from lens_kernels.option_files import read_options
 
@@ -65,15 +66,11 @@ class RunConfig:
         "Device of the teacher, such as cuda:1, or auto to spread its blocks over all devices."
         " Default: the student's device.",
     )
-    prompt_style: str = option(
-        "alpaca",
-        "Format of prompts from instruction/input: the Alpaca text or the tokenizer's chat"
-        " template.",
-        choices=list(PROMPT_STYLES),
+    streaming: bool = option(
+        False, "Read the training data during training; needs --max_steps and no teacher cache."
     )
-    max_length: int = option(512, "Maximum tokens per example; longer examples are truncated.")
-    max_prompt_length: int = option(
-        256, "Maximum tokens per prompt; examples with longer prompts are dropped."
+    shuffle_buffer: int = option(
+        1000, "With streaming, the number of rows in memory from which the next one is drawn."
     )
     lora_r: int = option(0, "Rank of the student's LoRA adapter; 0 trains all weights.")
     lora_alpha: int = option(32, "Scaling parameter alpha of LoRA.")
@@ -201,13 +198,23 @@ def train(
             f" the {args.world_size} processes over the same devices: leave it out, so that each"
             " process has a teacher on its own device, or start one process"
         )
+    if config.streaming and (
+        args.max_steps < 1 or args.teacher_cache or args.dataloader_num_workers
+    ):
+        raise ValueError(
+            "--streaming reads the data during training, in order: set --max_steps, and leave"
+            " --teacher_cache and --dataloader_num_workers out"
+        )
     output = Path(str(args.output_dir))
     longer = record.check_options(output, chosen, _defaults())
     given = {"train": config.data, "eval": config.eval_data}
     paths = {name: path for name, path in given.items() if path is not None}
     for path in paths.values():
         check_download(path, config.allow_download)
-    digests = {name: source_digest(path) for name, path in paths.items()}
+    digests = {
+        name: source_digest(path, streaming=config.streaming and name == "train")
+        for name, path in paths.items()
+    }
     record.check_data(output, paths, digests)
     done = record.metrics_of(output)
     if done is not None and not longer:
@@ -221,23 +228,23 @@ def train(
     if not args.save_only_model:
         checkpoint, skipped = last_whole(output, args.world_size, projections)
     tokenizer = load_tokenizer(config.student, config.allow_download)
-    lengths = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    datasets = {
+    datasets: dict[str, Any] = {
         f"{name}_dataset": load_examples(
-            path,
-            tokenizer,
-            prompt_style=config.prompt_style,
-            **lengths,
-            progress=not args.disable_tqdm,
+            path, tokenizer, **args.encoder_options(), progress=not args.disable_tqdm
         )
         for name, path in paths.items()
+        if not (config.streaming and name == "train")
     }
     for name, dataset in datasets.items():
         say(f"{name.removesuffix('_dataset')}: {dataset.summary()}")
     if args.kd_ratio > 0 and config.teacher is not None:
         other = load_tokenizer(config.teacher, config.allow_download)
         ids = {i for data in datasets.values() for x in data.examples for i in x["input_ids"]}
+        if config.streaming:
+            ids = set(tokenizer.get_vocab().values())  # the data may contain any token
         check_tokenizers(tokenizer, other, args.vocab_size, ids)
+    if config.streaming:
+        datasets["train_dataset"] = Rows(config.data, config.shuffle_buffer, args.seed)
     set_seed(args.seed)
     trainer = LensDistillTrainer(
         load_student(config),
@@ -266,6 +273,8 @@ def train(
         # transformers divides the losses since the checkpoint by the number of all steps.
         metrics.pop("train_loss", None)
     trainer.save_model()
+    if isinstance(trainer.train_dataset, Stream):
+        say(f"train: {trainer.train_dataset.summary()}")
     if "eval_dataset" in datasets:
         metrics |= trainer.evaluate()
     if trainer.is_world_process_zero():

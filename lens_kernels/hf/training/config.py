@@ -14,6 +14,7 @@ from lens_kernels import dispatch
 from lens_kernels.hf.cache.store import DTYPES
 from lens_kernels.hf.model.anatomy import blocks_of
 from lens_kernels.hf.model.layers import DEFAULT_PAIRS, check_choice, lens_layers
+from lens_kernels.hf.training.data import PROMPT_STYLES, TRUNCATIONS
 from lens_kernels.options import (
     ADAPTIVE,
     CHECKS,
@@ -149,6 +150,26 @@ class LensDistillConfig(TrainingArguments):
     teacher_cache_dtype: str = option(
         "float32", "Dtype of the cached hidden states.", choices=list(DTYPES)
     )
+    prompt_style: str = option(
+        "alpaca",
+        "Format of prompts from instruction/input: the Alpaca text or the tokenizer's chat"
+        " template.",
+        choices=list(PROMPT_STYLES),
+    )
+    max_length: int = option(
+        512, "Maximum tokens per example; with packing, tokens per row of a batch."
+    )
+    max_prompt_length: int = option(256, "Maximum tokens per prompt.")
+    truncation: str = option(
+        "end",
+        "Treatment of rows that are too long. 'end' cuts the end of the response, and drops rows"
+        " with a longer prompt. 'drop' drops rows. 'error' stops.",
+        choices=list(TRUNCATIONS),
+    )
+    packing: bool = option(
+        False,
+        "Pack several training examples into each row of a batch. Examples do not see each other.",
+    )
     logging_steps: float = option(10, "Log every N steps; below 1, a fraction of all steps.")
 
     def __post_init__(self) -> None:
@@ -199,6 +220,11 @@ class LensDistillConfig(TrainingArguments):
         values["final_divergence"] = final_divergence(self.final_divergence)
         values["grad_threshold"] = grad_threshold(self.grad_threshold)
         return values
+
+    def encoder_options(self) -> dict[str, Any]:
+        """Return the keyword arguments for ``Encoder``."""
+        names = ("prompt_style", "max_length", "max_prompt_length", "truncation")
+        return {name: getattr(self, name) for name in names}
 
     def objective_options(self) -> Mapping[str, Any]:
         """Return the keyword arguments for ``LensObjective``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 __all__ = [
     "Collator",
+    "Encoder",
     "Examples",
     "Row",
     "check_count",
@@ -27,59 +29,101 @@ __all__ = [
 ]
 
 PROMPT_STYLES = ("alpaca", "chat")
+# What happens to examples that are too long.
+TRUNCATIONS = ("end", "drop", "error")
 
 Example = dict[str, list[int]]
 
 
-def encode(
-    row: Row, tokenizer: Any, *, prompt_style: str, max_length: int, max_prompt_length: int
-) -> Example | None:
-    """Return ``input_ids`` and ``labels`` of a row, or None if the row is too long.
+@dataclass
+class Encoder:
+    """Encodes rows, and counts those that are too long.
 
     Prompts and responses are tokenised separately, so no token spans both, as in generation.
     SentencePiece writes a space before a text. Only the first text of a row keeps that space.
     Labels are the response tokens, including the end token, and -100 elsewhere. The end token is
     the end of turn that the chat template writes. If the template writes none, it is the
-    tokenizer's EOS. A row is too long if its first prompt is longer than ``max_prompt_length``, or
-    if no label is left after the cut to ``max_length``.
+    tokenizer's EOS.
 
     Args:
-        row: A row of ``read_rows``.
         tokenizer: A tokenizer with an EOS token.
         prompt_style: The format of a prompt from an instruction. ``"alpaca"`` inserts the
             instruction into the Stanford Alpaca text. ``"chat"`` renders it as a user message with
             the tokenizer's chat template. Both styles leave ``prompt`` unchanged and render
             ``messages`` with the template. Every assistant turn from ``row.trained_from`` on is
             trained on. All of plain text is trained on too.
-        max_length: Maximum number of tokens; longer examples are truncated.
+        max_length: Maximum number of tokens of an example.
         max_prompt_length: Maximum number of tokens before the first response.
+        truncation: The treatment of longer rows. ``"end"`` keeps the first ``max_length`` tokens,
+            and drops rows whose first prompt is too long, or that have no label left. ``"drop"``
+            drops every row that is too long. ``"error"`` raises.
 
     Raises:
         ValueError: A value is out of range, the tokenizer has no EOS token, or its chat template is
-            missing or rejects the messages.
+            missing or rejects the messages. Or a row is too long, with ``truncation="error"``.
     """
-    check_count("max_length", max_length, 2)
-    whole = _whole(row, tokenizer, prompt_style, max_prompt_length)
-    return None if whole is None else _cut(whole, max_length)
+
+    tokenizer: Any
+    prompt_style: str = "alpaca"
+    max_length: int = 512
+    max_prompt_length: int = 256
+    truncation: str = "end"
+    # The numbers of rows, of rows that were dropped, of rows that lost labels, and of these labels.
+    rows: int = field(default=0, init=False)
+    dropped: int = field(default=0, init=False)
+    cut: int = field(default=0, init=False)
+    lost: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        check_count("max_length", self.max_length, 2)
+        _check_prompt(self.prompt_style, self.max_prompt_length)
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(
+                f"truncation must be one of {', '.join(TRUNCATIONS)}, got {self.truncation!r}"
+            )
+
+    def __call__(self, row: Row) -> Example | None:
+        """Return ``input_ids`` and ``labels`` of a row, or None if it is dropped."""
+        self.rows += 1
+        turns = _turns(row, self.tokenizer, self.prompt_style)
+        example: Example = {"input_ids": [], "labels": []}
+        for prompt, response in turns:
+            example["input_ids"] += prompt + response
+            example["labels"] += [IGNORE_INDEX] * len(prompt) + response
+        size, prompt_size = len(example["labels"]), len(turns[0][0])
+        long_prompt = prompt_size > self.max_prompt_length
+        if self.truncation == "error" and (long_prompt or size > self.max_length):
+            raise ValueError(
+                f"line {row.line} has {size} tokens, {prompt_size} of them in its prompt, but"
+                f" max_length is {self.max_length} and max_prompt_length is"
+                f" {self.max_prompt_length}: increase them, or choose another truncation"
+            )
+        kept = {name: ids[: self.max_length] for name, ids in example.items()}
+        unwanted = self.truncation == "drop" and size > self.max_length
+        if long_prompt or unwanted or not _labelled(kept["labels"]):
+            self.dropped += 1
+            return None
+        lost = _labelled(example["labels"]) - _labelled(kept["labels"])
+        self.cut += lost > 0
+        self.lost += lost
+        return kept
+
+    def summary(self) -> str:
+        """Return the counts in words."""
+        lost = f" ({self.lost} labels lost)" if self.lost else ""
+        return (
+            f"{self.rows} rows, {self.dropped} dropped as too long, {self.cut} with responses cut"
+            f" at max_length{lost}"
+        )
 
 
-def _whole(row: Row, tokenizer: Any, prompt_style: str, max_prompt_length: int) -> Example | None:
-    """Return the whole example of a row, or None if its first prompt is too long."""
-    _check_prompt(prompt_style, max_prompt_length)
-    turns = _turns(row, tokenizer, prompt_style)
-    if len(turns[0][0]) > max_prompt_length:
-        return None
-    example: Example = {"input_ids": [], "labels": []}
-    for prompt, response in turns:
-        example["input_ids"] += prompt + response
-        example["labels"] += [IGNORE_INDEX] * len(prompt) + response
-    return example
+def _labelled(labels: list[int]) -> int:
+    return len(labels) - labels.count(IGNORE_INDEX)
 
 
-def _cut(whole: Example, max_length: int) -> Example | None:
-    """Return the first ``max_length`` tokens of an example, or None if none of them has a label."""
-    example = {name: ids[:max_length] for name, ids in whole.items()}
-    return example if set(example["labels"]) - {IGNORE_INDEX} else None
+def encode(row: Row, tokenizer: Any, **options: Any) -> Example | None:
+    """Return ``input_ids`` and ``labels`` of a row, or None if it is too long: see ``Encoder``."""
+    return Encoder(tokenizer, **options)(row)
 
 
 def prompt_ids(
@@ -237,10 +281,10 @@ class Examples(Dataset[dict[str, Any]]):
     tokens with a label.
     """
 
-    def __init__(self, examples: Sequence[Example], dropped: int, cut: int = 0) -> None:
+    def __init__(self, examples: Sequence[Example], encoder: Encoder) -> None:
         self.examples = examples
-        self.dropped = dropped
-        self.cut = cut
+        self.dropped, self.cut = encoder.dropped, encoder.cut
+        self._counts = encoder.summary()
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -251,43 +295,33 @@ class Examples(Dataset[dict[str, Any]]):
 
     def summary(self) -> str:
         """Return one line that describes the size of the data."""
-        labels = [x for example in self.examples for x in example["labels"]]
-        learnt = len(labels) - labels.count(IGNORE_INDEX)
-        return (
-            f"{len(self) + self.dropped} rows, {self.dropped} dropped as too long, {self.cut}"
-            f" with responses cut at max_length; {len(labels)} tokens, {learnt} with a label"
-        )
+        tokens = sum(len(x["labels"]) for x in self.examples)
+        learnt = sum(_labelled(x["labels"]) for x in self.examples)
+        return f"{self._counts}; {tokens} tokens, {learnt} with a label"
 
 
 def load_examples(
-    path: str | Path,
-    tokenizer: Any,
-    *,
-    prompt_style: str = "alpaca",
-    max_length: int = 512,
-    max_prompt_length: int = 256,
-    progress: bool = True,
+    path: str | Path, tokenizer: Any, *, progress: bool = True, **options: Any
 ) -> Examples:
     """Read and encode a file. Rows that are too long are left out.
 
-    See ``read_rows`` for the formats, and ``encode`` for the options.
+    See ``read_rows`` for the formats, and ``Encoder`` for the options.
 
     Raises:
-        ValueError: ``read_rows`` or ``encode`` fails, or every row is too long.
+        ValueError: ``read_rows`` or ``Encoder`` fails, or every row is too long.
     """
-    rows = read_rows(path)
+    return encode_rows(str(path), read_rows(path), Encoder(tokenizer, **options), progress)
+
+
+def encode_rows(
+    name: str, rows: Sequence[Row], encoder: Encoder, progress: bool = True
+) -> Examples:
+    """Encode the rows of the data ``name``. Raise if all of them are too long."""
     bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files
-    check_count("max_length", max_length, 2)
-    examples, cut = [], 0
-    for row in bar:
-        whole = _whole(row, tokenizer, prompt_style, max_prompt_length)
-        example = None if whole is None else _cut(whole, max_length)
-        if whole is not None and example is not None:
-            examples.append(example)
-            cut += any(label != IGNORE_INDEX for label in whole["labels"][max_length:])
+    examples = [x for x in map(encoder, bar) if x is not None]
     if not examples:
         raise ValueError(
-            f"all {len(rows)} rows of {path} are too long for max_prompt_length"
-            f" {max_prompt_length} and max_length {max_length}: increase them"
+            f"all {len(rows)} rows of {name} are too long for max_prompt_length"
+            f" {encoder.max_prompt_length} and max_length {encoder.max_length}: increase them"
         )
-    return Examples(examples, dropped=len(rows) - len(examples), cut=cut)
+    return Examples(examples, encoder)

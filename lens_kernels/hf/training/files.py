@@ -19,8 +19,10 @@ HUB = "hub:"  # hub:NAME or hub:NAME:SPLIT
 Read = tuple[int, Any]
 
 
-def read_records(source: str | Path) -> Iterator[tuple[str, int, Any]]:
+def read_records(source: str | Path, streaming: bool = False) -> Iterator[tuple[str, int, Any]]:
     """Yield ``(file, number, record)`` for every record of a source.
+
+    With ``streaming``, a dataset on the Hub is downloaded while it is read.
 
     - ``.json``: an array of objects; ``number`` is the position, from 1. Or JSON lines.
     - ``.parquet``, and a folder saved by ``datasets``: needs the package ``datasets``.
@@ -38,7 +40,8 @@ def read_records(source: str | Path) -> Iterator[tuple[str, int, Any]]:
     """
     if is_on_hub(source):
         name, _, split = str(source).removeprefix(HUB).partition(":")
-        dataset = _package("datasets", source).load_dataset(name, split=split or "train")
+        load = _package("datasets", source).load_dataset
+        dataset = load(name, split=split or "train", streaming=streaming)
         yield from ((str(source), i, record) for i, record in enumerate(dataset, 1))
         return
     for path in matching(source):
@@ -59,8 +62,13 @@ def check_download(source: str | Path, allow_download: bool) -> None:
         )
 
 
-def source_digest(source: str | Path) -> str:
-    """Return a SHA-256 of the content of all files of a source, or of a Hub dataset's records."""
+def source_digest(source: str | Path, streaming: bool = False) -> str:
+    """Return a SHA-256 of the content of all files of a source, or of a Hub dataset's records.
+
+    With ``streaming``, a dataset on the Hub is not read, and its name is returned.
+    """
+    if is_on_hub(source) and streaming:
+        return str(source)
     if is_on_hub(source):
         records = [record for _, _, record in read_records(source)]
         return hashlib.sha256(json.dumps(records, default=str).encode()).hexdigest()

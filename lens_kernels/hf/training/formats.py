@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,10 +65,42 @@ def read_rows(source: str | Path) -> list[Row]:
     Raises:
         ValueError: Records are invalid (the message lists up to ten), or there are none.
     """
+    return rows_of(source, read_records(source))
+
+
+def rows_of(source: Any, records: Iterable[tuple[str, int, Any]]) -> list[Row]:
+    """Return the rows of ``(file, number, record)``, as ``read_rows`` does."""
     rows: list[Row] = []
     bad: list[str] = []
+    for row in _rows(records):
+        if isinstance(row, Row):
+            rows.append(row)
+        else:
+            bad.append(str(row))
+    if bad:
+        more = f"\nand {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise ValueError("invalid lines:\n" + "\n".join(bad[:SHOWN]) + more)
+    if not rows:
+        raise ValueError(f"{source} is empty: expected one JSON object per line")
+    return rows
+
+
+def iterate_rows(source: str | Path) -> Iterator[Row]:
+    """Yield the rows of ``read_rows`` while they are read.
+
+    Raises:
+        ValueError: A record is invalid.
+    """
+    for row in _rows(read_records(source, streaming=True)):
+        if isinstance(row, ValueError):
+            raise row
+        yield row
+
+
+def _rows(records: Iterable[tuple[str, int, Any]]) -> Iterator[Row | ValueError]:
+    """Yield the row of each record, or the error that names its place."""
     first_format = ""
-    for file, number, record in read_records(source):
+    for file, number, record in records:
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -78,15 +111,17 @@ def read_rows(source: str | Path) -> list[Row]:
                     f"the keys {found!r} in a file with the keys {first_format!r}: expected one"
                     " format per file"
                 )
-            rows.append(_row(number, record, found))
+            yield _row(number, record, found)
         except ValueError as error:
-            bad.append(f"{file}:{number}: {error}")
-    if bad:
-        more = f"\nand {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError("invalid lines:\n" + "\n".join(bad[:SHOWN]) + more)
-    if not rows:
-        raise ValueError(f"{source} is empty: expected one JSON object per line")
-    return rows
+            yield ValueError(f"{file}:{number}: {error}")
+
+
+def is_raw(record: Any) -> bool:
+    """Say whether a record has one of the formats of ``read_rows``, and is not tokenised."""
+    try:
+        return isinstance(record, Mapping) and "input_ids" not in record and bool(_format(record))
+    except ValueError:
+        return False
 
 
 def _format(record: Any) -> str:

@@ -21,11 +21,10 @@ from lens_kernels import compat
 from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
-from lens_kernels.hf.training.caching import fill_caches, numbered
+from lens_kernels.hf.training.caching import fill_caches
 from lens_kernels.hf.training.checkpoints import check_whole, last_whole
 from lens_kernels.hf.training.checks import (
     check_arguments,
-    check_data,
     check_distribution,
     check_dtype,
     check_model,
@@ -33,10 +32,12 @@ from lens_kernels.hf.training.checks import (
     check_teacher,
     check_weights,
 )
-from lens_kernels.hf.training.collation import Collator, check_batch, padding_id
+from lens_kernels.hf.training.collation import Collator, check_batch, padding_id, tokens_in
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
+from lens_kernels.hf.training.packing import needs_one_row
+from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.inputs import IGNORE_INDEX
 
 _log = logging.getLogger(__name__)
@@ -46,10 +47,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     """Trains the student ``model`` to agree with ``teacher`` in its output and through its lenses.
 
     Both are models, or folders for ``load_model``. From a folder the student is loaded in float32,
-    the teacher in its saved dtype. Datasets hold ``input_ids`` and ``labels``. Labels are -100 for
-    tokens that are not trained on. The logs contain the terms of the objective in nats per token
-    over all processes (see ``Outcome``), and ``tokens_per_second``. With ``teacher_cache``, the
-    teacher runs once over each dataset, before training.
+    the teacher in its saved dtype. Datasets hold ``input_ids`` and ``labels``, which are -100 for
+    tokens that are not trained on. Or they hold records of ``read_rows``, which are tokenised by
+    ``processing_class`` and the options of ``args``. An ``IterableDataset`` is read during
+    training, and at its end again from its start. With ``packing``, rows hold several examples. The
+    logs contain the terms of the objective in nats per token over all processes (see ``Outcome``),
+    and ``tokens_per_second``. With ``teacher_cache``, the teacher runs once over each dataset,
+    before training.
 
     Raises:
         ValueError: ``kd_ratio`` is positive without a teacher, or layers, models or vocabularies do
@@ -84,14 +88,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None:
             # Without a tokenizer the padding id is 0. Any id works, because padding is masked.
-            trainer["data_collator"] = Collator(0 if tokenizer is None else padding_id(tokenizer))
-        models = [model] if teacher is None else [model, teacher]
-        for name in ("train_dataset", "eval_dataset"):
-            if trainer.get(name) is not None and model is not None:
-                size = None if teacher is None else args.vocab_size
-                check_data(name, trainer[name], models, trainer["data_collator"], size)
-            if args.teacher_cache and trainer.get(name) is not None:
-                trainer[name] = numbered(name, trainer[name])
+            pad = 0 if tokenizer is None else padding_id(tokenizer)
+            models = [x for x in (model, teacher) if x is not None]
+            one_row = args.packing and any(map(needs_one_row, models))
+            trainer["data_collator"] = Collator(pad, one_row=one_row)
+        examples = prepare(trainer, {"student": model, "teacher": teacher}, args)
         super().__init__(model=model, args=args, **trainer)
         # With this attribute the Trainer passes num_items_in_batch, the number of tokens of all
         # accumulated batches.
@@ -116,7 +117,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
             if args.teacher_cache:
-                datasets = {"train": self.train_dataset, "eval": self.eval_dataset}
+                datasets = {"train": examples["train_dataset"], "eval": examples["eval_dataset"]}
                 self._caches = fill_caches(self, self.lens_objective, datasets)
 
     def train(
@@ -283,7 +284,10 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if items is not None:
             items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0 without tokens
         # The inputs are copied, because label smoothing removes the labels from them.
-        result: Any = super().compute_loss(model, dict(inputs), return_outputs, items)
+        given: dict[str, Any] = dict(inputs)
+        if self.args.packing:
+            given["use_cache"] = False  # with a cache, models do not separate packed examples
+        result: Any = super().compute_loss(model, given, return_outputs, items)
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
@@ -298,8 +302,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._meter.add(outcome)
         tokens = outcome.num_tokens.detach()
         self._labelled = tokens if self._labelled is None else self._labelled + tokens
-        mask = inputs.get("attention_mask")
-        self._speed.add(inputs["input_ids"].numel() if mask is None else mask.sum())
+        self._speed.add(tokens_in(inputs))
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
         reduced = self.accelerator.reduce(values.to(self.args.device), "sum")

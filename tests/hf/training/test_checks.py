@@ -145,7 +145,10 @@ UNSERVED = {
     ValueError: [
         ({"compute_metrics": len}, "compute_metrics needs logits, but with a teacher no logits"),
         ({"compute_loss_func": len}, "compute_loss_func needs logits, but with a teacher"),
-        ({"train_dataset": [{"text": "a"}]}, "0 of train_dataset has no input_ids, only text: tok"),
+        (
+            {"train_dataset": [{"texts": "a"}]},
+            "0 of train_dataset has no input_ids, only texts: to",
+        ),
         ({"student": "some/name"}, "model='some/name' is not a folder: give .* from_pretrained"),
     ],
 }

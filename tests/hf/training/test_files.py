@@ -185,7 +185,7 @@ def test_hub_datasets_need_a_download(monkeypatch):
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load(name, split):
+    def load(name, split, streaming):
         asked.append((name, split))
         return datasets.Dataset.from_list(PAIRS)
 

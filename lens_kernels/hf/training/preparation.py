@@ -1,0 +1,213 @@
+"""The datasets of a trainer: tokenised, checked, numbered for the teacher cache, and packed."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from lens_kernels.hf.training.caching import numbered
+from lens_kernels.hf.training.checks import Limits, check_data, check_example, model_columns
+from lens_kernels.hf.training.collation import Collator
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.data import Encoder, encode_rows
+from lens_kernels.hf.training.formats import Row, is_raw, iterate_rows, rows_of
+from lens_kernels.hf.training.packing import Packed, check_packing, packable_size, packed_rows
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The steps from a user's dataset to examples that the collator takes.
+
+    Raw records are encoded by ``encoder``. With ``number``, examples get an ``example_id``. A
+    custom collator gets the user's examples unchanged.
+    """
+
+    limits: Limits
+    collator: Any
+    encoder: Encoder | None
+    number: bool
+    progress: bool
+
+    def examples(self, name: str, dataset: Any) -> Any:
+        """Return the examples of a dataset.
+
+        Raises:
+            ValueError: Records are invalid, all are too long, or ``check_data`` fails.
+            TypeError: The examples must be numbered, but the dataset has no indexing.
+        """
+        if isinstance(dataset, Mapping) and not self.number:
+            return {key: self.examples(f"{name}[{key!r}]", part) for key, part in dataset.items()}
+        if isinstance(dataset, IterableDataset) and not self.number:
+            return Stream(name, dataset, self, repeat=name == "train_dataset")
+        if self._is_raw(dataset):
+            records = ((name, i, dataset[i]) for i in range(len(dataset)))
+            dataset = encode_rows(
+                name, rows_of(name, records), self.new_encoder(name), self.progress
+            )
+            log = _log.warning if dataset.dropped or dataset.cut else _log.info
+            log("%s: %s", name, dataset.summary())
+        check_data(name, dataset, self.limits, self.collator)
+        return numbered(name, dataset) if self.number else dataset
+
+    def _is_raw(self, dataset: Any) -> bool:
+        if not isinstance(self.collator, Collator) or isinstance(dataset, Mapping):
+            return False
+        indexed = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        return indexed and len(dataset) > 0 and is_raw(dataset[0])
+
+    def new_encoder(self, name: str) -> Encoder:
+        """Return an encoder whose counts are 0, or raise if there is no tokenizer."""
+        if self.encoder is None:
+            raise ValueError(
+                f"{name} holds records that are not tokenised: pass the tokenizer as"
+                " processing_class, or data with input_ids and labels"
+            )
+        return replace(self.encoder)
+
+
+class Stream(IterableDataset[Any]):
+    """Examples that are read, encoded and checked one after the other.
+
+    With ``repeat`` the stream starts again at its end, so that a resumed run skips what it has read
+    in all epochs. ``max_length`` packs the examples.
+    """
+
+    def __init__(self, name: str, dataset: Any, how: Preparation, repeat: bool) -> None:
+        self.name, self.dataset, self.how, self.repeat = name, dataset, how, repeat
+        self.max_length: int | None = None
+        self.encoder: Encoder | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.max_length is None:
+            return self._examples()
+        sized = ((x, packable_size(x)) for x in self._examples())
+        return packed_rows(sized, self.max_length)
+
+    def summary(self) -> str:
+        """Return the number of rows that were read, and of those that are too long."""
+        return "no row was encoded" if self.encoder is None else self.encoder.summary()
+
+    def _examples(self) -> Iterator[Any]:
+        for epoch in count():
+            if hasattr(self.dataset, "set_epoch"):
+                self.dataset.set_epoch(epoch)
+            examples = (self._example(i, x) for i, x in enumerate(self.dataset))
+            found = False
+            for example in examples:
+                if example is not None:
+                    found = True
+                    yield example
+            if not self.repeat:
+                return
+            if not found:
+                raise ValueError(
+                    f"{self.name} gives no example in epoch {epoch}: pass data that can be read"
+                    " again, with rows that are not too long"
+                )
+
+    def _example(self, number: int, record: Any) -> Any:
+        """Return a checked example, or None if it is dropped."""
+        ours = isinstance(self.how.collator, Collator)
+        where = f"example {number} of {self.name}"
+        row = example = record
+        if ours and is_raw(record):
+            (row,) = rows_of(self.name, [(self.name, number, record)])
+        if ours and isinstance(row, Row):
+            self.encoder = self.encoder or self.how.new_encoder(self.name)
+            example = self.encoder(row)
+        if example is None:
+            return None
+        if ours or isinstance(example, Mapping):
+            check_example(where, example, self.how.limits, ours)
+        return model_columns(example) if ours else example
+
+
+class Rows(IterableDataset[Row]):
+    """The rows of files, read while training, in an order that is shuffled within a buffer.
+
+    Each row that is read takes the place of a random row of the buffer, which is yielded.
+    """
+
+    def __init__(self, source: str | Path, buffer: int, seed: int) -> None:
+        self.source, self.buffer, self.seed, self.epoch = source, buffer, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the order of the next iteration."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Row]:
+        chosen, held = random.Random(f"{self.seed} {self.epoch}"), []
+        for row in iterate_rows(self.source):
+            held.append(row)
+            if len(held) > self.buffer:
+                i = chosen.randrange(len(held))
+                held[i], held[-1] = held[-1], held[i]
+                yield held.pop()
+        chosen.shuffle(held)
+        yield from held
+
+
+def prepare(
+    trainer: dict[str, Any], models: Mapping[str, Any], args: LensDistillConfig
+) -> dict[str, Any]:
+    """Replace the datasets in a trainer's arguments, and return them before packing.
+
+    Raises:
+        ValueError: An option does not suit the data, or ``Preparation.examples`` or
+            ``check_packing`` fails.
+    """
+    collator, tokenizer = trainer["data_collator"], trainer.get("processing_class")
+    present = {name: model for name, model in models.items() if model is not None}
+    size = args.vocab_size if models["teacher"] is not None else None
+    encoder = None if tokenizer is None else Encoder(tokenizer, **args.encoder_options())
+    limits = Limits.of(list(present.values()), size)
+    how = Preparation(limits, collator, encoder, bool(args.teacher_cache), not args.disable_tqdm)
+    names = ("train_dataset", "eval_dataset")
+    found: dict[str, Any] = {
+        name: None if trainer.get(name) is None else how.examples(name, trainer[name])
+        for name in names
+    }
+    trainer |= {name: x for name, x in found.items() if x is not None}
+    train = found["train_dataset"]
+    if isinstance(train, IterableDataset):
+        if args.max_steps < 1:
+            raise ValueError(
+                "train_dataset is read during training, without a length: set max_steps"
+            )
+        _let_each_process_read(args)
+    if args.packing and train is not None:
+        if not isinstance(collator, Collator):
+            raise ValueError(
+                "packing=True needs the default data_collator: leave data_collator out"
+            )
+        for name, model in present.items():
+            check_packing(name, model, collator)
+        trainer["train_dataset"] = packed(train, args.max_length)
+    return found
+
+
+def _let_each_process_read(args: LensDistillConfig) -> None:
+    """Let each process take its batches from its own stream.
+
+    Otherwise rank 0 would concatenate the batches of all processes, which differ in length.
+    """
+    config: Any = args.accelerator_config
+    if config.dispatch_batches is None:
+        config.dispatch_batches = False
+
+
+def packed(dataset: Any, max_length: int) -> Any:
+    """Return a dataset of lists of examples that fit in a row of ``max_length`` tokens."""
+    if isinstance(dataset, Stream):
+        dataset.max_length = max_length
+        return dataset
+    return Packed(dataset, max_length)
