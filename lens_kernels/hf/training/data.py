@@ -277,8 +277,10 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 class Examples(Dataset[dict[str, Any]]):
     """Encoded rows. The ``example_id`` of an example is its position.
 
-    ``dropped`` is the number of rows that were left out. ``cut`` is the number of rows that lost
-    tokens with a label.
+    Attributes:
+        examples: A mapping for each row, with lists ``input_ids`` and ``labels``.
+        dropped: Number of rows that were left out.
+        cut: Number of rows that lost tokens with a label.
     """
 
     def __init__(self, examples: Sequence[Example], encoder: Encoder) -> None:
@@ -305,7 +307,12 @@ def load_examples(
 ) -> Examples:
     """Read and encode a file. Rows that are too long are left out.
 
-    See ``read_rows`` for the formats, and ``Encoder`` for the options.
+    Args:
+        path: A source of records, as for ``--data``: a file, a saved dataset, ``hub:NAME`` or a
+            pattern. ``docs/data.md`` describes the formats.
+        tokenizer: A tokenizer with an EOS token.
+        progress: Show a progress bar.
+        **options: Options of ``Encoder``.
 
     Raises:
         ValueError: ``read_rows`` or ``Encoder`` fails, or every row is too long.
