@@ -67,7 +67,7 @@ def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
         finally:
             try:
                 _restore()
-            finally:  # the interrupt may have come inside this call the first time
+            finally:  # an interrupt may have cut the first call short
                 _restore()
 
 
