@@ -1,4 +1,4 @@
-"""Capture a model's hidden states in a forward pass, without its logits."""
+"""Collects a model's hidden states in a forward pass, without computing its logits."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = hidden_of(output)
-            assert states is not None  # the lens was found in the blocks' outputs
+            # each block was checked to return its hidden states, alone or first
+            assert states is not None
             captured[depth] = states
 
         return hook
@@ -38,21 +39,24 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 def hidden_states(
     model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of ``layers`` and the normed final hidden state. The head is not run."""
+    """Return the outputs of ``layers``, and the normed final hidden state.
+
+    The head does not run.
+    """
     with capture(model, layers) as captured:
         final = hidden_of(decode(decoder_of(model), inputs))
-    assert final is not None  # the decoder was found by its output
+    assert final is not None  # the decoder is the part that returns these states
     return [captured[depth] for depth in layers], final
 
 
 @contextmanager
 def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace ``module.forward`` by ``forward`` inside the context.
+    """Return a context in which ``forward`` replaces ``module.forward``.
 
     Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
     code that uses the parameters must run inside that call.
     """
-    # accelerate sets its own forward on the instance for autocast. It must be restored.
+    # accelerate may have set the instance's own forward, for autocast. It must be restored.
     before = vars(module).get("forward")
     try:
         module.forward = forward

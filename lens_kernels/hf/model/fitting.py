@@ -1,4 +1,4 @@
-"""Norms, scales and soft caps, measured by running modules on chosen numbers."""
+"""Measures norms, scales and soft caps, by running modules on chosen numbers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from lens_kernels.hf.model.tracing import hooked, logits_of
 from lens_kernels.lens import NORM_KINDS, LensNorm
 
-EXACT = 1e-4  # the largest relative difference of equal float32 results
-SMALLEST_EPS = 1e-12  # rows are at least as large as its square root
+# The largest relative difference between float32 results that count as equal.
+EXACT = 1e-4
+# Test rows are at least as large as the square root of this eps.
+SMALLEST_EPS = 1e-12
 USUAL_EPS = (1e-5, 1e-6, 1e-8, SMALLEST_EPS, 0.0)
 
 
 @dataclass(frozen=True)
 class NormFit:
-    """How a norm computes: the arguments of ``LensNorm`` except the tensors."""
+    """The way in which a norm computes: the arguments of ``LensNorm`` that are not tensors."""
 
     kind: str
     eps: float
@@ -28,25 +30,28 @@ class NormFit:
 
 
 def difference(found: Tensor, true: Tensor) -> float:
-    """Return the largest difference, relative to the largest of the true values."""
+    """Return the largest difference, relative to the largest true value."""
     true = true.double()
     off = (found.to(true.device).double() - true).abs().max() / true.abs().max().clamp(min=1e-30)
     return off.item()
 
 
 def factor(a: Tensor, b: Tensor) -> float:
-    """Return the number ``c`` for which ``c * b`` is nearest to ``a``."""
+    """Return the number ``c`` for which ``c * b`` is closest to ``a``."""
     a, b = a.double(), b.to(a.device).double()
     return ((a * b).sum() / b.square().sum().clamp(min=1e-300)).item()
 
 
 def numbers_of(config: Any) -> list[float]:
-    """Return the positive numbers of a config."""
+    """Return all positive numbers in a config."""
     return [float(x) for x in config.to_dict().values() if type(x) in (int, float) and x > 0]
 
 
 def exact_number(measured: float, config: Any, tolerance: float = EXACT) -> float:
-    """Return the nearest of 1, the config's numbers and their inverses, or else ``measured``."""
+    """Return the exact number that was measured: 1, a number of the config, or its inverse.
+
+    If none of them is near, return ``measured`` itself.
+    """
     own = numbers_of(config)
     known = [1.0, *own, *(1 / x for x in own)]
     nearest = min(known, key=lambda x: abs(x / measured - 1) if measured else abs(x))
@@ -54,23 +59,23 @@ def exact_number(measured: float, config: Any, tolerance: float = EXACT) -> floa
 
 
 def norm_rows(width: int, size: float, device: torch.device) -> Tensor:
-    """Return random rows. Their mean is not 0, so that RMS norms and layer norms differ."""
+    """Return random rows. Their mean is not 0, or RMS norms and layer norms would be equal."""
     rows = torch.randn(16, width, generator=torch.Generator().manual_seed(0)) + 0.5
     return size * rows.to(device)
 
 
 def norm_sizes(eps: float) -> tuple[float, float]:
-    """Return sizes of test rows. Size 1 shows a wrong weight, and sqrt(eps) a wrong eps."""
+    """Return two sizes of test rows: 1 reveals a wrong weight, and sqrt(eps) a wrong eps."""
     return 1.0, max(eps, SMALLEST_EPS) ** 0.5
 
 
 def in_float32(norm: nn.Module) -> nn.Module:
-    """Return a copy of a norm whose results are not rounded to 16 bits."""
+    """Return a copy of a norm in float32, whose results are not rounded to 16 bits."""
     return copy.deepcopy(norm).float()
 
 
 def fit_norm(norm: Any, width: int, config: Any) -> NormFit:
-    """Return the kind, eps and offset for which ``LensNorm`` gives the same results as ``norm``.
+    """Return the kind, eps and offset with which ``LensNorm`` gives the same results as ``norm``.
 
     Raises:
         ValueError: No known kind, eps and offset give these results.
@@ -105,27 +110,26 @@ def fit_norm(norm: Any, width: int, config: Any) -> NormFit:
 def _candidates(norm: Any, config: Any) -> Iterable[float]:
     own = [x for x in vars(norm).values() if type(x) is float]
     named = [x for name, x in config.to_dict().items() if "eps" in name and type(x) is float]
-    finest = torch.finfo(torch.float32).eps  # used by nn.RMSNorm if its eps is None
+    finest = torch.finfo(torch.float32).eps  # nn.RMSNorm uses this number if its eps is None
     return dict.fromkeys(x for x in (*own, *named, finest, *USUAL_EPS) if 0 <= x < 0.5)
 
 
 def logits_of_products(model: Any, head: Any, ids: Tensor, products: Tensor) -> Tensor:
-    """Return the model's logits if its head returns ``products`` for the first tokens."""
+    """Return a model's logits if its head returns ``products`` for the first tokens."""
 
     def put(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         put = products.new_zeros(output.shape)
         put[..., : len(products), :] = products
         return put
 
-    # This hook runs first, so that other hooks that change the head's output also change the
-    # products.
+    # This hook runs first. Other hooks that change the head's output then change the products too.
     with hooked(x.register_forward_hook(put, prepend=True) for x in [head]):
         return logits_of(model, ids)[0, : len(products)]
 
 
 @dataclass(frozen=True)
 class MapFit:
-    """The map from the head's products to logits, and the number of logits."""
+    """The map from the head's products to the logits, and the number of logits."""
 
     scale: float
     softcap: float | None

@@ -1,4 +1,4 @@
-"""Check that a lens reproduces the model's own logits."""
+"""Checks that a lens gives the model's own logits."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from lens_kernels.hf.model.parts import ModelLens
 from lens_kernels.hf.model.tracing import sample_tokens, trace
 from lens_kernels.lens import LensHead
 
-# The largest products of the head in each probe. Only large products show a soft cap, but all show
-# a scale.
+# For each probe, the largest product that the head returns. Only large products reveal a soft cap,
+# but all reveal a scale.
 PROBES = (1.0, 60.0, 1000.0)
 
 
 def check_lens(model: Any, lens: ModelLens) -> None:
     """Check on a few tokens that the lens of the last block's output gives the model's logits.
 
-    There are three checks. The first one applies the whole lens to the model's own hidden states.
-    The second one compares the norms on random rows of size 1, and of a size for which ``eps``
-    matters. The third one replaces the products of the head by given numbers, to compare scale and
-    soft cap. The model's own logits may be too small for the soft cap to matter.
+    There are three checks. The first applies the whole lens to the model's own hidden states. The
+    second compares the norms on random rows of size 1, and of a size at which ``eps`` matters. The
+    third replaces the head's products by given numbers, to compare scale and soft cap. The model's
+    own logits may be too small for the soft cap to matter.
 
     The caller sets the model's mode: see ``state.measured``.
 
@@ -57,13 +57,13 @@ def _check_logits(model: Any, lens: ModelLens, head: LensHead) -> None:
     if head.norm is not None:
         x = head.norm.forward(x)[0]
     read, _ = head.logits(x @ head.weight.float().T, 1.0)
-    # A model with 16-bit weights may return float32 logits; they are still rounded.
+    # A model with 16-bit weights may return float32 logits, which are rounded nevertheless.
     dtypes = () if run.autocast else (run.logits.dtype, head.weight.dtype)
     _compare(model, "logits", read, run.logits, *dtypes)
 
 
 def _check_norm(model: Any, lens: ModelLens, head: LensHead) -> None:
-    """Compare the norms on random rows; rows of size 1 alone would hide a wrong ``eps``."""
+    """Compare the norms on random rows. Rows of size 1 alone would hide a wrong ``eps``."""
     norm = lens.norm_in(causal_lm_of(model))
     if norm is None or head.norm is None:
         return
@@ -81,14 +81,17 @@ def _check_map(model: Any, lens: ModelLens, head: LensHead) -> None:
     ramp = torch.linspace(-1, 1, len(module.weight), device=head.weight.device)
     ramps = torch.stack([size * ramp for size in PROBES])
     put = ramps if module.bias is None else ramps + module.bias.float()
-    # The products are float32 for any dtype of the weights, so the check can be strict.
+    # The products are float32 whatever the dtype of the weights is, so the check can be strict.
     for x, own in zip(ramps, logits_of_products(model, module, ids, put), strict=True):
         read = head.logits(x[: len(head.weight)].clone(), 1.0)[0]
         _compare(model, "logits", read, own, own.dtype)
 
 
 def _compare(model: Any, what: str, read: Tensor, own: Tensor, *dtypes: torch.dtype) -> None:
-    """Raise if ``read`` and ``own`` differ by more than the rounding of the dtypes, if known."""
+    """Raise an error if ``read`` and ``own`` differ by more than the rounding of ``dtypes``.
+
+    Without dtypes, a larger difference is allowed.
+    """
     largest = own.float().abs().max()
     error = (read.to(own.device) - own.float()).abs().max()
     exact = bool(dtypes) and all(x in (torch.float32, torch.float64) for x in dtypes)
