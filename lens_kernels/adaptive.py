@@ -16,20 +16,21 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 from lens_kernels.sharding import Reduction
 
-MASS = 0.5  # the head holds at most this part of the teacher's probability
-# The peak memory divided by that of one model's logits. The sort reaches it: its indices have 8
-# bytes each, and it needs as much temporary memory.
+# The head holds at most this part of the teacher's probability.
+MASS = 0.5
+# The peak memory of a tile, relative to the memory of one model's logits. Memory peaks in the sort:
+# its indices have 8 bytes each, and it needs as much temporary memory.
 TILES = 8
 
 
 def head_share(call: LossCall) -> Tensor:
-    """Return the head share of every token in the call's last pair, ``(N,)``, or 0 if masked."""
+    """Return each token's head share in the call's last pair, ``(N,)``. Masked tokens have 0."""
     with torch.no_grad():
         return _head_share(*call.pack())
 
 
-# This is an operator because the values of the mask decide how many rows are computed. In plain
-# code torch.compile would break its graph here.
+# This is an operator because the values of the mask decide how many rows are computed. In ordinary
+# code, torch.compile would break its graph here.
 @torch.library.custom_op(
     "lens_kernels::head_share", mutates_args=(), schema=f"({SCHEMA}) -> Tensor"
 )
@@ -62,7 +63,7 @@ def _(*packed: Any) -> Tensor:
 
 
 class _Model:
-    """A head whose weight is rounded in the same way as in the backends."""
+    """A model's head. Its weight is rounded in the same way as in the backends."""
 
     def __init__(self, head: LensHead, call: LossCall) -> None:
         self.head, self.temperature = head.prefix(call.vocab_size), call.temperature
@@ -70,7 +71,7 @@ class _Model:
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of rows that are already normed, ``(R, V)``."""
+        """Return the logits of hidden states that are normed already, ``(R, V)``."""
         x, weight = self.factors.rows(hidden), self.factors.weight
         z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute_dtype)
         matmul.project(x, weight, z)
@@ -79,7 +80,8 @@ class _Model:
 
 def _share(p: Tensor, q: Tensor) -> Tensor:
     gap = (p - q).abs()
-    p, order = p.sort(stable=True, descending=True)  # equal probabilities keep their order
+    # A stable sort keeps equal probabilities in order.
+    p, order = p.sort(stable=True, descending=True)
     gap = gap.gather(-1, order)
     of_head = p.cumsum(-1) <= MASS
     of_head[:, 0] = True

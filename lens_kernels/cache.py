@@ -1,4 +1,4 @@
-"""The user's cache folder."""
+"""The folder in which this package caches files for the user."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from pathlib import Path
 
 
 def folder() -> Path:
-    """Return ``lens_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. It may not exist yet."""
+    """Return ``lens_kernels`` in ``$XDG_CACHE_HOME`` or ``~/.cache``. The folder may be missing."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "lens_kernels"

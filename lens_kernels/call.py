@@ -1,4 +1,4 @@
-"""The call that a backend receives, its packed form for a torch operator, and the result."""
+"""The call that a backend receives, its form as arguments of a torch operator, and its result."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lens_kernels.options import (
 
 
 class Term(NamedTuple):
-    """A divergence between the student's and the teacher's hidden state number ``state``."""
+    """A divergence between hidden state number ``state`` of the student and of the teacher."""
 
     divergence: Divergence
     state: int
@@ -34,8 +34,8 @@ class LossCall:
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
     token. With ``labels``, one more row at the end holds the cross entropy of the last student
-    hidden state. A call with labels only has one student state and no pairs. Where ``mask`` is
-    False nothing is computed, and ``rows`` is 0.
+    hidden state. A call with labels only has one student state and no pairs. Tokens with a False
+    ``mask`` are not computed, and their ``rows`` are 0.
 
     ``divergences`` and ``normed`` have one entry for each pair. ``normed`` says whether the call
     must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
@@ -80,7 +80,7 @@ class LossCall:
         row_weight: Tensor,
         statistics: Tensor | None = None,
     ) -> LossCall:
-        """Return the call that computes ``terms``. Without terms, it has only labels.
+        """Return the call that computes ``terms``. Without terms, the call has only labels.
 
         ``statistics`` ``(S, N, 2)`` are those of the teacher's states.
         """
@@ -88,7 +88,7 @@ class LossCall:
         labels = inputs.labels
         if shard is not None and labels is not None:
             labels = labels - shard.start
-        # Without terms, the cross entropy still needs the last state.
+        # The cross entropy needs the last state, also without terms.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
@@ -127,7 +127,7 @@ class LossCall:
     def needing_grad(self) -> dict[int | str, Tensor]:
         """Return the tensors that need a gradient.
 
-        Keys are the index of the pair for hidden states, and the name for tensors of the head.
+        The key of a hidden state is the index of its pair. The key of a head's tensor is its name.
         """
         if self.deferred:
             return {}
@@ -136,7 +136,7 @@ class LossCall:
         return {key: x for (key, x), needed in zip(named, self.needs_grad, strict=True) if needed}
 
     def pack(self) -> Packed:
-        """Return the call as values of the types that a torch operator accepts."""
+        """Return the call in the form of operator arguments."""
         heads = [self.student_head] + ([self.teacher_head] if self.teacher_head else [])
         parts = [_pack_head(head) for head in heads]
         names = [
@@ -166,7 +166,7 @@ class LossCall:
 
 
 class Packed(NamedTuple):
-    """A ``LossCall`` as the arguments of an operator, in their order."""
+    """The fields of a ``LossCall`` in the form and the order of operator arguments."""
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
@@ -181,7 +181,7 @@ class Packed(NamedTuple):
     needs_grad: list[bool]
 
     def map_tensors(self, function: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return the fields that hold tensors, with ``function`` applied to each tensor."""
+        """Return the fields that hold tensors, after ``function`` was applied to each tensor."""
 
         def apply(x: Any) -> Any:
             if isinstance(x, list):
@@ -192,7 +192,7 @@ class Packed(NamedTuple):
         return {name: apply(getattr(self, name)) for name in names}
 
     def unpack(self) -> LossCall:
-        """Return the call that was packed."""
+        """Return the call that these arguments were made from."""
         backend, group, when, divergences, normed, operand_dtype, threshold_kind, *head_names = (
             self.names.split(";")
         )
@@ -242,7 +242,7 @@ _SCHEMA_NAMES = {
     list[bool]: "bool[]",
 }
 _KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).items()}
-# The fields of ``Packed`` as operator arguments, in torch's schema language.
+# The fields of ``Packed``, written as operator arguments in torch's schema language.
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 
 HEAD_NUMBERS = 5
@@ -267,10 +267,10 @@ def _unpack_head(tensors: dict[str, Tensor], numbers: list[float]) -> LensHead:
 
 @dataclass(frozen=True, eq=False)
 class LossResult:
-    """``rows`` of the call, and the gradients of its loss.
+    """The ``rows`` of a call, and the gradients of its loss.
 
     ``grads`` has the keys of ``call.needing_grad()``. ``dropped`` is the share of the logit
-    gradients, in absolute sum, that ``grad_threshold`` left out. It is 0 without a threshold.
+    gradients' absolute sum that ``grad_threshold`` skipped, or 0 without a threshold.
     """
 
     rows: Tensor

@@ -87,17 +87,17 @@ def _say(text: str) -> None:
 
 
 def _prepare(download: bool) -> None:
-    """Set the environment variables that libraries read when they are imported."""
-    if not download:  # otherwise the libraries ask the Hub for newer versions of local files
+    """Set environment variables that libraries read only when they are imported."""
+    if not download:  # Otherwise libraries ask the Hub for newer versions even of local files.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        # torch loads pickles of compiled code from this folder. By default it is a folder under
-        # /tmp, which another user could create first.
+        # torch loads pickles of compiled code from this folder. Its default is a folder under /tmp,
+        # which another user could create first.
         folder = cache.folder() / "inductor"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
-        except OSError:  # the folder cannot be created, so torch's default remains
+        except OSError:  # without this folder, torch uses its default
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -1,7 +1,7 @@
-"""All private interfaces of other libraries that this package uses, and nothing else.
+"""All private interfaces of other libraries that this package uses.
 
-Each docstring states the purpose, the versions that have the interface, and the effect if it is
-missing. Importing this module loads only torch.
+Each docstring states the purpose of an interface, the versions that have it, and the effect if it
+is missing. Importing this module loads only torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # at run time a subclass lists TrainerHooks and the real Trainer as its bases
+else:  # type checkers see this base; at run time, a subclass lists TrainerHooks and then Trainer
     Trainer = object
 
 
 def backward_keeps_graph() -> bool:
-    """Say whether the backward pass that is running was called with ``retain_graph=True``.
+    """Return whether the running backward pass was called with ``retain_graph=True``.
 
     Present in torch 2.8 to 2.13. Without it the result is True. Gradients are then scaled out of
     place, which is always correct but costs memory.
@@ -35,7 +35,7 @@ def backward_keeps_graph() -> bool:
 
 
 def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark ``function`` so that ``torch.compile`` calls it once and keeps the result as a constant.
+    """Make ``torch.compile`` call ``function`` once and keep the result as a constant.
 
     ``torch.compiler.assume_constant_result`` does the same, but it loads the compiler at import.
     Present in torch 2.8 to 2.13. Without it ``torch.compile`` breaks the graph at the function.
@@ -74,7 +74,7 @@ def recompile_limit(variants: int) -> AbstractContextManager[None]:
 
 
 def vary_first_size(x: Tensor) -> None:
-    """Make ``torch.compile`` generate code that accepts any size of the first dimension of ``x``.
+    """Make ``torch.compile`` generate code for any size of the first dimension of ``x``.
 
     Present in torch 2.8 to 2.13. No public function does this. Without it an AttributeError is
     raised.
@@ -83,7 +83,7 @@ def vary_first_size(x: Tensor) -> None:
 
 
 def tensors_in(values: object) -> list[Tensor]:
-    """Return the tensors in nested tuples.
+    """Return all tensors in nested tuples.
 
     Present in torch 2.8 to 2.13. Without it an error is raised.
     """
@@ -103,14 +103,14 @@ def compiler_cache() -> Path:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # the user has no name
+    except (KeyError, ImportError, OSError):  # a user without a name has no such folder
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
 
 @contextmanager
 def compiler_cache_in(folder: str) -> Iterator[None]:
-    """Let torch's compiler use another cache folder while it is imported."""
+    """Make torch's compiler use another cache folder while it is imported."""
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     try:
@@ -157,7 +157,7 @@ def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
 
 
 def is_compiled(model: object) -> bool:
-    """Say whether a model was returned by ``torch.compile``.
+    """Return whether a model is the result of ``torch.compile``.
 
     ``_orig_mod`` is the wrapped module in torch 2.8 to 2.13. Without this attribute compiled models
     are not recognised, and fail later.

@@ -1,8 +1,8 @@
-"""The cost of a call on each backend, computed from its shape: operations, traffic and workspace.
+"""The cost of a call on each backend: operations, memory traffic and workspace.
 
-Nothing here is measured. Traffic means the bytes read from and written to main memory. The count
-assumes that each GEMM reads its operands once, and that only data smaller than a GPU's cache stays
-there.
+Costs are computed from the sizes of the call, and not measured. Traffic means the bytes read from
+and written to main memory. The count assumes that each GEMM reads its operands once, and that only
+data smaller than a GPU's cache stays there.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from lens_kernels.backends.torch.layout import (
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
-# The 16-bit operations that a GPU executes in the time of moving one byte. Data sheets give 295
-# (H100 SXM), 153 (A100 80GB), 164 (RTX 4090) and 247 (MI300X).
+# How many 16-bit operations a GPU executes in the time in which it moves one byte. Data sheets give
+# 295 (H100 SXM), 153 (A100 80GB), 164 (RTX 4090) and 247 (MI300X).
 OPERATIONS_PER_BYTE = 200
-# The time of an operation relative to a 16-bit one, by the size of its factors in bytes. For
-# float32, data sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
+# The time of an operation, relative to a 16-bit operation, by the bytes of an element of its
+# factors. For float32, data sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
-# The time of a sweep's GEMMs relative to those of a library. It is an estimate from the bytes that
-# tiles of 128 by 128 logits read, and is not measured.
+# The time of a GEMM inside a sweep, relative to a GEMM of a library. The number is an estimate from
+# the bytes that tiles of 128 by 128 logits read, and is not measured.
 SWEEP_TIME = 2
-# The number of vocabulary entries in the smallest chunk that the ``triton`` backend processes.
+# The smallest chunk of the ``triton`` backend has this many vocabulary entries.
 COLUMNS = 128
 # The row kernel reads the entries of a row in groups of this size.
 GROUP = 8
@@ -42,10 +42,10 @@ GROUP = 8
 
 @dataclass(frozen=True)
 class Step:
-    """A part of a backend's work: the floating-point operations of its GEMMs, and the bytes moved.
+    """A step of a backend: the floating-point operations of its GEMMs, and the bytes that it moves.
 
     ``factor_bytes`` is the size of one element of the GEMMs' factors. ``product_time`` is the time
-    of the GEMMs relative to those of a library.
+    of the GEMMs, relative to GEMMs of a library.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """Time of arithmetic or of traffic on a GPU, in units of one 16-bit operation."""
+        """The time of arithmetic or of traffic on a GPU, in units of one 16-bit operation."""
         arithmetic = self.flops * RELATIVE_TIME[self.factor_bytes] * self.product_time
         return max(arithmetic, self.bytes_moved * OPERATIONS_PER_BYTE)
 
     def times(self, number: int) -> Step:
-        """Return the step repeated ``number`` times."""
+        """Return a step with ``number`` times the operations and bytes."""
         return replace(self, flops=number * self.flops, bytes_moved=number * self.bytes_moved)
 
 
@@ -81,23 +81,23 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Floating-point operations of all steps."""
+        """The floating-point operations of all steps."""
         return sum(step.flops for step in self.steps)
 
     @property
     def bytes_moved(self) -> int:
-        """Bytes moved by all steps."""
+        """The bytes that all steps move."""
         return sum(step.bytes_moved for step in self.steps)
 
     @property
     def cost(self) -> int:
-        """Estimated time of all steps on a GPU, in units of one 16-bit operation."""
+        """The estimated time of all steps on a GPU, in units of one 16-bit operation."""
         return sum(step.cost for step in self.steps)
 
 
 @dataclass(frozen=True)
 class CallShape:
-    """The properties of a call that decide its cost.
+    """The sizes and properties of a call, which decide its cost.
 
     ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
     in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
@@ -120,7 +120,7 @@ class CallShape:
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
-        """Return the shape of a call. Masked tokens are counted too."""
+        """Return the shape of a call. Masked tokens count like the others."""
         head, with_grad = call.student_head.weight, call.needing_grad()
         return CallShape(
             tokens=call.row_weight.shape[-1],
@@ -145,55 +145,59 @@ class CallShape:
 
     @property
     def factor(self) -> torch.dtype:
-        """Return the dtype of GEMM factors: ``dtype``, or a wider one if the device needs it."""
+        """Return the dtype of GEMM factors: ``dtype``, or float32 if the device needs it."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
 
     @property
     def logits(self) -> int:
-        """Return the number of logits of one model and one pair."""
+        """The number of logits of one model and one pair."""
         return self.tokens * self.vocab_size
 
     @property
     def projections(self) -> int:
-        """Return the number of operations for the logits of both models of a pair."""
+        """The number of operations that compute the logits of both models for one pair."""
         return 2 * self.logits * (self.student_width + self.teacher_width)
 
     @property
     def with_grad(self) -> bool:
-        """Say whether the gradients of logits are needed."""
+        """Whether the gradients of logits are needed."""
         return self.hidden_grad or self.head_grad
 
     def row_kernel_bytes(self, models: int) -> int:
-        """Return the bytes that the row kernel moves: logits in each sweep, and their gradients."""
-        # Relative entropies, and calls with labels only, need no sweep for the sums of a row.
+        """Return the bytes that the row kernel moves: logits in each sweep, and gradients."""
+        # For relative entropies, and for calls with labels only, the row kernel leaves out its
+        # second sweep.
         online = sum(d in RELATIVE_ENTROPIES for d in self.divergences) + (not self.divergences)
         sweeps = self.pairs * (2 + self.with_grad) - online
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
         reads = sweeps * models
-        if self.teacher_statistics:  # the first sweep reads only the student's logits
+        if self.teacher_statistics:  # the first sweep then reads only the student's logits
             reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
         return entries * (reads * self.compute_dtype.itemsize + gradients)
 
     def bytes_per_row(self) -> int:
-        """Return the bytes that the tiles of the ``torch`` backend need per token."""
+        """Return how many bytes the tiles of the ``torch`` backend need for each token."""
         return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
 
     def operand_bytes(self, head_reads: int, hidden_reads: int = 1) -> int:
-        """Return the bytes of reading a pair's heads and hidden states so many times."""
+        """Return the bytes of a pair's heads and hidden states, each read as often as given."""
         both = self.student_width + self.teacher_width
         rows = hidden_reads * self.tokens + head_reads * self.vocab_size
         return rows * both * self.dtype.itemsize
 
     def sweep_bytes(self, width: int, parts: int = 1) -> int:
-        """Return the bytes of operands of this width that a sweep over ``parts`` reads."""
+        """Return the bytes of the operands that a sweep reads.
+
+        ``width`` is their hidden size. The sweep processes the vocabulary in ``parts``.
+        """
         row = width * self.dtype.itemsize
         hidden, head = operand_reads(self.tokens, self.vocab_size, row, parts)
         return (hidden * self.tokens + head * self.vocab_size) * row
 
     def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
-        """Return the step of the GEMMs that take the logit gradients of all pairs.
+        """Return the step of the GEMMs whose factors are the logit gradients of all pairs.
 
         Logit gradients are computed in the dtype ``made_in``, in ``chunks`` of the rows, or for
         each pair in ``parts`` of the vocabulary. The first GEMM overwrites the head gradient, the
@@ -205,7 +209,7 @@ class CallShape:
         products = self.hidden_grad + self.head_grad
         moved = products * self.pairs * self.logits * factor
         if made_in is not self.factor:
-            # The gradients are copied in the dtype of the factors.
+            # The gradients are first copied to the dtype of the factors.
             moved += self.pairs * self.logits * (made_in.itemsize + factor)
         if self.hidden_grad:
             moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
@@ -215,10 +219,10 @@ class CallShape:
         return Step("products of the gradient", flops, moved, factor)
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
-        """Return the plan of ``steps`` and of the steps that all backends share."""
+        """Return the plan of ``steps``, with the steps that all backends have in common."""
         if self.head_grad:
             # The head gradient is multiplied by the upstream gradient, and copied to the head's
-            # dtype. With float16 factors it is first multiplied by the accumulator's unit.
+            # dtype. With float16 factors, it is multiplied by the accumulator's unit before that.
             wide = self.compute_dtype.itemsize
             each = 2 * wide + (
                 wide + self.dtype.itemsize if self.dtype is not self.compute_dtype else 0
@@ -287,7 +291,7 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
     }
     widths = shape.student_width, shape.teacher_width
     both = shape.projections, shape.sweep_bytes(sum(widths))
-    alone = widths[:1] if shape.teacher_statistics else widths  # one sweep per model
+    alone = widths[:1] if shape.teacher_statistics else widths  # there is one sweep for each model
     each = 2 * shape.logits * sum(alone), sum(map(shape.sweep_bytes, alone))
     steps = [
         Step(name, *(each if name == "log-sum-exps" else both), operand, SWEEP_TIME).times(number)

@@ -1,4 +1,4 @@
-"""The cross entropy of labels alone, by the same operator as the distillation losses."""
+"""The cross entropy of labels, computed by the operator of the distillation losses."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Backend:
     takes_shards: bool = False
 
     def evaluate(self, call: LossCall) -> LossResult:
-        """Return the rows of the call and the gradients of its loss."""
+        """Return the losses of a call's rows, and the gradients of its loss."""
         return importlib.import_module(self.module).evaluate(call)
 
 
@@ -74,10 +74,10 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     try:
         from lens_kernels.backends.triton.tiles import store
 
-        # "auto" takes the kernels only on GPU models where tuning has compared their results.
+        # "auto" uses the kernels only on GPU models where tuning has checked their results.
         complete = store.is_tuned(operand, device)
     except (ImportError, OSError, RuntimeError) as error:
-        # There is no home folder, or Triton cannot be imported.
+        # Either there is no home folder, or Triton cannot be imported.
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
@@ -102,7 +102,7 @@ REGISTRY: dict[str, Backend] = {
 def automatic(
     device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
 ) -> list[Backend]:
-    """Return the backends that ``"auto"`` may choose for such tensors."""
+    """Return the backends that ``"auto"`` may choose for tensors on this device."""
     return [
         backend
         for backend in REGISTRY.values()
@@ -112,7 +112,7 @@ def automatic(
 
 
 def choose(name: str, shape: cost.CallShape) -> Backend:
-    """Return the backend called ``name``. For ``"auto"``, return the cheapest one that can run."""
+    """Return the backend called ``name``, or for ``"auto"`` the cheapest backend that can run."""
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
         able = automatic(device, fp64, shape.dtype)
@@ -138,7 +138,7 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
 
 
 def with_backend(call: LossCall, name: str) -> LossCall:
-    """Return the call with the backend that ``choose`` returns for ``name``."""
+    """Return the call with a backend, chosen by ``choose`` from ``name``."""
     return replace(call, backend=choose(name, cost.CallShape.of(call)).name)
 
 

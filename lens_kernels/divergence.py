@@ -1,4 +1,4 @@
-"""The divergences: each is a pair of functions ``(f, h)`` of the entries of the vocabulary.
+"""The divergences. Each is a pair of functions ``(f, h)``, computed for every vocabulary entry.
 
 The sum of ``f`` over the vocabulary is the divergence. ``h`` gives its gradient with respect to the
 student's (tempered) logits: ``G = h - q * sum(h)``. Adding a multiple of ``p - q`` to ``f`` does
@@ -7,7 +7,7 @@ are chosen so that ``f`` and ``h`` are exactly 0 where ``p == q``, and accurate 
 
 A KL divergence is infinite if its second distribution has no mass where the first has some. So
 ``forward_kl`` and ``jeffreys`` are infinite without student mass, and ``reverse_kl`` and
-``jeffreys`` without teacher mass. Then ``f`` is ``inf``, and so is ``h`` if it contains the
+``jeffreys`` without teacher mass. Then ``f`` is ``inf``. ``h`` is ``inf`` too if it contains the
 infinite logarithm.
 """
 
@@ -24,48 +24,52 @@ Pointwise = tuple[Tensor, Tensor]
 # The weights ``(beta, 1 - beta)`` of teacher and student in the mixture of jsd. Callers compute
 # both in float64, because 1 - beta loses its digits in float32 for beta near 1.
 Mixture = tuple[float | Tensor, float | Tensor]
-# A function of log p, log q, p, q and the mixture, which the caller has already computed.
+# The function of a divergence. Its arguments are log p, log q, p, q and the mixture's weights.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-# Differences of p and q use expm1 if |log p - log q| is below this number.
+# If |log p - log q| is below this number, differences of p and q are computed by expm1.
 NEAR = 0.5
-# This number replaces logits of -inf, because a difference of infinities is NaN.
+# Logits of -inf are replaced by this number, because a difference of infinities is NaN.
 FLOOR = -1e30
-# A log-ratio above this number has a FLOOR in its denominator.
+# A log-ratio above this number comes from a denominator without mass.
 NO_MASS = -FLOOR / 2
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """``exp(x) - 1`` for ``|x| <= NEAR``."""
+    """Return ``exp(x) - 1`` for ``|x| <= NEAR``."""
     if not torch.compiler.is_compiling():
         return torch.expm1(x)
-    # On CPUs Inductor of torch 2.13 generates exp(x) - 1, which cancels near 0. This Taylor series
-    # is accurate to the rounding of the dtype.
+    # On CPUs, torch 2.13's Inductor computes exp(x) - 1 for expm1, which loses digits near 0. The
+    # Taylor series is accurate to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        total = 1 + x * (1 / n) * total  # with ``x / n`` Inductor would divide, which is slower
+        # for ``x / n``, Inductor would generate a division, which is slower
+        total = 1 + x * (1 / n) * total
     return x * total
 
 
 def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
-    """``p - q`` for ``d = log p - log q``. Where p and q nearly agree, it is ``q expm1(d)``."""
+    """Return ``p - q``, where ``d = log p - log q``.
+
+    Where p and q are nearly equal, the result is ``q expm1(d)``.
+    """
     near = d.clamp(-NEAR, NEAR)
     return torch.where(near == d, q * _expm1(near), p - q)
 
 
 def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """``value``, or ``inf`` where ``mass`` is positive but the log-ratio's denominator is zero."""
+    """Return ``value``, or ``inf`` where ``mass`` is positive and the other mass is zero."""
     return torch.where((log_ratio > NO_MASS) & (mass > 0), torch.inf, value)
 
 
 def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
-    """``log(m / q)`` of the mixture ``m = beta p + (1 - beta) q``.
+    """Return ``log(m / q)`` for the mixture ``m = beta p + (1 - beta) q``.
 
     ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms. With ``d = log p - log q``,
     it also equals ``1 + beta expm1(d)``. The first form is accurate away from 1, the second near 1.
-    W. Kahan's identity ``log(1 + x) = log(u) x / (u - 1)``, for any ``u`` near ``1 + x``, joins
-    them.
+    Both are joined by W. Kahan's identity ``log(1 + x) = log(u) x / (u - 1)``, which holds for any
+    ``u`` near ``1 + x``.
     """
-    # Where q is 0 the result may be anything, because callers multiply it by q.
+    # Where q is 0, any result is right, because callers multiply it by q.
     ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
     near = d.clamp(-NEAR, NEAR)
     x = beta[0] * torch.where(near == d, _expm1(near), ratio - 1)
@@ -81,13 +85,14 @@ def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwi
 
 
 def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
-    """``_jsd`` at beta 1/2, where one logarithm is enough.
+    """Return ``_jsd`` for beta 1/2, which needs only one logarithm.
 
     Let ``d = log p - log q`` and ``l = log1p(expm1(-|d|) / 2)``. Then
     ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Neither sum cancels.
     """
     d = lp - lq
-    # ``far`` is expm1(-|d|) without an exponential. Where p and q are 0, the result is 0 for any l.
+    # ``far`` equals expm1(-|d|), but needs no exponential. Where p and q are 0, the result is 0 for
+    # any l.
     larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
     far = torch.minimum(p, q) / larger - 1
     near = -d.abs().clamp(max=NEAR)
@@ -136,7 +141,7 @@ _TABLE: dict[Divergence, Formula] = {
 
 
 def pointwise(divergence: Divergence, beta: float) -> Formula:
-    """Return the function that computes ``(f, h)`` of a divergence."""
+    """Return the function that computes ``(f, h)`` for a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return _jsd_half
     return _TABLE[divergence]

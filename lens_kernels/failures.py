@@ -1,4 +1,4 @@
-"""How the command reports errors: one message, and no traceback on the screen."""
+"""How a command reports errors: as one message, without a traceback on the screen."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lens_kernels.visible import WHITE, visible
 
 PACKAGE = Path(__file__).parent
 MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-# Advice for each command on how to use less memory.
+# For each command, advice on how to use less memory.
 LESS = {
     "train": "lower --per_device_train_batch_size or --max_length, or set --gradient_checkpointing",
     "eval": "lower --batch_size, --max_length or --max_new_tokens, or set --dtype bfloat16",
@@ -24,7 +24,7 @@ LESS = {
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
-    """Return the exit status of ``run``. If it raises, report the error for the command ``name``.
+    """Return the exit status of ``run``. Errors are reported as those of the command ``name``.
 
     For an error that this package raised on purpose, only its message is shown. Any other error may
     be a bug, so it is shown as one line that names a file with its traceback.
@@ -34,14 +34,14 @@ def guarded(name: str, run: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write(f"lens-kernels {name}: interrupted\n")
         return 130
-    except Exception as error:  # a library may raise errors of any kind
+    except Exception as error:  # libraries may raise errors of any class
         text = visible(message(error, name), keep=WHITE)
         sys.stderr.write(f"lens-kernels {name}: {text}\n")
         return 1
 
 
 def message(error: Exception, command: str = "") -> str:
-    """Return a message that says what is wrong and what to do."""
+    """Return a message that explains an error and says what to do."""
     text = str(error).strip()
     first = text.split("\n")[0]
     if isinstance(error, MemoryError) or MEMORY.search(text):
@@ -57,19 +57,19 @@ def message(error: Exception, command: str = "") -> str:
 
 
 def install(module: str) -> str:
-    """Return the command that installs a module, through an extra of this package if possible."""
+    """Return the command that installs a module, if possible through an extra of this package."""
     name = _normal(module.split(".")[0])
     for package, extra in _extras():
         if package == name:
             return f"pip install 'lens-kernels[{extra}]'"
-    # pip installs these modules together with transformers. A module's package may have another
-    # name.
+    # pip installs these modules together with transformers. The name of a package may differ from
+    # its module's.
     if name in OF_TRANSFORMERS and importlib.util.find_spec("transformers") is None:
         return "pip install 'lens-kernels[hf]'"
     return f"pip install {OF_TRANSFORMERS.get(name, name)}"
 
 
-# Modules of the packages that transformers needs, each with its package.
+# The modules of packages that transformers needs, each with the name of its package.
 OF_TRANSFORMERS = {"yaml": "pyyaml"} | {
     name: name
     for name in ("huggingface-hub", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm")
@@ -77,7 +77,7 @@ OF_TRANSFORMERS = {"yaml": "pyyaml"} | {
 
 
 def _extras() -> list[tuple[str, str]]:
-    """Return the packages of this package's extras, each with its extra, except those of dev."""
+    """Return the packages that the extras except dev install, each with its extra."""
     try:
         required = metadata.requires("lens-kernels") or []
     except metadata.PackageNotFoundError:
@@ -92,7 +92,7 @@ def _normal(name: str) -> str:
 
 
 def _is_own(error: Exception) -> bool:
-    """Return whether a ``raise`` of this package made the error."""
+    """Return whether the error comes from a ``raise`` in this package."""
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or PACKAGE not in Path(frames[-1].filename).parents:
         return False
@@ -100,7 +100,7 @@ def _is_own(error: Exception) -> bool:
 
 
 def _kept(error: Exception) -> str:
-    """Write the traceback to a file, and return a note that names the file."""
+    """Write the traceback of an error to a file, and return a note that names the file."""
     try:
         with tempfile.NamedTemporaryFile(
             "w",

@@ -329,8 +329,7 @@ def distillation_loss(
     call = LossCall.of(inputs, terms, options, counted, statistics)
     call = dispatch.with_backend(call, options.backend)
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # These are the weights of rows within their term. ``row_weight`` holds their weights within the
-    # loss.
+    # These weights hold within a term. ``row_weight`` has the weights within the loss.
     lens_rows = counted.expand(pairs, -1)
     final_rows = [counted * (constant + slope * share) for constant, slope in finals.values()]
     row_weight = [

@@ -1,4 +1,4 @@
-"""The tensors of a public call. They are checked before any computation, then flattened."""
+"""The tensors of a public call. They are checked before any computation, and then flattened."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ Head = LensHead | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """One model's head and hidden states. Each state has a name for error messages.
+    """The head and the hidden states of a model. Each state has a name for error messages.
 
-    The head's norm applies to the first ``lenses`` states. A final state is already normed.
+    The head's norm applies to the first ``lenses`` states. The norm was already applied to a final
+    state.
     """
 
     named_hidden: list[tuple[str, Tensor]]
@@ -73,14 +74,14 @@ class Inputs:
         return compute_dtype(self.student.head)
 
     def counted(self) -> Tensor:
-        """Return 1 for each token that counts and 0 for the others, ``(N,)``."""
+        """Return 1 for each token that counts, and 0 for all others, ``(N,)``."""
         if self.mask is None:
             tokens = self.leading_shape.numel()
             return torch.ones(tokens, dtype=self.compute_dtype, device=self.device)
         return self.mask.to(self.compute_dtype)
 
     def labelled(self) -> Tensor | None:
-        """Return 1 for each token that counts and has a label, ``(N,)``."""
+        """Return 1 for each token that counts and has a label, and 0 for all others, ``(N,)``."""
         return None if self.has_label is None else self.counted() * self.has_label
 
 
@@ -89,7 +90,8 @@ def model_inputs(
 ) -> ModelInputs:
     """Check one model's tensors.
 
-    Error messages call them ``<side>_hidden`` and so on, or ``hidden`` if ``side`` is empty.
+    Error messages name the arguments by ``side``, as in ``student_hidden``, or ``hidden`` if it is
+    empty.
 
     With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
     """
@@ -129,7 +131,7 @@ def check_inputs(
     process_group: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> Inputs:
-    """Check that the tensors of a call fit together.
+    """Check that the tensors of a call fit together, and return them.
 
     Without ``mask``, tokens with a label count. Without ``mask`` and ``labels``, all tokens count.
     With a ``process_group``, the ``options`` must be the same on all ranks.
@@ -181,7 +183,7 @@ def check_inputs(
 
 
 def check_float(name: str, x: Any) -> None:
-    """Check that ``x`` is a dense tensor of a supported floating-point dtype."""
+    """Check that ``x`` is a dense tensor with a supported floating-point dtype."""
     _check_dense(name, x)
     if hasattr(x, "full_tensor"):
         raise TypeError(
@@ -202,7 +204,7 @@ def _check_dense(name: str, x: Any) -> None:
 
 
 def _check_head(name: str, value: Any) -> LensHead:
-    """Return a checked ``LensHead`` from a ``LensHead`` or a ``(V, D)`` weight."""
+    """Return a ``LensHead`` from a ``LensHead`` or a ``(V, D)`` weight, after checks."""
     if isinstance(value, Tensor):
         value = LensHead(value)
     if not isinstance(value, LensHead):
@@ -244,7 +246,7 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     """Check that hidden states fit the head of their model.
 
-    Dtypes may differ, but without autocast both or neither must be float64.
+    Dtypes may differ. But without autocast, either both are float64 or neither.
     """
     weight, head_name = model.head.weight, model.head_name
     for name, x in model.named_hidden:
@@ -262,7 +264,7 @@ def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
 
 
 def _leading_shape(named: Sequence[tuple[str, Tensor]]) -> torch.Size:
-    """Return the leading shape of all hidden states."""
+    """Return the leading dimensions, which all hidden states must share."""
     first_name, first = named[0]
     for name, x in named[1:]:
         if x.shape[:-1] != first.shape[:-1]:
@@ -307,7 +309,7 @@ def _token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_si
 
 
 def _check_values(name: str, valid: Tensor, requirement: str) -> None:
-    """Check a condition on the values of a tensor without making the host wait for a GPU."""
+    """Check a condition on a tensor's values, without making the host wait for a GPU."""
     if torch.compiler.is_compiling() or valid.device.type in ("cuda", "meta"):
         compat.assert_on_device(valid.all(), f"{name} {requirement}")
     elif not bool(valid.all()):
@@ -355,7 +357,10 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
 
 
 def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
-    """Return the teacher's statistics of each state and token, ``(S, N, 2)``, if they are given."""
+    """Check the teacher's statistics of each state and token, and return them, ``(S, N, 2)``.
+
+    Return None if there are none.
+    """
     if value is None or inputs.teacher is None:
         return None
     name = "teacher_statistics"
@@ -378,7 +383,7 @@ def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
 
 
 def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
-    """Return the divisor of a sum over tokens. By default it is the number of tokens, at least 1.
+    """Return the divisor of a sum over tokens, by default the number of tokens, at least 1.
 
     ``counted`` is 1 for each token that counts. A tensor is returned in the dtype of ``counted``.
     """
@@ -395,5 +400,5 @@ def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
         check_device("denominator", value, counted.device)
     _check_values("denominator", value >= 0, "must be 0 or more")
     value = value.to(counted).reshape(())
-    # A global batch without tokens has denominator 0. Its loss must be 0 and not NaN.
+    # A global batch without tokens has denominator 0. Its loss must then be 0 and not NaN.
     return torch.where(value == 0, 1, value)

@@ -35,7 +35,7 @@ class LensNorm:
     offset: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check the values that need no other tensor."""
+        """Check each value on its own."""
         if self.kind not in NORM_KINDS:
             raise ValueError(f"LensNorm.kind={self.kind!r} is unknown; choose 'rms' or 'layer'")
         check_number("LensNorm.eps", self.eps, 0.0, inclusive=True)
@@ -72,7 +72,10 @@ class LensNorm:
 
 @dataclass(frozen=True, eq=False)
 class LogitMap:
-    """Maps products to logits: ``slope * (z + bias)``, or ``cap * tanh(inner * (z + bias))``."""
+    """A map from products to logits.
+
+    It is ``slope * (z + bias)``, or with a softcap ``cap * tanh(inner * (z + bias))``.
+    """
 
     bias: Tensor | None
     slope: float | Tensor
@@ -80,7 +83,7 @@ class LogitMap:
     cap: float | Tensor | None = None
 
     def __call__(self, z: Tensor) -> tuple[Tensor, Tensor | float]:
-        """Return the logits and their derivative with respect to ``z``."""
+        """Return the logits, and their derivative with respect to ``z``."""
         if self.bias is not None:
             z = z + self.bias.to(z.dtype)
         if self.inner is None or self.cap is None:
@@ -115,7 +118,7 @@ class LensHead:
     softcap: float | None = None
 
     def __post_init__(self) -> None:
-        """Check the values that need no other tensor."""
+        """Check each value on its own."""
         for name in ("weight", "bias"):
             value = getattr(self, name)
             if not (isinstance(value, Tensor) or (name == "bias" and value is None)):
@@ -128,14 +131,14 @@ class LensHead:
             check_number("LensHead.softcap", self.softcap, 0.0, hint=hint)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of head and norm by name, without those that are None."""
+        """Return all tensors of the head and its norm by name, except those that are None."""
         named = {"weight": self.weight, "bias": self.bias}
         if self.norm is not None:
             named |= {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias}
         return {name: x for name, x in named.items() if x is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LensHead:
-        """Return the head with ``function`` applied to each of its tensors."""
+        """Return a copy of the head in which ``function`` was applied to each tensor."""
         parts = {name: function(x) for name, x in self.tensors().items()}
         norm = self.norm
         if norm is not None:
@@ -144,7 +147,7 @@ class LensHead:
         return replace(self, weight=parts["weight"], bias=parts.get("bias"), norm=norm)
 
     def prefix(self, vocab_size: int) -> LensHead:
-        """Return the head over the first ``vocab_size`` entries, as views."""
+        """Return the head for the first ``vocab_size`` entries. Its tensors are views."""
         if vocab_size == self.weight.shape[0]:
             return self
         bias = None if self.bias is None else self.bias[:vocab_size]
@@ -166,6 +169,6 @@ class LensHead:
 
 
 def compute_dtype(*heads: LensHead | None) -> torch.dtype:
-    """Return the dtype of arithmetic on logits: float32, or float64 with a float64 head."""
+    """Return the dtype of logits: float32, or float64 if a head is float64."""
     dtypes = [head.weight.dtype for head in heads if head is not None]
     return torch.float64 if torch.float64 in dtypes else torch.float32

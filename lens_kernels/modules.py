@@ -1,4 +1,4 @@
-"""The public functions as ``nn.Module``s, which hold only options."""
+"""The public functions as ``nn.Module``s. The modules hold options, but no parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens_kernels.options import DistillationOptions, LensOptions, LossOptions
 
 
 class _Loss(nn.Module):
-    """A module that checks and holds the options of a public function."""
+    """A module for a public function. It checks the function's options and holds them."""
 
     kind: ClassVar[type[LossOptions]]
 
@@ -25,7 +25,7 @@ class _Loss(nn.Module):
         self.options = vars(self.kind(**options))
 
     def extra_repr(self) -> str:
-        """Show the options."""
+        """Return the options, as ``print`` shows them."""
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
 

@@ -1,4 +1,4 @@
-"""The one differentiable operator. It runs any backend, and ``torch.compile`` sees one node."""
+"""The only differentiable operator. It runs any backend, and is one node in ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def apply(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(loss, rows, dropped)`` of a call.
 
     ``loss`` is differentiable, and its gradients are computed in the forward pass. If the call is
-    ``deferred``, ``rows`` is differentiable instead. Its gradients are computed in the backward
+    ``deferred``, ``rows`` is differentiable instead. Gradients are then computed in the backward
     pass, when the weight of each row is known.
     """
     if not torch.compiler.is_compiling():
@@ -32,9 +32,12 @@ def apply(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     schema=f"({SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def lens_loss(*packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Return ``(loss, rows, dropped, gradients of loss)``. See ``LossCall`` and ``LossResult``."""
+    """Return ``(loss, rows, dropped, gradients of loss)`` of the call in ``packed``.
+
+    ``LossCall`` and ``LossResult`` explain these values.
+    """
     call = Packed(*packed).unpack()
-    # The backend decides the dtype of each product. Autocast must not change it.
+    # The backend chooses the dtype of each GEMM, so autocast must not change it.
     with torch.autocast(call.row_weight.device.type, enabled=False):
         result = dispatch.REGISTRY[call.backend].evaluate(call)
     loss = (call.row_weight * result.rows).sum()
@@ -58,7 +61,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     packed = Packed(*inputs)
     call = packed.unpack()
     ctx.deferred = call.deferred
-    # The tensors are saved by autograd, which frees them after the backward pass.
+    # Autograd saves these tensors, and frees them after the backward pass.
     ctx.without_tensors = packed._replace(**packed.map_tensors(lambda x: ...))
     ctx.set_materialize_grads(False)
     saved: list[Tensor] = []
@@ -78,7 +81,7 @@ def _savable(x: Tensor) -> Tensor:
 
 def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[Any, ...]:
     packed: Packed = ctx.without_tensors
-    # The gradients of the operator's arguments, in their order.
+    # The arguments of the operator that may need gradients, in their order.
     result: dict[str, Any] = dict.fromkeys(Packed._fields) | packed.map_tensors(lambda x: None)
     upstream = grad_rows if ctx.deferred else grad_loss
     if upstream is None:
@@ -99,10 +102,11 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
     if compat.backward_keeps_graph() or torch.is_grad_enabled():
         scaled = scale_gradients(grads, upstream, like)
     else:
-        # No later pass needs the gradients. Scaling them in place avoids a copy of the head
-        # gradient.
+        # No later backward pass needs the gradients, so they are scaled in place. This avoids a
+        # copy of the head gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
-    # The student's tensors come first. The teacher's have no flag, because they get no gradient.
+    # The student's tensors come first. The teacher's tensors have no flag, because they get no
+    # gradient.
     flags, each = iter(packed.needs_grad), iter(scaled)
     for name in ("student_hidden", "heads"):
         result[name] = [next(each) if next(flags, False) else None for _ in result[name]]
@@ -120,9 +124,9 @@ lens_loss.register_autograd(_backward, setup_context=_setup_context)
 def scale_gradients(grads: list[Tensor], upstream: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Return ``upstream * grads`` in the dtypes of ``like``.
 
-    The result is a copy, because the graph may be differentiated again. The gradients belong to the
-    tensors ``like``. Because ``like`` is an argument, second derivatives reach this operator, which
-    raises an error.
+    The result is a copy, because there may be another backward pass. ``like`` are the tensors to
+    which the gradients belong. They are an argument so that second derivatives reach this operator,
+    which raises an error.
     """
     return [(g * upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
 

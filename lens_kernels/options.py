@@ -1,6 +1,6 @@
 """The options of a call. Only this module defines their names, defaults and ranges.
 
-Public functions, modules and the Trainer's options take defaults and checks from here.
+Public functions, modules and the Trainer take their defaults and checks from here.
 """
 
 from __future__ import annotations
@@ -29,22 +29,23 @@ class Divergence(str, Enum):
 # These divergences are sums of relative entropies (KL). They have no upper bound, and the Triton
 # kernels need only one sweep over the vocabulary for them.
 RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
-ADAPTIVE = "akl"  # the adaptive KL, which is available only for the final hidden states
+ADAPTIVE = "akl"  # the adaptive KL, which can compare only the final hidden states
 
 
 class Reduction(str, Enum):
-    """How the values of lens pairs and tokens are reduced to the result."""
+    """How the losses of lens pairs and tokens are reduced to the result."""
 
     MEAN = "mean"
     SUM = "sum"
     NONE = "none"
 
 
-# Thresholds relative to the root mean square of a chunk's logit gradients. The 2-norm of the
-# entries left out is at most this part of the whole. 2^-9 is half of bfloat16's unit roundoff.
+# Named thresholds are relative to the root mean square of a chunk's logit gradients. The 2-norm of
+# the skipped entries is at most this part of the chunk's 2-norm. 2^-9 is half of bfloat16's unit
+# roundoff.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 
-# The names are listed at import, because torch.compile of torch 2.8 cannot iterate over an Enum.
+# The names are listed at import, because torch 2.8 cannot compile an iteration over an Enum.
 NAMES: dict[type[Enum], tuple[str, ...]] = {
     kind: tuple(member.value for member in kind) for kind in (Divergence, Reduction)
 }
@@ -53,7 +54,10 @@ EnumT = TypeVar("EnumT", bound=Enum)
 
 
 def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
-    """Return the member of ``kind`` called ``value``. Otherwise raise, and list the known names."""
+    """Return the member of ``kind`` called ``value``.
+
+    Raise an error that lists the valid names if there is none.
+    """
     return kind(_known_name(name, value, NAMES[kind]))
 
 
@@ -72,14 +76,14 @@ def _check_string(name: str, value: object, or_else: str = "") -> str:
 
 
 def check_int(name: str, value: object) -> int:
-    """Return ``value`` if it is an integer, else raise."""
+    """Return ``value`` if it is an integer, and raise an error otherwise."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     return value
 
 
 def check_count(name: str, value: object) -> int:
-    """Return ``value`` if it is a positive integer, else raise."""
+    """Return ``value`` if it is a positive integer, and raise an error otherwise."""
     value = check_int(name, value)
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
@@ -94,9 +98,9 @@ def check_number(
     hint: str = "",
     inclusive: bool = False,
 ) -> float:
-    """Return ``value`` as a float if it is finite and between ``low`` and ``high``, else raise.
+    """Return ``value`` as a float if it is finite and between ``low`` and ``high``.
 
-    The bounds are valid values only if ``inclusive``.
+    Otherwise raise an error. With ``inclusive``, both limits are valid values.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}{hint}")
@@ -110,7 +114,7 @@ def check_number(
 
 
 def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[float, float]]:
-    """Return the divergences of the final hidden states, each with its weight ``(a, b)``.
+    """Return the divergences of the final hidden states, each with two numbers ``(a, b)``.
 
     The weight of a token is ``a + b * head_share``. Only the adaptive KL has ``b`` other than 0.
     """
@@ -141,7 +145,7 @@ def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[f
 
 
 def parse_grad_threshold(name: str, value: object) -> tuple[float | None, bool]:
-    """Return the threshold, and whether it is relative. Named thresholds are, numbers are not."""
+    """Return the threshold, and whether it is relative. Names are relative, and numbers are not."""
     if value is None:
         return None, False
     if isinstance(value, str):
@@ -173,7 +177,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_option(option: str, value: object, name: str | None = None) -> None:
-    """Raise if ``value`` is invalid for ``option``. Messages call the option ``name``."""
+    """Raise an error if ``value`` is invalid for ``option``. The message names it ``name``."""
     CHECKS[option](name or option, value)
 
 
@@ -214,7 +218,7 @@ class LensOptions(LossOptions):
             raise ValueError("layer_weights do not apply to reduction='none': leave them out")
 
     def check_denominator(self, denominator: object) -> None:
-        """Raise if a denominator is given for a reduction that does not divide."""
+        """Raise an error if there is a denominator, but the reduction does not divide."""
         if self.reduction != Reduction.MEAN and denominator is not None:
             reduction = str(Reduction(self.reduction).value)
             raise ValueError(f"denominator needs reduction='mean', got {reduction!r}: leave it out")
@@ -233,6 +237,6 @@ def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> i
     """Return the bytes that the tiles of logits may take on a device."""
     if workspace_bytes is not None:
         return workspace_bytes
-    # On a CPU this holds 640 rows for a vocabulary of 50k, enough for GEMMs at full speed. On a GPU
-    # it holds 1024 rows for a vocabulary of 128k.
+    # On a CPU this is enough for 640 rows with a vocabulary of 50k, with which GEMMs run at full
+    # speed. On a GPU it is enough for 1024 rows with a vocabulary of 128k.
     return (256 if device.type == "cpu" else 1024) * 2**20

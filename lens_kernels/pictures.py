@@ -1,4 +1,4 @@
-"""The style of every picture of the library and the benchmarks: colours, fonts, panels and files.
+"""The style of all pictures of the library and its benchmarks: colours, fonts, panels and files.
 
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart. matplotlib is
 imported when the first picture is drawn.
@@ -17,10 +17,11 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, LIGHT_GREY = "#666666", "#A6A6A6"
 LOWER = "lower is better"
-# Hollow markers show values that are counted instead of measured.
+# Hollow markers show values that were counted and not measured.
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
 STYLE: Any = {
-    "font.family": "DejaVu Sans",  # shipped with matplotlib, so pictures look the same everywhere
+    # matplotlib includes this font, so pictures look the same everywhere
+    "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "figure.titlesize": 11.0,
     "axes.titlesize": 10.0,
@@ -37,12 +38,12 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # makes SVG files reproducible
+    "svg.hashsalt": "lens_kernels",  # with this, the same picture gives the same SVG file
 }
 
 
 def styled(draw: Callable[..., T]) -> Callable[..., T]:
-    """Decorate a function so that its pictures have the style ``STYLE``."""
+    """Return a function that draws with the settings in ``STYLE``."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **options: Any) -> T:
@@ -55,13 +56,13 @@ def styled(draw: Callable[..., T]) -> Callable[..., T]:
 
 
 def canvas(width: float, height: float) -> Any:
-    """Return an empty figure. The size is in inches."""
+    """Return an empty figure with a size in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG to ``path`` and as SVG next to it."""
+    """Write a figure to ``path`` as PNG, and to the same name as SVG."""
     figure.savefig(path)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,14 +1,14 @@
-"""Texts from files and models, as every report shows them."""
+"""Makes texts from files and models safe to show in reports."""
 
 from __future__ import annotations
 
-WHITE = " \n\t"  # white space that a report may hold
+WHITE = " \n\t"  # the white space that reports may contain
 
 
 def visible(text: str, keep: str = " ") -> str:
-    """Return a text with escapes for characters that are invisible or reorder other characters.
+    """Return a text in which invisible characters, and those that reorder others, are escaped.
 
-    These are control, format (including bidirectional) and space characters, except those in
+    They are control, format (including bidirectional) and space characters, except those in
     ``keep``.
     """
     return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)

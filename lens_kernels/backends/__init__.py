@@ -1,1 +1,1 @@
-"""The backends, and the code that they share. A backend is a function ``evaluate(call)``."""
+"""The backends: functions ``evaluate(call)`` that return losses and gradients, and shared code."""

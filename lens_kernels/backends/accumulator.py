@@ -1,4 +1,4 @@
-"""The losses of a call and the sums of its gradients. All backends use this accumulator."""
+"""Collects the losses of a call and the sums of its gradients, for every backend."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
 def headroom(call: LossCall, dtype: torch.dtype) -> float:
-    """Return the power of two by which tiles of logit gradients in ``dtype`` are multiplied.
+    """Return the factor, a power of two, by which tiles of logit gradients are multiplied.
 
     Most entries of a softmax over a vocabulary are below 6e-5, the smallest normal number of
-    float16, whose largest number is 65504. Logit gradients are at most 1, except those of the
-    divergences in ``UNBOUNDED``. For these the factor leaves room for a log-ratio of about 500.
+    float16, whose largest number is 65504. Logit gradients are at most 1, except for the
+    divergences in ``UNBOUNDED``. For those, the factor leaves room for a log-ratio of about 500.
     """
     if dtype is not torch.float16:
         return 1.0
@@ -36,8 +36,8 @@ class Accumulator:
 
     Tiles of logit gradients in float16 are divided by a unit, and the finished sums are multiplied
     by it. Otherwise a weight of 1/N would round most of a tile to zero. The unit is a power of two:
-    about the largest token weight times the slope of its logits, divided by ``headroom``.
-    ``grad_threshold`` is relative to the largest weight too.
+    about the largest token weight times the slope of its logits, divided by ``headroom``. A numeric
+    ``grad_threshold`` is also relative to the largest weight.
     """
 
     def __init__(self, call: LossCall, grad_dtype: torch.dtype) -> None:
@@ -57,14 +57,15 @@ class Accumulator:
             key: in_huge_pages(torch.empty(x.shape, dtype=compute, device=device))
             for key, x in call.needing_grad().items()
         }
-        # The first product of all columns overwrites the head's gradient, so zeros are not needed.
-        # Products of active columns only add to the gradient, so zeros are needed.
+        # Without a threshold, the first GEMM overwrites the head's gradient, so zeros are not
+        # needed. With a threshold, the GEMMs only add to some of its rows.
         set_rows = call.vocab_size if self.tokens and self.threshold is None else 0
         for key, grad in self.grads.items():
             (grad[set_rows:] if key == "weight" else grad).zero_()
-        # The number of rows of the head's gradient that are initialised.
+        # The head's gradient is initialised up to this row.
         self.begun = call.vocab_size - set_rows
-        # The sums of absolute logit gradients: of all entries, and of those left out.
+        # Two sums of absolute logit gradients: of all entries, and of the entries that were
+        # skipped.
         self.mass = torch.zeros(2, dtype=compute, device=device)
         # With a process group, each rank has only its entries' part of the gradients before the
         # head. These are linear in the logit gradients, so their sums are complete.
@@ -72,26 +73,26 @@ class Accumulator:
         self.unfinished: list[Any] = []
 
     def set_unit(self, call: LossCall, scale: float) -> None:
-        """Choose the unit, and divide the weights of the rows by it."""
-        # Masked rows do not count, because their weight may be infinite or NaN.
+        """Choose the unit of float16 gradients, and divide the weights of all rows by it."""
+        # Masked rows are left out, because their weights may be infinite or NaN.
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # The last row of weights belongs to the labels, which have no temperature.
+            # The labels have the last row of weights. The temperature does not apply to them.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]
             largest = torch.stack(sizes).amax() * call.student_head.scale
         largest = torch.where(largest > 0, largest, 1.0).to(self.weight.dtype)
         mantissa = torch.frexp(largest).mantissa
-        # Dividing by a power of two is exact.
+        # A division by a power of two is exact.
         self.unit = largest / mantissa / scale
         self.weight = self.weight / self.unit
         if self.threshold is not None and not self.relative_threshold:
             self.threshold = self.threshold * scale * mantissa
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
-        """Return the keys of the gradients that a lens pair changes."""
+        """Return the keys of the gradients to which a lens pair contributes."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
 
@@ -105,12 +106,13 @@ class Accumulator:
         weight_sum: Tensor | None = None,
         survey: Survey | None = None,
     ) -> Tensor | None:
-        """Add a tile's part to the head's gradients. Return the rows' gradient if it is needed.
+        """Add a tile's part to the head's gradients, and return the gradient of the hidden rows.
 
-        ``grad`` ``(R, C)`` is the gradient with respect to ``x @ weight.T``. ``x`` ``(R, D)`` holds
-        rows of hidden states, and ``weight`` ``(C, D)`` the rows ``columns`` of the head. Calls
-        must come in ascending order of ``columns``. ``weight_sum``, the sum of the rows of
-        ``weight``, and ``survey`` are computed unless they are given.
+        The result is None if no tensor needs it. ``grad`` ``(R, C)`` is the gradient with respect
+        to ``x @ weight.T``. ``x`` ``(R, D)`` holds rows of hidden states, and ``weight`` ``(C, D)``
+        the rows ``columns`` of the head. Calls must come in ascending order of ``columns``.
+        ``weight_sum`` is the sum of the rows of ``weight``. It and ``survey`` are computed here if
+        they are not given.
         """
         if "bias" in targets:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
@@ -143,7 +145,7 @@ class Accumulator:
             self.unfinished += [self.reduce.begin_sum(x) for x in done]
 
     def result(self) -> LossResult:
-        """Return the losses of the rows, and the gradients multiplied by the unit."""
+        """Return the losses of all rows, and the gradients, multiplied by the unit."""
         grads = self.grads
         self.finish("norm_weight", "norm_bias")
         if self.reduce is not None and self.threshold is not None:

@@ -1,4 +1,4 @@
-"""Calls of pointwise functions. TorchInductor compiles them if the machine has a compiler."""
+"""Calls of pointwise functions, which TorchInductor compiles if the machine has a compiler."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from torch import Tensor
 from lens_kernels import compat
 
 INDUCTOR: dict[str, Any] = {
-    # These thresholds make Inductor recompute cheap values from the two tiles of logits instead of
-    # storing them. By default it stores four blocks instead of one, and the pass takes 1.6 times as
-    # long (2 cores).
+    # These thresholds make Inductor compute cheap values twice instead of storing them. By default
+    # it stores four blocks instead of one, and the pass takes 1.6 times as long (2 cores).
     "realize_opcount_threshold": 1 << 30,
     "realize_reads_threshold": 1 << 30,
     # Fused multiply-add instructions save 10 % of the pass on a CPU.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-# On a GPU Inductor's default thresholds are good, but by default it splits reductions of up to 512
-# rows. Only the number of rows may vary between calls. For a variable vocabulary size, Inductor's
-# code would divide once per element.
+# Inductor's default thresholds are good on a GPU, but by default it splits reductions of up to 512
+# rows. Only the number of rows may vary between calls. With a variable vocabulary size, the
+# compiled code would need a division for each element.
 INDUCTOR_GPU: dict[str, Any] = {"split_reductions": False}
-# The most variants of a function that a process compiles. They differ in the divergence, in whether
-# there is a gradient, a bias, or a softcap, and in whether there is a single row. Beyond torch's
-# default limit of 8, torch would run the function eagerly.
+# The most variants of a function that are compiled in a process. Variants differ in the divergence,
+# in whether there is a gradient, a bias, a softcap, and in whether there is a single row. torch's
+# default is 8 variants. It would run further ones eagerly.
 VARIANTS = 64
 
 _compiler_failed = False
@@ -37,7 +36,7 @@ _compiler_failed = False
 
 @functools.cache
 def load() -> None:
-    """Make sure that torch's compiler can be imported. torch imports it for every custom operator.
+    """Make sure that torch can import its compiler, which it does for every custom operator.
 
     The import fails if the compiler's cache folder cannot be created. Then the compiler gets
     another folder, and the pointwise pass is not compiled in this process.
@@ -74,9 +73,10 @@ def _compile_for_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function``, compiled if ``compiled`` is true and the compiler works, else eagerly.
+    """Call ``function``. It is compiled if ``compiled`` is true and the compiler works.
 
-    The first argument is a tensor. The other tensors have as many rows, or no row dimension.
+    The first argument is a tensor. Any other tensor has the same number of rows, or no dimension
+    for rows.
     """
     global _compiler_failed
     if compiled and not _compiler_failed:

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Vocabulary entries that one product covers on a CPU. MKL reaches 175 GFLOP/s on tiles of this
+# A GEMM on a CPU takes this many vocabulary entries. MKL reaches 175 GFLOP/s on tiles of this
 # width, and 120 on the whole vocabulary (2 cores, 256 to 512 rows, hidden size 576 to 1600).
 CPU_VOCAB_TILE = 768
 HALF = (torch.float16, torch.bfloat16)
 
 
 def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
-    """Say whether the device can multiply matrices in ``dtype`` and return them in ``result``."""
+    """Return whether the device multiplies matrices in ``dtype`` with a result in ``result``."""
     if dtype not in HALF or result is not torch.float32:
         return False
     if device.type == "cpu":
@@ -28,10 +28,10 @@ def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.d
 
 @functools.cache
 def _has_amx() -> bool:
-    """Say whether the CPU has AMX for bfloat16, and torch has the setting that uses it.
+    """Return whether the CPU has AMX for bfloat16 and torch has a setting to use it.
 
     CPUs with only vector instructions for bfloat16 gain little: 200 GFLOP/s instead of 190. torch
-    2.13 has this setting and also reports the capabilities of the CPU. Older versions do not.
+    2.13 has this setting, and reports the capabilities of the CPU. Older versions do neither.
     """
     onednn = torch.backends.mkldnn
     can_be_told = onednn.is_available() and hasattr(onednn, "matmul")
@@ -40,9 +40,9 @@ def _has_amx() -> bool:
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-# Without this lock, a thread could reset the setting while another thread needs it.
+# The lock keeps a thread from resetting the setting while another thread needs it.
 _lock = threading.Lock()
-# This holds the user's setting while this module replaces it.
+# The user's setting, while this module has replaced it.
 _users: str | None = None
 
 
@@ -67,15 +67,15 @@ def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
         finally:
             try:
                 _restore()
-            finally:  # an interrupt may have come inside the first call
+            finally:  # an interrupt may have cut the first call short
                 _restore()
 
 
 def _restore() -> None:
-    """Restore the user's setting if it was replaced."""
+    """Restore the user's setting, if this module has replaced it."""
     global _users
     if _users is not None:
-        _onednn().fp32_precision = "none"  # "none" inherits from torch's general setting
+        _onednn().fp32_precision = "none"  # "none" takes the value of torch's general setting
         if _onednn().fp32_precision != _users:
             _onednn().fp32_precision = _users
         _users = None
@@ -86,7 +86,10 @@ def _onednn() -> Any:
 
 
 def _start_in_child() -> None:
-    """Renew lock and setting in a forked process, which lacks the thread that changed them."""
+    """Create a new lock and restore the setting in a forked process.
+
+    The thread that held the lock does not exist there.
+    """
     global _lock
     _lock = threading.Lock()
     _restore()
@@ -97,7 +100,7 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 
 
 class Factors:
-    """A head's weight and rows of hidden states, in the dtypes of their GEMM.
+    """A head's weight and rows of hidden states, in the dtypes in which they are multiplied.
 
     Under autocast both are rounded to ``operand_dtype``, except float64, which autocast never
     changes. A 16-bit weight that the device cannot multiply is converted to fp32 tile by tile.
@@ -112,7 +115,7 @@ class Factors:
         self.dtype = self.weight.dtype if native else compute
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return hidden states in the dtype of the GEMM."""
+        """Return rows of hidden states in the dtype in which they are multiplied."""
         return _rounded(x, self.rounded_to).to(self.dtype)
 
 
@@ -121,10 +124,13 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield tiles of a matrix's rows in ``dtype``. Converted tiles share one buffer."""
+    """Yield slices of a matrix's rows with these rows in ``dtype``.
+
+    If rows are converted, all slices share one buffer.
+    """
     rows = matrix.shape[0]
     step = max(1, min(rows, CPU_VOCAB_TILE) if matrix.device.type == "cpu" else rows)
-    # New memory for each tile can take several times as long as the copy.
+    # Allocating new memory for each tile can take several times as long as the copy.
     wide = None if matrix.dtype is dtype else torch.empty_like(matrix[:step], dtype=dtype)
     for start in range(0, rows, step):
         span = slice(start, start + step)
@@ -133,12 +139,12 @@ def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 def _has_out_dtype(factor: Tensor) -> bool:
-    """Say whether ``torch.mm`` can return fp32 for this 16-bit factor."""
+    """Return whether ``torch.mm`` can multiply this 16-bit factor with a result in fp32."""
     return factor.dtype in HALF and factor.device.type == "cuda"
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Set ``out = x @ weight.T``. ``x`` has the dtype of ``Factors``."""
+    """Set ``out = x @ weight.T``. ``x`` comes from ``Factors.rows``."""
     if _has_out_dtype(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return
@@ -152,7 +158,7 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``. ``a`` has the dtype of ``Factors``."""
+    """Return ``a @ b``. ``a`` has the dtype of the rows from ``Factors.rows``."""
     if _has_out_dtype(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype is b.dtype and a.dtype not in HALF:

@@ -1,4 +1,4 @@
-"""Cheaper memory for CPU buffers. Linux clears every page at its first use, which takes time.
+"""Faster memory for buffers on a CPU: Linux clears each page at its first use, which takes time.
 
 With 1024 tokens and a vocabulary of 50257, a call cleared 90,000 to 190,000 pages of 4 KiB. That
 was up to an eighth of its time (2 cores). Both functions have no effect on other systems.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
-# glibc's malloc never keeps larger blocks: it unmaps them when they are freed.
+# glibc's malloc never keeps larger blocks. It returns them to the system when they are freed.
 LARGEST_KEPT = 31 << 20
 
 
@@ -32,19 +32,19 @@ def _madvise() -> Callable[..., Any] | None:
 def in_huge_pages(x: Tensor) -> Tensor:
     """Request pages of 2 MiB for the new tensor ``x``, and return it."""
     madvise = _madvise()
-    # A tensor of a subclass may have no memory: fake tensors have none.
+    # Tensors of a subclass may have no memory, as fake tensors do.
     if madvise is None or x.device.type != "cpu" or type(x) is not Tensor:
         return x
     start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE
     end = (x.data_ptr() + x.nbytes) // HUGE_PAGE * HUGE_PAGE
-    if end > start:  # there is at least one whole page
+    if end > start:  # this holds at least one whole huge page
         madvise(start, end - start, mmap.MADV_HUGEPAGE)
     return x
 
 
 @functools.cache
 def keep_freed_blocks() -> None:
-    """Let malloc keep freed blocks for reuse.
+    """Make malloc keep freed blocks of memory for reuse.
 
     glibc keeps freed memory up to twice the size of the largest block that was freed before. So
     this function frees one block of the largest size that glibc takes into account. Otherwise the

@@ -14,31 +14,31 @@ from lens_kernels import compat
 
 # Each row of a tile begins at a cache line of the CPU, which holds this many logits. With a
 # vocabulary of 50257 the projections then take 7 % less time (2 cores, hidden size 768 and 1600).
-# The number of lines in a row is odd. With an even number, the entries of a column would share few
-# sets of the first-level cache. With a vocabulary of 49152, one more line saves 9 % of the time of
-# the projections and of the head's gradient (hidden size 576).
+# The number of cache lines in a row is odd. With an even number, all entries of a column would
+# compete for few places in the first-level cache. With a vocabulary of 49152, one more line saves 9
+# % of the time of the projections and of the head's gradient (hidden size 576).
 LINE = 16
-# GEMMs on a GPU work on blocks of this many rows. Any other number of rows wastes a part of the
-# last block.
+# GEMMs on a GPU process blocks of this many rows. With another number of rows, a part of the last
+# block is wasted.
 BLOCK = 128
 # On a GPU, the number of rows in a tile of logits, and in a buffer of gradients. Each buffer is one
 # operand of two GEMMs. One of them also reads and writes the fp32 head gradient, which takes as
 # long as multiplying 1050 rows.
 TILE_ROWS, GRAD_ROWS = 512, 2048
-# Each row of gradients begins at a multiple of this many entries, which GEMMs on a GPU need to be
-# fast.
+# Each row of gradients begins at a multiple of this many entries. Otherwise GEMMs on a GPU are
+# slow.
 GRAD_LINE = 64
 
 
 @compat.constant_in_graphs
 def has_row_kernel(device: torch.device, compute: torch.dtype) -> bool:
-    """Say whether the pass uses the Triton kernel: on CUDA devices with Triton, in float32."""
+    """Return whether the pass runs as a Triton kernel: on CUDA devices with Triton, in float32."""
     on_gpu = device.type == "cuda" and compute is torch.float32
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 
 class Piece(NamedTuple):
-    """Neighbouring rows of one lens pair: the unmasked tokens ``start`` to ``stop``."""
+    """Some consecutive rows of one lens pair: its unmasked tokens ``start`` to ``stop``."""
 
     pair: int
     start: int
@@ -47,11 +47,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The largest number of rows in a tile of logits, and in the gradients that one GEMM takes.
+    """The largest numbers of rows in a tile of logits and in a GEMM over gradients.
 
-    With enough rows, both are multiples of ``block``. ``block`` is 1 if the workspace has no room
-    for more rows. With ``shared``, one tile may hold rows of several lens pairs. ``grad_stride`` is
-    the row stride of the gradients, or None if the gradients overwrite the student's logits.
+    With enough rows, both are multiples of ``block``, which is 1 if the workspace has no room for
+    more. With ``shared``, a tile may hold rows of several lens pairs. ``grad_stride`` is the row
+    stride of the gradients, or None if the gradients overwrite the student's logits.
     """
 
     tile_rows: int
@@ -63,7 +63,8 @@ class Layout:
     def steps(self, pairs: int, tokens: int) -> Iterator[list[list[Piece]]]:
         """Yield the tiles of each step. A tile is a list of pieces.
 
-        A step ends with the GEMMs over all its gradients. Steps have about the same size.
+        At the end of a step, GEMMs process all of its gradients. All steps have about the same
+        size.
         """
         runs, rows, step, tile = self._sizes(pairs, tokens)
         for first in range(0, runs * rows, rows or 1):
@@ -73,16 +74,16 @@ class Layout:
                 yield [[*_pieces(at, min(at + tile, stop), tokens)] for at in tiles]
 
     def counts(self, pairs: int, tokens: int) -> tuple[int, int]:
-        """Return the numbers of steps and of tiles."""
+        """Return the number of steps and the number of tiles of a call."""
         runs, rows, step, tile = self._sizes(pairs, tokens)
         whole, rest = rows // step, rows % step  # torch.compile does not support divmod
         steps, tiles = whole + bool(rest), whole * math.ceil(step / tile) + math.ceil(rest / tile)
         return runs * steps, runs * tiles
 
     def _sizes(self, pairs: int, tokens: int) -> tuple[int, int, int, int]:
-        """Return the number of runs, and the number of rows in a run, a step and a tile.
+        """Return the number of runs, and how many rows a run, a step and a tile have.
 
-        A run holds the rows of all pairs if these share tiles, and otherwise those of one pair.
+        A run has the rows of all pairs if pairs share tiles, and otherwise the rows of one pair.
         """
         runs, rows = (1, pairs * tokens) if self.shared else (pairs, tokens)
         step = max(1, evened(rows, self.grad_rows, self.block))
@@ -90,7 +91,7 @@ class Layout:
 
 
 def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
-    """Yield the pieces of the rows ``start`` to ``stop``, which are numbered pair after pair."""
+    """Yield the pieces of the rows ``start`` to ``stop``, counted through all pairs."""
     while start < stop:
         pair, token = divmod(start, tokens)
         end = min(tokens, token + stop - start)
@@ -99,28 +100,28 @@ def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
 
 
 def evened(rows: int, limit: int, block: int = 1) -> int:
-    """Return the size of the parts if ``rows`` are divided into about equal parts.
+    """Return the size of the parts if ``rows`` are divided into parts of about equal size.
 
-    It is at most ``limit``. If there are enough rows, it is a multiple of ``block``.
+    The size is at most ``limit``. With enough rows, it is a multiple of ``block``.
     """
     part = math.ceil(rows / max(1, math.ceil(rows / max(1, limit))))
     return min(rows, limit, math.ceil(part / block) * block)
 
 
 def row_stride(vocab_size: int) -> int:
-    """Return the row stride of a tile of logits, in elements."""
+    """Return the distance between rows in a tile of logits, in elements."""
     return (math.ceil(vocab_size / LINE) | 1) * LINE
 
 
 def grad_stride(vocab_size: int) -> int:
-    """Return the row stride of the gradients, in elements."""
+    """Return the distance between rows of gradients, in elements."""
     return math.ceil(vocab_size / GRAD_LINE) * GRAD_LINE
 
 
 def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -> int:
-    """Return the bytes that the tiles need per row, if gradients overwrite the logits.
+    """Return the bytes of the tiles for each row, if gradients overwrite the logits.
 
-    They hold the logits of both models and, if the GEMMs take 16-bit factors, a copy of the
+    The tiles hold the logits of both models and, if the GEMMs take 16-bit factors, a copy of the
     gradient.
     """
     copy = 0 if operand == compute else operand.itemsize
@@ -128,15 +129,15 @@ def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -
 
 
 def in_place(tokens: int, bytes_per_row: int, workspace_bytes: int) -> Layout:
-    """Return the layout in which gradients overwrite the student's logits."""
+    """Return the layout for a pass whose gradients overwrite the student's logits."""
     rows = evened(tokens, max(1, workspace_bytes // bytes_per_row))
     return Layout(rows, rows)
 
 
 def apart(rows: int, vocab_size: int, operand: torch.dtype, workspace_bytes: int) -> Layout:
-    """Return the layout in which gradients have a separate buffer, in dtype ``operand``.
+    """Return the layout for a pass that writes gradients to another buffer, in dtype ``operand``.
 
-    ``rows`` counts the rows of all pairs. The fp32 logits take at most half of the workspace.
+    ``rows`` is the number of rows of all pairs. The fp32 logits take at most half of the workspace.
     """
     logits = 2 * row_stride(vocab_size) * torch.float32.itemsize
     stride = grad_stride(vocab_size)

@@ -1,6 +1,6 @@
-"""The interface of the pass over a tile of logits, which computes losses and logit gradients.
+"""The interface of the pass, which turns a tile of logits into losses and logit gradients.
 
-``pointwise_pass`` and ``row_kernel_pass`` implement it.
+The modules ``pointwise_pass`` and ``row_kernel_pass`` implement it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from lens_kernels.options import Divergence
 
 
 class Terms(NamedTuple):
-    """The losses that the rows of a tile have, and the weight of each row, ``(R,)``.
+    """The loss terms of a tile's rows, and the weight of each row, ``(R,)``.
 
-    They have a divergence from the teacher, a cross entropy of labels at temperature 1, or both.
+    There is a divergence from the teacher, or a cross entropy of labels at temperature 1, or both.
     """
 
     divergence: Divergence | None
     weight: Tensor | None
     labels: Tensor | None
     label_weight: Tensor | None
-    # ``(maximum, log sum exp(z - maximum))`` of each row ``z`` of the teacher's logits, if known.
+    # For each row ``z`` of the teacher's logits, ``(maximum, log sum exp(z - maximum))``, if known.
     teacher_statistics: Tensor | None = None
 
 
 class Pass(Protocol):
-    """The pass, for the heads and options of one call."""
+    """A pass for the heads and options of one call."""
 
     layout: Layout
 
     def survey(self) -> Survey:
-        """Return an empty survey of gradients, which ``run`` fills."""
+        """Return empty statistics of gradients, which ``run`` can fill."""
 
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any

@@ -20,11 +20,11 @@ from lens_kernels.lens import LensHead, LogitMap
 
 # On a CPU, a call over at least this many pairs of logits compiles the pass. Compiling takes 6 to
 # 10 s once per process, or 24 s if the code is not in Inductor's disk cache. It saves 10 to 15 ms
-# per million pairs, so 120 such calls make up for it (2 cores). On other devices the pass is always
-# compiled, because the eager pass moves several times as many bytes.
+# per million pairs, so compiling pays off after 120 such calls (2 cores). On other devices the pass
+# is always compiled, because the eager pass moves several times as many bytes.
 CPU_COMPILE_LOGITS = 1 << 23
-# Logits that the eager or the compiled pass takes at once on a CPU. The temporaries of the eager
-# pass, and the tiles of the compiled pass, then stay in the cache.
+# How many logits the eager and the compiled pass process at once on a CPU. The temporaries of the
+# eager pass, and the tiles of the compiled pass, then stay in the cache.
 CPU_EAGER_BLOCK = 1 << 17
 CPU_COMPILED_BLOCK = 1 << 20
 
@@ -32,8 +32,8 @@ CPU_COMPILED_BLOCK = 1 << 20
 def softmax(u: Tensor) -> tuple[Tensor, Tensor]:
     """Return log-softmax and softmax, with one exponential per entry.
 
-    The log-sum-exp is kept as two numbers, the maximum and the log of the sum. As one fp32 number
-    near 60 it would put an error of 4e-6 into every probability. Both results use the same rounded
+    The log-sum-exp is kept as two numbers, the maximum and the log of the sum. A single fp32 number
+    near 60 would cause an error of 4e-6 in every probability. Both results use the same rounded
     logarithm. An error that ``log q`` and ``q`` share changes divergences only in second order.
     """
     u = u - u.amax(-1, keepdim=True)
@@ -46,7 +46,7 @@ class Comparison(NamedTuple):
     """The inputs of a divergence from the teacher's products ``zt`` ``(R, V)``.
 
     ``formula`` is a function, not a name. torch 2.13 does not recompile when an ``Enum`` that
-    selects a table entry changes, and would run the first divergence for all. Numbers are 0-dim
+    selects a table entry changes, and would run the first divergence for all. Its numbers are 0-dim
     tensors. torch 2.13 would turn floats into doubles, and CPU loops would spend a sixth of their
     time on converting them.
     """
@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """The inputs of the cross entropy of labels ``(R,)``. The temperature does not apply to it."""
+    """The inputs of the cross entropy of labels ``(R,)``. It always uses temperature 1."""
 
     labels: Tensor
     weight: Tensor
@@ -123,21 +123,21 @@ def _cross_entropy(zs: Tensor, row: Labels, with_grad: bool) -> tuple[Tensor, Te
 
 
 def is_compiled(device: torch.device, logits: int) -> bool:
-    """Say whether a call over this number of pairs of logits compiles its pointwise pass."""
+    """Return whether a call over this many pairs of logits compiles its pointwise pass."""
     return device.type != "cpu" or logits >= CPU_COMPILE_LOGITS
 
 
 def block_rows(device: torch.device, compiled: bool, rows: int, vocab_size: int) -> int:
-    """Return how many rows of a tile the pass takes at once."""
+    """Return how many rows of a tile the pass processes at once."""
     if device.type == "cpu":
         limit = CPU_COMPILED_BLOCK if compiled else CPU_EAGER_BLOCK
         return min(rows, max(1, limit // vocab_size))
-    # The eager pass makes temporaries as large as its block. The compiled pass makes none.
+    # The eager pass needs temporaries as large as its block. The compiled pass needs none.
     return rows if compiled else max(1, rows // 16)
 
 
 class TorchPass:
-    """The pass by torch: eager, or compiled by Inductor."""
+    """The pass by torch: eager code, or code compiled by Inductor."""
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         compute = call.compute_dtype
@@ -149,16 +149,16 @@ class TorchPass:
             keep_freed_blocks()
         row_bytes = bytes_per_row(columns, factor, compute)
         self.layout = in_place(tokens, row_bytes, call.workspace_bytes)
-        # 1 - beta is computed in fp64, because in fp32 it loses its digits for a beta near 1.
+        # 1 - beta is computed in fp64, because in fp32 it would lose its digits for a beta near 1.
         beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
         self.beta = beta, rest
         self.student, self.untempered = self.maps(call.student_head)
         self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head)[0]
 
     def maps(self, head: LensHead) -> list[LogitMap]:
-        """Return the maps from products to logits at the call's temperature and at temperature 1.
+        """Return two maps from a head's products to logits, at the call's temperature and at 1.
 
-        Their numbers are 0-dim tensors.
+        The numbers in the maps are 0-dim tensors.
         """
         head = head.prefix(self.call.vocab_size)
         return [
@@ -167,7 +167,7 @@ class TorchPass:
         ]
 
     def survey(self) -> ColumnStatistics:
-        """Return an empty survey of gradients."""
+        """Return empty statistics of gradients."""
         return ColumnStatistics(self.compiled)
 
     def run(
@@ -186,7 +186,7 @@ class TorchPass:
             arguments = zs, *terms_of_block, grad is not None
             blocks.append(compiled.call(self.compiled, tile_pass, *arguments))
             if survey is not None:
-                survey.add(zs)  # zs holds the gradient now
+                survey.add(zs)  # the gradient has overwritten zs
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
 
     def arguments(
@@ -214,7 +214,7 @@ class TorchPass:
 
 
 def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:
-    """Return the map with 0-dim tensors in place of floats."""
+    """Return the map with its floats as 0-dim tensors."""
     numbers = {
         name: torch.tensor(value, dtype=dtype)
         for name, value in vars(logit_map).items()

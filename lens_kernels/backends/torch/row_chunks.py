@@ -1,10 +1,10 @@
-"""The ``torch`` backend. It works on tiles of tokens, and computes nothing twice.
+"""The ``torch`` backend. It processes tiles of tokens, and computes nothing twice.
 
-For each tile, one GEMM per model computes the logits over the whole vocabulary. One pass turns them
-into losses and the gradient of the student's logits. Two more GEMMs turn that into the gradients of
-hidden states and head. This takes ``3 D_s + D_t`` multiplications per token and vocabulary entry,
-as few as with all logits in memory. ``D_s`` and ``D_t`` are the hidden sizes of student and
-teacher. Only one tile of logits per model is in memory at a time.
+For each tile, one GEMM per model computes the logits over the whole vocabulary. One pass turns the
+logits into losses and the gradient of the student's logits. Two more GEMMs turn this gradient into
+the gradients of hidden states and head. The cost is ``3 D_s + D_t`` multiplications per token and
+vocabulary entry, as few as with all logits in memory. ``D_s`` and ``D_t`` are the hidden sizes of
+student and teacher. Only one tile of logits per model is in memory at a time.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
 
-Rows = Tensor | slice  # selects tokens: a slice, or the indices of unmasked tokens
+Rows = Tensor | slice  # which tokens: a slice, or the indices of unmasked tokens
 MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 
 
 def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
-    """Return the rows of the call and the gradients of its loss."""
+    """Return the losses of a call's rows, and the gradients of its loss."""
     chunks = _RowChunks(call, make_pass or pass_for(call))
     for tiles in chunks.layout.steps(len(call.student_hidden), chunks.sums.tokens):
         chunks.step(tiles)
@@ -40,7 +40,7 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 
 def pass_for(call: LossCall) -> MakePass:
-    """Return the pass by the Triton kernel where it can run, and else the pass by torch."""
+    """Return the class of the pass: by the Triton kernel where it can run, else by torch."""
     if call.group:
         from lens_kernels.backends.torch.sharded_pass import ShardedPass
 
@@ -53,7 +53,7 @@ def pass_for(call: LossCall) -> MakePass:
 
 
 class _Model:
-    """The head of one model, in the dtype of the GEMMs."""
+    """One model's head, in the dtype of the GEMMs."""
 
     def __init__(self, head: LensHead, call: LossCall) -> None:
         self.head = head.prefix(call.vocab_size)
@@ -62,7 +62,10 @@ class _Model:
         self.weight = self.factors.weight
 
     def read(self, hidden: Tensor, rows: Rows, normed: bool) -> _Read:
-        """Return rows of a hidden state for a GEMM, and the values that norm backward needs."""
+        """Return rows of a hidden state for a GEMM.
+
+        They come with the values that the backward pass of the norm needs.
+        """
         x = hidden[rows].to(self.compute_dtype)
         saved = None
         if normed and self.head.norm is not None:
@@ -72,14 +75,14 @@ class _Model:
 
 
 class _Read(NamedTuple):
-    """Rows as a factor of a GEMM, and ``(x_hat, rstd)`` if they were normalised."""
+    """Rows as a factor of a GEMM. ``saved`` is ``(x_hat, rstd)`` if the rows were normalised."""
 
     x: Tensor
     saved: tuple[Tensor, Tensor] | None
 
 
 class _RowChunks:
-    """The buffers of a call's steps, and the sums over all steps."""
+    """The tiles and the gradient buffer of a call, and the sums over all steps."""
 
     def __init__(self, call: LossCall, make_pass: MakePass) -> None:
         self.call = call
@@ -108,12 +111,12 @@ class _RowChunks:
             self.grad = buffer(self.layout.grad_rows, self.layout.grad_stride, factor)
 
     def rows(self, piece: Piece) -> Rows:
-        """Return the tokens of a piece."""
+        """Return which tokens of the hidden state are in a piece."""
         rows = slice(piece.start, piece.stop)
         return rows if self.sums.index is None else self.sums.index[rows]
 
     def step(self, tiles: list[list[Piece]]) -> None:
-        """Evaluate the tiles one by one, then run the GEMMs over all their gradients."""
+        """Process the tiles of a step, then run the GEMMs over all gradients of the step."""
         call, norm = self.call, self.student.head.norm
         pieces = [piece for tile in tiles for piece in tile]
         targets: set[int | str] = set()
@@ -144,7 +147,7 @@ class _RowChunks:
                 self.sums.finish(piece.pair)
 
     def project(self, tile: list[Piece]) -> list[_Read]:
-        """Fill the tiles of both models, and return the student's rows."""
+        """Compute the products of a tile for both models, and return the student's rows."""
         call = self.call
         reads = []
         sides = (self.student, call.student_hidden), (self.teacher, call.teacher_hidden)
@@ -158,7 +161,7 @@ class _RowChunks:
         return reads[0]
 
     def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
-        """Run the pass over a tile, and store its losses.
+        """Run the pass over a tile, and store the losses of its rows.
 
         Neighbouring pieces with the same kind of loss share one run of the pass.
         """
@@ -199,7 +202,7 @@ class _RowChunks:
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Propagate the gradient of normalised rows back to the hidden state."""
+        """Propagate the gradient of normalised rows back to hidden states and norm parameters."""
         grads = self.sums.grads
         if saved is not None:
             x_hat, rstd = saved

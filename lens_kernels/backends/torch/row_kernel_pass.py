@@ -1,4 +1,4 @@
-"""The pass by a Triton kernel, on a GPU. Gradients are written into a separate buffer."""
+"""The pass by a Triton kernel on a GPU. It writes gradients to a buffer of their own."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ from lens_kernels.options import RELATIVE_ENTROPIES
 
 
 class RowKernelPass:
-    """The pass by ``row_pass_kernel``, for the heads and options of one call."""
+    """The pass by the kernel ``row_pass_kernel``, for the heads and options of one call."""
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         self.call = call
-        # Masked tokens are counted too, so that buffers have the same size for every mask.
+        # The number of rows includes masked tokens, so that buffers have the same size for every
+        # mask.
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes)
         self.student = self.model(call.student_head)
         self.teacher = None if call.teacher_head is None else self.model(call.teacher_head)
 
     def model(self, head: LensHead) -> tuple[Any, ...]:
-        """Return the bias, slope and cap of a head, as arguments of the kernel."""
+        """Return a head's bias, slope and cap, as arguments of the kernel."""
         vocab_size, bias = self.call.vocab_size, head.bias
         if bias is not None:
             bias = F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
@@ -38,14 +39,14 @@ class RowKernelPass:
         return bias, logits.slope, logits.cap
 
     def survey(self) -> RowStatistics:
-        """Return an empty survey of gradients."""
+        """Return empty statistics of gradients."""
         vocab_size = self.call.vocab_size
         return RowStatistics(vocab_size, row_stride(vocab_size), self.call.row_weight.device)
 
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Launch the kernel with a program for each row."""
+        """Launch the kernel with one program for each row."""
         call, (zs, *zt) = self.call, tiles
         rows = zs.shape[0]
 
@@ -60,14 +61,15 @@ class RowKernelPass:
             teacher = (zt[0], *self.teacher)
             weight, loss = _aligned(terms.weight), one()
             losses.append(loss)
-            # For relative entropies, the kernel's first sweep computes the statistics anyway.
+            # For relative entropies, the first sweep of the kernel computes these statistics
+            # anyway.
             if terms.teacher_statistics is not None and terms.divergence not in RELATIVE_ENTROPIES:
                 statistics = _aligned(terms.teacher_statistics)
         if terms.labels is not None:
             assert terms.label_weight is not None
             labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
             losses.append(labels[-1])
-        # Triton launches on the current device, which may differ from the device of the tensors.
+        # Triton launches kernels on the current device, which may not be the device of the tensors.
         with torch.cuda.device_of(zs):
             row_pass_kernel[(rows,)](
                 student, teacher, statistics, labels, weight, loss, grad,
@@ -81,5 +83,8 @@ class RowKernelPass:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return a copy. The alignment of a slice varies, and Triton would compile for each case."""
+    """Return a copy, whose alignment is fixed.
+
+    The alignment of a slice varies, and Triton would compile a kernel for each alignment.
+    """
     return x.clone(memory_format=torch.contiguous_format)

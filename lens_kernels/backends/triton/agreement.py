@@ -1,4 +1,4 @@
-"""A check of the kernels on one device: their results are compared with the ``torch`` backend."""
+"""A check of the kernels on one device, by comparison with the ``torch`` backend."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.options import Divergence
 
-TOKENS = 256  # the most tokens that are compared, enough for several blocks of rows
+TOKENS = 256  # the check uses at most this many tokens, enough for several blocks of rows
 TF32_EPS = 2.0**-10
 
 
@@ -25,10 +25,10 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Compare losses and gradients of every divergence, for plain heads and heads with extras.
+    """Compare losses and gradients of every divergence, for heads without and with extras.
 
     Raises:
-        RuntimeError: They differ by more than the rounding of the operands explains.
+        RuntimeError: A difference is too large to come from the rounding of the operands.
     """
     eps = torch.finfo(dtype).eps
     if dtype is torch.float32 and tf32_is_allowed():

@@ -1,4 +1,4 @@
-"""The ``triton`` backend's ``evaluate``: it runs the sweeps in order, and sums their results."""
+"""The ``evaluate`` of the ``triton`` backend. It runs the sweeps and sums their results."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
 
 def evaluate(call: LossCall) -> LossResult:
-    """Return the rows of the call and the gradients of its loss."""
+    """Return the losses of a call's rows, and the gradients of its loss."""
     if interpreter.INTERPRETING:
         interpreter.prepare()
-    # Triton launches on the current device, which may differ from the device of the tensors.
+    # Triton launches kernels on the current device, which may not be the device of the tensors.
     with torch.cuda.device_of(call.row_weight):
         sweeps = _Sweeps(call)
         if sweeps.sums.tokens:
@@ -39,7 +39,7 @@ def evaluate(call: LossCall) -> LossResult:
 
 
 class _Head:
-    """The head of one model, laid out for the sweeps."""
+    """One model's head, with the memory layout that the sweeps need."""
 
     def __init__(self, head: LensHead, call: LossCall) -> None:
         self.head = head.prefix(call.vocab_size)
@@ -48,7 +48,7 @@ class _Head:
         self.temperature = call.temperature
 
     def operand(self, hidden: Tensor, index: Tensor | None, norm: LensNorm | None) -> Operand:
-        """Return the rows of ``hidden`` at ``index``, after ``norm``, together with the head."""
+        """Return the head with the rows of ``hidden`` at ``index``, normalised by ``norm``."""
         if norm is not None:
             x = norm_rows(hidden, index, norm, self.dtype)
         else:
@@ -58,7 +58,7 @@ class _Head:
 
 
 class _Sweeps:
-    """The sweeps over one call."""
+    """Runs the sweeps of a call, and holds the sums of their results."""
 
     def __init__(self, call: LossCall) -> None:
         self.call = call
@@ -66,13 +66,13 @@ class _Sweeps:
         self.teacher = None if call.teacher_head is None else _Head(call.teacher_head, call)
         self.sums = Accumulator(call, self.student.dtype)
         self.rows = slice(None) if self.sums.index is None else self.sums.index
-        # The gradient GEMMs take 16-bit factors if the device accumulates them in fp32.
+        # Gradient GEMMs take 16-bit factors if the device accumulates them in fp32.
         dtype, device = self.student.dtype, call.row_weight.device
         native = matmul.multiplies_natively(dtype, torch.float32, device)
         self.factor_dtype = dtype if native else torch.float32
 
     def run(self, pair: int) -> None:
-        """Run all sweeps over a pair of hidden states, or over a student state with labels only."""
+        """Run all sweeps for a pair of hidden states, or for a student's state with labels only."""
         call, index = self.call, self.sums.index
         hidden, normed = call.student_hidden[pair], call.normed[pair]
         norm = self.student.head.norm if normed else None
@@ -106,7 +106,7 @@ class _Sweeps:
     def row_sums(
         self, student: Operand, teacher: Operand, divergence: Divergence, given: RowStats | None
     ) -> RowSums:
-        """Run sweeps 1 and 2; ``given`` are the teacher's statistics, if they are known."""
+        """Run sweeps 1 and 2. The teacher's statistics are ``given`` or computed."""
         vocab_size, beta = self.call.vocab_size, self.call.beta
         if divergence in RELATIVE_ENTROPIES:
             tile = tile_for(Sweep.ONLINE_KL, student, teacher)
@@ -121,9 +121,9 @@ class _Sweeps:
         )
 
     def cross_entropy(self, student: Operand, stats: RowStats | None, labels: Tensor) -> Labels:
-        """Store the cross entropy of every row, and return the inputs of its gradient.
+        """Store the cross entropy of every row, and return the inputs for its gradient.
 
-        ``stats`` are the student's statistics if they are known. Labels have no temperature.
+        ``stats`` are the student's statistics, if they are known. Labels use temperature 1.
         """
         if stats is None or student.temperature != 1.0:
             student = student.untempered()
@@ -134,9 +134,9 @@ class _Sweeps:
         return Labels(labels, stats, self.weight(-1))
 
     def weight(self, row: int) -> Tensor:
-        """Return the weights of the tokens in one row of losses, as a copy.
+        """Return a copy of the token weights of one loss term.
 
-        Kernels need contiguous weights, and an upstream gradient may be a transpose. The alignment
+        Kernels need contiguous weights, but an upstream gradient may be a transpose. The alignment
         of a slice varies, and Triton would compile a kernel for each case.
         """
         return self.sums.weight[row, self.rows].clone(memory_format=torch.contiguous_format)
@@ -150,7 +150,7 @@ class _Sweeps:
         labels: Labels | None,
         targets: Set[int | str],
     ) -> Tensor | None:
-        """Run sweep 3 chunk by chunk, and return the gradient of the rows, if needed."""
+        """Run sweep 3 chunk by chunk, and return the gradient of the rows, or None."""
         call = self.call
         operands = [student] if teacher is None else [student, teacher]
         tile = tile_for(Sweep.GRADIENTS, *operands, labels=labels is not None)
@@ -170,7 +170,7 @@ class _Sweeps:
         return total
 
     def chunks(self, student: Operand, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
-        """Yield chunks of the vocabulary, each with the workspace for its gradient."""
+        """Yield the chunks of the vocabulary, each with a buffer for its gradient."""
         vocab_size = self.call.vocab_size
         tiles = -(-vocab_size // tile.block_v)
         bytes_per_tile = student.tokens * tile.block_v * student.x.element_size()
@@ -183,10 +183,9 @@ class _Sweeps:
 
 
 def tile_for(sweep: Sweep, *operands: Operand, labels: bool = False) -> Tile:
-    """Return the tile for a sweep over these operands."""
+    """Return the tile with which a sweep processes these operands."""
     x = min((operand.x for operand in operands), key=lambda x: x.shape[1])
     extras = labels or any(o.bias is not None or o.softcap is not None for o in operands)
-    # Tiles are tuned without extras. With them a kernel needs more registers, and a tuned tile may
-    # not fit.
+    # Tiles are tuned without extras. Extras take registers, so a tuned tile may not fit with them.
     tuned = None if extras else store.lookup(sweep, x.dtype, x.shape[1], x.device)
     return tuned or sizes.default(sweep, sizes.arch_of(x.device), x.dtype, x.shape[1], extras)

@@ -15,11 +15,11 @@ import triton.language as tl
 
 from lens_kernels import compat
 
-# True if kernels are interpreted instead of compiled. Triton reads the environment variable
+# True if kernels are interpreted and not compiled. Triton reads the environment variable
 # TRITON_INTERPRET when the kernels are imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-if INTERPRETING:  # only the interpreter needs numpy, which Triton and torch do not install
+if INTERPRETING:  # numpy is needed only here, and is installed neither with Triton nor with torch
     import numpy as np
 
 
@@ -35,7 +35,7 @@ def _to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def prepare() -> None:
-    """Correct the interpreter's bfloat16 and save a third of its time. Runs once per process."""
+    """Correct the interpreter's bfloat16, and save a third of its time. Later calls do nothing."""
     interpreter = compat.triton_interpreter()
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
@@ -57,8 +57,8 @@ def prepare() -> None:
 
     def once(patch: Any) -> Any:
         def patch_lang(function: Any) -> Any:
-            # The interpreter patches the language at every call of a device function. Only the
-            # first time is needed.
+            # At every call of a device function, the interpreter patches Triton's language. Once is
+            # enough.
             patched = not any(tl.core.is_builtin(x.load) for x in languages(function))
             return None if patched else patch(function)
 

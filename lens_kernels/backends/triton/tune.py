@@ -1,4 +1,4 @@
-"""The command ``lens-kernels tune``: compare the kernels with torch, then search for tiles."""
+"""The command ``lens-kernels tune``, which compares the kernels with torch and finds fast tiles."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lens_kernels.backends.triton.tiles.search import Outcome, Search, Timer, me
 
 
 def unsupported_reason() -> str | None:
-    """Return why nothing can be tuned here, or None."""
+    """Return the reason why this machine cannot tune, or None."""
     if not torch.cuda.is_available():
         return f"tiles are timed on a GPU, and torch {torch.__version__} finds none"
     if INTERPRETING:
@@ -69,7 +69,7 @@ def tune(
         return aligned(x.mul_(scale).to(dtype))
 
     def operand(width: int) -> Operand:
-        # This scale makes distributions that are neither flat nor one-hot.
+        # With this scale, distributions are neither flat nor one-hot.
         head = random(vocab_size, width, 1.5 / math.sqrt(width))
         return Operand(random(tokens, width, 1.0), head, None, 1.0, None, 1.0)
 

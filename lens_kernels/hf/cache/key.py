@@ -1,4 +1,4 @@
-"""The cache key: digests of everything that the cached hidden states depend on."""
+"""The key of a teacher cache: digests of everything on which the cached hidden states depend."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ FORMAT = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
-OPTIONAL_FIELDS = ("attention_mask", "position_ids")  # these change the hidden states too
+# These columns also change the hidden states, if the data has them.
+OPTIONAL_FIELDS = ("attention_mask", "position_ids")
 # Config entries about a model's origin, which do not change its outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
@@ -27,7 +28,7 @@ Example = Mapping[str, Any]
 
 
 def counted_positions(labels: Any) -> Tensor:
-    """Return the positions of one example that the loss counts: the next label is not -100."""
+    """Return the positions of an example that count: those whose next label is not -100."""
     labels = torch.as_tensor(labels)
     if labels.dim() != 1:
         raise ValueError(
@@ -73,7 +74,7 @@ class CacheKey:
         dtype: torch.dtype | str = "bfloat16",
         precision: str = "no",
     ) -> CacheKey:
-        """Return the key of the hidden states of ``model`` after ``layers`` on ``examples``.
+        """Return the key for the hidden states of ``model`` after ``layers`` on ``examples``.
 
         ``tokenizer`` is the one that made the examples.
 
@@ -94,12 +95,12 @@ class CacheKey:
 
     @property
     def names(self) -> list[str]:
-        """Names of the hidden states: ``layer_<depth>`` and ``final``."""
+        """The names of the hidden states in the cache: ``layer_<depth>`` and ``final``."""
         return [*(f"layer_{depth}" for depth in self.layers), "final"]
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:
-    """Return the digest of the concatenated parts."""
+    """Return the digest of the parts, as if they were one text."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(part)
@@ -107,20 +108,20 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, read in chunks to save memory."""
+    """Return the digest of a file, which is read in chunks to save memory."""
     with path.open("rb") as file:
         return digest(iter(lambda: file.read(CHUNK), b""))
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON. Equal values give equal bytes."""
+    """Return a value as JSON. Values that are equal give the same bytes."""
     return json.dumps(
         value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
     ).encode()
 
 
 def data_digest(examples: Sequence[Example]) -> str:
-    """Return the digest of all examples in order."""
+    """Return a digest of all examples, in their order."""
     return digest(_data_parts(examples))
 
 
@@ -141,13 +142,14 @@ def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
                 f"model must hold its weights, but {name} is on the meta device: load it first"
             )
         yield json_bytes([name, str(tensor.dtype), list(tensor.shape)])
-        # Weights are copied in pieces, because a whole one from a GPU may not fit into memory.
+        # Weights on a GPU are copied in pieces, because a whole weight may not fit into main
+        # memory.
         for piece in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
             yield piece.cpu().numpy().data
 
 
 def _adapters(model: Any) -> Any:
-    """Return the adapters' configs (such as their scale), and which are active or merged."""
+    """Return the configs of all adapters, and which adapters are active or merged."""
     if not hasattr(model, "peft_config"):
         return None
     from peft import get_model_status
@@ -164,7 +166,7 @@ def _computing(config: Any) -> dict[str, Any]:
 def _tokenizer_part(tokenizer: Any) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Calls of the tokenizer change these two entries, so they do not identify the tokenizer.
+        # A tokenizer changes these two entries when it is called, so they do not identify it.
         inner |= {"truncation": None, "padding": None}
     else:
         inner = tokenizer.get_vocab()

@@ -1,8 +1,8 @@
 """The files of a teacher cache: shards, and a manifest with their checksums.
 
-Checksums detect damage, but not tampering, because anyone who can write to the folder can also
-write checksums. So the names of shards are computed and not read from the manifest, and new files
-do not follow links.
+Checksums detect damage, but not an attack, because anyone who can write to the folder can also
+write checksums. So the names of shards are computed, and not read from the manifest. New files do
+not follow links.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DIFFERS = {
 
 @dataclass
 class Shard:
-    """A range of examples and the file that holds them. A shard without checksum is not written."""
+    """A range of examples and the file for their states. It has no checksum until it is written."""
 
     file: str
     first: int
@@ -44,7 +44,7 @@ class Shard:
     checksum: str | None = None
 
     def damage(self, folder: Path) -> str | None:
-        """Return what is wrong with the file, or None."""
+        """Return a text on what is wrong with the shard's file, or None."""
         path = folder / self.file
         if not path.is_file():
             return f"{self.file} is missing"
@@ -57,7 +57,7 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """The key of a cache and all its shards, written or planned."""
+    """The key of a cache, and all of its shards, whether or not they are written yet."""
 
     key: CacheKey
     widths: dict[str, int]
@@ -65,16 +65,16 @@ class Manifest:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is written."""
+        """Whether all shards are written."""
         return all(shard.checksum for shard in self.shards)
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one position, over all stored hidden states."""
+        """The bytes of all stored hidden states at one position."""
         return sum(self.widths.values()) * DTYPES[self.key.dtype].itemsize
 
     def write(self, folder: Path) -> None:
-        """Write a temporary file and rename it. If interrupted, the old manifest remains."""
+        """Write a temporary file and rename it, so that an interrupt leaves the old manifest."""
         fields = {**asdict(self), "complete": self.complete}
         fields["checksum"] = digest([json_bytes(fields)])
         partial = _new_file(folder / f"{MANIFEST}.partial")
@@ -86,7 +86,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path, key: CacheKey) -> Manifest:
-        """Return the manifest of ``folder``. Raise if it is damaged or made for another key."""
+        """Return the manifest of ``folder``. Raise an error if it is damaged or has another key."""
         if not (folder / MANIFEST).is_file():
             raise ValueError(
                 f"folder {folder} holds no teacher cache: it has no {MANIFEST};"
@@ -102,7 +102,7 @@ class Manifest:
         if not sound:
             raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
         expected = {**asdict(key), "layers": list(key.layers)}
-        # Another format may have other fields, so only the format is compared then.
+        # A manifest in another format may have other fields, so then only the format is compared.
         found = found if isinstance(found, dict) else {}
         names = ["format"] if found.get("format") != key.format else DIFFERS
         reasons = [
@@ -126,12 +126,15 @@ class Manifest:
 
 
 def shard_name(index: int) -> str:
-    """Return the file name of a shard."""
+    """Return the file name of the shard with this number."""
     return f"shard-{index:05d}.safetensors"
 
 
 def _new_file(path: Path) -> Path:
-    """Create an empty file. An existing file or link is removed first, so no link is followed."""
+    """Create an empty file.
+
+    An existing file or link is removed first, because writing would follow a link.
+    """
     path.unlink(missing_ok=True)
     path.open("x").close()
     return path
@@ -140,7 +143,7 @@ def _new_file(path: Path) -> Path:
 def plan_shards(
     counts: list[int], batch_size: int, max_examples: int, max_rows: int
 ) -> list[Shard]:
-    """Divide the examples into shards. A shard has whole batches."""
+    """Divide the examples into shards, each of whole batches."""
     shards: list[Shard] = []
     for first in range(0, len(counts), batch_size):
         batch = counts[first : first + batch_size]
@@ -159,10 +162,10 @@ def plan_shards(
 
 
 def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
-    """Write a shard to a temporary file, rename it, and set its size and checksum."""
+    """Write a shard to a temporary file and rename it. Record its size and checksum."""
     partial = _new_file(folder / f"{shard.file}.partial")
     save_file(tensors, partial)
-    # save_file makes files that only their owner can read, but a cache may be shared.
+    # save_file makes files that only their owner can read, but several users may share a cache.
     shutil.copymode(folder / MANIFEST, partial)
     with partial.open("rb+") as file:
         os.fsync(file.fileno())
@@ -171,19 +174,19 @@ def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return tensors of a file, memory-mapped. They are read from disk when they are used."""
+    """Return a file's tensors, memory-mapped. The data is read from disk when it is used."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
 
 def is_free(folder: Path) -> bool:
-    """Return whether a new cache may be built in the folder."""
-    # If the first write was interrupted, the folder holds only the manifest's temporary file.
+    """Return whether a new cache can be built in the folder."""
+    # After an interrupted first write, the folder holds only the temporary file of the manifest.
     return not folder.exists() or all(p.name == f"{MANIFEST}.partial" for p in folder.iterdir())
 
 
 def refusal(folder: Path, reason: str) -> ValueError:
-    """Return the error for a folder whose cache cannot be used."""
+    """Return the error for a folder whose cache cannot be used here."""
     return ValueError(
         f"folder {folder} is refused: {reason}; delete the folder to build the cache again, or"
         " pass another folder"

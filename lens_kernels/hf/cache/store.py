@@ -1,7 +1,8 @@
-"""The cache of the teacher's hidden states. Training runs the teacher once, to build the cache.
+"""The cache of the teacher's hidden states. The teacher runs only once, to build the cache.
 
-A cache is a folder of safetensors shards and ``manifest.json``, which holds the cache key and
-the checksums of the shards. One process builds a cache while others wait. Any number can read it.
+A cache is a folder of safetensors shards and ``manifest.json``, which holds the cache key and the
+checksums of the shards. One process builds a cache while others wait. Any number of processes can
+read it.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-# Each shard has a tensor of this name, which holds the number of rows of each example.
+# The tensor with this name, in each shard, holds the number of rows of each example.
 COUNTS = "counts"
-# At most this many shards stay memory-mapped.
+# The most shards that stay memory-mapped.
 MAPPED_SHARDS = 64
 
 _log = logging.getLogger(__name__)
@@ -221,21 +222,22 @@ class TeacherCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards."""
+        """The size of all shards in bytes."""
         return sum(shard.size or 0 for shard in self._shards)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
 
     def summary(self) -> str:
-        """Return one line with the size, dtype and folder of the cache."""
+        """Return one line with the size, the dtype and the folder of the cache."""
         return (
             f"teacher cache: {len(self)} examples, {int(self._starts[-1])} rows,"
             f" {self.nbytes / 2**20:.1f} MiB, {self.key.dtype}, {self.folder}"
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": {}}  # pickling a mapped tensor would copy its shard
+        # pickling a mapped tensor would copy the data of its shard
+        return {**self.__dict__, "_mapped": {}}
 
     def _checked_id(self, value: Any) -> int:
         try:
@@ -253,7 +255,10 @@ class TeacherCache:
         return i
 
     def _map(self, index: int) -> dict[str, Tensor]:
-        """Return a shard's memory-mapped tensors. Unmap the shard that was unused for longest."""
+        """Return a shard's tensors, memory-mapped.
+
+        If too many shards are mapped, the shard that was unused for longest is unmapped.
+        """
         if index in self._mapped:
             shard = self._mapped.pop(index)
         else:
@@ -265,7 +270,7 @@ class TeacherCache:
 
 
 class _Store:
-    """The tensors of one shard while they are filled."""
+    """The tensors of a shard, which are filled example by example."""
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
         self.dtype_name = manifest.key.dtype

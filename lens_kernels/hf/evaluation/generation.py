@@ -1,4 +1,4 @@
-"""Evaluation by generation: ROUGE-L of a model's answers, and held-out cross entropy."""
+"""ROUGE-L of the answers that a model generates, and its cross entropy on held-out data."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RougeResult:
-    """ROUGE-L of a model's answers, from 0 to 100."""
+    """The ROUGE-L of a model's answers, from 0 to 100."""
 
     scores: dict[int, float]
     """ROUGE-L by seed."""
@@ -93,7 +93,7 @@ def evaluate_rouge(
         options: Other arguments of ``generate``.
     """
     check_seeds(seeds)
-    load_scorer(rouge_tokenizer)  # fails before the slow generation if rouge-score is missing
+    load_scorer(rouge_tokenizer)  # a missing rouge-score raises an error before the slow generation
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
     answers: dict[int, list[str]] = {}
     scores: dict[int, float] = {}
@@ -126,7 +126,7 @@ def evaluate_rouge(
 
 
 def check_seeds(seeds: Sequence[int]) -> None:
-    """Check that there is at least one seed, and that all seeds differ."""
+    """Raise an error unless there is at least one seed and all seeds differ."""
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"seeds must hold at least one seed, all different, got {list(seeds)}")
 
@@ -134,7 +134,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def asked_rows(
     rows: Sequence[Row], tokenizer: Any, prompt_style: str, max_prompt_length: int
 ) -> list[tuple[Row, list[int]]]:
-    """Return the rows whose prompt is short enough, each with the prompt's token ids."""
+    """Return the rows whose prompt is short enough, with the token ids of the prompt."""
     lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
     prompts = ((row, prompt_ids(row, tokenizer, **lengths)) for row in rows)
     asked = [(row, ids) for row, ids in prompts if ids is not None]
@@ -266,12 +266,12 @@ def evaluate_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # fails if the device does not exist
+    torch.empty(1, device=device)  # raises an error if the device does not exist
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass  # fails if the folder cannot be written
+            pass  # raises an error if the folder cannot be written
     check_download(data, allow_download)
     rows = read_rows(data)
     tokenizer = load_tokenizer(str(student), allow_download)
@@ -332,7 +332,7 @@ def _summary(
 
 
 def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]]) -> None:
-    """Write the results to temporary files and rename them, so that no file is incomplete."""
+    """Write each result to a temporary file and rename it, so that no file is ever incomplete."""
     lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answers)
     texts = {"answers.jsonl": lines, "eval.json": json.dumps(result, indent=1) + "\n"}
     for name, text in texts.items():
@@ -342,7 +342,7 @@ def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the scores of ``evaluate_model`` as a text table."""
+    """Return the scores from ``evaluate_model`` as a text table."""
     scores = result["rouge_l_by_seed"]
     lines = [
         ("cross entropy, nats per token", f"{result['cross_entropy']:9.4f}"),

@@ -1,4 +1,4 @@
-"""ROUGE-L, with the settings of the DistillLens paper or for text in any script."""
+"""ROUGE-L, with the settings of the DistillLens paper, or for texts in any script."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from lens_kernels.failures import install
 
 TOKENIZERS = ("english", "unicode")
-# Scripts without spaces between words. The Unicode names of their letters begin with these words.
+# The first words in the Unicode names of letters, for scripts without spaces between words.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
@@ -59,9 +59,10 @@ def rouge_l(
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a text. Upper and lower case, and equivalent encodings, become equal.
+    """Return the words of a text.
 
-    A word is a run of letters, marks and digits. In scripts without spaces, each letter is a word.
+    Upper and lower case, and different encodings of the same letter, count as equal. A word is a
+    run of letters, marks and digits. In scripts without spaces, each letter is a word.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
     found = []
@@ -82,13 +83,13 @@ def words(text: str) -> list[str]:
 
 
 class _Words:
-    """The tokenizer ``"unicode"`` in the form that rouge-score expects."""
+    """The tokenizer ``"unicode"``, with the method that rouge-score calls."""
 
     tokenize = staticmethod(words)
 
 
 def load_scorer(tokenizer: str = "english") -> Any:
-    """Return the scorer of the package rouge-score."""
+    """Return the scorer of the package rouge-score for a tokenizer."""
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")
     try:

@@ -1,1 +1,1 @@
-"""Pictures of the predictions that the logit lens gives at every depth of two models."""
+"""Pictures of a text's predictions by the logit lens, at every depth of two models."""

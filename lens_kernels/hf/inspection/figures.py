@@ -1,4 +1,4 @@
-"""Pictures of an inspection: divergence and entropy by depth, and the top token at every depth."""
+"""The pictures of an inspection: divergence and entropy by depth, and top tokens at every depth."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lens_kernels.hf.inspection.reading import Inspection, Reading
 
 FONT = pictures.STYLE["font.family"]
 COLD, HOT = "#F1F5F8", pictures.BLUE
-# Above this fraction of the colour scale, white text is easier to read than black text.
+# Beyond this fraction of the colour scale, white text is easier to read than black text.
 HOT_FROM = 0.85
 MAX_LAYERS, MAX_POSITIONS = 32, 24
 # The sizes of cells are in inches, and the size of the font is in points.
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5
-# With parse_math, matplotlib would read a token with two dollar signs as a formula.
+# Without this option, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 
@@ -32,7 +32,7 @@ def check_matplotlib() -> None:
 
 
 def draw(result: Inspection, output: Path) -> None:
-    """Write the three pictures into the folder ``output``."""
+    """Draw the three pictures, and write them into the folder ``output``."""
     depth_figure(result, output / "divergence_by_depth.png")
     for role, reading in result.sides:
         lens_figure(result, role, reading, output / f"lens_{role}.png")
@@ -40,7 +40,7 @@ def draw(result: Inspection, output: Path) -> None:
 
 @pictures.styled
 def depth_figure(result: Inspection, path: Path) -> None:
-    """Draw divergence and entropy against relative depth, one above the other."""
+    """Draw two panels against relative depth: divergence, and entropy below it."""
     figure = pictures.canvas(6.4, 5.4)
     upper, lower = figure.subplots(2, sharex=True)
     student, teacher = result.student, result.teacher
@@ -73,18 +73,21 @@ def depth_figure(result: Inspection, path: Path) -> None:
 
 
 def unit(divergence: str) -> str:
-    """Return the unit of a divergence, or its upper bound if it has no unit."""
+    """Return the unit of a divergence, or its upper limit if it has no unit."""
     return "of at most 1" if divergence in ("tvd", "hellinger") else "nats"
 
 
 def first_of(count: int, total: int) -> str:
-    """Return how many of the text's tokens are shown, in words."""
+    """Return in words how many of the text's tokens are shown."""
     return f"{count} of {total}" if count == total else f"the first {count} of {total}"
 
 
 @pictures.styled
 def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> None:
-    """Draw a table of the most likely next token, depths x positions, coloured by entropy."""
+    """Draw a table of the most likely next tokens, coloured by entropy.
+
+    It has a row for each depth and a column for each position.
+    """
     from matplotlib.colors import LinearSegmentedColormap
 
     depths = shown_depths(reading.depths)
@@ -93,7 +96,7 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
     figure = pictures.canvas(*size)
     axes = figure.subplots()
     entropy = reading.entropy[[i - 1 for i in depths], :count]
-    # If every entropy is 0, the colour scale still needs a positive end.
+    # The colour scale needs a positive end even if every entropy is 0.
     end = result.max_entropy or 1.0
     image = axes.imshow(
         entropy.numpy(),
@@ -102,7 +105,7 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
         vmax=end,
         aspect="auto",
         origin="lower",
-        interpolation="none",  # an SVG viewer would otherwise interpolate between cells
+        interpolation="none",  # otherwise SVG viewers would blur the edges between cells
     )
     for y, depth in enumerate(depths):
         for x in range(count):
@@ -127,13 +130,13 @@ def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> 
 
 
 def shown_depths(total: int) -> list[int]:
-    """Return the depths that fit a picture: all, or evenly spaced ones that include the last."""
+    """Return the depths to show: all, or if they are too many, evenly spaced ones and the last."""
     count = min(total, MAX_LAYERS)
     return [round(i * total / count) for i in range(1, count + 1)]
 
 
 def fit(token: str) -> str:
-    """Return the text of a token for a cell. Missing glyphs become □, and long text is cut."""
+    """Return a token's text as it fits in a cell. Missing glyphs become □, and long text is cut."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))
@@ -149,4 +152,4 @@ def fit(token: str) -> str:
 
 def _points(font: Any, text: str) -> float:
     font.set_text(text)
-    return font.get_width_height()[0] / 64  # FreeType counts in 64ths of a point
+    return font.get_width_height()[0] / 64  # the unit of FreeType is 1/64 of a point

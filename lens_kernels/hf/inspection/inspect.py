@@ -1,4 +1,4 @@
-"""Inspect two models, and write pictures, a file of numbers and an HTML page to a folder."""
+"""Inspects two models, and writes pictures, a file of numbers and an HTML page to a folder."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def inspect(
             tokenizer does not fit the models, or a layer does not exist.
         RuntimeError: matplotlib is not installed.
     """
-    # This fails before the models run if matplotlib is missing.
+    # If matplotlib is missing, this raises an error before the models run.
     figures.check_matplotlib()
     models = {"student_head": student, "teacher_head": teacher}
     sizes = {name: len(lens_head_from(model).weight) for name, model in models.items()}
@@ -165,7 +165,7 @@ def layer_pairs(texts: Sequence[str] | None) -> Pairs | None:
 
 
 def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple[list[int], int]:
-    """Return the first ``max_tokens`` token ids of a text, and the number of all its tokens."""
+    """Return the first ``max_tokens`` token ids of a text, and the number of ids before the cut."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a string, got {type(text).__name__}")
     check_count("max_tokens", max_tokens, 1)
@@ -181,7 +181,7 @@ def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple
 
 
 def numbers(result: Inspection) -> dict[str, Any]:
-    """Return all numbers of an inspection as plain values."""
+    """Return all numbers of an inspection as plain Python values, for JSON."""
 
     def side(reading: Reading) -> dict[str, Any]:
         keys = ("top_ids", "top_probs", "entropy", "next_prob")
@@ -212,7 +212,7 @@ def numbers(result: Inspection) -> dict[str, Any]:
 
 
 def token_text(tokenizer: Any, token: int) -> str:
-    """Return a token's text with spaces and control characters made visible."""
+    """Return the text of a token. Spaces and control characters are made visible."""
     text = tokenizer.decode([token])
     # SentencePiece drops a leading space when it decodes a single token.
     if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" "):

@@ -1,4 +1,4 @@
-"""An inspection as one HTML page that needs no other file."""
+"""Writes an inspection as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ table { border-collapse: separate; border-spacing: 1px; }
   white-space: pre-wrap; overflow-wrap: anywhere; box-sizing: border-box; z-index: 3; }
 """
 
-# Arrow keys move within a table. Only one cell is a tab stop, so that the Tab key leaves the table.
+# Arrow keys move between the cells of a table. Only one cell is a tab stop, so that the Tab key
+# leaves the table.
 SCRIPT = """
 const STEPS = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] };
 const detail = document.getElementById("detail");
@@ -79,8 +80,8 @@ document.addEventListener("keydown", (e) => {
 """
 
 
-# The policy lets the browser run only this script and load nothing, for any text or name in the
-# page.
+# This policy allows only this script, and no loading of files, whatever texts and names the page
+# has.
 DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"
@@ -89,13 +90,13 @@ POLICY = (
 
 
 def write(result: Inspection, output: Path) -> None:
-    """Write ``inspect.html``, with the divergence picture embedded, to the folder ``output``."""
+    """Write ``inspect.html`` to the folder ``output``, with the divergence picture inside."""
     picture = base64.b64encode((output / "divergence_by_depth.png").read_bytes()).decode()
     (output / "inspect.html").write_text(page(result, picture), encoding="utf-8")
 
 
 def page(result: Inspection, picture: str) -> str:
-    """Return the HTML of the page. ``picture`` is a PNG in base64."""
+    """Return the HTML text of the page. ``picture`` is a PNG in base64."""
     title = "Student and teacher through the logit lens"
     models = " and ".join(
         f"the {role} <b>{escape(visible(reading.name))}</b> ({reading.depths} blocks)"
@@ -177,7 +178,7 @@ def _heads(tokens: list[str]) -> str:
 
 
 def detail(result: Inspection, role: str, reading: Reading, depth: int, x: int) -> str:
-    """Return the details of one cell as lines of text."""
+    """Return the details of a cell, as text with several lines."""
     lines = [f"{role}, block {depth} of {reading.depths}, after token {x + 1}: {result.tokens[x]}"]
     ids, probs = reading.top_ids[depth - 1, x].tolist(), reading.top_probs[depth - 1, x].tolist()
     lines += [f"{100 * p:7.2f} %  {result.top_tokens[i]}" for i, p in zip(ids, probs, strict=True)]

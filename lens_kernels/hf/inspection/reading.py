@@ -1,4 +1,4 @@
-"""Apply the logit lens to one text, at every depth of a student and its teacher."""
+"""Applies the logit lens to a text, at every depth of a student and its teacher."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Pairs = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class Reading:
-    """Next-token predictions of the lens at every depth, after each token of a text.
+    """The lens's predictions of the next token, at every depth and after each token of a text.
 
     Row ``i - 1`` of a tensor belongs to depth ``i``, the output of block ``i``. The last row is the
     model's own output.
@@ -59,7 +59,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Divergence between a student depth and a teacher depth, for each position.
+    """The divergence between a student depth and a teacher depth, at each position.
 
     Attributes:
         student_depth: Block of the student, 1 for the first.
@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def mean(self) -> float:
-        """The mean over positions."""
+        """The mean of the divergence over all positions."""
         return self.divergence.mean().item()
 
 
@@ -109,12 +109,12 @@ class Inspection:
 
     @property
     def sides(self) -> tuple[tuple[str, Reading], ...]:
-        """Both readings, each with its role: student or teacher."""
+        """Both readings, each with its role: "student" or "teacher"."""
         return ("student", self.student), ("teacher", self.teacher)
 
     @property
     def max_entropy(self) -> float:
-        """The largest entropy of both models: the end of the shared colour scale."""
+        """The largest entropy in both readings, which is the end of their common colour scale."""
         return max(reading.entropy.max().item() for _, reading in self.sides)
 
     def top(self, reading: Reading, depth: int, position: int) -> tuple[str, bool]:
@@ -130,7 +130,7 @@ class Inspection:
 def read(
     model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
 ) -> Reading:
-    """Apply the lens to token ids at every depth, with the logits of one depth in memory."""
+    """Apply the lens to token ids at every depth. Only one depth's logits are held in memory."""
     check_count("top_k", top_k, 1)
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
@@ -166,7 +166,7 @@ def compare(
     beta: float = 0.5,
     vocab_size: int | None = None,
 ) -> list[Comparison]:
-    """Compare the depths at equal relative depth, and the lens pairs of training.
+    """Compare depths of both models: those at equal relative depth, and the lens pairs of training.
 
     Student depth ``i`` of ``Ls`` is compared with teacher depth ``max(1, round(i * Lt / Ls))``, so
     the last comparison is between the final outputs.
@@ -221,7 +221,7 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
 
 
 def _name(model: Any) -> str:
-    """Return a model's name: its repository or folder if it was loaded, else its class."""
+    """Return a model's name: the repository or folder that it was loaded from, or its class."""
     inner = causal_lm_of(model)
     origin = inner.config.name_or_path
     if not origin:

@@ -1,7 +1,7 @@
-"""The base model of an adapter: saved beside the adapter if no other files hold it.
+"""The base model of an adapter. It is saved beside the adapter if no other files hold it.
 
 An adapter's files name the folder of its base. A base that was changed after loading, like a
-shallow copy, is in no folder. Programs would then load the adapter onto another model.
+shallow copy, is in no folder. Programs would then load the adapter onto a wrong model.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from transformers import AutoConfig
 from lens_kernels import compat
 
 FOLDER = "base_model"
-# Parts of names that adapters insert before the names of the base model's weights.
+# Adapters insert these parts into the names of the base model's weights.
 INSERTED = ("base_layer", "original_module")
 
 
 def is_saved(model: Any) -> bool:
-    """Return whether files hold the base model of ``model``, which has adapters."""
+    """Return whether files hold the base model of ``model``, a model with adapters."""
     name = next(iter(model.peft_config.values())).base_model_name_or_path
     if not name:
         return False
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     except (OSError, ValueError):
-        return not Path(name).is_absolute()  # a name on the Hub, which holds the files
+        return not Path(name).is_absolute()  # the Hub has the files of this name
     own = model.get_base_model().config.get_text_config()
     return bool(found.num_hidden_layers == own.num_hidden_layers)
 
@@ -44,7 +44,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
-    with torch.device("meta"):  # only for the names of weights, and for saving
+    with torch.device("meta"):  # the model is needed only to name the weights and to save
         plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config
     names = plain.state_dict().keys()

@@ -16,7 +16,7 @@ from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
-# The known lens of each model, with the numbers and modules that it depends on.
+# The lens of each known model, with the numbers and modules on which the lens depends.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[object, list[object], ModelLens]] = WeakKeyDictionary()
 
 
@@ -39,7 +39,7 @@ def detect_lens(model: Any) -> ModelLens:
 
 
 def verify_lens(model: Any) -> None:
-    """Compare the lens of a model with the model's own logits, even if it is known.
+    """Compare a model's lens with the model's own logits, even if they were compared before.
 
     Raises:
         ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
@@ -80,14 +80,14 @@ def _remembered(inner: Any) -> ModelLens | None:
     numbers, modules, found = _FOUND[inner]
     try:
         now = _modules(inner, found)
-    except ValueError:  # the model no longer has a part
+    except ValueError:  # a part that the lens needs has been removed
         return None
     same = len(now) == len(modules) and all(a is b for a, b in zip(now, modules, strict=True))
     return found if same and numbers == _numbers(inner, found) else None
 
 
 def _numbers(inner: Any, lens: ModelLens) -> object:
-    """Return the registered family, and the numbers of norm and config that a lens depends on."""
+    """Return what a lens depends on: the registered family, and numbers of norm and config."""
     norm = lens.norm_in(inner)
     own = [] if norm is None else [x for x in vars(norm).values() if type(x) is float]
     numbers = {
@@ -146,17 +146,17 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """Return the model's blocks that run, in order."""
+    """Return those blocks of the model that run, in their order."""
     return detect_lens(model).blocks_in(causal_lm_of(model))
 
 
 def final_norm_of(model: Any) -> nn.Module | None:
-    """Return the norm between the last block and the head, or None if there is none."""
+    """Return the norm between the last block and the head, or None without such a norm."""
     return detect_lens(model).norm_in(causal_lm_of(model))
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """Return the part of the model whose output is the normed final hidden state."""
+    """Return the part of the model that returns the normed final hidden state."""
     return detect_lens(model).decoder_in(causal_lm_of(model))
 
 

@@ -1,4 +1,4 @@
-"""Capture a model's hidden states in a forward pass, without its logits."""
+"""Collects a model's hidden states in a forward pass, without computing its logits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = hidden_of(output)
-            assert states is not None  # the lens was found in the blocks' outputs
+            # each block was checked to return its hidden states, alone or first
+            assert states is not None
             captured[depth] = states
 
         return hook
@@ -42,8 +43,11 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 def hidden_states(
     model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:
-    """Return the outputs of ``layers`` and the normed final hidden state. The head is not run."""
+    """Return the outputs of ``layers``, and the normed final hidden state.
+
+    The head does not run.
+    """
     with capture(model, layers) as captured:
         final = hidden_of(decode(decoder_of(model), inputs))
-    assert final is not None  # the decoder was found by its output
+    assert final is not None  # the decoder is the part that returns these states
     return [captured[depth] for depth in layers], final

@@ -1,4 +1,4 @@
-"""Find the lens of a model by running a few tokens: by numbers, not by names."""
+"""Finds the lens of a model by running it on a few tokens. Names of modules do not matter."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lens_kernels.hf.model.fitting import (
 from lens_kernels.hf.model.parts import ModelLens, plain_head, plain_norm
 from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens, trace
 
-ROUNDED = 1e-2  # the largest relative difference of equal states in 16 bits
+ROUNDED = 1e-2  # the largest relative difference between equal states in 16 bits
 
 
 def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> Trace:
@@ -91,16 +91,16 @@ def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
 
 
 def tolerance_of(run: Trace, head: Any) -> float:
-    """Return the relative rounding error that a model's states may have."""
-    # Logits may be float32 results of 16-bit work.
+    """Return the relative rounding error that is allowed for a model's states."""
+    # Even float32 logits may be the result of 16-bit computations.
     rounded = run.autocast is not None or head.weight.dtype.itemsize < 4
     return ROUNDED if rounded else EXACT
 
 
 def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None, float]]:
-    """Yield calls that may be the final norm. The head gets a multiple of their output."""
+    """Yield the calls that may be the final norm. The head gets a multiple of their output."""
     yield None, 1.0
-    for call in reversed(run.calls):  # a wrapper comes before its module
+    for call in reversed(run.calls):  # the call of a wrapper comes before the call of its module
         if call.module is head or call.given is None or call.returned is None:
             continue
         if call.given.shape == call.returned.shape == x.shape:
@@ -111,7 +111,7 @@ def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None
 
 
 def _is_norm(run: Trace, call: Call) -> bool:
-    """Say whether a module is a single step, perhaps wrapped or parametrised, as a norm is."""
+    """Return whether a module computes a single step, as a norm does, perhaps inside wrappers."""
     inside = [part for part in run.calls if part.path.startswith(f"{call.path}.")]
     whole = any(part.given is call.given and _same(part.returned, call.returned) for part in inside)
     plain = not any(True for _ in call.module.children())
@@ -119,14 +119,14 @@ def _is_norm(run: Trace, call: Call) -> bool:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Say whether states are equal after a cast, because the residual stream may be float32."""
+    """Return whether states are equal, up to a cast: the residual stream may be float32."""
     if a is None or b is None or a.shape != b.shape:
         return False
     return torch.equal(a.to(b), b)
 
 
 def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """Return path and indices of the longest module list whose last block returned ``h``."""
+    """Return the longest module list whose last block returned ``h``, by path and block indices."""
     ended = {id(call.module): i for i, call in enumerate(run.calls)}
     found = []
     for path, blocks in inner.named_modules():
@@ -152,10 +152,10 @@ def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, .
 
 
 def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
-    """Return the path of the outermost part that returns ``normed`` if called with tokens alone.
+    """Return the path of the outermost part that returns ``normed`` if it gets only tokens.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such part.
     """
     path, paths = blocks, list[str]()
     while "." in path:
@@ -166,7 +166,7 @@ def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
         called = run.last(part)
         if called is None or not _close(called.returned, normed):
             continue
-        try:  # a part may need other inputs, and raise errors of any kind
+        try:  # a part that needs other inputs may raise errors of any class
             with torch.autocast(run.ids.device.type, run.autocast, enabled=bool(run.autocast)):
                 alone = hidden_of(decode(part, {"input_ids": run.ids}))
         except Exception:
@@ -179,7 +179,7 @@ def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
 
 
 def decode(decoder: Any, inputs: Any) -> Any:
-    """Call a decoder without keeping its keys and values."""
+    """Run a decoder, without keeping its keys and values."""
     return decoder(**inputs, use_cache=False)
 
 
@@ -188,7 +188,7 @@ def _close(a: Tensor | None, b: Tensor) -> bool:
 
 
 def _obstacle(run: Trace, inner: Any, head: nn.Module, x: Tensor) -> str:
-    """Describe the module between blocks and head that prevents a lens."""
+    """Return a text on the module between blocks and head that prevents a lens."""
     streams = _streams(run, inner, x)
     if streams is not None:
         return streams
@@ -219,7 +219,7 @@ def _source(run: Trace, x: Tensor, before: Call | None = None) -> Call | None:
 
 
 def _streams(run: Trace, inner: Any, x: Tensor) -> str | None:
-    """Say whether the blocks carry several streams of the head's width."""
+    """Return a text if the blocks pass on several streams of the head's width, else None."""
     for path, blocks in inner.named_modules():
         if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
             continue

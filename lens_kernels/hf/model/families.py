@@ -43,7 +43,7 @@ class Family:
     softcap: str | None = None
 
     def __post_init__(self) -> None:
-        """Check types here, so that an error appears before a model is read."""
+        """Check types at once, so that errors appear before any model is read."""
         for name in ("blocks", "norm", "norm_kind", "logit_scale", "logit_divisor", "softcap"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
@@ -85,7 +85,7 @@ def causal_lm_of(model: Any) -> Any:
         TypeError: An adapter prepends virtual tokens. The hidden states would then have more
             positions than the labels and the other model's hidden states.
     """
-    # Importing peft takes seconds. If it has not been imported, the model is no peft model.
+    # Importing peft takes seconds. As long as nobody imports it, no model is a peft model.
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model
@@ -100,5 +100,5 @@ def causal_lm_of(model: Any) -> Any:
 
 
 def class_name(model: Any) -> str:
-    """Return the name of the model's class, for error messages."""
+    """Return the name of a model's class, for error messages."""
     return type(causal_lm_of(model)).__name__

@@ -1,4 +1,4 @@
-"""Norms, scales and soft caps, measured by running modules on chosen numbers."""
+"""Measures norms, scales and soft caps, by running modules on chosen numbers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.model.tracing import Trace, logits_of
 from lens_kernels.lens import NORM_KINDS, LensNorm
 
-EXACT = 1e-4  # the largest relative difference of equal float32 results
-SMALLEST_EPS = 1e-12  # rows are at least as large as its square root
+# The largest relative difference between float32 results that count as equal.
+EXACT = 1e-4
+# Test rows are at least as large as the square root of this eps.
+SMALLEST_EPS = 1e-12
 USUAL_EPS = (1e-5, 1e-6, 1e-8, SMALLEST_EPS, 0.0)
 
 
 @dataclass(frozen=True)
 class NormFit:
-    """How a norm computes: the arguments of ``LensNorm`` except the tensors."""
+    """The way in which a norm computes: the arguments of ``LensNorm`` that are not tensors."""
 
     kind: str
     eps: float
@@ -29,14 +31,14 @@ class NormFit:
 
 
 def difference(found: Tensor, true: Tensor) -> float:
-    """Return the largest difference, relative to the largest of the true values."""
+    """Return the largest difference, relative to the largest true value."""
     true = true.double()
     off = (found.to(true.device).double() - true).abs().max() / true.abs().max().clamp(min=1e-30)
     return off.item()
 
 
 def factor(a: Tensor, b: Tensor) -> float:
-    """Return the number ``c`` for which ``c * b`` is nearest to ``a``."""
+    """Return the number ``c`` for which ``c * b`` is closest to ``a``."""
     a, b = a.double(), b.to(a.device).double()
     return ((a * b).sum() / b.square().sum().clamp(min=1e-300)).item()
 
@@ -69,7 +71,7 @@ def norm_difference(norm: nn.Module, lens_norm: LensNorm, width: int) -> float:
 
 
 def in_float32(norm: nn.Module) -> nn.Module:
-    """Return a copy of a norm whose results are not rounded to 16 bits."""
+    """Return a copy of a norm in float32, whose results are not rounded to 16 bits."""
     return copy.deepcopy(norm).float()
 
 
@@ -134,7 +136,7 @@ def logits_of_products(
 
 @dataclass(frozen=True)
 class MapFit:
-    """The map from the head's products to logits, and the number of logits."""
+    """The map from the head's products to the logits, and the number of logits."""
 
     scale: float
     softcap: float | None

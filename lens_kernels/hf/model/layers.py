@@ -23,7 +23,7 @@ def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
 
 
 def check_layers(name: str, layers: list[int], num_layers: int) -> list[int]:
-    """Return ``layers`` if each one is a block before the last block, else raise."""
+    """Return ``layers`` if each is a block before the last one. Raise an error otherwise."""
     for i in layers:
         if not 1 <= i < num_layers:
             raise ValueError(
@@ -40,7 +40,7 @@ def lens_layers(
     student_layers: list[int] | None = None,
     teacher_layers: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Return the layers of student and teacher to compare: those given, or an even spacing.
+    """Return the layers of student and teacher to compare: the given ones, or evenly spaced ones.
 
     ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks.
     """
@@ -62,7 +62,7 @@ def lens_layers(
 def check_choice(
     num_lens_pairs: int | None, student_layers: list[int] | None, teacher_layers: list[int] | None
 ) -> None:
-    """Raise if one list of layers is missing or the number of pairs is negative."""
+    """Raise an error if one list of layers is missing, or if the number of pairs is negative."""
     if (student_layers is None) != (teacher_layers is None):
         raise ValueError(
             "give student_layers and teacher_layers together, or neither:"

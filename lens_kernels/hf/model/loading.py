@@ -1,4 +1,4 @@
-"""Load models and tokenizers from disk, or from the Hub if downloads are allowed."""
+"""Loads models and tokenizers from disk, or from the Hub if downloads are allowed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,8 @@ from lens_kernels.hf.model.adapter_base import base_of
 from lens_kernels.hf.model.placement import check_placement, placed
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST_BLOCKS = 10_000  # a limit, because transformers makes the blocks before it reads weights
+# limits the number of blocks, which transformers creates before it reads any weight
+MOST_BLOCKS = 10_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -77,7 +78,8 @@ def load_model(
         adapter = find_adapter_config_file(place, **local)
         if adapter is None:
             return _load_plain(path, options)
-        if not _has(place, ["adapter_model.safetensors"], local):  # peft would load a pickle
+        # without safetensors, peft would load a pickle
+        if not _has(place, ["adapter_model.safetensors"], local):
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
             )
@@ -87,7 +89,7 @@ def load_model(
         raise RuntimeError(
             f"the model {path!r} needs the package {name}: {install(name)}"
         ) from error
-    except Exception as error:  # each file format raises its own errors for broken files
+    except Exception as error:  # broken files raise errors of their own for each file format
         raise ValueError(_unreadable("model", path, error, download)) from error
 
 
@@ -103,10 +105,10 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     load: Any = _auto_class(found.get("model_type")).from_pretrained
     model, info = load(place, **arguments, output_loading_info=True)
     model.config.name_or_path = model.name_or_path = path
-    # transformers only warns about missing weights, and gives them random values.
+    # transformers gives random values to missing weights, with only a warning.
     _check_keys("lack weights of the model", path, info["missing_keys"])
-    # Keys of a part that the model does not have, such as a reward head, are harmless. Other
-    # unexpected keys are biases or blocks that the model was trained with but the config omits.
+    # Keys of a part that the model lacks, such as a reward head, are harmless. Any other unexpected
+    # key is a weight that the model was trained with, but that the config leaves out.
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
@@ -118,7 +120,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
 
 
 def _auto_class(kind: object) -> Any:
-    """Return the class that loads a model type. Image-text models have a class of their own."""
+    """Return the class that loads a model type. Models with images have a class of their own."""
     images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
     if kind in images - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         return AutoModelForImageTextToText
@@ -126,7 +128,7 @@ def _auto_class(kind: object) -> Any:
 
 
 def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
-    # peft's own AutoPeftModelForCausalLM does not report weights that the base model lacks.
+    # peft's AutoPeftModelForCausalLM would not report weights that are missing in the base model.
     from peft import PeftConfig, PeftModel, load_peft_weights, set_peft_model_state_dict
 
     config = PeftConfig.from_pretrained(str(folder))
@@ -146,11 +148,11 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     added = tokens > len(model.get_input_embeddings().weight)
     if added:
         model.resize_token_embeddings(tokens)
-    # peft freezes adapters by default, but a student is trained. Like other loaded models, the
-    # result is in eval mode.
+    # The adapter is loaded for training, because peft freezes it by default. The model is in eval
+    # mode, like other loaded models.
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
-    # peft only warns about missing keys, and does not report unexpected keys. Loading the weights
-    # again returns both.
+    # peft only warns about missing keys, and ignores unexpected keys. Loading the weights again
+    # returns both.
     weights = load_peft_weights(str(folder), device=str(adapted.device))
     result: Any = set_peft_model_state_dict(adapted, weights)
     if added and not any(len(x) == tokens for x in weights.values()):
@@ -166,11 +168,11 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
 
 
 def _check_numbers(path: str, model: Any) -> None:
-    """Raise if a weight is NaN: every result of the model would be NaN too."""
+    """Raise an error if a weight is NaN, because every result of the model would be NaN."""
     for name, x in model.named_parameters():
         wide = (
             x.is_floating_point() and x.element_size() > 1
-        )  # torch has no maximum of 8-bit floats
+        )  # torch cannot compute the maximum of 8-bit floats
         if wide and x.numel() and x.detach().amax().isnan():
             raise ValueError(f"its files in {path!r} hold NaN in {name}: save the model again")
 
@@ -188,7 +190,10 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse kernels on the Hub, which transformers would run, and too many blocks."""
+    """Refuse configs that name kernels on the Hub, which transformers would run.
+
+    Also refuse configs with too many blocks.
+    """
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_config(value)
@@ -205,7 +210,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _is_absent(kernel: str) -> bool:
-    """Return whether a kernel's package is missing; transformers then asks the Hub for it."""
+    """Return whether a kernel's package is missing. Then transformers asks the Hub for it."""
     if not kernel.removeprefix("paged|").startswith("flash_"):
         return False
     package = "flash_attn_interface" if kernel.endswith("_3") else "flash_attn"
@@ -226,7 +231,7 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
             named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
-        tokenizer("a")  # a damaged config may raise only here
+        tokenizer("a")  # some errors of a damaged config appear only here
         return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
@@ -245,7 +250,7 @@ def check_tokenizers(
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     used = set(ids)
-    differing = []  # tokens, with their lowest id, and whether the data hold them
+    differing = []  # The tokens to compare, each with its lower id, and whether the data hold it.
     for name in mine.keys() | theirs.keys():
         own = {vocabulary[name] for vocabulary in (mine, theirs) if name in vocabulary}
         lowest, held = min(own), bool(own & used)
@@ -271,9 +276,10 @@ def check_tokenizers(
 
 
 def _place(path: str, download: bool, revision: str | None = None) -> str:
-    """Return a model's folder or name. Without downloads, a name becomes a cached folder.
+    """Return the folder or name with which a model is loaded.
 
-    Even with ``local_files_only``, huggingface_hub and transformers ask the Hub about names.
+    Without downloads, a name becomes its folder in the Hub's cache. Even with ``local_files_only``,
+    huggingface_hub and transformers would ask the Hub about a name.
     """
     if download or Path(path).is_dir():
         return path
@@ -285,7 +291,7 @@ def _place(path: str, download: bool, revision: str | None = None) -> str:
 
 
 def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:
-    """Return whether a model has one of the files."""
+    """Return whether a model has at least one of the files."""
     for name in names:
         with contextlib.suppress(OSError):
             cached_file(path, name, **source)

@@ -1,4 +1,4 @@
-"""The paths of the modules that make up a model's lens, and access to their tensors."""
+"""The paths of the modules that make up a model's lens, and functions that return the modules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lens_kernels.lens import LensHead, LensNorm
 
 @dataclass(frozen=True)
 class ModelLens:
-    """Paths and numbers of a model's lens, from the causal language model.
+    """The paths and numbers of a model's lens. Paths start at the causal language model.
 
     ``logits = softcap * tanh(s / softcap)``, or ``s`` without a soft cap, where
     ``s = scale * head(norm(h))`` and ``h`` is the last block's output.
@@ -49,11 +49,11 @@ class ModelLens:
         return None if self.norm is None else submodule(model, self.norm, "norm")
 
     def decoder_in(self, model: Any) -> nn.Module:
-        """Return the part whose output is the normed final hidden state."""
+        """Return the part of the model that returns the normed final hidden state."""
         return submodule(model, self.decoder, "blocks")
 
     def head_in(self, model: Any) -> LensHead:
-        """Return the lens head; it shares the model's parameters."""
+        """Return the lens head, which shares the model's parameters."""
         head, norm = plain_head(model), self.norm_in(model)
         lens_norm = None
         if self.norm_fit is not None:
@@ -66,7 +66,7 @@ class ModelLens:
 
 
 def submodule(model: Any, path: str, field: str) -> nn.Module:
-    """Return the module at a path. Errors call the path the ``field`` of a ``Family``."""
+    """Return the module at a path. In errors, the path is called the ``field`` of a ``Family``."""
     try:
         part: nn.Module = model.get_submodule(path)
     except AttributeError as error:
@@ -89,7 +89,7 @@ def block_list(model: Any, path: str) -> nn.ModuleList:
 
 
 def plain_head(model: Any) -> Any:
-    """Return the model's head if it is one ``nn.Linear`` with a plain weight, else raise."""
+    """Return the model's head. It must be one ``nn.Linear`` with a plain weight."""
     head = model.get_output_embeddings()
     if isinstance(head, nn.ModuleList):
         raise TypeError(
@@ -107,9 +107,9 @@ def plain_head(model: Any) -> Any:
 
 
 def plain_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weight and bias of a norm. A missing one is None."""
-    # A wrapper (adapter, modules_to_save, parametrisation) has the norm as a child. The wrapper's
-    # own weight attribute may not be the weight that it uses.
+    """Return the weight and the bias of a norm, each of which may be None."""
+    # A wrapper, such as an adapter or a parametrisation, has the norm as a child. Its own weight
+    # attribute may not be the weight that is used.
     if any(True for _ in norm.children()):
         raise TypeError(
             f"the model's final norm is a {type(norm).__name__}, not a plain norm: merge the"

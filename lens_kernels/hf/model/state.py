@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Set evaluation mode inside the context, and restore the mode of every module on exit.
+    """Return a context with the model in evaluation mode. Each module's mode is restored on exit.
 
     A submodule may have another mode than the model. Frozen submodules often stay in evaluation
     mode.
@@ -28,7 +28,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Return a context that computes in the dtypes of weights and inputs."""
+    """Return a context without autocast, which computes in the dtypes of weights and inputs."""
     return torch.autocast(device.type, None, False)
 
 
@@ -52,7 +52,7 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
 
 
 def measured(model: Any, work: Callable[[], T]) -> T:
-    """Run ``work`` on a model and return the result. The model is unchanged afterwards.
+    """Run ``work`` on a model and return the result. Afterwards the model is as it was before.
 
     The model is in evaluation mode, without gradients. Autocast around the call has no effect, and
     the random state is unchanged. A model with weights of several dtypes may need autocast. It runs

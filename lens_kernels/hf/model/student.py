@@ -1,4 +1,4 @@
-"""Build a student from some of its teacher's blocks."""
+"""Builds a student from some blocks of its teacher."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.model.tracing import hidden_in, logits_of, sample_tokens
 
-# Names for the number of blocks in a config. Some are for the decoder of an encoder-decoder.
+# The names that configs use for the number of blocks. Some are for the decoder of an
+# encoder-decoder.
 LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
@@ -48,8 +49,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
         if getattr(text, name, None) == total:
             setattr(text, name, len(blocks))
     for name, value in text.to_dict().items():
-        # A list with one entry per block is shortened. A list of token ids may have that length by
-        # chance.
+        # A list with one entry for each block is shortened to the student's blocks. A list of token
+        # ids is left alone, although it may have this length by chance.
         if isinstance(value, (list, tuple)) and len(value) == total and "token" not in name:
             setattr(text, name, [value[i - 1] for i in blocks])
     student = type(inner)(config)
@@ -70,8 +71,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
                 " the first blocks"
             )
         target[name] = found.clone()
-    # assign=True keeps the dtype of each weight. Casting the whole model would round buffers that
-    # are not in checkpoints, such as rotary frequencies.
+    # assign=True keeps the dtype of each weight. A cast of the whole model would also round buffers
+    # that no checkpoint contains, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
     student.to(inner.device)
@@ -84,7 +85,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
-    """Compare the copy with the teacher, while the teacher's other blocks return their input."""
+    """Compare the copy with the teacher, whose other blocks are made to return their input."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = hidden_in(args, kwargs)
@@ -96,7 +97,7 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     tokens = sample_tokens(teacher, len(embedding), embedding.device)
     dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
     hooks: list[Any] = []
-    # A model with weights of several dtypes runs only under autocast.
+    # A model whose weights have several dtypes runs only under autocast.
     mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
     cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
     try:
@@ -107,8 +108,8 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
         for hook in hooks:
             hook.remove()
     error, largest = (own - expected).abs().max(), expected.abs().max()
-    # A teacher that was cast to 16 bits has rounded rotary frequencies, and the copy has exact
-    # ones. So the tolerance is larger then.
+    # If the teacher was cast to 16 bits, its rotary frequencies are rounded, but those of the copy
+    # are exact. The tolerance is larger then.
     exact = embedding.dtype in (torch.float32, torch.float64) and not mixed
     if not error <= (1e-3 if exact else 5e-2) * largest:
         raise ValueError(

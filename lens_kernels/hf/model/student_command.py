@@ -56,7 +56,7 @@ def make_student(
 
 
 def block_range(text: str) -> range:
-    """Parse ``7`` or ``1-11``."""
+    """Return the blocks named by a text such as ``7`` or ``1-11``."""
     first, dash, last = text.partition("-")
     try:
         numbers = int(first), int(last if dash else first)
@@ -68,7 +68,7 @@ def block_range(text: str) -> range:
 
 
 def even_blocks(number: int, total: int) -> list[int]:
-    """Return evenly spaced blocks, including the first and the last.
+    """Return ``number`` evenly spaced blocks, including the first and the last.
 
     Raises:
         ValueError: ``number`` is not in [1, total].

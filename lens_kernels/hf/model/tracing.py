@@ -1,4 +1,4 @@
-"""Record the inputs and outputs of every module of a model for a few tokens."""
+"""Records the inputs and outputs of all modules of a model, for a few tokens."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """The calls of one forward pass in the order in which they ended, and the logits.
+    """The calls of one forward pass, in the order in which they ended, and its logits.
 
     ``autocast`` is the dtype of autocast in the pass, or None without autocast.
     """
@@ -37,12 +37,12 @@ class Trace:
     autocast: torch.dtype | None
 
     def last(self, module: nn.Module) -> Call | None:
-        """Return the last call of a module."""
+        """Return the last call of the module at a path."""
         return next((call for call in reversed(self.calls) if call.module is module), None)
 
 
 def hidden_of(value: Any) -> Tensor | None:
-    """Return the hidden states in a module's result: a tensor, a sequence or a model output."""
+    """Return the hidden states from a module's result: a tensor, a sequence or a model output."""
     value = getattr(value, "last_hidden_state", value)
     if isinstance(value, Mapping):
         value = tuple(value.values())
@@ -53,13 +53,16 @@ def hidden_of(value: Any) -> Tensor | None:
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first argument of a module that can be hidden states."""
+    """Return the first argument of a module that could be hidden states."""
     named = [kwargs["hidden_states"]] if "hidden_states" in kwargs else list(kwargs.values())
     return next((x for x in map(hidden_of, [*args, *named]) if x is not None), None)
 
 
 def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
-    """Return a row of token ids. Ids in the config are avoided, because one may mean an image."""
+    """Return a row of token ids.
+
+    It avoids ids that are in the config, because one of them may stand for an image.
+    """
     named: set[int] = set()
     for config in (model.config, model.config.get_text_config()):
         for name, value in vars(config).items():
@@ -84,7 +87,7 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
 
 
 def logits_of(model: Any, ids: Tensor) -> Tensor:
-    """Return a model's logits."""
+    """Return the logits from a model's result."""
     logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits
     return logits
 

@@ -1,4 +1,4 @@
-"""Check that a lens reproduces the model's own logits."""
+"""Checks that a lens gives the model's own logits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from lens_kernels.hf.model.parts import ModelLens
 from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.lens import LensHead
 
-# The largest products of the head in each probe. Only large products show a soft cap, but all show
-# a scale.
+# For each probe, the largest product that the head returns. Only large products reveal a soft cap,
+# but all reveal a scale.
 PROBES = (1.0, 60.0, 1000.0)
 
 

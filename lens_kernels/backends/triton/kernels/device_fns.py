@@ -1,9 +1,9 @@
-"""Elementary functions of the kernels. Stated errors are relative to the value of the function.
+"""Elementary functions of the kernels. Errors are stated relative to the function's value.
 
 Triton has ``expm1``, ``log1p`` and ``tanh`` only in vendors' device libraries, which its
-interpreter lacks. Its ``exp`` and ``log`` take 5 and 26 instructions on sm_90, and those here take
-2 and 17. Apart from the GEMMs, most of a sweep's time goes to these functions. Polynomials
-interpolate a function at Chebyshev points. Stated errors are those of the polynomial.
+interpreter lacks. On sm_90, its ``exp`` and ``log`` take 5 and 26 instructions. The functions here
+take 2 and 17. Apart from the GEMMs, most of a sweep's time goes to these functions. The polynomials
+interpolate their function at Chebyshev points. Their stated errors leave out rounding.
 """
 
 import triton
@@ -11,14 +11,14 @@ import triton.language as tl
 
 from lens_kernels import divergence
 
-# Replaces logits of -inf, because a difference of infinities is NaN.
+# Kernels replace logits of -inf by this number, because a difference of infinities is NaN.
 FLOOR = tl.constexpr(divergence.FLOOR)
 NO_MASS = tl.constexpr(divergence.NO_MASS)
-# If |d| = |log p - log q| is below this number, p - q is computed with a series.
+# For |d| = |log p - log q| below this number, p - q is computed by a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2) in fp32
+ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # sqrt(1/2) in fp32, as an integer with the same bits
 
 
 @triton.jit
@@ -126,5 +126,8 @@ def tanh(x):
 
 @triton.jit
 def minus(p, q, d):
-    """``p - q`` for ``p = q exp(d)``, without cancellation where ``p`` and ``q`` nearly agree."""
+    """Return ``p - q`` from ``p``, ``q`` and ``d = log(p / q)``.
+
+    The result does not lose digits where ``p`` and ``q`` are nearly equal.
+    """
     return tl.where(tl.abs(d) < NEAR, q * expm1_near(d), p - q)

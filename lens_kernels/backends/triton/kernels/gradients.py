@@ -1,4 +1,4 @@
-"""Sweep 3: the gradient with respect to the logits of a chunk of the vocabulary."""
+"""Sweep 3: the gradient of the loss with respect to the logits, for a chunk of the vocabulary."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def gradients_kernel(
 ):
     """Write the gradient with respect to the products ``x w^T`` of one tile.
 
-    Columns beyond the vocabulary are written too, as copies of the last column. A mask over columns
-    would turn 16-byte stores into 2-byte stores.
+    Columns beyond the vocabulary are also written, as copies of the last column. With a mask over
+    columns, the kernel would store 2 bytes at a time instead of 16.
     """
     rows, valid, part = rows_and_part(tokens, group_blocks, BLOCK_N)
     local = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -73,7 +73,7 @@ def gradients_kernel(
         grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
         grad *= tl.load(weight_ptr + rows)[:, None]
     if labels is not None:
-        # Cross entropy always uses temperature 1.
+        # The cross entropy always uses temperature 1.
         labels_ptr, label_stats, label_weight_ptr = labels
         maximum, log_sum = load_stats(label_stats, rows)
         log_q = (us * temperature - maximum) - log_sum
@@ -89,14 +89,14 @@ def gradients_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The labels and weights of the rows, and the student's statistics at temperature 1."""
+    """The labels and weights of rows, and the student's statistics at temperature 1."""
 
     labels: Tensor
     stats: RowStats
     weight: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the kernel argument ``labels``."""
+        """Return the labels as an argument of the kernel."""
         return self.labels, self.stats.arguments(), self.weight
 
 

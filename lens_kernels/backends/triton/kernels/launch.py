@@ -1,4 +1,4 @@
-"""The tile and the grid of a kernel launch."""
+"""The tile and the grid with which a kernel is launched."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lens_kernels.backends import row_groups
 
-# Triton must not specialise kernels on the values of these arguments. They vary from call to call,
-# and each specialisation is a compilation.
+# Triton must not compile special kernels for values of these arguments, because values vary from
+# call to call.
 COUNTS = ["tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Block sizes over tokens, vocabulary and hidden size, and numbers of warps and stages."""
+    """Block sizes over tokens, vocabulary and hidden size, and the number of warps and stages."""
 
     block_n: int
     block_v: int
@@ -36,14 +36,14 @@ class Tile:
 
     def options(self) -> dict[str, Any]:
         """Return the compiler options as keyword arguments of a launch."""
-        # Triton 3.10 no longer fuses multiplications and additions by default.
+        # Since Triton 3.10, multiplications and additions are not fused by default.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 
 class SplitGrid:
-    """A program for each row block and split of the vocabulary, in the order of ``place_of``.
+    """The programs of a sweep: one for each row block and split of the vocabulary.
 
-    Splits are merged in a fixed order.
+    Programs are in the order of ``place_of``. The results of splits are merged in a fixed order.
     """
 
     def __init__(self, tokens: int, vocab_size: int, tile: Tile, device: torch.device) -> None:
@@ -51,17 +51,17 @@ class SplitGrid:
         blocks = triton.cdiv(tokens, tile.block_n)
         tiles = triton.cdiv(vocab_size, tile.block_v)
         self.group_blocks = row_groups.group_blocks(tokens, tile.block_n)
-        # A group has at least two programs per processor, unless there are too few tiles.
+        # A group gets at least two programs per processor, unless there are too few tiles.
         splits = min(tiles, triton.cdiv(2 * processors(device), self.group_blocks))
         self.tiles_per_split = triton.cdiv(tiles, splits)
         self.splits = triton.cdiv(tiles, self.tiles_per_split)
         self.shape = (blocks * self.splits,)
 
     def partials(self, number: int) -> tuple[Tensor, ...]:
-        """Return ``number`` uninitialised fp32 tensors, ``(splits, tokens)`` each."""
+        """Return ``number`` uninitialised fp32 tensors of shape ``(splits, tokens)``."""
 
-        # These are separate tensors. Views of one tensor would be aligned to 16 bytes only for some
-        # numbers of tokens, and Triton would compile a kernel for each case.
+        # Views of a single tensor would be aligned to 16 bytes only for some numbers of tokens, and
+        # Triton would compile a kernel for each case. So these are separate tensors.
         def one() -> Tensor:
             return torch.empty(self.splits, self.tokens, dtype=torch.float32, device=self.device)
 

@@ -1,4 +1,4 @@
-"""The tile of logits that all sweeps compute: a block of rows times a block of the vocabulary."""
+"""A tile of logits, which all sweeps compute: a block of rows times a block of the vocabulary."""
 
 import triton
 import triton.language as tl
@@ -10,9 +10,9 @@ from lens_kernels.backends.triton.kernels.device_fns import FLOOR, tanh
 def place_of(program, programs, blocks, group_blocks):
     """Return the row block and the part of the vocabulary of a program.
 
-    There is a program for every block and part. Groups of ``group_blocks`` come one after the
-    other; the last one may be smaller. In a group, blocks vary fastest: programs that run at the
-    same time share tiles of the head and rows of the group.
+    There is one program for every row block and part. Programs run group by group, and a group has
+    ``group_blocks`` row blocks, or fewer in the last group. In a group, row blocks vary fastest. So
+    programs that run at the same time share tiles of the head and rows of the group.
     """
     parts = programs // blocks
     first = program // (group_blocks * parts) * group_blocks
@@ -23,9 +23,9 @@ def place_of(program, programs, blocks, group_blocks):
 
 @triton.jit
 def rows_and_part(tokens, group_blocks, BLOCK_N: tl.constexpr):
-    """Return this program's row indices, a mask of the valid ones, and its part of the vocabulary.
+    """Return this program's row indices, a mask of valid rows, and its part of the vocabulary.
 
-    Invalid indices repeat the last row.
+    An invalid index is replaced by that of the last row.
     """
     blocks = tl.cdiv(tokens, BLOCK_N)
     block, part = place_of(tl.program_id(0), tl.num_programs(0), blocks, group_blocks)
@@ -35,7 +35,7 @@ def rows_and_part(tokens, group_blocks, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
-    """Return the range of tiles of a split of the vocabulary.
+    """Return the first tile of a split of the vocabulary, and the tile after its last.
 
     Every split has at least one tile. Every tile has at least one column of the vocabulary.
     """
@@ -45,14 +45,17 @@ def tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def load_stats(stats, rows):
-    """Return the two parts of the rows' log-sum-exp, as column vectors."""
+    """Return the two parts of each row's log-sum-exp, as column vectors."""
     maximum_ptr, log_sum_ptr = stats
     return tl.load(maximum_ptr + rows)[:, None], tl.load(log_sum_ptr + rows)[:, None]
 
 
 @triton.jit
 def capped(z, slope, cap):
-    """Return ``y`` for a product ``z = x w^T + bias``. The logit is ``y`` times ``factor_of``."""
+    """Return ``y`` for a product ``z = x w^T + bias``.
+
+    The logit is ``y`` times the result of ``factor_of``.
+    """
     if cap is not None:
         z = tanh(z * slope * (1.0 / cap))
     return z
@@ -60,13 +63,13 @@ def capped(z, slope, cap):
 
 @triton.jit
 def factor_of(slope, cap):
-    """Return the factor that turns the result of ``capped`` into a logit."""
+    """Return the factor that turns a result of ``capped`` into a logit."""
     return slope if cap is None else cap
 
 
 @triton.jit
 def slope_at(y, slope, cap):
-    """Return the derivative of a logit with respect to ``z``, where ``y`` is ``capped(z)``."""
+    """Return the derivative of a logit with respect to ``z``, given ``y = capped(z)``."""
     if cap is not None:
         slope = slope - (y * y) * slope
     return slope

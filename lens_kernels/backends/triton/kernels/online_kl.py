@@ -1,8 +1,8 @@
 """Sweeps 1 and 2 as one kernel, for divergences that are sums of relative entropies.
 
 The vocabulary is divided into splits, and a split into tiles. The kernel merges the results of
-tiles, and torch merges those of splits. Both use the chain rule of ``relative_entropy``. So no
-projection is computed twice.
+tiles, and torch merges those of splits. Both use the chain rule from ``relative_entropy``. So no
+logit is computed twice.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def online_kl_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write both models' statistics and relative entropies of a block of rows over one split."""
+    """Write both models' statistics and relative entropies, for a block of rows and one split."""
     rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum_s = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     maximum_t = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
@@ -65,7 +65,7 @@ def online_kl_kernel(
         )
         tile_maximum_s, tile_total_s, lq = conditional(us, 1.0)
         tile_maximum_t, tile_total_t, lp = conditional(ut, 1.0)
-        # These are computed before ``union``, so that the registers of the tile become free.
+        # Computed before ``union``, these values free the registers of the tile.
         forward_part = of_tile(lp, lq, "forward_kl")
         reverse_part = of_tile(lp, lq, "reverse_kl")
         maximum_s, total_s, lq_old, lq_new = union(
@@ -111,19 +111,19 @@ def online_kl(
     forward = (_parts_of(p, forward) + between[0]).sum(0)
     reverse = (_parts_of(q, reverse) + between[1]).sum(0)
     if divergence is Divergence.FORWARD_KL:
-        # The h of the forward KL is q - p, which sums to 0.
+        # For the forward KL, h is q - p, whose sum is 0.
         return RowSums(forward, torch.zeros_like(forward), student_stats, teacher_stats)
     f = reverse if divergence is Divergence.REVERSE_KL else forward + reverse
     return RowSums(f, reverse, student_stats, teacher_stats)
 
 
 def _parts_of(shares: Tensor, values: Tensor) -> Tensor:
-    """Weight the values of splits ``(S, N)`` by their shares, as ``part_of`` does."""
+    """Return the values of splits ``(S, N)``, weighted by the splits' shares as in ``part_of``."""
     return torch.where((shares == 0) & values.isinf(), 0.0, shares * values)
 
 
 def _log_probabilities(maximum: Tensor, total: Tensor, stats: RowStats) -> Tensor:
-    """Return the log-probability of each split, ``(S, N)``."""
+    """Return the log-probability of each split within its row, ``(S, N)``."""
     return torch.where(
         total > 0, maximum - stats.maximum + total.log() - stats.log_sum, FLOOR.value
     )

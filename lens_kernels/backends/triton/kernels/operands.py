@@ -1,4 +1,4 @@
-"""The inputs of the sweeps: rows and head of one model, and the statistics of its rows."""
+"""The inputs of the sweeps: a model's rows and head, and the statistics of its rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lens_kernels.lens import LensHead
 
-# Triton vectorises loads if widths and strides are multiples of this many elements.
+# Triton can vectorise loads if widths and strides are multiples of this many elements.
 ALIGNMENT = 16
 
 
@@ -37,19 +37,19 @@ class Operand:
 
     @property
     def precision(self) -> str:
-        """Return the precision of fp32 products, which follows torch's settings."""
+        """Return the precision of fp32 multiplications, which torch's settings decide."""
         nvidia = self.x.device.type == "cuda" and torch.version.hip is None
         return "tf32" if nvidia and tf32_is_allowed() else "ieee"
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the kernel argument that ``logits_tile`` reads."""
+        """Return the operand as the argument that ``logits_tile`` reads."""
         slope = self.scale / self.temperature
         cap = None if self.softcap is None else self.softcap / self.temperature
         x, w = self.x, self.weight
         return x, w, self.bias, padded(x.shape[1]), x.stride(0), w.stride(0), slope, cap
 
     def logits_at(self, columns: Tensor) -> Tensor:
-        """Return the logit of each row at its own column, ``(N,)`` in fp32."""
+        """Return one logit of each row, at the row's own column, ``(N,)`` in fp32."""
         pieces = zip(self.x.split(1024), columns.split(1024), strict=True)
         z = torch.cat([(x.float() * self.weight[at].float()).sum(-1) for x, at in pieces])
         if self.bias is not None:
@@ -58,15 +58,15 @@ class Operand:
         return head.logits(z, self.temperature)[0]
 
     def untempered(self) -> Operand:
-        """Return the operand at temperature 1."""
+        """Return the same operand at temperature 1."""
         return replace(self, temperature=1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class RowStats:
-    """The log-sum-exp of each row in two parts, ``(N,)`` each.
+    """The log-sum-exp of each row, in two parts of shape ``(N,)``.
 
-    A single fp32 number near 60 would put an error of 4e-6 into every probability.
+    A single fp32 number near 60 would cause an error of 4e-6 in every probability.
     """
 
     maximum: Tensor
@@ -74,12 +74,12 @@ class RowStats:
 
     @classmethod
     def merged(cls, maximum: Tensor, total: Tensor) -> RowStats:
-        """Merge the maxima and sums of exponentials of splits, ``(S, N)`` each."""
+        """Merge the results of splits: maxima and sums of exponentials, ``(S, N)`` each."""
         highest = maximum.amax(0)
         return cls(highest, (total * torch.exp(maximum - highest)).sum(0).log())
 
     def arguments(self) -> tuple[Tensor, Tensor]:
-        """Return the kernel argument that ``load_stats`` reads."""
+        """Return the statistics as the argument that ``load_stats`` reads."""
         return self.maximum, self.log_sum
 
 
@@ -94,9 +94,9 @@ class RowSums:
 
 
 def tf32_is_allowed() -> bool:
-    """Say whether torch may round factors of fp32 products to TF32.
+    """Return whether torch's settings allow TF32 in fp32 multiplications.
 
-    torch 2.9 added a second switch. Once it is set, reading the older switch raises an error.
+    torch 2.9 added a second setting. Once it is used, reading the older setting raises an error.
     """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
@@ -104,7 +104,7 @@ def tf32_is_allowed() -> bool:
 
 
 def padded(width: int) -> int:
-    """Return the padded width of a row. Kernels read rows up to this width."""
+    """Return the width of a row with its padding, up to which kernels read."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 

@@ -32,7 +32,7 @@ from lens_kernels.options import Divergence
 
 
 def name_of(divergence: Divergence | None, beta: float) -> str | None:
-    """Return the name by which ``pointwise`` selects a divergence."""
+    """Return the name of a divergence that ``pointwise`` takes."""
     if divergence is Divergence.JSD and beta == 0.5:
         return "jsd_half"
     return None if divergence is None else divergence.value
@@ -40,7 +40,7 @@ def name_of(divergence: Divergence | None, beta: float) -> str | None:
 
 @triton.jit
 def or_infinity(value, mass, log_ratio):
-    """``value``, or ``inf`` where ``mass`` is positive but the log-ratio's denominator is zero."""
+    """Return ``value``, or ``inf`` where ``mass`` is positive and the other mass is zero."""
     return tl.where((log_ratio > NO_MASS) & (mass > 0), float("inf"), value)
 
 
@@ -65,10 +65,10 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         f = 0.5 * tl.where(near, (p + q) * symmetric_near(square), far)
         h = 0.5 * (q * log_ratio)
     elif DIVERGENCE == "jsd":
-        # Beyond these bounds of d, the smaller of p and q does not change the result.
+        # Beyond these limits of d, the smaller of p and q has no effect on the result.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
-        # log(m / p) also equals log(m / q) - d, but that difference cancels for large d.
+        # log(m / q) - d also equals log(m / p), but it loses digits for large d.
         h = -one_minus_beta * exp(lq) * log_mixture(d, beta, one_minus_beta)
         f = h - beta * exp(lp) * log_mixture(-d, one_minus_beta, beta)
     else:

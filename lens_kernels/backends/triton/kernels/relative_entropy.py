@@ -18,7 +18,7 @@ from lens_kernels.backends.triton.kernels.pointwise import pointwise
 
 @triton.jit
 def conditional(y, factor):
-    """Return ``(maximum, total, log-probabilities)`` of each row, within the tile alone.
+    """Return ``(maximum, total, log-probabilities)`` of each row, as if the tile were all entries.
 
     Logits are ``factor * y``. ``maximum`` is the maximum of ``y``, and ``total`` the sum of
     exponentials.
@@ -31,13 +31,13 @@ def conditional(y, factor):
 
 @triton.jit
 def union(maximum, total, other_maximum, other_total, factor):
-    """Return ``maximum`` and ``total`` of the union of two parts, and both log-probabilities."""
+    """Return the union's ``maximum`` and ``total``, and the log-probabilities of its two parts."""
     higher = tl.maximum(maximum, other_maximum)
     here = (maximum - higher) * factor
     there = (other_maximum - higher) * factor
     both = total * exp(here) + other_total * exp(there)
     log_sum = tl.log(tl.where(both > 0, both, 1.0))
-    # The log-probability of a part without mass is FLOOR instead of -inf.
+    # A part without mass has the log-probability FLOOR instead of -inf.
     has_mass = total > 0
     here = tl.where(has_mass, here + tl.log(tl.where(has_mass, total, 1.0)) - log_sum, FLOOR)
     return higher, both, here, there + tl.log(other_total) - log_sum
@@ -45,30 +45,32 @@ def union(maximum, total, other_maximum, other_total, factor):
 
 @triton.jit
 def part_of(log_share, value):
-    """``exp(log_share) * value``, but 0 for a part without mass whose value is infinite."""
+    """Return ``exp(log_share) * value``, or 0 for a part without mass and an infinite value."""
     share = exp(log_share)
     return tl.where((share == 0) & (value == float("inf")), 0.0, share * value)
 
 
 @triton.jit
 def share(lp, lq, KIND: tl.constexpr):
-    """Return the log-probability of a part under the model that weights it: ``P`` or ``Q``."""
+    """Return the log-probability of a part by the first model of the KL, which weights the part."""
     return lp if KIND == "forward_kl" else lq
 
 
 @triton.jit
 def of_tile(lp, lq, KIND: tl.constexpr):
-    """Return the relative entropy of each row of a tile from the results of ``conditional``."""
+    """Return the relative entropy of each row within a tile.
+
+    The log-probabilities come from ``conditional``.
+    """
     f, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
     return tl.sum(f, 1)
 
 
 @triton.jit
 def merged(value, part, lp_old, lq_old, lp_new, lq_new, KIND: tl.constexpr):
-    """Merge two relative entropies: ``value`` of the old part, and ``part`` of a new tile.
+    """Merge the relative entropies ``value``, of the old part, and ``part``, of a new tile.
 
-    ``lp_*`` and ``lq_*`` are the log-probabilities of the old part and of the new tile within
-    their union.
+    ``lp_*`` and ``lq_*`` are the log-probabilities of the old part and the new tile in their union.
     """
     old, _ = pointwise(lp_old, lq_old, 0.5, 0.5, KIND)
     new, _ = pointwise(lp_new, lq_new, 0.5, 0.5, KIND)

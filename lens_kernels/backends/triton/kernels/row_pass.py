@@ -1,9 +1,9 @@
-"""The pass between the GEMMs: each program turns one row of logits into losses and a gradient.
+"""The pass between the GEMMs. Each program turns one row of logits into losses and a gradient.
 
 A row holds the products of a hidden state with the whole head, in fp32. The first sweep over a row
-computes the statistics of both models. The second one computes the sums of ``f`` and ``h``, unless
-the divergence is a sum of relative entropies, which the first sweep computes. The last one writes
-the logit gradient ``G``.
+computes the statistics of both models. The second sweep computes the sums of ``f`` and ``h``. It is
+left out for sums of relative entropies, which the first sweep computes. The last sweep writes the
+logit gradient ``G``.
 
 Each lane reads a group of neighbouring entries at a time, so that a thread loads and stores 16
 bytes at once. Sums are kept per lane until the end of a sweep.
@@ -26,16 +26,16 @@ from lens_kernels.backends.triton.kernels.relative_entropy import (
     union,
 )
 
-# There is one thread per lane. On sm_90 a thread takes 40 registers, so six programs share a
-# multiprocessor. Triton 3.10 no longer fuses multiplications and additions by default.
+# Each lane has one thread. On sm_90 a thread takes 40 registers, so six programs fit on a
+# multiprocessor. Since Triton 3.10, multiplications and additions are not fused by default.
 OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
 def map_of(model):
-    """Return the factor that turns ``y`` of ``capped`` into a logit, and the smallest ``y``.
+    """Return the factor that turns ``y`` from ``capped`` into a logit, and the smallest ``y``.
 
-    The smallest ``y`` replaces the value of logits of -inf. Its logit is ``FLOOR``.
+    The smallest ``y`` replaces that of a logit of -inf, and stands for the logit ``FLOOR``.
     """
     _, _, slope, cap = model
     factor = factor_of(slope, cap)
@@ -47,7 +47,7 @@ def read_row(
     model, offset, floor, start, vocab_size,
     LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return ``y`` of ``capped`` for the entries from ``start`` on, ``(LANES, GROUP)``.
+    """Return ``y`` from ``capped`` for the entries after ``start``, ``(LANES, GROUP)``.
 
     With ``MASKED``, entries beyond the vocabulary have no mass, so that they add nothing to sums.
     Otherwise their values are undefined.
@@ -55,7 +55,7 @@ def read_row(
     z_ptr, bias_ptr, slope, cap = model
     first = (start + tl.arange(0, LANES) * GROUP)[:, None]
     columns = first + tl.arange(0, GROUP)[None, :]
-    # Rows are padded to whole groups. A mask over entries would split 16-byte loads.
+    # Rows are padded to whole groups. With a mask over entries, 16-byte loads would be split.
     z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
@@ -66,7 +66,7 @@ def read_row(
 
 @triton.jit
 def with_group(maximum, total, y, factor):
-    """Return the maximum and the sum of exponentials of each lane after adding a group ``y``."""
+    """Return each lane's maximum and sum of exponentials, after the group ``y`` is added."""
     higher = tl.maximum(maximum, tl.max(y, 1))
     power = factor * LOG2_E
     total = total * tl.exp2((maximum - higher) * power)
@@ -86,7 +86,7 @@ def over_lanes(maximum, total, factor):
 
 @triton.jit
 def of_lanes(value, lp, lq, KIND: tl.constexpr):
-    """Return the part that each lane contributes to the relative entropy of the row."""
+    """Return what each lane adds to the relative entropy of the row."""
     between, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
     return part_of(share(lp, lq, KIND), value) + between
 
@@ -163,7 +163,7 @@ def row_pass_kernel(
     else:
         maximum = tl.load(statistics_ptr + 2 * row)
         max_t = maximum / factor_t
-        # The division by the factor rounds the maximum, so its error is added here.
+        # The maximum was divided by the factor and rounded. This adds the rounding error back.
         log_sum_t = tl.load(statistics_ptr + 2 * row + 1) + (maximum - max_t * factor_t)
 
     if DIVERGENCE is not None:
@@ -172,7 +172,7 @@ def row_pass_kernel(
         if ONLINE:
             if DIVERGENCE != "reverse_kl":
                 f += of_lanes(forward, lanes_p, lanes_q, "forward_kl")
-            if DIVERGENCE != "forward_kl":  # the h of the forward KL is q - p, which sums to 0
+            if DIVERGENCE != "forward_kl":  # for the forward KL, h is q - p, whose sum is 0
                 h += of_lanes(reverse, lanes_p, lanes_q, "reverse_kl")
                 f += h
         else:
@@ -186,7 +186,7 @@ def row_pass_kernel(
                 h += tl.sum(h_entry, 1)
         h_sum = tl.sum(h, 0)
         loss = tl.sum(f, 0)
-        h_sum = tl.where(loss != loss, loss, h_sum)  # a NaN loss makes the gradient NaN too
+        h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
         weight = tl.load(weight_ptr + row)
         tl.store(loss_ptr + row, loss)
     if labels is not None:
@@ -232,8 +232,8 @@ def row_pass_kernel(
                 size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
                 mass += tl.sum(size, 1)
                 squares += tl.sum(size * size, 1)
-                # Read as integers, the bits of positive numbers have the same order as the numbers.
-                # NaN is the largest.
+                # The bits of positive numbers, read as integers, have the same order as the
+                # numbers. NaN is the largest.
                 bits = size.to(tl.int32, bitcast=True)
                 known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
                 tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")

@@ -1,4 +1,4 @@
-"""Sweep 1: the log-sum-exp of every row of one model, in one run over the vocabulary."""
+"""Sweep 1: the log-sum-exp of every row of a model, computed in one pass over the vocabulary."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def row_stats_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the maximum and the sum of exponentials of a block of rows over one split."""
+    """Write the maximum and the sum of exponentials, for a block of rows and one split."""
     rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)

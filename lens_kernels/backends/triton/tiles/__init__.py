@@ -1,1 +1,1 @@
-"""Tiles of the sweeps: ``sizes`` (defaults and limits), ``search`` (tuning), ``store`` (disk)."""
+"""The tiles of the sweeps: ``sizes`` has defaults and limits, ``search`` tunes, ``store`` saves."""

@@ -1,8 +1,8 @@
 """The search for the fastest tile of every sweep on one GPU.
 
-``triton.autotune(cache_results=True)`` (Triton 3.6 to 3.9) cannot replace it. An ordinary call
-without a cached key would start tuning, and the cache cannot be read without a launch. autotune
-does not compare results, and stops at errors of compiler passes and of the driver.
+``triton.autotune(cache_results=True)`` (Triton 3.6 to 3.9) cannot replace it. With it, an ordinary
+call without a cached key would start tuning, and the cache cannot be read without a launch. It does
+not compare results, and stops at errors of compiler passes and of the driver.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from lens_kernels.options import Divergence
 
 BLOCKS_NV = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
 BLOCKS_K, WARPS, STAGES = (32, 64), (4, 8), (2, 3, 4)
-# With fewer accumulators per thread, loading the tiles takes longer than multiplying them.
+# A thread with fewer accumulators would spend more time on loading tiles than on multiplying them.
 FEWEST_ACCUMULATORS = 64
-# Allowed difference between the results of two tiles, relative to the largest result.
+# The allowed difference between the results of two tiles, relative to the largest result.
 TOLERANCE = 1e-4
-# Bytes of the logits' gradient that one launch of sweep 3 writes.
+# The size of the logits' gradient that a launch of sweep 3 writes, in bytes.
 WORKSPACE_BYTES = 1 << 28
-# Compiler passes and the driver raise plain RuntimeErrors with these texts.
+# Compiler passes and the driver raise RuntimeErrors without a class of their own. They are
+# recognised by these texts.
 REJECTIONS = ("PassManager::run failed", "too many resources requested")
 
 Timer = Callable[[Callable[[], object]], float]
@@ -45,7 +46,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass
 class Outcome:
-    """The result for one sweep: the milliseconds of each tile, or why it was rejected."""
+    """The outcome of tuning a sweep: the milliseconds of each tile, and why other tiles failed."""
 
     sweep: Sweep
     width: int
@@ -55,7 +56,7 @@ class Outcome:
 
     @property
     def best(self) -> Tile:
-        """Return the fastest tile."""
+        """The fastest tile."""
         return min(self.times, key=lambda tile: self.times[tile])
 
     def row(self) -> tuple[str, ...]:
@@ -68,7 +69,7 @@ class Outcome:
 
 
 def candidates(sweep: Sweep, arch: Arch, itemsize: int) -> list[Tile]:
-    """Return the tiles that are worth timing."""
+    """Return the tiles that may be fast enough to be timed."""
     found = []
     for (n, v), k, warps, stages in itertools.product(BLOCKS_NV, BLOCKS_K, WARPS, STAGES):
         tile = Tile(n, v, k, warps, stages)
@@ -80,7 +81,10 @@ def candidates(sweep: Sweep, arch: Arch, itemsize: int) -> list[Tile]:
 
 
 def rejection(error: Exception) -> str | None:
-    """Return why the compiler or driver rejected a tile, or None for any other error."""
+    """Return the reason why the compiler or the driver rejected a tile.
+
+    Return None for any other error.
+    """
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, triton.TritonError):
         return f"{type(error).__name__}: {lines[-1].strip()}"
@@ -90,7 +94,7 @@ def rejection(error: Exception) -> str | None:
 
 
 def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return a message if results differ from the truth by more than the tolerance, else None.
+    """Return a message if results differ from the truth by more than the tolerance.
 
     This waits for the GPU.
     """
@@ -103,7 +107,7 @@ def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: fl
 
 @contextlib.contextmanager
 def nan_in_new_tensors() -> Iterator[None]:
-    """Fill new tensors with NaN. Otherwise their memory may hold the results of an earlier tile."""
+    """Fill new tensors with NaN. Otherwise a wrong tile could reuse right results in old memory."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -120,7 +124,7 @@ def median_ms(function: Callable[[], object]) -> float:
 
 @dataclass
 class Search:
-    """A search over all sweeps. It stores the fastest tile of each sweep.
+    """Searches for the fastest tile of each sweep, and stores it.
 
     ``timer`` returns the milliseconds that a function takes. ``say`` prints a line of progress.
     """
@@ -133,7 +137,7 @@ class Search:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self) -> list[Outcome]:
-        """Search sweep by sweep, because a sweep needs the results of the earlier sweeps."""
+        """Tune all sweeps in order, because a sweep needs the results of the earlier ones."""
         student, teacher, vocab_size = self.student, self.teacher, self.vocab_size
         student_stats, teacher_stats = (
             self.search(Sweep.ROW_STATS, partial(row_stats, operand, vocab_size), operand)
@@ -146,13 +150,16 @@ class Search:
             row_sums, *both, student_stats, teacher_stats, Divergence.JSD, 0.5, vocab_size
         )
         gradient = partial(self.gradient, self.search(Sweep.ROW_SUMS, sums, *both))
-        # Gradients are rounded to the dtype of the operands.
+        # Gradients are rounded to the operands' dtype, so a larger difference is allowed.
         tolerance = max(TOLERANCE, 4 * torch.finfo(student.x.dtype).eps)
         self.search(Sweep.GRADIENTS, gradient, *both, tolerance=tolerance)
         return self.outcomes
 
     def gradient(self, sums: RowSums, tile: Tile) -> Tensor:
-        """Launch sweep 3 over a chunk whose size is a multiple of every candidate's block."""
+        """Launch sweep 3 over a chunk of the vocabulary.
+
+        The size of the chunk is a multiple of every candidate's block.
+        """
         x, vocab_size = self.student.x, self.vocab_size
         unit = max(v for _, v in BLOCKS_NV)
         units = max(1, WORKSPACE_BYTES // (len(x) * x.element_size() * unit))
@@ -171,7 +178,7 @@ class Search:
         *operands: Operand,
         tolerance: float = TOLERANCE,
     ) -> Any:
-        """Find and store the best tile of a sweep, and return the result of its launch."""
+        """Find and store the fastest tile of a sweep, and return the result of its launch."""
         width = min(operand.x.shape[1] for operand in operands)
         known = [o for o in self.outcomes if (o.sweep, o.width) == (sweep, width)]
         if not known:
@@ -185,7 +192,10 @@ class Search:
     def time_tiles(
         self, sweep: Sweep, width: int, launch: Callable[[Tile], Any], tolerance: float
     ) -> Outcome:
-        """Time the default tile and all candidates. Tiles with errors or wrong results fail."""
+        """Time the default tile and all candidates.
+
+        A tile that raises an error or gives wrong results is rejected.
+        """
         dtype, arch = self.student.x.dtype, sizes.arch_of(self.student.x.device)
         outcome = Outcome(sweep, width, sizes.default(sweep, arch, dtype, width))
         tiles = dict.fromkeys([outcome.default, *candidates(sweep, arch, dtype.itemsize)])
@@ -216,7 +226,7 @@ class Search:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """Return all tensors of a launch's result: a tensor, or nested dataclasses of tensors."""
+    """Return all tensors in the result of a launch, which is a tensor or nested dataclasses."""
     if isinstance(result, Tensor):
         return [result]
     return [tensor for part in vars(result).values() for tensor in _tensors(part)]

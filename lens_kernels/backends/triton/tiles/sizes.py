@@ -1,4 +1,4 @@
-"""The default tile of every sweep on every kind of GPU, and the limits of a tile."""
+"""The default tile of every sweep on every kind of GPU, and the limits that a tile must keep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens_kernels.backends.triton.kernels.launch import Tile
 
 
 class Sweep(str, Enum):
-    """The kernels whose tile can be chosen."""
+    """The sweeps, whose tiles can be chosen."""
 
     ROW_STATS = "row_stats"
     ONLINE_KL = "online_kl"
@@ -21,18 +21,18 @@ class Sweep(str, Enum):
 
     @property
     def accumulators(self) -> int:
-        """Return the number of fp32 tiles of logits that a program holds at a time."""
+        """The number of fp32 tiles of logits that a program holds at a time."""
         return 1 if self is Sweep.ROW_STATS else 2
 
 
 @dataclass(frozen=True)
 class Arch:
-    """The limits of a tile on one kind of GPU: bytes of shared memory, and registers."""
+    """The limits of tiles on one kind of GPU: bytes of shared memory, and accumulators."""
 
     name: str
     shared_memory: int
     threads_per_warp: int = 32
-    # fp32 accumulators that a thread can hold beside its other values.
+    # The fp32 accumulators for which a thread has registers, beside its other values.
     accumulators_per_thread: int = 128
 
 
@@ -40,7 +40,7 @@ ARCHS = {
     arch.name: arch
     for arch in (
         Arch("sm_80", 166912),
-        Arch("sm_89", 101376),  # used for sm_86 and sm_120 too
+        Arch("sm_89", 101376),  # these limits also hold for sm_86 and sm_120
         Arch("sm_90", 232448),
         Arch("sm_100", 232448),
         Arch("gfx942", 65536, threads_per_warp=64),
@@ -48,12 +48,12 @@ ARCHS = {
     )
 }
 
-# From this hidden size on, the GEMM is the bottleneck even with one program per multiprocessor.
+# From this hidden size on, GEMMs are the bottleneck, even with one program per multiprocessor.
 WIDE = 2048
 
 
 def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bool = False) -> Tile:
-    """Return the default tile of a sweep. ``width`` is the smaller hidden size of its operands.
+    """Return a sweep's default tile. ``width`` is the smaller hidden size of its operands.
 
     ``extras`` says whether there is a bias, a softcap or labels, which all take registers.
     ``benchmarks/kernel_report.py`` shows that no default tile spills registers.
@@ -61,11 +61,12 @@ def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bo
     stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS
     wide, name = width >= WIDE, arch.name
     if name == "interpreter":
-        # Large blocks are faster, because interpreting an operation takes the same time for any
-        # block. Small problems get smaller blocks, so that they have several tiles.
+        # In the interpreter an operation takes the same time for any block size, so large blocks
+        # are faster. Small problems get smaller blocks, so that they have several tiles.
         return Tile(64, 128, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
     if dtype.itemsize == 4:
-        # NVIDIA GPUs have no matrix instruction for exact fp32. The products take many registers.
+        # NVIDIA GPUs have no matrix instruction for exact fp32, so the multiplication takes many
+        # registers.
         return Tile(64, 32, 32, 8, 3) if sums else Tile(128 if stats else 64, 64, 16, 8, 3)
     if name in ("sm_80", "sm_89"):
         narrow = sums or sweep is Sweep.ONLINE_KL or (extras and not stats)
@@ -82,7 +83,10 @@ def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bo
 
 
 def invalid_reason(tile: Tile, sweep: Sweep, arch: Arch, itemsize: int) -> str | None:
-    """Return why a tile cannot be used, or None. The compiler may still reject the tile."""
+    """Return the reason why a tile cannot be used, or None.
+
+    The compiler may still reject a tile.
+    """
     sizes = (tile.block_n, tile.block_v, tile.block_k)
     if any(size < 16 or size & (size - 1) for size in sizes):
         return f"block sizes must be powers of two, at least 16, got {sizes}"

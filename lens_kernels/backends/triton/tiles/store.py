@@ -1,4 +1,4 @@
-"""Tiles that tuning found, in one JSON file in the user's cache folder."""
+"""The tiles that tuning found, saved as a JSON file in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -22,21 +22,22 @@ from lens_kernels.backends.triton.tiles.sizes import Arch, Sweep, arch_of, inval
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NAME = ("device", "triton", "sweep", "dtype", "width")  # the fields that identify a record
+# the fields that identify a tile in the file
+NAME = ("device", "triton", "sweep", "dtype", "width")
 
-# The key of a tile: the sweep, the dtype of its operands, and their smaller hidden size.
+# The key of a tile is the sweep, the operands' dtype, and their smaller hidden size.
 Key = tuple[Sweep, torch.dtype, int]
 
 
 def lookup(sweep: Sweep, dtype: torch.dtype, width: int, device: torch.device) -> Tile | None:
-    """Return the tile that tuning found on this kind of device, or None."""
+    """Return the tile that tuning found on this GPU model, or None."""
     return None if INTERPRETING else tiles(device).get((sweep, dtype, width))
 
 
 def is_tuned(dtype: torch.dtype | None, device: torch.device) -> bool:
-    """Say whether tuning has finished on this kind of device for ``dtype``. None means any dtype.
+    """Return whether tuning has finished on this GPU model for ``dtype``, or for any dtype if None.
 
-    Tuning stores the tile of sweep 3 (gradients) last, so its presence shows this.
+    Tuning stores the tile of sweep 3 (gradients) last. If it is there, tuning has finished.
     """
     if INTERPRETING:
         return False
@@ -46,22 +47,22 @@ def is_tuned(dtype: torch.dtype | None, device: torch.device) -> bool:
 
 @functools.cache
 def tiles(device: torch.device) -> dict[Key, Tile]:
-    """Return all tiles found on this kind of device. The file is read once per process."""
+    """Return all tiles that tuning found on this GPU model. The file is read once per process."""
     return load(device_name(device), arch_of(device))
 
 
 def device_name(device: torch.device) -> str:
-    """Return the model of a GPU."""
+    """Return the model name of a GPU."""
     return torch.cuda.get_device_name(device)
 
 
 def path() -> Path:
-    """Return the path of the file."""
+    """Return the path of the file with the tiles."""
     return cache.folder() / "tiles.json"
 
 
 def load(device: str, arch: Arch) -> dict[Key, Tile]:
-    """Return the valid tiles of a device for this version of Triton. Warn about invalid ones."""
+    """Return the valid tiles of a GPU model for this version of Triton. Warn about others."""
     found: dict[Key, Tile] = {}
     problems: list[str] = []
     versions: set[str] = set()
@@ -97,7 +98,7 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
 
 
 def save(device: str, key: Key, tile: Tile) -> None:
-    """Store a tile. It replaces an older one for the same device, version of Triton and key.
+    """Store a tile. A tile with the same GPU model, version of Triton and key is replaced.
 
     The file is replaced as a whole. A lock keeps processes from writing at the same time.
     """
@@ -120,7 +121,7 @@ def save(device: str, key: Key, tile: Tile) -> None:
 
 
 def check_writable() -> None:
-    """Raise OSError now if ``save`` would raise it later."""
+    """Raise now the OSError that ``save`` would raise later."""
     with _locked():
         temporary = path().with_suffix(".new")
         temporary.touch()
@@ -128,7 +129,7 @@ def check_writable() -> None:
 
 
 def record_of(device: str, key: Key, tile: Tile) -> dict[str, Any]:
-    """Return the record that describes a tile in the file."""
+    """Return a tile as it is written in the file."""
     sweep, dtype, width = key
     name = (device, triton.__version__, sweep.value, str(dtype).removeprefix("torch."), width)
     return {**dict(zip(NAME, name, strict=True)), "tile": asdict(tile)}
@@ -146,7 +147,7 @@ def _parse(record: dict[str, Any], arch: Arch) -> tuple[Key, Tile]:
 
 
 def _read() -> list[Any]:
-    """Return the records of the file. Raise ValueError if it holds anything else."""
+    """Return the entries of the file. Raise ValueError if the file has any other content."""
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -160,7 +161,7 @@ def _read() -> list[Any]:
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    import fcntl  # imported here, because Windows has no fcntl
+    import fcntl  # Windows has no fcntl, so it is imported only here
 
     path().parent.mkdir(parents=True, exist_ok=True)
     with path().with_suffix(".lock").open("w") as lock:
