@@ -157,7 +157,7 @@ def test_streamed_positions_are_checked(tmp_path):
 def test_a_bad_line_stops_a_stream_and_names_its_file(files, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text((files / "train.jsonl").read_text() + '{"prompt": "x"}\n')
-    argv = arguments(files, tmp_path / "out", train=bad, streaming=True, shuffle_buffer=0)
+    argv = arguments(files, tmp_path / "out", data=bad, streaming=True, shuffle_buffer=0)
     assert cli.main(argv) == 1
     assert "bad.jsonl:8" in capsys.readouterr().err
 
