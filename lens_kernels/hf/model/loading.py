@@ -35,7 +35,7 @@ from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# Limits the number of blocks, which transformers creates before it reads any weight.
+# The limit on the number of blocks, which transformers creates before it reads any weight.
 MOST_BLOCKS = 10_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
