@@ -13,20 +13,21 @@ from typing import Any, NoReturn
 from lens_kernels.visible import visible
 
 TYPES = {"str": str, "int": int, "float": float, "Path": Path}
-Options = Mapping[str, Sequence[str] | None]  # the words of each option in a file
+# For each option in a YAML file, its words on the command line.
+Options = Mapping[str, Sequence[str] | None]
 METAVARS: dict[Any, str] = {int: "N", float: "X"}
 YES, NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
 def boolean(text: str | bool) -> bool:
-    """Parse the value of a switch."""
+    """Return the value of a switch, from a text such as ``yes`` or ``no``."""
     if str(text).lower() not in YES + NO:
         raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
     return str(text).lower() in YES
 
 
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "type": boolean}
-# A word that is an option: argparse never reads it as the value of another option.
+# A word that begins with an option's name. argparse must never read it as a value.
 OPTION = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
@@ -58,14 +59,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **options)
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an option. A switch ``--name`` also gets ``--no_name``."""
+        """Add an option. A switch ``--name`` also gets a negative form, ``--no_name``."""
         names = tuple(x for x in names if x not in self.known and "-" not in x.strip("-"))
-        if not names:  # the negative form of a switch exists already
+        if not names:  # This switch has a negative form already.
             return self.known[f"--no_{options['dest']}"]
         name = options.get("dest") or names[0].lstrip("-")
         if name in self._hidden:
             options["help"] = argparse.SUPPRESS
-        # The groups are made here, because base classes add options before they return.
+        # Groups are created at the first option, because base classes add options before they
+        # return.
         self._groups = self._groups or {x: self.add_argument_group(x) for x in self._sections}
         groups = [self._groups[x] for x, names_in in self._sections.items() if name in names_in]
         add = groups[0].add_argument if groups else super().add_argument
@@ -77,10 +79,10 @@ class Parser(argparse.ArgumentParser):
         return action
 
     def add_function(self, function: Callable[..., Any]) -> None:
-        """Add ``--config``, and an option for each argument, with the help of the docstring.
+        """Add ``--config``, and an option for each argument of ``function``.
 
-        Arguments without a default are required. Booleans are switches. Sequences take several
-        values. Callables are left out.
+        Help texts come from the docstring. Arguments without a default are required. Booleans are
+        switches. Sequences take several values. Callables are left out.
         """
         texts = argument_texts(function)
         for name, parameter in inspect.signature(function).parameters.items():
@@ -103,12 +105,12 @@ class Parser(argparse.ArgumentParser):
             self.add_config()
 
     def add_config(self) -> None:
-        """Add ``--config``."""
+        """Add the option ``--config``, which names a YAML file of options."""
         text = "YAML file of options; the command line overrides it."
         self.add_argument("--config", metavar="FILE", help=text)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse words. Options of ``--preset`` and then of ``--config`` come before the words."""
+        """Parse a command line. Its options override those of ``--config`` and ``--preset``."""
         given = early(self.prog, args)
         words = [*map(underscored, args)]
         for word in words:
@@ -127,19 +129,19 @@ class Parser(argparse.ArgumentParser):
             self.error(f"{message}{hint}")
 
     def error(self, message: str) -> NoReturn:
-        """Exit with status 2 and a message of one line."""
+        """Exit with status 2, after a message of one line."""
         text = f"{self.prog}: {' '.join(message.split())}; see {self.prog} --help"
         self.exit(2, f"{visible(text)}\n")
 
     def format_help(self) -> str:
-        """Return the help. Its first line shows only the required options."""
+        """Return the help. Its first line, the usage, shows only required options."""
         needed = [_form(x) for x in dict.fromkeys(self.known.values()) if x.required]
         self.usage = self.usage or " ".join([self.prog, *needed, "[options]"])
         return super().format_help()
 
 
 class _Help(argparse.HelpFormatter):
-    """Shows an option once, in its one spelling, and its default."""
+    """A formatter that shows an option once, in one spelling, with its default."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if not action.option_strings:
@@ -158,7 +160,10 @@ class _Help(argparse.HelpFormatter):
 
 
 def _form(action: argparse.Action) -> str:
-    """Return an option and its value as the help shows them. An alias replaces the first name."""
+    """Return an option and its value as the help shows them.
+
+    Of several names, the help shows the last, which is an alias.
+    """
     name = action.option_strings[-1]
     if action.nargs == 0:
         return name
@@ -171,7 +176,7 @@ def _form(action: argparse.Action) -> str:
 
 
 def early(prog: str, words: Sequence[str]) -> argparse.Namespace:
-    """Parse only the options that decide which other options and libraries are loaded.
+    """Parse first the options on which other options and the loaded libraries depend.
 
     The result has the options of the ``--config`` file as ``file``.
     """
@@ -201,7 +206,7 @@ def _words(options: Options) -> list[str]:
 
 
 def underscored(word: str) -> str:
-    """Return an option with underscores instead of dashes, and any other word unchanged."""
+    """Return an option with underscores in place of dashes. Other words stay as they are."""
     if not OPTION.fullmatch(word):
         return word
     name, equals, value = word.partition("=")
@@ -209,7 +214,7 @@ def underscored(word: str) -> str:
 
 
 def argument_texts(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the description of each argument from the ``Args`` section of a docstring."""
+    """Return the description of each argument in the ``Args`` section of a docstring."""
     text = inspect.getdoc(function) or ""
     section = re.search(r"^Args:\n(.*?)(?:^\S|\Z)", text, re.DOTALL | re.MULTILINE)
     entries = re.split(r"^    (?=\w+: )", section[1] if section else "", flags=re.MULTILINE)

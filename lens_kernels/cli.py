@@ -14,7 +14,7 @@ from lens_kernels.failures import guarded
 from lens_kernels.version import __version__
 from lens_kernels.visible import WHITE, visible
 
-# Each command with its summary and the function that its options are the arguments of.
+# Each command, with its summary and the function whose arguments are the command's options.
 COMMANDS = {
     "train": ("distil a teacher into a student", ""),
     "student": (
@@ -42,13 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] not in COMMANDS:
-        _parser().parse_args(words)  # shows the help or the version, or refuses the words
+        _parser().parse_args(words)  # this shows the help or the version, or refuses the words
         return 2
     return guarded(words[0], lambda: _run(words[0], words[1:]))
 
 
 def _parser() -> Parser:
-    """Return the parser of the words before a command's own options."""
+    """Return a parser for the words that come before a command's own options."""
     parser = Parser(
         prog="lens-kernels",
         usage="lens-kernels COMMAND [options]",
@@ -65,7 +65,7 @@ def _parser() -> Parser:
 def _run(name: str, words: list[str]) -> int:
     prog, target = f"lens-kernels {name}", COMMANDS[name][1]
     if not target.startswith("machine"):
-        # transformers reads this setting when it is imported, so it is parsed before.
+        # transformers reads this setting when it is imported, so the setting is parsed before that.
         _prepare(early(prog, words).allow_download)
     if name == "train":
         from lens_kernels.hf.training import command

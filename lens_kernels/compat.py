@@ -103,7 +103,7 @@ def compiler_cache() -> Path:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # a user without a name has no such folder
+    except (KeyError, ImportError, OSError):  # a user without a name gets a folder by number
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 

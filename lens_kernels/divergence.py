@@ -42,7 +42,7 @@ def _expm1(x: Tensor) -> Tensor:
     # Taylor series is accurate to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        # for ``x / n``, Inductor would generate a division, which is slower
+        # For ``x / n``, Inductor would generate a division, which is slower.
         total = 1 + x * (1 / n) * total
     return x * total
 

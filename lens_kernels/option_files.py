@@ -1,4 +1,4 @@
-"""YAML files of options, as words of a command line, so that one parser checks all options."""
+"""YAML files of options. Options are turned into command-line words, so one parser checks all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import yaml
 
 
 def read_options(text: str) -> dict[str, list[str] | None]:
-    """Return the words of each option in a YAML text. None keeps the default.
+    """Return the command-line words of each option in a YAML text. None keeps the default.
 
     Raises:
         ValueError: The text is not YAML, is not a mapping, or has a key twice.
@@ -47,5 +47,5 @@ def _as_words(value: Any) -> list[str] | None:
 
 def _as_text(value: Any) -> str:
     if value is False:
-        return "no"  # YAML reads the name "no" of a strategy as False, and flags accept "no" too
+        return "no"  # YAML reads the strategy "no" as False, and switches accept "no" as well
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

@@ -20,7 +20,7 @@ LOWER = "lower is better"
 # Hollow markers show values that were counted and not measured.
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
 STYLE: Any = {
-    # matplotlib includes this font, so pictures look the same everywhere
+    # matplotlib includes this font, so pictures look the same everywhere.
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "figure.titlesize": 11.0,

@@ -1,7 +1,8 @@
 """The head share of the adaptive KL over a vocabulary shard, where no rank can sort all entries.
 
-The head ends at the entry at which the teacher's mass crosses one half. A search over the bits of
-positive floating-point numbers, which are in the same order as the numbers, finds its probability.
+The head ends at the entry where the teacher's mass crosses one half. The probability of this entry
+is found by a search over its bits. The bits of positive floating-point numbers have the same order
+as the numbers.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from torch import Tensor
 
 from lens_kernels.sharding import Reduction
 
-# Each reduction of the search divides the interval by this number.
+# Each reduction of the search narrows the interval by this factor.
 PARTS = 16
 
 
 def softmax(logits: list[Tensor], reduce: Reduction) -> list[Tensor]:
-    """Return the probabilities of this rank's entries, of several models at once, ``(R, C)``."""
+    """Return the probabilities of this rank's entries for several models at once, ``(R, C)``."""
     maxima = reduce.maximum(torch.stack([u.amax(-1) for u in logits]))
     powers = [(u - m[:, None]).exp() for u, m in zip(logits, maxima, strict=True)]
     totals = reduce.sum(torch.stack([x.sum(-1) for x in powers]))
@@ -33,26 +34,27 @@ def share(p: Tensor, q: Tensor, mass: float, reduce: Reduction) -> Tensor:
 
 
 def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
-    """Say which entries belong to the head: the largest ones that hold at most ``mass``.
+    """Return which entries belong to the head: the largest ones, whose sum is at most ``mass``.
 
-    Equal entries count in their order, so entries of lower ranks first. The largest entry always
+    Equal entries are taken in order, so those of lower ranks first. The largest entry always
     belongs to the head.
     """
     integer = torch.int64 if p.dtype is torch.float64 else torch.int32
     ascending = p.sort(-1).values
-    # ``below[:, n]`` is the mass of the n largest entries.
+    # ``below[:, n]`` is the sum of the n largest entries.
     below = torch.nn.functional.pad(ascending.flip(-1).cumsum(-1), (1, 0))
 
     def mass_from(bits: Tensor) -> Tensor:
-        """Return the mass of this rank's entries that are at least as large, ``(R, K)``."""
+        """Return the sum of this rank's entries that are at least as large as given, ``(R, K)``."""
         smaller = torch.searchsorted(ascending, bits.to(integer).view(p.dtype).contiguous())
         return below.gather(-1, p.shape[-1] - smaller)
 
-    # The entries from ``low`` on hold more than ``mass``, those from ``high`` on do not.
+    # The sum of all entries of at least ``low`` exceeds ``mass``. That of at least ``high`` does
+    # not.
     low = torch.zeros(p.shape[0], 1, dtype=torch.int64, device=p.device)
     high = torch.full_like(low, int(torch.tensor(2.0, dtype=p.dtype).view(integer)))
     steps = torch.arange(1, PARTS, device=p.device)
-    for _ in range(p.element_size() * 2):  # PARTS ** 2 is one byte
+    for _ in range(p.element_size() * 2):  # two steps find one byte of the number
         width = high - low
         inner = low + width // PARTS * steps + width % PARTS * steps // PARTS
         above = (reduce.sum(mass_from(inner)) > mass).sum(-1, keepdim=True)
@@ -62,7 +64,7 @@ def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
 
     ties = p == crossing
     larger = p > crossing
-    # One column per rank holds its number of ties.
+    # Each rank has a column for its number of entries that equal the last one.
     counts = p.new_zeros(p.shape[0], reduce.size + 2)
     counts[:, reduce.rank] = ties.sum(-1).to(p.dtype)
     counts[:, -2] = larger.sum(-1).to(p.dtype)

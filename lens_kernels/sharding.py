@@ -1,4 +1,4 @@
-"""A vocabulary spread over a process group: each rank holds a slice of the rows of both heads."""
+"""A vocabulary that is spread over a process group. Each rank holds some rows of both heads."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ class VocabularyShard:
 
 
 class Reduction:
-    """Reductions over the process group of a call. They change tensors in place."""
+    """Reductions over the process group of a call. Each changes its tensor in place."""
 
     def __init__(self, group: str) -> None:
         self.group = compat.process_group(group)
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
 
     def maximum(self, x: Tensor) -> Tensor:
-        """Replace ``x`` by its maximum over all ranks."""
+        """Replace ``x`` by its elementwise maximum over all ranks."""
         dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
         return x
 
     def sum(self, x: Tensor) -> Tensor:
-        """Replace ``x`` by its sum over all ranks."""
+        """Replace ``x`` by its elementwise sum over all ranks."""
         dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
         return x
 
@@ -52,7 +52,7 @@ class Reduction:
 
 
 def local_head(name: str, head: Any, group: Any) -> Any:
-    """Return this rank's part of a head whose tensors may be DTensors. Others are unchanged.
+    """Return this rank's part of a head. Tensors that are not DTensors are that part already.
 
     Weight and bias must be ``Shard(0)`` on a mesh whose group is ``group``. Tensors of the norm
     must be replicated.
@@ -60,12 +60,12 @@ def local_head(name: str, head: Any, group: Any) -> Any:
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         kind = type(group).__name__
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {kind}")
-    from torch.distributed.tensor import DTensor, Replicate, Shard  # the import takes a second
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # this import takes a second
 
     if isinstance(head, Tensor):
         head = LensHead(head)
     if not isinstance(head, LensHead):
-        return head  # the caller's checks report it
+        return head  # the caller checks and reports this
     parts = {id(x): part for part, x in head.tensors().items()}
 
     def local(x: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def local_head(name: str, head: Any, group: Any) -> Any:
 def agreed(
     shape: torch.Size, mask: Tensor | None, reached: Sequence[Tensor], options: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Return numbers that decide which reductions run. They must agree on all ranks.
+    """Return the numbers on which the reductions depend. All ranks must have the same numbers.
 
     ``reached`` are the tensors that may need a gradient.
     """

@@ -24,7 +24,7 @@ PINNED = {
         0.6065037829899521,
         (-0.375, -0.125, 0.125, 0.375),
     ),
-    # value: the sum of q ln(q/p) is 7/8 ln 2; the gradient is q (ln(q/p) - 7/8 ln 2)
+    # Value: the sum of q ln(q/p) is 7/8 ln 2; the gradient is q (ln(q/p) - 7/8 ln 2).
     "reverse_kl": (
         {},
         0.6065037829899521,

@@ -1,4 +1,4 @@
-"""A vocabulary spread over 2 to 4 processes gives the loss and gradients of one process."""
+"""A vocabulary that is spread over 2 to 4 processes gives the results of a single process."""
 
 import re
 
@@ -13,8 +13,10 @@ from tests.support.grids import DIVERGENCES, FEATURES, Shape
 from tests.support.processes import Ranks
 from tests.support.sharded import SHAPE, WIDTH, problem_of, solve
 
-HEAD = ("weight", "bias")  # gradients that stay on the rank of their rows
-SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}  # several chunks per pair
+# Each rank keeps the gradients of its own rows of the head.
+HEAD = ("weight", "bias")
+# With this workspace, a pair takes several chunks.
+SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}
 FEATURE = {**FEATURES["everything"], **SMALL, "masked": True}
 OBJECTIVE = {**FEATURE, "whole": True, "labelled": True, "kd_ratio": 0.5}
 CASES = {
@@ -39,7 +41,10 @@ def ranks():
 
 
 def joined(results, name, vocab):
-    """Return a result of all ranks: the rows of the head in rank order, or one of equal results."""
+    """Return one result from those of all ranks.
+
+    Rows of the head are joined in rank order. Other results must be equal on all ranks.
+    """
     parts = [result[name] for result in results]
     if name in HEAD:
         return torch.cat(parts)
@@ -80,11 +85,13 @@ def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
     (seen, *others) = ranks.run(sharded.count_collectives, 3, case)[:3]
     assert seen == others[0] == others[1]
     (first, *rest) = seen
-    assert first == ("all_gather", 3 * 8 * 6)  # two heads' rows, and four numbers that must agree
+    # Rows of two heads, and four numbers that all ranks must share.
+    assert first == ("all_gather", 3 * 8 * 6)
     assert {name for name, _ in rest} == {"all_reduce"}
-    assert len(rest) == SHAPE.pairs * (3 * chunks + 1) + 2  # the norm has weight and bias
+    # The norm has two parameters, weight and bias.
+    assert len(rest) == SHAPE.pairs * (3 * chunks + 1) + 2
     width = SHAPE.student
-    # Maxima, sums of exponentials, and sums of f and h have two numbers per row.
+    # For each row there are two maxima, two sums of exponentials, and the sums of f and of h.
     sums = SHAPE.pairs * tokens * (3 * 2 + width) + 2 * width
     assert sum(size for _, size in rest) == 4 * sums
     frozen = ranks.run(sharded.count_collectives, 3, case | {"frozen_head": True})[0]

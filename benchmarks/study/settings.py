@@ -10,7 +10,7 @@ Pairs = tuple[tuple[int, int], ...]
 
 # The best learning rate for forward KL without a lens, as the group ``rate`` found.
 RATE = 6e-3
-# the two pairs of the uniform rule, for a student of 3 blocks and a teacher of 6
+# The two pairs of the uniform rule, for a student of 3 blocks and a teacher of 6.
 UNIFORM: Pairs = ((1, 2), (2, 4))
 
 

@@ -60,7 +60,7 @@ class Contender:
             return f"not installed; pip install {self.package}=={self.release}"
         try:
             self.load()
-        # importing a peer may fail in many ways, in any of the packages that it imports
+        # Importing a peer may fail in many ways, in any of the packages that it imports.
         except Exception as error:
             return f"cannot be loaded: {first_line(error)}"
         return None

@@ -107,7 +107,7 @@ def measure(
     launch = record(arch, dtype, divergence, variant, beta)
     code, registers, spilled, _, programs = offline.machine_code(arch, launch)
     lanes = (64 if arch.startswith("gfx") else 32) * OPTIONS["num_warps"]
-    # entries of a row that a thread processes in each iteration
+    # Entries of a row that a thread processes in each iteration.
     pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes
     return RowKernel(
         arch,

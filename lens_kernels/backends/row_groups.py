@@ -30,7 +30,7 @@ def operand_reads(tokens: int, vocab_size: int, row_bytes: int, parts: int = 1) 
     of the vocabulary one after the other.
     """
     rows = max(1, min(tokens, GROUP_ROWS))
-    # the columns that the programs of one time read
+    # The columns that are read by all programs that run together.
     columns = min(vocab_size, GROUP_ROWS**2 // rows)
     stays = (rows + columns) * row_bytes <= CACHE_BYTES
     reads = parts if stays else max(parts, math.ceil(vocab_size / columns))

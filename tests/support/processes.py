@@ -1,4 +1,4 @@
-"""Real processes of a gloo group that run functions of the tests, and count what they send.
+"""A gloo group of real processes, which run functions of the tests and count their collectives.
 
 A server process imports torch once. Every rank is a fork of it, which starts in milliseconds.
 """
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 30.0  # seconds without progress after which a collective raises
+TIMEOUT = 30.0  # a collective without progress for so many seconds raises an error
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded"])
 
@@ -38,7 +38,7 @@ def _work(rank: int, world: int, file: str, pipe: Any, seconds: float) -> None:
 
 
 class Ranks:
-    """A group of processes. They run one function after another."""
+    """A group of processes, called ranks, that run one function after another."""
 
     def __init__(self, world: int, seconds: float = TIMEOUT) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -54,7 +54,7 @@ class Ranks:
             process.start()
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
-        """Run ``function`` on every rank. Return ``(result, traceback)`` of each."""
+        """Run ``function`` on every rank. Return each rank's ``(result, traceback)``."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
         received = []
@@ -65,14 +65,14 @@ class Ranks:
         return received
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """Run ``function`` on every rank, and return the results in rank order."""
+        """Run ``function`` on every rank, and return the results in the order of ranks."""
         outcomes = self.outcomes(function, *arguments)
         failed = [f"rank {i}: {error}" for i, (_, error) in enumerate(outcomes) if error]
         assert not failed, "\n".join(failed)
         return [result for result, _ in outcomes]
 
     def close(self) -> None:
-        """End the processes."""
+        """End all processes of the group."""
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
@@ -82,7 +82,7 @@ class Ranks:
 
 @contextmanager
 def counted() -> Any:
-    """Count the collectives inside: a list of ``(name, bytes of its tensor)``."""
+    """Return a context that lists the collectives in it, as ``(name, bytes of its tensor)``."""
     seen: list[tuple[str, int]] = []
     with_tensor = ["all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"]
     originals = {name: getattr(dist, name) for name in [*with_tensor, "broadcast"]}

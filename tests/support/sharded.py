@@ -1,4 +1,4 @@
-"""Calls with ``process_group``, as each rank of a test makes them."""
+"""Calls with ``process_group``, which every rank of a test makes."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from tests.support.operators import Watch
 from tests.support.problems import Problem, make, objective
 from tests.support.processes import counted
 
-WIDTH = 61  # no number of ranks from 2 to 4 divides this vocabulary
+WIDTH = 61  # a prime number of entries, which no number of ranks divides
 HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
 SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)
 _groups: dict[int, Any] = {}
 
 
 def group_of(size: int) -> Any:
-    """Return the group of the first ranks, or None on other ranks. All ranks call it."""
+    """Return the group of the first ranks, or None on other ranks. Every rank must call this."""
     if size not in _groups:
         _groups[size] = dist.new_group(range(size))
     return _groups[size] if dist.get_rank() < size else None
 
 
 def slice_of(vocab: int, rank: int, size: int) -> slice:
-    """Return the entries of a rank: as many as those of a DTensor."""
+    """Return the vocabulary entries of a rank, divided as torch divides a DTensor."""
     width = -(-vocab // size)
     return slice(min(vocab, rank * width), min(vocab, (rank + 1) * width))
 
 
 def cut(head: LensHead, part: slice) -> LensHead:
-    """Return a slice of a head with tensors of its own."""
+    """Return a slice of a head. Its tensors are copies."""
 
     def leaf(x: Tensor) -> Tensor:
         return x.detach().clone().requires_grad_(x.requires_grad)
@@ -59,7 +59,10 @@ def cut(head: LensHead, part: slice) -> LensHead:
 
 
 def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
-    """Return the problem of a case and the options of its call. They depend only on the case."""
+    """Return a case's problem and the options of its call.
+
+    Both depend only on the case, so they are equal on all ranks.
+    """
     case = dict(case)
     whole, dtype = case.get("whole", False), case.pop("dtype", torch.float64)
     torch.manual_seed(1)
@@ -79,7 +82,7 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
 
 
 def statistics_of(problem: Problem) -> Tensor:
-    """Return the log-sum-exps of the teacher's logits, in two parts."""
+    """Return the log-sum-exps of the teacher's logits, each in two parts."""
     head = problem.teacher_head
     rows = []
     for h in problem.teacher_hidden:
@@ -90,7 +93,7 @@ def statistics_of(problem: Problem) -> Tensor:
 
 
 def solve(problem: Problem, options: dict[str, Any], group: Any = None) -> dict[str, Tensor]:
-    """Return the results of a call and its gradients, by name."""
+    """Return the results of a call and its gradients, all by name."""
     options = dict(options)
     out: dict[str, Any] = {}
     if options.pop("whole", False):
@@ -119,7 +122,7 @@ def solve_sharded(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def count_collectives(size: int, case: dict[str, Any]) -> list[tuple[str, int]]:
-    """Return the collectives of a call, with their bytes."""
+    """Return the collectives that run in a call, with their bytes."""
     group_of(size)
     with counted() as seen:
         solve_sharded(size, case)
@@ -127,7 +130,7 @@ def count_collectives(size: int, case: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def largest_tensor(size: int) -> int:
-    """Return the largest number of entries of a tensor that a call makes, on a large vocabulary."""
+    """Return the size of the largest tensor that a call creates, for a large vocabulary."""
     group = group_of(size)
     shape = Shape((40,), 2001, 4, 4, 1)
     room = 7 * row_stride(-(-shape.vocab // size)) * 2 * 4
@@ -151,13 +154,13 @@ def largest_tensor(size: int) -> int:
 
 
 def solve_active(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
-    """Return this rank's results. Inactive entries are skipped even if most are active."""
+    """Return this rank's results, with inactive entries skipped even if most are active."""
     head_products.MAX_ACTIVE_SHARE = 1.0
     return solve_sharded(size, case)
 
 
 def solve_dtensors(case: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the whole results of a call whose heads are sharded DTensors."""
+    """Return the results of a call whose heads are sharded DTensors, gathered from all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     problem, options = problem_of(case)
 
@@ -187,7 +190,7 @@ OTHER = torch.tensor([0.3, 0.05, 0.02, 0.13, 0.1, 0.15, 0.05, 0.08, 0.12])
 
 
 def head_share_of(size: int, p: list[float]) -> Tensor | None:
-    """Return the head share of a row of probabilities, whose entries are spread over ranks."""
+    """Return the head share of one row of probabilities, whose entries are spread over ranks."""
     group = group_of(size)
     if group is None:
         return None
@@ -197,7 +200,7 @@ def head_share_of(size: int, p: list[float]) -> Tensor | None:
 
 
 def refused(name: str) -> str:
-    """Return the error of a call that three ranks do not make alike."""
+    """Return the error of a call whose arguments differ between three ranks."""
     group, rank = group_of(3), dist.get_rank()
     mesh = init_device_mesh("cpu", (4,))
     if group is None:

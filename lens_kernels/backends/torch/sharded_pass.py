@@ -1,7 +1,7 @@
-"""The pass in torch over a vocabulary shard. Reductions over the process group join the shards.
+"""The pass in torch for a vocabulary that is spread over ranks. Reductions combine the ranks.
 
-Each rank has the same rows and its own entries. A tile takes three reductions: the maxima of the
-logits, the sums of their exponentials, and the sums of ``f`` and ``h``.
+Every rank has the same rows, and its own vocabulary entries. Each tile needs three reductions: the
+maxima of the logits, the sums of their exponentials, and the sums of ``f`` and ``h``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lens_kernels.sharding import Reduction
 
 
 class Whole(NamedTuple):
-    """Values of rows over the whole vocabulary, ``(R, 1)`` each.
+    """Results for the whole vocabulary: values of each row, ``(R, 1)``.
 
     ``statistics`` holds the maximum and the log of the sum of exponentials of the student's logits,
     of the teacher's, and of the student's at temperature 1, if they are needed.
@@ -39,7 +39,7 @@ class Whole(NamedTuple):
 def local_statistics(
     zs: Tensor, comparison: Comparison | None, labels: Labels | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the maxima of this rank's logits, and the sums of ``exp(z - maximum)``, ``(S, R)``."""
+    """Return the maxima of this rank's logits and the sums of ``exp(z - maximum)``, ``(S, R)``."""
     logits = []
     if comparison is not None:
         logits.append(comparison.student(zs)[0])
@@ -56,9 +56,9 @@ def local_statistics(
 def local_sums(
     zs: Tensor, comparison: Comparison | None, labels: Labels | None, whole: Whole
 ) -> Tensor:
-    """Return this rank's part of the sums of ``f`` and ``h``, and of the cross entropy, ``(S, R)``.
+    """Return this rank's part of three sums: of ``f``, of ``h``, and the cross entropy, ``(S, R)``.
 
-    The cross entropy is that of labels among this rank's entries, and 0 for others.
+    The cross entropy is 0 for rows whose label is not among this rank's entries.
     """
     sums = []
     if comparison is not None:
@@ -75,7 +75,7 @@ def local_sums(
 def write_gradient(
     zs: Tensor, comparison: Comparison | None, labels: Labels | None, whole: Whole
 ) -> None:
-    """Overwrite ``zs`` with the gradient of the weighted sum of the losses."""
+    """Overwrite ``zs`` with the gradient of the weighted sum of losses."""
     grads = []
     if comparison is not None:
         assert whole.h_sum is not None
@@ -93,7 +93,7 @@ def write_gradient(
 def _entries(
     zs: Tensor, row: Comparison, whole: Whole
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-    """Return ``q``, ``f``, ``h`` and the derivative of the logits, of this rank's entries."""
+    """Return ``q``, ``f``, ``h`` and the logits' derivative, for this rank's entries."""
     us, slope = row.student(zs)
     lq, q = _log_softmax(us, whole.statistics[0])
     if row.teacher_statistics is None:
@@ -112,7 +112,7 @@ def _log_softmax(u: Tensor, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 
 class ShardedPass(TorchPass):
-    """The pass of one call over this rank's entries."""
+    """The pass of a call over this rank's vocabulary entries."""
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         super().__init__(call, factor, tokens)
@@ -121,7 +121,7 @@ class ShardedPass(TorchPass):
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Run each part of the pass over all blocks, and reduce its results for the whole tile."""
+        """Run each part of the pass over all blocks of a tile, then reduce its results."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = [slice(at, at + step) for at in range(0, tiles[0].shape[0], step)]
 

@@ -236,7 +236,7 @@ class TeacherCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # pickling a mapped tensor would copy the data of its shard
+        # Pickling a mapped tensor would copy the data of its shard.
         return {**self.__dict__, "_mapped": {}}
 
     def _checked_id(self, value: Any) -> int:

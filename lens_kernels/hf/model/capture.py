@@ -30,7 +30,7 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = hidden_of(output)
-            # each block was checked to return its hidden states, alone or first
+            # Each block was checked to return its hidden states, alone or first.
             assert states is not None
             captured[depth] = states
 

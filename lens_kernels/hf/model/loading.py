@@ -36,7 +36,7 @@ from lens_kernels.hf.model.adapter_base import base_of
 from lens_kernels.hf.model.placement import check_placement, placed
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# limits the number of blocks, which transformers creates before it reads any weight
+# The limit on the number of blocks, which transformers creates before it reads any weight.
 MOST_BLOCKS = 10_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -78,7 +78,7 @@ def load_model(
         adapter = find_adapter_config_file(place, **local)
         if adapter is None:
             return _load_plain(path, options)
-        # without safetensors, peft would load a pickle
+        # Without safetensors, peft would load a pickle.
         if not _has(place, ["adapter_model.safetensors"], local):
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"

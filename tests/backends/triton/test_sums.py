@@ -122,7 +122,7 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 
     peak(6.0, 7.0)
     check(problem, backend="triton")
-    # At these heights gradients underflow, so only the loss is compared.
+    # With peaks of this height, gradients underflow, so only the loss is compared.
     peak(30.0, 35.0)
     expected, _ = oracle(problem)
     assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
