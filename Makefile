@@ -10,7 +10,10 @@ OLDEST_TORCH := $(shell sed -n s/^torch==//p tests/oldest.txt)
 OLDEST_PYTHON ?= $(shell for p in python3.10 $$HOME/.pyenv/versions/3.10.*/bin/python $(PYTHON); do \
   $$p -c pass 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help demo test test-all test-oldest check fix bench gpu gpu-day clean
+# The environment in which the built wheel is tested.
+EMPTY := build/empty
+
+.PHONY: help demo test test-all test-oldest check fix bench docs dist coverage gpu gpu-day clean
 
 help:
 	@echo "make demo        distil a real model in minutes, with a table and two pictures"
@@ -19,6 +22,9 @@ help:
 	@echo "make test-oldest the suite with the oldest versions that are supported"
 	@echo "make check       lint and types only; changes nothing"
 	@echo "make fix         format, and apply the automatic fixes of lint"
+	@echo "make coverage    the tests, and the share of the lines that they execute"
+	@echo "make docs        the site, in build/site/; needs Python 3.11"
+	@echo "make dist        the wheel and the sdist, in dist/, checked in an empty environment"
 	@echo "make bench       memory and speed, with the peers from PyPI"
 	@echo "make gpu-day     time, memory and tests on a GPU, with CSVs of results and versions"
 	@echo "make clean       remove the virtual environment and all outputs of the targets"
@@ -58,6 +64,11 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp pyproject.toml
 	$(PIP) install -q -e ".[dev,bench]"
 	@touch $@
 
+$(VENV)/docs.stamp $(VENV)/release.stamp: $(VENV)/%.stamp: $(VENV)/torch.stamp pyproject.toml
+	@echo "Installing the tools of [$*]"
+	$(PIP) install -q -e ".[$*]"
+	@touch $@
+
 demo: $(VENV)/demo.stamp
 	$(BIN)/lens-kernels demo --cache .cache --output demo_output
 
@@ -71,6 +82,25 @@ test-all: check
 test-oldest: $(OLDEST)/stamp
 	$(OLDEST)/bin/lens-kernels env
 	$(OLDEST)/bin/python -m pytest -n auto --ignore=tests/benchmarks
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+	@echo "The site is in build/site: open build/site/index.html"
+
+# build makes the wheel from the sdist, so the sdist is complete.
+dist: $(VENV)/release.stamp
+	rm -rf dist $(EMPTY)
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(PYTHON) -m venv $(EMPTY)
+	$(call install_torch,$(EMPTY)/bin/python -m pip --disable-pip-version-check,2.13.0,torch>=2.8)
+	$(EMPTY)/bin/python -m pip --disable-pip-version-check install -q dist/*.whl
+	cd build && empty/bin/python ../tests/support/smoke.py
+	cd build && empty/bin/lens-kernels env
+
+coverage: $(VENV)/dev.stamp
+	$(PIP) install -q "pytest-cov>=6"
+	$(BIN)/python -m pytest -n auto --cov --cov-report=term:skip-covered
 
 # Checked before anything is installed. The default build of torch needs an NVIDIA GPU. For other
 # GPUs, install another build and run the command of gpu-day directly.
@@ -95,4 +125,4 @@ gpu-day: gpu $(VENV)/dev.stamp
 	$(BIN)/python benchmarks/gpu_day.py --minutes 60
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) build dist .coverage .cache demo_output benchmarks/out *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -67,7 +67,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a backend, and the peak number of bytes of logits and their gradients."""
+    """The counted cost of a call on a backend. Nothing is measured.
+
+    Attributes:
+        backend: Name of the backend, or ``"dense"``.
+        steps: The parts of the work, each with its operations and the bytes that it moves.
+        workspace_bytes: Largest number of bytes of logits and their gradients in memory.
+    """
 
     backend: str
     steps: tuple[Step, ...]

@@ -184,10 +184,16 @@ def symmetric_lens_loss(
 class DistillationOutput(NamedTuple):
     """The result of ``distillation_loss``: the loss, and its detached parts in nats per token.
 
-    ``loss = (1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``. ``per_layer`` ``(L,)`` holds the
-    divergence of each lens pair. A part that is not computed is None, or empty for ``per_layer``.
-    ``num_tokens`` is the number of unmasked tokens. ``dropped`` is the share of the logit
-    gradients, in absolute sum, that ``grad_threshold`` left out.
+    A part that is not computed is None, or empty for ``per_layer``.
+
+    Attributes:
+        loss: ``(1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``, with gradients.
+        ce: Cross entropy of the labels.
+        kd: Divergence of the final hidden states.
+        lens: Weighted sum of the divergences of the lens pairs.
+        per_layer: ``(L,)``, the divergence of each lens pair.
+        num_tokens: Number of unmasked tokens.
+        dropped: Share of the logit gradients, in absolute sum, that ``grad_threshold`` left out.
     """
 
     loss: Tensor

@@ -17,8 +17,15 @@ NORM_KINDS = ("rms", "layer")
 class LensNorm:
     """A final norm: ``(h - mean) / sqrt(var + eps) * (weight + offset) + bias``.
 
-    ``kind="rms"`` omits the mean, and its ``var`` is the mean square. ``offset=1`` is
-    Gemma's convention. ``weight=None`` is a norm without a learned scale.
+    Attributes:
+        kind: ``"layer"``, or ``"rms"``, which omits the mean and whose ``var`` is the mean square.
+        weight: ``(D,)``, or None for a norm without a learned scale.
+        bias: ``(D,)``, or None.
+        eps: Number that is added to ``var``.
+        offset: Number that is added to the weight; 1 in Gemma.
+
+    Raises:
+        ValueError: ``kind`` is unknown, or a number is out of range.
     """
 
     kind: str
@@ -35,7 +42,10 @@ class LensNorm:
         check_number("LensNorm.offset", self.offset, float("-inf"))
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(y, x_hat, rstd)``: the result, the normalised rows, and their inverse scale."""
+        """Return ``(y, x_hat, rstd)``: the norm of ``h``, the normalised rows, their inverse scale.
+
+        ``h`` is ``(..., D)``, and so are ``y`` and ``x_hat``. ``rstd`` is ``(..., 1)``.
+        """
         if self.kind == "layer":
             h = h - h.mean(-1, keepdim=True)
         rstd = (h.square().mean(-1, keepdim=True) + self.eps).rsqrt()
@@ -44,7 +54,10 @@ class LensNorm:
         return (y if self.bias is None else y + self.bias.to(y.dtype)), x_hat, rstd
 
     def backward(self, grad: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
-        """Return the gradient with respect to ``h``. ``grad`` is the gradient of the result."""
+        """Return the gradient with respect to ``h``, ``(..., D)``.
+
+        ``grad`` is the gradient of the result. ``x_hat`` and ``rstd`` are those of ``forward``.
+        """
         if self.weight is not None:
             grad = grad * self._scale(grad)
         inner = grad - x_hat * (grad * x_hat).mean(-1, keepdim=True)
@@ -80,9 +93,19 @@ class LogitMap:
 class LensHead:
     """A vocabulary head: ``softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap)``.
 
-    ``weight`` is ``(V, D)``. Without ``softcap`` the result is ``scale * (...)``. ``norm`` is the
-    model's final norm, applied to intermediate hidden states. Hugging Face returns the final hidden
-    state already normed.
+    Without ``softcap`` the result is ``scale * (...)``.
+
+    Attributes:
+        weight: ``(V, D)``; float32, bfloat16, float16 or float64.
+        bias: ``(V,)``, or None.
+        norm: The model's final norm, applied to intermediate hidden states, or None. Hugging Face
+            returns the final hidden state already normed.
+        scale: Number that multiplies the logits, above 0.
+        softcap: Bound of the logits, above 0, or None.
+
+    Raises:
+        TypeError: A tensor or the norm has another type.
+        ValueError: ``scale`` or ``softcap`` is out of range.
     """
 
     weight: Tensor
@@ -128,14 +151,17 @@ class LensHead:
         return replace(self, weight=self.weight[:vocab_size], bias=bias)
 
     def logit_map(self, temperature: float) -> LogitMap:
-        """Return the map from products ``norm(h) @ weight.T`` to tempered logits."""
+        """Return the map from products ``norm(h) @ weight.T`` to logits over ``temperature``."""
         slope = self.scale / temperature
         if self.softcap is None:
             return LogitMap(self.bias, slope)
         return LogitMap(self.bias, slope, self.scale / self.softcap, self.softcap / temperature)
 
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
-        """Map products ``norm(h) @ weight.T`` to tempered logits. Return ``d logits / dz`` too."""
+        """Map ``z = norm(h) @ weight.T`` to logits over ``temperature``.
+
+        Return also the logits' derivative with respect to ``z``.
+        """
         return self.logit_map(temperature)(z)
 
 

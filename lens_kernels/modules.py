@@ -32,8 +32,13 @@ class _Loss(nn.Module):
 class SymmetricLensLoss(_Loss):
     """``symmetric_lens_loss`` with fixed options.
 
-    The constructor takes all keywords of the function except ``mask``, ``denominator``,
-    ``teacher_statistics`` and ``process_group``.
+    Args:
+        **options: All keywords of the function except ``mask``, ``denominator``,
+            ``teacher_statistics`` and ``process_group``, which ``forward`` takes.
+
+    Raises:
+        TypeError: An option is unknown or has the wrong type.
+        ValueError: An option is out of range.
     """
 
     kind = LensOptions
@@ -49,7 +54,7 @@ class SymmetricLensLoss(_Loss):
         teacher_statistics: Tensor | None = None,
         process_group: Any = None,
     ) -> Tensor:
-        """Return the loss."""
+        """Return the loss. The arguments are those of ``symmetric_lens_loss``."""
         models = student_hidden, teacher_hidden, student_head, teacher_head
         return symmetric_lens_loss(
             *models,
@@ -64,8 +69,13 @@ class SymmetricLensLoss(_Loss):
 class DistillationLoss(_Loss):
     """``distillation_loss`` with fixed options.
 
-    The constructor takes all keywords of the function except tensors, ``denominator`` and
-    ``process_group``.
+    Args:
+        **options: All keywords of the function except tensors, ``denominator`` and
+            ``process_group``, which ``forward`` takes.
+
+    Raises:
+        TypeError: An option is unknown or has the wrong type.
+        ValueError: An option is out of range.
     """
 
     kind = DistillationOptions
@@ -78,7 +88,10 @@ class DistillationLoss(_Loss):
         teacher_head: Any,
         **per_call: Any,
     ) -> DistillationOutput:
-        """Return the output. ``per_call`` are the keywords that the constructor does not take."""
+        """Return the output of ``distillation_loss``.
+
+        ``per_call`` are the keywords that the constructor does not take.
+        """
         return distillation_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options
         )

@@ -23,8 +23,12 @@ README = ROOT / "README.md"
 CPU = ROOT / "benchmarks" / "data" / "cpu"
 PYTHON = documents.blocks("python")
 COMMANDS = list(documents.commands())
-# These options in the documents belong to other programs, such as pip, torchrun, pytest and git.
+# These options in the documents belong to other programs, such as pip, torchrun, pytest and git,
+# and to the published code of DistillLens.
 FOREIGN = {"--index-url", "--no-deps", "--nproc_per_node", "--help", "--only"}
+FOREIGN |= {"--type", "--fkl-coeff", "--rkl-coeff", "--kd-ratio", "--lens-coeff", "--mse-coeff"}
+FOREIGN |= {"--student-logit-lens", "--teacher-logit-lens", "--max-length"}
+OPTIONAL = re.compile(r"^(?:from|import) (trl|liger_kernel)\b", re.MULTILINE)
 
 
 def name(page: Path) -> str:
@@ -48,7 +52,7 @@ def test_the_index_names_every_page():
     pages = {page.name for page in index.parent.glob("*.md")} - {index.name}
     assert len(pages) > 5
     assert pages <= {*documents.links(index)}
-    assert {f"docs/{page}" for page in pages} <= {*documents.links(README)}
+    assert "docs/README.md" in documents.links(README)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -133,8 +137,8 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_examples_run(block, folder, monkeypatch):
-    if "import trl" in block.text or "from trl " in block.text:
-        pytest.importorskip("trl")
+    for package in OPTIONAL.findall(block.text):
+        pytest.importorskip(package)
     monkeypatch.chdir(folder)
     exec(compile(block.text, str(block), "exec"), {})
 

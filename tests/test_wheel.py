@@ -19,15 +19,7 @@ from tests.support import ROOT
 FILES = ["pyproject.toml", "setup.py", "README.md", "LICENSE"]
 FOLDERS = ["lens_kernels", "reference", "benchmarks", "tests"]
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-USE = """
-import sys, torch
-from lens_kernels import symmetric_lens_loss
-student = torch.randn(3, 4, requires_grad=True)
-loss = symmetric_lens_loss(student, torch.randn(3, 5), torch.randn(7, 4), torch.randn(7, 5))
-loss.backward()
-assert loss > 0 and student.grad.abs().sum() > 0
-print(sys.modules["lens_kernels"].__file__)
-"""
+SMOKE = ROOT / "tests" / "support" / "smoke.py"
 
 
 def call(*command: str | Path, folder: Path) -> str:
@@ -104,7 +96,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
 
 
 def test_the_wheel_computes_a_loss_with_only_its_dependencies(environment, tmp_path):
-    where = call(environment / "python", "-c", USE, folder=tmp_path)
+    where = call(environment / "python", SMOKE, folder=tmp_path)
     assert where.startswith(str(environment.parent))
 
 

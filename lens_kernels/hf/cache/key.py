@@ -39,7 +39,21 @@ def counted_positions(labels: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Everything a cache depends on: digests of model, data and tokenizer, and the settings."""
+    """Everything a cache depends on. ``of`` makes the key of a model and its data.
+
+    Attributes:
+        model: Digest of the teacher's config and weights.
+        data: Digest of the tokens and labels of all examples, in order.
+        layers: The blocks whose outputs are stored, in ascending order.
+        tokenizer: Digest of the tokenizer, or None if none was given.
+        dtype: Name of the dtype on disk.
+        precision: accelerate's name of the mixed precision that the teacher runs in.
+        format: Version of the files' layout.
+
+    Raises:
+        TypeError: The dtype is not one of float32, bfloat16 and float16.
+        ValueError: A weight of the model is on the meta device.
+    """
 
     model: str
     data: str
@@ -60,6 +74,8 @@ class CacheKey:
         precision: str = "no",
     ) -> CacheKey:
         """Return the key of the hidden states of ``model`` after ``layers`` on ``examples``.
+
+        ``tokenizer`` is the one that made the examples.
 
         The final normed hidden state is always included. ``dtype`` is the dtype on disk.
         ``precision`` is accelerate's name for the mixed precision that the teacher runs in.

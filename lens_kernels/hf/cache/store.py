@@ -44,8 +44,15 @@ RunTeacher = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
 class TeacherCache:
     """The teacher's hidden states of each example, at the positions that the loss counts.
 
-    Create it with ``open``, ``build`` or ``open_or_build``. It can be pickled for the workers of a
-    DataLoader: each worker maps the shards that it reads.
+    Create it with ``open``, ``build`` or ``open_or_build``, not by the constructor. It can be
+    pickled for the workers of a DataLoader: each worker maps the shards that it reads.
+
+    Args:
+        folder: Folder of the cache.
+        manifest: The content of ``manifest.json``.
+
+    Raises:
+        ValueError: A shard cannot be read.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -60,7 +67,7 @@ class TeacherCache:
 
     @classmethod
     def open(cls, folder: str | Path, key: CacheKey) -> TeacherCache:
-        """Open a complete cache after checking every file's checksum.
+        """Open the complete cache of ``key`` in ``folder``, after checking all files' checksums.
 
         Raises:
             ValueError: The folder holds no cache, or its cache is incomplete, damaged or made for
@@ -175,7 +182,8 @@ class TeacherCache:
         """Open the cache if it is complete, else call ``build``.
 
         A folder that holds anything else raises an error and is not changed. If another process
-        is building the cache, this one logs a warning and waits.
+        is building the cache, this one logs a warning and waits. ``folder``, ``key``, ``examples``,
+        ``run_teacher`` and ``**options`` are the arguments of ``build``, and so are the errors.
         """
         folder = Path(folder)
         if not is_free(folder) and Manifest.read(folder, key).complete:
@@ -191,7 +199,11 @@ class TeacherCache:
             return cls.build(folder, key, examples, run_teacher, **options)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
-        """Return, for each name of ``key.names``, the concatenated rows of the examples."""
+        """Return the rows of the examples ``example_ids``, concatenated, by name.
+
+        For each name of ``key.names`` they are a tensor ``(counted positions, D)`` on the CPU, in
+        the dtype of the cache.
+        """
         ids = [self._checked_id(i) for i in example_ids]
         spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in ids]
         total = sum(stop - start for start, stop in spans)

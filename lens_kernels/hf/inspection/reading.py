@@ -27,8 +27,16 @@ class Reading:
     """Next-token predictions of the lens at every depth, after each token of a text.
 
     Row ``i - 1`` of a tensor belongs to depth ``i``, the output of block ``i``. The last row is the
-    model's own output. ``top_ids`` and ``top_probs`` are ``(L, N, k)``. ``entropy`` is ``(L, N)``,
-    in nats. ``next_prob``, the probability of the text's next token, is ``(L, N - 1)``.
+    model's own output.
+
+    Attributes:
+        name: The model's folder or name.
+        hidden: The hidden states of each depth, ``(N, D)``.
+        head: The head that reads them.
+        top_ids: ``(L, N, k)``, the most likely next tokens.
+        top_probs: ``(L, N, k)``, their probabilities.
+        entropy: ``(L, N)``, in nats.
+        next_prob: ``(L, N - 1)``, the probability of the text's next token.
     """
 
     name: str
@@ -45,7 +53,7 @@ class Reading:
         return len(self.hidden)
 
     def lens(self, depth: int) -> tuple[Tensor, LensHead]:
-        """Return the hidden states at a depth and the head that reads them."""
+        """Return the hidden states at ``depth`` (1 is the first) and the head that reads them."""
         return self.hidden[depth - 1], _head_at(self.head, depth == self.depths)
 
 
@@ -53,8 +61,12 @@ class Reading:
 class Comparison:
     """Divergence between a student depth and a teacher depth, for each position.
 
-    ``relative`` means that both are at the same relative depth. ``trained`` means that they are a
-    lens pair of training. A comparison can be both.
+    Attributes:
+        student_depth: Block of the student, 1 for the first.
+        teacher_depth: Block of the teacher.
+        divergence: ``(N,)``, in nats.
+        relative: Whether both are at the same relative depth.
+        trained: Whether they are a lens pair of training. A comparison can be both.
     """
 
     student_depth: int
@@ -71,7 +83,19 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A text and its readings by both models. ``total_tokens`` includes tokens that are cut off."""
+    """A text and its readings by both models.
+
+    Attributes:
+        text: The text.
+        ids: Its token ids, up to the maximum number.
+        tokens: Their texts, with spaces and control characters made visible.
+        total_tokens: Number of the text's tokens, including those that are cut off.
+        divergence: Name of the divergence of the comparisons.
+        student: The student's reading.
+        teacher: The teacher's reading.
+        comparisons: The comparisons, ordered by depth.
+        top_tokens: The text of each token id that a reading holds.
+    """
 
     text: str
     ids: list[int]
@@ -94,7 +118,10 @@ class Inspection:
         return max(reading.entropy.max().item() for _, reading in self.sides)
 
     def top(self, reading: Reading, depth: int, position: int) -> tuple[str, bool]:
-        """Return the most likely next token, and whether it is the text's next token."""
+        """Return the most likely next token of ``reading`` at ``depth`` after ``position``.
+
+        Return also whether it is the text's next token.
+        """
         token = int(reading.top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == self.ids[position + 1 : position + 2]
 

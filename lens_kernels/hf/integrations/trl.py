@@ -70,7 +70,13 @@ class LensLoss:
 
 
 class LensSFTTrainer(LensLoss, SFTTrainer):
-    """``SFTTrainer`` with a teacher model: distillation on given answers."""
+    """``SFTTrainer`` with a teacher model: distillation on given answers.
+
+    ``teacher_model`` is a model; the other arguments are those of ``SFTTrainer``, and ``lens``.
+
+    Raises:
+        ValueError: A model has no lens, or an entry of ``lens`` is out of range.
+    """
 
     def __init__(self, model: Any, teacher_model: Any, *args: Any, **trainer: Any) -> None:
         self.teacher_model = teacher_model
@@ -78,7 +84,13 @@ class LensSFTTrainer(LensLoss, SFTTrainer):
 
 
 class LensGKDTrainer(LensLoss, GKDTrainer):
-    """``GKDTrainer``: with probability ``lmbda`` the student generates the answers of a batch."""
+    """``GKDTrainer``: with probability ``lmbda`` the student generates the answers of a batch.
+
+    The arguments are those of ``GKDTrainer``, and ``lens``.
+
+    Raises:
+        ValueError: A model has no lens, or an entry of ``lens`` is out of range.
+    """
 
     def __init__(self, *args: Any, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
@@ -88,7 +100,13 @@ class LensGKDTrainer(LensLoss, GKDTrainer):
 
 
 class LensDistillationTrainer(LensLoss, DistillationTrainer):
-    """``DistillationTrainer``: the student generates the answers of each batch."""
+    """``DistillationTrainer``: the student generates the answers of each batch.
+
+    The arguments are those of ``DistillationTrainer``, and ``lens``.
+
+    Raises:
+        ValueError: A model has no lens, or an entry of ``lens`` is out of range.
+    """
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Join prompts and answers. Only answers have labels, and output of tools has none."""

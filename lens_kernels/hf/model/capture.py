@@ -19,6 +19,10 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
     Forward hooks on ``model`` collect the outputs, and are removed on exit. Only these depths are
     kept, whereas ``output_hidden_states=True`` would keep every depth.
+
+    Raises:
+        ValueError: The model has no lens, so its blocks are unknown.
+        IndexError: A block does not exist.
     """
     captured: dict[int, Tensor] = {}
     blocks = blocks_of(model)

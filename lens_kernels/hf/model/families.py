@@ -28,6 +28,10 @@ class Family:
         logit_divisor: Name of the config entry that divides the logits.
         softcap: Name of the config entry that holds the soft cap. If the entry is None, the model
             has no cap.
+
+    Raises:
+        TypeError: An entry has another type.
+        ValueError: ``norm_kind`` is unknown, or ``norm_offset`` is not finite.
     """
 
     blocks: str

@@ -9,7 +9,11 @@ def uniform_layers(num_pairs: int, num_layers: int) -> list[int]:
     """Return ``num_pairs`` evenly spaced depths: ``round(i * num_layers / (num_pairs + 1))``.
 
     Depth ``i`` is the output of block ``i``, counted from 1, as in Hugging Face's
-    ``hidden_states``. The result equals the lists of the DistillLens paper for GPT-2 and Qwen2.5.
+    ``hidden_states``. ``num_layers`` is the number of blocks. The result equals the lists of the
+    DistillLens paper for GPT-2 and Qwen2.5.
+
+    Raises:
+        ValueError: ``num_pairs`` is not in ``[1, num_layers - 1]``.
     """
     if not 1 <= num_pairs < num_layers:
         raise ValueError(

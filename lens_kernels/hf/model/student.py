@@ -19,7 +19,7 @@ LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "nu
 
 
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
-    """Return a copy of the teacher that has only its blocks ``blocks`` (1 is the first).
+    """Return a copy of ``teacher`` that has only its blocks ``blocks`` (1 is the first).
 
     Dtypes and device are the teacher's. The copy is compared with the teacher on a few tokens. Its
     ``name_or_path`` is empty, because the teacher's files hold another model.

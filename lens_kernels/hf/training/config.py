@@ -81,7 +81,13 @@ class LensDistillConfig(TrainingArguments):
     """``TrainingArguments`` and the options of the objective, with the paper's defaults.
 
     Pickles and copies hold no secrets, such as ``hub_token``, because the Trainer writes a pickle
-    into every checkpoint.
+    into every checkpoint. ``lens_divergence``, ``distill_temperature`` and ``lens_backend`` are
+    ``divergence``, ``temperature`` and ``backend`` of ``distillation_loss``.
+
+    Raises:
+        ValueError: An option is out of range, options contradict each other, or an option of the
+            Trainer is not supported with a teacher (``torch_compile``, label smoothing).
+        TypeError: An option has the wrong type.
     """
 
     output_dir: str | None = option(
@@ -186,7 +192,7 @@ class LensDistillConfig(TrainingArguments):
         return {name: None if is_secret(name) else value for name, value in vars(self).items()}
 
     def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
-        """Return the blocks of student and teacher whose outputs are compared."""
+        """Return the blocks of ``student`` and ``teacher`` whose outputs are compared."""
         student_blocks, teacher_blocks = len(blocks_of(student)), len(blocks_of(teacher))
         given = self.num_lens_pairs, self.student_layers, self.teacher_layers
         return lens_layers(student_blocks, teacher_blocks, *given)

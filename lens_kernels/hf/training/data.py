@@ -233,8 +233,10 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 class Examples(Dataset[dict[str, Any]]):
     """Encoded rows. The ``example_id`` of an example is its position.
 
-    ``dropped`` is the number of rows that were left out. ``cut`` is the number of rows that lost
-    tokens with a label.
+    Attributes:
+        examples: A mapping for each row, with lists ``input_ids`` and ``labels``.
+        dropped: Number of rows that were left out.
+        cut: Number of rows that lost tokens with a label.
     """
 
     def __init__(self, examples: Sequence[Example], dropped: int, cut: int = 0) -> None:
@@ -270,10 +272,19 @@ def load_examples(
 ) -> Examples:
     """Read and encode a file. Rows that are too long are left out.
 
-    See ``read_rows`` for the formats, and ``encode`` for the options.
+    Args:
+        path: A source of records, as for ``--train``: a file, a saved dataset, ``hub:NAME`` or a
+            pattern. ``docs/data.md`` describes the formats.
+        tokenizer: A tokenizer with an EOS token.
+        prompt_style: ``"alpaca"`` or ``"chat"``, for records with an instruction.
+        max_length: Maximum number of tokens; longer examples are truncated.
+        max_prompt_length: Maximum number of tokens before the first response; longer rows are
+            left out.
+        progress: Show a progress bar.
 
     Raises:
-        ValueError: ``read_rows`` or ``encode`` fails, or every row is too long.
+        ValueError: Records are invalid, an option is out of range, the tokenizer has no EOS token
+            or cannot render messages, or every row is too long.
     """
     rows = read_rows(path)
     bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files

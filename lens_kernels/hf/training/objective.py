@@ -30,11 +30,14 @@ PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE m
 class Outcome:
     """The objective on one batch.
 
-    ``loss`` is differentiable. ``sums`` holds detached sums over the ``num_tokens`` tokens with a
-    label: ``loss`` and its unweighted terms ``ce``, ``kd``, ``lens``, ``lens_<student depth>`` and
-    ``mse``. ``entropy_student_<depth>`` and ``entropy_teacher_<depth>`` estimate the entropies at
-    each lens depth and at ``final``. In training with ``grad_threshold``, the mean of ``dropped``
-    is the share of the gradient that was left out.
+    Attributes:
+        loss: The loss in nats per token, a differentiable scalar.
+        sums: Detached sums over the ``num_tokens`` tokens, in nats: ``loss`` and its unweighted
+            terms ``ce``, ``kd``, ``lens``, ``lens_<student depth>`` and ``mse``.
+            ``entropy_student_<depth>`` and ``entropy_teacher_<depth>`` estimate the entropies at
+            each lens depth and at ``final``. In training with ``grad_threshold``, the mean of
+            ``dropped`` is the share of the gradient that was left out.
+        num_tokens: Number of tokens with a label.
     """
 
     loss: Tensor
@@ -55,11 +58,19 @@ class LensObjective(nn.Module):
     wrappers and checkpoints find their parameters, but not those of the teacher. The teacher is
     frozen and set to evaluation mode. It is moved to the device of the batch.
 
-    The heads inside the models do not run, so no full logits are stored. ``student_layers[i]`` is
-    compared with ``teacher_layers[i]``. The lens applies each model's final norm unless
-    ``lens_norm`` is False. ``options`` are passed to ``distillation_loss``. ``mse_coeff`` adds the
-    mean square of ``P h_teacher - h_student``, with a learnt matrix ``P`` in ``projections`` for
-    each pair. As in Hugging Face models, labels are aligned with the input, and shifted here.
+    The heads inside the models do not run, so no full logits are stored. As in Hugging Face models,
+    labels are aligned with the input, and shifted here.
+
+    Args:
+        student: A causal language model that has a lens, or a peft model of one.
+        teacher: Another one with the same tokenizer.
+        student_layers: Blocks of the student whose outputs are compared (1 is the first).
+        teacher_layers: Blocks of the teacher: ``student_layers[i]`` is compared with
+            ``teacher_layers[i]``.
+        lens_norm: Apply each model's final norm to intermediate hidden states.
+        mse_coeff: Weight of the mean square of ``P h_teacher - h_student``, with a learnt matrix
+            ``P`` in ``projections`` for each pair.
+        **options: Options of ``distillation_loss``.
 
     Raises:
         ValueError: The layers do not pair up or do not exist, or an option is out of range.
@@ -117,7 +128,7 @@ class LensObjective(nn.Module):
 
         ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks. Lists
         of layers replace it. ``options`` are those of the class. ``objective(batch)`` then
-        returns an ``Outcome``:
+        returns an ``Outcome``::
 
             objective = LensObjective.from_models(student, teacher, divergence="forward_kl")
             outcome = objective(batch)  # input_ids, labels, attention_mask
@@ -140,11 +151,15 @@ class LensObjective(nn.Module):
         student_call: nn.Module | None = None,
         cache: TeacherCache | None = None,
     ) -> Outcome:
-        """Return the objective of a batch of ``input_ids``, ``labels`` and other model inputs.
+        """Return the objective of a batch.
 
-        ``student_call`` is the student inside its distributed wrapper, and is called instead of
-        the student. With ``cache``, the teacher's hidden states are read from the cache, for the
-        ``example_id`` in the batch.
+        Args:
+            inputs: ``input_ids`` and ``labels``, both ``(B, T)``, and other model inputs such as
+                ``attention_mask``. Labels are -100 for tokens that are not trained on.
+            denominator: Number of labels of the global batch; by default that of this batch.
+            student_call: The student inside its distributed wrapper, called instead of the student.
+            cache: A cache from which the teacher's hidden states are read, for the ``example_id``
+                in the batch.
         """
         check_batch(inputs)
         inputs = dict(inputs)
@@ -181,7 +196,10 @@ class LensObjective(nn.Module):
 
     @torch.no_grad()
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
-        """Return the teacher's states at the flat positions ``counted``, the final state last."""
+        """Return the teacher's states on ``inputs``, at the flat positions ``counted``.
+
+        Each is ``(counted positions, D)``. The final state comes last.
+        """
         assert self.teacher is not None
         device = inputs["input_ids"].device
         if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:

@@ -1,0 +1,50 @@
+"""A hook of mkdocs: the site mirrors the checkout, so that links work in both.
+
+The pages are those of the navigation. Every file that a page links to is in the site too.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+STYLES = "docs/site/extra.css"
+LINK = re.compile(r"\]\(([^)\s#]+)")
+# These pictures show the state of a repository on its host, which a copy of the site cannot know.
+BADGE = re.compile(r"^\[!\[.*\n", re.MULTILINE)
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Replace the files of docs/ by all pages of the checkout and the files that they link to."""
+    ours = [ROOT / path for path in _paths(config.nav)]
+    ours += [path for page in ours for path in _linked(page)]
+    kept = [file for file in files if ROOT not in Path(file.abs_src_path or "/").parents]
+    names = {str(path.relative_to(ROOT)) for path in [*ours, ROOT / STYLES]}
+    return Files(kept + [_file(name, config) for name in sorted(names)])
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Remove the badges of a page."""
+    return BADGE.sub("", markdown)
+
+
+def _file(name: str, config: Any) -> File:
+    return File(name, str(ROOT), config.site_dir, config.use_directory_urls)
+
+
+def _paths(nav: Any) -> list[str]:
+    if isinstance(nav, str):
+        return [nav]
+    items = nav.values() if isinstance(nav, dict) else nav
+    return [path for item in items for path in _paths(item)]
+
+
+def _linked(page: Path) -> list[Path]:
+    """Return the files of the checkout that a page links to."""
+    links = LINK.findall(BADGE.sub("", page.read_text()))
+    paths = ((page.parent / link).resolve() for link in links if "://" not in link)
+    return [path for path in paths if path.is_file() and path.is_relative_to(ROOT)]
