@@ -90,7 +90,7 @@ docs: $(VENV)/docs.stamp
 # build makes the wheel from the sdist, so the sdist is complete.
 dist: $(VENV)/release.stamp
 	rm -rf dist $(EMPTY)
-	$(BIN)/python -m build
+	$(BIN)/python -m build --quiet
 	$(BIN)/python -m twine check --strict dist/*
 	$(PYTHON) -m venv $(EMPTY)
 	$(call install_torch,$(EMPTY)/bin/python -m pip --disable-pip-version-check,2.13.0,torch>=2.8)
