@@ -61,7 +61,7 @@ def draw() -> Any:
     """Return the figure: one entry, the whole vocabulary, and the gradient."""
     ratio = torch.linspace(-6, 6, 241, dtype=torch.float64)
     sharpness = 2 ** torch.linspace(-4, 4, 161, dtype=torch.float64)
-    drawn = pictures.canvas(13.2, 4.4)
+    drawn = pictures.canvas(11.0, 4.0)
     one, loss, gradient = drawn.subplots(1, 3)
     for divergence, (_, label, style) in CURVES.items():
         one.plot(ratio, entry(divergence, ratio), label=label, **style)
@@ -69,7 +69,7 @@ def draw() -> Any:
         loss.plot(sharpness, values, **style)
         gradient.plot(sharpness, norms, **style)
     one.set_title("One entry of the vocabulary")
-    one.set(xlabel="log(student / teacher)", ylabel="penalty / larger probability", ylim=(0, 3))
+    one.set(xlabel="log(student / teacher)", ylabel="penalty / larger probability", ylim=(0, 3.2))
     _sides(one, -3, 3, "student's probability\ntoo small", "student's probability\ntoo large")
     loss.set(title="A student that is too unsure or too sure", ylabel="loss, nats", ylim=(0, 5))
     gradient.set(title="Gradient with respect to its logits", ylabel="2-norm", ylim=(0, 1.0))

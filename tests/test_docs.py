@@ -52,7 +52,7 @@ def test_the_index_names_every_page():
     pages = {page.name for page in index.parent.glob("*.md")} - {index.name}
     assert len(pages) > 5
     assert pages <= {*documents.links(index)}
-    assert {f"docs/{page}" for page in pages} <= {*documents.links(README)}
+    assert "docs/README.md" in documents.links(README)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

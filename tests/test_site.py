@@ -110,6 +110,10 @@ def test_the_site_builds_and_needs_no_network(tmp_path):
     pages = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*.html")}
     loads = r"<(?:script|link|img|iframe|source)[^>]*(?:src|href)=\"?(?:https?:)?//"
     assert not [name for name, text in pages.items() if re.search(loads, text)]
+    for name, text in pages.items():
+        for link in re.findall(r"(?:src|href)=\"?([^\"# >]+)", text):
+            if name != "404.html" and not link.startswith(("https:", "http:", "data:", "mailto:")):
+                assert (tmp_path / name).parent.joinpath(link).exists(), (name, link)
     for path in ENTRIES:  # an entry is empty if no paragraph follows its heading
         _, heading, after = pages["docs/api.html"].partition(f'id="{path}"')
         assert heading and "<p>" in after.partition('<div class="doc doc-object')[0], path

@@ -22,7 +22,8 @@ def on_files(files: Files, config: Any) -> Files:
     """Replace the files of docs/ by all pages of the checkout and the files that they link to."""
     ours = [ROOT / path for path in _paths(config.nav)]
     ours += [path for page in ours for path in _linked(page)]
-    kept = [file for file in files if ROOT not in Path(file.abs_src_path or "/").parents]
+    # Files of the theme stay. They may be inside the checkout too, in a virtual environment.
+    kept = [file for file in files if Path(config.docs_dir) not in Path(file.abs_src_path).parents]
     names = {str(path.relative_to(ROOT)) for path in [*ours, ROOT / STYLES]}
     return Files(kept + [_file(name, config) for name in sorted(names)])
 

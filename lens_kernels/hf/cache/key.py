@@ -78,6 +78,8 @@ class CacheKey:
 
         ``tokenizer`` is the one that made the examples.
 
+        ``tokenizer`` is the one that made the examples.
+
         The final normed hidden state is always included. ``dtype`` is the dtype on disk.
         ``precision`` is accelerate's name for the mixed precision that the teacher runs in.
         """
