@@ -78,8 +78,6 @@ class CacheKey:
 
         ``tokenizer`` is the one that made the examples.
 
-        ``tokenizer`` is the one that made the examples.
-
         The final normed hidden state is always included. ``dtype`` is the dtype on disk.
         ``precision`` is accelerate's name for the mixed precision that the teacher runs in.
         """

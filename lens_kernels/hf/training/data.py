@@ -277,6 +277,10 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 class Examples(Dataset[dict[str, Any]]):
     """Encoded rows. The ``example_id`` of an example is its position.
 
+    Args:
+        examples: The rows that ``encoder`` has returned.
+        encoder: Its counts describe the rows that are not among the examples.
+
     Attributes:
         examples: A mapping for each row, with lists ``input_ids`` and ``labels``.
         dropped: Number of rows that were left out.
