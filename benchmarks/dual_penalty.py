@@ -32,7 +32,11 @@ ENTRIES = 1000
 
 
 def penalty(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scaled ``f`` of each entry, and the scaled gradient with respect to the logits."""
+    """Return each entry's part of a divergence, and the gradient with respect to the logits.
+
+    Both are divided by the divergence's coefficient in ``CURVES``, so that the curves are similar
+    where the models nearly agree.
+    """
     p, q = lp.exp(), lq.exp()
     f, h = pointwise(divergence, 0.5)(lp, lq, p, q, (0.5, 0.5))
     coefficient = CURVES[divergence][0]

@@ -95,8 +95,8 @@ def tensors_in(values: object) -> list[Tensor]:
 def compiler_cache() -> Path:
     """Return the folder in which torch's compiler keeps its results.
 
-    Seen in torch 2.8 to 2.13. If a later version uses another folder that cannot be created, torch
-    raises an error.
+    Torch 2.8 to 2.13 use this folder. A later version may use another. Then nothing checks whether
+    that folder can be created, and torch itself raises an error.
     """
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given is not None:

@@ -17,10 +17,14 @@ from lens_kernels.lens import LensHead
 
 @dataclass(frozen=True)
 class VocabularyShard:
-    """The entries of the shared vocabulary that this rank holds: ``start`` and their number.
+    """The slice of the vocabulary that this rank holds.
 
-    ``widest`` is the largest number of entries of a rank. All ranks cut the tokens into the same
-    chunks, so the chunks must fit that rank. ``group`` is the name of the process group.
+    Attributes:
+        group: Name of the process group.
+        start: First entry of the slice.
+        columns: Number of entries of the slice.
+        widest: Number of entries of the largest slice of all ranks. Chunks must have room for it,
+            because all ranks cut the tokens into the same chunks.
     """
 
     group: str

@@ -265,7 +265,9 @@ def _temporaries(axis: Any, rows: Rows) -> None:
 
 @figure
 def active_vocabulary(rows: Rows) -> Any:
-    """Draw time divided by the floor against error for the lens pairs, with a curve per student.
+    """Draw the time against the error for the lens pairs, with a curve for each student.
+
+    The time is divided by that of the GEMMs alone.
 
     The error of a threshold is the larger of the errors of hidden states and head. The final states
     are not drawn, because almost every threshold leaves nothing out for them.

@@ -23,7 +23,7 @@ PARTS = {
     "products of the gradient": "products",
     "pointwise pass": "pass",
 }
-# The rows of the table: models, and pairs of the numbers of tokens and lens pairs.
+# The rows of the table: each model with each number of tokens and of lens pairs.
 SHAPES = ("qwen2.5", "llama3")
 PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
 HEADER = (

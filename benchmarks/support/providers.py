@@ -140,9 +140,10 @@ def _liger(compiled: bool) -> Loss:
 
 
 def _liger_fused(kernels: str) -> Loss:
-    """Return Liger's operator with its own kernels. It projects all rows and ignores masked labels.
+    """Return the loss that runs Liger's fused kernels.
 
-    By default Liger takes the kernels for Hopper where they can be loaded.
+    ``kernels`` chooses among Liger's implementations. This loss computes the logits of masked rows
+    too, and then ignores these rows.
     """
     fused = importlib.import_module("liger_kernel.ops.fused_linear_jsd").LigerFusedLinearJSDFunction
     if kernels == "nvidia-cutedsl":

@@ -78,7 +78,8 @@ class Accumulator:
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # The labels have the last row of weights. The temperature does not apply to them.
+            # With labels, the last row of ``counted`` holds the weights of the cross entropy. The
+            # temperature does not apply to it.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]

@@ -16,7 +16,8 @@ from tests.support.commands import arguments, first_loss, weights, write_rows
 from tests.support.training import logged, trained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# For each option of this project, values that differ from the default. They include every choice.
+# For each option of this project, all values that a test passes. None of them is the default, and
+# an option with choices has all its other choices.
 GIVEN = yaml.safe_load("""{
 student: [s], data: [d], teacher: [t], eval_data: [e], student_blocks: [[1, 3]],
 student_dtype: [auto, bfloat16, float16], teacher_dtype: [float32, bfloat16, float16],

@@ -45,7 +45,7 @@ def union(maximum, total, other_maximum, other_total, factor):
 
 @triton.jit
 def part_of(log_share, value):
-    """Return ``exp(log_share) * value``, or 0 for a part without mass and an infinite value."""
+    """Return ``exp(log_share) * value``, or 0 where the share is 0 and the value infinite."""
     share = exp(log_share)
     return tl.where((share == 0) & (value == float("inf")), 0.0, share * value)
 
