@@ -7,6 +7,9 @@ from typing import Any
 
 import yaml
 
+# A key that is no option: the record of a run holds its versions and hashes there.
+MADE_WITH = "made_with"
+
 
 def read_options(text: str) -> dict[str, list[str] | None]:
     """Return the command-line words of each option in a YAML text. None keeps the default.
@@ -20,7 +23,8 @@ def read_options(text: str) -> dict[str, list[str] | None]:
         raise ValueError(f"not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"expected options as 'name: value', got a {type(values).__name__}")
-    return {str(key): _as_words(value) for key, value in values.items()}
+    values.pop(MADE_WITH, None)
+    return {str(key): as_words(value) for key, value in values.items()}
 
 
 class _UniqueLoader(yaml.SafeLoader):
@@ -37,7 +41,8 @@ class _UniqueLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _as_words(value: Any) -> list[str] | None:
+def as_words(value: Any) -> list[str] | None:
+    """Return a value as words of a command line."""
     if value is None:
         return None
     if isinstance(value, list):

@@ -42,6 +42,13 @@ STYLE: Any = {
 }
 
 
+def shades(count: int) -> list[Any]:
+    """Return colours from dark to light, for lines that have an order."""
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](i / max(1, count - 1) * 0.85) for i in range(count)]
+
+
 def styled(draw: Callable[..., T]) -> Callable[..., T]:
     """Return a function that draws with the settings in ``STYLE``."""
 

@@ -329,7 +329,7 @@ def checkpoint(given: Input, random: Random) -> str:
 def checkpoint_value(given: Input, random: Random) -> str:
     """Change a random value in a JSON file of an interrupted run."""
     shutil.copytree(given.folder / "interrupted", given.folder / "out")
-    names = ["data.json", "checkpoint-1/trainer_state.json", "checkpoint-2/trainer_state.json"]
+    names = ["checkpoint-1/trainer_state.json", "checkpoint-2/trainer_state.json"]
     path = given.folder / "out" / random.choice(names)
     record = json.loads(path.read_text())
     key = random.choice(sorted(record))

@@ -69,12 +69,12 @@ def make_trainer(
         "num_lens_pairs": 2,
         "save_strategy": "no",
         "report_to": "none",
+        "disable_tqdm": True,
     }
     config = LensDistillConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
-        disable_tqdm=True,
         use_cpu=True,
         **defaults | options,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
@@ -23,8 +24,9 @@ from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.preparation import Rows, Stream
+from lens_kernels.hf.training.provenance import model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
-from lens_kernels.option_files import read_options
+from lens_kernels.option_files import as_words, read_options
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer
 
@@ -211,11 +213,15 @@ def train(
     paths = {name: path for name, path in given.items() if path is not None}
     for path in paths.values():
         check_download(path, config.allow_download)
-    digests = {
+    digests: dict[str, str | None] = {
         name: source_digest(path, streaming=config.streaming and name == "train")
         for name, path in paths.items()
     }
-    record.check_data(output, paths, digests)
+    models = {"student": config.student}
+    if config.teacher is not None:
+        models["teacher"] = config.teacher
+    digests |= {name: model_digest(x) for name, x in models.items()}
+    record.check_digests(output, paths | models, digests)
     done = record.metrics_of(output)
     if done is not None and not longer:
         file = output / record.METRICS
@@ -253,6 +259,9 @@ def train(
         **datasets,
         processing_class=tokenizer,
     )
+    # A model on the Hub has a commit only after its download.
+    digests |= {name: digests[name] or model_digest(x) for name, x in models.items()}
+    trainer.facts |= {**models, "data": paths, "hashes": digests, "command": command_line(chosen)}
     if args.should_save:
         record.write_start(output, chosen, digests)
         (output / record.METRICS).unlink(missing_ok=True)
@@ -277,15 +286,22 @@ def train(
         say(f"train: {trainer.train_dataset.summary()}")
     if "eval_dataset" in datasets:
         metrics |= trainer.evaluate()
+    trainer.save_state()
+    trainer.create_model_card()
     if trainer.is_world_process_zero():
         record.write_metrics(output, metrics)
-        if any("kd" in entry for entry in trainer.state.log_history):
-            report.loss_figure(
-                output / "loss.png", trainer.state.log_history, args.final_divergence
-            )
+        report.loss_figure(output / "loss.png", trainer.state.log_history, args.final_divergence)
     say("\n".join(f"{name:<28} {value:.6g}" for name, value in metrics.items()))
     say(f"student and reports: {output}")
     return metrics
+
+
+def command_line(chosen: Mapping[str, Any]) -> str:
+    """Return a command with the options that differ from their defaults, without secrets."""
+    words = ["lens-kernels", "train"]
+    for name, value in chosen.items():
+        words += [f"--{name}", *(as_words(value) or [])]
+    return shlex.join(words)
 
 
 def _silent(text: str) -> None:

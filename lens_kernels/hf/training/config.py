@@ -176,6 +176,11 @@ class LensDistillConfig(TrainingArguments):
         False,
         "Pack several training examples into each row of a batch. Examples do not see each other.",
     )
+    save_total_limit: int | None = option(
+        2,
+        "Number of checkpoints to keep; the oldest are deleted. With load_best_model_at_end, the"
+        " best one is kept too.",
+    )
     logging_steps: float = option(10, "Log every N steps; below 1, a fraction of all steps.")
 
     def __post_init__(self) -> None:

@@ -112,8 +112,7 @@ class Encoder:
         """Return the counts in words."""
         lost = f" ({self.lost} labels lost)" if self.lost else ""
         return (
-            f"{self.rows} rows, {self.dropped} dropped as too long, {self.cut} with responses cut"
-            f" at max_length{lost}"
+            f"{self.rows} rows, {self.dropped} dropped as too long, {self.cut} cut at the end{lost}"
         )
 
 

@@ -1,4 +1,4 @@
-"""What the folder of a run records: its options, digests of its data, and its last metrics.
+"""What the folder of a run records: its options, hashes of data and models, and last metrics.
 
 A command that is run again resumes its run only if it trains in the same way.
 """
@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
+from lens_kernels.hf.training import provenance
 from lens_kernels.hf.training.text_files import read_text, write_text
+from lens_kernels.option_files import MADE_WITH
 
 # RECORD is written when a run starts, and is a valid file for --config. METRICS is written when the
 # run is complete.
 RECORD, METRICS = "run.yaml", "metrics.json"
-# The digests of the data files.
-DIGESTS = "data.json"
 
 # Options that change no weight. Names that begin with an entry match, so that options of later
 # versions of transformers match too. Any other option counts as a change.
@@ -42,7 +42,7 @@ ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_pla
 def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Compare the options of a command with those that its run was started with.
 
-    Different paths to the same place are equal. Data files are compared by ``check_data``. Options
+    Different paths to the same place are equal. Contents are compared by ``check_digests``. Options
     that change no weight are not compared.
 
     Returns:
@@ -54,7 +54,8 @@ def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, A
     record = output / RECORD
     if not record.exists():
         return ""
-    before = _read(record, yaml.safe_load)
+    before = _read(record)
+    before.pop(MADE_WITH, None)
     if not _has_trained(output):
         return ""
     best = {**defaults, **now}.get("load_best_model_at_end")
@@ -79,19 +80,24 @@ def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, A
     return longer
 
 
-def check_data(output: Path, paths: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Raise if the data files have changed since the run started."""
-    file = output / DIGESTS
-    if not file.exists():  # earlier versions of this package wrote no digests
+def check_digests(
+    output: Path, places: Mapping[str, str], digests: Mapping[str, str | None]
+) -> None:
+    """Raise if the data or the models have changed since the run started."""
+    file = output / RECORD
+    if not file.exists():
         return
-    before = _read(file, json.loads)
+    made = _read(file).get(MADE_WITH)
     if not _has_trained(output):
         return
-    for name, path in paths.items():
-        if before.get(name, digests[name]) != digests[name]:
+    before = made.get("hashes") if isinstance(made, dict) else None
+    for name, place in places.items():
+        was = before.get(name) if isinstance(before, dict) else None
+        if None not in (was, digests[name]) and was != digests[name]:
+            kind = "model" if name in ("student", "teacher") else "file"
             raise ValueError(
-                f"the {name} file {path} has changed since the run in {output} started: restore the"
-                " file to resume, or use another output_dir to start a new run"
+                f"the {name} {kind} {place} has changed since the run in {output} started: restore"
+                f" the {kind} to resume, or use another output_dir to start a new run"
             )
 
 
@@ -104,11 +110,14 @@ def metrics_of(output: Path) -> dict[str, float] | None:
     return metrics if isinstance(metrics, dict) else None
 
 
-def write_start(output: Path, options: Mapping[str, Any], digests: Mapping[str, str]) -> None:
-    """Write the record and the digests that later commands are compared with."""
+def write_start(
+    output: Path, options: Mapping[str, Any], digests: Mapping[str, str | None]
+) -> None:
+    """Write the record that later commands are compared with."""
     output.mkdir(parents=True, exist_ok=True)
-    write_text(output / DIGESTS, json.dumps(dict(digests), indent=1))
-    write_text(output / RECORD, yaml.safe_dump(dict(options), sort_keys=True))
+    made: dict[str, Any] = {"versions": provenance.versions(), "commit": provenance.commit()}
+    parts = (dict(options), {MADE_WITH: {**made, "hashes": dict(digests)}})
+    write_text(output / RECORD, "".join(yaml.safe_dump(x, sort_keys=True) for x in parts if x))
 
 
 def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
@@ -122,9 +131,9 @@ def _has_trained(output: Path) -> bool:
     return any(file for name in names for file in output.glob(name))
 
 
-def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        content = parse(read_text(file))
+        content = yaml.safe_load(read_text(file))
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -145,7 +154,7 @@ def _place(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-# Contents of data are compared by ``check_data``; a cache is checked when it is opened.
+# Contents of data are compared by ``check_digests``; a cache is checked when it is opened.
 MEANINGS: dict[str, Callable[[Any], Any]] = {
     "student": _place,
     "teacher": _place,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,10 @@ from typing import Any
 from lens_kernels import pictures
 
 TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
+PAIR = re.compile(r"lens_\d+")
+WIDE = 5  # the smallest ratio of values for which an axis is logarithmic
+FEW = 20  # the largest number of points that get markers
+HELD: Any = {"marker": "D", **pictures.HOLLOW}
 BEFORE, AFTER = pictures.LIGHT_GREY, pictures.BLUE
 
 
@@ -46,29 +50,70 @@ def depth_figure(
 
 @pictures.styled
 def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergence: str) -> None:
-    """Draw the loss and its two terms at each training step."""
-    steps = [entry for entry in history if "loss" in entry and "kd" in entry]
-    figure = pictures.canvas(6.4, 3.8)
-    axes = figure.subplots()
-    for key, label, colour in (
-        ("loss", "loss", pictures.BLACK),
-        ("kd", f"final {final_divergence}", AFTER),
-        ("lens", "mean over lens pairs", pictures.VERMILION),
+    """Draw the loss, its terms and the lens pairs during training and evaluation.
+
+    Terms that were not logged are left out. Without lens pairs there is one panel. Without any loss
+    there is no picture.
+    """
+    if not any("loss" in entry for entry in history):
+        return
+    pairs = sorted({k for entry in history for k in entry if PAIR.fullmatch(k)}, key=_depth)
+    depths = [_depth(name) for name in pairs]
+    shades = pictures.shades(len(pairs))
+    panels = [
+        [
+            ("loss", "loss", pictures.BLACK),
+            ("ce", "cross entropy", pictures.GREEN),
+            ("kd", f"final {final_divergence}", AFTER),
+            ("lens", "mean over lens pairs", pictures.VERMILION),
+            ("mse", "MSE (no unit)", pictures.PURPLE),
+        ],
+        [(x, f"block {d}", c) for x, d, c in zip(pairs, depths, shades, strict=True)],
+    ]
+    titles = ("Loss and its terms", "Lens pairs, by block of the student")
+    shown = 2 if pairs else 1
+    figure = pictures.canvas(5.2 * shown, 4.2)
+    for axes, lines, title in zip(
+        figure.subplots(1, shown, squeeze=False)[0], panels, titles, strict=False
     ):
-        points = [(entry["step"], entry[key]) for entry in steps if key in entry]
-        axes.plot(*zip(*points, strict=True), color=colour, label=label)
-    # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values.
-    if axes.dataLim.minposy < math.inf:
+        for key, label, colour in lines:
+            _line(axes, history, key, "loss", color=colour, label=label)
+            _line(axes, history, f"eval_{key}", "eval_loss", color=colour, linestyle="none", **HELD)
+        if any("eval_loss" in entry for entry in history):
+            axes.plot([], [], color=pictures.GREY, linestyle="none", label="evaluation", **HELD)
+        _log_scale(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("optimiser step")
+        axes.set_ylabel(f"nats per token ({pictures.LOWER})")
+        axes.set_title(title)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=3)
+    pictures.save(figure, path)
+
+
+def _line(
+    axes: Any, history: Sequence[Mapping[str, Any]], key: str, having: str, **style: Any
+) -> None:
+    """Draw an entry of the logs. Few points get markers, because a line of one point is empty."""
+    points = [(x["step"], x[key]) for x in history if key in x and having in x]
+    if points:
+        if len(points) <= FEW and "marker" not in style:
+            style["marker"] = "o"
+        axes.plot(*zip(*points, strict=True), **style)
+
+
+def _log_scale(axes: Any) -> None:
+    # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values,
+    # and has too few ticks for values that are nearly equal.
+    if axes.dataLim.ymax > WIDE * axes.dataLim.minposy:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("")
-    axes.set_xlabel("optimiser step")
-    axes.set_ylabel(f"nats per token ({pictures.LOWER})")
-    axes.set_title("Training loss and its terms, one run")
-    axes.legend()
-    pictures.save(figure, path)
+
+
+def _depth(name: str) -> int:
+    return int(name.rpartition("_")[2])
 
 
 def table(rows: Sequence[tuple[str, float, float]]) -> str:

@@ -22,6 +22,7 @@ from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.training.caching import fill_caches
+from lens_kernels.hf.training.card import model_card
 from lens_kernels.hf.training.checkpoints import check_whole, last_whole
 from lens_kernels.hf.training.checks import (
     check_arguments,
@@ -34,10 +35,12 @@ from lens_kernels.hf.training.checks import (
 )
 from lens_kernels.hf.training.collation import Collator, check_batch, padding_id, tokens_in
 from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.console import shorten
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
+from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.inputs import IGNORE_INDEX
 
 _log = logging.getLogger(__name__)
@@ -106,6 +109,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._base_is_new = hasattr(model, "peft_config") and not is_saved(model)
         self._saved_bases: set[Path] = set()
         self._optimizer_given = (trainer.get("optimizers") or (None,))[0] is not None
+        shorten(self)
+        # The facts of the model card. The command adds its data and its command line.
+        named = {"student": model, "teacher": teacher}
+        self.facts: dict[str, Any] = {
+            name: getattr(x.config, "name_or_path", "")
+            for name, x in named.items()
+            if x is not None
+        }
         self.lens_objective: LensObjective | None = None
         if teacher is not None:
             check_shards(self.accelerator.state, args)
@@ -312,6 +323,16 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _student_with_projections(self) -> AbstractContextManager[None]:
         objective = self.lens_objective
         return nullcontext() if objective is None else objective.student_with_projections()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write ``README.md`` in ``output_dir``: models, objective, data, metrics, versions.
+
+        The Trainer's arguments are ignored.
+        """
+        if self.is_world_process_zero():
+            folder = Path(str(self.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(folder / "README.md", str(model_card(self, self.facts)))
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         """Write the student, and the MSE matrices to a separate file."""

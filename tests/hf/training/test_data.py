@@ -317,7 +317,7 @@ def test_load_examples_reads_a_file(write, monkeypatch):
     assert [tokenizer.decode(x["input_ids"]) for x in examples] == ["mz</s>", "noz</s>"]
     assert [x["example_id"] for x in examples] == [0, 1] and examples[-1]["example_id"] == 1
     assert examples[1]["labels"] == [-100, -100, *examples[1]["input_ids"][2:]]
-    told = "3 rows, 1 dropped as too long, 0 with responses cut at max_length;"
+    told = "3 rows, 1 dropped as too long, 0 cut at the end;"
     assert examples.summary() == f"{told} 7 tokens, 4 with a label"
     load_examples(path, tokenizer)
     assert bars == [True, False]
@@ -329,7 +329,7 @@ def test_cut_responses_are_counted(write):
     lines = [{"prompt": "m", "completion": x} for x in ("z", "wx", "wxyz")]
     examples = load_examples(write(*lines), bpe(), max_length=4)
     assert [len(x["input_ids"]) for x in examples] == [3, 4, 4] and examples.cut == 1
-    assert "3 rows, 0 dropped as too long, 1 with responses cut at max_length" in examples.summary()
+    assert "3 rows, 0 dropped as too long, 1 cut at the end (2 labels lost)" in examples.summary()
     # The row counts as cut only if a token of a response is lost.
     talk = {"messages": TALK}
     whole = load_examples(write(talk), bpe())[0]

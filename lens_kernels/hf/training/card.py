@@ -1,0 +1,100 @@
+"""The model card of a distilled student."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lens_kernels.hf.training import provenance
+from lens_kernels.version import __version__
+from lens_kernels.visible import visible
+
+ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
+# Options of the objective that the card lists.
+OPTIONS = (
+    *("kd_ratio", "final_divergence", "lens_divergence", "lens_coeff", "beta"),
+    *("distill_temperature", "lens_norm", "mse_coeff", "vocab_size", "grad_threshold"),
+    *("max_length", "packing", "learning_rate", "lr_scheduler_type", "optim", "seed"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
+)
+
+
+def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
+    """Return the card of a trainer's student.
+
+    Args:
+        trainer: A ``LensDistillTrainer`` after training.
+        facts: The names ``student`` and ``teacher``. If known, ``command``, ``data``, which maps
+            names to sources, and ``hashes``, which maps names of data and models to digests.
+    """
+    objective, args = trainer.lens_objective, trainer.args
+    student, teacher = (facts.get(name) or "a model in memory" for name in ("student", "teacher"))
+    data = ModelCardData(
+        library_name="peft" if hasattr(trainer.model, "peft_config") else "transformers",
+        base_model=student if _is_on_hub(student) else None,
+        tags=["lens-kernels", "distillation", "logit-lens", "generated_from_trainer"],
+        pipeline_tag="text-generation",
+    )
+    made = f"with lens_kernels {__version__}."
+    text = [f"# {visible(Path(args.output_dir).resolve().name)}", ""]
+    if objective is None:
+        text += [f"{_code(student)}, fine-tuned {made}", ""]
+    else:
+        pairs = zip(objective.student_layers, objective.teacher_layers, strict=True)
+        listed = ", ".join(f"{s} and {t}" for s, t in pairs)
+        text += [
+            f"{_code(student)}, distilled from {_code(teacher)} {made}",
+            "",
+            "## Objective",
+            "",
+            "`(1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * mean of D_lens over pairs)`",
+            "",
+            f"Lens pairs, block of the student and of the teacher: {listed or 'none'}.",
+            "",
+        ]
+    text += _table("option", {name: getattr(args, name) for name in OPTIONS})
+    if hashes := facts.get("hashes"):
+        sources = {**facts["data"], "student": student, "teacher": teacher}
+        rows = {f"{k}: {_code(sources[k])}": x for k, x in hashes.items()}
+        text += ["## Data and models", "", *_table("source", rows, "SHA-256 or commit")]
+    text += [f"## Metrics after {trainer.state.global_step} steps", ""]
+    text += ["Means over tokens, in nats per token.", "", *_table("metric", _metrics(trainer))]
+    if "command" in facts:
+        text += ["## Command", "", "```sh", visible(facts["command"]), "```", ""]
+    versions: dict[str, Any] = provenance.versions()
+    if commit := provenance.commit():
+        versions["commit of the user's folder"] = commit
+    text += ["## Versions", "", *_table("package", versions, "version")]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
+
+
+def _metrics(trainer: Any) -> dict[str, float]:
+    """Return the last logged means of training and of evaluation."""
+    found: dict[str, float] = {}
+    for kind in ("loss", "eval_loss"):
+        last: dict[str, float] = next(
+            (x for x in reversed(trainer.state.log_history) if kind in x), {}
+        )
+        found |= {k: x for k, x in last.items() if k not in ("step", "epoch", "learning_rate")}
+    return {k: x for k, x in found.items() if not k.endswith(("_runtime", "_per_second"))}
+
+
+def _table(heading: str, values: Mapping[str, Any], second: str = "value") -> list[str]:
+    rows = [f"| {heading} | {second} |", "|---|---|"]
+    for name, value in values.items():
+        shown = f"{value:.6g}" if isinstance(value, float) else str(getattr(value, "value", value))
+        rows.append(f"| {name} | {shown} |")
+    return [*rows, ""]
+
+
+def _code(value: Any) -> str:
+    """Return a name as code, without characters that would end the code or the table's cell."""
+    return "`" + re.sub(r"[`|\n]", "_", visible(str(value))) + "`"
+
+
+def _is_on_hub(name: str) -> bool:
+    return ON_HUB.fullmatch(name) is not None and not Path(name).exists()

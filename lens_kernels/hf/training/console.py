@@ -1,0 +1,68 @@
+"""The lines that a training run writes to the terminal, each of at most 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+COLUMNS = 100
+# The entries of a log that a line shows, in this order, and their short names.
+SHOWN = {
+    "loss": "loss",
+    "ce": "ce",
+    "kd": "kd",
+    "lens": "lens",
+    "mse": "mse",
+    "tokens_per_second": "tok/s",
+    "learning_rate": "lr",
+    "grad_norm": "grad",
+}
+
+
+def line(step: int, last: int, logs: Mapping[str, Any]) -> str:
+    """Return a log in at most ``COLUMNS`` columns, without the entries that do not fit.
+
+    Return an empty text for a log without a loss, such as that of the runtime.
+    """
+    of_evaluation = "eval_loss" in logs
+    prefix = "eval_" if of_evaluation else ""
+    if f"{prefix}loss" not in logs:
+        return ""
+    text = f"step {step}/{last}" + ("  evaluation" if of_evaluation else "")
+    for name, short in SHOWN.items():
+        if f"{prefix}{name}" in logs:
+            entry = f"  {short} {float(logs[f'{prefix}{name}']):.4g}"
+            if len(text) + len(entry) <= COLUMNS:
+                text += entry
+    return text
+
+
+class Lines(TrainerCallback):
+    """Writes a line for each log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Write the line of a log on rank 0."""
+        text = line(state.global_step, state.max_steps, logs or {})
+        if state.is_world_process_zero and text:
+            tqdm.write(text)
+
+
+class Progress(Lines, ProgressCallback):
+    """Writes a line for each log above a progress bar."""
+
+
+# The callbacks of transformers that write whole logs, and those that replace them.
+REPLACED = {PrinterCallback: Lines, ProgressCallback: Progress}
+
+
+def shorten(trainer: Any) -> None:
+    """Replace the callbacks of a trainer that write whole logs to the terminal."""
+    for whole, short in REPLACED.items():
+        # A subclass, such as that of notebooks, stays.
+        if any(type(x) is whole for x in trainer.callback_handler.callbacks):
+            trainer.remove_callback(whole)
+            trainer.add_callback(short)

@@ -1,0 +1,58 @@
+"""What a student was made with: versions, the commit of the user's folder, and hashes of models."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from lens_kernels.hf.training.files import sha256_of
+from lens_kernels.version import __version__
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "triton")
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python, of this package and of the installed packages it uses."""
+    found = {"python": platform.python_version(), "lens_kernels": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Return the git commit of the current folder, or None if it is not in a repository.
+
+    The suffix ``-dirty`` means that tracked files have changed since the commit.
+    """
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(describe, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def model_digest(model: str) -> str | None:
+    """Return a SHA-256 of a folder's config and weights, or the commit of a model on the Hub.
+
+    Return None for a model on the Hub that is not yet in the cache.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        files = [*folder.glob("*config.json"), *folder.glob("*.safetensors")]
+        each = [f"{file.name} {sha256_of(file)}" for file in sorted(files)]
+        return hashlib.sha256("\n".join(each).encode()).hexdigest()
+    try:
+        config = try_to_load_from_cache(model, "config.json")
+    except HFValidationError:  # loading explains why this is no model
+        return None
+    return f"commit {Path(config).parent.name}" if isinstance(config, str) else None
