@@ -9,7 +9,6 @@ from typing import Any
 
 from lens_kernels import pictures
 
-TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
 BEFORE, AFTER = pictures.LIGHT_GREY, pictures.BLUE
 
 
@@ -59,11 +58,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
         axes.plot(*zip(*points, strict=True), color=colour, label=label)
     # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values.
     if axes.dataLim.minposy < math.inf:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        pictures.log_axis(axes)
     axes.set_xlabel("optimiser step")
     axes.set_ylabel(f"nats per token ({pictures.LOWER})")
     axes.set_title("Training loss and its terms, one run")
