@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from benchmarks.support import environment, tables
-from benchmarks.support.shapes import MODELS
+from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import plan
 from lens_kernels.cost import RELATIVE_TIME, Plan
 
@@ -78,6 +78,11 @@ def instructions(one_read: bool) -> float:
     return float(row["instructions_a_pair"])
 
 
+def issue_ms(model: Model, rows: int, one_read: bool) -> float:
+    """Return the time of the row kernel's instructions alone, in ms. A warp has 32 threads."""
+    return rows * model.vocab * instructions(one_read) / 32 / ISSUED_PER_MS
+
+
 def table() -> str:
     """Return a Markdown table of predicted times.
 
@@ -92,7 +97,7 @@ def table() -> str:
             for reads, one_read in READS.items():
                 plans = plan(tokens, *sizes, pairs=pairs, one_read=one_read)
                 times = [*step_ms(plans["torch"]).values()]
-                issue = tokens * pairs * model.vocab * instructions(one_read) / 32 / ISSUED_PER_MS
+                issue = issue_ms(model, tokens * pairs, one_read)
                 first, second, *rest = times
                 shown = [f"{time:.1f}" for time in (first, second, issue, *rest, sum(times))]
                 name = [model.name, f"{tokens} x {pairs}", reads]

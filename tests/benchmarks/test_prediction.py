@@ -54,6 +54,16 @@ def test_the_page_has_the_predictions():
     assert f"\n{prediction.table()}\n" in kernel_report.PAGE.read_text()
 
 
+def test_the_page_says_what_a_cluster_would_take_without_overlap():
+    found = []
+    for key in prediction.SHAPES:
+        planned = plans(key, 8192, one_read=True)
+        total = prediction.total_ms(planned["torch"])
+        longer = total + prediction.issue_ms(MODELS[key], 8192, True)
+        found.append(f"{prediction.of_floor(planned) * longer / total:.2f}")
+    assert "{} for Qwen2.5 and {} for Llama-3".format(*found) in kernel_report.PAGE.read_text()
+
+
 def test_the_readme_has_what_was_counted_and_predicted():
     text = (environment.ROOT / "README.md").read_text()
     rows = tables.read_csv(environment.DATA / "offline" / "row_pass_bfloat16.csv")
