@@ -65,7 +65,7 @@ SHOWN = (
 # are for tests.
 PART_NAMES = {
     "products": re.compile("gemm|nvjet|cutlass|xmma|splitk|aten::(add)?mm", re.IGNORECASE),
-    "pass": re.compile("row_pass_kernel|triton_"),
+    "pass": re.compile("(row|cluster)_pass_kernel|triton_"),
     "rest": re.compile(""),
 }
 

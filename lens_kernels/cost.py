@@ -14,6 +14,7 @@ import torch
 
 from lens_kernels.backends.matmul import multiplies_natively
 from lens_kernels.backends.row_groups import operand_reads
+from lens_kernels.backends.torch import clusters
 from lens_kernels.backends.torch.layout import (
     Layout,
     apart,
@@ -101,7 +102,8 @@ class CallShape:
 
     ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
     in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
-    holds only a slice of the vocabulary.
+    holds only a slice of the vocabulary, and ``one_read`` whether the row kernel holds each row in
+    a cluster of programs.
     """
 
     tokens: int
@@ -117,6 +119,7 @@ class CallShape:
     workspace_bytes: int
     teacher_statistics: bool = False
     sharded: bool = False
+    one_read: bool = False
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -136,6 +139,7 @@ class CallShape:
             workspace_bytes=call.workspace_bytes,
             teacher_statistics=call.teacher_statistics is not None,
             sharded=bool(call.group),
+            one_read=clusters.for_call(call) is not None,
         )
 
     @property
@@ -173,7 +177,9 @@ class CallShape:
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
         reads = sweeps * models
-        if self.teacher_statistics:  # the first sweep then reads only the student's logits
+        if self.one_read:
+            reads = self.pairs * models
+        elif self.teacher_statistics:  # the first sweep then reads only the student's logits
             reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
         return entries * (reads * self.compute_dtype.itemsize + gradients)
 

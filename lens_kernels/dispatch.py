@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from lens_kernels import compat, cost
+from lens_kernels.backends.torch import clusters
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.inputs import FLOATS
 from lens_kernels.options import (
@@ -155,6 +156,7 @@ def plan(
     hidden_grad: bool = True,
     workspace_bytes: int | None = LossOptions.workspace_bytes,
     device: str = "cuda",
+    one_read: bool | None = None,
 ) -> dict[str, cost.Plan]:
     """Estimate the cost of loss and gradients on each backend.
 
@@ -172,13 +174,15 @@ def plan(
         hidden_grad: Whether the student's hidden states or norm need a gradient.
         workspace_bytes: As for ``symmetric_lens_loss``.
         device: The type of device.
+        one_read: Whether the row kernel on a GPU reads each logit once. It needs a Hopper or
+            Blackwell GPU and Triton 3.9. By default, whether it does on this machine.
 
     Returns:
         A plan for each name of a backend, and for ``"dense"``.
 
     Raises:
-        TypeError, ValueError: A size is not a positive integer, the divergence is unknown, or the
-            dtype is not supported.
+        TypeError, ValueError: A size is not a positive integer, the divergence is unknown, the
+            dtype is not supported, or ``one_read`` is True and the vocabulary is too large for it.
     """
     if dtype not in FLOATS:
         raise TypeError(f"dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
@@ -189,6 +193,13 @@ def plan(
     check_option("divergence", divergence)
     check_option("workspace_bytes", workspace_bytes)
     where = torch.device(device)
+    if one_read is None:
+        one_read = clusters.for_rows(where, vocab_size) is not None
+    elif one_read and clusters.that_holds(vocab_size) is None:
+        raise ValueError(
+            f"one_read must be False or None for a vocab_size of {vocab_size}: a cluster of"
+            f" programs holds at most {clusters.MOST} logits"
+        )
     shape = cost.CallShape(
         tokens=tokens,
         vocab_size=vocab_size,
@@ -201,6 +212,7 @@ def plan(
         hidden_grad=hidden_grad,
         device=where,
         workspace_bytes=workspace_or_default(workspace_bytes, where),
+        one_read=one_read,
     )
     return {"dense": cost.dense(shape)} | {
         name: backend.cost(shape) for name, backend in REGISTRY.items()

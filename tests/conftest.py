@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from lens_kernels import dispatch
+from tests.support.cluster_kernel_backend import CLUSTER_KERNEL
 from tests.support.reference_backend import REFERENCE
 from tests.support.row_kernel_backend import ROW_KERNEL
 
 # Use one thread. The tests' matrices are small, so a second thread saves little. On a busy machine,
 # waiting for a second thread costs up to a second in each test.
 torch.set_num_threads(1)
-for backend in (REFERENCE, ROW_KERNEL):
+for backend in (REFERENCE, ROW_KERNEL, CLUSTER_KERNEL):
     dispatch.REGISTRY[backend.name] = backend
 
 

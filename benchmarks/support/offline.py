@@ -6,6 +6,7 @@ kernel before it is compiled, so arguments, options and tiles are those of the G
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import tempfile
@@ -42,6 +43,8 @@ TARGETS = {
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
+# The options of a launch that its machine code depends on.
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 # Triton's name for the type of an argument whose value is compiled into the kernel.
 CONSTANT = "constexpr"
 # The position of an argument. For an element of a tuple argument, two numbers.
@@ -179,7 +182,8 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
     def collect(fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         types, constants = (tuple(compile[name].items()) for name in ("signature", "constants"))
         divisible = tuple(path for path, value in compile["configs"][0].items() if value)
-        options = tuple((name, compile[name]) for name in ("num_warps", "num_stages"))
+        chosen = json.loads(compile["specialization_data"])["options"]
+        options = tuple((name, chosen[name]) for name in OPTIONS if name in chosen)
         launches.append(Launch(fn.name, fn.module, types, constants, divisible, options))
         return True  # True makes Triton skip the compilation and the launch
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from benchmarks.support import tables
-from benchmarks.support.shapes import MODELS
+from benchmarks.support import environment, tables
+from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import plan
 from lens_kernels.cost import RELATIVE_TIME, Plan
 
@@ -26,11 +26,16 @@ PARTS = {
 # The rows of the table: each model with each number of tokens and of lens pairs.
 SHAPES = ("qwen2.5", "llama3")
 PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
+READS = {"three times": False, "once": True}
+# Instructions of warps that the assumed GPU starts: 132 multiprocessors start 4 per cycle.
+ISSUED_PER_MS = 132 * 4 * 1.75e6
 HEADER = (
     "predicted, not measured",
     "tokens x pairs",
+    "logits read",
     "projections",
     "row pass",
+    "its instructions",
     "gradient products",
     "rest",
     "ms",
@@ -65,17 +70,36 @@ def of_floor(plans: Mapping[str, Plan]) -> float:
     return total_ms(plans["torch"]) / (plans["dense"].flops / FLOOR_FLOPS_PER_MS)
 
 
+def instructions(one_read: bool) -> float:
+    """Return the instructions of the row kernel for a pair of logits, counted for sm_90."""
+    kernel = {"arch": "sm_90", "divergence": "jsd_half", "variant": "plain"}
+    rows = tables.read_csv(environment.DATA / "offline" / "row_pass_bfloat16.csv")
+    (row,) = (r for r in rows if kernel.items() <= r.items() and (r["cluster"] != "1") == one_read)
+    return float(row["instructions_a_pair"])
+
+
+def issue_ms(model: Model, rows: int, one_read: bool) -> float:
+    """Return the time of the row kernel's instructions alone, in ms. A warp has 32 threads."""
+    return rows * model.vocab * instructions(one_read) / 32 / ISSUED_PER_MS
+
+
 def table() -> str:
     """Return a Markdown table of predicted times.
 
-    They are for a bf16 step with ``jsd`` on the ``torch`` backend.
+    They are for a bf16 step with ``jsd`` on the ``torch`` backend. The row kernel reads logits
+    three times, or once if a cluster of programs holds a row.
     """
     rows = []
     for key in SHAPES:
         model = MODELS[key]
+        sizes = model.vocab, model.student, model.teacher
         for tokens, pairs in PAGE_SIZES:
-            plans = plan(tokens, model.vocab, model.student, model.teacher, pairs=pairs)
-            times = [*step_ms(plans["torch"]).values()]
-            shown = [f"{time:.1f}" for time in (*times, sum(times))]
-            rows.append([model.name, f"{tokens} x {pairs}", *shown, f"{of_floor(plans):.2f}"])
+            for reads, one_read in READS.items():
+                plans = plan(tokens, *sizes, pairs=pairs, one_read=one_read)
+                times = [*step_ms(plans["torch"]).values()]
+                issue = issue_ms(model, tokens * pairs, one_read)
+                first, second, *rest = times
+                shown = [f"{time:.1f}" for time in (first, second, issue, *rest, sum(times))]
+                name = [model.name, f"{tokens} x {pairs}", reads]
+                rows.append([*name, *shown, f"{of_floor(plans):.2f}"])
     return tables.markdown_table(HEADER, rows)

@@ -1,7 +1,8 @@
-"""Compile the row kernel without a GPU, and report its instructions and bytes per pair of logits.
+"""Compile the row kernels without a GPU, and report instructions and bytes per pair of logits.
 
 A pair is the logit of the student and that of the teacher for one token and vocabulary entry. The
-instructions and bytes of the loops over a row are read from the machine code.
+instructions and bytes of the loops over a row are read from the machine code. A kernel that holds a
+row in a cluster has no loop, so all its instructions count.
 """
 
 from __future__ import annotations
@@ -11,21 +12,27 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 
 from benchmarks.support import offline
 from benchmarks.support.offline import FEATURES, INSTRUCTION, Launch
+from lens_kernels.backends.torch import clusters
+from lens_kernels.backends.torch.layout import row_stride
 from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
-from lens_kernels.backends.triton.kernels.row_pass import OPTIONS
 from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
-# The variants of the kernel. ``plain`` has a gradient and no options. ``statistics`` adds the
-# teacher's statistics, and ``all`` adds every other option.
+# The variants of a kernel. ``plain`` has a gradient and no options. ``statistics`` adds the
+# teacher's statistics, and ``all`` adds every other option. In a cluster, ``all`` has no survey of
+# gradients.
 VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
+# In a cluster: the architectures, the reported variants, and the vocabulary size of Qwen2.5.
+HOLDING = {"sm_90": 9, "sm_100": 10}
+HELD_VARIANTS, HELD_VOCAB = ("plain", "labels", "all"), 151936
 LABEL = re.compile(r"^\.?(L\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
 # Patterns for loads and stores in the assembly of NVIDIA and AMD, and the bytes of AMD's word
@@ -36,9 +43,13 @@ WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "us
 
 @dataclass(frozen=True)
 class RowKernel:
-    """A compiled variant of the row kernel for one architecture, with the costs of its loops."""
+    """A compiled variant of a row kernel for one architecture, with the costs of its loops.
+
+    ``cluster`` is the number of programs that hold a row, or 1 for a kernel that reads it again.
+    """
 
     arch: str
+    cluster: int
     divergence: str
     variant: str
     registers: int
@@ -52,7 +63,7 @@ class RowKernel:
 
     def columns(self) -> dict[str, Any]:
         """Return the kernel as a CSV row."""
-        names = ("arch", "divergence", "variant", "registers", "spilled_bytes")
+        names = ("arch", "cluster", "divergence", "variant", "registers", "spilled_bytes")
         widths = sorted({width for loop in self.loops for width in loop.widths})
         known = {name: getattr(self, name) for name in (*names, "warps_per_processor")}
         return known | {
@@ -76,22 +87,37 @@ class Loop:
     widths: tuple[int, ...]
 
 
+def cluster_on(arch: str, held: bool) -> clusters.Cluster | None:
+    """Return the cluster that holds a row of ``HELD_VOCAB`` entries, or None if not ``held``."""
+    cluster = clusters.that_holds(HELD_VOCAB)
+    if not held or cluster is None:
+        return None
+    return cluster._replace(registers=clusters.REGISTERS[HOLDING[arch]])
+
+
 def record(
-    arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
+    arch: str,
+    dtype: torch.dtype,
+    divergence: Divergence,
+    variant: str,
+    beta: float = 0.5,
+    held: bool = False,
 ) -> Launch:
-    """Return the recorded launch of the row kernel on one tile of logits."""
+    """Return the recorded launch of a row kernel on one tile of logits."""
     everything, only_loss = variant == "all", variant == "loss only"
     features = FEATURES["all"] if everything else frozenset({"labels"} & {variant})
     options = {"beta": beta, "temperature": 2.0 if everything else 1.0}
-    call = offline.loss_call(dtype, (TOKENS, VOCAB), (16, 16), divergence, features, **options)
+    vocab = HELD_VOCAB if held else VOCAB
+    call = offline.loss_call(dtype, (TOKENS, vocab), (16, 16), divergence, features, **options)
     row, labels = torch.ones(TOKENS), call.labels
-    made = RowKernelPass(call, dtype, TOKENS)
+    with mock.patch.object(clusters, "for_call", lambda call: cluster_on(arch, held)):
+        made = RowKernelPass(call, dtype, TOKENS)
     stride = made.layout.grad_stride
     assert stride is not None
-    tiles = [torch.zeros(TOKENS, 4112)[:, :VOCAB] for _ in range(2)]
-    grad = None if only_loss else torch.zeros(TOKENS, stride, dtype=dtype)[:, :VOCAB]
+    tiles = [torch.zeros(TOKENS, row_stride(vocab))[:, :vocab] for _ in range(2)]
+    grad = None if only_loss else torch.zeros(TOKENS, stride, dtype=dtype)[:, :vocab]
     with offline.recorder(arch) as launches:
-        survey = made.survey() if everything else None
+        survey = made.survey() if everything and not held else None
         terms = Terms(divergence, row, labels, None if labels is None else row)
         if variant == "statistics":
             terms = terms._replace(teacher_statistics=torch.zeros(TOKENS, 2))
@@ -101,25 +127,44 @@ def record(
 
 
 def measure(
-    arch: str, dtype: torch.dtype, divergence: Divergence, variant: str, beta: float = 0.5
+    arch: str,
+    dtype: torch.dtype,
+    divergence: Divergence,
+    variant: str,
+    beta: float = 0.5,
+    held: bool = False,
 ) -> RowKernel:
-    """Compile a variant of the kernel, and return it with the costs of its loops."""
-    launch = record(arch, dtype, divergence, variant, beta)
+    """Compile a variant of a kernel, and return it with the costs of its loops.
+
+    ``held`` selects the kernel that holds rows in a cluster.
+    """
+    launch = record(arch, dtype, divergence, variant, beta, held)
     code, registers, spilled, _, programs = offline.machine_code(arch, launch)
-    lanes = (64 if arch.startswith("gfx") else 32) * OPTIONS["num_warps"]
-    # Entries of a row that a thread processes in each iteration.
-    pairs = OPTIONS["LANES"] * OPTIONS["GROUP"] / lanes
+    options = dict(launch.options)
+    threads = (64 if arch.startswith("gfx") else 32) * options["num_warps"] * options["num_ctas"]
+    fixed = launch.fixed()
+    # Entries that a thread processes: in each iteration, or of the row that the cluster holds
+    pairs = fixed["LANES"] * fixed["GROUP"] * fixed.get("BLOCKS", 1) / threads
+    bodies = [instructions(code)] if held else loops(code)
     return RowKernel(
         arch,
-        launch.fixed()["DIVERGENCE"],
+        options["num_ctas"],
+        fixed["DIVERGENCE"],
         variant,
         registers,
         spilled,
-        programs * OPTIONS["num_warps"],
+        programs * options["num_warps"],
         # The loops of AMD's code are not read, because its compiler moves parts of a loop out of
         # it.
-        () if arch.startswith("gfx") else tuple(loop_costs(body, pairs) for body in loops(code)),
+        ()
+        if arch.startswith("gfx")
+        else tuple(loop_costs(body, pairs, 16 if held else 1) for body in bodies),
     )
+
+
+def instructions(code: str) -> list[str]:
+    """Return all instructions."""
+    return [line for line in code.splitlines() if INSTRUCTION.match(line)]
 
 
 def loops(code: str) -> list[list[str]]:
@@ -142,15 +187,20 @@ def loops(code: str) -> list[list[str]]:
     return found
 
 
-def loop_costs(body: list[str], pairs: float) -> Loop:
-    """Return the costs of a loop whose iterations process ``pairs`` pairs of logits per thread."""
+def loop_costs(body: list[str], pairs: float, least: int = 1) -> Loop:
+    """Return the costs of a loop whose iterations process ``pairs`` pairs of logits per thread.
+
+    Accesses of fewer than ``least`` bytes do not count: they move one value for the whole row.
+    """
     widths = []
     for line in body:
         access = ACCESS.search(line)
         if access:
             width = access[2] or "32"
             bits = {"U8": 8, "U16": 16}.get(width) or int(width if width.isdigit() else 32)
-            widths.append(WORDS.get(access[4], 1) if access[4] else bits // 8)
+            size = WORDS.get(access[4], 1) if access[4] else bits // 8
+            if size >= least:
+                widths.append(size)
     return Loop(len(body) / pairs, sum(widths) / pairs, tuple(widths))
 
 
@@ -158,11 +208,12 @@ def measure_all(archs: Sequence[str], dtype: torch.dtype) -> list[RowKernel]:
     """Compile the variants of every divergence. For jsd, also compile a beta other than 1/2."""
     kinds = [(divergence, 0.5) for divergence in Divergence] + [(Divergence.JSD, 0.3)]
     jobs = [
-        (arch, dtype, divergence, variant, beta)
+        (arch, dtype, divergence, variant, beta, held)
         for arch in archs
         if arch in ARCHS
+        for held in (False, True)[: 1 + (arch in HOLDING)]
         for divergence, beta in kinds
-        for variant in VARIANTS
+        for variant in (HELD_VARIANTS if held else VARIANTS)
     ]
     with ProcessPoolExecutor() as pool:
         return [*pool.map(measure, *zip(*jobs, strict=True))]

@@ -11,10 +11,13 @@ from lens_kernels.backends.torch.layout import row_stride
 
 # All backends that must agree with the oracle. Add a new backend here.
 BACKENDS = ["torch", "triton"]
-# ``row_kernel`` is the ``torch`` backend as on a GPU, with an interpreted kernel. It is slow, so
-# some tests run it only if slow tests are selected.
-ROW_KERNEL = "row_kernel"
-WITH_SLOW_ROW_KERNEL = [*BACKENDS, pytest.param(ROW_KERNEL, marks=pytest.mark.slow)]
+# ``row_kernel`` and ``cluster_kernel`` are the ``torch`` backend as on a GPU, with an interpreted
+# kernel. They are slow, so some tests run them only if slow tests are selected.
+ROW_KERNEL, CLUSTER_KERNEL = "row_kernel", "cluster_kernel"
+WITH_SLOW_ROW_KERNEL = [
+    *BACKENDS,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in (ROW_KERNEL, CLUSTER_KERNEL)),
+]
 # These backends support float64. The others raise an error.
 FLOAT64_BACKENDS = ["torch"]
 # Each backend with each dtype in which it can compute.

@@ -1,4 +1,8 @@
-"""The pass by a Triton kernel on a GPU. It writes gradients to a buffer of their own."""
+"""The pass by a Triton kernel on a GPU. It writes gradients to a buffer of their own.
+
+``cluster_pass_kernel`` reads each logit once, where ``clusters.py`` says that it can run. Elsewhere
+``row_pass_kernel`` reads a row in up to three sweeps.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lens_kernels.backends.head_products import RowStatistics
+from lens_kernels.backends.torch import clusters
 from lens_kernels.backends.torch.layout import apart, row_stride
 from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.backends.triton.kernels.cluster_pass import cluster_pass_kernel
 from lens_kernels.backends.triton.kernels.pointwise import name_of
 from lens_kernels.backends.triton.kernels.row_pass import OPTIONS, row_pass_kernel
 from lens_kernels.call import LossCall
@@ -19,7 +25,7 @@ from lens_kernels.options import RELATIVE_ENTROPIES
 
 
 class RowKernelPass:
-    """The pass by the kernel ``row_pass_kernel``, for the heads and options of one call."""
+    """The pass by a row kernel, for the heads and options of one call."""
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         self.call = call
@@ -27,6 +33,7 @@ class RowKernelPass:
         # mask.
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes)
+        self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
         self.student = self.model(call.student_head)
         self.teacher = None if call.teacher_head is None else self.model(call.teacher_head)
 
@@ -69,15 +76,21 @@ class RowKernelPass:
             assert terms.label_weight is not None
             labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
             losses.append(labels[-1])
+        name = name_of(terms.divergence, call.beta)
+        kernel, options = row_pass_kernel, OPTIONS
+        if self.cluster is not None:
+            heavy = self.capped or survey is not None or labels is not None
+            plain = not heavy and name not in ("jsd", "jeffreys")
+            kernel, options = cluster_pass_kernel, self.cluster.options(plain)
         # Triton launches kernels on the current device, which may not be the device of the tensors.
         with torch.cuda.device_of(zs):
-            row_pass_kernel[(rows,)](
+            kernel[(rows,)](
                 student, teacher, statistics, labels, weight, loss, grad,
                 None if survey is None else survey.add(rows),
                 zs.stride(0), 0 if grad is None else grad.stride(0), call.vocab_size,
                 call.beta, 1.0 - call.beta,
                 None if labels is None or call.temperature == 1.0 else call.temperature,
-                DIVERGENCE=name_of(terms.divergence, call.beta), **OPTIONS,
+                DIVERGENCE=name, **options,
             )  # fmt: skip
         return losses
 

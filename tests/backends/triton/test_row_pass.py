@@ -1,5 +1,6 @@
-"""The row kernel, which computes losses and gradients of whole rows of logits, matches float64."""
+"""The row kernels, which compute losses and gradients of whole rows of logits, match float64."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from lens_kernels.cost import CallShape
 from lens_kernels.options import Divergence
 from tests.backends.triton.test_device_fns import run_table
 from tests.support import row_kernel_backend
+from tests.support.cluster_kernel_backend import small_clusters
 from tests.support.compare import GRADIENT, LOSS, assert_close
 from tests.support.grids import DIVERGENCES, FEATURES, Shape, several_chunks
 from tests.support.problems import capture_call, make, oracle, ours
@@ -26,11 +28,16 @@ KINDS = [(name, 0.5) for name in DIVERGENCES] + [("jsd", 0.3)]
 kinds = pytest.mark.parametrize(("divergence", "beta"), KINDS)
 
 
-@pytest.fixture(autouse=True)
-def small_steps(monkeypatch):
-    """Make the kernel read 64 entries at a time, so that a row takes several steps."""
+@pytest.fixture(autouse=True, params=["row", pytest.param("cluster", marks=pytest.mark.slow)])
+def kernel(request, monkeypatch):
+    """Make the kernel read 64 entries at a time, so that a row takes several steps.
+
+    In a cluster, each of its programs has 2 lanes. ``test_cluster_pass.py`` has faster tests of it.
+    """
     interpreter.prepare()
     monkeypatch.setitem(row_pass.OPTIONS, "LANES", 8)
+    with small_clusters(2) if request.param == "cluster" else nullcontext():
+        yield request.param
 
 
 def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, survey=False):
@@ -244,11 +251,12 @@ def test_buffers_fit_the_workspace(room, dtype):
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("with_grad", [True, False])
 def test_the_plan_counts_the_bytes_that_the_kernel_moves(
-    monkeypatch, divergence, beta, with_grad, given
+    monkeypatch, kernel, divergence, beta, with_grad, given
 ):
     """The plan's bytes match those that the kernel reads and writes.
 
-    If the teacher's statistics are given, the first sweep does not read the teacher's logits.
+    If the teacher's statistics are given, the first sweep does not read the teacher's logits. A
+    cluster reads all logits once.
     """
     counted = 0
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
@@ -286,4 +294,6 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     # bytes for an entry of both models, and a gradient entry takes 4 bytes.
     online = divergence in ("jeffreys", "forward_kl", "reverse_kl")
     each = 8 * (3 - online - (not with_grad)) + 4 * with_grad - 4 * (given and not online)
+    if kernel == "cluster":
+        each = 8 + 4 * with_grad
     assert counted == 2 * 5 * 216 * each

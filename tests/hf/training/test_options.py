@@ -28,7 +28,7 @@ allow_download: [true], output_dir: [o], student_layers: [[2]], teacher_layers: 
 num_lens_pairs: [1], lens_divergence: [jeffreys, forward_kl, reverse_kl, tvd, hellinger],
 lens_coeff: [2.0], lens_norm: [false], final_divergence: [akl, 0.5*forward_kl + 2*tvd],
 beta: [0.3], distill_temperature: [2.0], kd_ratio: [0.5], mse_coeff: [0.01], vocab_size: [56],
-lens_backend: [torch, triton, row_kernel, reference], grad_threshold: [bf16],
+lens_backend: [torch, triton, row_kernel, cluster_kernel, reference], grad_threshold: [bf16],
 teacher_cache: [c], teacher_cache_dtype: [bfloat16, float16], logging_steps: [3],
 save_total_limit: [3],
 streaming: [true], shuffle_buffer: [5], packing: [true], truncation: [drop, error],

@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from lens_kernels.backends.triton.kernels.device_fns import FLOOR, LOG2_E, exp
-from lens_kernels.backends.triton.kernels.logits import capped, factor_of, slope_at
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.backends.triton.kernels.relative_entropy import (
     conditional,
@@ -25,43 +24,20 @@ from lens_kernels.backends.triton.kernels.relative_entropy import (
     share,
     union,
 )
+from lens_kernels.backends.triton.kernels.row_parts import (
+    add_to_survey,
+    entries,
+    given_statistics,
+    gradient_of,
+    label_terms,
+    log_probability,
+    map_of,
+    read_row,
+)
 
 # Each lane has one thread. On sm_90 a thread takes 40 registers, so six programs fit on a
 # multiprocessor. Since Triton 3.10, multiplications and additions are not fused by default.
 OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
-
-
-@triton.jit
-def map_of(model):
-    """Return the factor that turns ``y`` from ``capped`` into a logit, and the smallest ``y``.
-
-    The smallest ``y`` replaces that of a logit of -inf, and stands for the logit ``FLOOR``.
-    """
-    _, _, slope, cap = model
-    factor = factor_of(slope, cap)
-    return factor, tl.maximum(FLOOR / factor, -1e38)
-
-
-@triton.jit
-def read_row(
-    model, offset, floor, start, vocab_size,
-    LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
-):  # fmt: skip
-    """Return ``y`` from ``capped`` for the entries after ``start``, ``(LANES, GROUP)``.
-
-    With ``MASKED``, entries beyond the vocabulary have no mass, so that they add nothing to sums.
-    Otherwise their values are undefined.
-    """
-    z_ptr, bias_ptr, slope, cap = model
-    first = (start + tl.arange(0, LANES) * GROUP)[:, None]
-    columns = first + tl.arange(0, GROUP)[None, :]
-    # Rows are padded to whole groups. With a mask over entries, 16-byte loads would be split.
-    z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
-    if bias_ptr is not None:
-        z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
-    y = capped(z, slope, cap)
-    y = tl.maximum(y, floor, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(columns < vocab_size, y, 2 * floor) if MASKED else y
 
 
 @triton.jit
@@ -75,13 +51,14 @@ def with_group(maximum, total, y, factor):
 
 @triton.jit
 def over_lanes(maximum, total, factor):
-    """Return the two parts of a row's log-sum-exp, and the log-probability of each lane."""
+    """Return the ``statistics`` of a row, and the log-probability of each lane."""
     highest = tl.max(maximum, 0)
     below = (maximum - highest) * factor
     log_sum = tl.log(tl.sum(total * exp(below), 0))
     has_mass = total > 0
     log_total = tl.log(tl.where(has_mass, total, 1.0))
-    return highest, log_sum, tl.where(has_mass, below + (log_total - log_sum), FLOOR)
+    lanes = tl.where(has_mass, below + (log_total - log_sum), FLOOR)
+    return (highest, factor, log_sum), lanes
 
 
 @triton.jit
@@ -148,7 +125,6 @@ def row_pass_kernel(
     )
     row = tl.program_id(0).to(tl.int64)
     offset = row * stride
-    z_ptr, bias_ptr, slope, cap = student
     factor_s, floor_s = map_of(student)
     factor_t, floor_t = factor_s, floor_s
     if DIVERGENCE is not None:
@@ -157,15 +133,13 @@ def row_pass_kernel(
         student, teacher, statistics_ptr, offset, factor_s, floor_s, factor_t, floor_t,
         temperature, vocab_size, DIVERGENCE, ONLINE, LANES, GROUP,
     )  # fmt: skip
-    max_s, log_sum_s, lanes_q = over_lanes(maximum_s, total_s, factor_s)
+    statistics_s, lanes_q = over_lanes(maximum_s, total_s, factor_s)
     if statistics_ptr is None:
-        max_t, log_sum_t, lanes_p = over_lanes(maximum_t, total_t, factor_t)
+        statistics_t, lanes_p = over_lanes(maximum_t, total_t, factor_t)
     else:
-        maximum = tl.load(statistics_ptr + 2 * row)
-        max_t = maximum / factor_t
-        # The maximum was divided by the factor and rounded. This adds the rounding error back.
-        log_sum_t = tl.load(statistics_ptr + 2 * row + 1) + (maximum - max_t * factor_t)
+        statistics_t = given_statistics(statistics_ptr, row, factor_t)
 
+    h_sum, weight = 0.0, 0.0
     if DIVERGENCE is not None:
         f = tl.zeros((LANES,), tl.float32)
         h = tl.zeros((LANES,), tl.float32)
@@ -179,8 +153,7 @@ def row_pass_kernel(
             for start in range(0, vocab_size, LANES * GROUP):
                 ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
                 yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
-                lq = (ys - max_s) * factor_s - log_sum_s
-                lp = (yt - max_t) * factor_t - log_sum_t
+                lq, lp = log_probability(ys, statistics_s), log_probability(yt, statistics_t)
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
                 f += tl.sum(f_entry, 1)
                 h += tl.sum(h_entry, 1)
@@ -189,54 +162,33 @@ def row_pass_kernel(
         h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
         weight = tl.load(weight_ptr + row)
         tl.store(loss_ptr + row, loss)
+    label = None
     if labels is not None:
-        labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
-        label = tl.load(labels_ptr + row)
-        label_weight = tl.load(label_weight_ptr + row)
-        z = tl.load(z_ptr + offset + label)
-        if bias_ptr is not None:
-            z += tl.load(bias_ptr + label)
-        y = capped(z, slope, cap)
-        log_q = (tl.maximum(y, floor_s, propagate_nan=tl.PropagateNan.ALL) - max_s) * factor_s
-        log_sum = log_sum_s
+        statistics = statistics_s
         if temperature is not None:
-            _, log_sum, _ = over_lanes(maximum_s, total_1, factor_s * temperature)
-            log_q *= temperature
-            label_weight *= temperature
-        tl.store(cross_entropy_ptr + row, log_sum - log_q)
+            statistics, _ = over_lanes(maximum_s, total_1, factor_s * temperature)
+        label = label_terms(labels, student, row, offset, floor_s, statistics, temperature)
 
     if grad_ptr is not None:
         mass = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
-        if survey is not None:
-            peak_ptr, mass_ptr, squares_ptr = survey
         for start in range(0, vocab_size, LANES * GROUP):
-            first = (start + tl.arange(0, LANES) * GROUP)[:, None]
-            columns = first + tl.arange(0, GROUP)[None, :]
+            first, columns = entries(start, LANES, GROUP)
             ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, False)
-            lq = (ys - max_s) * factor_s - log_sum_s
-            grad = tl.zeros((LANES, GROUP), tl.float32)
+            yt = ys
             if DIVERGENCE is not None:
                 yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
-                lp = (yt - max_t) * factor_t - log_sum_t
-                f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-                grad = (h_entry - exp(lq) * h_sum) * weight
-            if labels is not None:
-                if temperature is not None:
-                    lq = (ys - max_s) * (factor_s * temperature) - log_sum
-                grad += (exp(lq) - tl.where(columns == label, 1.0, 0.0)) * label_weight
-            grad *= slope_at(ys, slope, cap)
+            grad = gradient_of(
+                ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, first,
+                beta, one_minus_beta, DIVERGENCE,
+            )  # fmt: skip
             out = grad_ptr + row * grad_stride + columns
             tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
             if survey is not None:
-                size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
-                mass += tl.sum(size, 1)
-                squares += tl.sum(size * size, 1)
-                # The bits of positive numbers, read as integers, have the same order as the
-                # numbers. NaN is the largest.
-                bits = size.to(tl.int32, bitcast=True)
-                known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
-                tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")
+                size, square = add_to_survey(grad, survey, first, columns, vocab_size)
+                mass += size
+                squares += square
         if survey is not None:
+            _, mass_ptr, squares_ptr = survey
             tl.store(mass_ptr + row, tl.sum(mass, 0))
             tl.store(squares_ptr + row, tl.sum(squares, 0))

@@ -1,0 +1,97 @@
+"""Where the row kernel can hold a row in a cluster of programs, and the size of the cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import Any, NamedTuple
+
+import torch
+
+from lens_kernels import compat
+from lens_kernels.call import LossCall
+
+# A program has 8 warps. Each of its threads holds up to 5 groups of 8 entries of both models. If a
+# thread takes 128 registers, two programs share a multiprocessor: one computes while the other
+# waits for memory. On Blackwell, threads would spill registers under this limit.
+WARPS, GROUP, BLOCKS = 8, 8, 5
+LANES = 32 * WARPS
+REGISTERS = {9: 128, 10: None}
+# The largest cluster of these GPUs.
+PROGRAMS = 16
+MOST = PROGRAMS * BLOCKS * LANES * GROUP
+# Older versions cannot compile a reduction over a cluster, or fail on a row of several blocks.
+TRITON = (3, 9)
+# The kernel runs on Hopper and on Blackwell for data centres. A slice of a GPU, or a GPU with fewer
+# multiprocessors, may have no room for a cluster of 16 programs.
+PROCESSORS = 100
+
+
+class Cluster(NamedTuple):
+    """A number of programs, and the number of blocks of a row that they hold.
+
+    ``registers`` is the limit for a thread in a plain pass, or None.
+    """
+
+    programs: int
+    blocks: int
+    registers: int | None = REGISTERS[9]
+
+    def options(self, plain: bool) -> dict[str, Any]:
+        """Return the options of ``cluster_pass_kernel``.
+
+        A pass that is not ``plain`` would spill registers under the limit.
+        """
+        sizes = {"LANES": self.programs * LANES, "GROUP": GROUP, "BLOCKS": self.blocks}
+        launch = {"num_warps": WARPS, "num_ctas": self.programs, "enable_fp_fusion": True}
+        return sizes | launch | ({"maxnreg": self.registers} if plain else {})
+
+
+def that_holds(vocab_size: int) -> Cluster | None:
+    """Return the smallest cluster that holds a row, or None if none does."""
+    programs, block = 1, LANES * GROUP
+    while programs * BLOCKS * block < vocab_size:
+        programs *= 2
+    if programs > PROGRAMS:
+        return None
+    return Cluster(programs, math.ceil(vocab_size / (programs * block)))
+
+
+@compat.constant_in_graphs
+def are_supported(device: torch.device) -> bool:
+    """Say whether Triton and this GPU can run the kernel."""
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return False
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < TRITON:
+        return False
+    found = torch.cuda.get_device_properties(device)
+    return found.major in REGISTERS and found.multi_processor_count >= PROCESSORS
+
+
+def for_rows(device: torch.device, vocab_size: int) -> Cluster | None:
+    """Return the cluster that holds a row on this device, or None."""
+    cluster = that_holds(vocab_size) if are_supported(device) else None
+    if cluster is None or device.type != "cuda":
+        return cluster
+    major, _ = torch.cuda.get_device_capability(device)
+    return cluster._replace(registers=REGISTERS[major])
+
+
+def for_call(call: LossCall) -> Cluster | None:
+    """Return the cluster that holds a row of the call, or None.
+
+    A survey of gradients and a softcap together take more registers than a thread has.
+    """
+    if call.grad_threshold is not None and has_cap(call):
+        return None
+    return for_rows(call.row_weight.device, call.vocab_size)
+
+
+def has_cap(call: LossCall) -> bool:
+    """Say whether the logits of a model have a softcap."""
+    heads = call.student_head, call.teacher_head
+    return any(head is not None and head.softcap is not None for head in heads)

@@ -1,0 +1,148 @@
+"""The pass of ``row_pass.py`` where a cluster of programs holds the row: logits are read once.
+
+A cluster is a group of programs on neighbouring multiprocessors, which exchange sums. Together
+their registers hold a row of both models. So losses and the gradient need one read of each logit
+and one write, 10 bytes a pair with a 16-bit gradient. Each reduction over the cluster takes two
+barriers, so the two models share one.
+
+Triton's ``num_ctas`` spreads each tensor over a cluster. Its reductions work across a cluster from
+Triton 3.9 on. ``torch/clusters.py`` decides where this kernel runs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lens_kernels.backends.triton.kernels.device_fns import LOG2_E
+from lens_kernels.backends.triton.kernels.pointwise import pointwise
+from lens_kernels.backends.triton.kernels.row_parts import (
+    add_to_survey,
+    entries,
+    given_statistics,
+    gradient_of,
+    label_terms,
+    log_probability,
+    map_of,
+    read_row,
+)
+
+
+@triton.jit
+def both(a, b, MAXIMUM: tl.constexpr):
+    """Return the maxima or the sums of two vectors, with one reduction over the cluster."""
+    joined = tl.join(a, b)
+    return tl.split(tl.max(joined, 0) if MAXIMUM else tl.sum(joined, 0))
+
+
+@triton.jit
+def hold_row(
+    model, offset, floor, vocab_size,
+    LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Return the blocks of a row, a tuple of tensors ``(LANES, GROUP)`` of ``y`` of ``capped``."""
+    held = ()
+    for i in tl.static_range(BLOCKS):
+        start = i * LANES * GROUP
+        y = read_row(model, offset, floor, start, vocab_size, LANES, GROUP, True)
+        held += (y,)  # type: ignore[assignment]
+    return held
+
+
+@triton.jit
+def lane_maximum(held):
+    """Return the maximum of each lane, ``(LANES,)``."""
+    maximum = tl.max(held[0], 1)
+    for i in tl.static_range(1, len(held)):
+        maximum = tl.maximum(maximum, tl.max(held[i], 1))
+    return maximum
+
+
+@triton.jit
+def lane_total(held, maximum, factor):
+    """Return the sum of exponentials of each lane, ``(LANES,)``."""
+    power = factor * LOG2_E
+    total = tl.sum(tl.exp2((held[0] - maximum) * power), 1)
+    for i in tl.static_range(1, len(held)):
+        total += tl.sum(tl.exp2((held[i] - maximum) * power), 1)
+    return total
+
+
+@triton.jit(do_not_specialize=["vocab_size"])
+def cluster_pass_kernel(
+    student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
+    stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Write the same results as ``row_pass_kernel``, from the same arguments.
+
+    The row has at most ``BLOCKS * LANES * GROUP`` entries. ``LANES`` counts the threads of the
+    whole cluster.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    offset = row * stride
+    factor_s, floor_s = map_of(student)
+    factor_t, floor_t = factor_s, floor_s
+    if DIVERGENCE is not None:
+        factor_t, floor_t = map_of(teacher)
+    held_s = hold_row(student, offset, floor_s, vocab_size, LANES, GROUP, BLOCKS)
+    held_t = held_s
+    if DIVERGENCE is not None:
+        held_t = hold_row(teacher, offset, floor_t, vocab_size, LANES, GROUP, BLOCKS)
+
+    max_s, max_t = both(lane_maximum(held_s), lane_maximum(held_t), True)
+    total_s, total_t = both(
+        lane_total(held_s, max_s, factor_s), lane_total(held_t, max_t, factor_t), False
+    )
+    statistics_s = max_s, factor_s, tl.log(total_s)
+    statistics_t = max_t, factor_t, tl.log(total_t)
+    if statistics_ptr is not None:
+        statistics_t = given_statistics(statistics_ptr, row, factor_t)
+
+    h_sum, weight = 0.0, 0.0
+    if DIVERGENCE is not None:
+        f = tl.zeros((LANES,), tl.float32)
+        h = tl.zeros((LANES,), tl.float32)
+        for i in tl.static_range(BLOCKS):
+            lq = log_probability(held_s[i], statistics_s)
+            lp = log_probability(held_t[i], statistics_t)
+            f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+            # The h of relative entropies sums to the reverse KL, because q - p sums to 0.
+            if DIVERGENCE == "jeffreys" or DIVERGENCE == "reverse_kl":
+                h_entry, _ = pointwise(lp, lq, beta, one_minus_beta, "reverse_kl")
+            f += tl.sum(f_entry, 1)
+            if DIVERGENCE != "forward_kl":
+                h += tl.sum(h_entry, 1)
+        loss, h_sum = both(f, h, False)
+        h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
+        weight = tl.load(weight_ptr + row)
+        tl.store(loss_ptr + row, loss)
+    label = None
+    if labels is not None:
+        statistics = statistics_s
+        if temperature is not None:
+            factor = factor_s * temperature
+            total = tl.sum(lane_total(held_s, max_s, factor), 0)
+            statistics = max_s, factor, tl.log(total)
+        label = label_terms(labels, student, row, offset, floor_s, statistics, temperature)
+
+    if grad_ptr is not None:
+        mass = tl.zeros((LANES,), tl.float32)
+        squares = tl.zeros((LANES,), tl.float32)
+        for i in tl.static_range(BLOCKS):
+            first, columns = entries(i * LANES * GROUP, LANES, GROUP)
+            grad = gradient_of(
+                held_s[i], held_t[i], student, statistics_s, statistics_t, h_sum, weight, label,
+                first, beta, one_minus_beta, DIVERGENCE,
+            )  # fmt: skip
+            out = grad_ptr + row * grad_stride + columns
+            tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
+            if survey is not None:
+                size, square = add_to_survey(grad, survey, first, columns, vocab_size)
+                mass += size
+                squares += square
+        if survey is not None:
+            _, mass_ptr, squares_ptr = survey
+            mass_sum, squares_sum = both(mass, squares, False)
+            tl.store(mass_ptr + row, mass_sum)
+            tl.store(squares_ptr + row, squares_sum)

@@ -1,0 +1,130 @@
+"""The parts that both row kernels share: entries of a row, label losses, and logit gradients.
+
+A row holds the products of a hidden state with the whole head, in fp32. Each lane reads a group of
+neighbouring entries at a time, so that a thread loads and stores 16 bytes at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lens_kernels.backends.triton.kernels.device_fns import FLOOR, exp
+from lens_kernels.backends.triton.kernels.logits import capped, factor_of, slope_at
+from lens_kernels.backends.triton.kernels.pointwise import pointwise
+
+
+@triton.jit
+def map_of(model):
+    """Return the factor that turns ``y`` from ``capped`` into a logit, and the smallest ``y``.
+
+    The smallest ``y`` replaces that of a logit of -inf, and stands for the logit ``FLOOR``.
+    """
+    _, _, slope, cap = model
+    factor = factor_of(slope, cap)
+    return factor, tl.maximum(FLOOR / factor, -1e38)
+
+
+@triton.jit
+def entries(start, LANES: tl.constexpr, GROUP: tl.constexpr):
+    """Return the first index of each lane's group, ``(LANES, 1)``, and all indices."""
+    first = (start + tl.arange(0, LANES) * GROUP)[:, None]
+    return first, first + tl.arange(0, GROUP)[None, :]
+
+
+@triton.jit
+def read_row(
+    model, offset, floor, start, vocab_size,
+    LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Return ``y`` from ``capped`` for the entries after ``start``, ``(LANES, GROUP)``.
+
+    With ``MASKED``, entries beyond the vocabulary have no mass, so that they add nothing to sums.
+    Otherwise their values are undefined.
+    """
+    z_ptr, bias_ptr, slope, cap = model
+    first, columns = entries(start, LANES, GROUP)
+    # Rows are padded to whole groups. With a mask over entries, 16-byte loads would be split.
+    z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
+    y = capped(z, slope, cap)
+    y = tl.maximum(y, floor, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(columns < vocab_size, y, 2 * floor) if MASKED else y
+
+
+@triton.jit
+def log_probability(y, statistics):
+    """Return ``log p`` of entries. ``statistics`` are the maximum ``y``, factor, and log of sum."""
+    maximum, factor, log_sum = statistics
+    return (y - maximum) * factor - log_sum
+
+
+@triton.jit
+def given_statistics(statistics_ptr, row, factor):
+    """Return the ``statistics`` of a row whose maximum logit and log of sum are given."""
+    maximum = tl.load(statistics_ptr + 2 * row)
+    highest = maximum / factor
+    # The maximum was divided by the factor and rounded. This adds the rounding error back.
+    log_sum = tl.load(statistics_ptr + 2 * row + 1) + (maximum - highest * factor)
+    return highest, factor, log_sum
+
+
+@triton.jit
+def label_terms(labels, student, row, offset, floor, statistics, temperature):
+    """Store a row's cross entropy. Return its label, weight, and the ``statistics`` of labels.
+
+    ``statistics`` are the student's at temperature 1.
+    """
+    labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
+    z_ptr, bias_ptr, slope, cap = student
+    label = tl.load(labels_ptr + row)
+    weight = tl.load(label_weight_ptr + row)
+    z = tl.load(z_ptr + offset + label)
+    if bias_ptr is not None:
+        z += tl.load(bias_ptr + label)
+    y = tl.maximum(capped(z, slope, cap), floor, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(cross_entropy_ptr + row, -log_probability(y, statistics))
+    if temperature is not None:
+        weight *= temperature
+    return label.to(tl.int32), weight, statistics
+
+
+@triton.jit
+def gradient_of(
+    ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, first,
+    beta, one_minus_beta, DIVERGENCE: tl.constexpr,
+):  # fmt: skip
+    """Return the gradient of a row's loss with respect to the student's products.
+
+    ``label`` is the result of ``label_terms``, or None.
+    """
+    _, _, slope, cap = student
+    # Without a softcap, the slope is the same for all entries. It then scales the row's weights.
+    scale = slope if cap is None else 1.0
+    lq = log_probability(ys, statistics_s)
+    grad = tl.zeros(ys.shape, tl.float32)
+    if DIVERGENCE is not None:
+        lp = log_probability(yt, statistics_t)
+        _, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+        grad = (h - exp(lq) * h_sum) * (weight * scale)
+    if label is not None:
+        index, label_weight, statistics = label
+        lq = log_probability(ys, statistics)
+        q = exp(lq)
+        is_label = index - first == tl.arange(0, ys.shape[1])[None, :]
+        grad += tl.where(is_label, q - 1.0, q) * (label_weight * scale)
+    return grad if cap is None else grad * slope_at(ys, slope, cap)
+
+
+@triton.jit
+def add_to_survey(grad, survey, first, columns, vocab_size):
+    """Add ``|G|`` to the peaks of the columns. Return each lane's sums of ``|G|`` and ``G^2``."""
+    peak_ptr, _, _ = survey
+    size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
+    # The bits of positive numbers, read as integers, have the same order as the numbers. NaN is
+    # the largest.
+    bits = size.to(tl.int32, bitcast=True)
+    known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
+    tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")
+    return tl.sum(size, 1), tl.sum(size * size, 1)

@@ -1,0 +1,30 @@
+"""The backend ``cluster_kernel``: the backend ``row_kernel`` with rows held in clusters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest import mock
+
+from lens_kernels.backends.torch import clusters
+from lens_kernels.call import LossCall, LossResult
+from tests.support import row_kernel_backend
+
+LANES = 4  # of each program, so that small rows take several programs
+
+
+@contextmanager
+def small_clusters(lanes: int = LANES) -> Iterator[None]:
+    """Use clusters of small programs on all devices. Triton's interpreter runs a cluster as one."""
+    with mock.patch.multiple(clusters, LANES=lanes, are_supported=lambda device: True):
+        yield
+
+
+def evaluate(call: LossCall) -> LossResult:
+    """Return the losses of a call and their gradients."""
+    with small_clusters():
+        return row_kernel_backend.evaluate(call)
+
+
+CLUSTER_KERNEL = replace(row_kernel_backend.ROW_KERNEL, name="cluster_kernel", module=__name__)
