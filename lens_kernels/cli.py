@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "inspect": (
         "show the logit-lens predictions of one model or several",
-        "hf.inspection.inspect:inspect_models",
+        "hf.inspection.command:inspect_models",
     ),
     "demo": (
         "distil SmolLM2-135M into 20 of its 30 blocks, without network access",

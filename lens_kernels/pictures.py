@@ -17,6 +17,7 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, LIGHT_GREY = "#666666", "#A6A6A6"
 LOWER = "lower is better"
+TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
 # Hollow markers show values that were counted and not measured.
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
 STYLE: Any = {
@@ -67,6 +68,16 @@ def canvas(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height))
+
+
+def log_axis(axes: Any) -> None:
+    """Make the vertical axis logarithmic, with plain numbers instead of powers."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    ticks = TICKS[::3] if high > 1000 * low else TICKS  # 1, 10, 100 or 1, 2, 5, 10
+    axes.set_yticks([y for y in ticks if low <= y <= high], minor=False)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
 
 
 def save(figure: Any, path: Path) -> None:

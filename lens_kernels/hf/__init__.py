@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lens_kernels.hf.inspection.inspect import inspect_lens
     from lens_kernels.hf.model.anatomy import detect_lens, lens_head_from
     from lens_kernels.hf.model.capture import capture
     from lens_kernels.hf.model.families import Family, register_family
@@ -23,6 +24,7 @@ __all__ = [
     "LensObjective",
     "capture",
     "detect_lens",
+    "inspect_lens",
     "lens_head_from",
     "register_family",
     "shallow_copy",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "inspection.inspect": ("inspect_lens",),
     "model.anatomy": ("detect_lens", "lens_head_from"),
     "model.capture": ("capture",),
     "model.families": ("Family", "register_family"),

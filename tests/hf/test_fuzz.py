@@ -79,8 +79,8 @@ class Hung(BaseException):
 @pytest.fixture(autouse=True)
 def _no_pages(monkeypatch):
     """Skip the page and pictures of ``inspect``, which take longer than everything else."""
-    for name in ("figures.draw", "page.write"):
-        monkeypatch.setattr(f"lens_kernels.hf.inspection.{name}", lambda *_: None)
+    monkeypatch.setattr("lens_kernels.hf.inspection.figures.draw", lambda *_: {})
+    monkeypatch.setattr("lens_kernels.hf.inspection.inspect.page", lambda *_: "")
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -32,9 +32,11 @@ class OddTokenizer:
 
 
 def inspected(output):
-    """Inspect two models on ``TEXT``, write the files to ``output``, and return the result."""
-    from lens_kernels.hf.inspection.inspect import inspect
+    """Return an inspection of ``TEXT`` and two models; its files are in ``output``."""
+    from lens_kernels.hf import inspect_lens
 
-    models = tiny.model(layers=3, seed=1), tiny.model(layers=5, width=24, seed=2)
-    text = " ".join(map(str, TEXT))
-    return inspect(*models, OddTokenizer(), text, output, pairs=([1, 2], [1, 3]), top_k=4)
+    student, teacher = tiny.model(layers=3, seed=1), tiny.model(layers=5, width=24, seed=2)
+    options = {"teacher": teacher, "pairs": ([1, 2], [1, 3]), "top_k": 4}
+    result = inspect_lens(student, OddTokenizer(), " ".join(map(str, TEXT)), **options)
+    result.write(output)
+    return result

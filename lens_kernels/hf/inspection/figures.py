@@ -1,15 +1,24 @@
-"""The pictures of an inspection: divergence and entropy by depth, and top tokens at every depth."""
+"""Pictures of an inspection: quantities by depth, and the most likely token at every depth."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lens_kernels import pictures
 from lens_kernels.failures import install
-from lens_kernels.hf.inspection.reading import Inspection, Reading
+from lens_kernels.hf.inspection.results import QUANTITIES, TEACHER, Inspection
 
 FONT = pictures.STYLE["font.family"]
+# Colours and markers of the models other than the teacher.
+MODELS = (
+    (pictures.BLUE, "o"),
+    (pictures.ORANGE, "^"),
+    (pictures.GREEN, "v"),
+    (pictures.PURPLE, "P"),
+    (pictures.SKY, "X"),
+)
+TRAINED = {"color": pictures.VERMILION, "linestyle": "", "marker": "D", "zorder": 3}
+TRAINED["label"] = "lens pairs of training"
 COLD, HOT = "#F1F5F8", pictures.BLUE
 # Beyond this fraction of the colour scale, white text is easier to read than black text.
 HOT_FROM = 0.85
@@ -31,45 +40,78 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def draw(result: Inspection, output: Path) -> None:
-    """Draw the three pictures, and write them into the folder ``output``."""
-    depth_figure(result, output / "divergence_by_depth.png")
-    for role, reading in result.sides:
-        lens_figure(result, role, reading, output / f"lens_{role}.png")
+def draw(result: Inspection) -> dict[str, Any]:
+    """Return the pictures of an inspection by name, as figures of matplotlib."""
+    drawn = {"lens_by_depth": depth_figure(result)}
+    if result.passages[0].comparisons:
+        drawn["divergence_by_depth"] = divergence_figure(result)
+    for label in result.names:
+        drawn[f"lens_{label.replace(' ', '_')}"] = lens_figure(result, label)
+    return drawn
+
+
+def style_of(result: Inspection, label: str) -> dict[str, Any]:
+    """Return the colour, the marker and the label of a model's lines."""
+    colour, marker = (pictures.BLACK, "s")
+    if label != TEACHER:
+        students = [x for x in result.names if x != TEACHER]
+        colour, marker = MODELS[students.index(label) % len(MODELS)]
+    name = result.names[label]
+    return {"color": colour, "marker": marker, "markersize": 4, "label": f"{label} ({name})"}
 
 
 @pictures.styled
-def depth_figure(result: Inspection, path: Path) -> None:
-    """Draw two panels against relative depth: divergence, and entropy below it."""
-    figure = pictures.canvas(6.4, 5.4)
-    upper, lower = figure.subplots(2, sharex=True)
-    student, teacher = result.student, result.teacher
-    chosen = [c for c in result.comparisons if c.relative]
-    trained = [c for c in result.comparisons if c.trained]
-    trained_style = {"color": pictures.VERMILION, "linestyle": "", "marker": "D", "zorder": 3}
-    for pairs, label, style in (
-        (chosen, "equal relative depth", {"color": pictures.BLUE, "marker": "o"}),
-        (trained, "lens pairs of training", trained_style),
-    ):
-        if pairs:
-            depth = [c.student_depth / student.depths for c in pairs]
-            upper.plot(depth, [c.mean for c in pairs], label=label, **style)
-    for reading, label, style in (
-        (student, "student", {"color": pictures.BLUE, "marker": "o"}),
-        (teacher, "teacher", {"color": pictures.BLACK, "marker": "s"}),
-    ):
-        depth = [i / reading.depths for i in range(1, reading.depths + 1)]
-        lower.plot(depth, reading.entropy.mean(1).tolist(), label=label, markersize=4, **style)
-    upper.set_xlim(0, 1.03)
-    upper.set_title(f"Divergence of student and teacher, mean over {len(result.ids)} positions")
-    upper.set_ylabel(f"{result.divergence}, {unit(result.divergence)} ({pictures.LOWER})")
-    lower.set_title("Entropy of each model's lens, mean over positions")
-    lower.set_ylabel("entropy, nats")
-    lower.set_xlabel("relative depth: block / number of blocks (1 is the model's output)")
-    for axes in (upper, lower):
-        axes.set_ylim(bottom=0)
-        axes.legend()
-    pictures.save(figure, path)
+def depth_figure(result: Inspection) -> Any:
+    """Draw entropy, KL, and probability and rank of the right token against relative depth."""
+    shown = [x for x in QUANTITIES if result.values(next(iter(result.names)), x).shape[1]]
+    rows = (len(shown) + 1) // 2
+    figure = pictures.canvas(8.8, 0.9 + 2.6 * rows)
+    panels = figure.subplots(rows, 2, sharex=True, squeeze=False).flat
+    for axes, quantity in zip(panels, shown, strict=True):
+        for label in result.names:
+            low, median, high = result.quartiles(label, quantity).tolist()
+            depth = [i / len(median) for i in range(1, len(median) + 1)]
+            style = style_of(result, label)
+            axes.plot(depth, median, **style)
+            axes.fill_between(depth, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        axes.set_ylabel(QUANTITIES[quantity])
+        axes.margins(y=0.08)
+        if quantity == "next_rank":
+            pictures.log_axis(axes)
+        else:
+            axes.set_ylim(bottom=0)
+    for axes in panels[-2:]:
+        axes.set_xlabel("block / number of blocks (1: the model's output)")
+    count = result.values(next(iter(result.names)), "entropy").shape[1]
+    figure.suptitle(f"The lens by depth: median and quartiles over {count} tokens")
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(3, len(names)))
+    return figure
+
+
+@pictures.styled
+def divergence_figure(result: Inspection) -> Any:
+    """Draw the divergence of each model from the teacher against relative depth."""
+    figure = pictures.canvas(6.4, 4.0)
+    axes = figure.subplots()
+    for label in result.passages[0].comparisons:
+        pairs, style = result.compared(label), style_of(result, label)
+        kinds = (
+            ([c for c in pairs if c.relative], style),
+            ([c for c in pairs if c.trained], style | TRAINED),
+        )
+        for some, look in kinds:
+            if some:
+                depth = [c.student_depth / result.depths(label) for c in some]
+                axes.plot(depth, [c.mean for c in some], **look)
+    count = len(pairs[0].divergence)
+    axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # room above the highest point
+    axes.set_title(f"Divergence from the teacher at equal relative depth, mean over {count} tokens")
+    axes.set_ylabel(f"{result.divergence}, {unit(result.divergence)} ({pictures.LOWER})")
+    axes.set_xlabel("block / number of blocks (1: the model's output)")
+    handles = {name: handle for handle, name in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=2)
+    return figure
 
 
 def unit(divergence: str) -> str:
@@ -83,50 +125,45 @@ def first_of(count: int, total: int) -> str:
 
 
 @pictures.styled
-def lens_figure(result: Inspection, role: str, reading: Reading, path: Path) -> None:
-    """Draw a table of the most likely next tokens, coloured by entropy.
-
-    It has a row for each depth and a column for each position.
-    """
+def lens_figure(result: Inspection, label: str) -> Any:
+    """Draw the most likely next token of the first text, depths x positions, by entropy."""
     from matplotlib.colors import LinearSegmentedColormap
 
+    passage = result.passages[0]
+    reading = passage.readings[label]
     depths = shown_depths(reading.depths)
-    count = min(len(result.tokens), MAX_POSITIONS)
+    count = min(len(passage.tokens), MAX_POSITIONS)
     size = (2.4 + CELL_WIDTH * max(count, 8), 1.9 + CELL_HEIGHT * max(len(depths), 4))
     figure = pictures.canvas(*size)
     axes = figure.subplots()
     entropy = reading.entropy[[i - 1 for i in depths], :count]
-    # The colour scale needs a positive end even if every entropy is 0.
-    end = result.max_entropy or 1.0
+    low, high = result.scale
     image = axes.imshow(
         entropy.numpy(),
         cmap=LinearSegmentedColormap.from_list("entropy", [COLD, HOT]),
-        vmin=0,
-        vmax=end,
+        vmin=low,
+        vmax=high,
         aspect="auto",
         origin="lower",
         interpolation="none",  # otherwise SVG viewers would blur the edges between cells
     )
+    hot = result.heat(entropy) > HOT_FROM
     for y, depth in enumerate(depths):
         for x in range(count):
-            token, right = result.top(reading, depth, x)
-            colour = "white" if entropy[y, x] > HOT_FROM * end else "black"
+            token, right = result.top(passage, label, depth, x)
+            colour = "white" if hot[y, x] else "black"
             weight = "bold" if right else "normal"
             axes.text(x, y, fit(token), color=colour, weight=weight, **CENTRED, **TEXT)
-    axes.set_xticks(range(count), [fit(t) for t in result.tokens[:count]], **TEXT)
+    axes.set_xticks(range(count), [fit(t) for t in passage.tokens[:count]], **TEXT)
     axes.set_yticks(range(len(depths)), [str(i) for i in depths], **TEXT)
     axes.tick_params(length=0)
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
-    axes.set_ylabel(f"block of {reading.depths}")
-    axes.set_xlabel("token of the text")
-    figure.suptitle(
-        f"{role.capitalize()}: most likely next token by depth; bold: the text's next token"
-        f"\n(blocks: {len(depths)} of {reading.depths};"
-        f" tokens: {first_of(count, result.total_tokens)})"
-    )
-    figure.colorbar(image, label="entropy, nats (darker: less sure)", pad=0.01, aspect=40)
-    pictures.save(figure, path)
+    axes.set_ylabel(f"block ({len(depths)} of {reading.depths})")
+    axes.set_xlabel(f"token of the text ({first_of(count, passage.total_tokens)})")
+    axes.set_title(f"{label.capitalize()}: most likely next token (bold: correct)")
+    figure.colorbar(image, label="entropy, nats", pad=0.01, aspect=40, extend="both")
+    return figure
 
 
 def shown_depths(total: int) -> list[int]:

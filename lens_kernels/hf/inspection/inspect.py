@@ -1,25 +1,24 @@
-"""Inspects two models, and writes pictures, a file of numbers and an HTML page to a folder."""
+"""Inspect models through the logit lens, with pictures, a page and a file of numbers."""
 
 from __future__ import annotations
 
+import io
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lens_kernels.hf.inspection import figures, page
-from lens_kernels.hf.inspection.reading import (
-    Inspection,
-    Pairs,
-    Reading,
-    compare,
-    read,
-)
+from lens_kernels import pictures
+from lens_kernels.hf.inspection import figures
+from lens_kernels.hf.inspection.page import page
+from lens_kernels.hf.inspection.reading import Comparison, Pairs, compare, read
+from lens_kernels.hf.inspection.results import QUANTITIES, TEACHER, Inspection, Passage
 from lens_kernels.hf.model.anatomy import lens_head_from
-from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
+from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.inputs import shared_vocabulary
 from lens_kernels.visible import visible
@@ -27,13 +26,45 @@ from lens_kernels.visible import visible
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 
-def inspect(
+@dataclass(frozen=True)
+class LensInspection(Inspection):
+    """An inspection with its pictures and its page, which a notebook shows.
+
+    Attributes:
+        divergence: Name of the divergence of the comparisons.
+        names: Name of each model, by label.
+        passages: The texts with their readings.
+        top_tokens: The text of each token id that a reading holds.
+    """
+
+    def figures(self) -> dict[str, Any]:
+        """Return the pictures by name, as figures of matplotlib."""
+        return figures.draw(self)
+
+    def page(self, drawn: Mapping[str, Any] | None = None) -> str:
+        """Return the HTML page, with the figures by depth: ``drawn``, or those of ``figures()``."""
+        return page(self, {name: _svg(x) for name, x in (drawn or self.figures()).items()})
+
+    @pictures.styled
+    def write(self, output: Path) -> None:
+        """Write ``inspect.html``, ``data.json`` and the pictures to the folder ``output``."""
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "data.json").write_text(json.dumps(numbers(self)), encoding="utf-8")
+        drawn = self.figures()
+        for name, figure in drawn.items():
+            pictures.save(figure, output / f"{name}.png")
+        (output / "inspect.html").write_text(self.page(drawn), encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        return f'<iframe srcdoc="{escape(self.page())}" width="100%" height="700"></iframe>'
+
+
+def inspect_lens(
     student: Any,
-    teacher: Any,
     tokenizer: Any,
-    text: str,
-    output: Path,
+    texts: str | Sequence[str | Sequence[int]],
     *,
+    teacher: Any = None,
     pairs: Pairs | None = None,
     divergence: str = "jsd",
     beta: float = 0.5,
@@ -41,174 +72,141 @@ def inspect(
     top_k: int = 5,
     max_tokens: int = 64,
     vocab_size: int | None = None,
-) -> Inspection:
-    """Apply the lens at every depth of both models to ``text``, and write the results to files.
+) -> LensInspection:
+    """Apply the lens at every depth of one model or several to texts.
 
-    The files are ``divergence_by_depth.png``, ``lens_student.png``, ``lens_teacher.png``,
-    ``data.json`` with all numbers, and ``inspect.html``, which needs no other file.
+    The logits of one text at two depths are in memory at a time. A notebook shows the result as a
+    page. ``write`` writes it to a folder.
 
     Args:
-        student: A Hugging Face causal language model.
-        teacher: Another causal language model, with the same tokenizer.
-        tokenizer: The tokenizer of both.
-        text: Text that both models read.
-        output: Folder to write to; it is created if missing.
+        student: A Hugging Face causal language model, or a list of models.
+        tokenizer: The tokenizer of all models.
+        texts: A text, or several texts or lists of token ids.
+        teacher: A model with which the others are compared.
         pairs: Layers of student and teacher that are lens pairs in training. They are compared too.
         divergence: Name of the divergence: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
         beta: Weight of the teacher in jsd, in (0, 1).
         lens_norm: Apply the final norm at intermediate depths too; the last always has it.
         top_k: Number of most likely tokens listed for each depth and position.
-        max_tokens: Maximum number of tokens read; the rest of the text is cut off.
+        max_tokens: Maximum number of tokens read of each text; the rest is cut off.
         vocab_size: Size of the shared vocabulary, if the models' vocabulary sizes differ.
 
     Raises:
-        TypeError: ``text``, ``top_k`` or ``max_tokens`` has the wrong type.
-        ValueError: The text is empty, the vocabulary sizes differ without ``vocab_size``, the
+        TypeError: A text, ``top_k`` or ``max_tokens`` has the wrong type.
+        ValueError: A text is empty, the vocabulary sizes differ without ``vocab_size``, the
             tokenizer does not fit the models, or a layer does not exist.
-        RuntimeError: matplotlib is not installed.
     """
-    # If matplotlib is missing, this raises an error before the models run.
-    figures.check_matplotlib()
-    models = {"student_head": student, "teacher_head": teacher}
-    sizes = {name: len(lens_head_from(model).weight) for name, model in models.items()}
+    models = labelled(student, teacher)
+    if pairs is not None and teacher is None:
+        raise ValueError("pairs are layers of student and teacher: give a teacher")
+    sizes = {
+        f"{label.replace(' ', '_')}_head": len(lens_head_from(model).weight)
+        for label, model in models.items()
+    }
     size = shared_vocabulary(vocab_size, sizes)
-    ids, total = encode(tokenizer, text, max_tokens, size)
-    read_student = read(student, ids, lens_norm, top_k, size)
-    read_teacher = read(teacher, ids, lens_norm, top_k, size)
-    comparisons = compare(read_student, read_teacher, pairs, divergence, beta, size)
-    shown = torch.cat([read_student.top_ids.flatten(), read_teacher.top_ids.flatten()]).unique()
-    result = Inspection(
-        text,
-        ids,
-        [token_text(tokenizer, i) for i in ids],
-        total,
-        divergence,
-        read_student,
-        read_teacher,
-        comparisons,
-        {i: token_text(tokenizer, i) for i in shown.tolist()},
-    )
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "data.json").write_text(json.dumps(numbers(result)), encoding="utf-8")
-    figures.draw(result, output)
-    page.write(result, output)
-    return result
+    passages = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        ids, total = encode(tokenizer, text, max_tokens, size)
+        readings = {label: read(m, ids, lens_norm, top_k, size) for label, m in models.items()}
+        comparisons = {
+            label: compare(readings[label], readings[TEACHER], pairs, divergence, beta, size)
+            for label in models
+            if teacher is not None and label != TEACHER
+        }
+        # The hidden states of one text are in memory at a time.
+        kept = {label: replace(reading, hidden=[]) for label, reading in readings.items()}
+        tokens = [token_text(tokenizer, i) for i in ids]
+        shown = text if isinstance(text, str) else tokenizer.decode(ids)
+        passages.append(Passage(shown, ids, tokens, total, kept, comparisons))
+    if not passages:
+        raise ValueError("texts must hold at least one text")
+    tops = [x.top_ids.flatten() for passage in passages for x in passage.readings.values()]
+    names = {label: model_name(model) for label, model in models.items()}
+    top_tokens = {i: token_text(tokenizer, i) for i in torch.cat(tops).unique().tolist()}
+    return LensInspection(divergence, names, passages, top_tokens)
 
 
-def inspect_models(
-    student: str,
-    teacher: str,
-    text: str,
-    output: Path,
-    *,
-    layers: Sequence[str] | None = None,
-    divergence: str = "jsd",
-    beta: float = 0.5,
-    lens_norm: bool = True,
-    top_k: int = 5,
-    max_tokens: int = 64,
-    vocab_size: int | None = None,
-    allow_download: bool = False,
-    say: Callable[[str], None],
-) -> None:
-    """Show what the logit lens predicts at every depth of two models, on one text.
-
-    Args:
-        student: Folder or Hub name of the student.
-        teacher: Folder or Hub name of the teacher; it must have the same tokenizer.
-        text: Text that both models read.
-        output: Folder to write to; it is created if missing.
-        layers: Pairs of student and teacher layers that were used in training, such as 5:8 10:16.
-        divergence: Name of the divergence: jsd, jeffreys, forward_kl, reverse_kl, tvd or hellinger.
-        beta: Weight of the teacher in jsd, in (0, 1).
-        lens_norm: Apply the final norm at intermediate depths too; the last always has it.
-        top_k: Number of most likely tokens listed for each depth and position.
-        max_tokens: Maximum number of tokens read; the rest of the text is cut off.
-        vocab_size: Size of the shared vocabulary, if the models' vocabulary sizes differ.
-        allow_download: Allow downloads from the Hugging Face Hub.
-        say: Called with a summary.
-
-    Raises:
-        ValueError: An argument or a model is invalid.
-        RuntimeError: matplotlib is not installed.
-    """
-    pairs = layer_pairs(layers)
-    tokenizer, other = (load_tokenizer(name, allow_download) for name in (student, teacher))
-    check_tokenizers(tokenizer, other, vocab_size, tokenizer(text)["input_ids"])
-    models = [load_model(name, "float32", allow_download) for name in (student, teacher)]
-    inspect(
-        models[0],
-        models[1],
-        tokenizer,
-        text,
-        output,
-        pairs=pairs,
-        divergence=divergence,
-        beta=beta,
-        lens_norm=lens_norm,
-        top_k=top_k,
-        max_tokens=max_tokens,
-        vocab_size=vocab_size,
-    )
-    say(f"pictures, numbers and page: {output / 'inspect.html'}")
+def labelled(student: Any, teacher: Any) -> dict[str, Any]:
+    """Return the models by the label that pictures and files show."""
+    students = student if isinstance(student, (list, tuple)) else [student]
+    if not students:
+        raise ValueError("student must hold at least one model")
+    models = {f"student {i}": model for i, model in enumerate(students, start=1)}
+    if len(students) == 1:
+        models = {"model" if teacher is None else "student": students[0]}
+    return models if teacher is None else {**models, TEACHER: teacher}
 
 
-def layer_pairs(texts: Sequence[str] | None) -> Pairs | None:
-    """Parse ``5:8`` and so on into the student layers and the teacher layers."""
-    if texts is None:
-        return None
-    bad = [text for text in texts if not re.fullmatch(r"\d+:\d+", text)]
-    if bad:
-        raise ValueError(f"layers must be pairs of two layers such as 5:8, got {bad[0]!r}")
-    student, teacher = zip(*(map(int, text.split(":")) for text in texts), strict=True)
-    return student, teacher
-
-
-def encode(tokenizer: Any, text: str, max_tokens: int, vocab_size: int) -> tuple[list[int], int]:
+def encode(
+    tokenizer: Any, text: str | Sequence[int], max_tokens: int, vocab_size: int
+) -> tuple[list[int], int]:
     """Return the first ``max_tokens`` token ids of a text, and the number of ids before the cut."""
-    if not isinstance(text, str):
-        raise TypeError(f"text must be a string, got {type(text).__name__}")
     check_count("max_tokens", max_tokens, 1)
-    ids = tokenizer(text)["input_ids"] if text else []
+    if isinstance(text, str):
+        ids = tokenizer(text)["input_ids"] if text else []
+    elif isinstance(text, (list, tuple)):
+        ids = list(text)
+    else:
+        raise TypeError(f"text must be a string or token ids, got {type(text).__name__}")
     if not ids:
         raise ValueError(f"text must hold at least one token, got {text!r}: pass a sentence")
     if max(ids) >= vocab_size:
         raise ValueError(
             f"tokenizer gives token {max(ids)}, but the models share {vocab_size} entries:"
-            " pass the tokenizer that both were trained with"
+            " pass the tokenizer that they were trained with"
         )
     return ids[:max_tokens], len(ids)
 
 
 def numbers(result: Inspection) -> dict[str, Any]:
     """Return all numbers of an inspection as plain Python values, for JSON."""
+    summary = {
+        label: {
+            x: result.quartiles(label, x).tolist()
+            for x in QUANTITIES
+            if result.values(label, x).shape[1]
+        }
+        for label in result.names
+    }
+    shared = {"divergence": result.divergence, "names": result.names, "quartiles": summary}
+    return {**shared, "texts": [_numbers(result, passage) for passage in result.passages]}
 
-    def side(reading: Reading) -> dict[str, Any]:
-        keys = ("top_ids", "top_probs", "entropy", "next_prob")
+
+def _numbers(result: Inspection, passage: Passage) -> dict[str, Any]:
+    models = {}
+    for label, reading in passage.readings.items():
+        keys = ("top_ids", "top_probs", *QUANTITIES)
         values = {key: getattr(reading, key).tolist() for key in keys}
         tops = [[[result.top_tokens[i] for i in k] for k in row] for row in values["top_ids"]]
-        return {"name": reading.name, "depths": reading.depths, "top_tokens": tops} | values
-
-    return {
-        "text": result.text,
-        "ids": result.ids,
-        "tokens": result.tokens,
-        "total_tokens": result.total_tokens,
-        "divergence": result.divergence,
-        "student": side(result.student),
-        "teacher": side(result.teacher),
-        "comparisons": [
-            {
-                "student_depth": c.student_depth,
-                "teacher_depth": c.teacher_depth,
-                "relative": c.relative,
-                "trained": c.trained,
-                "mean": c.mean,
-                "divergence": c.divergence.tolist(),
-            }
-            for c in result.comparisons
-        ],
+        models[label] = {"depths": reading.depths, "top_tokens": tops} | values
+    compared = {
+        label: [_plain(c) for c in comparisons]
+        for label, comparisons in passage.comparisons.items()
     }
+    keys = ("text", "ids", "tokens", "total_tokens")
+    given = {key: getattr(passage, key) for key in keys}
+    return {**given, "models": models, "comparisons": compared}
+
+
+def _plain(comparison: Comparison) -> dict[str, Any]:
+    values = {x.name: getattr(comparison, x.name) for x in fields(comparison)}
+    return values | {"divergence": comparison.divergence.tolist(), "mean": comparison.mean}
+
+
+@pictures.styled
+def _svg(figure: Any) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    return file.getvalue()
+
+
+def model_name(model: Any) -> str:
+    """Return a model's name: the repository or folder that it was loaded from, or its class."""
+    inner = causal_lm_of(model)
+    origin = inner.config.name_or_path
+    if not origin:
+        return type(inner).__name__
+    return Path(origin).name if Path(origin).is_dir() else origin
 
 
 def token_text(tokenizer: Any, token: int) -> str:

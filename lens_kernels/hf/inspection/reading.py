@@ -1,19 +1,18 @@
-"""Applies the logit lens to a text, at every depth of a student and its teacher."""
+"""Apply the logit lens at every depth of a model to a text, and compare two models by it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lens_kernels.functional import symmetric_lens_loss
 from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
-from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.state import evaluating, without_autocast
 from lens_kernels.hf.training.data import check_count
@@ -30,27 +29,29 @@ class Reading:
     model's own output.
 
     Attributes:
-        name: The model's folder or name.
-        hidden: The hidden states of each depth, ``(N, D)``.
-        head: The head that reads them.
+        head: The head that reads the hidden states.
+        hidden: The hidden states of each depth, ``(N, D)``; empty once the models are compared.
         top_ids: ``(L, N, k)``, the most likely next tokens.
         top_probs: ``(L, N, k)``, their probabilities.
         entropy: ``(L, N)``, in nats.
+        final_kl: ``(L, N)``, KL(output || this depth), in nats.
         next_prob: ``(L, N - 1)``, the probability of the text's next token.
+        next_rank: ``(L, N - 1)``, its rank among all tokens; 1 is the most likely token.
     """
 
-    name: str
-    hidden: list[Tensor]
     head: LensHead
+    hidden: list[Tensor]
     top_ids: Tensor
     top_probs: Tensor
     entropy: Tensor
+    final_kl: Tensor
     next_prob: Tensor
+    next_rank: Tensor
 
     @property
     def depths(self) -> int:
         """The number of blocks."""
-        return len(self.hidden)
+        return self.entropy.shape[0]
 
     def lens(self, depth: int) -> tuple[Tensor, LensHead]:
         """Return the hidden states at ``depth`` (1 is the first) and the head that reads them."""
@@ -81,56 +82,11 @@ class Comparison:
         return self.divergence.mean().item()
 
 
-@dataclass(frozen=True)
-class Inspection:
-    """A text and its readings by both models.
-
-    Attributes:
-        text: The text.
-        ids: Its token ids, up to the maximum number.
-        tokens: Their texts, with spaces and control characters made visible.
-        total_tokens: Number of the text's tokens, including those that are cut off.
-        divergence: Name of the divergence of the comparisons.
-        student: The student's reading.
-        teacher: The teacher's reading.
-        comparisons: The comparisons, ordered by depth.
-        top_tokens: The text of each token id that a reading holds.
-    """
-
-    text: str
-    ids: list[int]
-    tokens: list[str]
-    total_tokens: int
-    divergence: str
-    student: Reading
-    teacher: Reading
-    comparisons: list[Comparison]
-    top_tokens: dict[int, str]
-
-    @property
-    def sides(self) -> tuple[tuple[str, Reading], ...]:
-        """Both readings, each with its role: "student" or "teacher"."""
-        return ("student", self.student), ("teacher", self.teacher)
-
-    @property
-    def max_entropy(self) -> float:
-        """The largest entropy in both readings, which is the end of their common colour scale."""
-        return max(reading.entropy.max().item() for _, reading in self.sides)
-
-    def top(self, reading: Reading, depth: int, position: int) -> tuple[str, bool]:
-        """Return the most likely next token of ``reading`` at ``depth`` after ``position``.
-
-        Return also whether it is the text's next token.
-        """
-        token = int(reading.top_ids[depth - 1, position, 0])
-        return self.top_tokens[token], [token] == self.ids[position + 1 : position + 2]
-
-
 @torch.no_grad()
 def read(
     model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
 ) -> Reading:
-    """Apply the lens to token ids at every depth. Only one depth's logits are held in memory."""
+    """Apply the lens to token ids at every depth, with the logits of two depths in memory."""
     check_count("top_k", top_k, 1)
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
@@ -146,15 +102,17 @@ def read(
     hidden = [h[0] for h in [*states, final]]  # the final states are normed already
     if not lens_norm:
         head = replace(head, norm=None)
-    rows = []
+    rows, last = [], _logp(final[0], head, True, vocab)
     for depth, h in enumerate(hidden, start=1):
-        logits = _logits(h, _head_at(head, depth == len(hidden)).prefix(vocab))
-        logp = logits.log_softmax(-1)
+        logp = _logp(h, head, depth == len(hidden), vocab)
         top = logp.topk(top_k)
         entropy = torch.special.entr(logp.exp()).sum(-1)
-        following = logp[:-1].gather(-1, tokens[1:, None])[:, 0].exp()
-        rows.append([x.cpu() for x in (top.indices, top.values.exp(), entropy, following)])
-    return Reading(_name(model), hidden, head, *map(torch.stack, zip(*rows, strict=True)))
+        final_kl = F.kl_div(logp, last, reduction="none", log_target=True).sum(-1)
+        following = logp[:-1].gather(-1, tokens[1:, None])
+        rank = (logp[:-1] > following).sum(-1) + 1
+        right = (following[:, 0].exp(), rank)
+        rows.append([x.cpu() for x in (top.indices, top.values.exp(), entropy, final_kl, *right)])
+    return Reading(head, hidden, *map(torch.stack, zip(*rows, strict=True)))
 
 
 @torch.no_grad()
@@ -200,11 +158,12 @@ def _head_at(head: LensHead, last: bool) -> LensHead:
     return replace(head, norm=None) if last else head
 
 
-def _logits(hidden: Tensor, head: LensHead) -> Tensor:
-    x = hidden.float()
+def _logp(hidden: Tensor, head: LensHead, last: bool, vocab: int) -> Tensor:
+    """Return the logarithms of the lens distributions at one depth, in float32."""
+    x, head = hidden.float(), _head_at(head, last).prefix(vocab)
     if head.norm is not None:
         x = head.norm.forward(x)[0]
-    return head.logits(x @ head.weight.float().T, 1.0)[0]
+    return head.logits(x @ head.weight.float().T, 1.0)[0].log_softmax(-1)
 
 
 def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, int]]:
@@ -218,12 +177,3 @@ def _trained(pairs: Pairs | None, student: int, teacher: int) -> set[tuple[int, 
     sides = zip(("student", "teacher"), pairs, (student, teacher), strict=True)
     layers = [check_layers(f"pairs, {name} layers", list(x), total) for name, x, total in sides]
     return set(zip(*layers, strict=True))
-
-
-def _name(model: Any) -> str:
-    """Return a model's name: the repository or folder that it was loaded from, or its class."""
-    inner = causal_lm_of(model)
-    origin = inner.config.name_or_path
-    if not origin:
-        return type(inner).__name__
-    return Path(origin).name if Path(origin).is_dir() else origin

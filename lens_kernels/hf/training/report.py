@@ -9,7 +9,6 @@ from typing import Any
 
 from lens_kernels import pictures
 
-TICKS = [digit * 10.0**power for power in range(-6, 4) for digit in (1, 2, 5)]
 PAIR = re.compile(r"lens_\d+")
 WIDE = 5  # the smallest ratio of values for which an axis is logarithmic
 FEW = 20  # the largest number of points that get markers
@@ -105,11 +104,7 @@ def _log_scale(axes: Any) -> None:
     # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values,
     # and has too few ticks for values that are nearly equal.
     if axes.dataLim.ymax > WIDE * axes.dataLim.minposy:
-        axes.set_yscale("log")
-        low, high = axes.get_ylim()
-        axes.set_yticks([y for y in TICKS if low <= y <= high], minor=False)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+        pictures.log_axis(axes)
 
 
 def _depth(name: str) -> int:

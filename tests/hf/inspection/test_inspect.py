@@ -3,11 +3,15 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
+from lens_kernels.hf import inspect_lens
+from lens_kernels.hf.inspection import figures
 from lens_kernels.hf.inspection import inspect as inspecting
 from lens_kernels.hf.inspection import reading as ins
+from lens_kernels.hf.inspection.results import QUANTITIES
 from reference.dense import divergence as true_divergence
 from tests.support import tiny
 from tests.support.inspection import ODD, TEXT, OddTokenizer
@@ -34,6 +38,8 @@ def check_reading(reading, depth, p, ids):
     torch.testing.assert_close(reading.entropy[depth - 1], -(p * p.log()).sum(-1), **CLOSE)
     following = p[range(len(ids) - 1), ids[1:]]
     torch.testing.assert_close(reading.next_prob[depth - 1], following, **CLOSE)
+    rank = (p[:-1] > following[:, None]).sum(-1) + 1
+    assert reading.next_rank[depth - 1].tolist() == rank.tolist()
 
 
 @pytest.fixture
@@ -57,8 +63,13 @@ def test_lens_of_the_last_block_is_the_models_output(kind, lens_norm):
 def test_lens_of_earlier_blocks_applies_norm_and_head(teacher, lens_norm):
     reading = ins.read(teacher, TEXT, lens_norm, 5)
     assert reading.depths == 5
+    output = probabilities(teacher, TEXT, 5)
     for depth in range(1, 5):
-        check_reading(reading, depth, probabilities(teacher, TEXT, depth, lens_norm), TEXT)
+        p = probabilities(teacher, TEXT, depth, lens_norm)
+        check_reading(reading, depth, p, TEXT)
+        truth = true_divergence("forward_kl", output, p, 0.5)
+        torch.testing.assert_close(reading.final_kl[depth - 1], truth, **CLOSE)
+    assert reading.final_kl[4].abs().max() == 0
 
 
 def test_read_disables_dropout_and_restores_the_mode():
@@ -102,26 +113,26 @@ def test_compare_gives_the_divergences_of_the_lens_distributions(student, teache
     assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]
 
 
-def test_vocab_size_is_required_if_vocabulary_sizes_differ(student, tmp_path):
+def test_vocab_size_is_required_if_vocabulary_sizes_differ(student):
     ids, larger = [3, 4, 5], tiny.model(layers=2, vocab=70)
-    arguments = (student, larger, OddTokenizer(), "3 4 5", tmp_path)
     with pytest.raises(ValueError, match="student_head has 64 .*, teacher_head has 70.*=64"):
-        inspecting.inspect(*arguments)
-    result = inspecting.inspect(*arguments, vocab_size=64)
+        inspect_lens(student, OddTokenizer(), "3 4 5", teacher=larger)
+    result = inspect_lens(student, OddTokenizer(), "3 4 5", teacher=larger, vocab_size=64)
     p = probabilities(larger, ids, 2)[:, :64]
     p /= p.sum(-1, keepdim=True)
-    check_reading(result.teacher, 2, p, ids)
+    check_reading(result.passages[0].readings["teacher"], 2, p, ids)
     truth = true_divergence("jsd", p, probabilities(student, ids, 3), 0.5)
-    torch.testing.assert_close(result.comparisons[-1].divergence, truth, **CLOSE)
+    torch.testing.assert_close(result.compared("student")[-1].divergence, truth, **CLOSE)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "error", "message"),
     [
-        ("text", "", ValueError, "text must hold at least one token, got ''"),
-        ("text", " ", ValueError, "text must hold at least one token, got ' '"),
-        ("text", 3, TypeError, "text must be a string, got int"),
-        ("text", "64", ValueError, "tokenizer gives token 64, but the models share 64 entries"),
+        ("texts", "", ValueError, "text must hold at least one token, got ''"),
+        ("texts", ["3", " "], ValueError, "text must hold at least one token, got ' '"),
+        ("texts", [], ValueError, "texts must hold at least one text"),
+        ("texts", [3], TypeError, "text must be a string or token ids, got int"),
+        ("texts", "64", ValueError, "tokenizer gives token 64, but the models share 64 entries"),
         ("max_tokens", 0, ValueError, "max_tokens must be at least 1, got 0"),
         ("top_k", 0, ValueError, "top_k must be at least 1, got 0"),
         ("top_k", True, TypeError, "top_k must be an integer, got bool"),
@@ -130,13 +141,18 @@ def test_vocab_size_is_required_if_vocabulary_sizes_differ(student, tmp_path):
         ("pairs", ([3], [1]), ValueError, r"pairs, student layers must lie in \[1, 2\], got 3"),
         ("pairs", ([1], [0]), ValueError, r"pairs, teacher layers must lie in \[1, 4\], got 0"),
         ("divergence", "kl", ValueError, "divergence='kl' is unknown"),
+        ("student", [], ValueError, "student must hold at least one model"),
     ],
 )
-def test_inspect_refuses_bad_arguments(student, teacher, tmp_path, name, value, error, message):
-    given = {"text": "3 4", "output": tmp_path} | {name: value}
+def test_inspect_refuses_bad_arguments(student, teacher, name, value, error, message):
+    given = {"student": student, "texts": "3 4", "teacher": teacher} | {name: value}
     with pytest.raises(error, match=message):
-        inspecting.inspect(student, teacher, OddTokenizer(), **given)
-    assert not list(tmp_path.iterdir())
+        inspect_lens(tokenizer=OddTokenizer(), **given)
+
+
+def test_pairs_need_a_teacher(student):
+    with pytest.raises(ValueError, match="pairs are layers of student and teacher: give a teacher"):
+        inspect_lens(student, OddTokenizer(), "3 4", pairs=([1], [1]))
 
 
 def test_empty_text_is_refused_even_if_the_tokenizer_adds_bos():
@@ -144,18 +160,57 @@ def test_empty_text_is_refused_even_if_the_tokenizer_adds_bos():
         inspecting.encode(lambda text: {"input_ids": [0]}, "", 64, 64)
 
 
-def test_error_without_matplotlib_names_the_package_to_install(student, tmp_path, monkeypatch):
+def test_error_without_matplotlib_names_the_package_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(RuntimeError, match=r"pip install 'lens-kernels\[train\]'"):
-        inspecting.inspect(student, student, OddTokenizer(), "3 4", tmp_path)
+        figures.check_matplotlib()
+
+
+def test_quartiles_are_over_the_tokens_of_all_texts(student, teacher):
+    texts = ["3 4 5", [6, 7], "8"]
+    result = inspect_lens([student, teacher], OddTokenizer(), texts, max_tokens=2)
+    assert list(result.names) == ["student 1", "student 2"]
+    assert [x.total_tokens for x in result.passages] == [3, 2, 1]
+    for label, model in (("student 1", student), ("student 2", teacher)):
+        alone = [ins.read(model, ids, True, 1) for ids in ([3, 4], [6, 7], [8])]
+        for name in QUANTITIES:
+            values = torch.cat([getattr(x, name) for x in alone], 1)
+            assert values.shape[1] == (5 if name in ("entropy", "final_kl") else 2)
+            expected = np.quantile(values.numpy(), [0.25, 0.5, 0.75], axis=1)
+            torch.testing.assert_close(
+                result.quartiles(label, name), torch.from_numpy(expected), check_dtype=False
+            )
+    assert not any(x.comparisons or x.readings["student 1"].hidden for x in result.passages)
+
+
+def test_several_students_are_compared_with_the_teacher(student, teacher):
+    texts, options = ["3 4 5", "6 7"], {"teacher": teacher, "pairs": ([1], [2])}
+    both = inspect_lens([student, tiny.model(layers=2)], OddTokenizer(), texts, **options)
+    alone = inspect_lens(student, OddTokenizer(), texts, **options)
+    assert list(both.names) == ["student 1", "student 2", "teacher"]
+    for one, other in zip(both.compared("student 1"), alone.compared("student"), strict=True):
+        torch.testing.assert_close(one.divergence, other.divergence)
+        assert len(one.divergence) == 5
+    assert len(both.compared("student 2")) == 2
+
+
+def test_the_colour_scale_ignores_outliers(student):
+    result = inspect_lens(student, OddTokenizer(), [[i] * 9 for i in range(3, 12)])
+    entropy = result.values("model", "entropy")
+    low, high = result.scale
+    assert entropy.min() < low < high < entropy.max()
+    heat = result.heat(entropy)
+    assert (heat.min(), heat.max()) == (0, 1) and ((heat > 0) & (heat < 1)).float().mean() > 0.85
 
 
 def test_every_output_says_that_a_long_text_was_cut(student, tmp_path):
-    result = inspecting.inspect(student, student, OddTokenizer(), "3 4 5", tmp_path, max_tokens=2)
-    assert len(result.tokens) == 2 and result.total_tokens == 3
+    result = inspect_lens(student, OddTokenizer(), "3 4 5", max_tokens=2)
+    result.write(tmp_path)
+    (passage,) = result.passages
+    assert len(passage.tokens) == 2 and passage.total_tokens == 3
     assert "Tokens read: the first 2 of 3." in (tmp_path / "inspect.html").read_text()
-    data = json.loads((tmp_path / "data.json").read_text())
-    assert data["total_tokens"] == 3 and len(data["student"]["entropy"][0]) == 2
+    data = json.loads((tmp_path / "data.json").read_text())["texts"][0]
+    assert data["total_tokens"] == 3 and len(data["models"]["model"]["entropy"][0]) == 2
 
 
 def test_token_text_makes_invisible_characters_visible():
@@ -173,4 +228,4 @@ def test_model_name_is_its_folder_or_repository(student, tmp_path):
     names = {"": "LlamaForCausalLM", "someone/model": "someone/model", str(tmp_path): tmp_path.name}
     for path, name in names.items():
         student.config.name_or_path = path
-        assert ins.read(student, TEXT, True, 1).name == name
+        assert inspecting.model_name(student) == name

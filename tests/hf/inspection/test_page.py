@@ -9,13 +9,14 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
+from lens_kernels.hf import inspect_lens
 from lens_kernels.hf.inspection import figures
 from lens_kernels.hf.inspection import page as inspect_page
 from lens_kernels.hf.inspection.inspect import token_text
-from tests.support import inspection
+from lens_kernels.hf.inspection.results import QUANTITIES
+from tests.support import inspection, tiny
 from tests.support.inspection import TEXT, OddTokenizer
 
 
@@ -30,15 +31,20 @@ def inspected(output):
 
 
 def test_data_json_holds_every_number(inspected, output):
-    data = json.loads((output / "data.json").read_text())
+    whole = json.loads((output / "data.json").read_text())
+    (data,), (passage,) = whole["texts"], inspected.passages
     assert data["ids"] == TEXT and data["tokens"][3] == "␣x"
-    for role, reading in inspected.sides:
-        side = data[role]
-        for key in ("top_ids", "top_probs", "entropy", "next_prob"):
+    for label, reading in passage.readings.items():
+        side = data["models"][label]
+        for key in ("top_ids", "top_probs", *QUANTITIES):
             assert torch.equal(torch.tensor(side[key]), getattr(reading, key))
         first = side["top_ids"][1][2][0]
         assert side["top_tokens"][1][2][0] == token_text(OddTokenizer(), first)
-    for entry, c in zip(data["comparisons"], inspected.comparisons, strict=True):
+        medians = whole["quartiles"][label]["entropy"][1]
+        assert medians == pytest.approx(reading.entropy.quantile(0.5, dim=1).tolist())
+    for entry, c in zip(
+        data["comparisons"]["student"], passage.comparisons["student"], strict=True
+    ):
         assert entry == vars(c) | {"divergence": c.divergence.tolist(), "mean": c.mean}
 
 
@@ -81,9 +87,11 @@ def test_page_shows_every_depth_and_position(inspected, output):
     assert "Tokens read: 8 of 8." in text
     page = Page(text)
     assert not page.open and len(page.tables) == 2
-    for table, heads, (role, reading) in zip(page.tables, page.heads, inspected.sides, strict=True):
+    (passage,) = inspected.passages
+    each = zip(page.tables, page.heads, passage.readings.items(), strict=True)
+    for table, heads, (role, reading) in each:
         assert list(table) == [str(i) for i in range(reading.depths, 0, -1)]
-        assert heads[1:8] == inspected.tokens[1:] and heads[-8:] == inspected.tokens
+        assert heads[1:8] == passage.tokens[1:] and heads[-8:] == passage.tokens
         for depth in range(1, reading.depths + 1):
             ids, probs = reading.top_ids[depth - 1].tolist(), reading.top_probs[depth - 1]
             assert len(table[str(depth)]) == len(TEXT)
@@ -96,14 +104,17 @@ def test_page_shows_every_depth_and_position(inspected, output):
                     line = f"{100 * share:7.2f} %  {token_text(OddTokenizer(), token)}"
                     assert line in detail.splitlines()
                 if x + 1 < len(TEXT):
-                    assert f"has {100 * reading.next_prob[depth - 1, x]:.2f} %" in detail
+                    share, rank = reading.next_prob[depth - 1, x], reading.next_rank[depth - 1, x]
+                    assert f", {100 * share:.2f} %, rank {rank}\n" in f"{detail}\n"
 
 
 def test_detail_names_the_divergence_against_the_other_model(inspected):
-    value = {(c.student_depth, c.teacher_depth): c.divergence[4] for c in inspected.comparisons}
+    (passage,) = inspected.passages
+    compared = passage.comparisons["student"]
+    value = {(c.student_depth, c.teacher_depth): c.divergence[4] for c in compared}
 
     def against(role, depth):
-        text = inspect_page.detail(inspected, role, getattr(inspected, role), depth, 4)
+        text = inspect_page.detail(inspected, passage, role, depth, 4)
         return [line for line in text.splitlines() if "against" in line]
 
     assert against("student", 1) == [
@@ -114,69 +125,85 @@ def test_detail_names_the_divergence_against_the_other_model(inspected):
     assert (against("teacher", 3), against("teacher", 4)) == ([trained], [])
 
 
+def changed(result, name, **values):
+    """Return an inspection with another name of the student and other values of its text."""
+    (passage,) = result.passages
+    names = {**result.names, "student": name}
+    return replace(result, names=names, passages=[replace(passage, **values)])
+
+
 def test_page_is_one_file_and_escapes_tokens_texts_and_names(inspected, output):
     text = (output / "inspect.html").read_text(encoding="utf-8")
     page = Page(text)
     assert "<script>alert" not in text and "&lt;script&gt;alert" in text
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert "http:" not in text and "https:" not in text
-    (source,) = [a.get("src") or a.get("href") for _, a in page.tags if "src" in a or "href" in a]
-    assert source.startswith("data:image/png;base64,")
+    sources = [a.get("src") or a.get("href") for _, a in page.tags if "src" in a or "href" in a]
+    assert len(sources) == 2 and all(x.startswith("data:image/svg+xml;base64,") for x in sources)
     stops = [a["tabindex"] for tag, a in page.tags if tag == "td" and "tabindex" in a]
     assert stops.count("0") == 2
-    student = replace(inspected.student, name="<b>&")
-    text = inspect_page.page(replace(inspected, text="</blockquote>", student=student), "")
+    text = inspect_page.page(changed(inspected, "<b>&", text="</blockquote>"), {})
     assert "&lt;b&gt;&amp;" in text and "<blockquote>&lt;/blockquote&gt;</blockquote>" in text
 
 
 @pytest.fixture(scope="module")
-def drawn(inspected, tmp_path_factory):
-    """Return the drawn figures by file name, and the folder with their files."""
-    kept, save = {}, Figure.savefig
-    folder = tmp_path_factory.mktemp("drawn")
-
-    def keep(self, path, **options):
-        kept[path.name] = self
-        save(self, path, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", keep)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            figures.draw(inspected, folder)
-        yield kept, folder
+def drawn(inspected):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return inspected.figures()
 
 
-def test_pictures_are_drawn_without_a_warning(drawn, inspected):
+def test_pictures_are_drawn_without_a_warning(drawn, inspected, output):
     assert {"日本", "$a$"} <= set(inspected.top_tokens.values())
-    for name in ("divergence_by_depth", "lens_student", "lens_teacher"):
-        with Image.open(drawn[1] / f"{name}.png") as picture:
+    names = ["lens_by_depth", "divergence_by_depth", "lens_student", "lens_teacher"]
+    assert list(drawn) == names
+    for name in names:
+        assert (output / f"{name}.svg").stat().st_size > 5_000
+        with Image.open(output / f"{name}.png") as picture:
             assert picture.size[0] > 800
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 50
 
 
-def test_depth_picture_shows_the_numbers(drawn, inspected):
-    upper, lower = drawn[0]["divergence_by_depth.png"].axes
-    equal, trained = upper.lines
-    means = {(c.student_depth, c.teacher_depth): c.mean for c in inspected.comparisons}
+def test_depth_picture_shows_medians_and_quartiles(drawn, inspected):
+    panels = drawn["lens_by_depth"].axes
+    for axes, name in zip(panels, QUANTITIES, strict=True):
+        for line, band, label in zip(axes.lines, axes.collections, inspected.names, strict=True):
+            low, median, high = inspected.quartiles(label, name).tolist()
+            assert line.get_label().startswith(f"{label} (")
+            assert line.get_xdata()[-1] == 1 and list(line.get_ydata()) == median
+            outline = band.get_paths()[0].vertices[:, 1]
+            assert {*low, *high} <= {*outline}
+    assert panels[3].get_yscale() == "log"
+
+
+def test_divergence_picture_has_room_above_its_points(drawn, inspected):
+    (axes,) = drawn["divergence_by_depth"].axes
+    equal, trained = axes.lines
+    means = {(c.student_depth, c.teacher_depth): c.mean for c in inspected.compared("student")}
     assert list(equal.get_xdata()) == pytest.approx([1 / 3, 2 / 3, 1])
     assert list(equal.get_ydata()) == [means[1, 2], means[2, 3], means[3, 5]]
     assert list(trained.get_ydata()) == [means[1, 1], means[2, 3]]
-    for line, (role, reading) in zip(lower.lines, inspected.sides, strict=True):
-        assert (line.get_label(), line.get_xdata()[-1]) == (role, 1)
-        assert list(line.get_ydata()) == reading.entropy.mean(1).tolist()
+    low, high = axes.get_ylim()
+    assert low == 0 and max(means.values()) * 1.1 < high
 
 
-def test_legend_of_depth_picture_omits_absent_trained_pairs(drawn, inspected, tmp_path):
-    relative = [c for c in inspected.comparisons if not c.trained]
-    figures.depth_figure(replace(inspected, comparisons=relative), tmp_path / "untrained")
-    (text,) = drawn[0]["untrained"].axes[0].get_legend().get_texts()
-    assert text.get_text() == "equal relative depth"
+def test_pictures_without_values_are_left_out(inspected):
+    relative = [c for c in inspected.compared("student") if not c.trained]
+    (passage,) = inspected.passages
+    untrained = replace(passage, comparisons={"student": relative})
+    axes = figures.divergence_figure(replace(inspected, passages=[untrained])).axes[0]
+    assert len(axes.lines) == 1 and axes.lines[0].get_label().startswith("student (")
+    # After the only token of a text, no token is right.
+    model = tiny.model(layers=2)
+    drawn = inspect_lens(model, OddTokenizer(), "3").figures()
+    assert list(drawn) == ["lens_by_depth", "lens_model"]
+    assert [x.get_ylabel() for x in drawn["lens_by_depth"].axes] == [*QUANTITIES.values()][:2]
 
 
 def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspected):
-    for role, reading in inspected.sides:
-        axes = drawn[0][f"lens_{role}.png"].axes[0]
+    (passage,) = inspected.passages
+    for role, reading in passage.readings.items():
+        axes = drawn[f"lens_{role}"].axes[0]
         cells = {t.get_position(): (t.get_text(), t.get_weight()) for t in axes.texts}
         assert len(cells) == reading.depths * len(TEXT)
         for (x, y), cell in cells.items():
@@ -187,27 +214,30 @@ def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspecte
         # The y axis points up, so the last block is at the top.
         assert axes.get_ylim()[0] < axes.get_ylim()[1]
         (image,) = axes.images
-        assert image.get_clim() == (0, inspected.max_entropy)
+        assert image.get_clim() == inspected.scale
         torch.testing.assert_close(torch.from_numpy(image.get_array().data), reading.entropy)
         labels = axes.get_xticklabels()
-        assert [t.get_text() for t in labels] == [figures.fit(t) for t in inspected.tokens]
+        assert [t.get_text() for t in labels] == [figures.fit(t) for t in passage.tokens]
         # Dollar signs in tokens must not be read as formulas.
         assert not any(t.get_parse_math() for t in (*labels, *axes.texts))
+        assert axes.get_title() == f"{role.capitalize()}: most likely next token (bold: correct)"
 
 
-def test_title_of_a_large_picture_says_which_part_it_shows(drawn, inspected, tmp_path):
+def test_axes_of_a_large_picture_say_which_part_it_shows(inspected):
+    (passage,) = inspected.passages
     top_ids = torch.arange(40)[:, None, None].expand(40, 30, 1)
-    many = {"top_ids": top_ids, "entropy": torch.rand(40, 30), "hidden": [torch.empty(0)] * 40}
-    deep, names = replace(inspected.student, **many), {i: f"w{i}" for i in range(40)}
-    long = {"tokens": ["a"] * 30, "ids": [3] * 30, "total_tokens": 35, "top_tokens": names}
-    figures.lens_figure(replace(inspected, **long), "deep", deep, tmp_path / "deep")
-    axes = drawn[0]["deep"].axes[0]
+    deep = replace(passage.readings["student"], top_ids=top_ids, entropy=torch.rand(40, 30))
+    long = {"tokens": ["a"] * 30, "ids": [3] * 30, "total_tokens": 35, "readings": {"deep": deep}}
+    names = {"names": {"deep": "d"}, "top_tokens": {i: f"w{i}" for i in range(40)}}
+    result = replace(inspected, passages=[replace(passage, **long)], **names)
+    axes = figures.lens_figure(result, "deep").axes[0]
     depths = [int(label.get_text()) for label in axes.get_yticklabels()]
     assert len(set(depths)) == 32 and depths[-1] == 40
     assert [t.get_text() for t in axes.texts] == [f"w{i - 1}" for i in depths for _ in range(24)]
     shown = torch.from_numpy(axes.images[0].get_array().data)
     assert torch.equal(shown, deep.entropy[[i - 1 for i in depths], :24])
-    assert "(blocks: 32 of 40; tokens: the first 24 of 35)" in drawn[0]["deep"].get_suptitle()
+    assert axes.get_ylabel() == "block (32 of 40)"
+    assert axes.get_xlabel() == "token of the text (the first 24 of 35)"
 
 
 def test_fit_cuts_long_text_and_replaces_missing_glyphs():
@@ -218,21 +248,23 @@ def test_fit_cuts_long_text_and_replaces_missing_glyphs():
     assert len(figures.fit("W" * 20)) < len(figures.fit("i" * 20))
 
 
-def test_colour_scale_exists_if_every_entropy_is_zero(drawn, inspected, tmp_path):
-    student, teacher = (replace(x, entropy=0 * x.entropy) for _, x in inspected.sides)
-    sure = replace(inspected, student=student, teacher=teacher)
-    figures.lens_figure(sure, "student", student, tmp_path / "sure")
-    assert drawn[0]["sure"].axes[0].images[0].get_clim() == (0, 1)
-    assert "--h:0" in inspect_page.page(sure, "")
+def test_colour_scale_exists_if_every_entropy_is_zero(inspected):
+    (passage,) = inspected.passages
+    readings = {x: replace(y, entropy=0 * y.entropy) for x, y in passage.readings.items()}
+    sure = changed(inspected, "s", readings=readings)
+    assert figures.lens_figure(sure, "student").axes[0].images[0].get_clim() == (0, 1)
+    assert "--h:0" in inspect_page.page(sure, {})
+
+
+def test_a_notebook_shows_the_page(inspected):
+    (frame,) = Page(inspected._repr_html_()).tags
+    assert frame[0] == "iframe" and len(Page(frame[1]["srcdoc"]).tables) == 2
 
 
 def test_no_text_or_name_can_disguise_or_run(inspected):
-    odd = replace(
-        inspected,
-        text="a\u202eb\x1b[2Jc\n\td <script>x</script>",
-        student=replace(inspected.student, name="good\u2066\x07model\n"),
-    )
-    made = inspect_page.page(odd, "")
+    text = "a\u202eb\x1b[2Jc\n\td <script>x</script>"
+    odd = changed(inspected, "good\u2066\x07model\n", text=text)
+    made = inspect_page.page(odd, {})
     assert "a\\u202eb\\u001b[2Jc\n\td &lt;script&gt;" in made
     assert "<b>good\\u2066\\u0007model\\u000a</b>" in made
     assert all(c.isprintable() or c in "\n\t" for c in made)

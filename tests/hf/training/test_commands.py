@@ -12,10 +12,10 @@ import yaml
 from lens_kernels import cli, failures
 from lens_kernels.arguments import argument_texts
 from lens_kernels.hf.evaluation import generation
-from lens_kernels.hf.inspection import inspect as inspecting
+from lens_kernels.hf.inspection import command as inspecting
 from tests.support.commands import write_rows
 
-PICTURES = ["divergence_by_depth", "lens_student", "lens_teacher"]
+PICTURES = ["divergence_by_depth", "lens_by_depth", "lens_student", "lens_teacher"]
 FILES = ["data.json", "inspect.html", *(f"{x}.{y}" for x in PICTURES for y in ("png", "svg"))]
 
 
@@ -85,7 +85,8 @@ top_k: 9, no_repeat_ngram_size: 2, dtype: bfloat16, device: meta, allow_download
 progress: false,
 }""")
 INSPECT = yaml.safe_load("""{
-student: s, teacher: t, layers: ["1:2", "2:3"], allow_download: true, text: some text,
+student: [s, r], teacher: t, layers: ["1:2", "2:3"], allow_download: true, text: [some text],
+data: d, max_texts: 3, prompt_style: chat, dtype: auto, device: meta,
 output: out, divergence: tvd, beta: 0.25, lens_norm: false, top_k: 2,
 max_tokens: 7, vocab_size: 60,
 }""")
@@ -136,16 +137,58 @@ def test_inspect_writes_its_files(files, tmp_path, capsys):
     assert sorted(x.name for x in output.iterdir()) == sorted(FILES)
     assert str(output / "inspect.html") in capsys.readouterr().out
     numbers = json.loads((output / "data.json").read_text())
-    assert (numbers["text"], "".join(numbers["tokens"])) == ("a cat sat", "a␣cat␣sat")
-    found = [(x["student_depth"], x["teacher_depth"], x["trained"]) for x in numbers["comparisons"]]
+    (data,) = numbers["texts"]
+    assert (data["text"], "".join(data["tokens"])) == ("a cat sat", "a␣cat␣sat")
+    compared = data["comparisons"]["student"]
+    found = [(x["student_depth"], x["teacher_depth"], x["trained"]) for x in compared]
     assert [pair for *pair, trained in found if trained] == [[1, 2], [2, 3]]
+    assert numbers["names"] == {"student": "student", "teacher": "teacher"}
     for name, layers in (("student", 3), ("teacher", 4)):
-        assert (numbers[name]["name"], numbers[name]["depths"]) == (name, layers)
-        assert len(numbers[name]["top_ids"][0][0]) == 3
+        assert data["models"][name]["depths"] == layers
+        assert len(data["models"][name]["top_ids"][0][0]) == 3
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Skip the pictures of ``inspect``, which take longer than everything else."""
+    monkeypatch.setattr("lens_kernels.hf.inspection.figures.draw", lambda *_: {})
+
+
+def test_inspect_reads_several_models_and_texts_from_a_file(files, tmp_path, undrawn):
+    (tmp_path / "texts.txt").write_text("a cat\n\n \nthe dog ran\nno\n")
+    models = [files / "student", files / "teacher"]
+    for source in (tmp_path / "texts.txt", files / "train.jsonl"):
+        options = {"student": models, "data": source, "max_texts": 2, "dtype": "bfloat16"}
+        options |= {"device": "cpu", "output": tmp_path / "out"}
+        assert cli.main(["inspect", *as_arguments(options)]) == 0
+        numbers = json.loads((tmp_path / "out" / "data.json").read_text())
+        assert numbers["names"] == {"student 1": "student", "student 2": "teacher"}
+        texts = [x["text"] for x in numbers["texts"]]
+        if source.suffix == ".txt":
+            assert texts == ["a cat", "the dog ran"]
+        else:  # an example of training, to its end
+            assert texts[0].replace(" ", "") == "acatsattastaca</s>" and len(texts) == 2
+        assert numbers["texts"][0]["comparisons"] == {}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either text or data"),
+        ({"text": "a", "data": "b"}, "give either text or data"),
+        ({"data": "none.txt"}, "No such file"),
+        ({"text": "a", "device": "nowhere"}, "nowhere"),
+        ({"text": "a", "dtype": "int8"}, "dtype must be one of"),
+    ],
+)
+def test_inspect_needs_texts_and_a_device(files, tmp_path, capsys, options, message):
+    argv = as_arguments({"student": files / "student", "output": tmp_path / "out"} | options)
+    assert cli.main(["inspect", *argv]) == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_every_option_of_inspect_reaches_the_function(monkeypatch):
-    target = "lens_kernels.hf.inspection.inspect.inspect_models"
+    target = "lens_kernels.hf.inspection.command.inspect_models"
     parameters = signature(inspecting.inspect_models).parameters
     assert INSPECT.keys() == parameters.keys() - {"say"}
     assert all(value != parameters[name].default for name, value in INSPECT.items())

@@ -1,0 +1,105 @@
+"""The readings of several texts by several models, and their sums over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lens_kernels.hf.inspection.reading import Comparison, Reading
+
+TEACHER = "teacher"  # the label of the model that the others are compared with
+QUARTILES = (0.25, 0.5, 0.75)
+# A few entropies, such as those of the first token, lie far outside these quantiles.
+SCALE = (0.05, 0.95)
+# Quantities of a ``Reading`` that are shown by depth, each with its unit.
+QUANTITIES = {
+    "entropy": "entropy, nats",
+    "final_kl": "KL to the final layer, nats",
+    "next_prob": "probability of the right token",
+    "next_rank": "rank of the right token (1 is best)",
+}
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A text and its readings by each model.
+
+    Attributes:
+        text: The text.
+        ids: Its token ids, up to the maximum number.
+        tokens: Their texts, with spaces and control characters made visible.
+        total_tokens: Number of the text's tokens, including those that are cut off.
+        readings: The reading of each model, by label.
+        comparisons: The comparisons of each model with the teacher, by label and ordered by depth;
+            empty without a teacher.
+    """
+
+    text: str
+    ids: list[int]
+    tokens: list[str]
+    total_tokens: int
+    readings: dict[str, Reading]
+    comparisons: dict[str, list[Comparison]]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Models read through the lens of every layer, each known by its label.
+
+    Attributes:
+        divergence: Name of the divergence of the comparisons.
+        names: Name of each model, by label.
+        passages: The texts with their readings.
+        top_tokens: The text of each token id that a reading holds.
+    """
+
+    divergence: str
+    names: dict[str, str]
+    passages: list[Passage]
+    top_tokens: dict[int, str]
+
+    def values(self, label: str, quantity: str) -> Tensor:
+        """Return a quantity of a model for the tokens of all passages, ``(L, tokens)``.
+
+        ``quantity`` is a key of ``QUANTITIES``, and ``label`` one of ``names``.
+        """
+        return torch.cat([getattr(x.readings[label], quantity) for x in self.passages], dim=1)
+
+    def quartiles(self, label: str, quantity: str) -> Tensor:
+        """Return the quartiles of ``values(label, quantity)`` over tokens, ``(3, L)``."""
+        values = self.values(label, quantity).double()
+        return values.quantile(torch.tensor(QUARTILES, dtype=values.dtype), dim=1)
+
+    def depths(self, label: str) -> int:
+        """Return the number of blocks of the model ``label``."""
+        return self.passages[0].readings[label].depths
+
+    def compared(self, label: str) -> list[Comparison]:
+        """Return the comparisons of ``label`` with the teacher, over the tokens of all passages."""
+        each = [x.comparisons[label] for x in self.passages if label in x.comparisons]
+        return [
+            replace(same[0], divergence=torch.cat([c.divergence for c in same]))
+            for same in zip(*each, strict=True)
+        ]
+
+    @property
+    def scale(self) -> tuple[float, float]:
+        """The ends of the colour scale of entropies, shared by all models and passages."""
+        every = torch.cat([self.values(label, "entropy").flatten() for label in self.names])
+        low, high = every.double().quantile(torch.tensor(SCALE, dtype=torch.double)).tolist()
+        return low, high if high > low else low + 1
+
+    def heat(self, entropy: Tensor) -> Tensor:
+        """Return ``entropy`` as fractions of the colour scale, in [0, 1]."""
+        low, high = self.scale
+        return ((entropy - low) / (high - low)).clamp(0, 1)
+
+    def top(self, passage: Passage, label: str, depth: int, position: int) -> tuple[str, bool]:
+        """Return the most likely next token of ``label`` at ``depth``, after ``position``.
+
+        Return also whether it is the next token of ``passage``.
+        """
+        token = int(passage.readings[label].top_ids[depth - 1, position, 0])
+        return self.top_tokens[token], [token] == passage.ids[position + 1 : position + 2]
