@@ -68,7 +68,7 @@ class Inspection:
         return torch.cat([getattr(x.readings[label], quantity) for x in self.passages], dim=1)
 
     def quartiles(self, label: str, quantity: str) -> Tensor:
-        """Return the quartiles of ``values(label, quantity)`` over tokens, ``(3, L)``."""
+        """Return quartiles of a ``quantity`` of ``label`` over all tokens, ``(3, L)``."""
         values = self.values(label, quantity).double()
         return values.quantile(torch.tensor(QUARTILES, dtype=values.dtype), dim=1)
 
