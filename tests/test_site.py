@@ -27,7 +27,9 @@ RESULTS = {
     "lens_kernels.hf.training.data.Examples",
     "lens_kernels.hf.training.objective.Outcome",
     "lens_kernels.hf.inspection.reading.Comparison",
-    "lens_kernels.hf.inspection.reading.Inspection",
+    "lens_kernels.hf.inspection.inspect.LensInspection",
+    "lens_kernels.hf.inspection.results.Inspection",
+    "lens_kernels.hf.inspection.results.Passage",
     "lens_kernels.hf.inspection.reading.Reading",
 }
 

@@ -28,19 +28,26 @@ MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class LensInspection(Inspection):
-    """An inspection with its pictures and its page, which a notebook shows."""
+    """An inspection with its pictures and its page, which a notebook shows.
+
+    Attributes:
+        divergence: Name of the divergence of the comparisons.
+        names: Name of each model, by label.
+        passages: The texts with their readings.
+        top_tokens: The text of each token id that a reading holds.
+    """
 
     def figures(self) -> dict[str, Any]:
         """Return the pictures by name, as figures of matplotlib."""
         return figures.draw(self)
 
     def page(self, drawn: Mapping[str, Any] | None = None) -> str:
-        """Return the HTML page, with the figures by depth."""
+        """Return the HTML page, with the figures by depth: ``drawn``, or those of ``figures()``."""
         return page(self, {name: _svg(x) for name, x in (drawn or self.figures()).items()})
 
     @pictures.styled
     def write(self, output: Path) -> None:
-        """Write ``inspect.html``, ``data.json`` and the pictures as PNG and SVG to a folder."""
+        """Write ``inspect.html``, ``data.json`` and the pictures to the folder ``output``."""
         output.mkdir(parents=True, exist_ok=True)
         (output / "data.json").write_text(json.dumps(numbers(self)), encoding="utf-8")
         drawn = self.figures()

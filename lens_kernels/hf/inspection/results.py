@@ -24,7 +24,17 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Passage:
-    """A text and its readings by each model. ``total_tokens`` includes tokens that are cut off."""
+    """A text and its readings by each model.
+
+    Attributes:
+        text: The text.
+        ids: Its token ids, up to the maximum number.
+        tokens: Their texts, with spaces and control characters made visible.
+        total_tokens: Number of the text's tokens, including those that are cut off.
+        readings: The reading of each model, by label.
+        comparisons: The comparisons of each model with the teacher, by label and ordered by depth;
+            empty without a teacher.
+    """
 
     text: str
     ids: list[int]
@@ -36,33 +46,38 @@ class Passage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Models read through the lens of every layer. A model is known by its label.
+    """Models read through the lens of every layer, each known by its label.
 
-    ``comparisons`` of a passage has an entry for each model other than the teacher, if there is a
-    teacher.
+    Attributes:
+        divergence: Name of the divergence of the comparisons.
+        names: Name of each model, by label.
+        passages: The texts with their readings.
+        top_tokens: The text of each token id that a reading holds.
     """
 
     divergence: str
     names: dict[str, str]
-    """Name of each model, by label."""
     passages: list[Passage]
     top_tokens: dict[int, str]
 
     def values(self, label: str, quantity: str) -> Tensor:
-        """Return a quantity of ``Reading`` for the tokens of all passages, ``(L, tokens)``."""
+        """Return a quantity of a model for the tokens of all passages, ``(L, tokens)``.
+
+        ``quantity`` is a key of ``QUANTITIES``, and ``label`` one of ``names``.
+        """
         return torch.cat([getattr(x.readings[label], quantity) for x in self.passages], dim=1)
 
     def quartiles(self, label: str, quantity: str) -> Tensor:
-        """Return the quartiles over tokens at each depth, ``(3, L)``; the second is the median."""
+        """Return quartiles of a ``quantity`` of ``label`` over all tokens, ``(3, L)``."""
         values = self.values(label, quantity).double()
         return values.quantile(torch.tensor(QUARTILES, dtype=values.dtype), dim=1)
 
     def depths(self, label: str) -> int:
-        """Return the number of blocks of a model."""
+        """Return the number of blocks of the model ``label``."""
         return self.passages[0].readings[label].depths
 
     def compared(self, label: str) -> list[Comparison]:
-        """Return the comparisons of a model with the teacher, over the tokens of all passages."""
+        """Return the comparisons of ``label`` with the teacher, over the tokens of all passages."""
         each = [x.comparisons[label] for x in self.passages if label in x.comparisons]
         return [
             replace(same[0], divergence=torch.cat([c.divergence for c in same]))
@@ -77,11 +92,14 @@ class Inspection:
         return low, high if high > low else low + 1
 
     def heat(self, entropy: Tensor) -> Tensor:
-        """Return entropies as fractions of the colour scale, in [0, 1]."""
+        """Return ``entropy`` as fractions of the colour scale, in [0, 1]."""
         low, high = self.scale
         return ((entropy - low) / (high - low)).clamp(0, 1)
 
     def top(self, passage: Passage, label: str, depth: int, position: int) -> tuple[str, bool]:
-        """Return the most likely next token, and whether it is the text's next token."""
+        """Return the most likely next token of ``label`` at ``depth``, after ``position``.
+
+        Return also whether it is the next token of ``passage``.
+        """
         token = int(passage.readings[label].top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == passage.ids[position + 1 : position + 2]

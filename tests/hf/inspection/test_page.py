@@ -48,6 +48,9 @@ def test_data_json_holds_every_number(inspected, output):
         assert entry == vars(c) | {"divergence": c.divergence.tolist(), "mean": c.mean}
 
 
+DEPTHS = {"student": 3, "teacher": 5}
+
+
 class Page(HTMLParser):
     """Parses a page into tags and lens tables.
 
@@ -85,6 +88,8 @@ class Page(HTMLParser):
 def test_page_shows_every_depth_and_position(inspected, output):
     text = (output / "inspect.html").read_text(encoding="utf-8")
     assert "Tokens read: 8 of 8." in text
+    models = [f"the {x} <b>LlamaForCausalLM</b> ({n} blocks)" for x, n in DEPTHS.items()]
+    assert f"The next token that {' and '.join(models)} would predict" in text
     page = Page(text)
     assert not page.open and len(page.tables) == 2
     (passage,) = inspected.passages
@@ -256,7 +261,8 @@ def test_colour_scale_exists_if_every_entropy_is_zero(inspected):
     assert "--h:0" in inspect_page.page(sure, {})
 
 
-def test_a_notebook_shows_the_page(inspected):
+def test_a_notebook_shows_the_page(inspected, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda _: {})
     (frame,) = Page(inspected._repr_html_()).tags
     assert frame[0] == "iframe" and len(Page(frame[1]["srcdoc"]).tables) == 2
 
