@@ -30,7 +30,7 @@ lens_coeff: [2.0], lens_norm: [false], final_divergence: [akl, 0.5*forward_kl + 
 beta: [0.3], distill_temperature: [2.0], kd_ratio: [0.5], mse_coeff: [0.01], vocab_size: [56],
 lens_backend: [torch, triton, row_kernel, reference], grad_threshold: [bf16],
 teacher_cache: [c], teacher_cache_dtype: [bfloat16, float16], logging_steps: [3],
-save_total_limit: [3],
+save_total_limit: [3], on_policy: [0.25],
 streaming: [true], shuffle_buffer: [5], packing: [true], truncation: [drop, error],
 }""")
 
