@@ -172,6 +172,11 @@ class LensDistillConfig(TrainingArguments):
         " with a longer prompt. 'drop' drops rows. 'error' stops.",
         choices=list(TRUNCATIONS),
     )
+    on_policy: float = option(
+        0.0,
+        "Share of the training batches whose answers are sampled from the student. The answers in"
+        " the data are then not used.",
+    )
     packing: bool = option(
         False,
         "Pack several training examples into each row of a batch. Examples do not see each other.",
@@ -201,6 +206,12 @@ class LensDistillConfig(TrainingArguments):
         for name, value in self.loss_options().items():
             if name in CHECKS:
                 check_option(name, value, TRAINER_NAMES.get(name))
+        check_number("on_policy", self.on_policy, 0.0, 1.0, inclusive=True)
+        if self.on_policy and (self.teacher_cache or self.packing or not self.kd_ratio):
+            raise ValueError(
+                f"on_policy={self.on_policy} compares student and teacher on new answers: leave"
+                " teacher_cache and packing out, and set a positive kd_ratio"
+            )
         check_choice(self.num_lens_pairs, self.student_layers, self.teacher_layers)
         checkpointing: Any = self.gradient_checkpointing_kwargs or {}
         if checkpointing.get("use_reentrant"):

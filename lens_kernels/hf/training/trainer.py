@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -38,6 +39,7 @@ from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
+from lens_kernels.hf.training.on_policy import answered
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
@@ -99,7 +101,12 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         super().__init__(model=model, args=args, **trainer)
         # With this attribute the Trainer passes num_items_in_batch, the number of tokens of all
         # accumulated batches.
-        self.model_accepts_loss_kwargs = True
+        # It is unknown before the answers of these batches are sampled.
+        self.model_accepts_loss_kwargs = not args.on_policy
+        if args.on_policy and self.is_fsdp_enabled:
+            raise RuntimeError(
+                "on_policy needs the whole student to sample answers: leave FSDP out"
+            )
         # The number of processes whose tokens num_items_in_batch counts.
         self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         self._meter, self._eval_meter = Meter(), Meter()
@@ -215,6 +222,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if self.lens_objective is None:
             return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
+            if self.args.on_policy and model.training and random.random() < self.args.on_policy:
+                pad = getattr(self.data_collator, "pad_token_id", 0)  # masked, so any id works
+                inputs = answered(self.model, inputs, pad, self.args.max_length)
             outcome = self.lens_objective(
                 inputs,
                 denominator=num_items_in_batch,

@@ -1,0 +1,48 @@
+"""Batches whose answers are sampled from the student."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lens_kernels.hf.model.state import evaluating
+from lens_kernels.hf.training.collation import Collator
+from lens_kernels.inputs import IGNORE_INDEX
+
+
+@torch.no_grad()
+def answered(
+    student: Any, batch: Mapping[str, Tensor], pad: int, max_length: int
+) -> dict[str, Tensor]:
+    """Return a batch of the same prompts, with answers that the student samples.
+
+    A prompt is all that comes before the first label of a row, and at least its first token. The
+    answers have labels. They end with the first end token of the student's generation config, or at
+    ``max_length`` tokens. The student's own distribution is sampled, at temperature 1.
+    """
+    first = (batch["labels"] != IGNORE_INDEX).int().argmax(-1).clamp(min=1).tolist()
+    prompts = [ids[:n] for ids, n in zip(batch["input_ids"], first, strict=True)]
+    width = max(first)
+    ones = [torch.ones_like(x) for x in prompts]
+    left = {
+        "input_ids": pad_sequence(prompts, True, pad, padding_side="left"),
+        "attention_mask": pad_sequence(ones, True, 0, padding_side="left"),
+    }
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
+    new = max(1, max_length - width)
+    with evaluating(student):
+        whole = student.generate(**left, **sampling, max_new_tokens=new, pad_token_id=pad)
+    ends = student.generation_config.eos_token_id
+    ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=whole.device)
+    examples = []
+    for prompt, answer in zip(prompts, whole[:, width:], strict=True):
+        found = torch.isin(answer, ends).nonzero()
+        answer = answer[: int(found[0]) + 1] if len(found) else answer
+        labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), answer])
+        examples.append({"input_ids": torch.cat([prompt, answer]), "labels": labels})
+    batch = Collator(pad)(examples)
+    return {name: x.to(whole.device) for name, x in batch.items()}
