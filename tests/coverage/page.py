@@ -37,7 +37,7 @@ def older(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
     """Return the section on older versions: how many types have a lens there, and differences."""
     newest = {(row["group"], row["type"]): row["lens"] for row in rows}
     text = "\n## Older versions of transformers\n\nOnly the lens was checked.\n"
-    names = [x for x in (others or [{}])[0] if x not in ("group", "type")]
+    names = [x for x in others[0] if x not in ("group", "type")]
     for name in sorted(names, key=lambda x: [int(i) for i in x.split(".")]):
         listed = [row for row in others if row[name]]
         counts = []
@@ -71,4 +71,4 @@ def page(
             cells = [row[x] for x in COLUMNS]
             why = row["why"].replace("|", "\\|").replace("<", "&lt;")
             text += f"| `{row['type']}` | {' | '.join(cells)} | {why} |\n"
-    return text + older(rows, others or [])
+    return text + (older(rows, others) if others else "")
