@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from tests.coverage.checks import send
-from tests.coverage.page import PAGE, page
+from tests.coverage.checks import CHECKS, send
+from tests.coverage.page import PAGE, made_with, page
 
 FIELDS = ("group", "type", "lens", "step", "copy", "padding", "checkpointing", "why")
 # The fork server loads these modules once, so that the process of each type starts fast.
@@ -23,6 +23,7 @@ PRELOADED = [
     "transformers.models.mamba2.modeling_mamba2",
 ]
 TABLE = Path(__file__).parent / "table.csv"
+VERSIONS = Path(__file__).parent / "versions.csv"  # which types have a lens in older versions
 
 
 def types() -> list[tuple[str, str]]:
@@ -34,10 +35,12 @@ def types() -> list[tuple[str, str]]:
     return [("causal", x) for x in sorted(causal)] + [("image-text", x) for x in sorted(images)]
 
 
-def run(kind: str, group: str, seconds: float, context: Any) -> dict[str, str]:
+def run(
+    kind: str, group: str, seconds: float, context: Any, checks: tuple[str, ...] = CHECKS
+) -> dict[str, str]:
     """Check a type and return its table row, even if the process dies or runs out of time."""
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=send, args=(kind, group, sender))
+    process = context.Process(target=send, args=(kind, group, checks, sender))
     process.start()
     sender.close()
     row = {**dict.fromkeys(FIELDS, ""), "group": group, "type": kind, "lens": "not run"}
@@ -49,6 +52,11 @@ def run(kind: str, group: str, seconds: float, context: Any) -> dict[str, str]:
         process.kill()
     process.join()
     return row
+
+
+def versions() -> list[str]:
+    """Return the versions of transformers in versions.csv."""
+    return [name for name in (read(VERSIONS) or [{}])[0] if name not in ("group", "type")]
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -66,27 +74,42 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="types to run again")
     parser.add_argument("--group", choices=("causal", "image-text"), help="run only this group")
     parser.add_argument("--seconds", type=float, default=300.0, help="time limit of a type")
+    parser.add_argument(
+        "--lens_only",
+        action="store_true",
+        help="check only lenses, and write them to versions.csv for this version of transformers",
+    )
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    rows = {(row["group"], row["type"]): row for row in read(args.table)}
+    version = metadata.version("transformers")
+    path, fields, checks = args.table, FIELDS, CHECKS
+    if args.lens_only:
+        path, checks = VERSIONS, ("lens",)
+        fields = tuple(dict.fromkeys(("group", "type", *versions(), version)))
+    rows = {(row["group"], row["type"]): row for row in read(path)}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    for group, kind in types():
-        if args.group not in (None, group):
+    for key in types():
+        group, kind = key
+        known = bool(rows.get(key, {}).get(version if args.lens_only else "lens"))
+        if args.group not in (None, group) or not (kind in args.only if args.only else not known):
             continue
-        if kind in args.only if args.only else (group, kind) not in rows:
-            rows[group, kind] = row = run(kind, group, args.seconds, context)
-            sys.stdout.write(" ".join(row[name] for name in FIELDS) + "\n")
-            sys.stdout.flush()
-            write(args.table, [rows[key] for key in types() if key in rows])
-    if args.table == TABLE:
-        PAGE.write_text(page(read(TABLE), metadata.version("transformers")), encoding="utf-8")
+        row = run(kind, group, args.seconds, context, checks)
+        sys.stdout.write(" ".join(row[name] for name in FIELDS) + "\n")
+        sys.stdout.flush()
+        if args.lens_only:
+            row = {**rows.get(key, {"group": group, "type": kind}), version: row["lens"]}
+        rows[key] = row
+        write(path, fields, [rows[key] for key in sorted(rows)])
+    if TABLE in (path, args.table):
+        newest = version if path == TABLE else made_with()
+        PAGE.write_text(page(read(TABLE), newest, read(VERSIONS)), encoding="utf-8")
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> None:
+def write(path: Path, fields: tuple[str, ...], rows: list[dict[str, str]]) -> None:
     """Write the rows of a table to a CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
         writer.writeheader()
         writer.writerows(rows)
 

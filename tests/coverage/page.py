@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
@@ -25,8 +26,38 @@ nothing is known. Image-text models were checked on text only.
 """
 
 
-def page(rows: list[dict[str, str]], version: str) -> str:
-    """Return the text of the page for these rows of the table."""
+def made_with() -> str:
+    """Return the version of transformers that the page names."""
+    found = re.search(r"types of transformers ([\d.]+)", PAGE.read_text(encoding="utf-8"))
+    assert found is not None
+    return found.group(1).rstrip(".")
+
+
+def older(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
+    """Return the section on older versions: how many types have a lens there, and differences."""
+    newest = {(row["group"], row["type"]): row["lens"] for row in rows}
+    text = "\n## Older versions of transformers\n\nOnly the lens was checked.\n"
+    names = [x for x in others[0] if x not in ("group", "type")]
+    for name in sorted(names, key=lambda x: [int(i) for i in x.split(".")]):
+        listed = [row for row in others if row[name]]
+        counts = []
+        for group, title in GROUPS.items():
+            own = [row[name] for row in listed if row["group"] == group]
+            counts.append(f"{own.count('yes')} of {len(own)} {title.lower()}")
+        differing = [
+            f"`{row['type']}` ({row[name]})"
+            for row in listed
+            if row[name] != newest.get((row["group"], row["type"]), row[name])
+        ]
+        text += f"\n- **{name}**: {' and '.join(counts)} have a lens."
+        text += f" Results that differ from those above: {', '.join(differing) or 'none'}."
+    return text + "\n"
+
+
+def page(
+    rows: list[dict[str, str]], version: str, others: list[dict[str, str]] | None = None
+) -> str:
+    """Return the text of the page for these rows of the table, and those of older versions."""
     text = HEAD.format(version=version)
     for group, title in GROUPS.items():
         own = [row for row in rows if row["group"] == group]
@@ -40,4 +71,4 @@ def page(rows: list[dict[str, str]], version: str) -> str:
             cells = [row[x] for x in COLUMNS]
             why = row["why"].replace("|", "\\|").replace("<", "&lt;")
             text += f"| `{row['type']}` | {' | '.join(cells)} | {why} |\n"
-    return text
+    return text + (older(rows, others) if others else "")

@@ -62,18 +62,35 @@ def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return {**values, **changes, **inner}
 
 
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+
+
 def _sections(*sizes: int) -> dict[str, Any]:
     """Return a text config with these sections of rotary dimensions."""
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": list(sizes)}
-    return {"text_config": {"rope_parameters": rope}}
+    return {"text_config": {"rope_parameters": {**ROPE, "mrope_section": list(sizes)}}}
 
+
+MIXED = ["sliding_attention", "full_attention"] * 2
+COMPASS = {"layer_types": MIXED, "rope_parameters": dict.fromkeys(MIXED, ROPE)}
+SHARED = {  # blocks that share the weights of their attention
+    "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    "attention_hidden_size": 2 * WIDTH,
+    "attention_head_dim": 16,
+}
 
 # Further config changes for types that do not work with the sizes above alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
-    "cohere_compass": {"text_config": {"layer_types": ["sliding_attention", "full_attention"] * 2}},
+    "cohere_compass_text": COMPASS,
+    "cohere_compass": {"text_config": COMPASS},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
+    "zamba": SHARED,
+    "zamba2": {**SHARED, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4}},
+    "ernie4_5_vl_moe": _sections(1, 1, 2),
+    "granite4_vision": {"deepstack_layer_map": [], "qformer_config": {"num_attention_heads": 4}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "hunyuan_vl": _merged(_sections(2, 1, 1), {"text_config": {"head_dim": 8}}),
     "chameleon": {"vocabulary_map": {"<image>": 3}},
     "dots3_note": {"adapter_input_size": WIDTH, "audio_config": {"adapter_input_size": WIDTH}},
@@ -83,15 +100,13 @@ CHANGES: dict[str, dict[str, Any]] = {
             "num_experts_per_tok": 2,
         }
     },
-    "granite4_vision": {"deepstack_layer_map": []},
     "glm5_next": {"text_config": {"index_topk": 16, "index_kpool": 2}},
     **dict.fromkeys(("glm4v", "glm46v", "glm_ocr", "glmga"), _sections(2, 1, 1)),
     "glm4v_moe": _sections(1, 1, 0),
     **dict.fromkeys(("cosmos3_edge", "qwen2_vl", "qwen2_5_vl", "paddleocr_vl"), _sections(2, 1, 1)),
     "qwen2_5_omni_thinker": _sections(2, 1, 1),
-    **dict.fromkeys(
-        ("ministral", "nemotron", "hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 8}
-    ),
+    **dict.fromkeys(("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe"), {"head_dim": 8}),
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "dots1": {
         "n_routed_experts": 4,
@@ -101,7 +116,12 @@ CHANGES: dict[str, dict[str, Any]] = {
         "topk_group": 1,
     },
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
-    "dory": {"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    "dory": {
+        "layer_types": MIXED,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
     "bailing_hybrid": {"num_expert_group": 1},
     "codegen": {"rotary_dim": 8},
 }
@@ -140,6 +160,10 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
             small[name] = _entry(name, value, layers)
     if "kv_lora_rank" in small:  # latent attention has no grouped key-value heads
         small["num_key_value_heads"] = small.get("num_attention_heads", 4)
+    if {"qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= small.keys():
+        small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]
+        if values.get("head_dim") == values["qk_head_dim"]:
+            small["head_dim"] = small["qk_head_dim"]
     return small
 
 

@@ -17,7 +17,7 @@ from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
 # The lens of each known model, with the numbers and modules on which the lens depends.
-_FOUND: WeakKeyDictionary[nn.Module, tuple[object, list[object], ModelLens]] = WeakKeyDictionary()
+_FOUND: WeakKeyDictionary[nn.Module, tuple[list[object], ModelLens]] = WeakKeyDictionary()
 
 
 def detect_lens(model: Any) -> ModelLens:
@@ -70,38 +70,31 @@ def _find(model: Any, inner: Any) -> ModelLens:
         return found
 
     found = measured(inner, search)
-    _FOUND[inner] = _numbers(inner, found), _modules(inner, found), found
+    _FOUND[inner] = _depends_on(inner, found), found
     return found
 
 
 def _remembered(inner: Any) -> ModelLens | None:
     if inner not in _FOUND:
         return None
-    numbers, modules, found = _FOUND[inner]
+    parts, found = _FOUND[inner]
     try:
-        now = _modules(inner, found)
+        return found if parts == _depends_on(inner, found) else None
     except ValueError:  # a part that the lens needs has been removed
         return None
-    same = len(now) == len(modules) and all(a is b for a, b in zip(now, modules, strict=True))
-    return found if same and numbers == _numbers(inner, found) else None
 
 
-def _numbers(inner: Any, lens: ModelLens) -> object:
-    """Return what a lens depends on: the registered family, and numbers of norm and config."""
+def _depends_on(inner: Any, lens: ModelLens) -> list[object]:
+    """Return the modules and numbers on which a lens depends. Modules are equal if identical."""
     norm = lens.norm_in(inner)
-    own = [] if norm is None else [x for x in vars(norm).values() if type(x) is float]
-    numbers = {
-        k: v for k, v in settings_of(inner).items() if type(v) in (int, float) and "token" not in k
-    }
-    return REGISTERED.get(inner.config.model_type), own, numbers
-
-
-def _modules(inner: Any, lens: ModelLens) -> list[object]:
-    norm = lens.norm_in(inner)
+    settings = settings_of(inner).items()
     return [
+        REGISTERED.get(inner.config.model_type),
         inner.get_output_embeddings(),
         norm,
         *submodule(inner, lens.blocks, "blocks").children(),
+        *(x for x in (() if norm is None else vars(norm).values()) if type(x) is float),
+        *(x for x in settings if type(x[1]) in (int, float) and "token" not in x[0]),
     ]
 
 

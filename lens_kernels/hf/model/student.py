@@ -12,7 +12,7 @@ import torch
 from lens_kernels.hf.model.anatomy import blocks_of, detect_lens
 from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.hf.model.state import evaluating
-from lens_kernels.hf.model.tracing import hidden_in, logits_of, sample_tokens
+from lens_kernels.hf.model.tracing import hidden_in, hooked, logits_of, sample_tokens
 
 # The names that configs use for the number of blocks. Some are for the decoder of an
 # encoder-decoder.
@@ -96,17 +96,12 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     embedding = teacher.get_input_embeddings().weight
     tokens = sample_tokens(teacher, len(embedding), embedding.device)
     dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
-    hooks: list[Any] = []
     # A model whose weights have several dtypes runs only under autocast.
     mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
     cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
-    try:
-        hooks.extend(block.register_forward_hook(skip, with_kwargs=True) for block in dropped)
-        with evaluating(teacher), evaluating(student), cast:
-            own, expected = (logits_of(model, tokens).float() for model in (student, teacher))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    skipped = (block.register_forward_hook(skip, with_kwargs=True) for block in dropped)
+    with hooked(skipped), evaluating(teacher), evaluating(student), cast:
+        own, expected = (logits_of(model, tokens).float() for model in (student, teacher))
     error, largest = (own - expected).abs().max(), expected.abs().max()
     # If the teacher was cast to 16 bits, its rotary frequencies are rounded, but those of the copy
     # are exact. The tolerance is larger then.

@@ -38,9 +38,8 @@ def check_lens(model: Any, inner: Any, lens: ModelLens, run: Trace) -> None:
         ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
     """
     head = lens.head_in(inner)
-    _accept(
-        inner, "logits", difference(_read(inner, lens, head, run), run.logits), _exact(head, run)
-    )
+    error = difference(_read(inner, lens, head, run), run.logits)
+    _accept(inner, "logits", error, _exact(head, run))
     norm = lens.norm_in(inner)
     if norm is not None and head.norm is not None:
         error = norm_difference(in_float32(norm), head.norm, head.weight.shape[1])

@@ -80,6 +80,11 @@ def test_numbers_come_from_the_config_where_they_match(dtype):
     assert gemma.norm_fit == NormFit("rms", tiny.EPS, 1.0)
 
 
+def test_a_small_cap_does_not_change_the_measured_scale():
+    lens = detect_lens(tiny.model("gemma2", final_logit_softcapping=2.0))
+    assert (lens.map.scale, lens.map.softcap) == (1.0, 2.0)
+
+
 def test_what_no_config_says_is_measured():
     model = tiny.model("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: 5 * torch.tanh(0.123 * out / 5))
