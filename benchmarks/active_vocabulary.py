@@ -78,14 +78,13 @@ class Trained:
 
     def beginning(self) -> str:
         """Return the settings on which the student before training depends, as a text."""
-        run, config = self.run, self.config
+        config = self.config
         layers = config.student_layers, config.teacher_layers, config.num_lens_pairs
-        return str((self.blocks, layers, run.prompt_style, run.max_length, run.max_prompt_length))
+        return str((self.blocks, layers, config.encoder_options()))
 
     def examples(self, data: Path, tokenizer: Any, tokens: int) -> Sequence[Example]:
         """Return the first examples with ``tokens`` labels in total, encoded as in training."""
-        names = "prompt_style", "max_length", "max_prompt_length"
-        found = load_examples(data, tokenizer, **{name: getattr(self.run, name) for name in names})
+        found = load_examples(data, tokenizer, **self.config.encoder_options())
         counted = 0
         for number, example in enumerate(found.examples, 1):
             counted += sum(label != IGNORE_INDEX for label in example["labels"][1:])

@@ -24,7 +24,8 @@ if not __package__:
 
 from benchmarks.support import environment, prediction, tables
 from benchmarks.support.shapes import MODELS, Model
-from lens_kernels import plan
+from lens_kernels import Plan, plan
+from lens_kernels.cost import Step
 
 # With these hidden sizes, every default tile of the sweeps and every block size of the norm occurs.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
@@ -80,7 +81,8 @@ def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
     sizes = (tokens, model.vocab, model.student, model.teacher)
     jsd, kl = (plan(*sizes, divergence=name) for name in ("jsd", "forward_kl"))
     floor = jsd["dense"]
-    rows = [(step.name, step) for step in [*jsd["triton"].steps[:2], *kl["triton"].steps]]
+    sweeps = [*jsd["triton"].steps[:2], *kl["triton"].steps]
+    rows: list[tuple[str, Step | Plan]] = [(step.name, step) for step in sweeps]
     rows += [("all, jsd tvd hellinger", jsd["triton"]), ("all, KL family", kl["triton"])]
     rows += [("torch backend", jsd["torch"]), ("dense floor", floor)]
     return [

@@ -112,14 +112,15 @@ def points(
             reason = too_large(contender, job, fake, rate, gemm_seconds)
             if reason is None:
                 inputs = inputs or jobs[-1].make()
-                used, seen = contender.observe(inputs.pairs(job.pairs), memory.measure)
+                real, seen = contender.observe(inputs.pairs(job.pairs), memory.measure)
+                used = real
                 inputs.clear()
                 expected = expected or seen
                 if problem := contender.difference(job, seen, expected):
                     raise RuntimeError(f"{contender.label()} differs from the others: {problem}")
-                if fake is not None and abs(fake.peak / used.peak - 1) > AGREEMENT:
+                if fake is not None and abs(fake.peak / real.peak - 1) > AGREEMENT:
                     raise RuntimeError(
-                        f"{contender.label()} at {job}: {used.peak} bytes measured,"
+                        f"{contender.label()} at {job}: {real.peak} bytes measured,"
                         f" {fake.peak} counted over fake tensors"
                     )
             method = "measured" if reason is None else "fake" if fake else "not run"
@@ -142,7 +143,7 @@ def too_large(
         return None
     if fake is None:  # the uncompiled code needs at least as much memory
         bound = CONTENDERS.get(f"{contender.key}_uncompiled")
-        fake = bound and bound.fake_memory(job)
+        fake = None if bound is None else bound.fake_memory(job)
     inputs = job.vocab * (job.student_width + job.teacher_width) * 4
     total = inputs + (fake.peak if fake else 0)
     if total > SHARE_OF_MEMORY * memory.available():

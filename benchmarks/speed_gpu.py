@@ -176,10 +176,10 @@ class Measured:
                 expected["predicted_ms"] = f"{prediction.total_ms(plans[key]):.3f}"
             self.add(key, job, times.columns(3, timings.get(FLOOR)), used[key], expected)
         if parts and "torch" in calls:
-            expected = prediction.part_ms(plans["torch"])
+            parts_ms = prediction.part_ms(plans["torch"])
             for part in (self.kernels, self.gemms):
                 try:
-                    part(job, inputs, calls["torch"], expected)
+                    part(job, inputs, calls["torch"], parts_ms)
                 except Exception as error:  # a failure here does not lose the times above
                     self.add(part.__name__, job, note=first_line(error))
 

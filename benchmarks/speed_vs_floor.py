@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command-line arguments."""
     sizes = {"tokens": 1024, "vocab": 50257, "pairs": 1, "student_width": 768}
-    parser = environment.parser(__doc__, **sizes, teacher_width=1600, rounds=3)
+    parser = environment.parser(__doc__, True, **sizes, teacher_width=1600, rounds=3)
     parser.add_argument("--bf16", action="store_true", help="also with bfloat16 inputs")
     parser.add_argument("--uncompiled", action="store_true", help="also without the compiler")
     return parser.parse_args(argv)

@@ -59,9 +59,9 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
     batch = {"input_ids": ids, "labels": ids}
     tokens = torch.tensor(args.batch * (args.length - 1))
 
-    def trainer(**more: str) -> LensDistillTrainer:
-        sizes = {"num_lens_pairs": args.pairs, "per_device_train_batch_size": args.batch}
-        config = LensDistillConfig(folder, report_to="none", use_cpu=True, **sizes, **more)
+    def trainer(**more: Any) -> LensDistillTrainer:
+        more |= {"num_lens_pairs": args.pairs, "per_device_train_batch_size": args.batch}
+        config = LensDistillConfig(folder, report_to="none", use_cpu=True, **more)
         dataset = [{"input_ids": row, "labels": row} for row in ids]
         built = LensDistillTrainer(student, teacher, config, train_dataset=dataset)
         built.create_optimizer()
@@ -93,20 +93,25 @@ def jobs(args: argparse.Namespace, folder: str) -> dict[str, Callable[[], Any]]:
         for x in mine:
             x.requires_grad_().grad = None
         hidden, heads = (mine[:-1], theirs[:-1]), objective.heads()
-        final = {"student_final": mine[-1], "teacher_final": theirs[-1]}
-        labels = ids[:, 1:].flatten()
-        distillation_loss(
-            *hidden, *heads, **final, labels=labels, denominator=tokens
-        ).loss.backward()
+        out = distillation_loss(
+            *hidden,
+            *heads,
+            student_final=mine[-1],
+            teacher_final=theirs[-1],
+            labels=ids[:, 1:].flatten(),
+            denominator=tokens,
+        )
+        out.loss.backward()
 
     def dense_step() -> torch.Tensor:
         heads = objective.heads()
         sides = [counted(side) for side in both()]
-        normed = [
+        own, other = (
             [head.norm.forward(x)[0] for x in side[:-1]]
             for head, side in zip(heads, sides, strict=True)
-        ]
-        lens = providers.dense(Inputs(*normed, *(head.weight for head in heads)))
+            if head.norm is not None
+        )
+        lens = providers.dense(Inputs(own, other, heads[0].weight, heads[1].weight))
         log_q = (sides[0][-1] @ heads[0].weight.T).log_softmax(-1)
         with torch.no_grad():
             log_p = (sides[1][-1] @ heads[1].weight.T).log_softmax(-1)

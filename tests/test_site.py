@@ -15,7 +15,7 @@ import pytest
 
 import lens_kernels
 from tests.support import ROOT
-from tests.support.documents import PAGES
+from tests.support.documents import NOTEBOOKS, PAGES
 
 NAV = re.findall(r"^ +- [^:#]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 ENTRIES = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
@@ -116,6 +116,7 @@ def test_the_site_builds_and_needs_no_network(tmp_path):
         for link in re.findall(r"(?:src|href)=\"?([^\"# >]+)", text):
             if name != "404.html" and not link.startswith(("https:", "http:", "data:", "mailto:")):
                 assert (tmp_path / name).parent.joinpath(link).exists(), (name, link)
+    assert {f"docs/notebooks/{path.stem}.html" for path in NOTEBOOKS} < {*pages}
     for path in ENTRIES:  # an entry is empty if no paragraph follows its heading
         _, heading, after = pages["docs/api.html"].partition(f'id="{path}"')
         assert heading and "<p>" in after.partition('<div class="doc doc-object')[0], path

@@ -26,7 +26,8 @@ class Runner:
         """Choose contenders. Print which are left out, and which rounds were measured before."""
         self.point, self.results, self.rounds = point, results, rounds
         self.contenders = dict(contenders)
-        self.first, self.expected = "", (0.0,)
+        self.first = ""
+        self.expected: tuple[float, ...] = ()
         for key, contender in contenders.items():
             if results.times(point, key):
                 continue

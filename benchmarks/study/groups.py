@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from benchmarks.study.settings import RATE, UNIFORM, Pairs, Run, TeacherSettings
 
@@ -199,7 +200,7 @@ def quick() -> Group:
     The student is cut from the teacher and trained for a few steps, with a large lens weight. With
     these settings the lens helps most, so that a small run can show it.
     """
-    student = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
+    student: dict[str, Any] = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
     plain = student | {"teacher": TeacherSettings(text="topics", steps=400)}
     arms = (
         Arm("forward KL", replace(KD, **plain)),

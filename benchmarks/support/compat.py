@@ -56,7 +56,7 @@ def allocations(profiler: torch.profiler.profile) -> list[int]:
     memory can be measured on a CPU.
     """
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    records = [event for event in events if event.name() == "[memory]"]
+    records: list[Any] = [event for event in events if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(records, key=lambda event: event.start_ns())]
 
 

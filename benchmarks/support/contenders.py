@@ -140,7 +140,10 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
     for i, (grad, x) in enumerate(zip(found, inputs.leaves(), strict=True)):
         if grad is None:
             problems.append(f"no gradient {i}")
-        elif not (error := ((grad - x.grad).abs().max() / x.grad.abs().max()).item()) <= 1e-4:
+            continue
+        assert x.grad is not None
+        error = ((grad - x.grad).abs().max() / x.grad.abs().max()).item()
+        if not error <= 1e-4:
             problems.append(f"gradient {i} is off by {error:.1e} of its largest entry")
     return [f"{problem} ({masked:.0%} masked)" for problem in problems] if masked else problems
 

@@ -150,7 +150,7 @@ def loss_call(
     widths: tuple[int, int],
     divergence: Divergence,
     features: frozenset[str],
-    **options: float,
+    **options: Any,
 ) -> LossCall:
     """Return a call with these features. ``sizes`` are the tokens and the vocabulary size."""
     tokens, vocab = sizes
@@ -170,7 +170,7 @@ def loss_call(
         needs_grad=[True] * (1 + len(student.tensors())),
         vocab_size=vocab,
         workspace_bytes=1 << 20,
-        **{"beta": 0.5} | options,
+        **({"beta": 0.5} | options),
     )
 
 
@@ -187,7 +187,9 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
         launches.append(Launch(fn.name, fn.module, types, constants, divisible, options))
         return True  # True makes Triton skip the compilation and the launch
 
-    patches = {(sizes, "arch_of"): lambda device: sizes.ARCHS[arch]}
+    patches: dict[tuple[Any, str], Any] = {
+        (sizes, "arch_of"): lambda device: sizes.ARCHS[arch],
+    }
     patches[store, "lookup"] = lambda *args: None
     if tf32:
         patches[Operand, "precision"] = property(lambda operand: "tf32")

@@ -166,7 +166,9 @@ def speed_vs_peers(rows: Rows) -> Any:
     """Draw times along each sweep, their ratios to the floor, and temporary memory."""
     rows = [row for row in rows if row["median_ms"] or row["temporaries_mib"]]
     in_sweep = {name: [r for r in rows if name in r["sweeps"].split()] for name in SPEED_AXES}
-    panels = [(functools.partial(_lines, sweep=name), own) for name, own in in_sweep.items()]
+    panels: list[tuple[Callable[[Any, Rows], None], Rows]] = [
+        (functools.partial(_lines, sweep=name), own) for name, own in in_sweep.items()
+    ]
     panels.append((_model_bars, [row for row in rows if row["sweeps"] == "models"]))
     panels.append((_temporaries, [row for row in rows if row["temporaries_mib"]]))
     panels = [(draw, own) for draw, own in panels if own]

@@ -44,7 +44,7 @@ def tiled_products(inputs: Inputs) -> None:
         matmul.add_head_gradient(grad, x, d_head, begun=True)
 
 
-def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], None]]]:
+def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
     """Yield each GEMM of the ``torch`` backend, with as many rows as a tile.
 
     An item holds a name, the numbers of rows and operations, and a function that runs the GEMM.

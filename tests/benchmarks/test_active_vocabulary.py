@@ -233,7 +233,7 @@ def test_too_few_tokens_are_refused_before_any_model_is_loaded(files, tmp_path, 
 
 
 def test_unusable_trained_folders_are_refused(files, tmp_path):
-    (tmp_path / "run.yaml").write_text("student: a\nteacher: a\ntrain: b\noutput_dir: c\n")
+    (tmp_path / "run.yaml").write_text("student: a\nteacher: a\ndata: b\noutput_dir: c\n")
     for folders, message in (
         (["teacher"], "holds no run.yaml: give a folder that lens-kernels"),
         ([tmp_path], "has no student_blocks, .* give a run with --student_bl"),

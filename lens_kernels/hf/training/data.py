@@ -284,6 +284,10 @@ class Examples(Dataset[dict[str, Any]]):
         examples: A mapping for each row, with lists ``input_ids`` and ``labels``.
         dropped: Number of rows that were left out.
         cut: Number of rows that lost tokens with a label.
+
+    Args:
+        examples: The encoded rows.
+        encoder: The ``Encoder`` that made them, with its counts.
     """
 
     def __init__(self, examples: Sequence[Example], encoder: Encoder) -> None:
