@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from lens_kernels import compat
@@ -41,6 +42,7 @@ from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outco
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
+from lens_kernels.hf.training.whole_heads import partition
 from lens_kernels.inputs import IGNORE_INDEX
 
 _log = logging.getLogger(__name__)
@@ -62,8 +64,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         ValueError: ``kd_ratio`` is positive without a teacher, or layers, models or vocabularies do
             not match, or the teacher cache is stale or damaged.
         TypeError: Trainable weights are in float16.
-        RuntimeError: The parallelism is unsupported: DataParallel, ZeRO-3, or MSE with sharded
-            checkpoints.
+        RuntimeError: The parallelism is unsupported: DataParallel, context or tensor parallelism,
+            or MSE with ZeRO-3 or sharded checkpoints.
     """
 
     args: LensDistillConfig
@@ -127,6 +129,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             self.lens_objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
+            if is_deepspeed_zero3_enabled():
+                self._teacher_engine = partition(teacher)
             if args.teacher_cache:
                 datasets = {"train": examples["train_dataset"], "eval": examples["eval_dataset"]}
                 self._caches = fill_caches(self, self.lens_objective, datasets)
@@ -200,8 +204,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        # The first token is never predicted, but some versions of transformers count it.
-        batches = map(_without_first_label, epoch_iterator)
+        # Rows that repeat would be trained on twice, and tokens counted twice. The first token is
+        # never predicted, but some versions of transformers count it.
+        batches = (_without_first_label(self._without_repeats(x)) for x in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
     def compute_loss(
@@ -276,10 +281,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
         # of rows that are not repeats in the last batches of all processes, in rank order.
-        check_batch(inputs)
-        state, labels = self.accelerator.gradient_state, inputs["labels"]
+        state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return inputs
+        check_batch(inputs)
+        labels = inputs["labels"]
         own = max(0, state.remainder - self.accelerator.process_index * len(labels))
         labels = labels.clone()
         labels[own:] = IGNORE_INDEX
