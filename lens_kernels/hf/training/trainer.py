@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -206,7 +206,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             return [], None
         # Rows that repeat would be trained on twice, and tokens counted twice. The first token is
         # never predicted, but some versions of transformers count it.
-        batches = (_without_first_label(self._without_repeats(x)) for x in epoch_iterator)
+        batches = (_without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
     def compute_loss(
@@ -278,21 +278,30 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 " pass the data as eval_dataset when you create the trainer"
             )
 
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _without_repeats(self, inputs: dict[str, Any], training: bool = False) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
         # of rows that are not repeats in the last batches of all processes, in rank order.
-        state = self.accelerator.gradient_state
-        if not state.end_of_dataloader or state.remainder <= 0:
-            return inputs
         check_batch(inputs)
+        state, remainder = self.accelerator.gradient_state, 0
+        if state.end_of_dataloader:
+            remainder = self._rows_of_last_step() if training else state.remainder
+        if remainder <= 0:
+            return inputs
         labels = inputs["labels"]
-        own = max(0, state.remainder - self.accelerator.process_index * len(labels))
+        own = max(0, remainder - self.accelerator.process_index * len(labels))
         labels = labels.clone()
         labels[own:] = IGNORE_INDEX
         inputs = {**inputs, "labels": labels}
         if "example_id" in inputs:
             inputs["example_id"] = inputs["example_id"][:own]
         return inputs
+
+    def _rows_of_last_step(self) -> int:
+        # In a resumed epoch, accelerate does not know the number of rows.
+        if self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
+            return 0
+        rows = self.args.train_batch_size * self.accelerator.num_processes
+        return len(cast(Sized, self.train_dataset)) % rows
 
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None

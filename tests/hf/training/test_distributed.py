@@ -95,6 +95,7 @@ def test_two_ranks_train_like_one_process(tmp_path):
         "plain": {"per_device_eval_batch_size": 1},
         "accumulated": {"accumulate": 2, "per_device_eval_batch_size": 2},
         "uneven": UNEVEN,
+        "uneven_resumed": UNEVEN | {"resumed": True},
         "uneven_accumulated": UNEVEN | {"rows": 12, "accumulate": 2},
         "empty": EMPTY,
         "local": LOCAL,
