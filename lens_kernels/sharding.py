@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lens_kernels import compat
 from lens_kernels.lens import LensHead
+from lens_kernels.options import check_int
 
 # After a failed reduction, a rank waits so many seconds for the other ranks to fail too.
 WAIT = 5.0
@@ -162,6 +163,22 @@ def gather(
                 f" {values}"
             )
     return dict(zip(rows, table, strict=False))
+
+
+def shared_vocabulary(vocab_size: Any, sizes: Mapping[str, int]) -> int:
+    """Return the size of the prefix over which softmaxes are taken. ``sizes`` are the heads'."""
+    smaller = min(sizes.values())
+    shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
+    if vocab_size is None:
+        if smaller != max(sizes.values()):
+            raise ValueError(
+                f"the vocabularies differ: {shown}. If the first {smaller} tokens are the same in"
+                f" both, pass vocab_size={smaller}; both softmaxes are then taken over that prefix"
+            )
+        return smaller
+    if not 1 <= check_int("vocab_size", vocab_size) <= smaller:
+        raise ValueError(f"vocab_size={vocab_size} must lie in [1, {smaller}]: {shown}")
+    return vocab_size
 
 
 def shard_of(group: Any, rows: Mapping[str, list[int]], vocab_size: int) -> VocabularyShard:

@@ -21,7 +21,7 @@ from lens_kernels.hf.inspection.reading import (
 from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
 from lens_kernels.hf.training.data import check_count
-from lens_kernels.inputs import shared_vocabulary
+from lens_kernels.sharding import shared_vocabulary
 from lens_kernels.visible import visible
 
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}

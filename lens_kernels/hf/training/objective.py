@@ -25,9 +25,10 @@ from lens_kernels.hf.training.whole_heads import (
     whole_head,
     whole_model,
 )
-from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
+from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions, workspace_or_default
+from lens_kernels.sharding import shared_vocabulary
 
 PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE matrices
 

@@ -34,7 +34,13 @@ from lens_kernels.hf.training.checks import (
     check_teacher,
     check_weights,
 )
-from lens_kernels.hf.training.collation import Collator, check_batch, padding_id, tokens_in
+from lens_kernels.hf.training.collation import (
+    Collator,
+    check_batch,
+    first_rows,
+    padding_id,
+    tokens_in,
+)
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
 from lens_kernels.hf.training.meter import Meter, Speed
@@ -287,14 +293,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             remainder = self._rows_of_last_step() if training else state.remainder
         if remainder <= 0:
             return inputs
-        labels = inputs["labels"]
-        own = max(0, remainder - self.accelerator.process_index * len(labels))
-        labels = labels.clone()
-        labels[own:] = IGNORE_INDEX
-        inputs = {**inputs, "labels": labels}
-        if "example_id" in inputs:
-            inputs["example_id"] = inputs["example_id"][:own]
-        return inputs
+        before = self.accelerator.process_index * len(inputs["labels"])
+        return first_rows(inputs, max(0, remainder - before))
 
     def _rows_of_last_step(self) -> int:
         # In a resumed epoch, accelerate does not know the number of rows.
