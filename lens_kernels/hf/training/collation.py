@@ -174,3 +174,12 @@ def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     if "example_id" in batch:  # the teacher's cache has no tokens for the others
         kept["example_id"] = batch["example_id"][:rows]
     return kept
+
+
+def without_first_label(batch: Any) -> Any:
+    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
+    if "labels" not in batch:
+        return batch
+    labels = batch["labels"].clone()
+    labels[..., :1] = IGNORE_INDEX
+    return {**batch, "labels": labels}

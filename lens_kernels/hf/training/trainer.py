@@ -40,6 +40,7 @@ from lens_kernels.hf.training.collation import (
     first_rows,
     padding_id,
     tokens_in,
+    without_first_label,
 )
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
@@ -212,7 +213,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             return [], None
         # Rows that repeat would be trained on twice, and tokens counted twice. The first token is
         # never predicted, but some versions of transformers count it.
-        batches = (_without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
+        batches = (without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
     def compute_loss(
@@ -392,12 +393,3 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             # This call splits full tensors over parameters that may be sharded.
             whole = StateDictOptions(full_state_dict=True)
             set_model_state_dict(self.lens_objective.projections, dict(learnt), options=whole)
-
-
-def _without_first_label(batch: Any) -> Any:
-    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
-    if "labels" not in batch:
-        return batch
-    labels = batch["labels"].clone()
-    labels[..., :1] = IGNORE_INDEX
-    return {**batch, "labels": labels}
