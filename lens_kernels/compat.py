@@ -65,6 +65,16 @@ def process_group(name: str) -> Any:
     return resolve(name)
 
 
+def default_store() -> Any:
+    """Return the key-value store that all processes share.
+
+    Present in torch 2.8 to 2.13. Without it an AttributeError hides which rank ended.
+    """
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
 def recompile_limit(variants: int) -> AbstractContextManager[None]:
     """Return a context in which ``torch.compile`` keeps up to ``variants`` variants of a function.
 

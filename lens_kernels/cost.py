@@ -247,7 +247,7 @@ def dense(shape: CallShape) -> Plan:
 
 def row_chunks(shape: CallShape) -> Plan:
     """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary."""
-    if not has_row_kernel(shape.device, shape.compute_dtype):
+    if shape.sharded or not has_row_kernel(shape.device, shape.compute_dtype):
         layout = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
         return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
     rows = shape.pairs * shape.tokens

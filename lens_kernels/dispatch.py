@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lens_kernels import compat, cost
+from lens_kernels import compat, cost, traffic
 from lens_kernels.backends.torch import clusters
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.inputs import FLOATS
@@ -157,6 +157,9 @@ def plan(
     workspace_bytes: int | None = LossOptions.workspace_bytes,
     device: str = "cuda",
     one_read: bool | None = None,
+    world: int | None = None,
+    student_parameters: int | None = None,
+    teacher_parameters: int | None = None,
 ) -> dict[str, cost.Plan]:
     """Estimate the cost of loss and gradients on each backend.
 
@@ -176,6 +179,12 @@ def plan(
         device: The type of device.
         one_read: Whether the row kernel on a GPU reads each logit once. It needs a Hopper or
             Blackwell GPU and Triton 3.9. By default, whether it does on this machine.
+        world: Number of ranks. The result then also has a ``SharedPlan`` for ``"ddp"``,
+            ``"fsdp2"``, ``"zero3"`` and ``"vocabulary"``: what a rank sends and holds in a step
+            over ``tokens`` tokens of its own. With ``"vocabulary"``, all ranks share these tokens
+            and split the vocabulary, and the rest of the models is sharded by FSDP2.
+        student_parameters: Number of the student's parameters, by default those of its head.
+        teacher_parameters: The same for the teacher.
 
     Returns:
         A plan for each name of a backend, and for ``"dense"``.
@@ -214,6 +223,13 @@ def plan(
         workspace_bytes=workspace_or_default(workspace_bytes, where),
         one_read=one_read,
     )
-    return {"dense": cost.dense(shape)} | {
-        name: backend.cost(shape) for name, backend in REGISTRY.items()
-    }
+    plans = {"dense": cost.dense(shape)}
+    plans |= {name: backend.cost(shape) for name, backend in REGISTRY.items()}
+    if world is not None:
+        check_count("world", world)
+        given = {"student_parameters": student_parameters, "teacher_parameters": teacher_parameters}
+        for name, number in given.items():
+            if number is not None:
+                check_count(name, number)
+        plans |= traffic.shared_plans(shape, world, student_parameters, teacher_parameters)
+    return plans

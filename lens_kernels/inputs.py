@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_kernels import compat, sharding
 from lens_kernels.lens import LensHead, compute_dtype
-from lens_kernels.options import check_int, check_number
+from lens_kernels.options import check_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE_INDEX = -100
@@ -155,14 +155,14 @@ def check_inputs(
     flat_mask = _token_mask(mask, shape, device)
     flat_labels = has_label = shard = None
     if process_group is None:
-        size = shared_vocabulary(vocab_size, sizes)
+        size = sharding.shared_vocabulary(vocab_size, sizes)
     else:
         reached = [x for _, x in student.named_hidden] + [*student.head.tensors().values()]
         implied = None if labels is None else labels != IGNORE_INDEX
         counted = implied if flat_mask is None else flat_mask
         same = sharding.agreed(shape, counted, reached, options or {})
         rows = sharding.gather(process_group, sizes, same, device)
-        size = shared_vocabulary(vocab_size, {name: sum(x) for name, x in rows.items()})
+        size = sharding.shared_vocabulary(vocab_size, {name: sum(x) for name, x in rows.items()})
         shard = sharding.shard_of(process_group, rows, size)
     if labels is not None:
         flat = _token_labels(labels, shape, device, size)
@@ -315,22 +315,6 @@ def _check_values(name: str, valid: Tensor, requirement: str) -> None:
     elif not bool(valid.all()):
         wrong = int((~valid).sum())
         raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")
-
-
-def shared_vocabulary(vocab_size: Any, sizes: Mapping[str, int]) -> int:
-    """Return the size of the prefix over which softmaxes are taken. ``sizes`` are the heads'."""
-    smaller = min(sizes.values())
-    shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
-    if vocab_size is None:
-        if smaller != max(sizes.values()):
-            raise ValueError(
-                f"the vocabularies differ: {shown}. If the first {smaller} tokens are the same in"
-                f" both, pass vocab_size={smaller}; both softmaxes are then taken over that prefix"
-            )
-        return smaller
-    if not 1 <= check_int("vocab_size", vocab_size) <= smaller:
-        raise ValueError(f"vocab_size={vocab_size} must lie in [1, {smaller}]: {shown}")
-    return vocab_size
 
 
 def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,10 @@ from torch import Tensor
 
 from lens_kernels import compat
 from lens_kernels.lens import LensHead
+from lens_kernels.options import check_int
+
+# After a failed reduction, a rank waits so many seconds for the other ranks to fail too.
+WAIT = 5.0
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,48 @@ class Reduction:
 
     def maximum(self, x: Tensor) -> Tensor:
         """Replace ``x`` by its elementwise maximum over all ranks."""
-        dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
+        with self.explained():
+            dist.all_reduce(x, dist.ReduceOp.MAX, self.group)
         return x
 
     def sum(self, x: Tensor) -> Tensor:
         """Replace ``x`` by its elementwise sum over all ranks."""
-        dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
+        with self.explained():
+            dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
         return x
 
     def begin_sum(self, x: Tensor) -> Any:
         """Start to replace ``x`` by its sum over all ranks. The result has a ``wait()``."""
-        return dist.all_reduce(x, dist.ReduceOp.SUM, self.group, async_op=True)
+        with self.explained():
+            return dist.all_reduce(x, dist.ReduceOp.SUM, self.group, async_op=True)
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say which rank no longer answers, if a reduction fails."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a reduction over process_group failed on rank {self.rank} of {self.size}:"
+                f" {str(error).strip()}. {_silent(self.group)}"
+            ) from error
+
+
+def _silent(group: Any) -> str:
+    """Wait for the other ranks of a group to fail too, and return which ones did not."""
+    ranks = dist.get_process_group_ranks(group)
+    names = {rank: f"lens_kernels/failed/{group.group_name}/{rank}" for rank in ranks}
+    try:
+        store = compat.default_store()
+        store.set(names[dist.get_rank()], "")
+        end = time.monotonic() + WAIT
+        while silent := [rank for rank in ranks if not store.check([names[rank]])]:
+            if time.monotonic() > end:
+                return f"Of all processes, rank {silent} reported no error: it ended, or is stuck"
+            time.sleep(0.05)
+    except RuntimeError:  # rank 0 usually holds the store
+        return "The store of the process group is gone: rank 0 probably ended"
+    return "All ranks reported an error"
 
 
 def local_head(name: str, head: Any, group: Any) -> Any:
@@ -126,6 +163,22 @@ def gather(
                 f" {values}"
             )
     return dict(zip(rows, table, strict=False))
+
+
+def shared_vocabulary(vocab_size: Any, sizes: Mapping[str, int]) -> int:
+    """Return the size of the prefix over which softmaxes are taken. ``sizes`` are the heads'."""
+    smaller = min(sizes.values())
+    shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
+    if vocab_size is None:
+        if smaller != max(sizes.values()):
+            raise ValueError(
+                f"the vocabularies differ: {shown}. If the first {smaller} tokens are the same in"
+                f" both, pass vocab_size={smaller}; both softmaxes are then taken over that prefix"
+            )
+        return smaller
+    if not 1 <= check_int("vocab_size", vocab_size) <= smaller:
+        raise ValueError(f"vocab_size={vocab_size} must lie in [1, {smaller}]: {shown}")
+    return vocab_size
 
 
 def shard_of(group: Any, rows: Mapping[str, list[int]], vocab_size: int) -> VocabularyShard:

@@ -152,7 +152,9 @@ class Accumulator:
         if self.reduce is not None and self.threshold is not None:
             self.reduce.sum(self.mass)
         for work in self.unfinished:
-            work.wait()
+            assert self.reduce is not None
+            with self.reduce.explained():
+                work.wait()
         if self.unit is not None:
             grads = {key: grad.mul_(self.unit) for key, grad in grads.items()}
         everything, left_out = self.mass

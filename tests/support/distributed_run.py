@@ -69,6 +69,8 @@ def train_case(
     fsdp: bool = False,
     resumed: bool = False,
     evaluate_first: bool = False,
+    sharded: bool = False,
+    resume_from: str | None = None,
     **options: Any,
 ) -> Result:
     """Train a tiny student. In each step, all ranks together process ``rows`` examples."""
@@ -96,7 +98,9 @@ def train_case(
             options |= {"fsdp": True, "fsdp_config": FSDP}
             # transformers sets these variables only since version 5.
             patch.setenv("FSDP_VERSION", "2")
-            patch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+            kind = "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
+            patch.setenv("FSDP_STATE_DICT_TYPE", kind)
+            options["fsdp_config"] = FSDP | {"state_dict_type": kind}
             _let_accelerate_shard(patch)
         if resumed:
             options |= {"save_strategy": "steps", "save_steps": 1}
@@ -116,13 +120,13 @@ def train_case(
         start = _whole(trainer)
         if evaluate_first:
             trainer.evaluate()
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume_from)
         if resumed:
             trainer = make()
             trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
         trainer.evaluate()
-    sharded = any(isinstance(x, DTensor) for x in trainer.model.state_dict().values())
-    assert sharded == (processes > 1 and fsdp)
+    spread = any(isinstance(x, DTensor) for x in trainer.model.state_dict().values())
+    assert spread == (processes > 1 and fsdp)
     return Result(start, _whole(trainer), trainer.state.log_history, sum(ran))
 
 

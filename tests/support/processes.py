@@ -10,7 +10,7 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -50,8 +50,9 @@ class Ranks:
             _context.Process(target=_work, args=(rank, world, file, theirs, seconds), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
-        for process in self.processes:
+        for process, (_, theirs) in zip(self.processes, pipes, strict=True):
             process.start()
+            theirs.close()  # a killed rank then closes the pipe
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
         """Run ``function`` on every rank. Return each rank's ``(result, traceback)``."""
@@ -61,7 +62,10 @@ class Ranks:
         for rank, pipe in enumerate(self.pipes):
             if not pipe.poll(2 * self.seconds):
                 raise TimeoutError(f"rank {rank} still runs after {2 * self.seconds} s")
-            received.append(pipe.recv())
+            try:
+                received.append(pipe.recv())
+            except EOFError:
+                received.append((None, "killed"))
         return received
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -74,24 +78,32 @@ class Ranks:
     def close(self) -> None:
         """End all processes of the group."""
         for pipe in self.pipes:
-            pipe.send(None)
+            with suppress(OSError):  # the rank was killed
+                pipe.send(None)
         for process in self.processes:
             process.join(10)
         self.folder.cleanup()
 
 
+KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+
+
 @contextmanager
 def counted() -> Any:
-    """Return a context that lists the collectives in it, as ``(name, bytes of its tensor)``."""
+    """Return a context that lists its collectives, as ``(kind, bytes of the whole tensor)``."""
     seen: list[tuple[str, int]] = []
-    with_tensor = ["all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor"]
-    originals = {name: getattr(dist, name) for name in [*with_tensor, "broadcast"]}
+    names = ["all_reduce", "all_gather"]
+    for kind, old in (("all_gather", "into_tensor"), ("reduce_scatter", "tensor")):
+        new = f"{kind}_single"  # the older function has this name from torch 2.13 on
+        names.append(new if hasattr(dist, new) else f"{kind}_{old}")
+    originals = {name: getattr(dist, name) for name in names}
 
     def counting(name: str) -> Callable[..., Any]:
-        def call(first: Any, *args: Any, **kwargs: Any) -> Any:
-            tensors = [first] if isinstance(first, torch.Tensor) else first
-            seen.append((name, sum(x.numel() * x.element_size() for x in tensors)))
-            return originals[name](first, *args, **kwargs)
+        kind = next(kind for kind in KINDS if name.startswith(kind))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append((kind, max(map(_bytes, [*args, *kwargs.values()]))))
+            return originals[name](*args, **kwargs)
 
         return call
 
@@ -102,3 +114,9 @@ def counted() -> Any:
     finally:
         for name, function in originals.items():
             setattr(dist, name, function)
+
+
+def _bytes(x: Any) -> int:
+    if isinstance(x, (list, tuple)):
+        return sum(map(_bytes, x))
+    return x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 0

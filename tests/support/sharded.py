@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from lens_kernels import (
     distillation_loss,
     functional,
     sharded_share,
+    sharding,
     symmetric_lens_loss,
 )
 from lens_kernels.backends import head_products
@@ -32,6 +35,9 @@ from tests.support.processes import counted
 WIDTH = 61  # a prime number of entries, which no number of ranks divides
 HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
 SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)
+SHORT: dict[str, Any] = {"dtype": torch.float32, "norm": "rms"}
+SEQUENCE: dict[str, Any] = {"whole": True, "labelled": True, "kd_ratio": 0.5, "bias": True}
+SEQUENCE |= {"norm": "rms"}
 _groups: dict[int, Any] = {}
 
 
@@ -233,3 +239,49 @@ def refused(name: str) -> str:
     except (TypeError, ValueError, RuntimeError) as error:
         return str(error)
     return "no error"
+
+
+def die_within(size: int, victim: int, moment: int) -> str:
+    """Return the error of a call during which one rank is killed, at its reduction ``moment``."""
+    group = group_of(size)
+    sharding.WAIT = 1.0
+    if dist.get_rank() == victim:
+        reduce, seen = dist.all_reduce, []
+
+        def fatal(*args: Any, **kwargs: Any) -> Any:
+            seen.append(1)
+            if len(seen) == moment:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return reduce(*args, **kwargs)
+
+        dist.all_reduce = fatal
+    problem, options = problem_of(SHORT)
+    part = slice_of(WIDTH, dist.get_rank(), size)
+    heads = cut(problem.student_head, part), cut(problem.teacher_head, part)
+    models = problem.student_hidden, problem.teacher_hidden
+    try:
+        symmetric_lens_loss(*models, *heads, process_group=group, **options)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def tokens_of_one_sequence() -> dict[str, Tensor]:
+    """Return the summed results of ranks that each hold some tokens of every sequence.
+
+    The last rank has none.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    problem, options = problem_of(SEQUENCE)
+    length = SHAPE.leading[1]
+    width = -(-length // (world - 1))
+    own = slice(min(length, rank * width), min(length, (rank + 1) * width))
+    part = problem.map(lambda x: x.detach()[:, own].requires_grad_(x.requires_grad), "hidden")
+    options["labels"] = options["labels"][:, own]
+    # Every rank needs the number of tokens of all ranks.
+    count = (options["labels"] != -100).sum()
+    dist.all_reduce(count)
+    results = solve(part, {**options, "denominator": count})
+    for name in ("loss", "weight", "bias", "norm_weight"):
+        dist.all_reduce(results[name])
+    return results

@@ -13,6 +13,20 @@ from tests.support import tiny
 STUDENT = {"layers": 3, "seed": 1}
 TEACHER = {"layers": 4, "width": 24, "seed": 2}
 
+# Options of a short run, in which each step changes the weights a lot.
+RUN: dict[str, Any] = {
+    "max_steps": 2,
+    "learning_rate": 0.5,
+    "optim": "sgd",
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "num_lens_pairs": 2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
 
 class InOrder(LensDistillTrainer):
     """A trainer that does not shuffle its data, for transformers versions without this option."""
@@ -59,24 +73,12 @@ def make_trainer(
 
     ``teacher`` is a model, True for a tiny model, or False for none.
     """
-    defaults = {
-        "max_steps": 2,
-        "learning_rate": 0.5,
-        "optim": "sgd",
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "num_lens_pairs": 2,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-    }
     config = LensDistillConfig(
         output_dir=str(folder),
         per_device_train_batch_size=batch,
         gradient_accumulation_steps=accumulate,
         use_cpu=True,
-        **defaults | options,
+        **RUN | options,
     )
     if isinstance(teacher, bool):
         teacher = tiny.model(**TEACHER) if teacher else None

@@ -20,7 +20,7 @@ from lens_kernels.hf.inspection.results import QUANTITIES, TEACHER, Inspection, 
 from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.training.data import check_count
-from lens_kernels.inputs import shared_vocabulary
+from lens_kernels.sharding import shared_vocabulary
 from lens_kernels.visible import visible
 
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}

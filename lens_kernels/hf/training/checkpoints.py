@@ -92,11 +92,25 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
     if (folder / "adapter_config.json").exists():
         yield from (folder / name for name in ("adapter_config.json", "adapter_model.safetensors"))
     yield folder / "scheduler.pt"
-    ranks = [""] if processes == 1 else [f"_{rank}" for rank in range(processes)]
-    yield from (folder / f"rng_state{rank}.pth" for rank in ranks)
+    yield from _random_states(folder, processes)
     yield from (folder / name for name in OPTIONAL if (folder / name).exists())
     if projections:
         yield folder / f"{PROJECTIONS}.safetensors"
+
+
+def _random_states(folder: Path, processes: int) -> Iterator[Path]:
+    """Yield the files of the processes that wrote a checkpoint, perhaps others than will resume.
+
+    The Trainer then starts with other random states, which dropout uses.
+    """
+    alone = folder / "rng_state.pth"
+    written = len([*folder.glob("rng_state_*.pth")])
+    if processes == 1 and written < 2 or alone.exists() and not written:
+        yield alone
+        return
+    # With all files of fewer or more processes, the number of processes has changed.
+    expected = written if written > 1 else processes
+    yield from (folder / f"rng_state_{rank}.pth" for rank in range(expected))
 
 
 def _read(file: Path) -> None:

@@ -25,6 +25,12 @@ ELSEWHERE = {
     "teacher_model": "pass it as teacher",
     "tokenizer": "pass it as processing_class",
 }
+# Why a run cannot split tokens or layers over processes.
+SPLIT = dict.fromkeys(
+    ("cp_size", "sp_size"),
+    "the labels of this trainer are shifted within one process, so the first token of each slice of"
+    " a sequence would be lost",
+) | {"tp_size": "the hidden states and heads of the lenses must be whole in each process"}
 OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 
 
@@ -71,7 +77,7 @@ class Limits:
     @classmethod
     def of(cls, models: Sequence[Any], vocab_size: int | None) -> Limits:
         """Return the limits that hold for all ``models``."""
-        ids = min(model.get_input_embeddings().weight.shape[0] for model in models)
+        ids = min(map(_embeddings, models))
         positions = [x for x in map(_learnt_positions, models) if x is not None]
         return cls(ids, min(positions, default=None), vocab_size)
 
@@ -166,6 +172,12 @@ def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
         )
 
 
+def _embeddings(model: Any) -> int:
+    table = model.get_input_embeddings()
+    # A weight that DeepSpeed partitions has no rows.
+    return getattr(table, "num_embeddings", len(table.weight))
+
+
 def _learnt_positions(model: Any) -> int | None:
     """Return the number of learnt position embeddings, or None if the model has none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -221,11 +233,18 @@ def check_distribution(args: LensDistillConfig) -> None:
             f"one process has {args.n_gpu} GPUs, but nn.DataParallel is not supported: start one"
             " process per GPU with torchrun or accelerate launch"
         )
-    if is_deepspeed_zero3_enabled():
+    if is_deepspeed_zero3_enabled() and args.mse_coeff:
         raise RuntimeError(
-            "DeepSpeed ZeRO-3 shards the heads, but the loss needs whole heads: use ZeRO-1 or"
-            " ZeRO-2"
+            f"mse_coeff={args.mse_coeff} is not supported with DeepSpeed ZeRO-3, which would"
+            " partition the MSE matrices: use ZeRO-2, or leave mse_coeff out"
         )
+    parallel = getattr(args, "parallelism_config", None)
+    for name in ("cp_size", "sp_size", "tp_size"):
+        if (size := getattr(parallel, name, 1) or 1) > 1:
+            raise RuntimeError(
+                f"parallelism_config has {name}={size}, but {SPLIT[name]}: use data parallelism"
+                " (DDP, FSDP2 or DeepSpeed)"
+            )
 
 
 def check_shards(state: Any, args: LensDistillConfig) -> None:

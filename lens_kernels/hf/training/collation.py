@@ -164,3 +164,22 @@ def check_batch(batch: Mapping[str, Any]) -> None:
             f"labels have shape {shapes[0]}, but input_ids have {shapes[1]}: give one label per"
             f" token, and {IGNORE_INDEX} for tokens that are not trained on, without a shift"
         )
+
+
+def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Return the batch with the labels of only its first ``rows`` rows."""
+    labels = batch["labels"].clone()
+    labels[rows:] = IGNORE_INDEX
+    kept = {**batch, "labels": labels}
+    if "example_id" in batch:  # the teacher's cache has no tokens for the others
+        kept["example_id"] = batch["example_id"][:rows]
+    return kept
+
+
+def without_first_label(batch: Any) -> Any:
+    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
+    if "labels" not in batch:
+        return batch
+    labels = batch["labels"].clone()
+    labels[..., :1] = IGNORE_INDEX
+    return {**batch, "labels": labels}

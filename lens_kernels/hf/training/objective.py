@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
@@ -20,9 +19,16 @@ from lens_kernels.hf.model.layers import check_layers, lens_layers
 from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.hf.training.entropy import entropy_sum
-from lens_kernels.inputs import IGNORE_INDEX, shared_vocabulary
+from lens_kernels.hf.training.whole_heads import (
+    inside_call,
+    where_head_is_whole,
+    whole_head,
+    whole_model,
+)
+from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions, workspace_or_default
+from lens_kernels.sharding import shared_vocabulary
 
 PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE matrices
 
@@ -99,21 +105,22 @@ class LensObjective(nn.Module):
         teacher.eval()
         self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         self._teacher_head: LensHead | None = None
-        self.student_layers = check_layers(
-            "student_layers", list(student_layers), len(blocks_of(student))
-        )
-        self.teacher_layers = check_layers(
-            "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
-        )
-        _check_own_loss(student)
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)
-        for model in (student, teacher):
-            verify_lens(model)
-        student_head, teacher_head = self.heads()
-        sizes = {"student_head": len(student_head.weight), "teacher_head": len(teacher_head.weight)}
-        shared_vocabulary(self.options.vocab_size, sizes)
-        self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
+        with whole_model(student), whole_model(teacher):
+            self.student_layers = check_layers(
+                "student_layers", list(student_layers), len(blocks_of(student))
+            )
+            self.teacher_layers = check_layers(
+                "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
+            )
+            _check_own_loss(student)
+            for model in (student, teacher):
+                verify_lens(model)
+            sizes = [len(head.weight) for head in self.heads()]
+            names = "student_head", "teacher_head"
+            shared_vocabulary(self.options.vocab_size, dict(zip(names, sizes, strict=True)))
+            self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
 
     @classmethod
     def from_models(
@@ -177,18 +184,17 @@ class LensObjective(nn.Module):
         outcomes = []
 
         def compare(*student_rows: Tensor) -> Tensor:
-            outcomes.append(
-                self._compare(
-                    list(student_rows), teacher_rows, shifted.flatten()[counted], denominator
-                )
-            )
-            return outcomes[0].loss
+            targets = shifted.flatten()[counted]
+            with nullcontext() if self.teacher is None else whole_head(self.teacher):
+                outcome = self._compare(list(student_rows), teacher_rows, targets, denominator)
+            outcomes.append(outcome)
+            return outcome.loss
 
         def forward(**received: Any) -> dict[str, Tensor]:
             given = {name: received[name] for name in inputs}
             hidden, final = hidden_states(self.student, self.student_layers, given)
             student_rows = [_select(x, counted) for x in [*hidden, final]]
-            return {"loss": _where_head_is_whole(self.student, compare)(*student_rows)}
+            return {"loss": where_head_is_whole(self.student, compare)(*student_rows)}
 
         with replaced_forward(causal_lm_of(self.student), forward):
             called = self.student if student_call is None else student_call
@@ -210,7 +216,7 @@ class LensObjective(nn.Module):
         own = self.teacher.get_input_embeddings().weight.device
         if own.type != "meta":  # accelerate moves the inputs of offloaded embeddings
             inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
-        hidden, final = hidden_states(self.teacher, self.teacher_layers, inputs)
+        hidden, final = inside_call(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted).to(device) for x in [*hidden, final]]
 
     @contextmanager
@@ -227,7 +233,9 @@ class LensObjective(nn.Module):
 
     def release_teacher(self) -> None:
         """Drop the teacher except its head. Call this when all its states are in the cache."""
-        self._teacher_head = self._whole_teacher_head()
+        with whole_head(self.teacher) as sharded:
+            head = self._whole_teacher_head()
+            self._teacher_head = head.map(torch.clone) if sharded else head
         self._teacher = (None,)
 
     def heads(self) -> tuple[LensHead, LensHead]:
@@ -344,23 +352,6 @@ def _check_own_loss(student: Any) -> None:
             " distillation has no router loss: set model.config.output_router_logits = False to"
             " train without it"
         )
-
-
-def _where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Run ``compare`` inside the head's forward call if FSDP shards the head separately.
-
-    FSDP gathers the whole weight only during that call.
-    """
-    head = causal_lm_of(student).get_output_embeddings()
-    if not isinstance(head, FSDPModule):
-        return compare
-    called: Any = head
-
-    def call(*rows: Tensor) -> Any:
-        with replaced_forward(called, compare):
-            return called(*rows)
-
-    return call
 
 
 def _select(hidden: Tensor, index: Tensor) -> Tensor:

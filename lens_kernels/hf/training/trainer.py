@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
 
 from lens_kernels import compat
@@ -34,7 +35,14 @@ from lens_kernels.hf.training.checks import (
     check_teacher,
     check_weights,
 )
-from lens_kernels.hf.training.collation import Collator, check_batch, padding_id, tokens_in
+from lens_kernels.hf.training.collation import (
+    Collator,
+    check_batch,
+    first_rows,
+    padding_id,
+    tokens_in,
+    without_first_label,
+)
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
 from lens_kernels.hf.training.meter import Meter, Speed
@@ -43,6 +51,7 @@ from lens_kernels.hf.training.on_policy import answered
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
+from lens_kernels.hf.training.whole_heads import partition
 from lens_kernels.inputs import IGNORE_INDEX
 
 _log = logging.getLogger(__name__)
@@ -64,8 +73,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         ValueError: ``kd_ratio`` is positive without a teacher, or layers, models or vocabularies do
             not match, or the teacher cache is stale or damaged.
         TypeError: Trainable weights are in float16.
-        RuntimeError: The parallelism is unsupported: DataParallel, ZeRO-3, or MSE with sharded
-            checkpoints.
+        RuntimeError: The parallelism is unsupported: DataParallel, context or tensor parallelism,
+            or MSE with ZeRO-3 or sharded checkpoints.
     """
 
     args: LensDistillConfig
@@ -134,6 +143,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             self.lens_objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
+            if is_deepspeed_zero3_enabled():
+                self._teacher_engine = partition(teacher)
             if args.teacher_cache:
                 datasets = {"train": examples["train_dataset"], "eval": examples["eval_dataset"]}
                 self._caches = fill_caches(self, self.lens_objective, datasets)
@@ -207,8 +218,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        # The first token is never predicted, but some versions of transformers count it.
-        batches = map(_without_first_label, epoch_iterator)
+        # Rows that repeat would be trained on twice, and tokens counted twice. The first token is
+        # never predicted, but some versions of transformers count it.
+        batches = (without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
     def compute_loss(
@@ -283,20 +295,24 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 " pass the data as eval_dataset when you create the trainer"
             )
 
-    def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
+    def _without_repeats(self, inputs: dict[str, Any], training: bool = False) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
         # of rows that are not repeats in the last batches of all processes, in rank order.
         check_batch(inputs)
-        state, labels = self.accelerator.gradient_state, inputs["labels"]
-        if not state.end_of_dataloader or state.remainder <= 0:
+        state, remainder = self.accelerator.gradient_state, 0
+        if state.end_of_dataloader:
+            remainder = self._rows_of_last_step() if training else state.remainder
+        if remainder <= 0:
             return inputs
-        own = max(0, state.remainder - self.accelerator.process_index * len(labels))
-        labels = labels.clone()
-        labels[own:] = IGNORE_INDEX
-        inputs = {**inputs, "labels": labels}
-        if "example_id" in inputs:
-            inputs["example_id"] = inputs["example_id"][:own]
-        return inputs
+        before = self.accelerator.process_index * len(inputs["labels"])
+        return first_rows(inputs, max(0, remainder - before))
+
+    def _rows_of_last_step(self) -> int:
+        # In a resumed epoch, accelerate does not know the number of rows.
+        if self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
+            return 0
+        rows = self.args.train_batch_size * self.accelerator.num_processes
+        return len(cast(Sized, self.train_dataset)) % rows
 
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
@@ -387,12 +403,3 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             # This call splits full tensors over parameters that may be sharded.
             whole = StateDictOptions(full_state_dict=True)
             set_model_state_dict(self.lens_objective.projections, dict(learnt), options=whole)
-
-
-def _without_first_label(batch: Any) -> Any:
-    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
-    if "labels" not in batch:
-        return batch
-    labels = batch["labels"].clone()
-    labels[..., :1] = IGNORE_INDEX
-    return {**batch, "labels": labels}

@@ -66,12 +66,15 @@ def test_files_that_a_resume_does_not_read_may_be_missing(output):
     assert damage(output / "checkpoint-2", 1, projections=False) is None
 
 
-def test_every_process_needs_its_random_state(output):
+def test_every_process_that_wrote_a_checkpoint_needs_its_random_state(output):
     last = output / "checkpoint-2"
-    assert damage(last, 2, True) == "rng_state_0.pth is missing"
-    for rank in (0, 1):
-        shutil.copy(last / "rng_state.pth", last / f"rng_state_{rank}.pth")
-    assert damage(last, 2, True) is None
+    assert damage(last, 2, True) is None, "one process wrote it, and two may resume"
+    shutil.move(last / "rng_state.pth", last / "rng_state_0.pth")
+    assert damage(last, 1, True) == "rng_state.pth is missing"
+    assert damage(last, 2, True) == "rng_state_1.pth is missing"
+    shutil.copy(last / "rng_state_0.pth", last / "rng_state_1.pth")
+    for processes in (1, 2, 3):
+        assert damage(last, processes, True) is None
     cut(last / "rng_state_1.pth")
     assert damage(last, 2, True).startswith("rng_state_1.pth cannot be read")
 

@@ -5,6 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from lens_kernels.hf.training import checks
+from lens_kernels.hf.training.checks import check_distribution
 from tests.support import tiny
 from tests.support.training import STUDENT, TEACHER, make_trainer
 
@@ -181,3 +183,22 @@ def test_the_default_number_of_lens_pairs_fits_small_models(tmp_path):
         ).lens_objective
         assert objective.student_layers == layers
         assert len(objective.teacher_layers) == len(layers)
+
+
+@pytest.mark.parametrize("name", ["cp_size", "sp_size", "tp_size"])
+def test_parallelism_within_a_sequence_or_layer_is_refused(tmp_path, name):
+    trainer = make_trainer(tmp_path)
+    parallelism = pytest.importorskip("accelerate.parallelism_config").ParallelismConfig()
+    setattr(parallelism, name, 2)
+    trainer.args.parallelism_config = parallelism
+    with pytest.raises(RuntimeError, match=f"parallelism_config has {name}=2, but the .*DDP"):
+        check_distribution(trainer.args)
+    setattr(parallelism, name, 1)
+    check_distribution(trainer.args)
+
+
+def test_zero_3_with_learnt_matrices_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, mse_coeff=0.1)
+    monkeypatch.setattr(checks, "is_deepspeed_zero3_enabled", lambda: True)
+    with pytest.raises(RuntimeError, match="mse_coeff=0.1 is not supported with DeepSpeed ZeRO-3"):
+        check_distribution(trainer.args)

@@ -16,20 +16,14 @@ from tests.support import ROOT, tiny
 from tests.support.distributed_run import HANG, Result, train_case
 from tests.support.training import STUDENT, TEACHER, assert_same_step, uneven_data
 
-TIMING = ("second", "runtime", "preparation_time", "epoch")
+TIMING = ("flos", "second", "runtime", "preparation_time", "epoch")
 
 
-def two_ranks(folder, cases, timeout=HANG):
-    """Run one launch on two ranks that trains all cases.
-
-    Return the results of both ranks for each case.
-    """
-    folder.mkdir()
-    file = folder / "cases.json"
-    file.write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+def launch(module, ranks, arguments, timeout=HANG):
+    """Run a module on several ranks. Fail if one fails, or if they do not end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.Popen(
-        [*command, "-m", "tests.support.distributed_run", str(file), str(folder)],
+        [*command, f"--nproc_per_node={ranks}", "-m", module, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -44,7 +38,19 @@ def two_ranks(folder, cases, timeout=HANG):
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
     assert process.returncode == 0, output[-6000:]
-    return {name: [Result.load(folder / f"{name}-{rank}") for rank in (0, 1)] for name in cases}
+
+
+def on_ranks(folder, cases, timeout=HANG, ranks=2):
+    """Train all cases on several ranks in one launch.
+
+    Return the results of all ranks for each case.
+    """
+    folder.mkdir()
+    file = folder / "cases.json"
+    file.write_text(json.dumps(cases))
+    launch("tests.support.distributed_run", ranks, [str(file), str(folder)], timeout)
+    every = range(ranks)
+    return {name: [Result.load(folder / f"{name}-{rank}") for rank in every] for name in cases}
 
 
 def assert_same_logs(one, other, name, relative=1e-4):
@@ -63,7 +69,7 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
 
     The largest rounding error seen is 1.4e-5, in plain fine-tuning with torch 2.8 and one thread.
     """
-    results = two_ranks(tmp_path / "ranks", cases)
+    results = on_ranks(tmp_path / "ranks", cases)
     for name, ranks in results.items():
         whole = train_case(tmp_path / name, **cases[name])
         for result in ranks:
@@ -74,6 +80,8 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
 
 # In the first step, the data of one rank has no labels. In the second step, no rank has labels.
 EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
+# The last batch of an epoch has two of eight examples, so rank 1 has none.
+UNEVEN = {"rows": 6}
 # Both ranks have nine labelled tokens, so the mean of their means is the mean over all tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
 # The optimizer is AdamW. SGD has no state, and FSDP cannot load an empty state.
@@ -86,6 +94,9 @@ def test_two_ranks_train_like_one_process(tmp_path):
     cases = {
         "plain": {"per_device_eval_batch_size": 1},
         "accumulated": {"accumulate": 2, "per_device_eval_batch_size": 2},
+        "uneven": UNEVEN,
+        "uneven_resumed": UNEVEN | {"resumed": True},
+        "uneven_accumulated": UNEVEN | {"rows": 12, "accumulate": 2},
         "empty": EMPTY,
         "local": LOCAL,
         "checkpointing": {"gradient_checkpointing": True},
@@ -94,7 +105,13 @@ def test_two_ranks_train_like_one_process(tmp_path):
         "fine_tuning": FINE_TUNING,
         "fine_tuning_local": FINE_TUNING | LOCAL,
     }
-    assert_ranks_equal_one_process(tmp_path, cases)
+    results = assert_ranks_equal_one_process(tmp_path, cases)
+    # Two ranks with and without accumulation, and so one process with and without it, are equal.
+    plain, accumulated = results["plain"][0], results["accumulated"][0]
+    assert_same_step(plain.start, plain.end, accumulated.end, 2e-5)
+    checkpoint = str(tmp_path / "ranks" / "resumed" / "checkpoint-1")
+    alone = train_case(tmp_path / "alone", resume_from=checkpoint)
+    assert_same_step(plain.start, plain.end, alone.end, 2e-5)
 
 
 @pytest.mark.slow
@@ -127,6 +144,16 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
     }
     # Rounding errors grow in the second step. The largest seen was 5e-5.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_checkpoints_resume_on_another_number_of_ranks(tmp_path):
+    case = RESUMED | {"sharded": True, "mse_coeff": 0.0}
+    of_two = on_ranks(tmp_path / "two", {"run": case})["run"][0]
+    checkpoint = str(tmp_path / "two" / "run" / "checkpoint-1")
+    again = case | {"resumed": False, "resume_from": checkpoint}
+    for result in on_ranks(tmp_path / "four", {"run": again}, ranks=4)["run"]:
+        assert_same_step(of_two.start, of_two.end, result.end, 1e-4)
 
 
 @pytest.fixture

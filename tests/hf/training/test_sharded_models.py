@@ -1,0 +1,77 @@
+"""Sharded models give the gradients of one process, and send as much as ``plan`` counts."""
+
+import pytest
+import torch
+
+from lens_kernels import plan
+from tests.support import sharded_models
+from tests.support.processes import Ranks
+
+VOCAB, WIDTHS = 64, (16, 24)
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    group = Ranks(2)
+    yield group
+    group.close()
+
+
+def sent(seen, kind):
+    return sum(size for name, size in seen if name == kind)
+
+
+def planned(parameters, world, kind):
+    """Return the bytes that ``plan`` counts, by kind of collective."""
+    found = plan(
+        34, VOCAB, *WIDTHS, pairs=3, dtype=torch.float32, device="cpu", world=world,
+        student_parameters=parameters[0], teacher_parameters=parameters[1],
+    )[kind]  # fmt: skip
+    total = {}
+    for x in found.collectives:
+        total[x.kind] = total.get(x.kind, 0) + x.tensor_bytes
+    return total
+
+
+CASES = {
+    "untied": {},
+    "tied": {"tied": True},
+    "resharded": {"whole_root": False},
+    "mixed": {"mixed": True},
+    "ddp": {"kind": "ddp"},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_a_sharded_step_equals_that_of_one_process(ranks, case):
+    for result in ranks.run(sharded_models.run, case):
+        errors = result["errors"]
+        if "mixed" in case:
+            # The gradients of these random blocks amplify the rounding of bfloat16.
+            assert 0 < result["loss"] < 0.01 and 0 < errors["lm_head.weight"] < 0.1
+        else:
+            assert result["loss"] < 1e-6 and max(errors.values()) < 1e-5
+
+
+def check_collectives(result, world):
+    """Compare the collectives of a step with the plan, and the gathers of a head with one."""
+    planned_bytes = planned(result["parameters"], world, "fsdp2")
+    assert sent(result["seen"], "reduce_scatter") == planned_bytes["reduce_scatter"]
+    # The embeddings are in the root, which is gathered once, but the plan gathers them twice.
+    embeddings = 4 * VOCAB * WIDTHS[0]
+    norm = 4 * WIDTHS[0]
+    expected = planned_bytes["all_gather"] - embeddings - norm
+    assert sent(result["seen"], "all_gather") == expected
+
+
+def test_a_step_sends_what_the_plan_counts(ranks):
+    for result in ranks.run(sharded_models.run, {}):
+        check_collectives(result, 2)
+
+
+@pytest.mark.slow
+def test_four_ranks_send_what_the_plan_counts():
+    group = Ranks(4)
+    for result in group.run(sharded_models.run, {}):
+        check_collectives(result, 4)
+    group.close()
