@@ -101,7 +101,7 @@ class CallShape:
 
     ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
     in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
-    holds only a slice of the vocabulary.
+    holds only a slice of the vocabulary. ``features`` are those of ``LossCall``.
     """
 
     tokens: int
@@ -117,6 +117,7 @@ class CallShape:
     workspace_bytes: int
     teacher_statistics: bool = False
     sharded: bool = False
+    features: frozenset[str] = frozenset()
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -136,6 +137,7 @@ class CallShape:
             workspace_bytes=call.workspace_bytes,
             teacher_statistics=call.teacher_statistics is not None,
             sharded=bool(call.group),
+            features=call.features(),
         )
 
     @property
@@ -241,7 +243,7 @@ def dense(shape: CallShape) -> Plan:
 
 def row_chunks(shape: CallShape) -> Plan:
     """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary."""
-    if not has_row_kernel(shape.device, shape.compute_dtype):
+    if not has_row_kernel(shape.device, shape.compute_dtype, shape.features):
         layout = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
         return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
     rows = shape.pairs * shape.tokens

@@ -214,6 +214,19 @@ def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
         )
 
 
+def check_targets(teacher: Any, args: LensDistillConfig) -> None:
+    """Raise if an option does not fit ``teacher_targets``."""
+    if not args.teacher_targets:
+        return
+    if teacher is not None or args.teacher_cache:
+        raise ValueError("teacher_targets replaces the teacher: give no teacher and no cache of it")
+    if args.num_lens_pairs != 0 or args.mse_coeff:
+        raise ValueError(
+            "teacher_targets has no hidden states for lens pairs or mse_coeff: set"
+            " num_lens_pairs=0 and mse_coeff=0"
+        )
+
+
 def check_distribution(args: LensDistillConfig) -> None:
     """Raise if the loss does not support the parallelism of the run."""
     if args.n_gpu > 1:
