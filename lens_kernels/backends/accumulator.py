@@ -80,8 +80,8 @@ class Accumulator:
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # With labels, the row of ``counted`` after the divergences holds the weights of the cross
-            # entropy. The temperature does not apply to it.
+            # With labels, the row of ``counted`` after the divergences holds the weights of the
+            # cross entropy. The temperature does not apply to it.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=False)]

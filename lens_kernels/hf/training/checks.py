@@ -215,7 +215,12 @@ def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
 
 
 def check_targets(teacher: Any, args: LensDistillConfig) -> None:
-    """Raise if an option does not fit ``teacher_targets``."""
+    """Raise if there is no teacher and no targets, or an option does not fit the targets."""
+    if teacher is None and args.kd_ratio > 0 and not args.teacher_targets:
+        raise ValueError(
+            f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
+            " kd_ratio=0 for fine-tuning without distillation"
+        )
     if not args.teacher_targets:
         return
     if teacher is not None or args.teacher_cache:

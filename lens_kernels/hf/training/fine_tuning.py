@@ -5,6 +5,7 @@ The logits of a batch are never stored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,31 @@ from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.objective import Outcome, check_own_loss, where_head_is_whole
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
+
+_log = logging.getLogger(__name__)
+
+
+def without_teacher(
+    trainer: Any, teacher: Any, examples: Mapping[str, Any]
+) -> tuple[bool, dict[str, TargetCache]]:
+    """Return whether the model must compute its own loss, from all logits, and the targets.
+
+    With a teacher, there is neither.
+
+    Raises:
+        ValueError: There are targets, but the model has no lens, or they do not fit the examples.
+    """
+    targets: dict[str, TargetCache] = {}
+    if teacher is not None:
+        return False, targets
+    if trainer.args.teacher_targets:
+        targets = open_targets(trainer, examples)
+    reason = unsupported_reason(trainer.model)
+    if reason is not None and targets:
+        raise ValueError(f"teacher_targets needs the model's lens: {reason}")
+    if reason is not None:
+        _log.warning("the model computes its own loss, from all its logits: %s", reason)
+    return reason is not None, targets
 
 
 def unsupported_reason(student: Any) -> str | None:

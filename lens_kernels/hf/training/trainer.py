@@ -19,7 +19,6 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from lens_kernels import compat
 from lens_kernels.hf.cache.store import TeacherCache
-from lens_kernels.hf.cache.targets import TargetCache
 from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.training.caching import fill_caches
@@ -38,7 +37,7 @@ from lens_kernels.hf.training.checks import (
 from lens_kernels.hf.training.collation import Collator, check_batch, padding_id, tokens_in
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
-from lens_kernels.hf.training.fine_tuning import final_loss, open_targets, unsupported_reason
+from lens_kernels.hf.training.fine_tuning import final_loss, without_teacher
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.hf.training.packing import needs_one_row
@@ -75,11 +74,6 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def __init__(
         self, model: Any, teacher: Any | None, args: LensDistillConfig, **trainer: Any
     ) -> None:
-        if teacher is None and args.kd_ratio > 0 and not args.teacher_targets:
-            raise ValueError(
-                f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
-                " kd_ratio=0 for fine-tuning without distillation"
-            )
         check_targets(teacher, args)
         check_arguments(trainer, teacher)
         check_distribution(args)
@@ -122,19 +116,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if x is not None
         }
         self.lens_objective: LensObjective | None = None
-        # Whether cross entropy without a teacher is computed by the model, from all its logits.
-        self._own_loss, self._loss_only = False, False
-        self._targets: dict[str, TargetCache] = {}
-        if args.teacher_targets:
-            self._targets = open_targets(self, examples)
-        if teacher is None:
-            reason = unsupported_reason(self.model)
-            self._own_loss = reason is not None
-            if reason is not None and self._targets:
-                raise ValueError(f"teacher_targets needs the model's lens: {reason}")
-            if reason is not None:
-                _log.warning("the model computes its own loss, from all its logits: %s", reason)
-        else:
+        self._loss_only = False
+        self._own_loss, self._targets = without_teacher(self, teacher, examples)
+        if teacher is not None:
             check_shards(self.accelerator.state, args)
             # Under FSDP, accelerate does not move the teacher to the device.
             if getattr(teacher, "hf_device_map", None) is None:
@@ -290,8 +274,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if (self._caches or self._targets) and not own:
             raise ValueError(
                 "with teacher_cache, teacher states exist only for the trainer's own eval_dataset:"
-                " pass the data as eval_dataset when you create the trainer. So it is with"
-                " teacher_targets"
+                " pass the data as eval_dataset when you create the trainer"
             )
 
     def _without_repeats(self, inputs: dict[str, Any]) -> dict[str, Any]:
