@@ -378,7 +378,7 @@ def distillation_loss(
         return (values.sum(-1) / denominator).to(inputs.result_dtype)
 
     per_layer = mean(rows[:pairs] * lens_rows, tokens)
-    kd = clipped = None
+    kd, clipped = None, torch.zeros_like(dropped)
     if token_clip is not None and terms:
         above = (rows[: len(terms)] >= token_clip) * counted
         clipped = above.sum() / (counted.sum().clamp(min=1) * len(terms))

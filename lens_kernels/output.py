@@ -21,7 +21,7 @@ class DistillationOutput(NamedTuple):
         num_tokens: Number of unmasked tokens.
         dropped: Share of the logit gradients, in absolute sum, that ``grad_threshold`` left out.
         clipped: Share of the divergences, over pairs and unmasked tokens, that ``token_clip``
-            bounds, or None without it.
+            bounds.
     """
 
     loss: Tensor
@@ -31,4 +31,4 @@ class DistillationOutput(NamedTuple):
     per_layer: Tensor
     num_tokens: Tensor
     dropped: Tensor
-    clipped: Tensor | None = None
+    clipped: Tensor

@@ -150,7 +150,7 @@ def from_targets(
         )
         parts = {"loss": output.loss, "ce": output.ce, "kd": output.kd}
         sums.update({k: x.detach() * tokens for k, x in parts.items() if x is not None})
-        if output.clipped is not None:
+        if options["token_clip"] is not None:
             sums["clipped"] = output.clipped * output.num_tokens
         return output.loss
 

@@ -281,7 +281,7 @@ class LensObjective(nn.Module):
         sums = {name: x.detach() * tokens for name, x in parts.items()}
         if self.options.grad_threshold is not None and loss.requires_grad:
             sums["dropped"] = output.dropped * output.num_tokens
-        if output.clipped is not None:
+        if self.options.token_clip is not None:
             sums["clipped"] = output.clipped * output.num_tokens
         sums |= self._entropies("student", self.student_layers, student_rows)
         sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
