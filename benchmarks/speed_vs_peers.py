@@ -2,6 +2,7 @@
 
     python benchmarks/speed_vs_peers.py                     under 15 minutes on two quiet cores
     python benchmarks/speed_vs_peers.py --sweep models      sizes of four models, 4 more minutes
+    python benchmarks/speed_vs_peers.py --cross-entropy     the cross entropy of labels alone
     python benchmarks/speed_vs_peers.py --quick             tiny sizes that test the script
 
 A point is one set of sizes. The floor is the time of the four GEMMs with the heads, for the
@@ -28,7 +29,7 @@ import torch
 if not __package__:
     import checkout  # noqa: F401
 
-from benchmarks.peers import bars
+from benchmarks.peers import bars, cross_entropy
 from benchmarks.peers.points import SWEEPS, points
 from benchmarks.peers.results import Results
 from benchmarks.peers.runner import Runner, large_point
@@ -45,6 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     start = time.perf_counter()
     device = torch.device(args.device)
+    if args.cross_entropy:
+        print(cross_entropy.run(args.out, device, args.tokens, args.rounds, args.quick))
+        return
     results = Results(args.out / "speed_vs_peers.csv", environment.environment(device))
     chosen = {key: CONTENDERS[key] for key in args.contenders}
     contenders, missing = gather(chosen, device, needed=["lens_kernels"])
@@ -75,6 +79,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Return the parsed command-line arguments. ``--quick`` changes the default sizes."""
     parser = environment.parser(__doc__, rounds=3)
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
+    parser.add_argument(
+        "--cross-entropy", action="store_true", help="compare only the cross entropy of labels"
+    )
     parser.add_argument(
         "--sweep",
         nargs="+",

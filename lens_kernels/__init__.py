@@ -8,8 +8,9 @@ from lens_kernels.functional import (
     distillation_loss,
     symmetric_lens_loss,
 )
-from lens_kernels.lens import LensHead, LensNorm
+from lens_kernels.lens import LensHead, LensNorm, LensTranslator
 from lens_kernels.modules import DistillationLoss, SymmetricLensLoss
+from lens_kernels.targets import SparseTargets
 from lens_kernels.version import __version__
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "DistillationOutput",
     "LensHead",
     "LensNorm",
+    "LensTranslator",
     "Plan",
+    "SparseTargets",
     "SymmetricLensLoss",
     "distillation_loss",
     "linear_cross_entropy",

@@ -37,7 +37,9 @@ def head_share(call: LossCall) -> Tensor:
 def _head_share(*packed: Any) -> Tensor:
     call = Packed(*packed).unpack()
     assert call.teacher_head is not None
-    student, teacher = _Model(call.student_head, call), _Model(call.teacher_head, call)
+    ours, theirs = call.temperatures
+    student = _Model(call.student_head, call, ours)
+    teacher = _Model(call.teacher_head, call, theirs)
     h_student, h_teacher = call.student_hidden[-1], call.teacher_hidden[-1]
     share = h_student.new_zeros(h_student.shape[0], dtype=call.compute_dtype)
     every = torch.arange(share.shape[0], device=share.device)
@@ -65,8 +67,8 @@ def _(*packed: Any) -> Tensor:
 class _Model:
     """A model's head. Its weight is rounded in the same way as in the backends."""
 
-    def __init__(self, head: LensHead, call: LossCall) -> None:
-        self.head, self.temperature = head.prefix(call.vocab_size), call.temperature
+    def __init__(self, head: LensHead, call: LossCall, temperature: float) -> None:
+        self.head, self.temperature = head.prefix(call.vocab_size), temperature
         self.compute_dtype = call.compute_dtype
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
 

@@ -19,6 +19,7 @@ from lens_kernels.options import (
     parse_grad_threshold,
     workspace_or_default,
 )
+from lens_kernels.targets import TargetRows
 
 
 class Term(NamedTuple):
@@ -33,16 +34,22 @@ class LossCall:
     """A checked call over ``P`` pairs of hidden states of ``N`` tokens.
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
-    token. With ``labels``, one more row at the end holds the cross entropy of the last student
-    hidden state. A call with labels only has one student state and no pairs. Tokens with a False
-    ``mask`` are not computed, and their ``rows`` are 0.
+    token. With ``labels``, the next row holds the cross entropy of the last student hidden state. A
+    call with labels only has one student state and no pairs. With ``reports``, two more rows hold
+    the log-sum-exp and the entropy of that state at temperature 1. Their weight is 0. Tokens with a
+    False ``mask`` are not computed, and their ``rows`` are 0.
 
     ``divergences`` and ``normed`` have one entry for each pair. ``normed`` says whether the call
     must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
     flag for each student hidden state, then for each of the student head's ``tensors()``.
     ``backend`` is the name of the chosen backend. The gradients of a ``deferred`` call are computed
     in its backward pass, by another call. ``teacher_statistics`` ``(P, N, 2)``, if given, hold
-    ``maximum`` and ``log sum exp(z - maximum)`` of the teacher's logits ``z``.
+    ``maximum`` and ``log sum exp(z - maximum)`` of the teacher's logits ``z``. ``label_smoothing``
+    and ``z_loss`` change the cross entropy, as ``linear_cross_entropy`` documents.
+
+    With ``targets`` there is no teacher, and every pair is compared with them. ``standardized`` has
+    a flag for each pair, or is empty. Divergences above ``token_clip`` become ``token_clip``, and
+    have no gradient.
 
     With a process ``group``, by name, this rank holds ``vocab_size`` entries of a larger
     vocabulary. ``labels`` count from the first of them, so labels of other ranks' entries are out
@@ -71,6 +78,13 @@ class LossCall:
     teacher_statistics: Tensor | None = None
     group: str = ""
     widest: int = 0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    reports: bool = False
+    targets: TargetRows | None = None
+    standardized: tuple[bool, ...] = ()
+    token_clip: float = math.inf
+    teacher_temperature: float = math.nan
 
     @staticmethod
     def of(
@@ -88,6 +102,9 @@ class LossCall:
         labels = inputs.labels
         if shard is not None and labels is not None:
             labels = labels - shard.start
+        student_temperature = float(options.temperature)
+        theirs = options.teacher_temperature
+        standardize = options.standardize
         # The cross entropy needs the last state, also without terms.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
@@ -98,7 +115,7 @@ class LossCall:
         threshold, relative = parse_grad_threshold("grad_threshold", options.grad_threshold)
         return LossCall(
             student_hidden=hidden,
-            teacher_hidden=[teacher_hidden[term.state] for term in terms],
+            teacher_hidden=[teacher_hidden[term.state] for term in terms] if teacher else [],
             student_head=student.head,
             teacher_head=None if teacher is None else teacher.head,
             mask=inputs.mask,
@@ -109,7 +126,16 @@ class LossCall:
             needs_grad=[grad_mode and x.requires_grad for x in reached],
             operand_dtype=inputs.operand_dtype,
             beta=float(options.beta),
-            temperature=float(options.temperature),
+            temperature=student_temperature,
+            teacher_temperature=student_temperature if theirs is None else float(theirs),
+            targets=inputs.targets if terms else None,
+            standardized=tuple(
+                standardize is True or (standardize == "lens" and 0 <= term.state < student.lenses)
+                for term in terms
+            )
+            if standardize
+            else (),
+            token_clip=math.inf if options.token_clip is None else float(options.token_clip),
             vocab_size=inputs.vocab_size if shard is None else shard.columns,
             workspace_bytes=workspace_or_default(options.workspace_bytes, inputs.device),
             grad_threshold=threshold,
@@ -123,6 +149,29 @@ class LossCall:
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype of logits, losses and gradients."""
         return compute_dtype(self.student_head, self.teacher_head)
+
+    @property
+    def temperatures(self) -> tuple[float, float]:
+        """Return the temperatures of student and teacher."""
+        theirs = self.teacher_temperature
+        return self.temperature, self.temperature if math.isnan(theirs) else theirs
+
+    @property
+    def label_row(self) -> int:
+        """Return the index of the row that holds the cross entropy of the labels."""
+        return len(self.divergences)
+
+    def features(self) -> frozenset[str]:
+        """Return the names of the features of this call that not every backend supports."""
+        used = {
+            "label_smoothing": self.label_smoothing > 0,
+            "z_loss": self.z_loss > 0,
+            "return_lse or return_entropy": self.reports,
+            "SparseTargets": self.targets is not None,
+            "standardize": any(self.standardized),
+            "token_clip": self.token_clip < math.inf,
+        }
+        return frozenset(name for name in used if used[name])
 
     def needing_grad(self) -> dict[int | str, Tensor]:
         """Return the tensors that need a gradient.
@@ -147,6 +196,9 @@ class LossCall:
             ",".join("normed" if normed else "" for normed in self.normed),
             str(self.operand_dtype).removeprefix("torch."),
             "relative" if self.threshold_is_relative else "absolute",
+            "reports" if self.reports else "",
+            "" if self.targets is None else "ghost" if self.targets.ghost else "targets",
+            ",".join("standardized" if x else "" for x in self.standardized),
             *(",".join(head.tensors()) for head in heads),
         ]
         threshold = math.nan if self.grad_threshold is None else self.grad_threshold
@@ -158,7 +210,8 @@ class LossCall:
             labels=self.labels,
             row_weight=self.row_weight,
             teacher_statistics=self.teacher_statistics,
-            numbers=[self.beta, self.temperature, threshold, *chain(*parts)],
+            targets=[] if self.targets is None else [x for x in self.targets[:-1] if x is not None],
+            numbers=[threshold, *(getattr(self, name) for name in NUMBERS), *chain(*parts)],
             sizes=[self.vocab_size, self.workspace_bytes, self.widest],
             names=";".join(names),
             needs_grad=self.needs_grad,
@@ -175,6 +228,7 @@ class Packed(NamedTuple):
     labels: Tensor | None
     row_weight: Tensor
     teacher_statistics: Tensor | None
+    targets: list[Tensor]
     numbers: list[float]
     sizes: list[int]
     names: str
@@ -193,12 +247,12 @@ class Packed(NamedTuple):
 
     def unpack(self) -> LossCall:
         """Return the call that these arguments were made from."""
-        backend, group, when, divergences, normed, operand_dtype, threshold_kind, *head_names = (
-            self.names.split(";")
-        )
-        beta, temperature, threshold, *head_numbers = self.numbers
+        backend, group, when, divergences, normed, operand_dtype, *rest = self.names.split(";")
+        threshold_kind, reports, target_kind, standardized, *head_names = rest
+        threshold, *numbers_left = self.numbers
+        own = dict(zip(NUMBERS, numbers_left, strict=False))
         vocab_size, workspace_bytes, widest = self.sizes
-        tensors, numbers = iter(self.heads), iter(head_numbers)
+        tensors, numbers = iter(self.heads), iter(numbers_left[len(NUMBERS) :])
         heads = [
             _unpack_head(
                 {name: next(tensors) for name in names.split(",")},
@@ -218,8 +272,6 @@ class Packed(NamedTuple):
             normed=tuple(x == "normed" for x in normed.split(",")),
             needs_grad=self.needs_grad,
             operand_dtype=None if operand_dtype == "None" else getattr(torch, operand_dtype),
-            beta=beta,
-            temperature=temperature,
             vocab_size=vocab_size,
             workspace_bytes=workspace_bytes,
             grad_threshold=None if math.isnan(threshold) else threshold,
@@ -229,6 +281,10 @@ class Packed(NamedTuple):
             teacher_statistics=self.teacher_statistics,
             group=group,
             widest=widest,
+            reports=bool(reports),
+            targets=_unpack_targets(self.targets, target_kind == "ghost"),
+            standardized=tuple(bool(x) for x in standardized.split(",")) if standardized else (),
+            **own,
         )
 
 
@@ -246,6 +302,17 @@ _KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).ite
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 
 HEAD_NUMBERS = 5
+# The numbers of a call that cross to the operator as they are.
+NUMBERS = (
+    "beta", "temperature", "teacher_temperature", "label_smoothing", "z_loss", "token_clip",
+)  # fmt: skip
+
+
+def _unpack_targets(tensors: list[Tensor], ghost: bool) -> TargetRows | None:
+    if not tensors:
+        return None
+    ids, values, constant, *mass = tensors
+    return TargetRows(ids, values, constant, mass[0] if mass else None, ghost)
 
 
 def _pack_head(head: LensHead) -> list[float]:

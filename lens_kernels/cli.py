@@ -21,6 +21,14 @@ COMMANDS = {
         "make a student of some blocks of its teacher",
         "hf.model.student_command:make_student",
     ),
+    "cache": (
+        "store a few tokens of a teacher's output for each position",
+        "hf.training.cache_command:make_cache",
+    ),
+    "tune-lens": (
+        "train a learned lens for layers of a model, on its own output",
+        "hf.training.tuned_lens:tune_lens",
+    ),
     "eval": (
         "compute cross entropy, and ROUGE-L of generated answers",
         "hf.evaluation.generation:evaluate_model",

@@ -103,7 +103,7 @@ class CallShape:
     ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
     in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
     holds only a slice of the vocabulary, and ``one_read`` whether the row kernel holds each row in
-    a cluster of programs.
+    a cluster of programs. ``features`` are those of ``LossCall``.
     """
 
     tokens: int
@@ -120,6 +120,7 @@ class CallShape:
     teacher_statistics: bool = False
     sharded: bool = False
     one_read: bool = False
+    features: frozenset[str] = frozenset()
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -140,6 +141,7 @@ class CallShape:
             teacher_statistics=call.teacher_statistics is not None,
             sharded=bool(call.group),
             one_read=clusters.for_call(call) is not None,
+            features=call.features(),
         )
 
     @property
@@ -247,7 +249,8 @@ def dense(shape: CallShape) -> Plan:
 
 def row_chunks(shape: CallShape) -> Plan:
     """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary."""
-    if shape.sharded or not has_row_kernel(shape.device, shape.compute_dtype):
+    row_kernel = has_row_kernel(shape.device, shape.compute_dtype, shape.features)
+    if shape.sharded or not row_kernel:
         layout = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
         return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
     rows = shape.pairs * shape.tokens

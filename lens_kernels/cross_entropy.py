@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lens_kernels import dispatch, operator
 from lens_kernels.call import LossCall
-from lens_kernels.cost import CallShape
-from lens_kernels.inputs import Head, check_inputs, model_inputs, token_denominator
-from lens_kernels.options import LensOptions, Reduction
+from lens_kernels.inputs import Head, check_inputs, model_inputs
+from lens_kernels.options import CrossEntropyOptions, Reduction
+from lens_kernels.weights import token_denominator
 
 
 def linear_cross_entropy(
@@ -19,18 +20,24 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     mask: Tensor | None = None,
-    reduction: str = LensOptions.reduction,
+    reduction: str = CrossEntropyOptions.reduction,
     denominator: float | Tensor | None = None,
-    vocab_size: int | None = LensOptions.vocab_size,
-    backend: str = LensOptions.backend,
-    workspace_bytes: int | None = LensOptions.workspace_bytes,
-) -> Tensor:
+    label_smoothing: float = CrossEntropyOptions.label_smoothing,
+    z_loss: float = CrossEntropyOptions.z_loss,
+    ignore_index: int = CrossEntropyOptions.ignore_index,
+    return_lse: bool = CrossEntropyOptions.return_lse,
+    return_entropy: bool = CrossEntropyOptions.return_entropy,
+    vocab_size: int | None = CrossEntropyOptions.vocab_size,
+    backend: str = CrossEntropyOptions.backend,
+    workspace_bytes: int | None = CrossEntropyOptions.workspace_bytes,
+) -> Tensor | tuple[Tensor, ...]:
     """Compute the cross entropy of labels from hidden states, without holding all logits in memory.
 
     For every token with a label ``y``::
 
         z = softcap * tanh(scale * (norm(h) @ weight.T + bias) / softcap)
-        loss = log sum_v exp(z_v) - z_y
+        lse  = log sum_v exp(z_v),  q_v = exp(z_v - lse),  s = label_smoothing
+        loss = -(1 - s) log q_y - s mean_v log q_v + z_loss * lse^2
 
     The hidden states, head weight and bias, and norm weight and bias get gradients if they require
     grad. All are computed with the loss, in three GEMMs.
@@ -41,19 +48,27 @@ def linear_cross_entropy(
             norm.
         head: A ``LensHead``, or a ``(V, D)`` weight, which has no norm and no bias.
         labels: ``(...)``, int64 or int32, already shifted: ``labels[n]`` is the token that position
-            ``n`` predicts. -100 marks positions without a label; they are not computed.
+            ``n`` predicts. ``ignore_index`` marks positions without a label; they are not computed.
         mask: ``(...)``, bool or 0/1: tokens that count, if they have a label.
         reduction: ``"mean"``: the sum divided by ``denominator``; ``"sum"``; or ``"none"``: the
             loss of each token, 0 where masked or without a label.
         denominator: Only with ``"mean"``; by default the number of tokens that count, at least 1.
             Pass the tokens of the whole global batch for gradient accumulation.
+        label_smoothing: Share of the target that is spread evenly over the vocabulary, in [0, 1].
+        z_loss: Weight of the squared log-sum-exp, at least 0. It keeps logits from growing.
+        ignore_index: The label of positions without a label.
+        return_lse: Also return ``lse`` of each token, 0 where masked or without a label. It gets no
+            gradient.
+        return_entropy: Also return the entropy ``-sum_v q_v log q_v`` of each token in nats, in the
+            same way. It comes from the same pass over the logits.
         vocab_size: Number of leading entries that the softmax is taken over, by default all.
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.
 
     Returns:
         The loss in nats, in float32 (float64 for a float64 head): a scalar, or ``(...)`` for
-        ``"none"``.
+        ``"none"``. With ``return_lse`` or ``return_entropy``, a tuple: the loss, then ``lse``, then
+        the entropy, of which the last two are ``(...)``.
 
     Raises:
         TypeError, ValueError, RuntimeError: As for ``symmetric_lens_loss``.
@@ -66,29 +81,46 @@ def linear_cross_entropy(
         >>> round(loss.item(), 4)  # log 50
         3.912
     """
-    options = LensOptions(
+    options = CrossEntropyOptions(
         reduction=reduction,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
         vocab_size=vocab_size,
         backend=backend,
         workspace_bytes=workspace_bytes,
     )
     options.check_denominator(denominator)
     model = model_inputs("", hidden, head)
-    inputs = check_inputs(model, None, mask=mask, labels=labels, vocab_size=vocab_size)
+    inputs = check_inputs(
+        model, None, mask=mask, labels=labels, vocab_size=vocab_size, ignore_index=ignore_index
+    )
     labelled = inputs.labelled()
     assert labelled is not None
     call = LossCall.of(inputs, [], options, labelled)
     weight = labelled
     if reduction == Reduction.MEAN:
         weight = labelled / token_denominator(denominator, labelled)
+    reports = return_lse or return_entropy
+    row_weight = weight[None]
+    if reports:  # the rows of reports have no weight
+        row_weight = torch.cat([row_weight, weight.new_zeros(2, len(weight))])
     call = replace(
         call,
         normed=(True,),
-        row_weight=weight[None],
-        backend=dispatch.choose(options.backend, CallShape.of(call)).name,
+        row_weight=row_weight,
+        label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss),
+        reports=reports,
         deferred=reduction == Reduction.NONE,
     )
+    call = dispatch.with_backend(call, options.backend)
     loss, rows, _ = operator.apply(call)
+    shape, dtype = inputs.leading_shape, inputs.result_dtype
     if call.deferred:
-        loss = (rows[0] * labelled).reshape(inputs.leading_shape)
-    return loss.to(inputs.result_dtype)
+        loss = (rows[0] * labelled).reshape(shape)
+    loss = loss.to(dtype)
+    if not reports:
+        return loss
+    lse, entropy = (row.reshape(shape).to(dtype) for row in (rows[1:] * labelled).detach())
+    return (loss, *([lse] if return_lse else []), *([entropy] if return_entropy else []))

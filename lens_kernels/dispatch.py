@@ -30,7 +30,8 @@ class Backend:
     None. ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or
     None. ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns
     the plan of a call; ``"auto"`` takes the cheapest plan. ``takes_shards`` says whether the
-    backend supports ``process_group``.
+    backend supports ``process_group``. ``plain_only`` says that it supports none of
+    ``LossCall.features``.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Backend:
         None
     )
     takes_shards: bool = False
+    plain_only: bool = False
 
     def evaluate(self, call: LossCall) -> LossResult:
         """Return the losses of a call's rows, and the gradients of its loss."""
@@ -95,19 +97,24 @@ REGISTRY: dict[str, Backend] = {
             cost.vocabulary_sweeps,
             _triton_unsupported,
             _triton_auto_excluded,
+            plain_only=True,
         ),
     )
 }
 
 
 def automatic(
-    device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
+    device: torch.device,
+    fp64: bool = False,
+    operand: torch.dtype | None = None,
+    features: frozenset[str] = frozenset(),
 ) -> list[Backend]:
-    """Return the backends that ``"auto"`` may choose for tensors on this device."""
+    """Return the backends that ``"auto"`` may choose for such features on this device."""
     return [
         backend
         for backend in REGISTRY.values()
-        if backend.auto_excluded_reason(device, operand) is None
+        if not (features and backend.plain_only)
+        and backend.auto_excluded_reason(device, operand) is None
         and backend.unsupported_reason(device, fp64) is None
     ]
 
@@ -115,8 +122,11 @@ def automatic(
 def choose(name: str, shape: cost.CallShape) -> Backend:
     """Return the backend called ``name``, or for ``"auto"`` the cheapest backend that can run."""
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
+    used = ", ".join(sorted(shape.features))
+    if used and shape.sharded:
+        raise RuntimeError(f"process_group does not support {used}: gather the heads on one rank")
     if name == "auto":
-        able = automatic(device, fp64, shape.dtype)
+        able = automatic(device, fp64, shape.dtype, shape.features)
         if shape.sharded:
             able = [backend for backend in able if backend.takes_shards]
         if len(able) == 1:
@@ -135,6 +145,8 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
             f"backend={name!r} does not support these tensors on {device.type}: {reason};"
             " or use backend='torch'"
         )
+    if used and backend.plain_only:
+        raise RuntimeError(f"backend={name!r} does not support {used}: use backend='torch'")
     return backend
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +15,7 @@ from lens_kernels.inputs import (
     Head,
     Hidden,
     check_inputs,
-    given_statistics,
     model_inputs,
-    pair_weights,
-    token_denominator,
 )
 from lens_kernels.options import (
     DistillationOptions,
@@ -27,18 +24,25 @@ from lens_kernels.options import (
     Reduction,
     parse_final_divergence,
 )
+from lens_kernels.output import DistillationOutput
+from lens_kernels.targets import SparseTargets, check_alone
+from lens_kernels.weights import given_statistics, pair_weights, token_denominator
 
 
 def symmetric_lens_loss(
     student_hidden: Hidden,
-    teacher_hidden: Hidden,
+    teacher_hidden: Hidden | SparseTargets,
     student_head: Head,
-    teacher_head: Head,
+    teacher_head: Head | None,
     *,
     mask: Tensor | None = None,
     divergence: str = LensOptions.divergence,
     beta: float = LensOptions.beta,
     temperature: float = LensOptions.temperature,
+    teacher_temperature: float | None = LensOptions.teacher_temperature,
+    temperature_squared: bool = LensOptions.temperature_squared,
+    standardize: bool = False,
+    token_clip: float | None = LensOptions.token_clip,
     layer_weights: Sequence[float] | Tensor | None = LensOptions.layer_weights,
     reduction: str = LensOptions.reduction,
     denominator: float | Tensor | None = None,
@@ -63,22 +67,31 @@ def symmetric_lens_loss(
         tvd         sum |p - q| / 2                            at most 1
         hellinger   sum (sqrt p - sqrt q)^2 / 2                at most 1 (the squared distance)
 
-    The loss is not multiplied by the temperature squared. The student's hidden states, head weight
-    and bias, and norm weight and bias get gradients if they require grad. The teacher gets none.
-    The objective is that of DistillLens, arXiv 2602.13567.
+    By default the loss is not multiplied by the temperature squared. The student's hidden states,
+    head weight and bias, and norm weight and bias get gradients if they require grad. The teacher
+    gets none. The objective is that of DistillLens, arXiv 2602.13567.
 
     Args:
         student_hidden: ``(..., D_s)`` for one lens pair, or a list of such tensors, one for each
             pair; float32, bfloat16, float16 or float64. All leading dimensions must be equal. The
             dtype may differ from the head's, but both must be float64 or neither.
-        teacher_hidden: The same with ``(..., D_t)``, in the order of ``student_hidden``.
+        teacher_hidden: The same with ``(..., D_t)``, in the order of ``student_hidden``. Or
+            ``SparseTargets``, for ``forward_kl`` only: then every pair is compared with these
+            probabilities, at the cost of three GEMMs instead of four.
         student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
-        teacher_head: The same with ``D_t``.
+        teacher_head: The same with ``D_t``, or None with ``SparseTargets``.
         mask: ``(...)``, bool or 0/1, shared by all pairs. Tokens with True count. The others are
             not computed, and may hold any value. On a GPU a mask costs one synchronisation.
         divergence: One of the names above.
         beta: Weight of the teacher in ``m``, in the open interval (0, 1). Only ``jsd`` uses it.
         temperature: Divides both models' logits. Must be above 0.
+        teacher_temperature: Divides the teacher's logits instead, if it is given.
+        temperature_squared: Multiply the loss by ``temperature`` squared, as Hinton et al. do.
+        standardize: Replace each model's logits ``z`` of a token, before the temperature, by ``(z -
+            mean z) / std z`` over the shared vocabulary, with the unbiased deviation (CVPR 2024,
+            arXiv 2403.01427). The logits must be finite. Only the ``torch`` backend supports it.
+        token_clip: Upper bound of each token's divergence, in nats. A token above it gets no
+            gradient. ``distillation_loss`` reports the clipped share.
         layer_weights: ``w_l``, one number for each pair, by default ``1 / L``.
         reduction: ``"mean"``: ``sum_l w_l sum_n mask_n loss_ln / denominator``; ``"sum"``: the same
             without the division; ``"none"``: ``loss_ln`` for each pair and token, 0 where masked.
@@ -150,6 +163,10 @@ def symmetric_lens_loss(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        temperature_squared=temperature_squared,
+        standardize=standardize,
+        token_clip=token_clip,
         layer_weights=layer_weights,
         reduction=reduction,
         vocab_size=vocab_size,
@@ -162,14 +179,22 @@ def symmetric_lens_loss(
         student_head = sharding.local_head("student_head", student_head, process_group)
         teacher_head = sharding.local_head("teacher_head", teacher_head, process_group)
     student = model_inputs("student", student_hidden, student_head)
-    teacher = model_inputs("teacher", teacher_hidden, teacher_head)
+    teacher = targets = None
+    if isinstance(teacher_hidden, SparseTargets):
+        targets = teacher_hidden
+        check_alone(targets, "divergence", [divergence], teacher_head, options, teacher_statistics)
+    else:
+        teacher = model_inputs("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(
-        student, teacher, mask=mask, vocab_size=vocab_size,
+        student, teacher, mask=mask, vocab_size=vocab_size, targets=targets,
         process_group=process_group, options=vars(options),
     )  # fmt: skip
     counted = inputs.counted()
     statistics = given_statistics(teacher_statistics, inputs)
     weights = pair_weights(layer_weights, student.lenses, inputs)
+    factor = temperature**2 if temperature_squared else 1.0
+    if temperature_squared:
+        weights = weights * factor
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
     terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
@@ -177,32 +202,8 @@ def symmetric_lens_loss(
     call = dispatch.with_backend(call, options.backend)
     loss, rows, _ = operator.apply(replace(call, deferred=reduction == Reduction.NONE))
     if reduction == Reduction.NONE:
-        loss = rows.reshape(student.lenses, *inputs.leading_shape)
+        loss = rows.reshape(student.lenses, *inputs.leading_shape) * factor
     return loss.to(inputs.result_dtype)
-
-
-class DistillationOutput(NamedTuple):
-    """The result of ``distillation_loss``: the loss, and its detached parts in nats per token.
-
-    A part that is not computed is None, or empty for ``per_layer``.
-
-    Attributes:
-        loss: ``(1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``, with gradients.
-        ce: Cross entropy of the labels.
-        kd: Divergence of the final hidden states.
-        lens: Weighted sum of the divergences of the lens pairs.
-        per_layer: ``(L,)``, the divergence of each lens pair.
-        num_tokens: Number of unmasked tokens.
-        dropped: Share of the logit gradients, in absolute sum, that ``grad_threshold`` left out.
-    """
-
-    loss: Tensor
-    ce: Tensor | None
-    kd: Tensor | None
-    lens: Tensor | None
-    per_layer: Tensor
-    num_tokens: Tensor
-    dropped: Tensor
 
 
 def distillation_loss(
@@ -212,7 +213,7 @@ def distillation_loss(
     teacher_head: Head | None,
     *,
     student_final: Tensor,
-    teacher_final: Tensor | None,
+    teacher_final: Tensor | SparseTargets | None,
     labels: Tensor | None = None,
     mask: Tensor | None = None,
     kd_ratio: float = DistillationOptions.kd_ratio,
@@ -221,6 +222,10 @@ def distillation_loss(
     divergence: str = DistillationOptions.divergence,
     beta: float = DistillationOptions.beta,
     temperature: float = DistillationOptions.temperature,
+    teacher_temperature: float | None = DistillationOptions.teacher_temperature,
+    temperature_squared: bool = DistillationOptions.temperature_squared,
+    standardize: bool | str = DistillationOptions.standardize,
+    token_clip: float | None = DistillationOptions.token_clip,
     layer_weights: Sequence[float] | Tensor | None = DistillationOptions.layer_weights,
     denominator: float | Tensor | None = None,
     vocab_size: int | None = DistillationOptions.vocab_size,
@@ -256,7 +261,8 @@ def distillation_loss(
         teacher_head: The teacher's head.
         student_final: ``(..., D_s)``, the final hidden state. The norm is not applied to it,
             because Hugging Face returns it already normed.
-        teacher_final: The same with ``(..., D_t)``.
+        teacher_final: The same with ``(..., D_t)``. Or ``SparseTargets``, for ``forward_kl`` only:
+            then ``teacher_head`` is None, and there are no lens pairs.
         labels: ``(...)``, already shifted: ``labels[n]`` is the token that position ``n`` predicts.
             -100 marks positions without a label. Cross entropy ignores the temperature.
         mask: Tokens that count in every term. By default tokens with a label count. Without labels
@@ -271,6 +277,12 @@ def distillation_loss(
         divergence: The divergence of the lens pairs.
         beta: Weight of the teacher in every ``jsd``.
         temperature: Divides the logits in ``D_final`` and ``D_lens``, but not in cross entropy.
+        teacher_temperature: As for ``symmetric_lens_loss``.
+        temperature_squared: Multiply ``D_final`` and ``D_lens`` by ``temperature`` squared.
+        standardize: Standardise the logits, as for ``symmetric_lens_loss``, in ``D_final`` and
+            ``D_lens``, or with ``"lens"`` in ``D_lens`` only. Cross entropy uses the logits as they
+            are.
+        token_clip: As for ``symmetric_lens_loss``; see ``clipped`` of the result.
         layer_weights: ``w_l``, by default ``1 / L``.
         denominator: Divides the sums over tokens. By default it is the number of unmasked tokens;
             for cross entropy, the number of unmasked tokens with a label.
@@ -292,6 +304,10 @@ def distillation_loss(
         divergence=divergence,
         beta=beta,
         temperature=temperature,
+        teacher_temperature=teacher_temperature,
+        temperature_squared=temperature_squared,
+        standardize=standardize,
+        token_clip=token_clip,
         layer_weights=layer_weights,
         vocab_size=vocab_size,
         backend=backend,
@@ -307,19 +323,30 @@ def distillation_loss(
         student_head = sharding.local_head("student_head", student_head, process_group)
         teacher_head = sharding.local_head("teacher_head", teacher_head, process_group)
     student = model_inputs("student", student_hidden, student_head, student_final, has_final=True)
-    teacher, pairs = None, 0
+    teacher, targets, pairs = None, None, 0
     terms: list[Term] = []
     finals: dict[Divergence, tuple[float, float]] = {}
     if kd_ratio > 0.0:
-        teacher = model_inputs(
-            "teacher", teacher_hidden, teacher_head, teacher_final, has_final=True
-        )
-        pairs = student.lenses
         finals = parse_final_divergence("final_divergence", final_divergence)
+        pairs = student.lenses
+        if isinstance(teacher_final, SparseTargets):
+            targets = teacher_final
+            check_alone(
+                targets, "final_divergence", finals, teacher_head, options, teacher_statistics
+            )
+            if pairs or teacher_hidden:
+                raise ValueError(
+                    "teacher_final is SparseTargets, which have no intermediate hidden states: pass"
+                    " student_hidden=[] and teacher_hidden=[]"
+                )
+        else:
+            teacher = model_inputs(
+                "teacher", teacher_hidden, teacher_head, teacher_final, has_final=True
+            )
         terms = [Term(Divergence(divergence), i) for i in range(pairs)]
         terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(
-        student, teacher, mask=mask, labels=labels, vocab_size=vocab_size,
+        student, teacher, mask=mask, labels=labels, vocab_size=vocab_size, targets=targets,
         process_group=process_group, options=vars(options),
     )  # fmt: skip
     counted, labelled = inputs.counted(), inputs.labelled()
@@ -328,10 +355,15 @@ def distillation_loss(
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
     call = LossCall.of(inputs, terms, options, counted, statistics)
     call = dispatch.with_backend(call, options.backend)
+    if standardize is True and any(slope for _, slope in finals.values()):
+        raise ValueError("akl is not available with standardize=True: use standardize='lens'")
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
     # These weights hold within a term. ``row_weight`` has the weights within the loss.
-    lens_rows = counted.expand(pairs, -1)
-    final_rows = [counted * (constant + slope * share) for constant, slope in finals.values()]
+    factor = temperature**2 if temperature_squared else 1.0
+    lens_rows = (counted * factor).expand(pairs, -1)
+    final_rows = [
+        counted * ((constant + slope * share) * factor) for constant, slope in finals.values()
+    ]
     row_weight = [
         layer[:, None] * (lens_rows * (kd_ratio * lens_coeff / tokens)),
         *(weight[None] * (kd_ratio / tokens) for weight in final_rows),
@@ -346,7 +378,10 @@ def distillation_loss(
         return (values.sum(-1) / denominator).to(inputs.result_dtype)
 
     per_layer = mean(rows[:pairs] * lens_rows, tokens)
-    kd = None
+    kd, clipped = None, torch.zeros_like(dropped)
+    if token_clip is not None and terms:
+        above = (rows[: len(terms)] >= token_clip) * counted
+        clipped = above.sum() / (counted.sum().clamp(min=1) * len(terms))
     if final_rows:
         kd = mean(rows[pairs : len(terms)] * torch.stack(final_rows), tokens).sum()
     return DistillationOutput(
@@ -357,4 +392,5 @@ def distillation_loss(
         per_layer=per_layer,
         num_tokens=counted.sum(),
         dropped=dropped,
+        clipped=clipped,
     )

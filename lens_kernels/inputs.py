@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from lens_kernels import compat, sharding
 from lens_kernels.lens import LensHead, compute_dtype
-from lens_kernels.options import check_number
+from lens_kernels.targets import SparseTargets, TargetRows, sum_is_valid, target_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE_INDEX = -100
@@ -57,6 +56,7 @@ class Inputs:
     vocab_size: int
     operand_dtype: torch.dtype | None
     shard: sharding.VocabularyShard | None = None
+    targets: TargetRows | None = None
 
     @property
     def device(self) -> torch.device:
@@ -115,6 +115,10 @@ def model_inputs(
                 f" got {tuple(x.shape)}"
             )
     checked = _check_head(head_name, head)
+    if checked.translator is not None:
+        lenses = checked.translated([x for _, x in named[: len(values)]])
+        named[: len(values)] = [(name, x) for (name, _), x in zip(named, lenses, strict=False)]
+        checked = replace(checked, translator=None)
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
         checked = checked.map(torch.Tensor.detach)
@@ -128,10 +132,14 @@ def check_inputs(
     mask: Any,
     vocab_size: Any,
     labels: Any = None,
+    ignore_index: int = IGNORE_INDEX,
+    targets: SparseTargets | None = None,
     process_group: Any = None,
     options: Mapping[str, Any] | None = None,
 ) -> Inputs:
     """Check that the tensors of a call fit together, and return them.
+
+    Labels are ``ignore_index`` if there are none.
 
     Without ``mask``, tokens with a label count. Without ``mask`` and ``labels``, all tokens count.
     With a ``process_group``, the ``options`` must be the same on all ranks.
@@ -165,10 +173,14 @@ def check_inputs(
         size = sharding.shared_vocabulary(vocab_size, {name: sum(x) for name, x in rows.items()})
         shard = sharding.shard_of(process_group, rows, size)
     if labels is not None:
-        flat = _token_labels(labels, shape, device, size)
-        has_label = flat != IGNORE_INDEX
-        flat_labels = flat.clamp(min=0)
+        flat = _token_labels(labels, shape, device, size, ignore_index)
+        has_label = flat != ignore_index
+        flat_labels = flat.where(has_label, 0)
         flat_mask = has_label if flat_mask is None else flat_mask
+    sparse = None
+    if targets is not None:
+        _check_targets(targets, shape, device, size, flat_mask)
+        sparse = target_rows(targets, size, compute_dtype(student.head))
     return Inputs(
         student=student,
         teacher=teacher,
@@ -179,12 +191,40 @@ def check_inputs(
         vocab_size=size,
         operand_dtype=torch.get_autocast_dtype(device.type) if autocast else None,
         shard=shard,
+        targets=sparse,
     )
+
+
+def _check_targets(
+    targets: SparseTargets,
+    shape: torch.Size,
+    device: torch.device,
+    vocab_size: int,
+    mask: Tensor | None,
+) -> None:
+    """Check sparse targets against the hidden states. Masked tokens may hold any value."""
+    for name in ("token_ids", "probabilities"):
+        value, name = getattr(targets, name), f"SparseTargets.{name}"
+        check_dense(name, value)
+        check_device(name, value, device)
+        if value.shape[:-1] != shape:
+            raise ValueError(
+                f"{name} must have shape {(*shape, 'K')}, got {tuple(value.shape)}: its leading"
+                " dimensions are those of the hidden states"
+            )
+    masked = False if mask is None else ~mask[:, None]
+    ids = targets.token_ids.reshape(-1, targets.token_ids.shape[-1])
+    inside = (ids >= 0) & (ids < vocab_size)
+    check_values("SparseTargets.token_ids", inside | masked, f"must be in [0, {vocab_size})")
+    requirement = "must be finite and 0 or more"
+    if targets.rest is not None:
+        requirement += ", with a sum in (0, 1] at each position"
+    check_values("SparseTargets.probabilities", sum_is_valid(targets) | masked, requirement)
 
 
 def check_float(name: str, x: Any) -> None:
     """Check that ``x`` is a dense tensor with a supported floating-point dtype."""
-    _check_dense(name, x)
+    check_dense(name, x)
     if hasattr(x, "full_tensor"):
         raise TypeError(
             f"{name} is a DTensor: gather it once before the call, with {name}.full_tensor()"
@@ -194,7 +234,7 @@ def check_float(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be floating point ({known}), got {x.dtype}")
 
 
-def _check_dense(name: str, x: Any) -> None:
+def check_dense(name: str, x: Any) -> None:
     """Check that ``x`` is a tensor that is neither sparse nor nested."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -276,7 +316,7 @@ def _leading_shape(named: Sequence[tuple[str, Tensor]]) -> torch.Size:
 
 
 def _check_tokens(name: str, x: Any, shape: torch.Size, device: torch.device, why: str) -> None:
-    _check_dense(name, x)
+    check_dense(name, x)
     if x.shape != shape:
         raise ValueError(
             f"{name} must have the leading shape of the hidden states, {tuple(shape)},"
@@ -293,96 +333,27 @@ def _token_mask(mask: Any, shape: torch.Size, device: torch.device) -> Tensor | 
     if mask.is_complex():
         raise TypeError(f"mask must be bool or 0/1, got {mask.dtype}")
     if mask.dtype is not torch.bool:
-        _check_values("mask", (mask == 0) | (mask == 1), "may hold only 0 and 1")
+        check_values("mask", (mask == 0) | (mask == 1), "may hold only 0 and 1")
     return mask.bool().reshape(-1)
 
 
-def _token_labels(labels: Any, shape: torch.Size, device: torch.device, vocab_size: int) -> Tensor:
+def _token_labels(
+    labels: Any, shape: torch.Size, device: torch.device, vocab_size: int, ignore_index: int
+) -> Tensor:
     """Return the labels as a flat int64 tensor."""
     why = "labels[i] is the token that position i predicts"
     _check_tokens("labels", labels, shape, device, why)
     if labels.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"labels must be int64 or int32, got {labels.dtype}")
-    valid = (labels == IGNORE_INDEX) | ((labels >= 0) & (labels < vocab_size))
-    _check_values("labels", valid, f"must be {IGNORE_INDEX} or in [0, {vocab_size})")
+    valid = (labels == ignore_index) | ((labels >= 0) & (labels < vocab_size))
+    check_values("labels", valid, f"must be {ignore_index} or in [0, {vocab_size})")
     return labels.reshape(-1).long()
 
 
-def _check_values(name: str, valid: Tensor, requirement: str) -> None:
+def check_values(name: str, valid: Tensor, requirement: str) -> None:
     """Check a condition on a tensor's values, without making the host wait for a GPU."""
     if torch.compiler.is_compiling() or valid.device.type in ("cuda", "meta"):
         compat.assert_on_device(valid.all(), f"{name} {requirement}")
     elif not bool(valid.all()):
         wrong = int((~valid).sum())
         raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")
-
-
-def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
-    """Return the weights of the lens pairs, ``(L,)``, each ``1 / L`` by default."""
-    dtype, device = inputs.compute_dtype, inputs.device
-    if value is None:
-        return torch.full((pairs,), 1.0 / max(1, pairs), dtype=dtype, device=device)
-    if isinstance(value, (list, tuple)):
-        each = [check_number(f"layer_weights[{i}]", w, -math.inf) for i, w in enumerate(value)]
-        value = torch.tensor(each, dtype=dtype, device=device)
-    elif isinstance(value, Tensor):
-        check_float("layer_weights", value)
-        check_device("layer_weights", value, device)
-        _check_values("layer_weights", value.detach().isfinite(), "must be finite")
-    else:
-        kind = type(value).__name__
-        raise TypeError(f"layer_weights must be a list of numbers or a 1-D tensor, got {kind}")
-    if value.shape != (pairs,):
-        raise ValueError(
-            f"layer_weights must have shape ({pairs},), one weight for each lens pair,"
-            f" got shape {tuple(value.shape)}"
-        )
-    return value.to(dtype)
-
-
-def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
-    """Check the teacher's statistics of each state and token, and return them, ``(S, N, 2)``.
-
-    Return None if there are none.
-    """
-    if value is None or inputs.teacher is None:
-        return None
-    name = "teacher_statistics"
-    _check_dense(name, value)
-    shape = (len(inputs.teacher.named_hidden), *inputs.leading_shape, 2)
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"{name} must have shape {shape}: the teacher's states, the leading shape of the hidden"
-            f" states, and maximum and log of sum; got {tuple(value.shape)}"
-        )
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got {value.dtype}")
-    check_device(name, value, inputs.device)
-    value = value.detach().to(inputs.compute_dtype).reshape(shape[0], -1, 2)
-    valid = value.isfinite()
-    if inputs.mask is not None:
-        valid = valid | ~inputs.mask[:, None]
-    _check_values(name, valid, "must be finite")
-    return value
-
-
-def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
-    """Return the divisor of a sum over tokens, by default the number of tokens, at least 1.
-
-    ``counted`` is 1 for each token that counts. A tensor is returned in the dtype of ``counted``.
-    """
-    if value is None:
-        return counted.sum().clamp(min=1)
-    if not isinstance(value, Tensor):
-        return check_number("denominator", value, 0.0)
-    if value.numel() != 1:
-        shape = tuple(value.shape)
-        raise ValueError(f"denominator must be a number or a one-element tensor, got shape {shape}")
-    if value.is_complex() or value.dtype is torch.bool:
-        raise TypeError(f"denominator must be a real number, got {value.dtype}")
-    if value.device.type != "cpu":
-        check_device("denominator", value, counted.device)
-    _check_values("denominator", value >= 0, "must be 0 or more")
-    value = value.to(counted).reshape(())
-    # A global batch without tokens has denominator 0. Its loss must then be 0 and not NaN.
-    return torch.where(value == 0, 1, value)

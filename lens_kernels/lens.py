@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lens_kernels.options import check_number
 
@@ -71,6 +73,36 @@ class LensNorm:
 
 
 @dataclass(frozen=True, eq=False)
+class LensTranslator:
+    """A learnt affine map before the norm, ``h + weight @ h + bias``, as tuned lenses have it.
+
+    ``weight`` is ``(D, D)`` and ``bias`` ``(D,)``. Zeros leave hidden states as they are.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        width = self.bias.shape[0] if self.bias.dim() == 1 else -1
+        if self.weight.shape != (width, width):
+            raise ValueError(
+                "LensTranslator.weight must be (D, D) and bias (D,), got"
+                f" {tuple(self.weight.shape)} and {tuple(self.bias.shape)}"
+            )
+
+    @classmethod
+    def zeros(cls, width: int, **options: Any) -> LensTranslator:
+        """Return a translator that leaves hidden states as they are. Its tensors may be trained."""
+        return cls(torch.zeros(width, width, **options), torch.zeros(width, **options))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the translated hidden states, in their dtype."""
+        moved = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return hidden + moved.to(hidden.dtype)
+
+
+@dataclass(frozen=True, eq=False)
 class LogitMap:
     """A map from products to logits.
 
@@ -105,6 +137,8 @@ class LensHead:
             returns the final hidden state already normed.
         scale: Number that multiplies the logits, above 0.
         softcap: Bound of the logits, above 0, or None.
+        translator: Maps of the intermediate hidden states before the norm: one for each lens pair,
+            or one for all, or None. Their tensors get gradients if they require grad.
 
     Raises:
         TypeError: A tensor or the norm has another type.
@@ -116,6 +150,7 @@ class LensHead:
     norm: LensNorm | None = None
     scale: float = 1.0
     softcap: float | None = None
+    translator: LensTranslator | Sequence[LensTranslator] | None = None
 
     def __post_init__(self) -> None:
         """Check each value on its own."""
@@ -145,6 +180,24 @@ class LensHead:
             weight, bias = parts.get("norm_weight"), parts.get("norm_bias")
             norm = replace(norm, weight=weight, bias=bias)
         return replace(self, weight=parts["weight"], bias=parts.get("bias"), norm=norm)
+
+    def translated(self, lenses: Sequence[Tensor]) -> list[Tensor]:
+        """Return the intermediate hidden states of all pairs after their translators."""
+        given = self.translator
+        if given is None:
+            return [*lenses]
+        each = [given] * len(lenses) if isinstance(given, LensTranslator) else [*given]
+        if len(each) != len(lenses):
+            raise ValueError(
+                f"LensHead.translator has {len(each)} translators for {len(lenses)} lens pairs"
+            )
+        for translator, hidden in zip(each, lenses, strict=True):
+            if translator.bias.shape[0] != hidden.shape[-1]:
+                raise ValueError(
+                    f"LensHead.translator has width {translator.bias.shape[0]}, but the hidden"
+                    f" states have width {hidden.shape[-1]}"
+                )
+        return [translator(hidden) for translator, hidden in zip(each, lenses, strict=True)]
 
     def prefix(self, vocab_size: int) -> LensHead:
         """Return the head for the first ``vocab_size`` entries. Its tensors are views."""

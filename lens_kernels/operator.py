@@ -39,9 +39,26 @@ def lens_loss(*packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     call = Packed(*packed).unpack()
     # The backend chooses the dtype of each GEMM, so autocast must not change it.
     with torch.autocast(call.row_weight.device.type, enabled=False):
-        result = dispatch.REGISTRY[call.backend].evaluate(call)
+        try:
+            result = dispatch.REGISTRY[call.backend].evaluate(call)
+        except RuntimeError as error:
+            cuda = isinstance(error, torch.OutOfMemoryError)
+            if not cuda and "can't allocate memory" not in str(error):
+                raise
+            raise torch.OutOfMemoryError(_out_of_memory(call, error)) from error
     loss = (call.row_weight * result.rows).sum()
     return loss, result.rows, result.dropped, [result.grads[key] for key in call.needing_grad()]
+
+
+def _out_of_memory(call: LossCall, error: RuntimeError) -> str:
+    """Return a message that names the option that limits memory."""
+    gradients = sum(x.numel() for x in call.needing_grad().values()) * call.compute_dtype.itemsize
+    tiles, others = (f"{size / 2**20:.0f} MiB" for size in (call.workspace_bytes, gradients))
+    return (
+        f"{error}\nThe loss ran out of memory. Its tiles of logits may take"
+        f" workspace_bytes={call.workspace_bytes} ({tiles}): pass a smaller workspace_bytes. Its"
+        f" gradients of hidden states and head take {others} besides"
+    )
 
 
 @lens_loss.register_fake

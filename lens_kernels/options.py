@@ -154,6 +154,12 @@ def parse_grad_threshold(name: str, value: object) -> tuple[float | None, bool]:
     return check_number(name, value, 0.0, hint=hint, inclusive=True), False
 
 
+def _check_flag(name: str, value: object, other: str | None = None) -> None:
+    if not isinstance(value, bool) and (other is None or value != other):
+        choice = "True or False" if other is None else f"True, False or {other!r}"
+        raise TypeError(f"{name} must be {choice}, got {value!r}")
+
+
 def _check_beta(name: str, value: object) -> None:
     hint = (
         "; at the endpoints jsd is 0 for any two models:"
@@ -167,12 +173,19 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "final_divergence": parse_final_divergence,
     "beta": _check_beta,
     "temperature": lambda name, value: check_number(name, value, 0.0),
+    "teacher_temperature": lambda name, value: value is None or check_number(name, value, 0.0),
+    "temperature_squared": lambda name, value: _check_flag(name, value),
+    "standardize": lambda name, value: _check_flag(name, value, "lens"),
+    "token_clip": lambda name, value: value is None or check_number(name, value, 0.0),
     "kd_ratio": lambda name, value: check_number(name, value, 0.0, 1.0, inclusive=True),
     "lens_coeff": lambda name, value: check_number(name, value, 0.0, inclusive=True),
     "reduction": lambda name, value: parse_name(Reduction, name, value),
     "backend": _check_string,
     "workspace_bytes": lambda name, value: value is None or check_count(name, value),
     "grad_threshold": parse_grad_threshold,
+    "label_smoothing": lambda name, value: check_number(name, value, 0.0, 1.0, inclusive=True),
+    "z_loss": lambda name, value: check_number(name, value, 0.0, inclusive=True),
+    "ignore_index": check_int,
 }
 
 
@@ -192,6 +205,10 @@ class LossOptions:
     divergence: str = "jsd"
     beta: float = 0.5
     temperature: float = 1.0
+    teacher_temperature: float | None = None
+    temperature_squared: bool = False
+    standardize: bool | str = False
+    token_clip: float | None = None
     layer_weights: Sequence[float] | Tensor | None = None
     vocab_size: int | None = None
     backend: str = "auto"
@@ -214,6 +231,8 @@ class LensOptions(LossOptions):
     def __post_init__(self) -> None:
         """Check each option, and refuse options that exclude each other."""
         super().__post_init__()
+        if not isinstance(self.standardize, bool):
+            raise ValueError(f"standardize must be True or False here, got {self.standardize!r}")
         if self.reduction == Reduction.NONE and self.layer_weights is not None:
             raise ValueError("layer_weights do not apply to reduction='none': leave them out")
 
@@ -222,6 +241,17 @@ class LensOptions(LossOptions):
         if self.reduction != Reduction.MEAN and denominator is not None:
             reduction = str(Reduction(self.reduction).value)
             raise ValueError(f"denominator needs reduction='mean', got {reduction!r}: leave it out")
+
+
+@dataclass(frozen=True, eq=False)
+class CrossEntropyOptions(LensOptions):
+    """The options of ``linear_cross_entropy``, which ignores those of the divergences."""
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    ignore_index: int = -100
+    return_lse: bool = False
+    return_entropy: bool = False
 
 
 @dataclass(frozen=True, eq=False)

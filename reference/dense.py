@@ -50,6 +50,11 @@ def kl(a: Tensor, b: Tensor) -> Tensor:
     return (a * torch.log(ratio)).sum(-1)
 
 
+def standardise(z: Tensor) -> Tensor:
+    """Return logits minus their mean, in units of their unbiased deviation."""
+    return (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True)
+
+
 def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
     """Return the divergence with this name, of teacher ``p`` and student ``q``."""
     if name == "jsd":
@@ -79,6 +84,8 @@ def rows(
     normed: Sequence[bool],
     beta: float = 0.5,
     temperature: float = 1.0,
+    teacher_temperature: float | None = None,
+    standardize: bool = False,
     vocab_size: int | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
@@ -86,14 +93,17 @@ def rows(
 
     With ``labels``, a last row holds the cross entropy.
     """
+    theirs = temperature if teacher_temperature is None else teacher_temperature
     values = []
     for h_s, h_t, name, with_norm in zip(
         student_hidden, teacher_hidden, divergences, normed, strict=True
     ):
         z_s = lens_logits(h_s, student_head, with_norm, vocab_size)
         with torch.no_grad():
-            p = softmax(lens_logits(h_t, teacher_head, with_norm, vocab_size) / temperature)
-        values.append(divergence(name, p, softmax(z_s / temperature), beta))
+            z_t = lens_logits(h_t, teacher_head, with_norm, vocab_size)
+            p = softmax((standardise(z_t) if standardize else z_t) / theirs)
+        z = standardise(z_s) if standardize else z_s
+        values.append(divergence(name, p, softmax(z / temperature), beta))
     if labels is not None:
         values.append(-torch.log(softmax(z_s).gather(-1, labels[..., None])[..., 0]))
     return torch.stack(values)

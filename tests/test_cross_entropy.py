@@ -11,6 +11,7 @@ from tests.support.objectives import some_labels
 from tests.support.problems import make
 
 backends = pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
+extras_backends = pytest.mark.parametrize("backend", ["torch"])
 
 
 def problem_of(**features):
@@ -20,16 +21,27 @@ def problem_of(**features):
     return problem, some_labels()
 
 
-def dense(problem, labels, **options):
-    """Return the loss, computed from full logits in the problem's dtype."""
-    head, reduction = problem.student_head, options.get("reduction", "mean")
+def dense_logits(problem, vocab_size=None):
+    """Return the full logits in the problem's dtype."""
+    head = problem.student_head
     x = problem.student_hidden[0]
     if head.norm is not None:
         x = head.norm.forward(x)[0]
-    z = head.logits(x @ head.weight.T, 1.0)[0][..., : options.get("vocab_size")]
+    return head.logits(x @ head.weight.T, 1.0)[0][..., :vocab_size]
+
+
+def dense(problem, labels, **options):
+    """Return the loss, computed from full logits in the problem's dtype."""
+    reduction = options.get("reduction", "mean")
+    z = dense_logits(problem, options.get("vocab_size"))
     mask = options.get("mask", torch.ones_like(labels)).bool()
     labels = labels.where(mask, -100)
-    rows = F.cross_entropy(z.flatten(0, -2), labels.flatten(), reduction="none").view(labels.shape)
+    smoothing = options.get("label_smoothing", 0.0)
+    rows = F.cross_entropy(
+        z.flatten(0, -2), labels.flatten(), reduction="none", label_smoothing=smoothing
+    ).view(labels.shape)
+    squares = z.logsumexp(-1).square() * (labels != -100)
+    rows = rows + options.get("z_loss", 0.0) * squares
     if reduction == "none":
         return rows
     counted = options.get("denominator", (labels != -100).sum().clamp(min=1))
@@ -49,6 +61,10 @@ def check(problem, labels, backend, **options):
         workspace_bytes=several_chunks(BATCH),
         **options,
     )
+    if isinstance(loss, tuple):
+        loss, *reports = loss
+        with torch.no_grad():
+            check_reports(dense_logits(wide), labels, reports)
     assert loss.dtype is torch.float32 and loss.shape == truth.shape
     assert_close(loss, truth, 1e-6, "loss")
     weight = torch.rand_like(truth)
@@ -86,6 +102,49 @@ def test_reductions_masks_and_prefixes(backend, options):
     check(problem, labels, backend, **options)
 
 
+def check_reports(logits, labels, reports):
+    """Compare log-sum-exps and entropies with those of float64 logits."""
+    lq = logits.log_softmax(-1)
+    expected = logits.logsumexp(-1), -(lq.exp() * lq).sum(-1)
+    for name, got, value in zip(("lse", "entropy"), reports, expected, strict=True):
+        assert not got.requires_grad
+        assert_close(got, value * (labels != -100), 1e-6, name)
+
+
+EXTRAS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "only_smoothing": {"label_smoothing": 1.0},
+    "z_loss": {"z_loss": 1e-2},
+    "reports": {"return_lse": True, "return_entropy": True},
+}
+
+
+@extras_backends
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("extra", [*EXTRAS, "all"])
+def test_smoothing_z_loss_and_reports(backend, extra, reduction):
+    every = {**EXTRAS["smoothing"], **EXTRAS["z_loss"], **EXTRAS["reports"]}
+    problem, labels = problem_of(norm="rms", bias=True, softcap=9.0)
+    check(problem, labels, backend, reduction=reduction, **EXTRAS.get(extra, every))
+
+
+def test_one_report_is_returned_alone():
+    problem, labels = problem_of()
+    arguments = problem.student_hidden[0], problem.student_head, labels
+    both = linear_cross_entropy(*arguments, return_lse=True, return_entropy=True)
+    for index, option in ((1, "return_lse"), (2, "return_entropy")):
+        loss, report = linear_cross_entropy(*arguments, **{option: True})
+        assert torch.equal(loss, both[0]) and torch.equal(report, both[index])
+
+
+def test_ignore_index_replaces_the_label_of_no_label():
+    problem, labels = problem_of()
+    arguments = problem.student_hidden[0], problem.student_head
+    expected = linear_cross_entropy(*arguments, labels)
+    got = linear_cross_entropy(*arguments, labels.where(labels != -100, -1), ignore_index=-1)
+    assert torch.equal(got, expected)
+
+
 @backends
 def test_tokens_without_label_are_not_read(backend):
     problem, labels = problem_of()
@@ -115,6 +174,9 @@ def test_tokens_without_label_are_not_read(backend):
         ({"vocab_size": 6}, r"vocab_size=6 must lie in \[1, 5\]: head has 5 entries"),
         ({"reduction": "none", "denominator": 2}, "denominator needs reduction='mean', got 'none'"),
         ({"reduction": "max"}, "reduction='max' is unknown"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be finite and lie in \[0, 1\], got 1.5"),
+        ({"z_loss": -1.0}, r"z_loss must be finite and lie in \[0, inf\], got -1.0"),
+        ({"labels": torch.full((3,), -100), "ignore_index": 0}, r"labels must be 0 or in \[0, 5\)"),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -15,15 +15,16 @@ import math
 import pytest
 import torch
 
-from lens_kernels import symmetric_lens_loss
+from lens_kernels import SparseTargets, symmetric_lens_loss
 from lens_kernels.backends import head_products, matmul
 from lens_kernels.backends.torch import pointwise_pass, row_chunks
 from lens_kernels.backends.torch.layout import row_stride
-from tests.support.grids import DIVERGENCES, FEATURES, Shape, several_chunks
+from lens_kernels.dispatch import Backend
+from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
 from tests.support.memory import MIB, peak_bytes
 from tests.support.objectives import make_objective
 from tests.support.operators import Watch
-from tests.support.problems import capture_call, make, recorded
+from tests.support.problems import capture_call, make, ours, recorded
 
 TEMPORARIES, OTHER, SMALL = 16, 8, 8
 
@@ -83,6 +84,18 @@ def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
     peak = peak_of(monkeypatch, problem, workspace_bytes=workspace)
     assert peak >= workspace / 2, "the measurement missed the tiles"
     assert peak <= bound(LARGE, workspace) < 8 * LARGE.tokens * LARGE.vocab
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("kind", ["standardize", "ghost", "uniform"])
+def test_peak_memory_of_variants_is_bounded(monkeypatch, kind):
+    workspace, options = 4 * MIB, {"standardize": kind == "standardize"}
+    problem = make(LARGE, divergence="forward_kl")
+    if kind != "standardize":
+        p, ids = torch.rand(LARGE.tokens, 50).softmax(-1), torch.arange(50).expand(2048, -1)
+        problem.teacher_hidden, problem.teacher_head = SparseTargets(ids, p / 2, kind), None
+    peak = peak_of(monkeypatch, problem, workspace_bytes=workspace, **options)
+    assert workspace / 4 <= peak <= bound(LARGE, workspace) < 8 * LARGE.tokens * LARGE.vocab
 
 
 @pytest.mark.usefixtures("eager")
@@ -195,3 +208,19 @@ def test_the_backward_pass_never_synchronises():
     with Watch() as watch:
         problem.gradients(2 * loss)
     assert watch.names and not SYNCHRONISING.intersection(watch.names)
+
+
+def test_out_of_memory_names_the_option_that_limits_it(monkeypatch):
+    """The message of the allocator stays in front, because trainers look for it."""
+
+    def evaluate(self, call):
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    problem = make(BATCH)
+    monkeypatch.setattr(Backend, "evaluate", evaluate)
+    with pytest.raises(torch.OutOfMemoryError, match=r"(?s)can't allocate memory.*") as caught:
+        ours(problem, workspace_bytes=3 << 20)
+    assert "may take workspace_bytes=3145728 (3 MiB): pass a smaller" in str(caught.value)
+    monkeypatch.setattr(Backend, "evaluate", lambda self, call: [][0])
+    with pytest.raises(IndexError):
+        ours(problem)

@@ -15,7 +15,8 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 from lens_kernels.sharding import Reduction
 
-# The logit gradients of these divergences are unbounded: they grow with log(q / p).
+# The logit gradients of these divergences are unbounded: they grow with log(q / p). So do those of
+# ``z_loss``, with the log-sum-exp.
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
@@ -28,7 +29,8 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
     """
     if dtype is not torch.float16:
         return 1.0
-    return 2.0**7 if set(call.divergences) & set(UNBOUNDED) else 2.0**14
+    unbounded = set(call.divergences) & set(UNBOUNDED) or call.z_loss
+    return 2.0**7 if unbounded else 2.0**14
 
 
 class Accumulator:
@@ -78,11 +80,11 @@ class Accumulator:
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # With labels, the last row of ``counted`` holds the weights of the cross entropy. The
-            # temperature does not apply to it.
+            # With labels, the row of ``counted`` after the divergences holds the weights of the
+            # cross entropy. The temperature does not apply to it.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
-            sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=True)]
+            sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=False)]
             largest = torch.stack(sizes).amax() * call.student_head.scale
         largest = torch.where(largest > 0, largest, 1.0).to(self.weight.dtype)
         mantissa = torch.frexp(largest).mantissa

@@ -31,9 +31,14 @@ GRAD_LINE = 64
 
 
 @compat.constant_in_graphs
-def has_row_kernel(device: torch.device, compute: torch.dtype) -> bool:
-    """Return whether the pass runs as a Triton kernel: on CUDA devices with Triton, in float32."""
-    on_gpu = device.type == "cuda" and compute is torch.float32
+def has_row_kernel(
+    device: torch.device, compute: torch.dtype, features: frozenset[str] = frozenset()
+) -> bool:
+    """Return whether the pass runs as a Triton kernel: on CUDA devices with Triton, in float32.
+
+    The kernel has none of the ``features`` of a call.
+    """
+    on_gpu = device.type == "cuda" and compute is torch.float32 and not features
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from lens_kernels.backends.head_products import Survey
 from lens_kernels.backends.torch.layout import Layout
 from lens_kernels.options import Divergence
+from lens_kernels.targets import TargetRows
 
 
 class Terms(NamedTuple):
@@ -26,6 +27,9 @@ class Terms(NamedTuple):
     label_weight: Tensor | None
     # For each row ``z`` of the teacher's logits, ``(maximum, log sum exp(z - maximum))``, if known.
     teacher_statistics: Tensor | None = None
+    # These replace the teacher in the divergence.
+    targets: TargetRows | None = None
+    standardized: bool = False
 
 
 class Pass(Protocol):
@@ -40,6 +44,8 @@ class Pass(Protocol):
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
         """Return a list with the divergence, the cross entropy, or both, of each row.
+
+        With ``reports`` of the call, log-sum-exp and entropy follow the cross entropy.
 
         ``tiles`` are the products ``hidden @ weight.T``, ``(R, V)``, of the student and, with a
         divergence, of the teacher. The gradient of the weighted sum of the results with respect to

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +16,8 @@ from lens_kernels.backends.head_products import ColumnStatistics
 from lens_kernels.backends.pages import keep_freed_blocks
 from lens_kernels.backends.torch.layout import bytes_per_row, in_place
 from lens_kernels.backends.torch.passes import Terms
+from lens_kernels.backends.torch.standardized import Standardized
+from lens_kernels.backends.torch.targets import Target, softmax, target_rows
 from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR, Formula, Mixture
 from lens_kernels.lens import LensHead, LogitMap
@@ -27,19 +31,6 @@ CPU_COMPILE_LOGITS = 1 << 23
 # eager pass, and the tiles of the compiled pass, then stay in the cache.
 CPU_EAGER_BLOCK = 1 << 17
 CPU_COMPILED_BLOCK = 1 << 20
-
-
-def softmax(u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-softmax and softmax, with one exponential per entry.
-
-    The log-sum-exp is kept as two numbers, the maximum and the log of the sum. A single fp32 number
-    near 60 would cause an error of 4e-6 in every probability. Both results use the same rounded
-    logarithm. An error that ``log q`` and ``q`` share changes divergences only in second order.
-    """
-    u = u - u.amax(-1, keepdim=True)
-    powers = u.exp()
-    log_total = powers.sum(-1, keepdim=True).log()
-    return u - log_total, powers * (-log_total).exp()
 
 
 class Comparison(NamedTuple):
@@ -58,68 +49,67 @@ class Comparison(NamedTuple):
     formula: Formula
     beta: Mixture
     teacher_statistics: Tensor | None = None
-
-
-class Labels(NamedTuple):
-    """The inputs of the cross entropy of labels ``(R,)``. It always uses temperature 1."""
-
-    labels: Tensor
-    weight: Tensor
-    student: LogitMap
+    # The inverse temperatures of student and teacher if logits are standardised. The maps then have
+    # temperature 1.
+    standardized: tuple[Tensor, Tensor] | None = None
+    clip: Tensor | None = None
 
 
 def tile_pass(
-    zs: Tensor, comparison: Comparison | None, labels: Labels | None, with_grad: bool
-) -> list[Tensor]:
-    """Return a list with the divergence, the cross entropy, or both, of each row.
+    zs: Tensor, comparison: Comparison | None, targets: Sequence[Target], with_grad: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return a list with the divergence from the teacher, then the losses of targets, of each row.
 
     ``zs`` holds the student's products ``hidden @ weight.T``, ``(R, V)``. With ``with_grad``, the
-    gradient of the weighted sum of the results with respect to ``zs`` overwrites it.
+    gradient of the weighted sum of the results with respect to ``zs`` overwrites it, but for the
+    parts at the entries ``ids`` of targets. These are returned, and ``TorchPass`` adds them.
     """
-    losses, label_grad = [], None
-    if labels is not None:
-        cross_entropy, label_grad = _cross_entropy(zs, labels, with_grad)
-        losses.append(cross_entropy)
+    losses: list[Tensor] = []
+    grads: list[Tensor] = []
+    at_ids: list[Tensor] = []
     if comparison is not None:
         divergence, grad = _divergence(zs, comparison, with_grad)
-        losses.insert(0, divergence)
-        if grad is not None:
-            zs.copy_(grad)
-            if label_grad is not None:
-                zs.add_(label_grad)
-    elif label_grad is not None:
-        zs.copy_(label_grad)
-    return losses
+        losses.append(divergence)
+        grads += [] if grad is None else [grad]
+    for target in targets:
+        values, grad, part = target_rows(zs, target, with_grad)
+        losses += values
+        grads += [] if grad is None else [grad]
+        at_ids += part
+    if grads:
+        zs.copy_(grads[0])
+        for grad in grads[1:]:
+            zs.add_(grad)
+    return losses, at_ids
 
 
 def _divergence(zs: Tensor, row: Comparison, with_grad: bool) -> tuple[Tensor, Tensor | None]:
     us, slope = row.student(zs)
     ut, _ = row.teacher(row.zt)
-    lq, q = softmax(us.clamp(min=FLOOR))
+    standardized = None
+    if row.standardized is not None:
+        ours, theirs = row.standardized
+        standardized = Standardized.of(us, ours)
+        us, ut = standardized.logits, Standardized.of(ut, theirs).logits
+    lq, q, _ = softmax(us.clamp(min=FLOOR))
     ut = ut.clamp(min=FLOOR)
     if row.teacher_statistics is None:
-        lp, p = softmax(ut)
+        lp, p, _ = softmax(ut)
     else:
         maximum, log_sum = row.teacher_statistics.split(1, -1)
         lp = (ut - maximum) - log_sum
         p = lp.exp()
     f, h = row.formula(lp, lq, p, q, row.beta)
-    loss = f.sum(-1)
+    loss, weight = f.sum(-1), row.weight
+    if row.clip is not None:
+        weight = torch.where(loss > row.clip, 0.0, weight)
+        loss = loss.clamp(max=row.clip)
     if not with_grad:
         return loss, None
     grad = h - q * h.sum(-1, keepdim=True)
-    return loss, grad * (row.weight[:, None] * slope)
-
-
-def _cross_entropy(zs: Tensor, row: Labels, with_grad: bool) -> tuple[Tensor, Tensor | None]:
-    logits, slope = row.student(zs)
-    lq, q = softmax(logits.clamp(min=FLOOR))
-    cross_entropy = -lq.gather(-1, row.labels[:, None])[:, 0]
-    if not with_grad:
-        return cross_entropy, None
-    columns = torch.arange(zs.shape[-1], device=zs.device)
-    residual = q - (columns == row.labels[:, None]).to(lq.dtype)
-    return cross_entropy, residual * (row.weight[:, None] * slope)
+    if standardized is not None:
+        grad, slope = standardized.backward(grad), slope * standardized.scale
+    return loss, grad * (weight[:, None] * slope)
 
 
 def is_compiled(device: torch.device, logits: int) -> bool:
@@ -152,19 +142,29 @@ class TorchPass:
         # 1 - beta is computed in fp64, because in fp32 it would lose its digits for a beta near 1.
         beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
         self.beta = beta, rest
-        self.student, self.untempered = self.maps(call.student_head)
-        self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head)[0]
+        self.smoothing, self.z_loss = (
+            torch.tensor(x, dtype=compute) if x else None
+            for x in (call.label_smoothing, call.z_loss)
+        )
+        self.clip = None
+        if call.token_clip < math.inf:
+            self.clip = torch.tensor(call.token_clip, dtype=compute)
+        ours, theirs = call.temperatures
+        inverse_ours, inverse_theirs = (torch.tensor(1 / x, dtype=compute) for x in (ours, theirs))
+        self.inverse_temperatures = inverse_ours, inverse_theirs
+        self.student = self.maps(call.student_head, ours)
+        self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head, theirs)
 
-    def maps(self, head: LensHead) -> list[LogitMap]:
-        """Return two maps from a head's products to logits, at the call's temperature and at 1.
+    def maps(self, head: LensHead, temperature: float) -> tuple[LogitMap, LogitMap]:
+        """Return two maps from a head's products to logits, at a temperature and at 1.
 
         The numbers in the maps are 0-dim tensors.
         """
         head = head.prefix(self.call.vocab_size)
-        return [
-            as_tensors(head.logit_map(temperature), self.call.compute_dtype)
-            for temperature in (self.call.temperature, 1.0)
-        ]
+        tempered, plain = (
+            as_tensors(head.logit_map(each), self.call.compute_dtype) for each in (temperature, 1.0)
+        )
+        return tempered, plain
 
     def survey(self) -> ColumnStatistics:
         """Return empty statistics of gradients."""
@@ -182,35 +182,67 @@ class TorchPass:
         blocks = []
         for start in range(0, tiles[0].shape[0], step):
             block = slice(start, start + step)
-            zs, *terms_of_block = self.arguments(tiles, terms, block)
-            arguments = zs, *terms_of_block, grad is not None
-            blocks.append(compiled.call(self.compiled, tile_pass, *arguments))
+            zs, comparison, targets = self.arguments(tiles, terms, block)
+            arguments = zs, comparison, targets, grad is not None
+            losses, at_ids = compiled.call(self.compiled, tile_pass, *arguments)
+            blocks.append(losses)
+            for target, part in zip(targets, at_ids, strict=False):
+                zs.scatter_add_(-1, target.ids, part)
             if survey is not None:
                 survey.add(zs)  # the gradient has overwritten zs
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
 
     def arguments(
         self, tiles: list[Tensor], terms: Terms, block: slice
-    ) -> tuple[Tensor, Comparison | None, Labels | None]:
+    ) -> tuple[Tensor, Comparison | None, list[Target]]:
         """Return the student's products of a block of rows, and the terms of its rows."""
         # ``data`` drops the link to the base tensor. Otherwise torch would compile a variant for
         # views that cover their whole base.
         zs, *zt = (tile[block].data for tile in tiles)
-        comparison = labels = None
-        if terms.divergence is not None:
-            assert terms.weight is not None and self.teacher is not None
-            formula = table.pointwise(terms.divergence, self.call.beta)
-            weight = terms.weight[block]
-            given = terms.teacher_statistics
-            given = None if given is None else given[block]
-            comparison = Comparison(
-                zt[0], weight, self.student, self.teacher, formula, self.beta, given
-            )
+        comparison = self.comparison(terms, block, zt[0]) if zt and terms.divergence else None
+        return zs, comparison, self.targets(terms, block)
+
+    def comparison(self, terms: Terms, block: slice, zt: Tensor) -> Comparison:
+        """Return the comparison of some rows with the teacher's products ``zt``."""
+        assert terms.divergence is not None and terms.weight is not None
+        assert self.teacher is not None
+        formula = table.pointwise(terms.divergence, self.call.beta)
+        given = terms.teacher_statistics
+        given = None if given is None else given[block]
+        at = int(terms.standardized)
+        return Comparison(
+            zt, terms.weight[block], self.student[at], self.teacher[at], formula, self.beta, given,
+            self.inverse_temperatures if terms.standardized else None, self.clip,
+        )  # fmt: skip
+
+    def targets(self, terms: Terms, block: slice) -> list[Target]:
+        """Return the targets of some rows: those that replace a teacher, then labels."""
+        result = []
+        if terms.targets is not None:
+            assert terms.weight is not None
+            sparse = terms.targets.at(block)
+            result.append(
+                Target(
+                    sparse.ids, sparse.values, terms.weight[block],
+                    self.student[int(terms.standardized)], sparse.smoothing, sparse.rest,
+                    sparse.constant, clip=self.clip,
+                    inverse_temperature=(
+                        self.inverse_temperatures[0] if terms.standardized else None
+                    ),
+                )
+            )  # fmt: skip
         if terms.labels is not None:
             assert terms.label_weight is not None
-            weight = terms.label_weight[block]
-            labels = Labels(terms.labels[block], weight, self.untempered)
-        return zs, comparison, labels
+            ids, values = terms.labels[block, None], None
+            if self.smoothing is not None:
+                values = (1 - self.smoothing).to(ids.device).expand(ids.shape)
+            result.append(
+                Target(
+                    ids, values, terms.label_weight[block], self.student[1], self.smoothing,
+                    z_loss=self.z_loss, reports=self.call.reports,
+                )
+            )  # fmt: skip
+        return result
 
 
 def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:

@@ -26,6 +26,7 @@ from lens_kernels.backends.torch.pointwise_pass import TorchPass
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
+from lens_kernels.targets import TargetRows
 
 Rows = Tensor | slice  # which tokens: a slice, or the indices of unmasked tokens
 MakePass = Callable[[LossCall, torch.dtype, int], Pass]
@@ -45,7 +46,7 @@ def pass_for(call: LossCall) -> MakePass:
         from lens_kernels.backends.torch.sharded_pass import ShardedPass
 
         return ShardedPass
-    if has_row_kernel(call.row_weight.device, call.compute_dtype):
+    if has_row_kernel(call.row_weight.device, call.compute_dtype, call.features()):
         from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 
         return RowKernelPass
@@ -167,37 +168,47 @@ class _RowChunks:
         """
         sums = self.sums
         start = 0
-        for (divergence, labelled), run in groupby(tile, self.kind):
+        for (divergence, labelled, standardized), run in groupby(tile, self.kind):
             pieces = [*run]
             stop = start + sum(piece.stop - piece.start for piece in pieces)
             rows = [(piece.pair, self.rows(piece)) for piece in pieces]
-            weight = labels = label_weight = statistics = None
+            weight = labels = label_weight = statistics = targets = None
             if divergence is not None:
                 weight = _joined([sums.weight[pair][at] for pair, at in rows])
                 if (given := self.call.teacher_statistics) is not None:
                     statistics = _joined([given[pair][at] for pair, at in rows])
+                if self.call.targets is not None:
+                    targets = _joined_targets([self.call.targets.at(at) for _, at in rows])
             if labelled:
                 assert self.call.labels is not None
                 labels = _joined([self.call.labels[at] for _, at in rows])
-                label_weight = _joined([sums.weight[-1][at] for _, at in rows])
+                label_row = sums.weight[self.call.label_row]
+                label_weight = _joined([label_row[at] for _, at in rows])
             losses = self.compare.run(
                 [logits[start:stop] for logits in self.tiles],
-                Terms(divergence, weight, labels, label_weight, statistics),
+                Terms(divergence, weight, labels, label_weight, statistics, targets, standardized),
                 None if grad is None else grad[start:stop],
                 survey,
             )
             sizes = [piece.stop - piece.start for piece in pieces]
             for (pair, at), *parts in zip(rows, *(x.split(sizes) for x in losses), strict=True):
-                filled = ([] if divergence is None else [pair]) + ([-1] if labelled else [])
+                filled = [] if divergence is None else [pair]
+                if labelled:  # reports, if any, come after the cross entropy
+                    filled += range(self.call.label_row, len(sums.rows))
                 for row, part in zip(filled, parts, strict=True):
                     sums.rows[row, at] = part
             start = stop
 
-    def kind(self, piece: Piece) -> tuple[Divergence | None, bool]:
-        """Return a piece's divergence, and whether it has labels. Only the last pair has labels."""
+    def kind(self, piece: Piece) -> tuple[Divergence | None, bool, bool]:
+        """Return a piece's divergence, whether it has labels, and whether it is standardised.
+
+        Only the last pair has labels.
+        """
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
-        return (call.divergences[piece.pair] if call.divergences else None), labelled
+        divergence = call.divergences[piece.pair] if call.divergences else None
+        standardized = bool(call.standardized) and call.standardized[piece.pair]
+        return divergence, labelled, standardized
 
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None
@@ -215,6 +226,19 @@ class _RowChunks:
             grad = norm.backward(grad, x_hat, rstd)
         if piece.pair in grads:
             grads[piece.pair][self.rows(piece)] = grad
+
+
+def _joined_targets(parts: list[TargetRows]) -> TargetRows:
+    if len(parts) == 1:
+        return parts[0]
+    mass = [part.mass for part in parts if part.mass is not None]
+    return TargetRows(
+        torch.cat([part.ids for part in parts]),
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.constant for part in parts]),
+        torch.cat(mass) if mass else None,
+        parts[0].ghost,
+    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -34,15 +34,16 @@ class RowKernelPass:
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes)
         self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
-        self.student = self.model(call.student_head)
-        self.teacher = None if call.teacher_head is None else self.model(call.teacher_head)
+        ours, theirs = call.temperatures
+        self.student = self.model(call.student_head, ours)
+        self.teacher = None if call.teacher_head is None else self.model(call.teacher_head, theirs)
 
-    def model(self, head: LensHead) -> tuple[Any, ...]:
+    def model(self, head: LensHead, temperature: float) -> tuple[Any, ...]:
         """Return a head's bias, slope and cap, as arguments of the kernel."""
         vocab_size, bias = self.call.vocab_size, head.bias
         if bias is not None:
             bias = F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
-        logits = head.logit_map(self.call.temperature)
+        logits = head.logit_map(temperature)
         return bias, logits.slope, logits.cap
 
     def survey(self) -> RowStatistics:

@@ -16,10 +16,10 @@ from lens_kernels.backends import compiled
 from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.torch.pointwise_pass import (
     Comparison,
-    Labels,
     TorchPass,
     block_rows,
 )
+from lens_kernels.backends.torch.targets import Target
 from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR
 from lens_kernels.sharding import Reduction
@@ -37,7 +37,7 @@ class Whole(NamedTuple):
 
 
 def local_statistics(
-    zs: Tensor, comparison: Comparison | None, labels: Labels | None
+    zs: Tensor, comparison: Comparison | None, labels: Target | None
 ) -> tuple[Tensor, Tensor]:
     """Return the maxima of this rank's logits and the sums of ``exp(z - maximum)``, ``(S, R)``."""
     logits = []
@@ -54,7 +54,7 @@ def local_statistics(
 
 
 def local_sums(
-    zs: Tensor, comparison: Comparison | None, labels: Labels | None, whole: Whole
+    zs: Tensor, comparison: Comparison | None, labels: Target | None, whole: Whole
 ) -> Tensor:
     """Return this rank's part of three sums: of ``f``, of ``h``, and the cross entropy, ``(S, R)``.
 
@@ -66,14 +66,14 @@ def local_sums(
         sums += [f.sum(-1), h.sum(-1)]
     if labels is not None:
         lq, _ = _log_softmax(labels.student(zs)[0], whole.statistics[-1])
-        own = (labels.labels >= 0) & (labels.labels < zs.shape[-1])
-        column = labels.labels.clamp(0, zs.shape[-1] - 1)
-        sums.append(torch.where(own, -lq.gather(-1, column[:, None])[:, 0], 0.0))
+        own = (labels.ids >= 0) & (labels.ids < zs.shape[-1])
+        column = labels.ids.clamp(0, zs.shape[-1] - 1)
+        sums.append(torch.where(own, -lq.gather(-1, column), 0.0)[:, 0])
     return torch.stack(sums)
 
 
 def write_gradient(
-    zs: Tensor, comparison: Comparison | None, labels: Labels | None, whole: Whole
+    zs: Tensor, comparison: Comparison | None, labels: Target | None, whole: Whole
 ) -> None:
     """Overwrite ``zs`` with the gradient of the weighted sum of losses."""
     grads = []
@@ -85,7 +85,7 @@ def write_gradient(
         logits, slope = labels.student(zs)
         _, q = _log_softmax(logits, whole.statistics[-1])
         columns = torch.arange(zs.shape[-1], device=zs.device)
-        residual = q - (columns == labels.labels[:, None]).to(q.dtype)
+        residual = q - (columns == labels.ids).to(q.dtype)
         grads.append(residual * (labels.weight[:, None] * slope))
     zs.copy_(sum(grads[1:], grads[0]))
 
@@ -127,9 +127,10 @@ class ShardedPass(TorchPass):
 
         def each(function: Callable[..., Any], whole: Whole | None = None) -> Iterator[Any]:
             for block in blocks:
-                arguments = self.arguments(tiles, terms, block)
+                zs, comparison, targets = self.arguments(tiles, terms, block)
+                labels = targets[0] if targets else None
                 known = () if whole is None else (_part(whole, block),)
-                yield compiled.call(self.compiled, function, *arguments, *known)
+                yield compiled.call(self.compiled, function, zs, comparison, labels, *known)
 
         maxima, sums = (torch.cat(x, 1) for x in zip(*each(local_statistics), strict=True))
         highest = self.reduce.maximum(maxima.clone())

@@ -41,11 +41,11 @@ def evaluate(call: LossCall) -> LossResult:
 class _Head:
     """One model's head, with the memory layout that the sweeps need."""
 
-    def __init__(self, head: LensHead, call: LossCall) -> None:
+    def __init__(self, head: LensHead, call: LossCall, temperature: float) -> None:
         self.head = head.prefix(call.vocab_size)
         self.dtype = call.operand_dtype or head.weight.dtype
         self.weight = aligned(self.head.weight.to(self.dtype))
-        self.temperature = call.temperature
+        self.temperature = temperature
 
     def operand(self, hidden: Tensor, index: Tensor | None, norm: LensNorm | None) -> Operand:
         """Return the head with the rows of ``hidden`` at ``index``, normalised by ``norm``."""
@@ -62,8 +62,9 @@ class _Sweeps:
 
     def __init__(self, call: LossCall) -> None:
         self.call = call
-        self.student = _Head(call.student_head, call)
-        self.teacher = None if call.teacher_head is None else _Head(call.teacher_head, call)
+        ours, theirs = call.temperatures
+        self.student = _Head(call.student_head, call, ours)
+        self.teacher = None if call.teacher_head is None else _Head(call.teacher_head, call, theirs)
         self.sums = Accumulator(call, self.student.dtype)
         self.rows = slice(None) if self.sums.index is None else self.sums.index
         # Gradient GEMMs take 16-bit factors if the device accumulates them in fp32.
@@ -130,8 +131,9 @@ class _Sweeps:
             tile = tile_for(Sweep.ROW_STATS, student)
             stats = row_stats(student, self.call.vocab_size, tile)
         log_q = student.logits_at(labels).clamp(min=FLOOR) - stats.maximum - stats.log_sum
-        self.sums.rows[-1, self.rows] = -log_q
-        return Labels(labels, stats, self.weight(-1))
+        row = self.call.label_row
+        self.sums.rows[row, self.rows] = -log_q
+        return Labels(labels, stats, self.weight(row))
 
     def weight(self, row: int) -> Tensor:
         """Return a copy of the token weights of one loss term.

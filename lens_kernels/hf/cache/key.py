@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lens_kernels.inputs import IGNORE_INDEX
 
-FORMAT = 2
+FORMAT = 3
+STATES = "states"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
@@ -62,6 +63,7 @@ class CacheKey:
     tokenizer: str | None
     dtype: str
     precision: str = "no"
+    kind: str = STATES
     format: int = FORMAT
 
     @classmethod
@@ -73,29 +75,34 @@ class CacheKey:
         tokenizer: Any = None,
         dtype: torch.dtype | str = "bfloat16",
         precision: str = "no",
+        kind: str = STATES,
     ) -> CacheKey:
         """Return the key for the hidden states of ``model`` after ``layers`` on ``examples``.
 
         ``tokenizer`` is the one that made the examples.
 
         The final normed hidden state is always included. ``dtype`` is the dtype on disk.
-        ``precision`` is accelerate's name for the mixed precision that the teacher runs in.
+        ``precision`` is accelerate's name for the mixed precision that the teacher runs in. A
+        ``kind`` other than ``"states"`` describes sparse targets. Their ``model`` may be None.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
         return cls(
-            model=digest(_model_parts(model)),
+            model="" if model is None else digest(_model_parts(model)),
             data=data_digest(examples),
             layers=tuple(sorted(set(layers))),
             tokenizer=None if tokenizer is None else digest([_tokenizer_part(tokenizer)]),
             dtype=name,
             precision=precision,
+            kind=kind,
         )
 
     @property
     def names(self) -> list[str]:
-        """The names of the hidden states in the cache: ``layer_<depth>`` and ``final``."""
+        """Names of the hidden states: ``layer_<depth>`` and ``final``, or of the sparse targets."""
+        if self.kind != STATES:
+            return ["targets"]
         return [*(f"layer_{depth}" for depth in self.layers), "final"]
 
 

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -28,6 +28,7 @@ DIFFERS = {
     "layers": "made for other layers: found {found}, expected {expected}",
     "tokenizer": "made with another tokenizer",
     "dtype": "stored in another dtype: found {found}, expected {expected}",
+    "kind": "of another kind: found {found}, expected {expected}",
     "precision": "computed in another mixed precision: found {found}, expected {expected}",
 }
 
@@ -85,8 +86,11 @@ class Manifest:
         partial.replace(folder / MANIFEST)
 
     @classmethod
-    def read(cls, folder: Path, key: CacheKey) -> Manifest:
-        """Return the manifest of ``folder``. Raise an error if it is damaged or has another key."""
+    def read(cls, folder: Path, key: CacheKey, unknown: Iterable[str] = ()) -> Manifest:
+        """Return the manifest of ``folder``. Raise an error if it is damaged or has another key.
+
+        The fields ``unknown`` of the key are not compared. The manifest's key has them as found.
+        """
         if not (folder / MANIFEST).is_file():
             raise ValueError(
                 f"folder {folder} holds no teacher cache: it has no {MANIFEST};"
@@ -104,7 +108,10 @@ class Manifest:
         expected = {**asdict(key), "layers": list(key.layers)}
         # A manifest in another format may have other fields, so then only the format is compared.
         found = found if isinstance(found, dict) else {}
-        names = ["format"] if found.get("format") != key.format else DIFFERS
+        names = ["format"] if found.get("format") != key.format else [*DIFFERS]
+        unknown = {*unknown} & found.keys()
+        key = replace(key, **{name: found[name] for name in unknown})
+        names = [name for name in names if name not in unknown]
         reasons = [
             DIFFERS[name].format(found=found.get(name), expected=expected[name])
             for name in names
@@ -112,7 +119,12 @@ class Manifest:
         ]
         if reasons:
             raise refusal(folder, "; ".join(reasons))
-        whole = isinstance(widths, dict) and list(widths) == key.names and bool(shards)
+        whole = (
+            isinstance(key.kind, str)
+            and isinstance(widths, dict)
+            and list(widths) == key.names
+            and bool(shards)
+        )
         whole = whole and all(type(x) is int and x > 0 for x in widths.values())
         first = 0
         for index, shard in enumerate(shards):

@@ -226,6 +226,24 @@ def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
         )
 
 
+def check_targets(teacher: Any, args: LensDistillConfig) -> None:
+    """Raise if there is no teacher and no targets, or an option does not fit the targets."""
+    if teacher is None and args.kd_ratio > 0 and not args.teacher_targets:
+        raise ValueError(
+            f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
+            " kd_ratio=0 for fine-tuning without distillation"
+        )
+    if not args.teacher_targets:
+        return
+    if teacher is not None or args.teacher_cache:
+        raise ValueError("teacher_targets replaces the teacher: give no teacher and no cache of it")
+    if args.num_lens_pairs != 0 or args.mse_coeff:
+        raise ValueError(
+            "teacher_targets has no hidden states for lens pairs or mse_coeff: set"
+            " num_lens_pairs=0 and mse_coeff=0"
+        )
+
+
 def check_distribution(args: LensDistillConfig) -> None:
     """Raise if the loss does not support the parallelism of the run."""
     if args.n_gpu > 1:

@@ -27,6 +27,8 @@ from lens_kernels.options import (
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
 # Options of ``distillation_loss`` that the Trainer's config names differently.
+# Which logits are standardised, as ``distillation_loss`` names them.
+STANDARDIZE: dict[str, bool | str] = {"none": False, "lens": "lens", "all": True}
 TRAINER_NAMES = {
     "divergence": "lens_divergence",
     "temperature": "distill_temperature",
@@ -124,7 +126,25 @@ class LensDistillConfig(TrainingArguments):
     beta: float = option(DistillationOptions.beta, "Weight of the teacher in jsd, in (0, 1).")
     distill_temperature: float = option(
         DistillationOptions.temperature,
-        "Temperature that divides both models' logits. The loss is not multiplied by its square.",
+        "Temperature that divides both models' logits.",
+    )
+    teacher_temperature: float | None = option(
+        DistillationOptions.teacher_temperature,
+        "Temperature of the teacher's logits; default: distill_temperature.",
+    )
+    temperature_squared: bool = option(
+        DistillationOptions.temperature_squared,
+        "Multiply the divergences by the square of distill_temperature.",
+    )
+    standardize: str = option(
+        "none",
+        "Divide logits by their deviation in each token: none, those of the lens pairs, or all.",
+        choices=[*STANDARDIZE],
+    )
+    token_clip: float | None = option(
+        DistillationOptions.token_clip,
+        "Upper bound of each token's divergence, in nats. The logs report the share of bounded"
+        " values as 'clipped'.",
     )
     kd_ratio: float = option(
         DistillationOptions.kd_ratio,
@@ -152,6 +172,11 @@ class LensDistillConfig(TrainingArguments):
     teacher_cache: str | None = option(
         None,
         "Folder to cache the teacher's hidden states. Training then runs without the teacher.",
+    )
+    teacher_targets: str | None = option(
+        None,
+        "Folder of sparse targets, made by lens-kernels cache. They replace the teacher. Set"
+        " --final_divergence forward_kl and --num_lens_pairs 0.",
     )
     teacher_cache_dtype: str = option(
         "float32", "Dtype of the cached hidden states.", choices=list(DTYPES)
@@ -239,6 +264,7 @@ class LensDistillConfig(TrainingArguments):
         names = [x.name for x in fields(DistillationOptions)]
         own = {name: TRAINER_NAMES.get(name, name) for name in names}
         values = {name: getattr(self, x) for name, x in own.items() if hasattr(self, x)}
+        values["standardize"] = STANDARDIZE[self.standardize]
         values["final_divergence"] = final_divergence(self.final_divergence)
         values["grad_threshold"] = grad_threshold(self.grad_threshold)
         return values

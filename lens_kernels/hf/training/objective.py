@@ -43,7 +43,8 @@ class Outcome:
             terms ``ce``, ``kd``, ``lens``, ``lens_<student depth>`` and ``mse``.
             ``entropy_student_<depth>`` and ``entropy_teacher_<depth>`` estimate the entropies at
             each lens depth and at ``final``. In training with ``grad_threshold``, the mean of
-            ``dropped`` is the share of the gradient that was left out.
+            ``dropped`` is the share of the gradient that was left out. With ``token_clip``, the
+            mean of ``clipped`` is the share of divergences that it bounds.
         num_tokens: Number of tokens with a label.
     """
 
@@ -114,7 +115,7 @@ class LensObjective(nn.Module):
             self.teacher_layers = check_layers(
                 "teacher_layers", list(teacher_layers), len(blocks_of(teacher))
             )
-            _check_own_loss(student)
+            check_own_loss(student)
             for model in (student, teacher):
                 verify_lens(model)
             sizes = [len(head.weight) for head in self.heads()]
@@ -288,17 +289,22 @@ class LensObjective(nn.Module):
         sums = {name: x.detach() * tokens for name, x in parts.items()}
         if self.options.grad_threshold is not None and loss.requires_grad:
             sums["dropped"] = output.dropped * output.num_tokens
+        if self.options.token_clip is not None:
+            sums["clipped"] = output.clipped * output.num_tokens
         sums |= self._entropies("student", self.student_layers, student_rows)
         sums |= self._entropies("teacher", self.teacher_layers, teacher_rows)
         return Outcome(loss, sums, output.num_tokens)
 
     def _entropies(self, side: str, layers: Sequence[int], rows: list[Tensor]) -> dict[str, Tensor]:
-        whole = self.heads()[side == "teacher"]
+        is_teacher = side == "teacher"
+        whole, temperature = self.heads()[is_teacher], self.options.temperature
+        if is_teacher and self.options.teacher_temperature is not None:
+            temperature = self.options.teacher_temperature
         head = whole.prefix(self.options.vocab_size or len(whole.weight))
         final = replace(head, norm=None)  # the final states are normed already
         workspace = workspace_or_default(self.options.workspace_bytes, head.weight.device)
         return {
-            f"entropy_{side}_{depth}": entropy_sum(x, lens, self.options.temperature, workspace)
+            f"entropy_{side}_{depth}": entropy_sum(x, lens, temperature, workspace)
             for depth, x, lens in zip(
                 [*layers, "final"], rows, [head] * len(layers) + [final], strict=True
             )
@@ -343,7 +349,7 @@ class LensObjective(nn.Module):
         return torch.stack(sums).mean()
 
 
-def _check_own_loss(student: Any) -> None:
+def check_own_loss(student: Any) -> None:
     """Raise if the student's own loss has a term that distillation would drop."""
     config = student.config.get_text_config()
     if getattr(config, "output_router_logits", False):

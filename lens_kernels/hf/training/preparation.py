@@ -170,7 +170,8 @@ def prepare(
     size = args.vocab_size if models["teacher"] is not None else None
     encoder = None if tokenizer is None else Encoder(tokenizer, **args.encoder_options())
     limits = Limits.of(list(present.values()), size)
-    how = Preparation(limits, collator, encoder, bool(args.teacher_cache), not args.disable_tqdm)
+    number = bool(args.teacher_cache or args.teacher_targets)
+    how = Preparation(limits, collator, encoder, number, not args.disable_tqdm)
     names = ("train_dataset", "eval_dataset")
     found: dict[str, Any] = {
         name: None if trainer.get(name) is None else how.examples(name, trainer[name])

@@ -32,6 +32,7 @@ from lens_kernels.hf.training.checks import (
     check_dtype,
     check_model,
     check_shards,
+    check_targets,
     check_teacher,
     check_weights,
 )
@@ -45,6 +46,7 @@ from lens_kernels.hf.training.collation import (
 )
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
+from lens_kernels.hf.training.fine_tuning import final_loss, without_teacher
 from lens_kernels.hf.training.meter import Meter, Speed
 from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
 from lens_kernels.hf.training.on_policy import answered
@@ -83,11 +85,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def __init__(
         self, model: Any, teacher: Any | None, args: LensDistillConfig, **trainer: Any
     ) -> None:
-        if teacher is None and args.kd_ratio > 0:
-            raise ValueError(
-                f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
-                " kd_ratio=0 for fine-tuning without distillation"
-            )
+        check_targets(teacher, args)
         check_arguments(trainer, teacher)
         check_distribution(args)
         check_model("model", model)
@@ -134,6 +132,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if x is not None
         }
         self.lens_objective: LensObjective | None = None
+        self._loss_only = False
+        self._own_loss, self._targets = without_teacher(self, teacher, examples)
         if teacher is not None:
             check_shards(self.accelerator.state, args)
             # Under FSDP, accelerate does not move the teacher to the device.
@@ -274,9 +274,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         parts = {f"{prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **parts})
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
+    ) -> Any:
         """Evaluate a batch without the repeated rows that fill it to full size."""
-        return super().prediction_step(model, self._without_repeats(inputs), *args, **kwargs)
+        self._loss_only = prediction_loss_only
+        inputs = self._without_repeats(inputs)
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the objective on ``eval_dataset``, by default the trainer's."""
@@ -289,7 +293,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return super().get_test_dataloader(test_dataset)
 
     def _check_cached(self, own: bool) -> None:
-        if self._caches and not own:
+        if (self._caches or self._targets) and not own:
             raise ValueError(
                 "with teacher_cache, teacher states exist only for the trainer's own eval_dataset:"
                 " pass the data as eval_dataset when you create the trainer"
@@ -318,6 +322,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
     ) -> Any:
         check_batch(inputs)
+        if not self._own_loss and (self._loss_only or not return_outputs):
+            cache = self._targets.get("train" if model.training else "eval")
+            with self.accelerator.autocast():
+                outcome = final_loss(self.model, inputs, items, model, self.args, cache)
+            self._record(model, inputs, outcome)
+            loss = outcome.loss if items is None else outcome.loss * self._sharing
+            return (loss, {"loss": loss}) if return_outputs else loss
         if items is not None:
             items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0 without tokens
         # The inputs are copied, because label smoothing removes the labels from them.

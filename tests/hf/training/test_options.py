@@ -27,7 +27,9 @@ lora_r: [2], lora_alpha: [5], lora_dropout: [0.25], lora_target_modules: [[q_pro
 allow_download: [true], output_dir: [o], student_layers: [[2]], teacher_layers: [[1]],
 num_lens_pairs: [1], lens_divergence: [jeffreys, forward_kl, reverse_kl, tvd, hellinger],
 lens_coeff: [2.0], lens_norm: [false], final_divergence: [akl, 0.5*forward_kl + 2*tvd],
-beta: [0.3], distill_temperature: [2.0], kd_ratio: [0.5], mse_coeff: [0.01], vocab_size: [56],
+beta: [0.3], distill_temperature: [2.0], teacher_temperature: [3.0], temperature_squared: [true],
+standardize: [lens, all], token_clip: [4.0], teacher_targets: [g], kd_ratio: [0.5],
+mse_coeff: [0.01], vocab_size: [56],
 lens_backend: [torch, triton, row_kernel, cluster_kernel, reference], grad_threshold: [bf16],
 teacher_cache: [c], teacher_cache_dtype: [bfloat16, float16], logging_steps: [3],
 save_total_limit: [3], on_policy: [0.25],
@@ -62,6 +64,14 @@ def test_every_option_and_choice_reaches_the_configuration(monkeypatch):
             holder = config if hasattr(config, name) else args
             assert getattr(holder, name) == value != found[name].default, name
         assert chosen == given
+
+
+def test_variants_reach_the_loss_function():
+    words = "--student s --data d --output_dir o --teacher_temperature 3 --token_clip 4".split()
+    for name, value in (("none", False), ("lens", "lens"), ("all", True)):
+        options = command.parse([*words, "--standardize", name])[1].loss_options()
+        assert options["standardize"] == value and options["temperature_squared"] is False
+        assert (options["teacher_temperature"], options["token_clip"]) == (3.0, 4.0)
 
 
 @pytest.fixture(scope="module")

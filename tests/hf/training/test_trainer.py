@@ -281,3 +281,19 @@ def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
     trainer.objective = 0.5
     trainer.train()
     assert trainer.lens_objective is not None and trainer.state.log_history[0]["lens"] > 0
+
+
+def test_fine_tuning_stores_no_logits(tmp_path, monkeypatch):
+    """Training and evaluation do not run the model's head, unless the loss is its own."""
+    trainer = make_trainer(tmp_path, teacher=False, kd_ratio=0.0)
+    heads = []
+    trainer.model.lm_head.register_forward_hook(lambda *args: heads.append(args))
+    batch = dict(zip(("input_ids", "labels"), batch_of(uneven_data()[:3]), strict=True))
+    fused = trainer.compute_loss(trainer.model, dict(batch))
+    trainer.prediction_step(trainer.model, dict(batch), True)
+    assert not heads
+    trainer._own_loss = True
+    own = trainer.compute_loss(trainer.model, dict(batch))
+    assert len(heads) == 1 and fused.item() == pytest.approx(own.item(), rel=1e-5)
+    grads = [torch.autograd.grad(loss, trainer.model.lm_head.weight)[0] for loss in (fused, own)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)

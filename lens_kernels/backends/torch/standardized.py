@@ -1,0 +1,45 @@
+"""Logits in units of the deviation of their row: ``z' = (z - mean z) / s``, then the temperature.
+
+``s`` is the unbiased deviation over the vocabulary. For the gradient ``G`` with respect to
+``z' / T``, whose entries sum to 0, the gradient with respect to ``z`` is::
+
+    (G - z' sum_v(G_v z'_v) / (V - 1)) / (T s)
+
+A row of equal logits has no deviation. Its ``z'`` and its gradient are 0.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Standardized(NamedTuple):
+    """``z'``, ``z' / T``, and ``1 / (T s)`` of each row."""
+
+    z: Tensor
+    logits: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def of(logits: Tensor, inverse_temperature: Tensor) -> Standardized:
+        """Standardise rows of logits, which must be finite."""
+        centred = logits - logits.mean(-1, keepdim=True)
+        variance = centred.square().sum(-1, keepdim=True) / max(1, logits.shape[-1] - 1)
+        inverse = torch.where(variance > 0, variance.rsqrt(), 0.0)
+        z = centred * inverse
+        return Standardized(z, z * inverse_temperature, inverse * inverse_temperature)
+
+    def backward(
+        self, grad: Tensor, ids: Tensor | None = None, values: Tensor | None = None
+    ) -> Tensor:
+        """Return the dense part of the gradient with respect to ``z``, divided by ``scale``.
+
+        The whole ``G`` is ``grad`` minus ``values`` at the entries ``ids``.
+        """
+        product = (grad * self.z).sum(-1, keepdim=True)
+        if ids is not None and values is not None:
+            product = product - (values * self.z.gather(-1, ids)).sum(-1, keepdim=True)
+        return grad - self.z * (product / max(1, self.z.shape[-1] - 1))

@@ -1,0 +1,145 @@
+"""Top log-probabilities that a server returned, read from a file.
+
+The format is JSON Lines or Parquet with a record for each position::
+
+    {"example": 0, "position": 7, "ids": [11, 42], "logprobs": [-0.1, -2.5]}
+
+``example`` counts the examples of the data, and ``position`` the tokens of an example, from 0. The
+log-probabilities are those of the token after ``position``, in descending order.
+
+``from_vllm`` reads the answers of vLLM's server to requests with ``prompt_logprobs``: a line for
+each example, in the order of the data, whose prompts are the ids of the whole example.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens_kernels.hf.cache.key import Example, counted_positions
+
+FORMATS = ("records", "vllm")
+# Servers round log-probabilities, so the most probable token may be slightly above 0.
+ROUNDING = 1e-4
+
+# The ids and log-probabilities of each position, by example and position.
+Found = dict[tuple[int, int], tuple[list[int], list[float]]]
+
+
+def read(path: Path, form: str = "records") -> Found:
+    """Return the log-probabilities of a file.
+
+    Raises:
+        ValueError: A record is malformed. The message has its line.
+    """
+    found: Found = {}
+    for line, record in _records(path):
+        where = f"{path}, line {line}"
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where}: expected an object, got a {type(record).__name__}")
+        parts = from_vllm(record, line - 1, where) if form == "vllm" else [record]
+        for part in parts:
+            key, value = _checked(part, where)
+            if key in found:
+                raise ValueError(f"{where}: example {key[0]} has position {key[1]} twice")
+            found[key] = value
+    return found
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        for line, record in enumerate(parquet.read_table(path).to_pylist(), 1):
+            yield line, record
+        return
+    with path.open(encoding="utf-8") as file:
+        for line, text in enumerate(file, 1):
+            if not text.strip():
+                continue
+            try:
+                yield line, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {line}: is not JSON: {error}") from None
+
+
+def from_vllm(answer: Mapping[str, Any], example: int, where: str) -> list[dict[str, Any]]:
+    """Convert one answer of vLLM. Its entry ``i`` is for the token ``i``, thus position ``i - 1``.
+
+    vLLM adds the prompt's own token to the most probable ones. It is kept.
+    """
+    choices = answer.get("choices")
+    choice = choices[0] if isinstance(choices, list) and choices else answer
+    entries = choice.get("prompt_logprobs") if isinstance(choice, Mapping) else None
+    if not isinstance(entries, list):
+        raise ValueError(f"{where}: has no prompt_logprobs: set them in the request to the server")
+    records = []
+    for i, entry in enumerate(entries):
+        if entry is None:  # the first token has no distribution
+            continue
+        try:
+            pairs = [(int(key), float(value["logprob"])) for key, value in entry.items()]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                f"{where}: prompt_logprobs[{i}] must map token ids to objects with 'logprob'"
+            ) from None
+        pairs.sort(key=lambda pair: -pair[1])
+        ids, logprobs = [x for x, _ in pairs], [x for _, x in pairs]
+        records.append({"example": example, "position": i - 1, "ids": ids, "logprobs": logprobs})
+    return records
+
+
+def _checked(
+    record: Mapping[str, Any], where: str
+) -> tuple[tuple[int, int], tuple[list[int], list[float]]]:
+    for name in ("example", "position", "ids", "logprobs"):
+        if name not in record:
+            raise ValueError(f"{where}: has no {name!r}, only {sorted(record)}")
+    key = record["example"], record["position"]
+    ids, logprobs = record["ids"], record["logprobs"]
+    if not all(type(x) is int and x >= 0 for x in key):
+        raise ValueError(f"{where}: example and position must be integers from 0 on, got {key}")
+    if not isinstance(ids, list) or not all(type(x) is int and x >= 0 for x in ids):
+        raise ValueError(f"{where}: ids must be a list of token ids")
+    if not isinstance(logprobs, list) or len(logprobs) != len(ids) or not ids:
+        raise ValueError(f"{where}: logprobs must be a list as long as ids, and not empty")
+    for value in logprobs:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            raise ValueError(f"{where}: logprobs must be numbers, got {value!r}")
+        if value > ROUNDING:
+            raise ValueError(f"{where}: the log-probability {value} is above 0")
+    if any(a < b for a, b in zip(logprobs, logprobs[1:], strict=False)):
+        raise ValueError(f"{where}: logprobs are not in descending order: sort them with their ids")
+    if len({*ids}) != len(ids):
+        raise ValueError(f"{where}: ids holds a token twice")
+    return key, (ids, [float(x) for x in logprobs])
+
+
+def targets_of(found: Found, example: int, data: Example, path: Path) -> dict[str, Tensor]:
+    """Return the targets of an example, for ``TargetCache``.
+
+    Raises:
+        ValueError: The file lacks a position that the loss counts.
+    """
+    sizes, ids, weights = [], [], []
+    for position in counted_positions(data["labels"]).tolist():
+        if (example, position) not in found:
+            raise ValueError(
+                f"{path} has no record of example {example}, position {position}: the loss counts"
+                " this position, so the file must have its log-probabilities"
+            )
+        tokens, logprobs = found[example, position]
+        sizes.append(len(tokens))
+        ids += tokens
+        weights += [math.exp(min(0.0, x)) for x in logprobs]
+    return {
+        "sizes": torch.tensor(sizes, dtype=torch.int32),
+        "ids": torch.tensor(ids, dtype=torch.int32),
+        "weights": torch.tensor(weights, dtype=torch.float32),
+    }

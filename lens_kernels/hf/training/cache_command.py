@@ -1,0 +1,178 @@
+"""The command ``lens-kernels cache``: sparse targets of a teacher, or of a server's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_kernels.hf.cache.key import CacheKey, counted_positions
+from lens_kernels.hf.cache.logprobs import FORMATS, read, targets_of
+from lens_kernels.hf.cache.sampling import most_probable, sample
+from lens_kernels.hf.cache.targets import MakeTargets, TargetCache, kind_of
+from lens_kernels.hf.model.anatomy import lens_head_from
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.training.collation import Collator, padding_id
+from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
+from lens_kernels.hf.training.files import check_download
+from lens_kernels.options import check_count, check_number
+from lens_kernels.targets import RESTS
+
+KINDS = ("sampled", "topk", "logprobs")
+# Rows of logits that are in memory at once, with their probabilities.
+ROWS = 256
+
+
+def make_cache(
+    kind: str,
+    data: str,
+    output: Path,
+    *,
+    eval_data: str | None = None,
+    teacher: str | None = None,
+    tokenizer: str | None = None,
+    samples: int = 50,
+    top_k: int = 20,
+    temperature: float = 1.0,
+    proposal_temperature: float = 1.0,
+    rest: str = "ghost",
+    logprobs: Path | None = None,
+    eval_logprobs: Path | None = None,
+    logprobs_format: str = "records",
+    prompt_style: str = "alpaca",
+    max_length: int = 512,
+    max_prompt_length: int = 256,
+    teacher_dtype: str = "auto",
+    batch_size: int = 8,
+    seed: int = 0,
+    allow_download: bool = False,
+    say: Callable[[str], None],
+) -> None:
+    """Store a few tokens of a teacher's output for each position, for training without it.
+
+    Args:
+        kind: sampled for sampled tokens, which are unbiased; topk for the most probable tokens; or
+            logprobs for a server's log-probabilities.
+        data: Data to train on, as for lens-kernels train.
+        output: Folder for the targets, in subfolders train and eval.
+        eval_data: Data to evaluate on.
+        teacher: Folder or Hub name of the teacher, for sampled and topk.
+        tokenizer: Folder or Hub name of the tokenizer. By default it is the teacher's.
+        samples: Draws for each position, with replacement.
+        top_k: Tokens for each position, for topk.
+        temperature: Divides the teacher's logits.
+        proposal_temperature: Divides the logits that tokens are drawn from. Other values than 1
+            give importance weights.
+        rest: What becomes of the mass of other tokens, for topk and logprobs: ghost (one more
+            entry), uniform or renormalize.
+        logprobs: JSON Lines or Parquet file of log-probabilities for data.
+        eval_logprobs: The same for eval_data.
+        logprobs_format: records, or vllm for the answers of vLLM with prompt_logprobs.
+        prompt_style: As for lens-kernels train.
+        max_length: As for lens-kernels train.
+        max_prompt_length: As for lens-kernels train.
+        teacher_dtype: Dtype of the teacher's weights.
+        batch_size: Examples in a forward pass.
+        seed: Random seed of the draws.
+        allow_download: Allow downloads from the Hugging Face Hub.
+        say: Called with a summary.
+
+    Raises:
+        ValueError: An option is missing or out of range, or data or log-probabilities are invalid.
+    """
+    known = {"kind": (kind, KINDS), "rest": (rest, [x for x in RESTS if x])}
+    known["logprobs_format"] = (logprobs_format, FORMATS)
+    known["prompt_style"] = (prompt_style, [*PROMPT_STYLES])
+    for name, (value, choices) in known.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    counts = {"samples": samples, "top_k": top_k, "batch_size": batch_size}
+    for name, number in counts.items():
+        check_count(name, number)
+    check_number("temperature", temperature, 0.0)
+    check_number("proposal_temperature", proposal_temperature, 0.0)
+    served = kind == "logprobs"
+    if teacher is None and not (served and tokenizer):
+        raise ValueError(f"kind {kind} needs --{'tokenizer' if served else 'teacher'}")
+    paths = {name: x for name, x in (("train", data), ("eval", eval_data)) if x is not None}
+    files = {"train": logprobs, "eval": eval_logprobs}
+    for name in paths:
+        check_download(paths[name], allow_download)
+        if served and files[name] is None:
+            option, of = ("logprobs", "data") if name == "train" else ("eval_logprobs", "eval_data")
+            raise ValueError(f"kind logprobs needs --{option}, the file for --{of}")
+    reader = load_tokenizer(str(tokenizer or teacher), allow_download)
+    model = None
+    if not served:
+        model = load_model(str(teacher), teacher_dtype, allow_download).eval()
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+    settings = _Settings(kind, samples, top_k, temperature, proposal_temperature, seed)
+    number = {"sampled": samples, "topk": top_k, "logprobs": 0}[kind]
+    of_rest = None if kind == "sampled" else rest
+    described = kind_of(kind, number, temperature, proposal_temperature, of_rest)
+    for name, path in paths.items():
+        examples: Any = load_examples(
+            path,
+            reader,
+            prompt_style=prompt_style,
+            max_length=max_length,
+            max_prompt_length=max_prompt_length,
+        )
+        if model is None:
+            make = _from_file(Path(str(files[name])), logprobs_format)
+        else:
+            make = _from_teacher(model, padding_id(reader), settings)
+        key = CacheKey.of(model, examples, (), reader, kind=described)
+        say(TargetCache.build(output / name, key, examples, make, batch_size=batch_size).summary())
+
+
+class _Settings(NamedTuple):
+    kind: str
+    samples: int
+    top_k: int
+    temperature: float
+    proposal_temperature: float
+    seed: int
+
+
+def _from_file(path: Path, form: str) -> MakeTargets:
+    found = read(path, form)
+
+    def make(numbers: range, examples: list[Any]) -> list[dict[str, Tensor]]:
+        return [targets_of(found, i, x, path) for i, x in zip(numbers, examples, strict=True)]
+
+    return make
+
+
+def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTargets:
+    """Return a function that runs the teacher. Draws depend only on the seed and the example."""
+    collate = Collator(padding)
+    whole = lens_head_from(teacher)
+    device = whole.weight.device
+
+    def one(states: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        products = states.to(whole.weight.dtype) @ whole.weight.T
+        logits = whole.logits(products.float(), settings.temperature)[0]
+        if settings.kind == "topk":
+            return most_probable(logits, settings.top_k)
+        return sample(logits, settings.samples, settings.proposal_temperature, generator)
+
+    @torch.no_grad()
+    def make(numbers: range, examples: list[Any]) -> list[dict[str, Tensor]]:
+        inputs = {name: x.to(device) for name, x in collate(examples).items()}
+        del inputs["labels"]
+        final = hidden_states(teacher, [], inputs)[1]
+        result = []
+        for number, example, states in zip(numbers, examples, final, strict=True):
+            generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number)
+            rows = states[counted_positions(example["labels"]).to(device)]
+            # An example without a counted position has one empty part, which has all names.
+            parts = [one(part, generator) for part in rows.split(ROWS)]
+            result.append({name: torch.cat([x[name] for x in parts]) for name in parts[0]})
+        return result
+
+    return make

@@ -1,0 +1,207 @@
+"""Losses of the final hidden states alone: cross entropy, or sparse targets instead of a teacher.
+
+The logits of a batch are never stored.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens_kernels.cross_entropy import linear_cross_entropy
+from lens_kernels.functional import DistillationOutput, distillation_loss
+from lens_kernels.hf.cache.key import CacheKey
+from lens_kernels.hf.cache.targets import TargetCache
+from lens_kernels.hf.model.anatomy import lens_head_from, verify_lens
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.families import causal_lm_of
+from lens_kernels.hf.model.state import replaced_forward
+from lens_kernels.hf.training.config import LensDistillConfig
+from lens_kernels.hf.training.objective import Outcome, check_own_loss
+from lens_kernels.hf.training.whole_heads import where_head_is_whole
+from lens_kernels.inputs import IGNORE_INDEX
+from lens_kernels.lens import LensHead
+
+_log = logging.getLogger(__name__)
+
+
+def without_teacher(
+    trainer: Any, teacher: Any, examples: Mapping[str, Any]
+) -> tuple[bool, dict[str, TargetCache]]:
+    """Return whether the model must compute its own loss, from all logits, and the targets.
+
+    With a teacher, there is neither.
+
+    Raises:
+        ValueError: There are targets, but the model has no lens, or they do not fit the examples.
+    """
+    targets: dict[str, TargetCache] = {}
+    if teacher is not None:
+        return False, targets
+    if trainer.args.teacher_targets:
+        targets = open_targets(trainer, examples)
+    reason = unsupported_reason(trainer.model)
+    if reason is not None and targets:
+        raise ValueError(f"teacher_targets needs the model's lens: {reason}")
+    if reason is not None:
+        _log.warning("the model computes its own loss, from all its logits: %s", reason)
+    return reason is not None, targets
+
+
+def unsupported_reason(student: Any) -> str | None:
+    """Return why the model must compute its own loss, or None."""
+    try:
+        check_own_loss(student)
+        verify_lens(student)
+    except (ValueError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def final_loss(
+    student: Any,
+    inputs: Mapping[str, Tensor],
+    denominator: Tensor | float | None,
+    student_call: nn.Module,
+    args: LensDistillConfig,
+    cache: TargetCache | None,
+) -> Outcome:
+    """Return the objective of a batch, with the targets of ``cache`` or with labels alone."""
+    given = student, inputs, denominator, student_call
+    if cache is None:
+        return cross_entropy(*given, args.label_smoothing_factor)
+    return from_targets(*given, cache, args.loss_options())
+
+
+def cross_entropy(
+    student: Any,
+    inputs: Mapping[str, Tensor],
+    denominator: Tensor | float | None,
+    student_call: nn.Module,
+    label_smoothing: float,
+) -> Outcome:
+    """Return the cross entropy of a batch of ``input_ids``, ``labels`` and other model inputs.
+
+    ``student_call`` is the student, or its distributed wrapper. ``denominator`` is as for
+    ``linear_cross_entropy``. Labels are aligned with the input, and shifted here.
+    """
+    sums: dict[str, Tensor] = {}
+    tokens = _tokens(inputs, denominator)
+
+    def compare(states: Tensor, head: LensHead, labels: Tensor) -> Tensor:
+        loss = linear_cross_entropy(
+            states, head, labels, denominator=denominator, label_smoothing=label_smoothing
+        )
+        assert isinstance(loss, Tensor)
+        total = loss.detach() * tokens
+        sums.update(loss=total, ce=total)
+        return loss
+
+    loss, count = _of_final_states(student, inputs, student_call, compare)
+    return Outcome(loss, sums, count)
+
+
+def from_targets(
+    student: Any,
+    inputs: Mapping[str, Tensor],
+    denominator: Tensor | float | None,
+    student_call: nn.Module,
+    cache: TargetCache,
+    options: Mapping[str, Any],
+) -> Outcome:
+    """Return the objective of a batch whose teacher is ``cache``.
+
+    ``options`` are those of ``distillation_loss``. The batch has ``example_id``.
+    """
+    inputs = dict(inputs)
+    example_ids = inputs.pop("example_id", None)
+    if example_ids is None:
+        raise ValueError("teacher_targets needs example_id in the batch: add it to the dataset")
+    targets = cache.targets(example_ids.tolist())
+    sums: dict[str, Tensor] = {}
+    tokens = _tokens(inputs, denominator)
+
+    def compare(states: Tensor, head: LensHead, labels: Tensor) -> Tensor:
+        counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
+        if len(counted) != len(targets.token_ids):
+            raise ValueError(
+                f"the targets have {len(targets.token_ids)} positions for this batch, expected"
+                f" {len(counted)}: example_id must hold the positions of the batch's examples in"
+                " the dataset"
+            )
+        output: DistillationOutput = distillation_loss(
+            [],
+            None,
+            head,
+            None,
+            student_final=states.index_select(0, counted),
+            teacher_final=type(targets)(
+                targets.token_ids.to(states.device),
+                targets.probabilities.to(states.device),
+                targets.rest,
+            ),
+            labels=labels[counted],
+            denominator=denominator,
+            **options,
+        )
+        parts = {"loss": output.loss, "ce": output.ce, "kd": output.kd}
+        sums.update({k: x.detach() * tokens for k, x in parts.items() if x is not None})
+        if options["token_clip"] is not None:
+            sums["clipped"] = output.clipped * output.num_tokens
+        return output.loss
+
+    loss, count = _of_final_states(student, inputs, student_call, compare)
+    return Outcome(loss, sums, count)
+
+
+def open_targets(trainer: Any, examples: Mapping[str, Any]) -> dict[str, TargetCache]:
+    """Open the targets of a trainer's examples, in the subfolders ``train`` and ``eval``."""
+    folder, tokenizer = Path(trainer.args.teacher_targets), trainer.processing_class
+    datasets = {name: examples[f"{name}_dataset"] for name in ("train", "eval")}
+    return {
+        name: TargetCache.read(folder / name, CacheKey.of(None, dataset, (), tokenizer))
+        for name, dataset in datasets.items()
+        if dataset is not None
+    }
+
+
+def _tokens(inputs: Mapping[str, Tensor], denominator: Tensor | float | None) -> Tensor:
+    """Return the number of tokens that the loss of a batch is divided by, at least 1."""
+    count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
+    given = count if denominator is None else denominator
+    return torch.as_tensor(given, device=count.device).clamp(min=1)
+
+
+def _of_final_states(
+    student: Any,
+    inputs: Mapping[str, Tensor],
+    student_call: nn.Module,
+    compare: Callable[[Tensor, LensHead, Tensor], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return ``compare(states, head, labels)``, and the number of labels.
+
+    States and labels are flat, and each state predicts the label of its position.
+    """
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")[..., 1:].flatten()
+
+    def run(states: Tensor) -> Tensor:
+        whole = lens_head_from(student)
+        # The final states are normed already.
+        head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
+        return compare(states, head, labels.to(states.device))
+
+    def forward(**received: Any) -> dict[str, Tensor]:
+        given = {name: received[name] for name in inputs}
+        _, final = hidden_states(student, [], given)
+        states = final[..., :-1, :].flatten(0, -2)
+        return {"loss": where_head_is_whole(student, run)(states)}
+
+    with replaced_forward(causal_lm_of(student), forward):
+        loss = student_call(**inputs)["loss"]
+    return loss, (labels != IGNORE_INDEX).sum()

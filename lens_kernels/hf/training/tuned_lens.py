@@ -1,0 +1,194 @@
+"""Learned lenses: translators for a model's layers, trained on its own output, and their files.
+
+A file is safetensors with ``layer_<depth>.weight`` and ``layer_<depth>.bias``, where depth 1 is the
+first block's output. The folder of a published tuned lens (``params.pt``) can be read too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lens_kernels.functional import symmetric_lens_loss
+from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from
+from lens_kernels.hf.model.capture import hidden_states
+from lens_kernels.hf.model.layers import check_layers
+from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.training.collation import Collator, padding_id
+from lens_kernels.hf.training.data import load_examples
+from lens_kernels.hf.training.files import check_download
+from lens_kernels.inputs import IGNORE_INDEX
+from lens_kernels.lens import LensHead, LensTranslator
+from lens_kernels.options import check_count, check_number
+
+PUBLISHED = "params.pt"
+
+
+def save_translators(path: Path, translators: Mapping[int, LensTranslator]) -> None:
+    """Write translators by depth to a safetensors file."""
+    tensors = {
+        f"layer_{depth}.{part}": getattr(x, part).detach().float().cpu().contiguous()
+        for depth, x in translators.items()
+        for part in ("weight", "bias")
+    }
+    partial = path.with_name(f"{path.name}.partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def load_translators(path: str | Path, device: Any = "cpu") -> dict[int, LensTranslator]:
+    """Return the translators of a file of ``save_translators``, or of a published tuned lens.
+
+    A published lens is a folder with ``params.pt``, whose keys are ``<depth>.weight`` and
+    ``<depth>.bias``. Depth 0 is that of the embeddings. Only tensors are read from it.
+
+    Raises:
+        ValueError: The file is neither, or lacks a tensor.
+    """
+    path = Path(path)
+    if path.is_dir():
+        file = path / PUBLISHED
+        if not file.is_file():
+            raise ValueError(f"{path} has no {PUBLISHED}: give a tuned lens, or a safetensors file")
+        held = torch.load(file, map_location="cpu", weights_only=True)
+        tensors = {f"layer_{name}": x for name, x in held.items() if isinstance(x, Tensor)}
+    else:
+        try:
+            tensors = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} is no safetensors file of translators: {error}") from None
+    parts: dict[int, dict[str, Tensor]] = {}
+    for name, x in tensors.items():
+        layer, _, part = name.partition(".")
+        depth = layer.removeprefix("layer_")
+        if not depth.isdecimal() or part not in ("weight", "bias"):
+            raise ValueError(f"{path} holds {name!r}, which is no part of a translator")
+        parts.setdefault(int(depth), {})[part] = x.float().to(device)
+    if not parts or any(len(x) != 2 for x in parts.values()):
+        raise ValueError(f"{path} lacks a weight or a bias of a translator")
+    return {depth: LensTranslator(**parts[depth]) for depth in sorted(parts)}
+
+
+def train_translators(
+    model: Any,
+    batches: Sequence[Mapping[str, Tensor]],
+    layers: Sequence[int],
+    steps: int,
+    learning_rate: float,
+    say: Callable[[str], None],
+) -> tuple[dict[int, LensTranslator], dict[int, tuple[float, float]]]:
+    """Train a translator for each layer, so that its lens predicts the model's own output.
+
+    The loss is the mean forward KL of the model's output from each lens, over all counted tokens.
+    The model is frozen. Returns the translators, and the divergence of each layer before and after,
+    over all batches.
+    """
+    model.requires_grad_(False).eval()
+    head = lens_head_from(model)
+    device, width = head.weight.device, head.weight.shape[1]
+    made = {depth: LensTranslator.zeros(width, device=device) for depth in layers}
+    tensors = [x.requires_grad_() for each in made.values() for x in (each.weight, each.bias)]
+    optimizer = torch.optim.Adam(tensors, lr=learning_rate)
+    final_head = LensHead(head.weight, head.bias, scale=head.scale, softcap=head.softcap)
+    lens = LensHead(head.weight, head.bias, head.norm, head.scale, head.softcap, [*made.values()])
+
+    def losses(batch: Mapping[str, Tensor], reduction: str) -> Tensor:
+        inputs = {name: x.to(device) for name, x in batch.items()}
+        labels = inputs.pop("labels")
+        counted = torch.zeros_like(labels, dtype=torch.bool)
+        counted[..., :-1] = labels[..., 1:] != IGNORE_INDEX
+        with torch.no_grad():
+            hidden, final = hidden_states(model, layers, inputs)
+        return symmetric_lens_loss(
+            hidden, [final] * len(layers), lens, final_head, mask=counted,
+            divergence="forward_kl", reduction=reduction,
+        )  # fmt: skip
+
+    def divergences() -> list[float]:
+        with torch.no_grad():
+            rows = torch.cat([losses(x, "none").flatten(1) for x in batches], 1)
+        total = sum(int((x["labels"][..., 1:] != IGNORE_INDEX).sum()) for x in batches)
+        return [float(x) for x in rows.sum(1) / max(1, total)]
+
+    before = divergences()
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = losses(batches[step % len(batches)], "mean")
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % max(1, steps // 10) == 0:
+            say(f"step {step + 1} of {steps}: forward KL {loss.item():.4f} nats")
+    after = divergences()
+    return made, dict(zip(made, zip(before, after, strict=True), strict=True))
+
+
+def tune_lens(
+    model: str,
+    data: str,
+    output: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    steps: int = 250,
+    learning_rate: float = 1e-3,
+    batch_size: int = 8,
+    prompt_style: str = "alpaca",
+    max_length: int = 512,
+    max_prompt_length: int = 256,
+    dtype: str = "float32",
+    allow_download: bool = False,
+    say: Callable[[str], None],
+) -> None:
+    """Train a learned lens for layers of a model, on its own output, and save it.
+
+    Args:
+        model: Folder or Hub name of the model.
+        data: Data to train on, as for lens-kernels train.
+        output: Safetensors file for the translators.
+        layers: Layers to train translators for; 1 is the first block's output. By default all but
+            the last.
+        steps: Number of optimiser steps.
+        learning_rate: Learning rate of Adam.
+        batch_size: Examples in a step.
+        prompt_style: As for lens-kernels train.
+        max_length: As for lens-kernels train.
+        max_prompt_length: As for lens-kernels train.
+        dtype: Dtype of the model's weights.
+        allow_download: Allow downloads from the Hugging Face Hub.
+        say: Called with the progress.
+
+    Raises:
+        ValueError: A layer does not exist, or an option or the data are invalid.
+    """
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    check_number("learning_rate", learning_rate, 0.0)
+    check_download(data, allow_download)
+    tokenizer = load_tokenizer(model, allow_download)
+    examples: Any = load_examples(
+        data,
+        tokenizer,
+        prompt_style=prompt_style,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+    )
+    loaded = load_model(model, dtype, allow_download)
+    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    blocks = len(blocks_of(loaded))
+    depths = check_layers("layers", [*(layers or range(1, blocks))], blocks)
+    collate = Collator(padding_id(tokenizer))
+    starts = range(0, len(examples), batch_size)
+    batches = [
+        collate([examples[i] for i in range(x, min(x + batch_size, len(examples)))]) for x in starts
+    ]
+    made, changes = train_translators(loaded, batches, depths, steps, learning_rate, say)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_translators(output, made)
+    for depth, (before, after) in changes.items():
+        say(f"layer {depth}: forward KL {before:.4f} before, {after:.4f} after")
+    say(f"translators: {output}")

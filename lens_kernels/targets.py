@@ -1,0 +1,167 @@
+"""Targets that replace a teacher: a few probabilities for each token, from a file or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lens_kernels.options import Divergence, LossOptions
+
+RESTS = (None, "renormalize", "ghost", "uniform")
+# Probabilities in 16-bit files may sum to slightly more than 1.
+TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """The probabilities of ``K`` tokens at each position; a label is the case ``K = 1``.
+
+    ``token_ids`` ``(..., K)`` are int64 or int32, and ``probabilities`` ``(..., K)`` at least 0.
+    Equal ids of a position are added up. Entries with probability 0 are padding. ``rest`` says what
+    becomes of the mass ``1 - sum_k probabilities_k``:
+
+    - None: nothing. ``probabilities`` are used as they are, and need not sum to 1. Sampled tokens
+      with importance weights are unbiased so.
+    - ``"renormalize"``: probabilities are divided by their sum. This is biased for a top-k.
+    - ``"ghost"``: one more entry holds the mass of all other tokens, of the teacher and of the
+      student. The loss is a lower bound of the KL divergence over all tokens.
+    - ``"uniform"``: the mass is spread evenly over the whole vocabulary.
+
+    The temperature divides the student's logits only.
+    """
+
+    token_ids: Tensor
+    probabilities: Tensor
+    rest: str | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values that need no other tensor."""
+        for name, kinds in (("token_ids", "int64 or int32"), ("probabilities", "floating point")):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor):
+                kind = type(value).__name__
+                raise TypeError(f"SparseTargets.{name} must be a tensor, got {kind}")
+            whole = value.dtype in (torch.int64, torch.int32)
+            if not (whole if name == "token_ids" else value.is_floating_point()):
+                raise TypeError(f"SparseTargets.{name} must be {kinds}, got {value.dtype}")
+        ids, p = self.token_ids, self.probabilities
+        if ids.shape != p.shape or ids.dim() < 2 or not ids.shape[-1]:
+            raise ValueError(
+                "SparseTargets.token_ids and probabilities must both have shape (..., K) with K"
+                f" above 0, got {tuple(ids.shape)} and {tuple(p.shape)}"
+            )
+        if self.rest not in RESTS:
+            known = ", ".join(map(repr, RESTS))
+            raise ValueError(f"SparseTargets.rest={self.rest!r} is unknown; choose one of {known}")
+
+
+class TargetRows(NamedTuple):
+    """Sparse targets of ``N`` tokens, as ``backends/torch/targets.py`` defines them.
+
+    ``mass`` is ``smoothing`` or ``rest``, as the flag ``ghost`` says, or None.
+    """
+
+    ids: Tensor
+    values: Tensor
+    constant: Tensor
+    mass: Tensor | None
+    ghost: bool
+
+    @property
+    def smoothing(self) -> Tensor | None:
+        """Return the mass that is spread over the vocabulary, ``(N,)``."""
+        return None if self.ghost else self.mass
+
+    @property
+    def rest(self) -> Tensor | None:
+        """Return the mass of the ghost entry, ``(N,)``."""
+        return self.mass if self.ghost else None
+
+    def at(self, rows: Tensor | slice) -> TargetRows:
+        """Return the targets of some tokens."""
+        mass = None if self.mass is None else self.mass[rows]
+        return TargetRows(self.ids[rows], self.values[rows], self.constant[rows], mass, self.ghost)
+
+
+def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> TargetRows:
+    """Return the targets in the form of the backends. Sums are in float64."""
+    size = targets.token_ids.shape[-1]
+    ids, p = _merged(
+        targets.token_ids.reshape(-1, size).long(), targets.probabilities.reshape(-1, size).double()
+    )
+    total = p.sum(-1)
+    if targets.rest == "renormalize":
+        p = p / total[:, None].clamp(min=torch.finfo(dtype).tiny)
+    constant = torch.special.xlogy(p, p).sum(-1)
+    mass = None
+    if targets.rest in ("ghost", "uniform"):
+        mass = (1 - total).clamp(min=0)
+        constant = constant + torch.special.xlogy(mass, mass)
+    if targets.rest == "uniform":
+        assert mass is not None
+        share = mass / vocab_size
+        whole = p + share[:, None]
+        # Only entries with a probability are listed, and all others hold ``share``.
+        listed = p > 0
+        inside = torch.where(listed, torch.special.xlogy(whole, whole), 0.0).sum(-1)
+        others = vocab_size - listed.sum(-1)
+        constant = inside + others * torch.special.xlogy(share, share)
+    mass = None if mass is None else mass.to(dtype)
+    return TargetRows(ids, p.to(dtype), constant.to(dtype), mass, targets.rest == "ghost")
+
+
+def _merged(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort each row by id, and add up the probabilities of equal ids in the first of them."""
+    ids, order = ids.sort(dim=-1, stable=True)
+    p = p.gather(-1, order)
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
+    place = torch.arange(ids.shape[-1], device=ids.device).where(is_first, 0).cummax(-1).values
+    return ids, torch.zeros_like(p).scatter_add_(-1, place, p)
+
+
+def check_alone(
+    targets: SparseTargets,
+    name: str,
+    divergences: Iterable[str],
+    teacher_head: object,
+    options: LossOptions,
+    statistics: object,
+) -> None:
+    """Raise if sparse targets are used with a teacher, or with a divergence that cannot take them.
+
+    ``name`` is the option that holds ``divergences``.
+    """
+    given = {
+        "teacher_head": teacher_head,
+        "teacher_statistics": statistics,
+        "teacher_temperature": options.teacher_temperature,
+    }
+    for argument, value in given.items():
+        if value is not None:
+            raise ValueError(f"{argument} does not apply to SparseTargets: leave it out")
+    for divergence in divergences:
+        if divergence == Divergence.FORWARD_KL:
+            continue
+        used = str(Divergence(divergence).value)
+        raise ValueError(
+            f"{name}={used!r} cannot take SparseTargets: it is not affine in the teacher's"
+            " probabilities. A sampled value would be biased: its expectation, and that of its"
+            " gradient, differ from those of the whole teacher. And entries that are left out would"
+            f" count as 0. Use {name}='forward_kl'"
+        )
+
+
+def sum_is_valid(targets: SparseTargets) -> Tensor:
+    """Say for each token whether its probabilities are valid, ``(N, K)``."""
+    p = targets.probabilities.reshape(-1, targets.probabilities.shape[-1])
+    valid = (p >= 0) & p.isfinite()
+    if targets.rest in ("ghost", "uniform"):
+        valid = valid & (p.sum(-1, keepdim=True, dtype=torch.float32) <= 1 + TOLERANCE)
+    if targets.rest == "renormalize":
+        valid = valid & (p.sum(-1, keepdim=True, dtype=torch.float32) > 0)
+    return valid

@@ -1,0 +1,33 @@
+"""The forward KL from a teacher that is known by a few probabilities, by its definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from reference import dense
+
+
+def scattered(token_ids: Tensor, probabilities: Tensor, vocab: int) -> Tensor:
+    """Return the probabilities of all tokens, ``(..., V)``; unlisted tokens have 0."""
+    t = torch.zeros(*token_ids.shape[:-1], vocab, dtype=torch.float64)
+    return t.scatter_add(-1, token_ids, probabilities.double())
+
+
+def forward_kl(t: Tensor, q: Tensor, rest: str | None = None) -> Tensor:
+    """Return the divergence of the student ``q`` from the listed probabilities ``t``.
+
+    ``rest`` is that of ``lens_kernels.SparseTargets``.
+    """
+    left = 1 - t.sum(-1, keepdim=True)
+    if rest == "renormalize":
+        t = t / t.sum(-1, keepdim=True)
+    if rest == "uniform":
+        t = t + left / t.shape[-1]
+    if rest == "ghost":
+        # All unlisted tokens of both models become one token.
+        listed = t > 0
+        t = torch.cat([t, left], -1)
+        outside = torch.where(listed, 0.0, q).sum(-1, keepdim=True)
+        q = torch.cat([torch.where(listed, q, 0.0), outside], -1)
+    return dense.kl(t, q)

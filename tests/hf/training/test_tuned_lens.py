@@ -1,0 +1,123 @@
+"""Learned lenses: a translator before the norm, trained on the model's own output."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, LensTranslator, symmetric_lens_loss
+from lens_kernels.cli import main
+from lens_kernels.hf.training.tuned_lens import load_translators, save_translators
+from tests.support.compare import assert_close, assert_gradients
+from tests.support.grids import BATCH
+from tests.support.problems import make, ours
+
+WIDTH = BATCH.student
+
+
+def translators(number=BATCH.pairs, width=WIDTH):
+    """Return random translators whose tensors require gradients."""
+    made = []
+    for _ in range(number):
+        weight, bias = torch.randn(width, width) / width, torch.randn(width)
+        made.append(LensTranslator(weight.requires_grad_(), bias.requires_grad_()))
+    return made
+
+
+def test_zeros_change_nothing():
+    problem = make(BATCH, norm="rms", bias=True)
+    expected, grads = ours(problem)
+    zeros = LensTranslator.zeros(WIDTH)
+    problem.student_head = replace(problem.student_head, translator=zeros)
+    loss, got = ours(problem)
+    assert torch.equal(loss, expected)
+    assert_gradients(got, {name: x.double() for name, x in grads.items()}, 1e-6)
+
+
+def test_loss_and_gradients_are_those_of_translated_states():
+    problem, made = make(BATCH, norm="layer", norm_bias=True), translators()
+    students, teachers, head, teacher_head = problem.args()
+    lens = replace(head, translator=made)
+    loss = symmetric_lens_loss(students, teachers, lens, teacher_head)
+    leaves = [*students, head.weight, *(x for t in made for x in (t.weight, t.bias))]
+    grads = torch.autograd.grad(loss, leaves)
+    moved = [h + h @ t.weight.T + t.bias for h, t in zip(students, made, strict=True)]
+    expected = symmetric_lens_loss(moved, teachers, head, teacher_head)
+    assert_close(loss, expected.double(), 1e-6)
+    for grad, truth in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
+        assert_close(grad, truth.double(), 1e-5)
+
+
+def test_a_teachers_translator_gets_no_gradient():
+    problem, made = make(BATCH), translators(width=BATCH.teacher)
+    plain = ours(problem)[0]
+    problem.teacher_head = replace(problem.teacher_head, translator=made)
+    loss, _ = ours(problem)
+    assert loss != plain
+    found = torch.autograd.grad(
+        symmetric_lens_loss(*problem.args()), made[0].weight, allow_unused=True
+    )
+    assert found == (None,)
+
+
+def test_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"LensTranslator.weight must be \(D, D\) and bias \(D,\)"):
+        LensTranslator(torch.ones(3, 4), torch.ones(3))
+    problem = make(BATCH)
+    for made, message in (
+        (translators(1), "has 1 translators for 2 lens pairs"),
+        (translators(width=5), "has width 5, but the hidden states have width 33"),
+    ):
+        problem.student_head = replace(problem.student_head, translator=made)
+        with pytest.raises(ValueError, match=message):
+            ours(problem)
+
+
+def test_the_command_trains_lenses_that_predict_better(files, tmp_path, capsys):
+    output = tmp_path / "lens.safetensors"
+    words = ["--model", files / "teacher", "--data", files / "train.jsonl", "--output", output]
+    words += ["--layers", 1, 3, "--steps", 60, "--learning-rate", 0.01]
+    assert main(["tune-lens", *map(str, words)]) == 0
+    made = load_translators(output)
+    assert [*made] == [1, 3]
+    lines = [x.split() for x in capsys.readouterr().out.splitlines() if x.startswith("layer")]
+    assert [(x[0], x[1]) for x in lines] == [("layer", "1:"), ("layer", "3:")]
+    for x in lines:
+        assert float(x[6]) < 0.8 * float(x[4])
+    bad = ["--layers", "4"]
+    assert main(["tune-lens", *map(str, words[:6]), *bad]) == 1
+    assert "layers must lie in [1, 3], got 4" in capsys.readouterr().err
+
+
+def test_files_of_both_layouts(tmp_path):
+    made = dict(zip((2, 5), translators(), strict=True))
+    save_translators(tmp_path / "own.safetensors", made)
+    # The layout of the package tuned-lens: a state dict of the translators.
+    state = {f"{i}.{part}": getattr(x, part).detach() for i, x in made.items() for part in PARTS}
+    torch.save(state, tmp_path / "params.pt")
+    for path in (tmp_path / "own.safetensors", tmp_path):
+        found = load_translators(path)
+        assert [*found] == [2, 5]
+        for depth, x in made.items():
+            assert all(torch.equal(getattr(found[depth], part), getattr(x, part)) for part in PARTS)
+    torch.save({"2.weight": torch.ones(2, 2)}, tmp_path / "params.pt")
+    with pytest.raises(ValueError, match="lacks a weight or a bias of a translator"):
+        load_translators(tmp_path)
+    torch.save({"head": torch.ones(2, 2)}, tmp_path / "params.pt")
+    with pytest.raises(ValueError, match="holds 'layer_head', which is no part of a translator"):
+        load_translators(tmp_path)
+    (tmp_path / "own.safetensors").write_bytes(b"no")
+    with pytest.raises(ValueError, match="is no safetensors file of translators"):
+        load_translators(tmp_path / "own.safetensors")
+
+
+PARTS = ("weight", "bias")
+
+
+def test_a_head_alone_may_have_one_translator_for_all_pairs():
+    problem, made = make(BATCH), translators(1)
+    both = replace(problem.student_head, translator=made * 2)
+    one = LensHead(problem.student_head.weight, translator=made[0])
+    rest = problem.student_hidden, problem.teacher_hidden
+    losses = [symmetric_lens_loss(*rest, x, problem.teacher_head) for x in (both, one)]
+    assert torch.equal(*losses)

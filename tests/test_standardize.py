@@ -1,0 +1,107 @@
+"""Standardised logits, the teacher's temperature, the factor T^2, and the bound of each token."""
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
+from tests.support.compare import GRADIENT, assert_close
+from tests.support.grids import BATCH, DIVERGENCES, FEATURES, WITH_SLOW_ROW_KERNEL, several_chunks
+from tests.support.objectives import some_labels
+from tests.support.problems import check, make, objective, oracle, ours, solve
+
+FEW = ["plain", "temperature", "everything"]
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("feature", FEW)
+def test_standardised_logits(divergence, feature):
+    problem = make(BATCH, std=2.0, divergence=divergence, **FEATURES[feature])
+    mask = torch.rand(BATCH.leading) < 0.7
+    workspace = several_chunks(BATCH)
+    check(problem, standardize=True, mask=mask, vocab_size=60, workspace_bytes=workspace)
+
+
+def test_standardised_gradients_by_differences():
+    shape = (3, 5)
+    student, teacher = (torch.randn(*shape, dtype=torch.float64) for _ in range(2))
+    head = LensHead(torch.randn(7, 5, dtype=torch.float64), softcap=3.0)
+    options = {"standardize": True, "temperature": 1.7, "teacher_temperature": 0.6}
+
+    def loss(hidden):
+        return symmetric_lens_loss(hidden, teacher, head, head, **options)
+
+    assert torch.autograd.gradcheck(loss, student.requires_grad_())
+
+
+def test_equal_logits_have_no_deviation_and_no_gradient():
+    hidden = torch.zeros(2, 3, requires_grad=True)
+    loss = symmetric_lens_loss(
+        hidden, torch.randn(2, 3), torch.ones(9, 3), torch.randn(9, 3), standardize=True
+    )
+    loss.backward()
+    assert loss.isfinite() and hidden.grad.eq(0).all()
+
+
+def test_lens_pairs_alone_may_be_standardised():
+    problem, labels = make(BATCH, std=2.0), some_labels()
+    options = {"labels": labels, "kd_ratio": 0.5, "final_divergence": "forward_kl"}
+    plain = objective(problem, **options)
+    lens = objective(problem, standardize="lens", **options)
+    every = objective(problem, standardize=True, **options)
+    assert plain.kd == lens.kd != every.kd
+    assert plain.lens != lens.lens and lens.lens == every.lens
+    assert torch.equal(plain.ce, every.ce)
+    with pytest.raises(TypeError, match="standardize must be True, False or 'lens', got 'all'"):
+        objective(problem, standardize="all", **options)
+    with pytest.raises(ValueError, match="akl is not available with standardize=True"):
+        objective(problem, standardize=True, final_divergence="akl")
+
+
+@pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
+@pytest.mark.parametrize("divergence", ["jsd", "reverse_kl"])
+def test_the_teacher_has_its_own_temperature(backend, divergence):
+    problem = make(BATCH, std=2.0, divergence=divergence, bias=True, temperature=1.6)
+    check(problem, backend=backend, teacher_temperature=0.7)
+    assert ours(problem, teacher_temperature=1.6)[0] == ours(problem)[0]
+
+
+def test_the_factor_of_the_squared_temperature():
+    problem = make(BATCH, temperature=3.0)
+    expected, expected_grads = ours(problem)
+    loss, grads = ours(problem, temperature_squared=True)
+    assert_close(loss, 9 * expected.double(), 1e-6)
+    assert_close(grads["weight"], 9 * expected_grads["weight"].double(), 1e-5)
+    rows = solve(symmetric_lens_loss, problem, torch.ones(2, 5, 7), reduction="none")[0]
+    options = {"reduction": "none", "temperature_squared": True}
+    scaled = solve(symmetric_lens_loss, problem, torch.ones(2, 5, 7), **options)[0]
+    assert_close(scaled, 9 * rows.double(), 1e-6)
+    labels = {"labels": some_labels(), "kd_ratio": 0.5}
+    plain, out = (objective(problem, temperature_squared=x, **labels) for x in (False, True))
+    assert torch.equal(plain.ce, out.ce)
+    assert_close(out.kd, 9 * plain.kd.double(), 1e-6)
+    assert_close(out.loss, (out.ce + out.kd + out.lens).double() / 2, 1e-6)
+
+
+def test_a_token_above_the_bound_counts_as_the_bound_without_gradient():
+    problem = make(BATCH, std=2.0, divergence="forward_kl")
+    rows = ours(problem, reduction="none", upstream=torch.ones(2, 5, 7))[0].detach()
+    bound = rows.median().item()
+    loss, grads = ours(problem, token_clip=bound)
+    assert_close(loss, rows.clamp(max=bound).double().mean(), 1e-6)
+    below = (rows <= bound).double()
+    _, expected = oracle(problem, upstream=below / rows.numel(), reduction="none")
+    for name, grad in grads.items():
+        assert_close(grad, expected[name], GRADIENT, name)
+    mask = torch.rand(BATCH.leading) < 0.5
+    final = {"divergence": "forward_kl", "final_divergence": "forward_kl", "mask": mask}
+    out = objective(problem, token_clip=bound, **final)
+    assert_close(out.clipped, (rows >= bound)[:, mask].double().mean(), 1e-6)
+    assert objective(problem, **final).clipped == 0
+
+
+def test_other_backends_refuse_these_features():
+    problem = make(BATCH)
+    for options in ({"standardize": True}, {"token_clip": 1.0}):
+        with pytest.raises(RuntimeError, match=f"'triton' does not support {next(iter(options))}"):
+            ours(problem, backend="triton", **options)
+    assert distillation_loss.__kwdefaults__["temperature_squared"] is False

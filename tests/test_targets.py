@@ -1,0 +1,212 @@
+"""``SparseTargets`` agree with their definition, and only the forward KL takes them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lens_kernels import LensHead, SparseTargets, distillation_loss, symmetric_lens_loss
+from lens_kernels.backends import matmul
+from reference import dense
+from reference import targets as oracle
+from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients
+from tests.support.grids import BATCH, FEATURES, several_chunks
+from tests.support.objectives import some_labels
+from tests.support.problems import make, recorded
+
+RESTS = [None, "renormalize", "ghost", "uniform"]
+rests = pytest.mark.parametrize("rest", RESTS)
+KL = {"divergence": "forward_kl"}
+
+
+def some_targets(shape=BATCH, k=6, rest=None, vocab=None):
+    """Return targets with equal ids and padding, whose probabilities sum to less than 1."""
+    ids = torch.randint(vocab or shape.vocab, (*shape.leading, k))
+    ids[..., 1] = ids[..., 0]
+    p = torch.rand(*shape.leading, k).softmax(-1) * 0.8
+    p[..., -1] = 0.0
+    return SparseTargets(ids, p, rest)
+
+
+def truth(problem, targets, mask=None, temperature=1.0, standardize=False, vocab_size=None):
+    """Return the mean over pairs and counted tokens, by the definition."""
+    wide, values = problem.to(torch.float64), []
+    for hidden in wide.student_hidden:
+        z = dense.lens_logits(hidden, wide.student_head, True, vocab_size)
+        z = dense.standardise(z) if standardize else z
+        t = oracle.scattered(targets.token_ids, targets.probabilities, z.shape[-1])
+        values.append(oracle.forward_kl(t, dense.softmax(z / temperature), targets.rest))
+    rows = torch.stack(values)
+    mask = torch.ones(rows.shape[1:]) if mask is None else mask
+    loss = (rows * mask).sum() / mask.sum() / len(rows)
+    return loss, wide.gradients(loss), rows
+
+
+def sparse(problem, targets, **options):
+    return symmetric_lens_loss(
+        problem.student_hidden, targets, problem.student_head, None, **{**KL, **options}
+    )
+
+
+def check(problem, targets, **options):
+    loss = sparse(problem, targets, workspace_bytes=several_chunks(BATCH), **options)
+    expected, grads, _ = truth(problem, targets, **options)
+    assert_close(loss, expected, LOSS)
+    assert_gradients(problem.gradients(loss), grads, GRADIENT)
+
+
+@rests
+@pytest.mark.parametrize("feature", ["everything", "plain"])
+def test_loss_and_gradients(rest, feature):
+    features = dict(FEATURES[feature])
+    temperature = features.pop("temperature", 1.0)
+    check(make(BATCH, std=2.0, **features), some_targets(rest=rest), temperature=temperature)
+
+
+@rests
+def test_masks_prefixes_and_rows(rest):
+    problem, targets = make(BATCH, std=2.0, bias=True), some_targets(rest=rest, vocab=60)
+    mask = torch.rand(BATCH.leading) < 0.5
+    check(problem, targets, mask=mask, vocab_size=60)
+    # Masked tokens may hold anything.
+    targets.token_ids[~mask] = -7
+    targets.probabilities[~mask] = float("nan")
+    rows = sparse(problem, targets, mask=mask, reduction="none", vocab_size=60)
+    assert rows.isfinite().all() and not rows[:, ~mask].any()
+    targets.token_ids[~mask] = 0
+    targets.probabilities[~mask] = 0.1
+    *_, expected = truth(problem, targets, mask.double(), vocab_size=60)
+    assert_close(rows, expected * mask, 1e-6)
+
+
+@rests
+def test_gradients_in_float64_by_differences(rest):
+    shape = replace(BATCH, leading=(3,), pairs=1, vocab=11, student=4)
+    problem = make(shape, norm="rms", bias=True).to(torch.float64)
+    targets, head = some_targets(shape, 4, rest), problem.student_head
+    targets = SparseTargets(targets.token_ids, targets.probabilities.double(), rest)
+
+    def loss(hidden, weight, bias):
+        lens = replace(head, weight=weight, bias=bias)
+        return symmetric_lens_loss(hidden, targets, lens, None, standardize=True, **KL)
+
+    assert torch.autograd.gradcheck(loss, (problem.student_hidden[0], head.weight, head.bias))
+
+
+def test_a_label_is_the_target_of_one_token():
+    problem, labels = make(replace(BATCH, pairs=1)), some_labels()
+    hidden, head = problem.student_hidden, problem.student_head
+    mask = labels != -100
+    ids = labels.where(mask, 0)[..., None]
+    targets = SparseTargets(ids, torch.ones(ids.shape))
+    options = {"student_final": hidden[0], "labels": labels}
+    final = {"teacher_final": targets, "final_divergence": "forward_kl", "kd_ratio": 0.5}
+    out = distillation_loss([], None, head, None, **options, **final)
+    assert_close(out.kd, out.ce.double(), 1e-6)
+    grads = problem.gradients(out.loss)
+    alone = distillation_loss([], None, head, None, **options, teacher_final=None, kd_ratio=0.0)
+    expected = problem.gradients(alone.loss)
+    assert_close(out.loss, alone.loss.double(), 1e-6)
+    assert_gradients(grads, {k: v.double() for k, v in expected.items()}, 1e-5)
+
+
+def test_three_products_and_no_tile_for_the_teacher(monkeypatch):
+    problem, targets = make(replace(BATCH, pairs=1)), some_targets()
+    made = [recorded(monkeypatch, matmul, name) for name in ("project", "product")]
+    added = recorded(monkeypatch, matmul, "add_head_gradient")
+    sparse(problem, targets).backward()
+    assert [len(calls) for calls in (*made, added)] == [1, 1, 1]
+
+
+def test_the_threshold_leaves_out_entries_without_gradient():
+    problem, targets = make(BATCH, std=6.0), some_targets()
+    exact = sparse(problem, targets)
+    close = sparse(problem, targets, grad_threshold=1e-7)
+    assert torch.equal(exact, close)
+    expected = problem.gradients(exact)
+    wide = {name: x.double() for name, x in expected.items()}
+    assert_gradients(problem.gradients(close), wide, 1e-3)
+
+
+def test_ghost_gradients_stay_accurate_where_the_student_has_no_rest():
+    logits = torch.tensor([[30.0, 0.0, -1.0, 1.0]], requires_grad=True)
+    targets = SparseTargets(torch.tensor([[0]]), torch.tensor([[0.7]]), "ghost")
+    loss = symmetric_lens_loss(logits, targets, LensHead(torch.eye(4)), None, **KL)
+    (grad,) = torch.autograd.grad(loss, logits)
+    z = logits.detach().double().requires_grad_()
+    t = oracle.scattered(targets.token_ids, targets.probabilities, 4)
+    expected = oracle.forward_kl(t, dense.softmax(z), "ghost").mean()
+    assert_close(loss, expected, 1e-5)
+    assert_close(grad, torch.autograd.grad(expected, z)[0], 1e-5)
+
+
+def test_samples_are_unbiased_and_a_top_k_is_not():
+    """The mean gradient over 2000 draws approaches the exact one; that of a top-k does not."""
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 40, generator=generator).mul(1.5).softmax(-1)
+    student = torch.randn(1, 40, generator=generator)
+    draws, samples = 2000, 8
+
+    def gradient(targets, rows):
+        z = student.expand(rows, -1).clone().requires_grad_()
+        loss = symmetric_lens_loss(z, targets, LensHead(torch.eye(40)), None, **KL)
+        return torch.autograd.grad(loss, z)[0].sum(0)
+
+    exact = (student.softmax(-1) - teacher)[0]
+    proposal = teacher**0.7 / (teacher**0.7).sum()
+    ids = proposal.expand(draws, -1).multinomial(samples, True, generator=generator)
+    weights = (teacher / proposal)[0][ids] / samples
+    error = gradient(SparseTargets(ids, weights), draws) - exact
+    # The deviation of the mean of all draws, from its definition.
+    deviation = ((teacher[0] ** 2 / proposal[0] - teacher[0] ** 2) / (draws * samples)).sum().sqrt()
+    assert error.norm() < 4 * deviation
+    top, ids = teacher.topk(samples)
+    for rest, least in (("renormalize", 10), ("uniform", 5)):
+        bias = gradient(SparseTargets(ids, top, rest), 1) - exact
+        assert bias.norm() > least * deviation, rest
+    ghost = gradient(SparseTargets(ids, top, "ghost"), 1) - exact
+    assert ghost[ids[0]].abs().max() < 1e-6 < ghost.norm()  # exact at the listed tokens only
+
+
+def test_options_that_need_a_teacher_are_refused():
+    problem, targets = make(replace(BATCH, pairs=1)), some_targets()
+    hidden, head = problem.student_hidden[0], problem.student_head
+    for name in ("jsd", "reverse_kl", "jeffreys", "tvd", "hellinger"):
+        with pytest.raises(ValueError, match=f"divergence='{name}' cannot .* would be biased"):
+            sparse(problem, targets, divergence=name)
+    with pytest.raises(ValueError, match="teacher_head does not apply to SparseTargets"):
+        symmetric_lens_loss(hidden, targets, head, head, **KL)
+    with pytest.raises(ValueError, match="teacher_temperature does not apply"):
+        sparse(problem, targets, teacher_temperature=2.0)
+    with pytest.raises(RuntimeError, match="'triton' does not support SparseTargets: use backend"):
+        sparse(problem, targets, backend="triton")
+    final = {"student_final": hidden, "teacher_final": targets}
+    with pytest.raises(ValueError, match="final_divergence='reverse_kl' cannot take"):
+        distillation_loss([], None, head, None, **final)
+    with pytest.raises(ValueError, match=r"have no intermediate hidden states: pass"):
+        distillation_loss([hidden], None, head, None, final_divergence="forward_kl", **final)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": torch.zeros(3, 2)}, "token_ids must be int64 or int32, got torch.float32"),
+        ({"token_ids": torch.zeros(4, 2).long()}, r"must both have shape \(..., K\)"),
+        ({"token_ids": torch.full((3, 2), 9)}, r"token_ids must be in \[0, 5\), but 6 of 6"),
+        ({"probabilities": torch.full((3, 2), -1.0)}, "must be finite and 0 or more"),
+        ({"probabilities": torch.ones(3, 2), "rest": "ghost"}, r"with a sum in \(0, 1\]"),
+        ({"probabilities": torch.zeros(3, 2), "rest": "renormalize"}, r"with a sum in \(0, 1\]"),
+        ({"rest": "top"}, "SparseTargets.rest='top' is unknown; choose one of None"),
+    ],
+)
+def test_errors_name_the_argument(change, message):
+    given = {"token_ids": torch.zeros(3, 2).long(), "probabilities": torch.full((3, 2), 0.25)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        targets = SparseTargets(**{**given, **change})
+        symmetric_lens_loss(torch.ones(3, 4), targets, torch.ones(5, 4), None, **KL)
+
+
+def test_targets_of_other_tokens_are_refused():
+    with pytest.raises(ValueError, match=r"token_ids must have shape \(3, 'K'\), got \(4, 2\)"):
+        targets = SparseTargets(torch.zeros(4, 2).long(), torch.zeros(4, 2))
+        symmetric_lens_loss(torch.ones(3, 4), targets, torch.ones(5, 4), None, **KL)
