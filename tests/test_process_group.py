@@ -1,5 +1,6 @@
 """A vocabulary that is spread over 2 to 4 processes gives the results of a single process."""
 
+import random
 import re
 
 import pytest
@@ -181,3 +182,16 @@ def test_a_killed_rank_ends_the_others_with_a_message(victim):
                 ), message
     finally:
         group.close()
+
+
+@pytest.mark.slow
+def test_no_random_kill_hangs():
+    chance = random.Random(0)
+    for _ in range(50):
+        victim = chance.randrange(3)
+        group = Ranks(3, seconds=10)
+        outcomes = group.outcomes(sharded.die_within, 3, victim, chance.randrange(1, 8))
+        group.close()
+        for rank, (message, failure) in enumerate(outcomes):
+            if rank != victim:
+                assert failure is None and f"failed on rank {rank} of 3" in message

@@ -60,8 +60,9 @@ class Ranks:
             pipe.send((function, arguments))
         received = []
         for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(2 * self.seconds):
-                raise TimeoutError(f"rank {rank} still runs after {2 * self.seconds} s")
+            # The first job waits for the start of the processes, on a busy machine for a minute.
+            if not pipe.poll(2 * self.seconds + 60):
+                raise TimeoutError(f"rank {rank} still runs after {2 * self.seconds + 60} s")
             try:
                 received.append(pipe.recv())
             except EOFError:
