@@ -36,14 +36,19 @@ def made_with() -> str:
 def older(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
     """Return the section on older versions: how many types have a lens there, and differences."""
     newest = {(row["group"], row["type"]): row["lens"] for row in rows}
-    text = "\n## Older versions of transformers\n\nOnly the lens was checked.\n"
+    text = (
+        "\n## Older versions of transformers\n\nOnly the lens was checked. *Not built*: the tiny\n"
+    )
+    text += "config, which is made for the newest version, does not fit the older one.\n"
     names = [x for x in others[0] if x not in ("group", "type")]
     for name in sorted(names, key=lambda x: [int(i) for i in x.split(".")]):
         listed = [row for row in others if row[name]]
         counts = []
         for group, title in GROUPS.items():
             own = [row[name] for row in listed if row["group"] == group]
-            counts.append(f"{own.count('yes')} of {len(own)} {title.lower()}")
+            counts.append(
+                f"{own.count('yes')} of {len(own)} {title.lower().replace(', on text', '')}"
+            )
         differing = [
             f"`{row['type']}` ({row[name]})"
             for row in listed

@@ -84,6 +84,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "cohere_compass_text": COMPASS,
     "cohere_compass": {"text_config": COMPASS},
+    "gpt_neo": {"attention_types": [[["global", "local"], LAYERS // 2]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},
     "zamba": SHARED,
     "zamba2": {**SHARED, "hybrid_layer_ids": [1, 3], "mamba_headdim": 16},
@@ -145,7 +147,11 @@ def config_of(kind: str, changes: dict[str, Any] | None = None) -> Any:
         whole = cls()
     except Exception as error:
         raise ValueError(f"no default config: {error}") from error
-    return cls(**_merged(_shrunk(whole.to_dict()), {**CHANGES.get(kind, {}), **(changes or {})}))
+    made = cls(**_merged(_shrunk(whole.to_dict()), {**CHANGES.get(kind, {}), **(changes or {})}))
+    for config in (made, made.get_text_config()):
+        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 need it
+            config.pad_token_id = None
+    return made
 
 
 def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
