@@ -166,6 +166,13 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         )
 
 
+def rows_of_last_step(dataset: Any, args: Any) -> int:
+    """Return the rows in the last step of an epoch over all processes; 0 if the step is full."""
+    if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
+        return 0
+    return int(len(dataset) % (args.train_batch_size * args.world_size))
+
+
 def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     """Return the batch with the labels of only its first ``rows`` rows."""
     labels = batch["labels"].clone()

@@ -5,16 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import EvalLoopOutput
@@ -23,6 +20,7 @@ from lens_kernels import compat
 from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.training import matrices
 from lens_kernels.hf.training.caching import fill_caches
 from lens_kernels.hf.training.card import model_card
 from lens_kernels.hf.training.checkpoints import check_whole, last_whole
@@ -41,6 +39,7 @@ from lens_kernels.hf.training.collation import (
     check_batch,
     first_rows,
     padding_id,
+    rows_of_last_step,
     tokens_in,
     without_first_label,
 )
@@ -305,18 +304,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         check_batch(inputs)
         state, remainder = self.accelerator.gradient_state, 0
         if state.end_of_dataloader:
-            remainder = self._rows_of_last_step() if training else state.remainder
+            # In a resumed epoch, accelerate does not know the number of rows.
+            own = rows_of_last_step(self.train_dataset, self.args) if training else None
+            remainder = state.remainder if own is None else own
         if remainder <= 0:
             return inputs
         before = self.accelerator.process_index * len(inputs["labels"])
         return first_rows(inputs, max(0, remainder - before))
-
-    def _rows_of_last_step(self) -> int:
-        # In a resumed epoch, accelerate does not know the number of rows.
-        if self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
-            return 0
-        rows = self.args.train_batch_size * self.accelerator.num_processes
-        return len(cast(Sized, self.train_dataset)) % rows
 
     def _fine_tune(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
@@ -385,8 +379,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if self.args.should_save:
             folder = Path(output_dir or str(self.args.output_dir))
             own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
-            save_file(own, folder / f"{PROJECTIONS}.partial")
-            (folder / f"{PROJECTIONS}.partial").replace(folder / f"{PROJECTIONS}.safetensors")
+            matrices.save(own, folder)
 
     def _save_base(self, folder: Path, held: dict[str, Tensor]) -> None:
         """Save an adapter's base, if no files hold it, once for a folder and its checkpoints."""
@@ -406,11 +399,4 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def after_loading(self, checkpoint: str) -> None:
         """Load the MSE matrices."""
         if self.lens_objective is not None and self.lens_objective.mse_coeff:
-            file = Path(checkpoint) / f"{PROJECTIONS}.safetensors"
-            try:
-                learnt = load_file(file)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{file} cannot be read: {error}") from error
-            # This call splits full tensors over parameters that may be sharded.
-            whole = StateDictOptions(full_state_dict=True)
-            set_model_state_dict(self.lens_objective.projections, dict(learnt), options=whole)
+            matrices.load(self.lens_objective.projections, Path(checkpoint))

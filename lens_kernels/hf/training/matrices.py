@@ -1,0 +1,35 @@
+"""The file of the trained MSE matrices, beside the student's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from lens_kernels.hf.training.objective import PROJECTIONS
+
+
+def save(matrices: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the matrices to a file in ``folder``, which is complete or absent."""
+    partial = folder / f"{PROJECTIONS}.partial"
+    save_file(dict(matrices), partial)
+    partial.replace(folder / f"{PROJECTIONS}.safetensors")
+
+
+def load(projections: nn.Module, folder: Path) -> None:
+    """Load the file of ``folder`` into the matrices.
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    file = folder / f"{PROJECTIONS}.safetensors"
+    try:
+        learnt = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    # This call splits full tensors over parameters that may be sharded.
+    set_model_state_dict(projections, dict(learnt), options=StateDictOptions(full_state_dict=True))
