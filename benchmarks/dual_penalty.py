@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+if not __package__:
+    import checkout  # noqa: F401
+
 from lens_kernels import pictures
 from lens_kernels.divergence import pointwise
 from lens_kernels.options import Divergence

@@ -76,7 +76,12 @@ class LensNorm:
 class LensTranslator:
     """A learnt affine map before the norm, ``h + weight @ h + bias``, as tuned lenses have it.
 
-    ``weight`` is ``(D, D)`` and ``bias`` ``(D,)``. Zeros leave hidden states as they are.
+    Attributes:
+        weight: ``(D, D)``. Zeros leave hidden states as they are.
+        bias: ``(D,)``. Zeros leave hidden states as they are.
+
+    Raises:
+        ValueError: The shapes do not match.
     """
 
     weight: Tensor
@@ -93,7 +98,10 @@ class LensTranslator:
 
     @classmethod
     def zeros(cls, width: int, **options: Any) -> LensTranslator:
-        """Return a translator that leaves hidden states as they are. Its tensors may be trained."""
+        """Return a translator for hidden size ``width`` that leaves hidden states as they are.
+
+        ``options`` are those of ``torch.zeros``, such as dtype, device and ``requires_grad``.
+        """
         return cls(torch.zeros(width, width, **options), torch.zeros(width, **options))
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -182,7 +190,7 @@ class LensHead:
         return replace(self, weight=parts["weight"], bias=parts.get("bias"), norm=norm)
 
     def translated(self, lenses: Sequence[Tensor]) -> list[Tensor]:
-        """Return the intermediate hidden states of all pairs after their translators."""
+        """Return ``lenses``, the hidden states of all pairs, after their translators."""
         given = self.translator
         if given is None:
             return [*lenses]

@@ -86,7 +86,10 @@ def tune(
         reason = search.unsupported_reason()
     if reason is not None:
         raise RuntimeError(reason)
-    outcomes = search.tune(*sizes, getattr(torch, dtype), say=say)
+    try:
+        outcomes = search.tune(*sizes, getattr(torch, dtype), say=say)
+    except OSError as error:
+        raise OSError(f"cannot store the results: {error}") from error
     header = ("sweep", "width", "default tile", "ms", "best tile", "ms", "tried", "skipped")
     rows = [header, *(outcome.row() for outcome in outcomes)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

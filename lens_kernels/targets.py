@@ -20,18 +20,27 @@ TOLERANCE = 1e-2
 class SparseTargets:
     """The probabilities of ``K`` tokens at each position; a label is the case ``K = 1``.
 
-    ``token_ids`` ``(..., K)`` are int64 or int32, and ``probabilities`` ``(..., K)`` at least 0.
-    Equal ids of a position are added up. Entries with probability 0 are padding. ``rest`` says what
-    becomes of the mass ``1 - sum_k probabilities_k``:
+    ``rest`` decides how the remaining mass ``1 - sum_k probabilities_k`` is treated:
 
-    - None: nothing. ``probabilities`` are used as they are, and need not sum to 1. Sampled tokens
-      with importance weights are unbiased so.
-    - ``"renormalize"``: probabilities are divided by their sum. This is biased for a top-k.
+    - None: it is ignored. The probabilities are used as they are, and need not sum to 1. Sampled
+      tokens with importance weights give an unbiased gradient in this way.
+    - ``"renormalize"``: the probabilities are divided by their sum. For the most probable tokens
+      this is biased.
     - ``"ghost"``: one more entry holds the mass of all other tokens, of the teacher and of the
       student. The loss is a lower bound of the KL divergence over all tokens.
-    - ``"uniform"``: the mass is spread evenly over the whole vocabulary.
+    - ``"uniform"``: it is spread evenly over the whole vocabulary.
 
     The temperature divides the student's logits only.
+
+    Attributes:
+        token_ids: ``(..., K)``, int64 or int32. If a position has an id twice, its probabilities
+            are added.
+        probabilities: ``(..., K)``, floating point, at least 0. Entries with 0 are padding.
+        rest: None, ``"renormalize"``, ``"ghost"`` or ``"uniform"``.
+
+    Raises:
+        TypeError: A tensor has the wrong dtype.
+        ValueError: The shapes differ, or ``rest`` is unknown.
     """
 
     token_ids: Tensor

@@ -123,7 +123,7 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
     head = call.student_head
     numbers = [call.temperature, call.beta, head.scale, head.softcap]
     numbers += [head.norm.eps, head.norm.offset]
-    operand = head_of(head, call).operand(call.student_hidden[0], None, None)
+    operand = head_of(head, call, call.temperatures[0]).operand(call.student_hidden[0], None, None)
     # The last two arguments of an operand are the floats slope and cap.
     numbers += operand.arguments()[-2:]
     assert all(type(x) is float for x in numbers), numbers
