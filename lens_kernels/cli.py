@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] not in COMMANDS:
-        _parser().parse_args(words)  # this shows the help or the version, or refuses the words
+        _parser().parse_args(words)  # prints the help, the version, or an error
         return 2
     return guarded(words[0], lambda: _run(words[0], words[1:]))
 

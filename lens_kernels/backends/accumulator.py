@@ -15,8 +15,8 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 from lens_kernels.sharding import Reduction
 
-# The logit gradients of these divergences are unbounded: they grow with log(q / p). So do those of
-# ``z_loss``, with the log-sum-exp.
+# The logit gradients of these divergences are unbounded: they grow with log(q / p). Those of
+# ``z_loss`` are unbounded too: they grow with the log-sum-exp.
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
