@@ -151,7 +151,7 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
 def gather(
     contenders: Mapping[str, Contender], device: torch.device, needed: Container[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the contenders that run on a device, and for each other one the reason.
+    """Return the contenders that run on a device, and why each of the others does not.
 
     A contender that fails or gives a wrong result is left out. If it is in ``needed``, its error is
     raised.

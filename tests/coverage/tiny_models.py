@@ -72,7 +72,7 @@ def _sections(*sizes: int) -> dict[str, Any]:
 
 MIXED = ["sliding_attention", "full_attention"] * 2
 COMPASS = {"layer_types": MIXED, "rope_parameters": dict.fromkeys(MIXED, ROPE)}
-SHARED = {  # blocks that share the weights of their attention
+SHARED = {  # config entries for blocks that share the weights of their attention
     "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "attention_hidden_size": 2 * WIDTH,
     "attention_head_dim": 16,

@@ -1,6 +1,6 @@
-"""Rows in a cluster of programs: where the kernel runs, and a small part of the row kernel's tests.
+"""The row kernel for clusters of programs: where it runs, and some of its results.
 
-The slow tests of ``test_row_pass.py`` and of the functional grids run it on all cases.
+The slow tests of ``test_row_pass.py`` and of the functional grids run this kernel on all cases.
 """
 
 from types import SimpleNamespace
