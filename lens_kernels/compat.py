@@ -113,7 +113,7 @@ def compiler_cache() -> Path:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # a user without a name gets a folder by number
+    except (KeyError, ImportError, OSError):  # a user without a name has a number in the path
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 

@@ -2,8 +2,8 @@
 
 Nothing here is measured. A step is one forward and backward pass over the tokens of a rank. Weights
 are gathered in the dtype of the call. The student's gradients are reduced in float32. A rank of a
-ring sends ``(world - 1) / world`` of a gathered or scattered tensor, and twice that of a reduced
-one.
+ring sends ``(world - 1) / world`` of a tensor that is gathered or scattered, and twice this part of
+a tensor that is reduced.
 """
 
 from __future__ import annotations

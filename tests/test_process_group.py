@@ -14,7 +14,7 @@ from tests.support.grids import DIVERGENCES, FEATURES, Shape
 from tests.support.processes import Ranks
 from tests.support.sharded import SHAPE, WIDTH, problem_of, solve
 
-# Each rank keeps the gradients of its own rows of the head.
+# Of these tensors, each rank has only its own rows, and the gradients of these rows.
 HEAD = ("weight", "bias")
 # With this workspace, a pair takes several chunks.
 SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}
@@ -93,7 +93,7 @@ def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
     # all ranks must agree.
     assert first == ("all_gather", 3 * 8 * 6)
     assert {name for name, _ in rest} == {"all_reduce"}
-    # The norm has two parameters, weight and bias.
+    # Two more reductions add the gradients of the norm's weight and bias.
     assert len(rest) == SHAPE.pairs * (3 * chunks + 1) + 2
     width = SHAPE.student
     # For each row, six numbers are reduced: two maxima, two sums of exponentials, and the sums of f

@@ -47,7 +47,7 @@ def test_the_api_page_names_every_public_object_once():
 
 
 def documented(path: str):
-    """Return the object of an entry. A package that it needs may be missing."""
+    """Return the object that the API page documents. Skip the test if its package is missing."""
     module, _, name = path.rpartition(".")
     if ".hf." in path:
         pytest.importorskip("transformers")
@@ -80,7 +80,7 @@ def test_the_docstring_says_what_a_reader_needs(path):
     """A docstring names every argument and all errors. Config options have help texts instead."""
     entry = documented(path)
     text = inspect.cleandoc(entry.__doc__ or "")
-    # A dataclass or NamedTuple without a docstring gets one that is only its signature.
+    # If a dataclass or NamedTuple has no docstring, Python takes its signature as the docstring.
     assert text and not text.startswith(f"{entry.__name__}(")
     if not path.endswith(("Config", "Trainer")):
         assert not unnamed(entry, text)

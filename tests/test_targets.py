@@ -20,7 +20,7 @@ KL = {"divergence": "forward_kl"}
 
 
 def some_targets(shape=BATCH, k=6, rest=None, vocab=None):
-    """Return targets with equal ids and padding, whose probabilities sum to less than 1."""
+    """Return targets with repeated ids and padding. Probabilities sum to less than 1."""
     ids = torch.randint(vocab or shape.vocab, (*shape.leading, k))
     ids[..., 1] = ids[..., 0]
     p = torch.rand(*shape.leading, k).softmax(-1) * 0.8

@@ -69,7 +69,7 @@ def no_matplotlib() -> str | None:
 
 
 def _log2(axis: Any, said: Callable[[float], str]) -> None:
-    """Make the vertical axis logarithmic, with tick labels written by ``said``."""
+    """Make the vertical axis logarithmic. ``said`` returns the label of a tick for its value."""
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
     axis.minorticks_off()

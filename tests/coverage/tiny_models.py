@@ -149,7 +149,7 @@ def config_of(kind: str, changes: dict[str, Any] | None = None) -> Any:
         raise ValueError(f"no default config: {error}") from error
     made = cls(**_merged(_shrunk(whole.to_dict()), {**CHANGES.get(kind, {}), **(changes or {})}))
     for config in (made, made.get_text_config()):
-        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 need it
+        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read this
             config.pad_token_id = None
     return made
 

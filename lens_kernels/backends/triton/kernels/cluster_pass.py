@@ -30,7 +30,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
 
 @triton.jit
 def both(a, b, MAXIMUM: tl.constexpr):
-    """Return the maxima or the sums of two vectors, with one reduction over the cluster."""
+    """Return the maxima of two vectors, or their sums, with one reduction over the cluster."""
     joined = tl.join(a, b)
     return tl.split(tl.max(joined, 0) if MAXIMUM else tl.sum(joined, 0))
 
@@ -60,7 +60,7 @@ def lane_maximum(held):
 
 @triton.jit
 def lane_total(held, maximum, factor):
-    """Return the sum of exponentials of each lane, ``(LANES,)``."""
+    """Return each lane's sum of ``exp(factor * (y - maximum))``, ``(LANES,)``."""
     power = factor * LOG2_E
     total = tl.sum(tl.exp2((held[0] - maximum) * power), 1)
     for i in tl.static_range(1, len(held)):
