@@ -96,7 +96,7 @@ def _say(text: str) -> None:
 
 def _prepare(download: bool) -> None:
     """Set environment variables that libraries read only when they are imported."""
-    if not download:  # Otherwise libraries ask the Hub for newer versions even of local files.
+    if not download:  # Otherwise libraries would ask the Hub for updates of local files.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:

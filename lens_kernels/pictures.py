@@ -39,7 +39,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # with this, the same picture gives the same SVG file
+    "svg.hashsalt": "lens_kernels",  # without this, each SVG file of a picture would differ
 }
 
 

@@ -24,7 +24,7 @@ METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error gr
 COLUMNS = [
     *("key", *SETTINGS),
     *METRICS,
-    *("curve", "by_depth"),  # as JSON: the KL by step, and metrics of the lenses by depth
+    *("curve", "by_depth"),  # columns in JSON: the KL by step, and metrics of the lenses by depth
     *("cpu_ms_per_step", "seconds", "shared_machine"),
     *("device", "threads", "torch", "transformers", "python", "commit", "date_utc"),
 ]

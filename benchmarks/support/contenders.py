@@ -83,7 +83,7 @@ class Contender:
         Return the measurement, and the loss and the gradient norms of the step.
         """
         loss, values = self.load(), []
-        inputs.clear()  # gradients of an earlier step would be measured too
+        inputs.clear()  # otherwise the memory would include gradients of an earlier step
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())

@@ -178,7 +178,7 @@ class TorchPass:
         grad: Tensor | None,
         survey: Any,
     ) -> list[Tensor]:
-        """Run the pass in blocks of rows. ``survey`` reads gradients while they are in the cache."""
+        """Run the pass in blocks of rows. ``survey`` reads gradients while the cache holds them."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = []
         for start in range(0, tiles[0].shape[0], step):
