@@ -56,7 +56,7 @@ def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
     low = torch.zeros(p.shape[0], 1, dtype=torch.int64, device=p.device)
     high = torch.full_like(low, int(torch.tensor(2.0, dtype=p.dtype).view(integer)))
     steps = torch.arange(1, PARTS, device=p.device)
-    for _ in range(p.element_size() * 2):  # two steps find one byte of the number
+    for _ in range(p.element_size() * 2):  # a step finds 4 bits of the number
         width = high - low
         inner = low + width // PARTS * steps + width % PARTS * steps // PARTS
         above = (reduce.sum(mass_from(inner)) > mass).sum(-1, keepdim=True)

@@ -40,7 +40,7 @@ class VocabularyShard:
 
 
 class Reduction:
-    """Reductions over the process group of a call. Each changes its tensor in place."""
+    """Reductions over the process group of a call. Each method changes its tensor in place."""
 
     def __init__(self, group: str) -> None:
         self.group = compat.process_group(group)

@@ -1,4 +1,4 @@
-"""Weights of lens pairs and tokens, and the teacher's statistics: checked, with their defaults."""
+"""Checks the weights of lens pairs and tokens and the teacher's statistics, and sets defaults."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ class Accumulator:
             self.unfinished += [self.reduce.begin_sum(x) for x in done]
 
     def result(self) -> LossResult:
-        """Return the losses of all rows, and the gradients, multiplied by the unit."""
+        """Return the losses of all rows, and the gradients after multiplication by the unit."""
         grads = self.grads
         self.finish("norm_weight", "norm_bias")
         if self.reduce is not None and self.threshold is not None:

@@ -1,4 +1,4 @@
-"""The backend ``cluster_kernel``: the backend ``row_kernel`` with rows held in clusters."""
+"""The backend ``cluster_kernel``: like ``row_kernel``, but a cluster of programs holds each row."""
 
 from __future__ import annotations
 
