@@ -182,7 +182,7 @@ class LensHead:
         return replace(self, weight=parts["weight"], bias=parts.get("bias"), norm=norm)
 
     def translated(self, lenses: Sequence[Tensor]) -> list[Tensor]:
-        """Return the intermediate hidden states of all pairs after their translators."""
+        """Return ``lenses``, the intermediate hidden states, after their pairs' translators."""
         given = self.translator
         if given is None:
             return [*lenses]
