@@ -52,7 +52,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
-WRONG = 0.1  # the script stops if the relative error of a gradient is larger
+WRONG = 0.1  # the script stops if the relative error of a gradient is larger than this
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -239,9 +239,9 @@ def groups_of(
 
 @contextmanager
 def watched() -> Iterator[dict[str, float]]:
-    """Count the entries of the logits' gradient, and the entries that GEMMs use.
+    """Count all entries of the logits' gradient, and the entries that the GEMMs use.
 
-    For both, the mass is the sum of the absolute values.
+    For each count, ``mass`` is the sum of the absolute values of the counted entries.
     """
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
 
@@ -308,7 +308,10 @@ def _errors(hidden: float, head: float) -> Row:
 
 
 def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[str, Row]:
-    """Return each threshold's time of loss and backward, alone and divided by that of the GEMMs."""
+    """Return CSV columns for each threshold: the time of loss and backward, in ms and relative.
+
+    Relative times are divided by the time of the GEMMs alone.
+    """
     functions: dict[str, Callable[[], Any]] = {
         "floor": partial(products.products, group.inputs),
         "exact": partial(group.gradients, None),

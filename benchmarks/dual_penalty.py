@@ -24,7 +24,8 @@ from lens_kernels.divergence import pointwise
 from lens_kernels.options import Divergence
 
 FIGURES = Path(__file__).parent / "figures"
-# Each divergence with its second-order coefficient relative to a KL divergence, and its curve.
+# For each divergence: its second-order coefficient relative to a KL divergence, and the label and
+# style of its curve.
 CURVES: dict[Divergence, tuple[float, str, dict[str, Any]]] = {
     Divergence.FORWARD_KL: (1.0, "KL(teacher, student)", {"color": pictures.BLUE, "ls": "--"}),
     Divergence.REVERSE_KL: (1.0, "KL(student, teacher)", {"color": pictures.ORANGE, "ls": "-."}),
@@ -65,7 +66,7 @@ def confidence(divergence: Divergence, sharpness: Tensor) -> tuple[Tensor, Tenso
 
 @pictures.styled
 def draw() -> Any:
-    """Return the figure: one entry, the whole vocabulary, and the gradient."""
+    """Return a figure of three panels: the penalty of one entry, the loss, and its gradient."""
     ratio = torch.linspace(-6, 6, 241, dtype=torch.float64)
     sharpness = 2 ** torch.linspace(-4, 4, 161, dtype=torch.float64)
     drawn = pictures.canvas(11.0, 4.0)

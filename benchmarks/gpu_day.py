@@ -41,7 +41,7 @@ from benchmarks import speed_gpu
 from benchmarks.support import environment, tables
 
 MINUTES = 9
-RESERVE = 15  # in seconds: for the start of this program and for its last table
+RESERVE = 15  # seconds for the start of this program and for its last table
 OURS = {"qwen2.5": 75, "llama3": 60, "gpt2": 50}
 PEERS = {"liger": 60, "liger_hopper": 45, "orda": 90, "dense": 40, "trl": 40}
 PARITY_SECONDS = 400

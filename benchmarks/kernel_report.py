@@ -77,7 +77,7 @@ def compile_all(archs: Sequence[str], dtype: str) -> list[Any]:
 
 
 def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
-    """Return the operations and bytes of each step for one lens pair, and of the dense floor."""
+    """Return the operations and bytes of each step for one lens pair, and of dense PyTorch."""
     sizes = (tokens, model.vocab, model.student, model.teacher)
     jsd, kl = (plan(*sizes, divergence=name) for name in ("jsd", "forward_kl"))
     floor = jsd["dense"]

@@ -35,7 +35,8 @@ from benchmarks.support.shapes import Job
 AGREEMENT = 0.05
 # The share of the available memory that a run and its inputs may take.
 SHARE_OF_MEMORY = 0.5
-# The factor on the time limit of compiled code, which cannot run over fake tensors instead.
+# The time limit of compiled code is multiplied by this, because fake tensors cannot replace its
+# run.
 PATIENCE_WITHOUT_FAKES = 3
 # ``dense_kl_div`` is left out, because it is a variant of ``dense`` that takes more memory.
 DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]

@@ -111,7 +111,7 @@ class Measured:
     """Measures contenders, and writes each row of the results at once."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        """Start without rows."""
+        """Start with an empty list of rows."""
         self.device, self.rounds = device, args.rounds
         self.shape = TINY.name if args.tiny else args.shape
         self.model = TINY if args.tiny else shapes.MODELS[args.shape]

@@ -1,6 +1,6 @@
 """The head share of the adaptive KL (Wu et al. 2024, arXiv 2404.02657): one number per token.
 
-The docstring of ``distillation_loss`` defines the share. It gets no gradient.
+The docstring of ``distillation_loss`` defines the share, which gets no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 from lens_kernels.sharding import Reduction
 
-# The head holds at most this part of the teacher's probability.
+# The head is the set of the teacher's most probable entries. They sum to at most this probability.
 MASS = 0.5
 # The peak memory of a tile, relative to the memory of one model's logits. Memory peaks in the sort:
 # its indices have 8 bytes each, and it needs as much temporary memory.
@@ -45,7 +45,7 @@ def _head_share(*packed: Any) -> Tensor:
     every = torch.arange(share.shape[0], device=share.device)
     kept = every if call.mask is None else every[call.mask]
     reduce = Reduction(call.group) if call.group else None
-    columns = call.widest or call.vocab_size  # all ranks of a group need the same steps
+    columns = call.widest or call.vocab_size  # equal on all ranks, which need the same steps
     step = call.workspace_bytes // (TILES * columns * call.compute_dtype.itemsize)
     for rows in kept.split(max(1, step)):
         sides = (teacher, h_teacher[rows]), (student, h_student[rows])
@@ -73,7 +73,7 @@ class _Model:
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits of hidden states that are normed already, ``(R, V)``."""
+        """Return the logits ``(R, V)`` of hidden states to which the norm was already applied."""
         x, weight = self.factors.rows(hidden), self.factors.weight
         z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute_dtype)
         matmul.project(x, weight, z)

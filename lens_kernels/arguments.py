@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from lens_kernels.visible import visible
 
 TYPES = {"str": str, "int": int, "float": float, "Path": Path}
-# For each option in a YAML file, its words on the command line.
+# The options of a YAML file: each name, with its values as words of a command line.
 Options = Mapping[str, Sequence[str] | None]
 METAVARS: dict[Any, str] = {int: "N", float: "X"}
 YES, NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
@@ -27,7 +27,7 @@ def boolean(text: str | bool) -> bool:
 
 
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "type": boolean}
-# A word that begins with an option's name. argparse must never read it as a value.
+# This matches a word that begins with an option's name. argparse must never read it as a value.
 OPTION = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
@@ -162,7 +162,7 @@ class _Help(argparse.HelpFormatter):
 def _form(action: argparse.Action) -> str:
     """Return an option and its value as the help shows them.
 
-    Of several names, the help shows the last, which is an alias.
+    If an option has several names, the help shows the last one, which is an alias.
     """
     name = action.option_strings[-1]
     if action.nargs == 0:
@@ -176,9 +176,10 @@ def _form(action: argparse.Action) -> str:
 
 
 def early(prog: str, words: Sequence[str]) -> argparse.Namespace:
-    """Parse first the options on which other options and the loaded libraries depend.
+    """Parse the options that decide which other options exist and which libraries are loaded.
 
-    The result has the options of the ``--config`` file as ``file``.
+    The other options are ignored here. The result holds the options of the ``--config`` file as
+    ``file``.
     """
     parser = Parser(prog=prog, add_help=False)
     for name in ("--config", "--preset"):

@@ -35,9 +35,9 @@ class LossCall:
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
     token. With ``labels``, the next row holds the cross entropy of the last student hidden state. A
-    call with labels only has one student state and no pairs. With ``reports``, two more rows hold
-    the log-sum-exp and the entropy of that state at temperature 1. Their weight is 0. Tokens with a
-    False ``mask`` are not computed, and their ``rows`` are 0.
+    call that has only labels has one student state and no pairs. With ``reports``, two more rows
+    hold the log-sum-exp and the entropy of that state at temperature 1. Their weight is 0. Tokens
+    with a False ``mask`` are not computed, and their ``rows`` are 0.
 
     ``divergences`` and ``normed`` have one entry for each pair. ``normed`` says whether the call
     must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
@@ -51,9 +51,10 @@ class LossCall:
     a flag for each pair, or is empty. Divergences above ``token_clip`` become ``token_clip``, and
     have no gradient.
 
-    With a process ``group``, by name, this rank holds ``vocab_size`` entries of a larger
-    vocabulary. ``labels`` count from the first of them, so labels of other ranks' entries are out
-    of range. Tiles must have room for ``widest`` entries, so that all ranks have the same tiles.
+    ``group`` is the name of a process group, or None. With a group, this rank holds ``vocab_size``
+    entries of a larger vocabulary. ``labels`` count from the first of them, so labels of other
+    ranks' entries are out of range. Tiles must have room for ``widest`` entries, so that all ranks
+    have the same tiles.
     """
 
     student_hidden: list[Tensor]
@@ -105,7 +106,7 @@ class LossCall:
         student_temperature = float(options.temperature)
         theirs = options.teacher_temperature
         standardize = options.standardize
-        # The cross entropy needs the last state, also without terms.
+        # The cross entropy needs the last state, even if there are no terms.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
@@ -302,7 +303,7 @@ _KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).ite
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 
 HEAD_NUMBERS = 5
-# The numbers of a call that cross to the operator as they are.
+# The numbers of a call that are operator arguments without a conversion.
 NUMBERS = (
     "beta", "temperature", "teacher_temperature", "label_smoothing", "z_loss", "token_clip",
 )  # fmt: skip

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] not in COMMANDS:
-        _parser().parse_args(words)  # this shows the help or the version, or refuses the words
+        _parser().parse_args(words)  # prints the help, the version, or an error
         return 2
     return guarded(words[0], lambda: _run(words[0], words[1:]))
 
@@ -96,7 +96,7 @@ def _say(text: str) -> None:
 
 def _prepare(download: bool) -> None:
     """Set environment variables that libraries read only when they are imported."""
-    if not download:  # Otherwise libraries ask the Hub for newer versions even of local files.
+    if not download:  # Otherwise libraries would ask the Hub for updates of local files.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # type checkers see this base; at run time, a subclass lists TrainerHooks and then Trainer
+else:  # only type checkers see the base Trainer; at run time, subclasses add it
     Trainer = object
 
 
@@ -113,7 +113,7 @@ def compiler_cache() -> Path:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # a user without a name gets a folder by number
+    except (KeyError, ImportError, OSError):  # a user without a name has a number in the path
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
@@ -181,7 +181,7 @@ def class_before_sharding(module: object) -> type:
     In torch 2.8 to 2.13 the new class has the bases ``(FSDPModule, class)``. No public function
     does this. Without it a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # imported here, because the import is slow
+    from torch.distributed.fsdp import FSDPModule  # a local import, because it is slow
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind

@@ -59,8 +59,9 @@ def linear_cross_entropy(
         ignore_index: The label of positions without a label.
         return_lse: Also return ``lse`` of each token, 0 where masked or without a label. It gets no
             gradient.
-        return_entropy: Also return the entropy ``-sum_v q_v log q_v`` of each token in nats, in the
-            same way. It comes from the same pass over the logits.
+        return_entropy: Also return the entropy ``-sum_v q_v log q_v`` of each token in nats, 0
+            where masked or without a label. It gets no gradient, and is computed with the loss in
+            one pass over the logits.
         vocab_size: Number of leading entries that the softmax is taken over, by default all.
         backend: As for ``symmetric_lens_loss``.
         workspace_bytes: As for ``symmetric_lens_loss``.
@@ -68,7 +69,7 @@ def linear_cross_entropy(
     Returns:
         The loss in nats, in float32 (float64 for a float64 head): a scalar, or ``(...)`` for
         ``"none"``. With ``return_lse`` or ``return_entropy``, a tuple: the loss, then ``lse``, then
-        the entropy, of which the last two are ``(...)``.
+        the entropy. Both reports have shape ``(...)``.
 
     Raises:
         TypeError, ValueError, RuntimeError: As for ``symmetric_lens_loss``.
@@ -103,7 +104,7 @@ def linear_cross_entropy(
         weight = labelled / token_denominator(denominator, labelled)
     reports = return_lse or return_entropy
     row_weight = weight[None]
-    if reports:  # the rows of reports have no weight
+    if reports:  # the loss does not include reports
         row_weight = torch.cat([row_weight, weight.new_zeros(2, len(weight))])
     call = replace(
         call,

@@ -190,13 +190,13 @@ def plan(
         workspace_bytes: As for ``symmetric_lens_loss``.
         device: The type of device.
         one_read: Whether the row kernel on a GPU reads each logit once. It needs a Hopper or
-            Blackwell GPU and Triton 3.9. By default, whether it does on this machine.
+            Blackwell GPU and Triton 3.9. The default is True if it does on this machine.
         world: Number of ranks. The result then also has a ``SharedPlan`` for ``"ddp"``,
-            ``"fsdp2"``, ``"zero3"`` and ``"vocabulary"``: what a rank sends and holds in a step
-            over ``tokens`` tokens of its own. With ``"vocabulary"``, all ranks share these tokens
-            and split the vocabulary, and the rest of the models is sharded by FSDP2.
+            ``"fsdp2"``, ``"zero3"`` and ``"vocabulary"``: the bytes that a rank sends and holds in
+            a step over ``tokens`` tokens of its own. With ``"vocabulary"``, all ranks share these
+            tokens and split the vocabulary, and the rest of the models is sharded by FSDP2.
         student_parameters: Number of the student's parameters, by default those of its head.
-        teacher_parameters: The same for the teacher.
+        teacher_parameters: Number of the teacher's parameters, by default those of its head.
 
     Returns:
         A plan for each name of a backend, and for ``"dense"``.

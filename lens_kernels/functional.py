@@ -358,7 +358,7 @@ def distillation_loss(
     if standardize is True and any(slope for _, slope in finals.values()):
         raise ValueError("akl is not available with standardize=True: use standardize='lens'")
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # These weights hold within a term. ``row_weight`` has the weights within the loss.
+    # These are weights within a term. ``row_weight`` holds the weights within the loss.
     factor = temperature**2 if temperature_squared else 1.0
     lens_rows = (counted * factor).expand(pairs, -1)
     final_rows = [

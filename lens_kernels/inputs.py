@@ -139,7 +139,7 @@ def check_inputs(
 ) -> Inputs:
     """Check that the tensors of a call fit together, and return them.
 
-    Labels are ``ignore_index`` if there are none.
+    ``ignore_index`` is the label of positions without a label.
 
     Without ``mask``, tokens with a label count. Without ``mask`` and ``labels``, all tokens count.
     With a ``process_group``, the ``options`` must be the same on all ranks.
@@ -286,7 +286,8 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     """Check that hidden states fit the head of their model.
 
-    Dtypes may differ. But without autocast, either both are float64 or neither.
+    Their dtypes may differ. But without autocast, a float64 head needs float64 states, and no other
+    head accepts them.
     """
     weight, head_name = model.head.weight, model.head_name
     for name, x in model.named_hidden:

@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-# A key that is no option: the record of a run holds its versions and hashes there.
+# This key is not an option. In the record of a run, it holds versions and hashes.
 MADE_WITH = "made_with"
 
 
 def read_options(text: str) -> dict[str, list[str] | None]:
-    """Return the command-line words of each option in a YAML text. None keeps the default.
+    """Return the command-line words of each option in a YAML text, or None for its default.
 
     Raises:
         ValueError: The text is not YAML, is not a mapping, or has a key twice.

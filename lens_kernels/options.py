@@ -245,7 +245,7 @@ class LensOptions(LossOptions):
 
 @dataclass(frozen=True, eq=False)
 class CrossEntropyOptions(LensOptions):
-    """The options of ``linear_cross_entropy``, which ignores those of the divergences."""
+    """The options of ``linear_cross_entropy``, which ignores inherited options of divergences."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0

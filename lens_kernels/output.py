@@ -21,7 +21,7 @@ class DistillationOutput(NamedTuple):
         num_tokens: Number of unmasked tokens.
         dropped: Share of the logit gradients, in absolute sum, that ``grad_threshold`` left out.
         clipped: Share of the divergences, over pairs and unmasked tokens, that ``token_clip``
-            bounds.
+            reduced.
     """
 
     loss: Tensor

@@ -39,7 +39,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # with this, the same picture gives the same SVG file
+    "svg.hashsalt": "lens_kernels",  # without this, each SVG file of a picture would differ
 }
 
 
@@ -74,7 +74,7 @@ def log_axis(axes: Any) -> None:
     """Make the vertical axis logarithmic, with plain numbers instead of powers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    ticks = TICKS[::3] if high > 1000 * low else TICKS  # 1, 10, 100 or 1, 2, 5, 10
+    ticks = TICKS[::3] if high > 1000 * low else TICKS  # 1, 10, 100, or else 1, 2, 5, 10
     axes.set_yticks([y for y in ticks if low <= y <= high], minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_kernels.sharding import Reduction
 
-# Each reduction of the search narrows the interval by this factor.
+# Each reduction over the ranks narrows the interval of the search by this factor.
 PARTS = 16
 
 
@@ -36,8 +36,7 @@ def share(p: Tensor, q: Tensor, mass: float, reduce: Reduction) -> Tensor:
 def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
     """Return which entries belong to the head: the largest ones, whose sum is at most ``mass``.
 
-    Equal entries are taken in order, so those of lower ranks first. The largest entry always
-    belongs to the head.
+    Of equal entries, those of lower ranks come first. The largest entry always belongs to the head.
     """
     integer = torch.int64 if p.dtype is torch.float64 else torch.int32
     ascending = p.sort(-1).values
@@ -45,16 +44,19 @@ def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
     below = torch.nn.functional.pad(ascending.flip(-1).cumsum(-1), (1, 0))
 
     def mass_from(bits: Tensor) -> Tensor:
-        """Return the sum of this rank's entries that are at least as large as given, ``(R, K)``."""
+        """Return the sums of this rank's entries that are at least as large as each bound.
+
+        The bounds are given as ``bits``, and the result is ``(R, K)`` like them.
+        """
         smaller = torch.searchsorted(ascending, bits.to(integer).view(p.dtype).contiguous())
         return below.gather(-1, p.shape[-1] - smaller)
 
-    # The sum of all entries of at least ``low`` exceeds ``mass``. That of at least ``high`` does
-    # not.
+    # The entries that are at least ``low`` sum to more than ``mass``. Those that are at least
+    # ``high`` do not.
     low = torch.zeros(p.shape[0], 1, dtype=torch.int64, device=p.device)
     high = torch.full_like(low, int(torch.tensor(2.0, dtype=p.dtype).view(integer)))
     steps = torch.arange(1, PARTS, device=p.device)
-    for _ in range(p.element_size() * 2):  # two steps find one byte of the number
+    for _ in range(p.element_size() * 2):  # a step finds 4 bits of the number
         width = high - low
         inner = low + width // PARTS * steps + width % PARTS * steps // PARTS
         above = (reduce.sum(mass_from(inner)) > mass).sum(-1, keepdim=True)
@@ -64,7 +66,8 @@ def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
 
     ties = p == crossing
     larger = p > crossing
-    # Each rank has a column for its number of entries that equal the last one.
+    # One column for each rank: its number of entries that equal the entry at which the head ends.
+    # The last two columns are the number and the sum of all larger entries.
     counts = p.new_zeros(p.shape[0], reduce.size + 2)
     counts[:, reduce.rank] = ties.sum(-1).to(p.dtype)
     counts[:, -2] = larger.sum(-1).to(p.dtype)

@@ -17,7 +17,7 @@ from lens_kernels import compat
 from lens_kernels.lens import LensHead
 from lens_kernels.options import check_int
 
-# After a failed reduction, a rank waits so many seconds for the other ranks to fail too.
+# After a failed reduction, a rank waits up to this many seconds for the other ranks to fail too.
 WAIT = 5.0
 
 
@@ -40,7 +40,7 @@ class VocabularyShard:
 
 
 class Reduction:
-    """Reductions over the process group of a call. Each changes its tensor in place."""
+    """Reductions over the process group of a call. Each method changes its tensor in place."""
 
     def __init__(self, group: str) -> None:
         self.group = compat.process_group(group)
@@ -65,7 +65,7 @@ class Reduction:
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """Say which rank no longer answers, if a reduction fails."""
+        """Return a context in which the error of a reduction names the ranks that do not answer."""
         try:
             yield
         except RuntimeError as error:
@@ -76,7 +76,7 @@ class Reduction:
 
 
 def _silent(group: Any) -> str:
-    """Wait for the other ranks of a group to fail too, and return which ones did not."""
+    """Wait for the other ranks of a group to report an error, and say which ranks did not."""
     ranks = dist.get_process_group_ranks(group)
     names = {rank: f"lens_kernels/failed/{group.group_name}/{rank}" for rank in ranks}
     try:
@@ -87,7 +87,7 @@ def _silent(group: Any) -> str:
             if time.monotonic() > end:
                 return f"Of all processes, rank {silent} reported no error: it ended, or is stuck"
             time.sleep(0.05)
-    except RuntimeError:  # rank 0 usually holds the store
+    except RuntimeError:  # rank 0 usually holds the store, so it may have ended
         return "The store of the process group is gone: rank 0 probably ended"
     return "All ranks reported an error"
 
@@ -106,7 +106,7 @@ def local_head(name: str, head: Any, group: Any) -> Any:
     if isinstance(head, Tensor):
         head = LensHead(head)
     if not isinstance(head, LensHead):
-        return head  # the caller checks and reports this
+        return head  # the caller raises an error for other types
     parts = {id(x): part for part, x in head.tensors().items()}
 
     def local(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def gather(
 
 
 def shared_vocabulary(vocab_size: Any, sizes: Mapping[str, int]) -> int:
-    """Return the size of the prefix over which softmaxes are taken. ``sizes`` are the heads'."""
+    """Return the number of entries in the softmaxes. ``sizes`` are the heads' vocabularies."""
     smaller = min(sizes.values())
     shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
     if vocab_size is None:

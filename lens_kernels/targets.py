@@ -48,7 +48,7 @@ class SparseTargets:
     rest: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the values that need no other tensor."""
+        """Check everything that can be checked without the hidden states."""
         for name, kinds in (("token_ids", "int64 or int32"), ("probabilities", "floating point")):
             value = getattr(self, name)
             if not isinstance(value, Tensor):
@@ -71,7 +71,8 @@ class SparseTargets:
 class TargetRows(NamedTuple):
     """Sparse targets of ``N`` tokens, as ``backends/torch/targets.py`` defines them.
 
-    ``mass`` is ``smoothing`` or ``rest``, as the flag ``ghost`` says, or None.
+    ``mass`` is ``rest`` if ``ghost`` is true, and otherwise ``smoothing``. It is None if there is
+    neither.
     """
 
     ids: Tensor
@@ -114,7 +115,7 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
         assert mass is not None
         share = mass / vocab_size
         whole = p + share[:, None]
-        # Only entries with a probability are listed, and all others hold ``share``.
+        # Entries with a positive probability hold ``p + share``. All other entries hold ``share``.
         listed = p > 0
         inside = torch.where(listed, torch.special.xlogy(whole, whole), 0.0).sum(-1)
         others = vocab_size - listed.sum(-1)
@@ -124,7 +125,7 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
 
 
 def _merged(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort each row by id, and add up the probabilities of equal ids in the first of them."""
+    """Sort each row by id. The first of equal ids gets the sum of their probabilities."""
     ids, order = ids.sort(dim=-1, stable=True)
     p = p.gather(-1, order)
     is_first = torch.ones_like(ids, dtype=torch.bool)
@@ -141,9 +142,9 @@ def check_alone(
     options: LossOptions,
     statistics: object,
 ) -> None:
-    """Raise if sparse targets are used with a teacher, or with a divergence that cannot take them.
+    """Raise an error if sparse targets have a teacher, or a divergence that does not support them.
 
-    ``name`` is the option that holds ``divergences``.
+    ``name`` is the option that lists ``divergences``.
     """
     given = {
         "teacher_head": teacher_head,
@@ -166,7 +167,7 @@ def check_alone(
 
 
 def sum_is_valid(targets: SparseTargets) -> Tensor:
-    """Say for each token whether its probabilities are valid, ``(N, K)``."""
+    """Return for each listed probability of each token whether it is valid, ``(N, K)``."""
     p = targets.probabilities.reshape(-1, targets.probabilities.shape[-1])
     valid = (p >= 0) & p.isfinite()
     if targets.rest in ("ghost", "uniform"):

@@ -1,9 +1,9 @@
-"""What a training step sends and holds on each rank, counted from the shapes of models and call.
+"""The bytes that a rank sends and holds in a training step, counted from the sizes of the call.
 
 Nothing here is measured. A step is one forward and backward pass over the tokens of a rank. Weights
 are gathered in the dtype of the call. The student's gradients are reduced in float32. A rank of a
-ring sends ``(world - 1) / world`` of a gathered or scattered tensor, and twice that of a reduced
-one.
+ring sends ``(world - 1) / world`` of a tensor that is gathered or scattered, and twice this part of
+a tensor that is reduced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TRAINED = 16
 
 @dataclass(frozen=True)
 class Collective:
-    """A kind of collective of a step: their number, and the bytes of all their whole tensors.
+    """The collectives of one kind in a step: their number, and the bytes of their whole tensors.
 
     ``count`` is None where the number depends on settings of the engine, such as bucket sizes.
     """
@@ -56,7 +56,7 @@ class SharedPlan(Plan):
 def shared_plans(
     shape: CallShape, world: int, student_parameters: int | None, teacher_parameters: int | None
 ) -> dict[str, SharedPlan]:
-    """Return the plans of DDP, FSDP2, ZeRO-3, and of a vocabulary over all ranks with FSDP2."""
+    """Return the plans of DDP, FSDP2, ZeRO-3, and FSDP2 with a vocabulary spread over all ranks."""
     head = shape.vocab_size * shape.student_width
     teacher_head = shape.vocab_size * shape.teacher_width
     student = head if student_parameters is None else student_parameters
@@ -65,7 +65,7 @@ def shared_plans(
     whole, part = row_chunks(shape), _part(shape, world)
 
     def gradients(columns: int) -> int:
-        """Return the bytes of the gradients that the loss computes, in float32."""
+        """Return the bytes of the float32 gradients that the loss computes."""
         hidden = shape.pairs * shape.tokens * shape.hidden_grad
         return wide * shape.student_width * (columns * shape.head_grad + hidden)
 

@@ -1,4 +1,4 @@
-"""Weights of lens pairs and tokens, and the teacher's statistics: checked, with their defaults."""
+"""Checks the weights of lens pairs and tokens and the teacher's statistics, and sets defaults."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
 def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
     """Check the teacher's statistics of each state and token, and return them, ``(S, N, 2)``.
 
-    Return None if there are none.
+    Return None if no statistics are given.
     """
     if value is None or inputs.teacher is None:
         return None

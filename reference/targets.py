@@ -1,4 +1,4 @@
-"""The forward KL from a teacher that is known by a few probabilities, by its definition."""
+"""The forward KL for a teacher with a few known probabilities, computed by its definition."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def gradients(threshold, student, teacher, head, teacher_head, **options):
 
 
 def final(threshold, student, teacher, head, teacher_head, **options):
-    """Return the share of skipped entries and the gradients of a final jsd, without lens pairs."""
+    """Return the share of skipped entries and the gradients, for a jsd of final states alone."""
     finals = {"student_final": student, "teacher_final": teacher, "final_divergence": "jsd"}
     options |= {"grad_threshold": threshold}
     out = distillation_loss([], [], head, teacher_head, **finals, **options)

@@ -40,7 +40,7 @@ def test_docstring_examples_run():
     assert tried > 0 and failed == 0
 
 
-# --- pages
+# --- tests of pages and links
 
 
 def test_the_readme_is_short():
@@ -112,7 +112,7 @@ def test_the_messages_explained_are_those_of_the_package():
         assert any(all(piece in text for piece in pieces) for text in known), message
 
 
-# --- examples
+# --- tests of examples
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_examples_run(block, folder, monkeypatch):
     exec(compile(block.text, str(block), "exec"), {})
 
 
-# --- commands
+# --- tests of commands
 
 
 @pytest.fixture
@@ -216,7 +216,7 @@ def test_extras_in_the_text_exist():
         assert {*named} <= extras, name(page)
 
 
-# --- numbers and lists
+# --- tests of numbers and lists
 
 
 def test_the_readme_says_which_versions_are_supported():

@@ -62,8 +62,8 @@ def test_float64_is_refused_with_the_reason_and_what_to_do(backend, double):
 def test_the_boundaries_inside_a_cpu_product(divergence):
     problem = make(TWO_TILES, bias=True, divergence=divergence)
     if divergence == "tvd":
-        # tvd is tested in float64. Float32 rounding makes p equal q at some entries, where its
-        # slope jumps.
+        # tvd is tested in float64. Float32 rounding makes p equal q at some entries, where the
+        # slope of tvd jumps.
         problem = problem.to(torch.float64)
     check(problem, backend="torch")
 

@@ -56,9 +56,9 @@ def test_parity(backend, feature, divergence, dtype):
 
 @gpu("divergence", dtype=DTYPES[:2], backend=["torch"])
 def test_the_pass_by_inductor(backend, divergence, dtype, monkeypatch):
-    """Inductor's compiled pass gives right results in place of the row kernel.
+    """On a GPU, Inductor's compiled pass gives right results.
 
-    The op uses it for float64.
+    The op uses this pass for float64, which the row kernel does not support.
     """
     monkeypatch.setattr(row_chunks, "has_row_kernel", lambda *args: False)
     check.parity(GPU, backend, dtype, BATCH, "everything", divergence)
@@ -127,7 +127,7 @@ def test_a_device_that_is_not_the_current_one(backend):
     check.float32(torch.device("cuda", 1), backend, ODD, "everything", "jsd")
 
 
-# The same checks on the CPU
+# The checks above, run on the CPU at tiny sizes
 
 
 TINY = Shape((5,), 70, 24, 40, 2)

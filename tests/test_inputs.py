@@ -110,7 +110,8 @@ def test_heads(case):
     value, error, words = HEADS[case]
     words = [w if not w.startswith(".") else f"student_head{w}" for w in words]
     refused(error, ["student_head", *words], op, student_head=value)
-    # The same head is invalid as the teacher's. Here the teacher has the student's hidden size.
+    # This value is invalid as the teacher's head, too. Here the teacher has the student's hidden
+    # size.
     swapped = [w.replace("student", "teacher") for w in words]
     refused(error, ["teacher_head", *swapped], op, teacher=S, teacher_head=value)
 

@@ -211,7 +211,7 @@ def test_the_backward_pass_never_synchronises():
 
 
 def test_out_of_memory_names_the_option_that_limits_it(monkeypatch):
-    """The message of the allocator stays in front, because trainers look for it."""
+    """The allocator's message comes before the option, because trainers search for this message."""
 
     def evaluate(self, call):
         return torch.empty(1 << 60, dtype=torch.uint8)

@@ -14,7 +14,7 @@ from tests.support.grids import DIVERGENCES, FEATURES, Shape
 from tests.support.processes import Ranks
 from tests.support.sharded import SHAPE, WIDTH, problem_of, solve
 
-# Each rank keeps the gradients of its own rows of the head.
+# Of these tensors, each rank has only its own rows, and the gradients of these rows.
 HEAD = ("weight", "bias")
 # With this workspace, a pair takes several chunks.
 SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}
@@ -42,9 +42,10 @@ def ranks():
 
 
 def joined(results, name, vocab):
-    """Return one result from those of all ranks.
+    """Return the result called ``name``, joined from the results of all ranks.
 
-    Rows of the head are joined in rank order. Other results must be equal on all ranks.
+    Gradients of the head have rows of all ranks, in rank order. Other results must be equal on all
+    ranks.
     """
     parts = [result[name] for result in results]
     if name in HEAD:
@@ -88,13 +89,15 @@ def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
     (seen, *others) = ranks.run(sharded.count_collectives, 3, case)[:3]
     assert seen == others[0] == others[1]
     (first, *rest) = seen
-    # Rows of two heads, and four numbers that all ranks must share.
+    # Each of 3 ranks sends six int64 numbers: the rows of its two heads, and four numbers on which
+    # all ranks must agree.
     assert first == ("all_gather", 3 * 8 * 6)
     assert {name for name, _ in rest} == {"all_reduce"}
-    # The norm has two parameters, weight and bias.
+    # Two more reductions add the gradients of the norm's weight and bias.
     assert len(rest) == SHAPE.pairs * (3 * chunks + 1) + 2
     width = SHAPE.student
-    # For each row there are two maxima, two sums of exponentials, and the sums of f and of h.
+    # For each row, six numbers are reduced: two maxima, two sums of exponentials, and the sums of f
+    # and of h.
     sums = SHAPE.pairs * tokens * (3 * 2 + width) + 2 * width
     assert sum(size for _, size in rest) == 4 * sums
     frozen = ranks.run(sharded.count_collectives, 3, case | {"frozen_head": True})[0]

@@ -20,7 +20,7 @@ from tests.support.documents import NOTEBOOKS, PAGES
 NAV = re.findall(r"^ +- [^:#]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
 ENTRIES = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
 
-# Results, which raise nothing when a function returns them.
+# Classes of results, whose docstrings need no ``Raises``: users do not construct them.
 RESULTS = {
     "lens_kernels.DistillationOutput",
     "lens_kernels.Plan",
@@ -47,7 +47,7 @@ def test_the_api_page_names_every_public_object_once():
 
 
 def documented(path: str):
-    """Return the object of an entry. A package that it needs may be missing."""
+    """Return the object that the API page documents. Skip the test if its package is missing."""
     module, _, name = path.rpartition(".")
     if ".hf." in path:
         pytest.importorskip("transformers")
@@ -57,7 +57,7 @@ def documented(path: str):
 
 
 def unnamed(function: Any, *texts: str) -> set[str]:
-    """Return the parameters of a function that no text names, as ````name```` or ``name: ``."""
+    """Return a function's parameters that none of the texts has as ````name```` or ``name: ``."""
     pattern = re.compile(r"``\*{0,2}(\w+)|^ *\*{0,2}(\w+): ", re.MULTILINE)
     named = {name for text in texts for pair in pattern.findall(text) for name in pair}
     return {*inspect.signature(function).parameters} - named - {"self", "cls"}
@@ -77,10 +77,10 @@ def methods(entry: type) -> dict[str, Any]:
 
 @pytest.mark.parametrize("path", ENTRIES)
 def test_the_docstring_says_what_a_reader_needs(path):
-    """Meaning, every argument, and errors. The options of the config have texts of their own."""
+    """A docstring names every argument and all errors. Config options have help texts instead."""
     entry = documented(path)
     text = inspect.cleandoc(entry.__doc__ or "")
-    # A dataclass or NamedTuple without a docstring gets one that is only its signature.
+    # If a dataclass or NamedTuple has no docstring, Python takes its signature as the docstring.
     assert text and not text.startswith(f"{entry.__name__}(")
     if not path.endswith(("Config", "Trainer")):
         assert not unnamed(entry, text)

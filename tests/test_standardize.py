@@ -1,4 +1,4 @@
-"""Standardised logits, the teacher's temperature, the factor T^2, and the bound of each token."""
+"""Standardised logits, the teacher's temperature, the factor T^2, and ``token_clip``."""
 
 import pytest
 import torch

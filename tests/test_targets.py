@@ -20,7 +20,7 @@ KL = {"divergence": "forward_kl"}
 
 
 def some_targets(shape=BATCH, k=6, rest=None, vocab=None):
-    """Return targets with equal ids and padding, whose probabilities sum to less than 1."""
+    """Return targets with repeated ids and padding. Probabilities sum to less than 1."""
     ids = torch.randint(vocab or shape.vocab, (*shape.leading, k))
     ids[..., 1] = ids[..., 0]
     p = torch.rand(*shape.leading, k).softmax(-1) * 0.8
@@ -29,7 +29,7 @@ def some_targets(shape=BATCH, k=6, rest=None, vocab=None):
 
 
 def truth(problem, targets, mask=None, temperature=1.0, standardize=False, vocab_size=None):
-    """Return the mean over pairs and counted tokens, by the definition."""
+    """Return the loss by its definition: the mean over pairs and counted tokens."""
     wide, values = problem.to(torch.float64), []
     for hidden in wide.student_hidden:
         z = dense.lens_logits(hidden, wide.student_head, True, vocab_size)
@@ -68,7 +68,7 @@ def test_masks_prefixes_and_rows(rest):
     problem, targets = make(BATCH, std=2.0, bias=True), some_targets(rest=rest, vocab=60)
     mask = torch.rand(BATCH.leading) < 0.5
     check(problem, targets, mask=mask, vocab_size=60)
-    # Masked tokens may hold anything.
+    # Masked tokens may hold any value.
     targets.token_ids[~mask] = -7
     targets.probabilities[~mask] = float("nan")
     rows = sparse(problem, targets, mask=mask, reduction="none", vocab_size=60)
@@ -141,7 +141,7 @@ def test_ghost_gradients_stay_accurate_where_the_student_has_no_rest():
 
 
 def test_samples_are_unbiased_and_a_top_k_is_not():
-    """The mean gradient over 2000 draws approaches the exact one; that of a top-k does not."""
+    """Gradients are unbiased for sampled tokens with importance weights, but not for a top-k."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(1, 40, generator=generator).mul(1.5).softmax(-1)
     student = torch.randn(1, 40, generator=generator)
@@ -157,7 +157,7 @@ def test_samples_are_unbiased_and_a_top_k_is_not():
     ids = proposal.expand(draws, -1).multinomial(samples, True, generator=generator)
     weights = (teacher / proposal)[0][ids] / samples
     error = gradient(SparseTargets(ids, weights), draws) - exact
-    # The deviation of the mean of all draws, from its definition.
+    # The expected deviation of the mean gradient from the exact one, by the variance of the draws.
     deviation = ((teacher[0] ** 2 / proposal[0] - teacher[0] ** 2) / (draws * samples)).sum().sqrt()
     assert error.norm() < 4 * deviation
     top, ids = teacher.topk(samples)
@@ -165,7 +165,7 @@ def test_samples_are_unbiased_and_a_top_k_is_not():
         bias = gradient(SparseTargets(ids, top, rest), 1) - exact
         assert bias.norm() > least * deviation, rest
     ghost = gradient(SparseTargets(ids, top, "ghost"), 1) - exact
-    assert ghost[ids[0]].abs().max() < 1e-6 < ghost.norm()  # exact at the listed tokens only
+    assert ghost[ids[0]].abs().max() < 1e-6 < ghost.norm()  # exact only at the listed tokens
 
 
 def test_options_that_need_a_teacher_are_refused():

@@ -1,4 +1,4 @@
-"""What a step sends and holds on each rank, counted by ``plan(world=...)``."""
+"""The bytes that a rank sends and holds in a step, as ``plan(world=...)`` counts them."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.grids import Shape
 from tests.support.processes import Ranks
 
 SIZES = {"tokens": 35, "vocab_size": 61, "student_width": 12, "teacher_width": 10, "pairs": 2}
-WORKSPACE = 5_000  # several chunks on any number of ranks
+WORKSPACE = 5_000  # so small that any number of ranks needs several chunks
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -37,7 +37,7 @@ def test_a_ring_sends_a_tensor_once_or_twice():
 
 
 def llama(world, tokens=8192):
-    """Return the plan of Llama-3 8B distilled from 70B, with 4 lens pairs and the final one."""
+    """Return the plan of Llama-3 8B distilled from 70B, with 4 lens pairs and the final pair."""
     return plan(
         tokens, 128_256, 4096, 8192, pairs=5, world=world,
         student_parameters=8_030_000_000, teacher_parameters=70_554_000_000,

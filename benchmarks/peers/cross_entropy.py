@@ -1,4 +1,4 @@
-"""The cross entropy of labels against peers: time of loss and backward at one set of sizes."""
+"""Compares the cross entropy of labels with peers: time of loss and backward at one size."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ HEADER = ("contender", "s", "range", "rounds", "time / three GEMMs")
 
 
 def ours(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of the library, without reports."""
+    """Return the library's loss, without log-sum-exps and entropies."""
     loss = linear_cross_entropy(hidden, head, labels)
     assert isinstance(loss, Tensor)
     return loss
 
 
 def with_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of the library. The pass also computes the entropy of each token."""
+    """Return the library's loss. The same call also computes the entropy of each token."""
     return linear_cross_entropy(hidden, head, labels, return_entropy=True)[0]
 
 
@@ -55,7 +55,7 @@ def _liger() -> Loss:
 
 
 def contenders() -> dict[str, Callable[[], Loss]]:
-    """Return a loader of each contender, by its title with the installed version."""
+    """Return a function that loads each contender, by the contender's title and version."""
     liger, cut = (environment.version_of(x) for x in ("liger-kernel", "cut-cross-entropy"))
     return {
         f"lens_kernels {__version__}": lambda: ours,

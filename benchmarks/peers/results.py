@@ -66,7 +66,7 @@ class Results:
         return row
 
     def save(self) -> None:
-        """Compute the ratios to the floor within each round, and write the CSV."""
+        """Divide times by that of the GEMMs alone in the same round, and write the CSV."""
         for (place, _), row in self._rows.items():
             if floor := self._rows.get((place, FLOOR)):
                 ratios = Timing.read(row["times_ms"]).ratios(Timing.read(floor["times_ms"]))

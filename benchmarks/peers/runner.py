@@ -44,8 +44,8 @@ class Runner:
     def turn(self, number: int) -> None:
         """Run one round at this point, and write its times when all contenders have run.
 
-        If one contender has no time for this round, all run it again, because ratios are taken
-        within rounds.
+        If one contender lacks a time of this round, all contenders run the round again. Ratios need
+        times of the same round.
         """
         if not self._is_due(number):
             return
@@ -107,7 +107,7 @@ class Runner:
 
 
 def counted(inputs: shapes.Inputs) -> shapes.Inputs:
-    """Return the inputs without masked rows, so that the floor does no work for masked tokens."""
+    """Return the inputs without masked rows, for the time of the GEMMs of unmasked tokens."""
     student = [inputs.counted(x).detach() for x in inputs.student_hidden]
     teacher = [inputs.counted(x) for x in inputs.teacher_hidden]
     return replace(inputs, student_hidden=student, teacher_hidden=teacher, mask=None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 VOCABULARY = 2048
-ROW = 128  # tokens of a row
+ROW = 128  # the number of tokens in a row
 HELD_OUT_ROWS = 128
 # The documentation of Django (BSD-3-Clause) has 640 files with 6.1 million characters of English
 # prose and some code. Only the source distribution contains it. pip downloads that file of 10.8 MB.

@@ -54,7 +54,7 @@ class Group:
 
 
 def with_and_without(label: str, run: Run, pairs: Pairs = UNIFORM) -> tuple[Arm, Arm]:
-    """Return two arms: one without a lens, and the same one with a JSD lens."""
+    """Return two arms: one without a lens, and one that differs only by a JSD lens."""
     return Arm(label, run), Arm(f"{label} + lens", replace(run, lens="jsd", pairs=pairs), label)
 
 

@@ -43,7 +43,7 @@ class Judge:
 
     teacher: Any
     rows: Tensor
-    log_p: list[Tensor]  # one tensor for each chunk of rows
+    log_p: list[Tensor]  # the teacher's log probabilities, one tensor for each chunk of rows
     continuation: Tensor
 
     @classmethod

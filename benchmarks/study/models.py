@@ -21,7 +21,7 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
-# A decay gives the factor on the lens weight as a function of x, the completed share of training.
+# A decay maps x, the completed share of training, to a factor that multiplies the lens weight.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,

@@ -18,13 +18,13 @@ from typing import Any
 from benchmarks.study.settings import Run, TeacherSettings
 from benchmarks.support import environment, tables
 
-EVALUATIONS = 12  # the number of evaluations in a run, at equal distances
+EVALUATIONS = 12  # the number of evaluations in a run, at equal intervals
 SETTINGS = [f.name for f in fields(Run)]
 METRICS = "kl reverse_kl ce entropy agreement overconfident calibration_error greedy_prefix".split()
 COLUMNS = [
     *("key", *SETTINGS),
     *METRICS,
-    *("curve", "by_depth"),  # as JSON: the KL by step, and metrics of the lenses by depth
+    *("curve", "by_depth"),  # columns in JSON: the KL by step, and metrics of the lenses by depth
     *("cpu_ms_per_step", "seconds", "shared_machine"),
     *("device", "threads", "torch", "transformers", "python", "commit", "date_utc"),
 ]
@@ -33,7 +33,7 @@ COLUMNS = [
 def append(path: Path, values: dict[str, Any]) -> None:
     """Append a result to the CSV as one line.
 
-    A lock prevents that lines of several processes mix.
+    A lock keeps lines of several processes from mixing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -61,7 +61,7 @@ def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, An
 
 
 def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
-    """Train a teacher once, before several processes would train it."""
+    """Train and save a teacher, so that the processes of the runs load it and need not train it."""
     from benchmarks.study import models
 
     models.load_teacher(settings, folder)

@@ -83,7 +83,7 @@ class Contender:
         Return the measurement, and the loss and the gradient norms of the step.
         """
         loss, values = self.load(), []
-        inputs.clear()  # gradients of an earlier step would be measured too
+        inputs.clear()  # otherwise the memory would include gradients of an earlier step
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())
@@ -151,7 +151,7 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
 def gather(
     contenders: Mapping[str, Contender], device: torch.device, needed: Container[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the contenders that run on a device, and for each other one the reason.
+    """Return the contenders that run on a device, and why each of the others does not.
 
     A contender that fails or gives a wrong result is left out. If it is in ``needed``, its error is
     raised.

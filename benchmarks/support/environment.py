@@ -32,7 +32,7 @@ def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.
 
 
 def version_of(package: str) -> str:
-    """Return the installed version of a package, or ``""`` without it."""
+    """Return the installed version of a package, or ``""`` if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -60,7 +60,7 @@ def gpu_environment(device: torch.device) -> dict[str, str]:
 
 
 def driver_version(device: torch.device) -> str:
-    """Return the version of the GPU driver, or ``""``."""
+    """Return the version of the GPU driver, or ``""`` if it is unknown."""
     if device.type != "cuda":
         return ""
     if torch.version.hip is not None:

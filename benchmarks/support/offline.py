@@ -43,11 +43,11 @@ TARGETS = {
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
-# The options of a launch that its machine code depends on.
+# The launch options on which the machine code of a kernel depends.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 # Triton's name for the type of an argument whose value is compiled into the kernel.
 CONSTANT = "constexpr"
-# The position of an argument. For an element of a tuple argument, two numbers.
+# The position of an argument: one number, or two for an element of a tuple argument.
 Path = tuple[int, ...]
 # The registers, threads and blocks that fit on a multiprocessor of NVIDIA's data-centre GPUs.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32

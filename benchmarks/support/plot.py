@@ -32,8 +32,8 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-# The goal of the approximation: an error, and a ratio of its time to the floor, below these
-# numbers.
+# The goal of the approximation: an error below the first number, and a time below the second. The
+# time is divided by that of the GEMMs alone.
 SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80
 GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
@@ -69,7 +69,7 @@ def no_matplotlib() -> str | None:
 
 
 def _log2(axis: Any, said: Callable[[float], str]) -> None:
-    """Make the vertical axis logarithmic, with tick labels written by ``said``."""
+    """Make the vertical axis logarithmic. ``said`` returns the label of a tick for its value."""
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
     axis.minorticks_off()
@@ -98,7 +98,7 @@ def _pairs(count: str) -> str:
 
 
 def _key(color: str, **style: Any) -> Any:
-    """Return a line for the legend alone, with the given style."""
+    """Return an empty line with this style, which appears only in the legend."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, **style)
@@ -163,7 +163,7 @@ SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
 
 @figure
 def speed_vs_peers(rows: Rows) -> Any:
-    """Draw times along each sweep, their ratios to the floor, and temporary memory."""
+    """Draw times along each sweep, their ratios to the GEMMs alone, and temporary memory."""
     rows = [row for row in rows if row["median_ms"] or row["temporaries_mib"]]
     in_sweep = {name: [r for r in rows if name in r["sweeps"].split()] for name in SPEED_AXES}
     panels: list[tuple[Callable[[Any, Rows], None], Rows]] = [
@@ -200,7 +200,7 @@ def speed_vs_peers(rows: Rows) -> Any:
 
 
 def _lines(axis: Any, rows: Rows, sweep: str) -> None:
-    """Draw the time of each contender along a sweep, side by side at each point."""
+    """Draw the time of each contender along a sweep. At a point, markers are side by side."""
     column, label, _ = SPEED_AXES[sweep]
     places = sorted({float(row[column]) for row in rows})
     contenders = _by(sorted(rows, key=lambda row: [*STYLES].index(row["contender"])), "contender")
@@ -226,7 +226,7 @@ def _lines(axis: Any, rows: Rows, sweep: str) -> None:
 
 
 def _model_bars(axis: Any, rows: Rows) -> None:
-    """Draw bars for each pair of models: the ratio of each time to the floor, with its range."""
+    """Draw bars for each pair of models: each time divided by that of the GEMMs, with its range."""
     floors = {
         row["model"]: Timing.read(row["times_ms"]) for row in rows if row["contender"] == "floor"
     }

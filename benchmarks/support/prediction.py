@@ -16,7 +16,7 @@ from lens_kernels.cost import RELATIVE_TIME, Plan
 BYTES_PER_MS = 3.0e9
 # The assumed rate of 16-bit GEMMs with float32 results.
 FLOPS_PER_MS = 700e9
-# The assumed rate of the floor's GEMMs, which are not divided and have 16-bit results.
+# The assumed rate of whole GEMMs with 16-bit results, as they are timed without the loss.
 FLOOR_FLOPS_PER_MS = 790e9
 PARTS = {
     "projections": "products",
@@ -27,7 +27,7 @@ PARTS = {
 SHAPES = ("qwen2.5", "llama3")
 PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
 READS = {"three times": False, "once": True}
-# Instructions of warps that the assumed GPU starts: 132 multiprocessors start 4 per cycle.
+# Warp instructions that the assumed GPU starts per ms: 132 multiprocessors start 4 per cycle.
 ISSUED_PER_MS = 132 * 4 * 1.75e6
 HEADER = (
     "predicted, not measured",

@@ -16,7 +16,7 @@ TITLE = "the four GEMMs alone"
 
 
 def products(inputs: Inputs) -> None:
-    """Run the four GEMMs of each pair. The logits take the place of their own gradient."""
+    """Run the four GEMMs of each pair. The logits also replace their own gradient."""
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
         x = student.detach()

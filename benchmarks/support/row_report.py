@@ -26,11 +26,12 @@ from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The variants of a kernel. ``plain`` has a gradient and no options. ``statistics`` adds the
-# teacher's statistics, and ``all`` adds every other option. In a cluster, ``all`` has no survey of
-# gradients.
+# teacher's statistics, and ``all`` adds every other option. For rows in a cluster, ``all`` has no
+# survey of gradients.
 VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
-# In a cluster: the architectures, the reported variants, and the vocabulary size of Qwen2.5.
+# For rows in a cluster: the architectures, the reported variants, and the vocabulary size, which is
+# that of Qwen2.5.
 HOLDING = {"sm_90": 9, "sm_100": 10}
 HELD_VARIANTS, HELD_VOCAB = ("plain", "labels", "all"), 151936
 LABEL = re.compile(r"^\.?(L\w+):")
@@ -45,7 +46,8 @@ WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "us
 class RowKernel:
     """A compiled variant of a row kernel for one architecture, with the costs of its loops.
 
-    ``cluster`` is the number of programs that hold a row, or 1 for a kernel that reads it again.
+    ``cluster`` is the number of programs that hold a row, or 1 for the kernel that reads a row in
+    several sweeps.
     """
 
     arch: str
@@ -143,7 +145,8 @@ def measure(
     options = dict(launch.options)
     threads = (64 if arch.startswith("gfx") else 32) * options["num_warps"] * options["num_ctas"]
     fixed = launch.fixed()
-    # Entries that a thread processes: in each iteration, or of the row that the cluster holds
+    # The pairs of logits that a thread processes: in each iteration of a loop, or in total if a
+    # cluster holds the row.
     pairs = fixed["LANES"] * fixed["GROUP"] * fixed.get("BLOCKS", 1) / threads
     bodies = [instructions(code)] if held else loops(code)
     return RowKernel(

@@ -63,7 +63,7 @@ class Job:
         }
 
     def gemm_flops(self) -> int:
-        """Return the operations of the floor: for each pair, two projections and two gradients."""
+        """Return the operations of the GEMMs: two projections and two gradients for each pair."""
         width = 3 * self.student_width + self.teacher_width
         return 2 * self.pairs * (self.tokens - self.ignored()) * self.vocab * width
 

@@ -39,7 +39,7 @@ class Timing:
     def columns(self, digits: int = 2, floor: Timing | None = None) -> dict[str, Any]:
         """Return the times as columns of a CSV, or only ``rounds`` if there are no times.
 
-        The ratio to the floor is a ratio of medians.
+        ``floor`` has the times of the GEMMs alone. ``ratio_to_floor`` is a ratio of two medians.
         """
         columns: dict[str, Any] = {"rounds": len(self.by_round)}
         if times := self.by_round.values():
@@ -56,7 +56,7 @@ def time_interleaved(
     device: torch.device,
     progress: bool = True,
 ) -> dict[str, Timing]:
-    """Time functions in rounds. Each runs once in a round, and a first round is not timed.
+    """Time functions in rounds. Each function runs once in a round. A first round is not timed.
 
     Interleaving spreads disturbances of the machine over all functions. Each round starts with
     another function. Caches need not be flushed, because the heads are larger than every cache.

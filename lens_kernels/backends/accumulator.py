@@ -15,8 +15,8 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 from lens_kernels.sharding import Reduction
 
-# The logit gradients of these divergences are unbounded: they grow with log(q / p). So do those of
-# ``z_loss``, with the log-sum-exp.
+# The logit gradients of these divergences are unbounded: they grow with log(q / p). Those of
+# ``z_loss`` are unbounded too: they grow with the log-sum-exp.
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
@@ -148,7 +148,7 @@ class Accumulator:
             self.unfinished += [self.reduce.begin_sum(x) for x in done]
 
     def result(self) -> LossResult:
-        """Return the losses of all rows, and the gradients, multiplied by the unit."""
+        """Return the losses of all rows, and the gradients after multiplication by the unit."""
         grads = self.grads
         self.finish("norm_weight", "norm_bias")
         if self.reduce is not None and self.threshold is not None:

@@ -27,8 +27,8 @@ INDUCTOR: dict[str, Any] = {
 # compiled code would need a division for each element.
 INDUCTOR_GPU: dict[str, Any] = {"split_reductions": False}
 # The most variants of a function that are compiled in a process. Variants differ in the divergence,
-# in whether there is a gradient, a bias, a softcap, and in whether there is a single row. torch's
-# default is 8 variants. It would run further ones eagerly.
+# in whether there is a gradient, a bias, a softcap, and in whether there is a single row. By
+# default, torch compiles 8 variants and runs all others eagerly.
 VARIANTS = 64
 
 _compiler_failed = False
@@ -36,7 +36,7 @@ _compiler_failed = False
 
 @functools.cache
 def load() -> None:
-    """Make sure that torch can import its compiler, which it does for every custom operator.
+    """Make sure that torch can import its compiler. Every custom operator imports it.
 
     The import fails if the compiler's cache folder cannot be created. Then the compiler gets
     another folder, and the pointwise pass is not compiled in this process.

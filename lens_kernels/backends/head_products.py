@@ -36,8 +36,8 @@ def full_products(
     """Add ``grad.T @ x`` to ``head_grad`` if given, and return ``grad @ weight`` if needed.
 
     ``grad`` ``(R, V)`` is a tile of logit gradients, ``weight`` ``(V, D)`` the head, and ``x``
-    ``(R, D)`` the hidden rows of the tile. ``head_grad`` ``(V, D)`` is uninitialised, and is
-    overwritten, unless ``begun``.
+    ``(R, D)`` the hidden rows of the tile. Unless ``begun`` is true, ``head_grad`` ``(V, D)`` is
+    uninitialised, and is overwritten.
     """
     grad = grad.to(x.dtype)
     if head_grad is not None:

@@ -42,7 +42,7 @@ def _has_amx() -> bool:
 
 # The lock keeps a thread from resetting the setting while another thread needs it.
 _lock = threading.Lock()
-# The user's setting, while this module has replaced it.
+# The user's setting, saved here while this module has replaced it. Otherwise None.
 _users: str | None = None
 
 
@@ -67,7 +67,7 @@ def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
         finally:
             try:
                 _restore()
-            finally:  # an interrupt may have cut the first call short
+            finally:  # an interrupt may have stopped the call above
                 _restore()
 
 

@@ -30,7 +30,7 @@ def operand_reads(tokens: int, vocab_size: int, row_bytes: int, parts: int = 1) 
     of the vocabulary one after the other.
     """
     rows = max(1, min(tokens, GROUP_ROWS))
-    # The columns that are read by all programs that run together.
+    # The number of columns whose logits are computed at the same time, for one group of rows.
     columns = min(vocab_size, GROUP_ROWS**2 // rows)
     stays = (rows + columns) * row_bytes <= CACHE_BYTES
     reads = parts if stays else max(parts, math.ceil(vocab_size / columns))

@@ -23,7 +23,7 @@ PRELOADED = [
     "transformers.models.mamba2.modeling_mamba2",
 ]
 TABLE = Path(__file__).parent / "table.csv"
-VERSIONS = Path(__file__).parent / "versions.csv"  # which types have a lens in older versions
+VERSIONS = Path(__file__).parent / "versions.csv"  # model types that have a lens in older versions
 
 
 def types() -> list[tuple[str, str]]:

@@ -114,7 +114,7 @@ def check_step(model: Any, group: str, kind: str) -> None:
 
 
 def other(model: Any) -> Any:
-    """Return a copy of the model with noise added to its weights, as a teacher."""
+    """Return a copy of the model with noise added to its weights, which serves as the teacher."""
     teacher = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():

@@ -34,7 +34,7 @@ def made_with() -> str:
 
 
 def older(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
-    """Return the section on older versions: how many types have a lens there, and differences."""
+    """Return the section on older versions: how many types have a lens, and which types differ."""
     newest = {(row["group"], row["type"]): row["lens"] for row in rows}
     text = (
         "\n## Older versions of transformers\n\nOnly the lens was checked. *Not built*: the tiny\n"

@@ -1,4 +1,4 @@
-"""docs/models.md agrees with the table, and some checks run again and agree with the table."""
+"""docs/models.md agrees with the table of checks. Some checks run again, with the same results."""
 
 import csv
 

@@ -72,7 +72,7 @@ def _sections(*sizes: int) -> dict[str, Any]:
 
 MIXED = ["sliding_attention", "full_attention"] * 2
 COMPASS = {"layer_types": MIXED, "rope_parameters": dict.fromkeys(MIXED, ROPE)}
-SHARED = {  # blocks that share the weights of their attention
+SHARED = {  # config entries for blocks that share the weights of their attention
     "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "attention_hidden_size": 2 * WIDTH,
     "attention_head_dim": 16,
@@ -149,7 +149,7 @@ def config_of(kind: str, changes: dict[str, Any] | None = None) -> Any:
         raise ValueError(f"no default config: {error}") from error
     made = cls(**_merged(_shrunk(whole.to_dict()), {**CHANGES.get(kind, {}), **(changes or {})}))
     for config in (made, made.get_text_config()):
-        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 need it
+        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read this
             config.pad_token_id = None
     return made
 

@@ -1,4 +1,4 @@
-"""The backend ``cluster_kernel``: the backend ``row_kernel`` with rows held in clusters."""
+"""The backend ``cluster_kernel``: like ``row_kernel``, but a cluster of programs holds each row."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lens_kernels.backends.torch import clusters
 from lens_kernels.call import LossCall, LossResult
 from tests.support import row_kernel_backend
 
-LANES = 4  # of each program, so that small rows take several programs
+LANES = 4  # lanes of each program: so few that small rows take several programs
 
 
 @contextmanager

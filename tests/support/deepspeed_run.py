@@ -29,7 +29,7 @@ def use_gloo() -> None:
 
     kind = accelerate.DistributedType.MULTI_CPU
     accelerate.PartialState._prepare_backend = lambda self, *_: ("gloo", kind)
-    # It would compile a communication library for CPUs of one machine.
+    # Otherwise DeepSpeed would compile a communication library for CPUs of one machine.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 

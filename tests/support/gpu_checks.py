@@ -66,7 +66,7 @@ def agree(first, second, loss_tolerance, tolerance):
         assert_close(first[1][name], grad, tolerance, name)
 
 
-# Comparisons with the oracle and between backends
+# Checks that compare results with the oracle or between backends
 
 
 def float32(device, backend, shape, feature, divergence, **options):
@@ -226,7 +226,7 @@ def agreement(device, dtype, divergence, shape):
     agree(*results, 1e-5, 1e-4 if exact else 2e-2)
 
 
-# Determinism, large offsets and recompilation
+# Checks of determinism, large offsets and recompilation
 
 
 def determinism(device, backend, dtype, divergence, shape, runs):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 30.0  # a collective without progress for so many seconds raises an error
+TIMEOUT = 30.0  # a collective without progress for this many seconds raises an error
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded"])
 
@@ -52,7 +52,7 @@ class Ranks:
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
             process.start()
-            theirs.close()  # a killed rank then closes the pipe
+            theirs.close()  # so that the pipe is closed if the rank is killed
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
         """Run ``function`` on every rank. Return each rank's ``(result, traceback)``."""
@@ -91,11 +91,11 @@ KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 
 @contextmanager
 def counted() -> Any:
-    """Return a context that lists its collectives, as ``(kind, bytes of the whole tensor)``."""
+    """Return a context that lists the collectives in it: ``(kind, bytes of the whole tensor)``."""
     seen: list[tuple[str, int]] = []
     names = ["all_reduce", "all_gather"]
     for kind, old in (("all_gather", "into_tensor"), ("reduce_scatter", "tensor")):
-        new = f"{kind}_single"  # the older function has this name from torch 2.13 on
+        new = f"{kind}_single"  # the name since torch 2.13
         names.append(new if hasattr(dist, new) else f"{kind}_{old}")
     originals = {name: getattr(dist, name) for name in names}
 

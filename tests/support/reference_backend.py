@@ -1,4 +1,4 @@
-"""The dense float64 oracle as the backend ``reference``, added in the way of CONTRIBUTING."""
+"""The dense float64 oracle as the backend ``reference``, added as CONTRIBUTING.md describes."""
 
 from __future__ import annotations
 

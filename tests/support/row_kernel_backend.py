@@ -18,7 +18,8 @@ def evaluate(call: LossCall) -> LossResult:
     from lens_kernels.backends.triton.kernels import row_pass
 
     interpreter.prepare()
-    # In small steps, a row of a test problem takes several of them, and the interpreter is faster.
+    # The kernel reads few entries in a step here. So a row of a test problem takes several steps,
+    # and the interpreter is faster.
     with mock.patch.dict(row_pass.OPTIONS, LANES=LANES):
         return row_chunks.evaluate(call, RowKernelPass)
 

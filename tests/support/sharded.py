@@ -269,7 +269,7 @@ def die_within(size: int, victim: int, moment: int) -> str:
 def tokens_of_one_sequence() -> dict[str, Tensor]:
     """Return the summed results of ranks that each hold some tokens of every sequence.
 
-    The last rank has none.
+    The last rank has no tokens.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     problem, options = problem_of(SEQUENCE)

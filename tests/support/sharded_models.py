@@ -29,12 +29,12 @@ def batch(rows: slice) -> dict[str, Tensor]:
 
 
 def tokens() -> int:
-    """Return the number of labels of all examples that count."""
+    """Return how many labels of all examples together are not ignored."""
     return int((batch(slice(None))["labels"][:, 1:] != -100).sum())
 
 
 def spread(model: Any, precision: MixedPrecisionPolicy, whole_root: bool) -> None:
-    """Shard a model's blocks, and the rest of it as one."""
+    """Shard each block of a model, and then all other parameters together."""
     for block in blocks_of(model):
         fully_shard(block, mp_policy=precision)
     fully_shard(model, mp_policy=precision, reshard_after_forward=None if whole_root else True)

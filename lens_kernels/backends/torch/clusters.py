@@ -1,4 +1,4 @@
-"""Where the row kernel can hold a row in a cluster of programs, and the size of the cluster."""
+"""Decides whether a cluster of programs can hold a row of logits, and how large it must be."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from lens_kernels.call import LossCall
 WARPS, GROUP, BLOCKS = 8, 8, 5
 LANES = 32 * WARPS
 REGISTERS = {9: 128, 10: None}
-# The largest cluster of these GPUs.
+# The largest number of programs in a cluster that Hopper and Blackwell GPUs support.
 PROGRAMS = 16
 MOST = PROGRAMS * BLOCKS * LANES * GROUP
-# Older versions cannot compile a reduction over a cluster, or fail on a row of several blocks.
+# Older versions of Triton cannot compile a reduction over a cluster, or fail on a row of several
+# blocks.
 TRITON = (3, 9)
 # The kernel runs on Hopper and on Blackwell for data centres. A slice of a GPU, or a GPU with fewer
 # multiprocessors, may have no room for a cluster of 16 programs.
@@ -28,9 +29,9 @@ PROCESSORS = 100
 
 
 class Cluster(NamedTuple):
-    """A number of programs, and the number of blocks of a row that they hold.
+    """The number of programs in a cluster, and the number of a row's blocks that each thread holds.
 
-    ``registers`` is the limit for a thread in a plain pass, or None.
+    ``registers`` limits the registers of a thread if the pass is plain. None means no limit.
     """
 
     programs: int
@@ -38,9 +39,10 @@ class Cluster(NamedTuple):
     registers: int | None = REGISTERS[9]
 
     def options(self, plain: bool) -> dict[str, Any]:
-        """Return the options of ``cluster_pass_kernel``.
+        """Return the options with which ``cluster_pass_kernel`` is launched.
 
-        A pass that is not ``plain`` would spill registers under the limit.
+        Only a ``plain`` pass has a limit of registers. Any other pass would spill registers under
+        it.
         """
         sizes = {"LANES": self.programs * LANES, "GROUP": GROUP, "BLOCKS": self.blocks}
         launch = {"num_warps": WARPS, "num_ctas": self.programs, "enable_fp_fusion": True}
@@ -48,7 +50,7 @@ class Cluster(NamedTuple):
 
 
 def that_holds(vocab_size: int) -> Cluster | None:
-    """Return the smallest cluster that holds a row, or None if none does."""
+    """Return the smallest cluster that can hold a row of logits, or None if no cluster can."""
     programs, block = 1, LANES * GROUP
     while programs * BLOCKS * block < vocab_size:
         programs *= 2
@@ -59,7 +61,7 @@ def that_holds(vocab_size: int) -> Cluster | None:
 
 @compat.constant_in_graphs
 def are_supported(device: torch.device) -> bool:
-    """Say whether Triton and this GPU can run the kernel."""
+    """Return whether the installed Triton and this GPU can run ``cluster_pass_kernel``."""
     if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return False
     if importlib.util.find_spec("triton") is None:
@@ -73,7 +75,7 @@ def are_supported(device: torch.device) -> bool:
 
 
 def for_rows(device: torch.device, vocab_size: int) -> Cluster | None:
-    """Return the cluster that holds a row on this device, or None."""
+    """Return the smallest cluster that can hold a row on this device, or None if no cluster can."""
     cluster = that_holds(vocab_size) if are_supported(device) else None
     if cluster is None or device.type != "cuda":
         return cluster
@@ -82,9 +84,10 @@ def for_rows(device: torch.device, vocab_size: int) -> Cluster | None:
 
 
 def for_call(call: LossCall) -> Cluster | None:
-    """Return the cluster that holds a row of the call, or None.
+    """Return the smallest cluster that can hold a row of the call, or None if no cluster can.
 
-    A survey of gradients and a softcap together take more registers than a thread has.
+    The result is None for a call with both a ``grad_threshold`` and a softcap. Together they take
+    more registers than a thread has.
     """
     if call.grad_threshold is not None and has_cap(call):
         return None
@@ -92,6 +95,6 @@ def for_call(call: LossCall) -> Cluster | None:
 
 
 def has_cap(call: LossCall) -> bool:
-    """Say whether the logits of a model have a softcap."""
+    """Return whether the logits of at least one model have a softcap."""
     heads = call.student_head, call.teacher_head
     return any(head is not None and head.softcap is not None for head in heads)

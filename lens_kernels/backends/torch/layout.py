@@ -36,7 +36,7 @@ def has_row_kernel(
 ) -> bool:
     """Return whether the pass runs as a Triton kernel: on CUDA devices with Triton, in float32.
 
-    The kernel has none of the ``features`` of a call.
+    The kernel supports none of ``features``, which are those of ``LossCall``.
     """
     on_gpu = device.type == "cuda" and compute is torch.float32 and not features
     return on_gpu and importlib.util.find_spec("triton") is not None

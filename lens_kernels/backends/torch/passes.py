@@ -27,7 +27,7 @@ class Terms(NamedTuple):
     label_weight: Tensor | None
     # For each row ``z`` of the teacher's logits, ``(maximum, log sum exp(z - maximum))``, if known.
     teacher_statistics: Tensor | None = None
-    # These replace the teacher in the divergence.
+    # Sparse targets, which replace the teacher in the divergence, or None if there is a teacher.
     targets: TargetRows | None = None
     standardized: bool = False
 
@@ -45,7 +45,7 @@ class Pass(Protocol):
     ) -> list[Tensor]:
         """Return a list with the divergence, the cross entropy, or both, of each row.
 
-        With ``reports`` of the call, log-sum-exp and entropy follow the cross entropy.
+        If the call has ``reports``, each row's log-sum-exp and entropy follow the cross entropy.
 
         ``tiles`` are the products ``hidden @ weight.T``, ``(R, V)``, of the student and, with a
         divergence, of the teacher. The gradient of the weighted sum of the results with respect to

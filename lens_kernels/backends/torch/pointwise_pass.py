@@ -37,9 +37,9 @@ class Comparison(NamedTuple):
     """The inputs of a divergence from the teacher's products ``zt`` ``(R, V)``.
 
     ``formula`` is a function, not a name. torch 2.13 does not recompile when an ``Enum`` that
-    selects a table entry changes, and would run the first divergence for all. Its numbers are 0-dim
-    tensors. torch 2.13 would turn floats into doubles, and CPU loops would spend a sixth of their
-    time on converting them.
+    selects a table entry changes, and would run the first divergence for all. The numbers in a
+    comparison are 0-dim tensors. torch 2.13 would turn floats into doubles, and CPU loops would
+    spend a sixth of their time on converting them.
     """
 
     zt: Tensor
@@ -60,9 +60,10 @@ def tile_pass(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return a list with the divergence from the teacher, then the losses of targets, of each row.
 
-    ``zs`` holds the student's products ``hidden @ weight.T``, ``(R, V)``. With ``with_grad``, the
-    gradient of the weighted sum of the results with respect to ``zs`` overwrites it, but for the
-    parts at the entries ``ids`` of targets. These are returned, and ``TorchPass`` adds them.
+    ``zs`` holds the student's products ``hidden @ weight.T``, ``(R, V)``. With ``with_grad``,
+    ``zs`` is overwritten by the gradient of the weighted sum of the results with respect to ``zs``.
+    Only the parts at the entries ``ids`` of targets are missing: they are returned, and
+    ``TorchPass`` adds them.
     """
     losses: list[Tensor] = []
     grads: list[Tensor] = []
@@ -132,7 +133,7 @@ class TorchPass:
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         compute = call.compute_dtype
         self.call, self.device = call, call.row_weight.device
-        columns = call.widest or call.vocab_size  # all ranks of a group need the same layout
+        columns = call.widest or call.vocab_size  # equal on all ranks, which need the same layout
         logits = len(call.student_hidden) * tokens * columns
         self.compiled = is_compiled(self.device, logits)
         if self.compiled:
@@ -156,7 +157,7 @@ class TorchPass:
         self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head, theirs)
 
     def maps(self, head: LensHead, temperature: float) -> tuple[LogitMap, LogitMap]:
-        """Return two maps from a head's products to logits, at a temperature and at 1.
+        """Return two maps from a head's products to logits: at a temperature, and at temperature 1.
 
         The numbers in the maps are 0-dim tensors.
         """
@@ -177,7 +178,7 @@ class TorchPass:
         grad: Tensor | None,
         survey: Any,
     ) -> list[Tensor]:
-        """Run the pass in blocks of rows. Gradients are surveyed while they are in the cache."""
+        """Run the pass in blocks of rows. ``survey`` reads gradients while the cache holds them."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = []
         for start in range(0, tiles[0].shape[0], step):
@@ -216,7 +217,7 @@ class TorchPass:
         )  # fmt: skip
 
     def targets(self, terms: Terms, block: slice) -> list[Target]:
-        """Return the targets of some rows: those that replace a teacher, then labels."""
+        """Return some rows' targets: first sparse targets in place of a teacher, then labels."""
         result = []
         if terms.targets is not None:
             assert terms.weight is not None

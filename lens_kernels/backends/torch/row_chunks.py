@@ -193,7 +193,7 @@ class _RowChunks:
             sizes = [piece.stop - piece.start for piece in pieces]
             for (pair, at), *parts in zip(rows, *(x.split(sizes) for x in losses), strict=True):
                 filled = [] if divergence is None else [pair]
-                if labelled:  # reports, if any, come after the cross entropy
+                if labelled:  # the log-sum-exp and the entropy, if requested, come last
                     filled += range(self.call.label_row, len(sums.rows))
                 for row, part in zip(filled, parts, strict=True):
                     sums.rows[row, at] = part

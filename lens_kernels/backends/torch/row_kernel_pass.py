@@ -1,7 +1,7 @@
 """The pass by a Triton kernel on a GPU. It writes gradients to a buffer of their own.
 
-``cluster_pass_kernel`` reads each logit once, where ``clusters.py`` says that it can run. Elsewhere
-``row_pass_kernel`` reads a row in up to three sweeps.
+If a cluster of programs can hold a row, ``cluster_pass_kernel`` reads each logit once.
+``clusters.py`` decides this. Otherwise ``row_pass_kernel`` reads a row up to three times.
 """
 
 from __future__ import annotations

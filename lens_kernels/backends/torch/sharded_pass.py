@@ -1,7 +1,8 @@
-"""The pass in torch for a vocabulary that is spread over ranks. Reductions combine the ranks.
+"""The pass in torch for a vocabulary that is spread over ranks. Reductions combine their results.
 
 Every rank has the same rows, and its own vocabulary entries. Each tile needs three reductions: the
-maxima of the logits, the sums of their exponentials, and the sums of ``f`` and ``h``.
+maxima of the logits, the sums of their exponentials, and the sums of the divergence's ``f`` and
+``h``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ class Whole(NamedTuple):
 def local_statistics(
     zs: Tensor, comparison: Comparison | None, labels: Target | None
 ) -> tuple[Tensor, Tensor]:
-    """Return the maxima of this rank's logits and the sums of ``exp(z - maximum)``, ``(S, R)``."""
+    """Return maxima and sums of ``exp(z - maximum)`` of this rank's logits, ``(S, R)`` each.
+
+    ``S`` counts the sets of logits: the student's, the teacher's, and the student's for labels.
+    """
     logits = []
     if comparison is not None:
         logits.append(comparison.student(zs)[0])
@@ -121,7 +125,7 @@ class ShardedPass(TorchPass):
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Run each part of the pass over all blocks of a tile, then reduce its results."""
+        """Run each part of the pass over a tile's blocks, then combine its results over ranks."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = [slice(at, at + step) for at in range(0, tiles[0].shape[0], step)]
 

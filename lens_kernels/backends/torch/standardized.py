@@ -1,11 +1,11 @@
-"""Logits in units of the deviation of their row: ``z' = (z - mean z) / s``, then the temperature.
+"""Standardised logits: ``z' = (z - mean z) / s``, which are then divided by the temperature.
 
-``s`` is the unbiased deviation over the vocabulary. For the gradient ``G`` with respect to
-``z' / T``, whose entries sum to 0, the gradient with respect to ``z`` is::
+``s`` is the unbiased standard deviation of a row of logits over the vocabulary. For the gradient
+``G`` with respect to ``z' / T``, whose entries sum to 0, the gradient with respect to ``z`` is::
 
     (G - z' sum_v(G_v z'_v) / (V - 1)) / (T s)
 
-A row of equal logits has no deviation. Its ``z'`` and its gradient are 0.
+If all logits of a row are equal, ``s`` is 0. Then ``z'`` and the gradient are 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Standardized(NamedTuple):
-    """``z'``, ``z' / T``, and ``1 / (T s)`` of each row."""
+    """Rows of standardised logits: ``z'``, ``z' / T``, and the number ``1 / (T s)`` of each row."""
 
     z: Tensor
     logits: Tensor
@@ -35,7 +35,7 @@ class Standardized(NamedTuple):
     def backward(
         self, grad: Tensor, ids: Tensor | None = None, values: Tensor | None = None
     ) -> Tensor:
-        """Return the dense part of the gradient with respect to ``z``, divided by ``scale``.
+        """Return the gradient with respect to ``z`` over ``scale``, without the part at ``ids``.
 
         The whole ``G`` is ``grad`` minus ``values`` at the entries ``ids``.
         """

@@ -7,8 +7,8 @@ With the student's distribution ``q``, and ``r`` its mass outside ``ids``::
     loss = constant - sum_k values_k log q_k - smoothing mean_v log q_v - rest log r
     G_v  = q_v sum(t) - t_v - rest q_v / r [v outside ids]
 
-``sum(t)`` includes ``smoothing`` and ``rest``. The dense part of ``G`` needs the row of logits
-only. The part ``-values`` is added at ``ids`` afterwards.
+``sum(t)`` includes ``smoothing`` and ``rest``. ``G`` without ``-values`` is computed from the row
+of logits alone. ``-values`` is added at ``ids`` afterwards.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def softmax(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Target(NamedTuple):
-    """What a tile of rows is compared with. Numbers are 0-dim tensors, as in ``Comparison``.
+    """The targets of a tile of rows. Numbers are 0-dim tensors, as in ``Comparison``.
 
     ``values`` ``(R, K)`` is None if each row has one entry with the value 1. ``smoothing`` is one
     number, or one for each row. ``z_loss`` adds ``z_loss * lse^2`` to the loss. Losses above
@@ -65,7 +65,7 @@ def target_rows(
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
     """Return the losses, and the gradient in two parts: of all entries, and of those at ``ids``.
 
-    The second part is a list of one tensor ``(R, K)``, or empty without a gradient.
+    The second part is a list of one tensor ``(R, K)``, or an empty list if no gradient is needed.
     """
     logits, slope = row.student(zs)
     standardized = None

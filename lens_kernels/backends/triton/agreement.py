@@ -25,7 +25,7 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Compare losses and gradients of every divergence, for heads without and with extras.
+    """Compare losses and gradients of every divergence, with plain heads and with all extras.
 
     Raises:
         RuntimeError: A difference is too large to come from the rounding of the operands.

@@ -188,6 +188,7 @@ def tile_for(sweep: Sweep, *operands: Operand, labels: bool = False) -> Tile:
     """Return the tile with which a sweep processes these operands."""
     x = min((operand.x for operand in operands), key=lambda x: x.shape[1])
     extras = labels or any(o.bias is not None or o.softcap is not None for o in operands)
-    # Tiles are tuned without extras. Extras take registers, so a tuned tile may not fit with them.
+    # Tiles are tuned without a bias, a softcap or labels. These take registers, so a tuned tile may
+    # not fit with them.
     tuned = None if extras else store.lookup(sweep, x.dtype, x.shape[1], x.device)
     return tuned or sizes.default(sweep, sizes.arch_of(x.device), x.dtype, x.shape[1], extras)

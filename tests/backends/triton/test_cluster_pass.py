@@ -1,6 +1,6 @@
-"""Rows in a cluster of programs: where the kernel runs, and a small part of the row kernel's tests.
+"""The row kernel for clusters of programs: where it runs, and some of its results.
 
-The slow tests of ``test_row_pass.py`` and of the functional grids run it on all cases.
+The slow tests of ``test_row_pass.py`` and of the functional grids run this kernel on all cases.
 """
 
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def small():
 
 @kinds
 def test_losses_and_gradients(small, divergence, beta):
-    """The divergences match float64. Labels, at temperature 1, add their cross entropy."""
+    """Losses and gradients match float64: the divergence, and the cross entropy of labels."""
     zs, zt = 3 * torch.randn(2, 211), 3 * torch.randn(2, 211)
     options = {"labels": torch.tensor([210, 70]), "temperature": 1.7}
     losses, grad, _ = run(zs, zt, divergence, beta, **options)
@@ -49,7 +49,7 @@ def test_the_survey_describes_the_written_gradient(small):
 
 @pytest.mark.parametrize("divergence", ["jsd", "tvd"])
 def test_unusual_rows(small, divergence):
-    """A row of -inf alone is uniform, and a NaN stays in its row."""
+    """A row whose logits are all -inf has a uniform softmax, and a NaN affects only its row."""
     test_row_pass.test_rows_without_a_finite_logit_are_uniform(divergence, 0.5, 300.0)
     test_row_pass.test_a_row_that_is_not_a_number_stays_alone(divergence, 0.5, 1, float("nan"))
 

@@ -32,7 +32,7 @@ kinds = pytest.mark.parametrize(("divergence", "beta"), KINDS)
 def kernel(request, monkeypatch):
     """Make the kernel read 64 entries at a time, so that a row takes several steps.
 
-    In a cluster, each of its programs has 2 lanes. ``test_cluster_pass.py`` has faster tests of it.
+    In a cluster, each program has 2 lanes. ``test_cluster_pass.py`` has faster tests of clusters.
     """
     interpreter.prepare()
     monkeypatch.setitem(row_pass.OPTIONS, "LANES", 8)

@@ -200,7 +200,7 @@ def test_candidates_and_defaults_are_valid(arch, dtype, sweep):
         assert sizes.invalid_reason(tile, sweep, arch, dtype.itemsize) is None
 
 
-# The command ``lens-kernels tune``
+# Tests of the command ``lens-kernels tune``
 
 COMMAND = ["tune", "--student-width", "24", "--teacher-width", "40", "--vocab", "90"]
 COMMAND += ["--tokens", "6", "--dtype", "float32"]

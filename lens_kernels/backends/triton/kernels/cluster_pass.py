@@ -1,9 +1,9 @@
-"""The pass of ``row_pass.py`` where a cluster of programs holds the row: logits are read once.
+"""The pass of ``row_pass.py`` by a cluster of programs, which holds a row and reads it once.
 
 A cluster is a group of programs on neighbouring multiprocessors, which exchange sums. Together
-their registers hold a row of both models. So losses and the gradient need one read of each logit
-and one write, 10 bytes a pair with a 16-bit gradient. Each reduction over the cluster takes two
-barriers, so the two models share one.
+their registers hold a row of both models. So a pair of logits moves only 10 bytes: 8 bytes are
+read, and a 16-bit gradient is written. Each reduction over the cluster takes two barriers, so one
+reduction serves both models.
 
 Triton's ``num_ctas`` spreads each tensor over a cluster. Its reductions work across a cluster from
 Triton 3.9 on. ``torch/clusters.py`` decides where this kernel runs.
@@ -30,7 +30,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
 
 @triton.jit
 def both(a, b, MAXIMUM: tl.constexpr):
-    """Return the maxima or the sums of two vectors, with one reduction over the cluster."""
+    """Return the maxima of two vectors, or their sums, with one reduction over the cluster."""
     joined = tl.join(a, b)
     return tl.split(tl.max(joined, 0) if MAXIMUM else tl.sum(joined, 0))
 
@@ -40,7 +40,7 @@ def hold_row(
     model, offset, floor, vocab_size,
     LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return the blocks of a row, a tuple of tensors ``(LANES, GROUP)`` of ``y`` of ``capped``."""
+    """Return the row as a tuple of blocks ``(LANES, GROUP)``, which hold ``y`` from ``capped``."""
     held = ()
     for i in tl.static_range(BLOCKS):
         start = i * LANES * GROUP
@@ -60,7 +60,7 @@ def lane_maximum(held):
 
 @triton.jit
 def lane_total(held, maximum, factor):
-    """Return the sum of exponentials of each lane, ``(LANES,)``."""
+    """Return each lane's sum of ``exp(factor * (y - maximum))``, ``(LANES,)``."""
     power = factor * LOG2_E
     total = tl.sum(tl.exp2((held[0] - maximum) * power), 1)
     for i in tl.static_range(1, len(held)):
@@ -107,7 +107,7 @@ def cluster_pass_kernel(
             lq = log_probability(held_s[i], statistics_s)
             lp = log_probability(held_t[i], statistics_t)
             f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-            # The h of relative entropies sums to the reverse KL, because q - p sums to 0.
+            # For these divergences, the sum of h is the reverse KL, because q - p sums to 0.
             if DIVERGENCE == "jeffreys" or DIVERGENCE == "reverse_kl":
                 h_entry, _ = pointwise(lp, lq, beta, one_minus_beta, "reverse_kl")
             f += tl.sum(f_entry, 1)

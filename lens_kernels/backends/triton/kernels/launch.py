@@ -36,7 +36,7 @@ class Tile:
 
     def options(self) -> dict[str, Any]:
         """Return the compiler options as keyword arguments of a launch."""
-        # Since Triton 3.10, multiplications and additions are not fused by default.
+        # Since Triton 3.10, multiplications and additions are fused only if this option is set.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 

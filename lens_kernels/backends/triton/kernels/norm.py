@@ -151,7 +151,8 @@ def norm_backward(
 ) -> None:
     """Propagate the gradient ``grad`` ``(n, D)`` of normalised rows back through the norm.
 
-    The rows of ``d_hidden`` at ``index`` are set. ``d_weight`` and ``d_bias`` are added to.
+    The rows of ``d_hidden`` at ``index`` are set. The gradients of the norm's weight and bias are
+    added to ``d_weight`` and ``d_bias``.
     """
     tokens, width = grad.shape
     options = _options(norm, width)

@@ -72,9 +72,9 @@ def given_statistics(statistics_ptr, row, factor):
 
 @triton.jit
 def label_terms(labels, student, row, offset, floor, statistics, temperature):
-    """Store a row's cross entropy. Return its label, weight, and the ``statistics`` of labels.
+    """Store a row's cross entropy. Return the row's label, its weight, and ``statistics``.
 
-    ``statistics`` are the student's at temperature 1.
+    ``statistics`` are those of the student's logits at temperature 1, and are returned unchanged.
     """
     labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
     z_ptr, bias_ptr, slope, cap = student

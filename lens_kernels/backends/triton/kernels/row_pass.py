@@ -63,7 +63,7 @@ def over_lanes(maximum, total, factor):
 
 @triton.jit
 def of_lanes(value, lp, lq, KIND: tl.constexpr):
-    """Return what each lane adds to the relative entropy of the row."""
+    """Return each lane's part of the relative entropy of the row."""
     between, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
     return part_of(share(lp, lq, KIND), value) + between
 

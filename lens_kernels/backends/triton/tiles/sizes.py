@@ -32,7 +32,7 @@ class Arch:
     name: str
     shared_memory: int
     threads_per_warp: int = 32
-    # The fp32 accumulators for which a thread has registers, beside its other values.
+    # The number of fp32 accumulators that fit in a thread's registers, beside its other values.
     accumulators_per_thread: int = 128
 
 

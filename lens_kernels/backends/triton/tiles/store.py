@@ -62,7 +62,7 @@ def path() -> Path:
 
 
 def load(device: str, arch: Arch) -> dict[Key, Tile]:
-    """Return the valid tiles of a GPU model for this version of Triton. Warn about others."""
+    """Return a GPU model's valid tiles for this version of Triton. Warn about all other tiles."""
     found: dict[Key, Tile] = {}
     problems: list[str] = []
     versions: set[str] = set()
