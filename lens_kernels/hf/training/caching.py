@@ -72,7 +72,7 @@ def fill_caches(
             args.teacher_cache_dtype,
             trainer.accelerator.mixed_precision,
         )
-        # Rank 0 builds the cache first. The first process of each other node then builds a cache, or
+        # Rank 0 builds the cache first. The first process of each other node then builds one, or
         # opens that of rank 0 if the nodes share a disk. At last the other processes open a cache.
         first, desc = args.main_process_first, f"caching the teacher's states, {name}"
         with first(local=False, desc=desc), first(desc=desc):
