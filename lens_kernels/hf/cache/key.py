@@ -81,7 +81,6 @@ class CacheKey:
         """Return the key for the hidden states of ``model`` after the blocks ``layers``.
 
         ``tokenizer`` is the one that made ``examples``, which the model reads.
-
         A cache always has the final normed hidden states too. ``dtype`` is the dtype on disk.
         ``precision`` is accelerate's name for the mixed precision that the teacher runs in. A
         ``kind`` other than ``"states"`` describes sparse targets. For these, ``model`` may be None.

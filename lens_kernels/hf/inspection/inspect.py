@@ -28,7 +28,7 @@ MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class LensInspection(Inspection):
-    """An inspection with its pictures and its page, which a notebook shows.
+    """An inspection with its pictures and its HTML page. A notebook shows the page.
 
     Attributes:
         divergence: Name of the divergence of the comparisons.
@@ -127,7 +127,7 @@ def inspect_lens(
 
 
 def labelled(student: Any, teacher: Any) -> dict[str, Any]:
-    """Return the models by the label that pictures and files show."""
+    """Return the models by label. Pictures and files call the models by these labels."""
     students = student if isinstance(student, (list, tuple)) else [student]
     if not students:
         raise ValueError("student must hold at least one model")

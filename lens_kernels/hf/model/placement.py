@@ -49,7 +49,7 @@ def check_placement(quantization: str | None, device_map: str | None, prefix: st
 def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """Convert loading options to arguments of ``from_pretrained`` for a model with this config.
 
-    ``options`` may hold ``quantization`` and ``device_map``, checked by ``check_placement``.
+    ``options`` may have ``quantization`` and ``device_map``, which ``check_placement`` has checked.
 
     Raises:
         ValueError: The model's files are quantised already.

@@ -136,7 +136,7 @@ class LensObjective(nn.Module):
     ) -> LensObjective:
         """Return the objective of two models. By default, its lens pairs are evenly spaced.
 
-        ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks. Lists
+        The default of ``num_lens_pairs`` is 4, or less if a model has fewer than 5 blocks. Lists
         of layers replace it. ``options`` are other arguments of the class. ``objective(batch)``
         returns an ``Outcome``::
 
