@@ -50,7 +50,7 @@ class CacheKey:
         tokenizer: Digest of the tokenizer, or None if none was given.
         dtype: Name of the dtype on disk.
         precision: accelerate's name of the mixed precision that the teacher runs in.
-        kind: ``"states"`` for hidden states, or a description of sparse targets.
+        kind: What the cache holds: ``"states"``, or the kind of its sparse targets.
         format: Version of the files' layout.
 
     Raises:
