@@ -30,7 +30,7 @@ FORMATS = ("records", "vllm")
 # Servers round log-probabilities, so the largest one may be slightly above 0.
 ROUNDING = 1e-4
 
-# The ids and log-probabilities of each position, by example and position.
+# Maps the numbers of an example and a position to token ids and their log-probabilities.
 Found = dict[tuple[int, int], tuple[list[int], list[float]]]
 
 

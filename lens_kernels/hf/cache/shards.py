@@ -1,8 +1,8 @@
 """The files of a teacher cache: shards, and a manifest with their checksums.
 
 Checksums detect damage, but not an attack, because anyone who can write to the folder can also
-write checksums. So the names of shards are computed, and not read from the manifest. New files do
-not follow links.
+write checksums. So the names of shards are computed, and not read from the manifest. Writing a file
+never follows a link.
 """
 
 from __future__ import annotations

@@ -108,8 +108,8 @@ class TeacherCache:
             key: ``CacheKey.of`` the teacher and these ``examples``.
             examples: Mappings with ``input_ids`` and ``labels``, both ``(N,)``.
             run_teacher: Maps a list of examples to a list of mappings, one per example. Each maps
-                every name of ``key.names`` to a tensor ``(counted positions, D)``. Called without
-                gradients.
+                every name of ``key.names`` to a tensor ``(counted positions, D)``. It is called
+                without gradients.
             batch_size: Number of examples in a call of ``run_teacher``.
             shard_examples: Maximum number of examples in a shard that holds several batches.
             shard_bytes: Maximum size of a shard that holds several batches. A resumed build keeps
@@ -258,7 +258,7 @@ class TeacherCache:
     def _map(self, index: int) -> dict[str, Tensor]:
         """Return a shard's tensors, memory-mapped.
 
-        If too many shards are mapped, the shard that was unused for longest is unmapped.
+        If ``MAPPED_SHARDS`` shards are mapped already, unmap the one that was used longest ago.
         """
         if index in self._mapped:
             shard = self._mapped.pop(index)

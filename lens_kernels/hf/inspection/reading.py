@@ -50,7 +50,7 @@ class Reading:
 
     @property
     def depths(self) -> int:
-        """The number of blocks."""
+        """The number of blocks of the model."""
         return self.entropy.shape[0]
 
     def lens(self, depth: int) -> tuple[Tensor, LensHead]:

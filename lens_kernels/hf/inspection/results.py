@@ -69,12 +69,12 @@ class Inspection:
         return torch.cat([getattr(x.readings[label], quantity) for x in self.passages], dim=1)
 
     def quartiles(self, label: str, quantity: str) -> Tensor:
-        """Return the quartiles of a model's ``quantity`` over all tokens, ``(3, L)``."""
+        """Return the quartiles of a ``quantity`` of the model ``label``, over all tokens: ``(3, L)``."""
         values = self.values(label, quantity).double()
         return values.quantile(torch.tensor(QUARTILES, dtype=values.dtype), dim=1)
 
     def depths(self, label: str) -> int:
-        """Return the number of blocks of the model with this label."""
+        """Return the number of blocks of the model whose label is ``label``."""
         return self.passages[0].readings[label].depths
 
     def compared(self, label: str) -> list[Comparison]:
@@ -98,9 +98,9 @@ class Inspection:
         return ((entropy - low) / (high - low)).clamp(0, 1)
 
     def top(self, passage: Passage, label: str, depth: int, position: int) -> tuple[str, bool]:
-        """Return the token that a model predicts at ``depth``, for the token after ``position``.
+        """Return the token that the model ``label`` predicts at ``depth``, after ``position``.
 
-        Return also whether the prediction equals the passage's next token.
+        Return also whether the prediction equals the next token of ``passage``.
         """
         token = int(passage.readings[label].top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == passage.ids[position + 1 : position + 2]

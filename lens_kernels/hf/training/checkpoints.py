@@ -117,7 +117,7 @@ def _random_states(folder: Path, processes: int) -> Iterator[Path]:
 
 
 def _read(file: Path) -> None:
-    """Raise if a file is cut off. Small files are read whole, large ones only in part."""
+    """Raise if a file is cut off. Only the necessary parts of large files are read."""
     if file.is_dir():
         if not any(file.iterdir()):
             raise ValueError("the folder is empty")

@@ -152,7 +152,7 @@ def check_batch(batch: Mapping[str, Any]) -> None:
     """Check that a batch has ``input_ids`` and ``labels`` of equal shape.
 
     Raises:
-        ValueError: One of them is missing, or their shapes differ.
+        ValueError: ``input_ids`` or ``labels`` is missing, or their shapes differ.
     """
     for name in ("input_ids", "labels"):
         if name not in batch:
@@ -176,7 +176,7 @@ def rows_of_last_step(dataset: Any, args: Any) -> int:
 
 
 def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Return the batch with the labels of only its first ``rows`` rows."""
+    """Return a copy of the batch in which only the first ``rows`` rows have labels."""
     labels = batch["labels"].clone()
     labels[rows:] = IGNORE_INDEX
     kept = {**batch, "labels": labels}
@@ -186,7 +186,7 @@ def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def without_first_label(batch: Any) -> Any:
-    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
+    """Return a copy of the batch in which each row's first label is -100. No loss uses it."""
     if "labels" not in batch:
         return batch
     labels = batch["labels"].clone()

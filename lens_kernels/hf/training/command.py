@@ -247,7 +247,7 @@ def train(
         other = load_tokenizer(config.teacher, config.allow_download)
         ids = {i for data in datasets.values() for x in data.examples for i in x["input_ids"]}
         if config.streaming:
-            ids = set(tokenizer.get_vocab().values())  # the data may contain any token
+            ids = set(tokenizer.get_vocab().values())  # streamed data may contain any token
         check_tokenizers(tokenizer, other, args.vocab_size, ids)
     if config.streaming:
         datasets["train_dataset"] = Rows(config.data, config.shuffle_buffer, args.seed)

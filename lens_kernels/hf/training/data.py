@@ -328,7 +328,7 @@ def encode_rows(
     name: str, rows: Sequence[Row], encoder: Encoder, progress: bool = True
 ) -> Examples:
     """Encode ``rows``. Raise an error that names the data ``name`` if all of them are dropped."""
-    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files
+    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # short files show no bar
     examples = [x for x in map(encoder, bar) if x is not None]
     if not examples:
         raise ValueError(

@@ -69,7 +69,7 @@ def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
 
 
 def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the examples in batches."""
+    """Yield batches of ``size`` examples. The last batch may be smaller."""
     for start in range(0, len(data), size):
         chunk = data[start : start + size]
         yield {key: torch.stack([x[key] for x in chunk]) for key in chunk[0]}

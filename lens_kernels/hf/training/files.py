@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, cast
 
 from lens_kernels.hf.cache.key import CHUNK
 
-HUB = "hub:"  # hub:NAME or hub:NAME:SPLIT
+HUB = "hub:"  # begins a dataset on the Hub: hub:NAME or hub:NAME:SPLIT
 
 # The number of a record in its file, and the record. A line that is not JSON has its error instead.
 Read = tuple[int, Any]

@@ -104,7 +104,7 @@ class LensObjective(nn.Module):
         self.student = student
         teacher.requires_grad_(False)
         teacher.eval()
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._teacher = (teacher,)  # the tuple keeps the teacher from becoming a submodule
         self._teacher_head: LensHead | None = None
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)
@@ -216,7 +216,7 @@ class LensObjective(nn.Module):
             self.teacher.to(device)
         # A teacher that was loaded with a device map may be on other devices than the student.
         own = self.teacher.get_input_embeddings().weight.device
-        if own.type != "meta":  # accelerate moves the inputs of offloaded embeddings
+        if own.type != "meta":  # for offloaded embeddings, accelerate moves them
             inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         hidden, final = inside_call(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted).to(device) for x in [*hidden, final]]

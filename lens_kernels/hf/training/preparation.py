@@ -134,7 +134,7 @@ class Stream(IterableDataset[Any]):
 class Rows(IterableDataset[Row]):
     """Yields the rows of files during training, shuffled within a buffer of ``buffer`` rows.
 
-    Each new row replaces a random row of the full buffer, and the replaced row is yielded.
+    When the buffer is full, each new row is added to it, and a random row of it is yielded.
     """
 
     def __init__(self, source: str | Path, buffer: int, seed: int) -> None:

@@ -44,7 +44,7 @@ def commit() -> str | None:
 def model_digest(model: str) -> str | None:
     """Return a SHA-256 of a folder's config and weights, or the commit of a model on the Hub.
 
-    Return None for a model on the Hub that is not yet in the cache.
+    Return None for a model on the Hub that has not been downloaded yet.
     """
     folder = Path(model)
     if folder.is_dir():

@@ -36,7 +36,7 @@ UNTRAINED = (
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
 # A complete run is continued if the user increases one of these options.
 LENGTHS = ("max_steps", "num_train_epochs")
-# Schedules of the learning rate that do not depend on the number of steps.
+# Learning-rate schedules that do not depend on a run's number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 

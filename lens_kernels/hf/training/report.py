@@ -101,8 +101,8 @@ def _line(
 
 
 def _log_scale(axes: Any) -> None:
-    # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values,
-    # and has too few ticks for values that are nearly equal.
+    # A logarithmic axis needs positive values, but all losses are 0 if the student equals its
+    # teacher. It would also have too few ticks for values that are nearly equal.
     if axes.dataLim.ymax > WIDE * axes.dataLim.minposy:
         pictures.log_axis(axes)
 

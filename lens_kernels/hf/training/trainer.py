@@ -244,7 +244,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._record(model, inputs, outcome)
         loss = outcome.loss
         if num_items_in_batch is not None:
-            loss = loss * self._sharing  # gradients are averaged over processes
+            loss = loss * self._sharing  # because gradients are averaged over processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -286,7 +286,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the data loader for ``predict``."""
+        """Return the data loader for ``predict``. Raise if a cache lacks these examples."""
         self._check_cached(test_dataset is self.eval_dataset)
         return super().get_test_dataloader(test_dataset)
 
@@ -323,8 +323,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             loss = outcome.loss if items is None else outcome.loss * self._sharing
             return (loss, {"loss": loss}) if return_outputs else loss
         if items is not None:
-            items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0 without tokens
-        # The inputs are copied, because label smoothing removes the labels from them.
+            items = torch.as_tensor(items).clamp(min=1)  # If 0, the loss would be 0 / 0.
+        # Copy the inputs, because label smoothing removes the labels from them.
         given: dict[str, Any] = dict(inputs)
         if self.args.packing:
             given["use_cache"] = False  # with a cache, models would mix packed examples
@@ -332,7 +332,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
-        total = torch.where(count == 0, 0.0, total)  # some versions of transformers divide by 0
+        total = torch.where(count == 0, 0.0, total)  # transformers may have divided by 0
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 
