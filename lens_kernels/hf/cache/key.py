@@ -41,7 +41,7 @@ def counted_positions(labels: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Identifies what a cache was made from. ``CacheKey.of`` computes it from model and data.
+    """Identifies the sources of a cache. ``CacheKey.of`` makes the key of a model and its data.
 
     Attributes:
         model: Digest of the teacher's config and weights.

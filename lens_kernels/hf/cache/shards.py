@@ -35,7 +35,10 @@ DIFFERS = {
 
 @dataclass
 class Shard:
-    """A range of examples and the file with their data, which is written once it has a checksum."""
+    """A range of examples and the file for their data.
+
+    ``size`` and ``checksum`` are None until the file is written.
+    """
 
     file: str
     first: int

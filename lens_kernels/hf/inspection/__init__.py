@@ -1,1 +1,1 @@
-"""Pictures of what the logit lens predicts for texts, at every depth of one or more models."""
+"""Pictures of the logit lens's predictions for texts, at every depth of one or more models."""

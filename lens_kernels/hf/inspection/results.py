@@ -25,7 +25,7 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Passage:
-    """A text, and what each model predicts for it.
+    """A text with each model's predictions of its tokens.
 
     Attributes:
         text: The text.
@@ -69,7 +69,7 @@ class Inspection:
         return torch.cat([getattr(x.readings[label], quantity) for x in self.passages], dim=1)
 
     def quartiles(self, label: str, quantity: str) -> Tensor:
-        """Return the quartiles of a ``quantity`` of the model ``label``, over all tokens: ``(3, L)``."""
+        """Return the quartiles of a ``quantity`` of the model ``label`` over tokens, ``(3, L)``."""
         values = self.values(label, quantity).double()
         return values.quantile(torch.tensor(QUARTILES, dtype=values.dtype), dim=1)
 

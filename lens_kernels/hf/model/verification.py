@@ -86,7 +86,7 @@ def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Tra
 
 
 def _accept(inner: Any, what: str, error: float, exact: bool) -> None:
-    """Raise if an error, relative to the largest value, exceeds what rounding can explain."""
+    """Raise if an error, relative to the largest value, exceeds the possible rounding error."""
     if not error <= (1e-3 if exact else 5e-2):
         hint = (
             "The registered Family does not describe its norm or head: correct it and call"

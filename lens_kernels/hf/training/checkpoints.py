@@ -19,7 +19,7 @@ from lens_kernels.hf.training.text_files import read_text
 
 STATE = "trainer_state.json"
 INDEX = "model.safetensors.index.json"
-KEYS = {STATE: "global_step", INDEX: "weight_map"}  # the key that each JSON file must have
+KEYS = {STATE: "global_step", INDEX: "weight_map"}  # Each JSON file must have this key.
 # A checkpoint needs a file or folder that matches one pattern of WEIGHTS, and one that matches a
 # pattern of OPTIMIZER. FSDP and DeepSpeed write folders.
 WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")

@@ -35,7 +35,7 @@ OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_f
 
 
 def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
-    """Raise if the trainer does not take one of the arguments, or not together with a teacher."""
+    """Raise if an argument in ``given`` is unknown, or does not work with a teacher."""
     known = inspect.signature(Trainer.__init__).parameters
     for name in given:
         if name in known:
@@ -267,7 +267,7 @@ def check_distribution(args: LensDistillConfig) -> None:
 
 
 def check_shards(state: Any, args: LensDistillConfig) -> None:
-    """Raise if checkpoints are sharded but must hold the MSE matrices, which is not supported."""
+    """Raise if the run needs MSE matrices in sharded checkpoints, which is not supported."""
     plugin = getattr(state, "fsdp_plugin", None)
     if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
         raise RuntimeError(

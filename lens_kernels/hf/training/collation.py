@@ -24,7 +24,10 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the tokenizer's padding id or, without one, its EOS id. Padding is masked."""
+    """Return the tokenizer's padding id or, without one, its EOS id.
+
+    Any id would work, because padding is masked.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

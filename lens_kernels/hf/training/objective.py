@@ -104,7 +104,7 @@ class LensObjective(nn.Module):
         self.student = student
         teacher.requires_grad_(False)
         teacher.eval()
-        self._teacher = (teacher,)  # the tuple keeps the teacher from becoming a submodule
+        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
         self._teacher_head: LensHead | None = None
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)

@@ -99,7 +99,7 @@ def needs_one_row(model: Any) -> bool:
 
 
 def check_packing(name: str, model: Any, collator: Collator) -> None:
-    """Check that ``model`` computes the same hidden states for examples packed as for each alone.
+    """Check that ``model`` computes the same hidden states for packed and for single examples.
 
     The model runs on two packed rows of a few tokens. Errors call it ``name``.
 

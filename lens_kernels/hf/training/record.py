@@ -155,8 +155,8 @@ def _place(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-# Functions of option values. Two values are equal if their results are equal. For data, only the
-# presence is compared here: ``check_digests`` compares contents, and opening a cache checks it.
+# Two values of such an option count as equal if its function gives equal results. Only the presence
+# of data is compared here: ``check_digests`` compares contents, and opening a cache checks it.
 MEANINGS: dict[str, Callable[[Any], Any]] = {
     "student": _place,
     "teacher": _place,
