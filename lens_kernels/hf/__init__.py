@@ -1,6 +1,6 @@
-"""The Hugging Face layer: lens heads of models, captured hidden states, a Trainer, a demo.
+"""The part for Hugging Face models: lens heads, captured hidden states, a Trainer and a demo.
 
-Names are imported on first use, so that code without the Trainer does not wait for its import.
+Names are imported on first use, because the import of the Trainer is slow.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Every command answers malformed input with a message, and harmless changes change no result."""
+"""Malformed input gives an error message in each command. Harmless changes change no result."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def as_options(argv):
 
 
 def result(given):
-    """Return the results of a command that harmless changes of its input must not change."""
+    """Return the results of a command that must not change if its input changes harmlessly."""
     out = given.folder / "out"
     if given.command == "train":
         return {name: x.tolist() for name, x in load_file(out / "model.safetensors").items()}

@@ -1,4 +1,4 @@
-"""A call that is interrupted restores the settings of models, tokenizers and torch."""
+"""An interrupted call restores the settings of models, tokenizers and torch."""
 
 import copy
 import random
@@ -98,7 +98,7 @@ def settings(*models, tokenizer):
 
 
 class Interrupt:
-    """A hook on a model that raises KeyboardInterrupt in the n-th forward pass."""
+    """A forward hook that raises KeyboardInterrupt in a model's n-th forward pass."""
 
     def __init__(self):
         self.left = 0
@@ -115,7 +115,7 @@ def test_an_interrupted_call_leaves_every_setting(name):
     student.train()
     student.model.layers[0].eval()
     student.model.layers[1].requires_grad_(False)
-    # Every objective freezes its teacher, and leaves it so.
+    # Every objective freezes its teacher for good, so freeze it before the comparison.
     teacher.requires_grad_(False)
     # Call the model once before the comparison. Since transformers 5, the first call with
     # ``output_hidden_states`` adds hooks that stay.

@@ -1,1 +1,1 @@
-"""A cache of the teacher's hidden states on disk, so that later epochs need no teacher."""
+"""Caches of a teacher's hidden states or sparse targets on disk, to train without the teacher."""

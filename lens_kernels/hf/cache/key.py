@@ -1,4 +1,4 @@
-"""The key of a teacher cache: digests of everything on which the cached hidden states depend."""
+"""The key of a teacher cache, which identifies everything that its content depends on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATES = "states"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
-# These columns also change the hidden states, if the data has them.
+# These columns of examples are part of the digest only if the data has them.
 OPTIONAL_FIELDS = ("attention_mask", "position_ids")
 # Config entries about a model's origin, which do not change its outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
@@ -29,7 +29,7 @@ Example = Mapping[str, Any]
 
 
 def counted_positions(labels: Any) -> Tensor:
-    """Return the positions of an example that count: those whose next label is not -100."""
+    """Return the positions of an example that predict a label: the next label is not -100."""
     labels = torch.as_tensor(labels)
     if labels.dim() != 1:
         raise ValueError(
@@ -41,7 +41,7 @@ def counted_positions(labels: Any) -> Tensor:
 
 @dataclass(frozen=True)
 class CacheKey:
-    """Everything a cache depends on. ``of`` makes the key of a model and its data.
+    """Identifies the sources of a cache. ``CacheKey.of`` makes the key of a model and its data.
 
     Attributes:
         model: Digest of the teacher's config and weights.
@@ -78,13 +78,12 @@ class CacheKey:
         precision: str = "no",
         kind: str = STATES,
     ) -> CacheKey:
-        """Return the key for the hidden states of ``model`` after ``layers`` on ``examples``.
+        """Return the key for the hidden states of ``model`` after the blocks ``layers``.
 
-        ``tokenizer`` is the one that made the examples.
-
-        The final normed hidden state is always included. ``dtype`` is the dtype on disk.
+        ``tokenizer`` is the one that made ``examples``, which the model reads.
+        A cache always has the final normed hidden states too. ``dtype`` is the dtype on disk.
         ``precision`` is accelerate's name for the mixed precision that the teacher runs in. A
-        ``kind`` other than ``"states"`` describes sparse targets. Their ``model`` may be None.
+        ``kind`` other than ``"states"`` describes sparse targets. For these, ``model`` may be None.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
@@ -101,14 +100,14 @@ class CacheKey:
 
     @property
     def names(self) -> list[str]:
-        """Names of the hidden states: ``layer_<depth>`` and ``final``, or of the sparse targets."""
+        """Names of the stored hidden states, ``layer_<depth>`` and ``final``; or ``targets``."""
         if self.kind != STATES:
             return ["targets"]
         return [*(f"layer_{depth}" for depth in self.layers), "final"]
 
 
 def digest(parts: Iterable[bytes | memoryview]) -> str:
-    """Return the digest of the parts, as if they were one text."""
+    """Return the digest of the concatenated parts."""
     state = hashlib.blake2b(digest_size=16)
     for part in parts:
         state.update(part)
@@ -116,13 +115,13 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, which is read in chunks to save memory."""
+    """Return the digest of a file. Read it in chunks to save memory."""
     with path.open("rb") as file:
         return digest(iter(lambda: file.read(CHUNK), b""))
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON. Values that are equal give the same bytes."""
+    """Return a value as JSON, with sorted keys, so that equal values give equal bytes."""
     return json.dumps(
         value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
     ).encode()
@@ -157,7 +156,7 @@ def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
 
 
 def _adapters(model: Any) -> Any:
-    """Return the configs of all adapters, and which adapters are active or merged."""
+    """Return the configs of a peft model's adapters, and which of them are active or merged."""
     if not hasattr(model, "peft_config"):
         return None
     from peft import get_model_status

@@ -1,14 +1,16 @@
-"""Top log-probabilities that a server returned, read from a file.
+"""Read the top log-probabilities that an inference server returned, from a file.
 
 The format is JSON Lines or Parquet with a record for each position::
 
     {"example": 0, "position": 7, "ids": [11, 42], "logprobs": [-0.1, -2.5]}
 
-``example`` counts the examples of the data, and ``position`` the tokens of an example, from 0. The
-log-probabilities are those of the token after ``position``, in descending order.
+``example`` is the number of an example in the data, and ``position`` the number of a token in the
+example, both from 0. The log-probabilities, in descending order, are for the token after
+``position``.
 
-``from_vllm`` reads the answers of vLLM's server to requests with ``prompt_logprobs``: a line for
-each example, in the order of the data, whose prompts are the ids of the whole example.
+``from_vllm`` converts answers of vLLM's server to requests with ``prompt_logprobs``. A file of them
+has one line per example, in the order of the data. The prompt of each request must be the token ids
+of the whole example.
 """
 
 from __future__ import annotations
@@ -25,18 +27,18 @@ from torch import Tensor
 from lens_kernels.hf.cache.key import Example, counted_positions
 
 FORMATS = ("records", "vllm")
-# Servers round log-probabilities, so the most probable token may be slightly above 0.
+# Servers round log-probabilities, so the largest one may be slightly above 0.
 ROUNDING = 1e-4
 
-# The ids and log-probabilities of each position, by example and position.
+# Maps the numbers of an example and a position to token ids and their log-probabilities.
 Found = dict[tuple[int, int], tuple[list[int], list[float]]]
 
 
 def read(path: Path, form: str = "records") -> Found:
-    """Return the log-probabilities of a file.
+    """Return the token ids and log-probabilities of a file, by example and position.
 
     Raises:
-        ValueError: A record is malformed. The message has its line.
+        ValueError: A record is malformed. The message names its line.
     """
     found: Found = {}
     for line, record in _records(path):
@@ -70,9 +72,10 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def from_vllm(answer: Mapping[str, Any], example: int, where: str) -> list[dict[str, Any]]:
-    """Convert one answer of vLLM. Its entry ``i`` is for the token ``i``, thus position ``i - 1``.
+    """Convert one answer of vLLM to records, one for each position.
 
-    vLLM adds the prompt's own token to the most probable ones. It is kept.
+    Entry ``i`` of the answer predicts token ``i``, so it becomes the record of position ``i - 1``.
+    vLLM adds the token of the prompt to the most probable ones, and the record keeps it.
     """
     choices = answer.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else answer
@@ -81,7 +84,7 @@ def from_vllm(answer: Mapping[str, Any], example: int, where: str) -> list[dict[
         raise ValueError(f"{where}: has no prompt_logprobs: set them in the request to the server")
     records = []
     for i, entry in enumerate(entries):
-        if entry is None:  # the first token has no distribution
+        if entry is None:  # nothing predicts the first token
             continue
         try:
             pairs = [(int(key), float(value["logprob"])) for key, value in entry.items()]
@@ -122,10 +125,10 @@ def _checked(
 
 
 def targets_of(found: Found, example: int, data: Example, path: Path) -> dict[str, Tensor]:
-    """Return the targets of an example, for ``TargetCache``.
+    """Return the sparse targets of an example as tensors that ``TargetCache`` stores.
 
     Raises:
-        ValueError: The file lacks a position that the loss counts.
+        ValueError: The file ``path`` has no record of a position that the loss counts.
     """
     sizes, ids, weights = [], [], []
     for position in counted_positions(data["labels"]).tolist():

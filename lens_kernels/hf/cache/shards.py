@@ -1,8 +1,8 @@
 """The files of a teacher cache: shards, and a manifest with their checksums.
 
 Checksums detect damage, but not an attack, because anyone who can write to the folder can also
-write checksums. So the names of shards are computed, and not read from the manifest. New files do
-not follow links.
+write checksums. So the names of shards are computed, and not read from the manifest. Writing a file
+never follows a link.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ DIFFERS = {
 
 @dataclass
 class Shard:
-    """A range of examples and the file for their states. It has no checksum until it is written."""
+    """A range of examples and the file for their data.
+
+    ``size`` and ``checksum`` are None until the file is written.
+    """
 
     file: str
     first: int
@@ -45,7 +48,7 @@ class Shard:
     checksum: str | None = None
 
     def damage(self, folder: Path) -> str | None:
-        """Return a text on what is wrong with the shard's file, or None."""
+        """Return a text that describes how the shard's file is damaged, or None if it is whole."""
         path = folder / self.file
         if not path.is_file():
             return f"{self.file} is missing"
@@ -58,7 +61,7 @@ class Shard:
 
 @dataclass
 class Manifest:
-    """The key of a cache, and all of its shards, whether or not they are written yet."""
+    """The key of a cache, and a list of all its shards, including those not written yet."""
 
     key: CacheKey
     widths: dict[str, int]
@@ -75,7 +78,7 @@ class Manifest:
         return sum(self.widths.values()) * DTYPES[self.key.dtype].itemsize
 
     def write(self, folder: Path) -> None:
-        """Write a temporary file and rename it, so that an interrupt leaves the old manifest."""
+        """Write the manifest to a temporary file and rename it. An interrupt leaves the old one."""
         fields = {**asdict(self), "complete": self.complete}
         fields["checksum"] = digest([json_bytes(fields)])
         partial = _new_file(folder / f"{MANIFEST}.partial")
@@ -89,7 +92,8 @@ class Manifest:
     def read(cls, folder: Path, key: CacheKey, unknown: Iterable[str] = ()) -> Manifest:
         """Return the manifest of ``folder``. Raise an error if it is damaged or has another key.
 
-        The fields ``unknown`` of the key are not compared. The manifest's key has them as found.
+        The caller does not know the key's fields named in ``unknown``. These are not compared, and
+        the returned manifest has the values that were found.
         """
         if not (folder / MANIFEST).is_file():
             raise ValueError(
@@ -155,7 +159,7 @@ def _new_file(path: Path) -> Path:
 def plan_shards(
     counts: list[int], batch_size: int, max_examples: int, max_rows: int
 ) -> list[Shard]:
-    """Divide the examples into shards, each of whole batches."""
+    """Divide the examples into shards. No batch is split between two shards."""
     shards: list[Shard] = []
     for first in range(0, len(counts), batch_size):
         batch = counts[first : first + batch_size]
@@ -198,7 +202,7 @@ def is_free(folder: Path) -> bool:
 
 
 def refusal(folder: Path, reason: str) -> ValueError:
-    """Return the error for a folder whose cache cannot be used here."""
+    """Return the error for a folder whose cache cannot be used, for a given reason."""
     return ValueError(
         f"folder {folder} is refused: {reason}; delete the folder to build the cache again, or"
         " pass another folder"

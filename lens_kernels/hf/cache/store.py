@@ -32,9 +32,9 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-# The tensor with this name, in each shard, holds the number of rows of each example.
+# Each shard has a tensor of this name, with the number of rows of each example.
 COUNTS = "counts"
-# The most shards that stay memory-mapped.
+# The maximum number of shards that stay memory-mapped.
 MAPPED_SHARDS = 64
 
 _log = logging.getLogger(__name__)
@@ -108,8 +108,8 @@ class TeacherCache:
             key: ``CacheKey.of`` the teacher and these ``examples``.
             examples: Mappings with ``input_ids`` and ``labels``, both ``(N,)``.
             run_teacher: Maps a list of examples to a list of mappings, one per example. Each maps
-                every name of ``key.names`` to a tensor ``(counted positions, D)``. Called without
-                gradients.
+                every name of ``key.names`` to a tensor ``(counted positions, D)``. It is called
+                without gradients.
             batch_size: Number of examples in a call of ``run_teacher``.
             shard_examples: Maximum number of examples in a shard that holds several batches.
             shard_bytes: Maximum size of a shard that holds several batches. A resumed build keeps
@@ -182,9 +182,10 @@ class TeacherCache:
     ) -> TeacherCache:
         """Open the cache if it is complete, else call ``build``.
 
-        A folder that holds anything else raises an error and is not changed. If another process
-        is building the cache, this one logs a warning and waits. ``folder``, ``key``, ``examples``,
-        ``run_teacher`` and ``**options`` are the arguments of ``build``, and so are the errors.
+        If the folder holds anything else, raise an error and leave the folder unchanged. If another
+        process is building the cache, log a warning and wait. ``folder``, ``key``, ``examples``,
+        ``run_teacher`` and ``**options`` are the arguments of ``build``. The errors are those of
+        ``build`` too.
         """
         folder = Path(folder)
         if not is_free(folder) and Manifest.read(folder, key).complete:
@@ -200,9 +201,9 @@ class TeacherCache:
             return cls.build(folder, key, examples, run_teacher, **options)
 
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
-        """Return the rows of the examples ``example_ids``, concatenated, by name.
+        """Return the hidden states of the examples ``example_ids``, concatenated, by name.
 
-        For each name of ``key.names`` they are a tensor ``(counted positions, D)`` on the CPU, in
+        For each name in ``key.names`` there is a tensor ``(counted positions, D)`` on the CPU, in
         the dtype of the cache.
         """
         ids = [self._checked_id(i) for i in example_ids]
@@ -257,7 +258,7 @@ class TeacherCache:
     def _map(self, index: int) -> dict[str, Tensor]:
         """Return a shard's tensors, memory-mapped.
 
-        If too many shards are mapped, the shard that was unused for longest is unmapped.
+        If ``MAPPED_SHARDS`` shards are mapped already, unmap the one that was used longest ago.
         """
         if index in self._mapped:
             shard = self._mapped.pop(index)
@@ -270,7 +271,7 @@ class TeacherCache:
 
 
 class _Store:
-    """The tensors of a shard, which are filled example by example."""
+    """Collects the tensors of a shard, example by example."""
 
     def __init__(self, manifest: Manifest, rows: int) -> None:
         self.dtype_name = manifest.key.dtype

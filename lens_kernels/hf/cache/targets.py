@@ -1,7 +1,7 @@
-"""Sparse targets on disk: for each position a few tokens of the teacher's distribution.
+"""Sparse targets on disk: a few tokens of the teacher's distribution at each position.
 
-A cache is a folder like that of hidden states, with the same manifest and checksums. Training from
-it never loads the teacher. Its positions have different numbers of tokens, so a shard holds flat
+A cache of targets is a folder with the same kinds of files as a cache of hidden states. Training
+with it never loads the teacher. Positions have different numbers of tokens, so a shard holds flat
 tensors: ``counts`` (positions of each example), ``sizes`` (tokens of each position), ``ids``, and
 ``draws`` (how often a token was sampled) or ``weights``, or both. The probability of a token is
 ``draws * weight / samples``.
@@ -31,18 +31,19 @@ from lens_kernels.hf.cache.shards import (
 )
 from lens_kernels.targets import RESTS, SparseTargets
 
-# The expected size of a position in numbers of four bytes. Only the size of shards depends on it.
+# The expected data of a position, in units of four bytes. It only determines the size of shards.
 POSITION_WIDTH = 16
 SHARD_EXAMPLES, SHARD_BYTES = 4096, 256 << 20
-# Training knows neither the teacher nor how it was sampled.
+# Fields of the key that are not compared, because training does not know how targets were made.
 UNKNOWN = ("model", "precision", "kind")
 
-# Maps examples to the tensors of each: ``sizes``, ``ids``, and ``draws`` or ``weights``.
+# A function that makes targets. It gets the positions of some examples in the data, and the
+# examples. It returns ``sizes``, ``ids``, and ``draws`` or ``weights`` of each.
 MakeTargets = Callable[[range, list[Example]], Sequence[Mapping[str, Tensor]]]
 
 
 def kind_of(name: str, number: int, temperature: float, proposal: float, rest: str | None) -> str:
-    """Return the ``kind`` of a key. ``TargetCache`` reads ``number`` and ``rest`` from it."""
+    """Return the ``kind`` of a key, a text. ``TargetCache`` reads ``number`` and ``rest`` in it."""
     return f"{name} {number} {temperature:g} {proposal:g} {rest or 'none'}"
 
 
@@ -62,7 +63,7 @@ class TargetCache:
 
     @classmethod
     def read(cls, folder: str | Path, key: CacheKey) -> TargetCache:
-        """Open a complete cache after checking every file. The key's teacher is not compared.
+        """Open a complete cache after checking every file. ``key`` need not know the teacher.
 
         Raises:
             ValueError: The folder holds no cache, or its cache is incomplete, damaged, of another
@@ -89,6 +90,8 @@ class TargetCache:
         progress: bool = True,
     ) -> TargetCache:
         """Build a cache in a new or empty folder, or resume an unfinished build with this key.
+
+        ``make`` makes the targets of ``batch_size`` examples at a time.
 
         Raises:
             ValueError: The folder holds something else, or the examples do not match the key.
@@ -125,7 +128,7 @@ class TargetCache:
         return cls(folder, manifest)
 
     def targets(self, example_ids: Iterable[int]) -> SparseTargets:
-        """Return the targets of all positions of these examples, in order."""
+        """Return the targets of the examples ``example_ids``, at all their positions in order."""
         parts = [self._example(self._checked_id(i)) for i in example_ids]
         sizes = torch.cat([size for size, _, _ in parts])
         listed = torch.arange(max(1, int(sizes.max()) if len(sizes) else 1)) < sizes[:, None]
@@ -154,7 +157,7 @@ class TargetCache:
         return i
 
     def _example(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sizes, ids and probabilities of one example."""
+        """Return one example's numbers of tokens per position, token ids and probabilities."""
         index = bisect.bisect_right(self._firsts, i) - 1
         if self._read is None or self._read[0] != index:
             path = self.folder / self._shards[index].file

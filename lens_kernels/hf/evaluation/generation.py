@@ -134,7 +134,7 @@ def check_seeds(seeds: Sequence[int]) -> None:
 def asked_rows(
     rows: Sequence[Row], tokenizer: Any, prompt_style: str, max_prompt_length: int
 ) -> list[tuple[Row, list[int]]]:
-    """Return the rows whose prompt is short enough, with the token ids of the prompt."""
+    """Return the rows whose prompts are short enough, and the token ids of these prompts."""
     lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
     prompts = ((row, prompt_ids(row, tokenizer, **lengths)) for row in rows)
     asked = [(row, ids) for row, ids in prompts if ids is not None]

@@ -1,4 +1,4 @@
-"""The generation of answers to prompts."""
+"""Generate answers to prompts: greedily, or sampled independently of the batch."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def check_sampling(
 
 
 def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Check that the model has positions for the longest prompt and ``new`` more tokens."""
+    """Raise unless the model has positions for the longest prompt and ``new`` more tokens."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] must hold at least one token, got none")

@@ -1,1 +1,1 @@
-"""Pictures of a text's predictions by the logit lens, at every depth of two models."""
+"""Pictures of the logit lens's predictions for texts, at every depth of one or more models."""

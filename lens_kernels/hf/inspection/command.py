@@ -1,4 +1,4 @@
-"""The ``lens-kernels inspect`` command."""
+"""The ``lens-kernels inspect`` command: pictures of models through the logit lens."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def inspect_models(
         ValueError: An argument, the data or a model is invalid.
         RuntimeError: matplotlib or the device is missing.
     """
-    figures.check_matplotlib()  # fails before the models run
+    figures.check_matplotlib()  # raises now, before the slow work
     pairs = layer_pairs(layers)
     if (text is None) == (data is None):
         raise ValueError("give either text or data")
     check_count("max_texts", max_texts, 1)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # fails if the device does not exist
+    torch.empty(1, device=device)  # raises if the device does not exist
     names = [*student, *([] if teacher is None else [teacher])]
     tokenizers = [load_tokenizer(name, allow_download) for name in names]
     texts: Sequence[Any] = text or ()
@@ -109,7 +109,7 @@ def texts_of(data: str, tokenizer: Any, prompt_style: str) -> list[str] | list[l
 
 
 def layer_pairs(texts: Sequence[str] | None) -> Pairs | None:
-    """Parse ``5:8`` and so on into the student layers and the teacher layers."""
+    """Parse texts like ``5:8`` into a list of student layers and a list of teacher layers."""
     if texts is None:
         return None
     bad = [text for text in texts if not re.fullmatch(r"\d+:\d+", text)]

@@ -120,13 +120,13 @@ def unit(divergence: str) -> str:
 
 
 def first_of(count: int, total: int) -> str:
-    """Return in words how many of the text's tokens are shown."""
+    """Return a text that says how many of a passage's tokens are shown."""
     return f"{count} of {total}" if count == total else f"the first {count} of {total}"
 
 
 @pictures.styled
 def lens_figure(result: Inspection, label: str) -> Any:
-    """Draw the most likely next token of the first text, depths x positions, by entropy."""
+    """Draw the predictions for the first text by depth and position, coloured by entropy."""
     from matplotlib.colors import LinearSegmentedColormap
 
     passage = result.passages[0]
@@ -173,7 +173,7 @@ def shown_depths(total: int) -> list[int]:
 
 
 def fit(token: str) -> str:
-    """Return a token's text as it fits in a cell. Missing glyphs become □, and long text is cut."""
+    """Return a token's text, cut to fit in a cell. Characters that the font lacks become □."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))

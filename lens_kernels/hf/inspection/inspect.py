@@ -28,7 +28,7 @@ MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class LensInspection(Inspection):
-    """An inspection with its pictures and its page, which a notebook shows.
+    """An inspection with its pictures and its HTML page. A notebook shows the page.
 
     Attributes:
         divergence: Name of the divergence of the comparisons.
@@ -42,7 +42,7 @@ class LensInspection(Inspection):
         return figures.draw(self)
 
     def page(self, drawn: Mapping[str, Any] | None = None) -> str:
-        """Return the HTML page, with the figures by depth: ``drawn``, or those of ``figures()``."""
+        """Return the HTML page. Its figures are ``drawn``, or by default those of ``figures()``."""
         return page(self, {name: _svg(x) for name, x in (drawn or self.figures()).items()})
 
     @pictures.styled
@@ -73,7 +73,7 @@ def inspect_lens(
     max_tokens: int = 64,
     vocab_size: int | None = None,
 ) -> LensInspection:
-    """Apply the lens at every depth of one model or several to texts.
+    """Apply the logit lens to texts, at every depth of one or more models.
 
     The logits of one text at two depths are in memory at a time. A notebook shows the result as a
     page. ``write`` writes it to a folder.
@@ -113,7 +113,7 @@ def inspect_lens(
             for label in models
             if teacher is not None and label != TEACHER
         }
-        # The hidden states of one text are in memory at a time.
+        # Drop the hidden states here, so that only those of one text are in memory.
         kept = {label: replace(reading, hidden=[]) for label, reading in readings.items()}
         tokens = [token_text(tokenizer, i) for i in ids]
         shown = text if isinstance(text, str) else tokenizer.decode(ids)
@@ -127,7 +127,7 @@ def inspect_lens(
 
 
 def labelled(student: Any, teacher: Any) -> dict[str, Any]:
-    """Return the models by the label that pictures and files show."""
+    """Return the models by label. Pictures and files call the models by these labels."""
     students = student if isinstance(student, (list, tuple)) else [student]
     if not students:
         raise ValueError("student must hold at least one model")

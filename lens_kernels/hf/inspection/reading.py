@@ -1,4 +1,4 @@
-"""Apply the logit lens at every depth of a model to a text, and compare two models by it."""
+"""Apply the logit lens to a text at every depth of a model, and compare two models' lenses."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Reading:
 
     Attributes:
         head: The head that reads the hidden states.
-        hidden: The hidden states of each depth, ``(N, D)``; empty once the models are compared.
+        hidden: The hidden states of each depth, ``(N, D)``. The list is emptied after comparisons.
         top_ids: ``(L, N, k)``, the most likely next tokens.
-        top_probs: ``(L, N, k)``, their probabilities.
-        entropy: ``(L, N)``, in nats.
-        final_kl: ``(L, N)``, KL(output || this depth), in nats.
+        top_probs: ``(L, N, k)``, the probabilities of these tokens.
+        entropy: ``(L, N)``, the entropy of each prediction in nats.
+        final_kl: ``(L, N)``, KL(model's output || prediction at this depth), in nats.
         next_prob: ``(L, N - 1)``, the probability of the text's next token.
-        next_rank: ``(L, N - 1)``, its rank among all tokens; 1 is the most likely token.
+        next_rank: ``(L, N - 1)``, the rank of the text's next token; 1 is the most likely token.
     """
 
     head: LensHead
@@ -50,7 +50,7 @@ class Reading:
 
     @property
     def depths(self) -> int:
-        """The number of blocks."""
+        """The number of blocks of the model."""
         return self.entropy.shape[0]
 
     def lens(self, depth: int) -> tuple[Tensor, LensHead]:
@@ -66,8 +66,8 @@ class Comparison:
         student_depth: Block of the student, 1 for the first.
         teacher_depth: Block of the teacher.
         divergence: ``(N,)``, in nats.
-        relative: Whether both are at the same relative depth.
-        trained: Whether they are a lens pair of training. A comparison can be both.
+        relative: Whether the two blocks are at equal relative depth.
+        trained: Whether the two blocks are a lens pair of training.
     """
 
     student_depth: int
@@ -86,7 +86,7 @@ class Comparison:
 def read(
     model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
 ) -> Reading:
-    """Apply the lens to token ids at every depth, with the logits of two depths in memory."""
+    """Apply a model's lens to token ids at every depth. Keep logits of two depths in memory."""
     check_count("top_k", top_k, 1)
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
@@ -99,7 +99,7 @@ def read(
     with evaluating(model), without_autocast(tokens.device):
         earlier = range(1, len(blocks_of(model)))
         states, final = hidden_states(model, earlier, {"input_ids": tokens[None]})
-    hidden = [h[0] for h in [*states, final]]  # the final states are normed already
+    hidden = [h[0] for h in [*states, final]]  # the final states are already normed
     if not lens_norm:
         head = replace(head, norm=None)
     rows, last = [], _logp(final[0], head, True, vocab)
@@ -124,7 +124,7 @@ def compare(
     beta: float = 0.5,
     vocab_size: int | None = None,
 ) -> list[Comparison]:
-    """Compare depths of both models: those at equal relative depth, and the lens pairs of training.
+    """Compare two models at equal relative depths, and at the lens pairs of training.
 
     Student depth ``i`` of ``Ls`` is compared with teacher depth ``max(1, round(i * Lt / Ls))``, so
     the last comparison is between the final outputs.
@@ -159,7 +159,7 @@ def _head_at(head: LensHead, last: bool) -> LensHead:
 
 
 def _logp(hidden: Tensor, head: LensHead, last: bool, vocab: int) -> Tensor:
-    """Return the logarithms of the lens distributions at one depth, in float32."""
+    """Return the log-probabilities that the lens predicts at one depth, in float32."""
     x, head = hidden.float(), _head_at(head, last).prefix(vocab)
     if head.norm is not None:
         x = head.norm.forward(x)[0]

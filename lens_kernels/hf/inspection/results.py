@@ -1,4 +1,4 @@
-"""The readings of several texts by several models, and their sums over tokens."""
+"""The result of an inspection: several texts read by several models through the lens."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from lens_kernels.hf.inspection.reading import Comparison, Reading
 
 TEACHER = "teacher"  # the label of the model that the others are compared with
 QUARTILES = (0.25, 0.5, 0.75)
-# A few entropies, such as those of the first token, lie far outside these quantiles.
+# The quantiles of entropies at the ends of the colour scale. A few entropies, such as those of
+# the first token, lie far outside.
 SCALE = (0.05, 0.95)
-# Quantities of a ``Reading`` that are shown by depth, each with its unit.
+# Attributes of a ``Reading`` that are drawn against depth, each with its axis label.
 QUANTITIES = {
     "entropy": "entropy, nats",
     "final_kl": "KL to the final layer, nats",
@@ -24,12 +25,12 @@ QUANTITIES = {
 
 @dataclass(frozen=True)
 class Passage:
-    """A text and its readings by each model.
+    """A text with each model's predictions of its tokens.
 
     Attributes:
         text: The text.
-        ids: Its token ids, up to the maximum number.
-        tokens: Their texts, with spaces and control characters made visible.
+        ids: The text's token ids, up to the maximum number.
+        tokens: The text of each token id, with spaces and control characters made visible.
         total_tokens: Number of the text's tokens, including those that are cut off.
         readings: The reading of each model, by label.
         comparisons: The comparisons of each model with the teacher, by label and ordered by depth;
@@ -46,7 +47,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Models read through the lens of every layer, each known by its label.
+    """The readings of models at every depth. Each model has a label.
 
     Attributes:
         divergence: Name of the divergence of the comparisons.
@@ -61,19 +62,19 @@ class Inspection:
     top_tokens: dict[int, str]
 
     def values(self, label: str, quantity: str) -> Tensor:
-        """Return a quantity of a model for the tokens of all passages, ``(L, tokens)``.
+        """Return a model's values of a quantity, at all depths and tokens: ``(L, tokens)``.
 
         ``quantity`` is a key of ``QUANTITIES``, and ``label`` one of ``names``.
         """
         return torch.cat([getattr(x.readings[label], quantity) for x in self.passages], dim=1)
 
     def quartiles(self, label: str, quantity: str) -> Tensor:
-        """Return quartiles of a ``quantity`` of ``label`` over all tokens, ``(3, L)``."""
+        """Return the quartiles of a ``quantity`` of the model ``label`` over tokens, ``(3, L)``."""
         values = self.values(label, quantity).double()
         return values.quantile(torch.tensor(QUARTILES, dtype=values.dtype), dim=1)
 
     def depths(self, label: str) -> int:
-        """Return the number of blocks of the model ``label``."""
+        """Return the number of blocks of the model whose label is ``label``."""
         return self.passages[0].readings[label].depths
 
     def compared(self, label: str) -> list[Comparison]:
@@ -86,7 +87,7 @@ class Inspection:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The ends of the colour scale of entropies, shared by all models and passages."""
+        """The lowest and highest entropy on the colour scale, for all models and passages."""
         every = torch.cat([self.values(label, "entropy").flatten() for label in self.names])
         low, high = every.double().quantile(torch.tensor(SCALE, dtype=torch.double)).tolist()
         return low, high if high > low else low + 1
@@ -97,9 +98,9 @@ class Inspection:
         return ((entropy - low) / (high - low)).clamp(0, 1)
 
     def top(self, passage: Passage, label: str, depth: int, position: int) -> tuple[str, bool]:
-        """Return the most likely next token of ``label`` at ``depth``, after ``position``.
+        """Return the token that the model ``label`` predicts at ``depth``, after ``position``.
 
-        Return also whether it is the next token of ``passage``.
+        Return also whether the prediction equals the next token of ``passage``.
         """
         token = int(passage.readings[label].top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == passage.ids[position + 1 : position + 2]

@@ -1,7 +1,7 @@
-"""TRL's trainers with the lens objective as their loss; needs ``trl`` 1.16.
+"""TRL's trainers with the lens objective as their loss. This module needs ``trl`` 1.16.
 
-TRL prepares the data, generates answers, trains and logs. Only the loss changes: the student's and
-the teacher's full logits are never stored.
+TRL still prepares the data, generates answers, trains and logs. Only the loss is replaced, and the
+full logits of student and teacher are never stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 
 class LensLoss:
-    """A mixin for a TRL trainer. ``lens`` holds keyword arguments of ``LensObjective.from_models``.
+    """Replaces a TRL trainer's loss. ``lens`` has arguments of ``LensObjective.from_models``.
 
     The terms of the objective are logged in nats per token, over all processes.
     """
@@ -34,11 +34,11 @@ class LensLoss:
     def __init__(self, *args: Any, lens: dict[str, Any] | None = None, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
         models = (self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model))
-        self._meters = {True: Meter(), False: Meter()}  # the key is ``model.training``
+        self._meters = {True: Meter(), False: Meter()}  # by ``model.training``
         self.lens_objective = LensObjective.from_models(*models, **(lens or {}))
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the model inputs and labels of TRL's batch."""
+        """Return the model inputs and labels of a batch from TRL."""
         extra = {"prompts", "prompt_attention_mask", "num_items_in_batch"}
         return {name: x for name, x in inputs.items() if name not in extra}
 
@@ -49,9 +49,9 @@ class LensLoss:
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the objective, divided by the tokens of the global batch if TRL counted them."""
+        """Return the objective, divided by TRL's count of tokens, or by the batch's labels."""
         items = inputs.get("num_items_in_batch", num_items_in_batch)
-        # Gradients are averaged over processes, so each process counts its share of the tokens.
+        # Gradients are averaged over processes, so each process divides by its share of the tokens.
         sharing = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         denominator = None if items is None else torch.as_tensor(items).clamp(min=1) / sharing
         outcome = self.lens_objective(self.batch(inputs), denominator, student_call=model)
@@ -59,7 +59,7 @@ class LensLoss:
         return (outcome.loss, {"loss": outcome.loss}) if return_outputs else outcome.loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add the mean terms of the objective since the last log."""
+        """Log ``logs`` and the mean terms of the objective since the last log."""
         prefix = "" if self.model.training else "eval_"
         means = self._meters[self.model.training].means(
             partial(self.accelerator.reduce, reduction="sum")
@@ -70,9 +70,10 @@ class LensLoss:
 
 
 class LensSFTTrainer(LensLoss, SFTTrainer):
-    """``SFTTrainer`` with a teacher model: distillation on given answers.
+    """``SFTTrainer`` with a teacher model, for distillation on the answers in the data.
 
-    ``teacher_model`` is a model; the other arguments are those of ``SFTTrainer``, and ``lens``.
+    ``teacher_model`` is a model. The other arguments are ``lens`` (see ``LensLoss``) and those of
+    ``SFTTrainer``.
 
     Raises:
         ValueError: A model has no lens, or an entry of ``lens`` is out of range.
@@ -84,9 +85,10 @@ class LensSFTTrainer(LensLoss, SFTTrainer):
 
 
 class LensGKDTrainer(LensLoss, GKDTrainer):
-    """``GKDTrainer``: with probability ``lmbda`` the student generates the answers of a batch.
+    """``GKDTrainer`` with the lens objective as its loss.
 
-    The arguments are those of ``GKDTrainer``, and ``lens``.
+    With probability ``lmbda``, the student generates the answers of a batch. The arguments are
+    ``lens`` (see ``LensLoss``) and those of ``GKDTrainer``.
 
     Raises:
         ValueError: A model has no lens, or an entry of ``lens`` is out of range.
@@ -94,22 +96,23 @@ class LensGKDTrainer(LensLoss, GKDTrainer):
 
     def __init__(self, *args: Any, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
-        # TRL counts the tokens before the answers are generated, so its count is wrong. Without
-        # it the loss is the mean over the tokens of the batch.
+        # TRL counts the tokens before the answers are generated, so its count is wrong. With False,
+        # TRL passes no count, and the loss is the mean over the tokens of the batch.
         self.model_accepts_loss_kwargs = False
 
 
 class LensDistillationTrainer(LensLoss, DistillationTrainer):
-    """``DistillationTrainer``: the student generates the answers of each batch.
+    """``DistillationTrainer`` with the lens objective as its loss.
 
-    The arguments are those of ``DistillationTrainer``, and ``lens``.
+    The student generates the answers of each batch. The arguments are ``lens`` (see ``LensLoss``)
+    and those of ``DistillationTrainer``.
 
     Raises:
         ValueError: A model has no lens, or an entry of ``lens`` is out of range.
     """
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Join prompts and answers. Only answers have labels, and output of tools has none."""
+        """Join prompts and answers. Answers have labels, but outputs of tools in them do not."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)

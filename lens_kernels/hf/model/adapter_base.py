@@ -24,14 +24,14 @@ INSERTED = ("base_layer", "original_module")
 
 
 def is_saved(model: Any) -> bool:
-    """Return whether files hold the base model of ``model``, a model with adapters."""
+    """Return whether the base model of ``model``, which has adapters, is already saved in files."""
     name = next(iter(model.peft_config.values())).base_model_name_or_path
     if not name:
         return False
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     except (OSError, ValueError):
-        return not Path(name).is_absolute()  # the Hub has the files of this name
+        return not Path(name).is_absolute()  # files of a model with this name are on the Hub
     own = model.get_base_model().config.get_text_config()
     return bool(found.num_hidden_layers == own.num_hidden_layers)
 
@@ -44,7 +44,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
-    with torch.device("meta"):  # the model is needed only to name the weights and to save
+    with torch.device("meta"):  # only its names of weights and its method for saving are used
         plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config
     names = plain.state_dict().keys()
@@ -66,7 +66,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def base_of(adapter: Path, name: str) -> str:
-    """Return the folder or name of an adapter's base, which the adapter's files call ``name``.
+    """Return the folder or Hub name of an adapter's base model. The adapter's config has ``name``.
 
     A base that was saved beside the adapter is found even if the folder was moved.
     """

@@ -85,7 +85,7 @@ def _remembered(inner: Any) -> ModelLens | None:
 
 
 def _depends_on(inner: Any, lens: ModelLens) -> list[object]:
-    """Return the modules and numbers on which a lens depends. Modules are equal if identical."""
+    """Return the modules and numbers that a lens depends on. Modules are compared by identity."""
     norm = lens.norm_in(inner)
     settings = settings_of(inner).items()
     return [

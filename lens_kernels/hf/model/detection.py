@@ -119,7 +119,7 @@ def _is_norm(run: Trace, call: Call) -> bool:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Return whether states are equal, up to a cast: the residual stream may be float32."""
+    """Return whether hidden states are equal up to a cast, because some models cast them."""
     if a is None or b is None or a.shape != b.shape:
         return False
     return torch.equal(a.to(b), b)
@@ -188,7 +188,7 @@ def _close(a: Tensor | None, b: Tensor) -> bool:
 
 
 def _obstacle(run: Trace, inner: Any, head: nn.Module, x: Tensor) -> str:
-    """Return a text on the module between blocks and head that prevents a lens."""
+    """Return a text that describes the module between blocks and head that prevents a lens."""
     streams = _streams(run, inner, x)
     if streams is not None:
         return streams

@@ -43,7 +43,7 @@ class Family:
     softcap: str | None = None
 
     def __post_init__(self) -> None:
-        """Check types at once, so that errors appear before any model is read."""
+        """Check the types of the fields, so that errors appear before any model is read."""
         for name in ("blocks", "norm", "norm_kind", "logit_scale", "logit_divisor", "softcap"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None

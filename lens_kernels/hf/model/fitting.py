@@ -119,7 +119,7 @@ def logits_of_products(
     """
     part = inner.get_submodule(decoder)
     called = run.last(part)
-    assert called is not None  # the decoder was found in this run
+    assert called is not None  # ``run`` contains the call of the decoder
 
     def put(x: Tensor) -> Tensor:
         put = products.new_zeros(*x.shape[:-1], products.shape[-1])

@@ -42,7 +42,7 @@ def lens_layers(
 ) -> tuple[list[int], list[int]]:
     """Return the layers of student and teacher to compare: the given ones, or evenly spaced ones.
 
-    ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks.
+    The default of ``num_lens_pairs`` is 4, or less if a model has fewer than five blocks.
     """
     check_choice(num_lens_pairs, student_layers, teacher_layers)
     if student_layers is not None and teacher_layers is not None:

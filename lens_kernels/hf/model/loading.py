@@ -36,7 +36,7 @@ from lens_kernels.hf.model.adapter_base import base_of
 from lens_kernels.hf.model.placement import check_placement, placed
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-# The limit on the number of blocks, which transformers creates before it reads any weight.
+# The maximum number of blocks. transformers creates all blocks before it reads any weight.
 MOST_BLOCKS = 10_000
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -89,7 +89,7 @@ def load_model(
         raise RuntimeError(
             f"the model {path!r} needs the package {name}: {install(name)}"
         ) from error
-    except Exception as error:  # broken files raise errors of their own for each file format
+    except Exception as error:  # each file format has its own errors for broken files
         raise ValueError(_unreadable("model", path, error, download)) from error
 
 
@@ -114,7 +114,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     _check_keys("hold weights that the model does not use", path, others)
     _check_numbers(path, model)
     if "device_map" in arguments and not hasattr(model, "hf_device_map"):
-        # transformers sets this attribute only for several devices. With it, no one moves a model.
+        # transformers sets this attribute only for several devices. Models with it are never moved.
         model.hf_device_map = {"": str(model.device)}
     return model
 

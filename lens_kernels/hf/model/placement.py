@@ -1,4 +1,4 @@
-"""Where and how a model is loaded: quantised weights, and devices."""
+"""Options for loading a model: quantisation of its weights, and its devices."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ import torch
 from lens_kernels.failures import install
 
 QUANTIZATIONS = ("4bit", "8bit")
-SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")  # over all devices, by accelerate
+# With these names, accelerate spreads a model's blocks over all devices.
+SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def check_placement(quantization: str | None, device_map: str | None, prefix: str = "") -> None:
-    """Check the options ``quantization`` and ``device_map``; errors begin with ``prefix``.
+    """Check ``quantization`` and ``device_map``. Errors put ``prefix`` before these names.
 
     Raises:
         ValueError: A name is unknown, or a device does not exist.
-        RuntimeError: bitsandbytes is not installed, but quantises the weights.
+        RuntimeError: ``quantization`` needs bitsandbytes, which is not installed.
     """
     if quantization is not None:
         if quantization not in QUANTIZATIONS:
@@ -37,7 +38,7 @@ def check_placement(quantization: str | None, device_map: str | None, prefix: st
         if not torch.empty(0, device=device_map).is_meta:
             return
         reason = "the meta device holds no weights"
-    except (RuntimeError, AssertionError) as error:  # torch raises either for a missing device
+    except (RuntimeError, AssertionError) as error:  # for a missing device
         reason = str(error).split("\n")[0]
     raise ValueError(
         f"{prefix}device_map must be a device of this machine, such as cpu or cuda:0, or one of"
@@ -46,9 +47,9 @@ def check_placement(quantization: str | None, device_map: str | None, prefix: st
 
 
 def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of ``from_pretrained`` for loading options and a model's config.
+    """Convert loading options to arguments of ``from_pretrained`` for a model with this config.
 
-    ``options`` may hold ``quantization`` and ``device_map``, checked by ``check_placement``.
+    ``options`` may have ``quantization`` and ``device_map``, which ``check_placement`` has checked.
 
     Raises:
         ValueError: The model's files are quantised already.
@@ -62,18 +63,18 @@ def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
         raise ValueError(
             f"its files are quantised already, by {kind}: leave {quantization} quantisation out"
         )
-    # Imported here, because it is slow.
+    # This import is slow, and most models are not quantised.
     from transformers import BitsAndBytesConfig
 
     dtype = options["dtype"]
     if dtype == "auto":
         own = {**config, **config.get("text_config", {})}
         dtype = getattr(torch, own.get("dtype") or own.get("torch_dtype") or "float32")
-    # transformers keeps the head as it is, because models are sensitive to it.
+    # transformers does not quantise the head, because models are sensitive to its rounding errors.
     arguments["quantization_config"] = BitsAndBytesConfig(
         load_in_4bit=quantization == "4bit",
         load_in_8bit=quantization == "8bit",
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,  # by default float32, which is slow
+        bnb_4bit_compute_dtype=dtype,  # the default, float32, is slow
     )
     return arguments

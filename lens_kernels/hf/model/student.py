@@ -85,7 +85,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
-    """Compare the copy with the teacher, whose other blocks are made to return their input."""
+    """Compare the copy's logits with the teacher's, whose other blocks then return their input."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = hidden_in(args, kwargs)

@@ -20,7 +20,7 @@ def make_student(
     allow_download: bool = False,
     say: Callable[[str], None],
 ) -> None:
-    """Make a student of some blocks of its teacher, and its embeddings and head.
+    """Make a student from some of a teacher's blocks, with the teacher's embeddings and head.
 
     Args:
         teacher: Folder or Hub name of the teacher.
@@ -56,7 +56,7 @@ def make_student(
 
 
 def block_range(text: str) -> range:
-    """Return the blocks named by a text such as ``7`` or ``1-11``."""
+    """Parse a text such as ``7`` or ``1-11`` into the range of blocks that it names."""
     first, dash, last = text.partition("-")
     try:
         numbers = int(first), int(last if dash else first)

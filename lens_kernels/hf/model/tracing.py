@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LENGTH = 5  # the number of tokens in a trace; few other sizes in models are 5
+LENGTH = 5  # the number of tokens in a trace: 5, because few other sizes in models are 5
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a module: its path, its output, and the hidden states in input and output."""
+    """A call of a module: the module's path, its output, and hidden states in input and output."""
 
     path: str
     module: nn.Module
@@ -61,7 +61,7 @@ def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None
 def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
     """Return a row of token ids.
 
-    It avoids ids that are in the config, because one of them may stand for an image.
+    Ids that occur in the config are avoided, because such a token may represent an image.
     """
     named: set[int] = set()
     for config in (model.config, model.config.get_text_config()):

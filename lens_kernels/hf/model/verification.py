@@ -65,9 +65,9 @@ def _read(inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> Tensor:
 
 
 def _exact(head: LensHead, run: Trace) -> bool:
-    """Say whether no logits are rounded to 16 bits.
+    """Return whether the logits are never rounded to 16 bits.
 
-    A model with 16-bit weights may return float32 logits; they are still rounded.
+    Logits in float32 are rounded too if a model with 16-bit weights casts them at the end.
     """
     return run.autocast is None and min(run.logits.itemsize, head.weight.itemsize) >= 4
 
@@ -86,7 +86,7 @@ def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Tra
 
 
 def _accept(inner: Any, what: str, error: float, exact: bool) -> None:
-    """Raise if an error, relative to the largest value, exceeds the rounding."""
+    """Raise if an error, relative to the largest value, exceeds the possible rounding error."""
     if not error <= (1e-3 if exact else 5e-2):
         hint = (
             "The registered Family does not describe its norm or head: correct it and call"

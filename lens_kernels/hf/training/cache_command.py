@@ -1,4 +1,4 @@
-"""The command ``lens-kernels cache``: sparse targets of a teacher, or of a server's answers."""
+"""The command ``lens-kernels cache``: write sparse targets from a teacher or a server's answers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lens_kernels.options import check_count, check_number
 from lens_kernels.targets import RESTS
 
 KINDS = ("sampled", "topk", "logprobs")
-# Rows of logits that are in memory at once, with their probabilities.
+# The teacher's logits and probabilities are computed for this many positions at a time.
 ROWS = 256
 
 
@@ -52,37 +52,39 @@ def make_cache(
     allow_download: bool = False,
     say: Callable[[str], None],
 ) -> None:
-    """Store a few tokens of a teacher's output for each position, for training without it.
+    """Store probabilities of a few tokens for each position, to train without the teacher model.
 
     Args:
         kind: sampled for sampled tokens, which are unbiased; topk for the most probable tokens; or
-            logprobs for a server's log-probabilities.
+            logprobs for log-probabilities that an inference server returned.
         data: Data to train on, as for lens-kernels train.
-        output: Folder for the targets, in subfolders train and eval.
+        output: Folder for the sparse targets. They are written to its subfolders train and eval.
         eval_data: Data to evaluate on.
-        teacher: Folder or Hub name of the teacher, for sampled and topk.
+        teacher: Folder or Hub name of the teacher. The kinds sampled and topk need it.
         tokenizer: Folder or Hub name of the tokenizer. By default it is the teacher's.
-        samples: Draws for each position, with replacement.
-        top_k: Tokens for each position, for topk.
-        temperature: Divides the teacher's logits.
-        proposal_temperature: Divides the logits that tokens are drawn from. Other values than 1
-            give importance weights.
-        rest: What becomes of the mass of other tokens, for topk and logprobs: ghost (one more
-            entry), uniform or renormalize.
+        samples: Number of tokens drawn for each position, with replacement, for sampled.
+        top_k: Number of tokens stored for each position, for topk.
+        temperature: Divides the teacher's logits before the softmax.
+        proposal_temperature: Divides the logits once more for the distribution that tokens are
+            drawn from. If it is not 1, the drawn tokens get importance weights.
+        rest: Treatment of the probability of tokens that are not stored, for topk and logprobs:
+            ghost (one more entry), uniform or renormalize.
         logprobs: JSON Lines or Parquet file of log-probabilities for data.
-        eval_logprobs: The same for eval_data.
-        logprobs_format: records, or vllm for the answers of vLLM with prompt_logprobs.
-        prompt_style: As for lens-kernels train.
-        max_length: As for lens-kernels train.
-        max_prompt_length: As for lens-kernels train.
+        eval_logprobs: JSON Lines or Parquet file of log-probabilities for eval_data.
+        logprobs_format: Format of these files: records, or vllm for the answers of vLLM with
+            prompt_logprobs.
+        prompt_style: Format of prompts, as for lens-kernels train.
+        max_length: Maximum tokens per example, as for lens-kernels train.
+        max_prompt_length: Maximum tokens per prompt, as for lens-kernels train.
         teacher_dtype: Dtype of the teacher's weights.
         batch_size: Examples in a forward pass.
         seed: Random seed of the draws.
         allow_download: Allow downloads from the Hugging Face Hub.
-        say: Called with a summary.
+        say: Called with a summary of each dataset's targets.
 
     Raises:
-        ValueError: An option is missing or out of range, or data or log-probabilities are invalid.
+        ValueError: An option is missing or out of range, or the data or the log-probabilities are
+            invalid.
     """
     known = {"kind": (kind, KINDS), "rest": (rest, [x for x in RESTS if x])}
     known["logprobs_format"] = (logprobs_format, FORMATS)
@@ -149,7 +151,10 @@ def _from_file(path: Path, form: str) -> MakeTargets:
 
 
 def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTargets:
-    """Return a function that runs the teacher. Draws depend only on the seed and the example."""
+    """Return a function that computes the targets of examples by running the teacher.
+
+    The tokens drawn for an example depend only on the seed and the example's position.
+    """
     collate = Collator(padding)
     whole = lens_head_from(teacher)
     device = whole.weight.device
@@ -170,7 +175,7 @@ def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTarget
         for number, example, states in zip(numbers, examples, final, strict=True):
             generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number)
             rows = states[counted_positions(example["labels"]).to(device)]
-            # An example without a counted position has one empty part, which has all names.
+            # An example without labels still gives one empty part, so ``parts[0]`` exists.
             parts = [one(part, generator) for part in rows.split(ROWS)]
             result.append({name: torch.cat([x[name] for x in parts]) for name in parts[0]})
         return result

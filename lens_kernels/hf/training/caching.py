@@ -1,4 +1,4 @@
-"""The teacher cache of a trainer: its datasets with numbered examples, and its filling."""
+"""Number the examples of a trainer's datasets, and fill its cache of the teacher's states."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Numbered(Dataset):
 
 
 def numbered(name: str, dataset: Any) -> Numbered:
-    """Return a dataset with numbered examples, or raise if it cannot be indexed."""
+    """Return ``dataset`` with numbered examples, or raise if it cannot be indexed."""
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
         raise TypeError(
             f"teacher_cache needs a {name} of known length that can be indexed,"
@@ -40,7 +40,7 @@ def numbered(name: str, dataset: Any) -> Numbered:
 def fill_caches(
     trainer: Any, objective: LensObjective, datasets: Mapping[str, Any]
 ) -> dict[str, TeacherCache]:
-    """Cache the teacher's states of every dataset, then release the teacher."""
+    """Cache the teacher's hidden states on every dataset, then release the teacher."""
     device = objective.teacher.get_input_embeddings().weight.device
     args, folder = trainer.args, Path(trainer.args.teacher_cache)
 
@@ -72,8 +72,8 @@ def fill_caches(
             args.teacher_cache_dtype,
             trainer.accelerator.mixed_precision,
         )
-        # Rank 0 builds the cache first. Then the first process of each node builds it, or only
-        # opens it if the nodes share a disk. Then all other processes open it.
+        # Rank 0 builds the cache first. The first process of each other node then builds one, or
+        # opens that of rank 0 if the nodes share a disk. At last the other processes open a cache.
         first, desc = args.main_process_first, f"caching the teacher's states, {name}"
         with first(local=False, desc=desc), first(desc=desc):
             caches[name] = TeacherCache.open_or_build(

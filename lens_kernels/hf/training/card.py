@@ -14,7 +14,7 @@ from lens_kernels.version import __version__
 from lens_kernels.visible import visible
 
 ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-# Options of the objective that the card lists.
+# The options of training that the card lists.
 OPTIONS = (
     *("kd_ratio", "final_divergence", "lens_divergence", "lens_coeff", "beta"),
     *("distill_temperature", "lens_norm", "mse_coeff", "vocab_size", "grad_threshold"),
@@ -28,8 +28,9 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
 
     Args:
         trainer: A ``LensDistillTrainer`` after training.
-        facts: The names ``student`` and ``teacher``. If known, ``command``, ``data``, which maps
-            names to sources, and ``hashes``, which maps names of data and models to digests.
+        facts: A mapping with the models' names, ``student`` and ``teacher``. It may also have the
+            ``command`` line; ``data``, which maps names of datasets to their sources; and
+            ``hashes``, which maps names of datasets and models to digests.
     """
     objective, args = trainer.lens_objective, trainer.args
     student, teacher = (facts.get(name) or "a model in memory" for name in ("student", "teacher"))
@@ -73,7 +74,7 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
 
 
 def _metrics(trainer: Any) -> dict[str, float]:
-    """Return the last logged means of training and of evaluation."""
+    """Return the last means that the trainer logged, in training and in evaluation."""
     found: dict[str, float] = {}
     for kind in ("loss", "eval_loss"):
         last: dict[str, float] = next(
@@ -92,7 +93,7 @@ def _table(heading: str, values: Mapping[str, Any], second: str = "value") -> li
 
 
 def _code(value: Any) -> str:
-    """Return a name as code, without characters that would end the code or the table's cell."""
+    """Return ``value`` as Markdown code, without characters that would end the code or the cell."""
     return "`" + re.sub(r"[`|\n]", "_", visible(str(value))) + "`"
 
 

@@ -1,7 +1,7 @@
-"""Which checkpoints a run can resume: those whose files are all there and can be read.
+"""Find checkpoints that a run can resume from: all their files exist and can be read.
 
 The Trainer writes the files of a checkpoint one after the other, and ``trainer_state.json`` last. A
-run that is killed, or a full disk, may leave any of them out or cut off.
+killed run or a full disk can leave files missing or cut off.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from lens_kernels.hf.training.text_files import read_text
 
 STATE = "trainer_state.json"
 INDEX = "model.safetensors.index.json"
-KEYS = {STATE: "global_step", INDEX: "weight_map"}  # a key that these JSON files must have
-# A checkpoint needs one file or folder of weights and one of the optimizer. FSDP and DeepSpeed
-# write folders.
+KEYS = {STATE: "global_step", INDEX: "weight_map"}  # Each JSON file must have this key.
+# A checkpoint needs a file or folder that matches one pattern of WEIGHTS, and one that matches a
+# pattern of OPTIMIZER. FSDP and DeepSpeed write folders.
 WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-OPTIONAL = ("config.json", "scaler.pt")  # read if they exist
+OPTIONAL = ("config.json", "scaler.pt")  # checked only if they exist
 
 
 def last_whole(
     output: Path, processes: int, projections: bool
 ) -> tuple[Path | None, dict[Path, str]]:
-    """Return the last whole checkpoint in a folder, and what is wrong with each later one.
+    """Return the last whole checkpoint in ``output``, and why each later checkpoint is skipped.
 
     Raises:
-        ValueError: No checkpoint is whole, although at least one was written to its end.
+        ValueError: No checkpoint is whole, but at least one has ``trainer_state.json``, the file
+            that is written last.
     """
     numbered = []
     for folder in output.glob("checkpoint-*"):
@@ -54,19 +55,20 @@ def last_whole(
 
 
 def check_whole(folder: Path, processes: int, projections: bool) -> None:
-    """Raise if a checkpoint lacks a file, or one cannot be read."""
+    """Raise if a file of the checkpoint ``folder`` is missing or cannot be read."""
     reason = damage(folder, processes, projections)
     if reason is not None:
         raise ValueError(f"cannot resume from {folder}: {reason}; give another checkpoint")
 
 
 def damage(folder: Path, processes: int, projections: bool) -> str | None:
-    """Return which file of a checkpoint is missing or cannot be read, and why, else None.
+    """Return the name and the fault of the first missing or unreadable file, or None.
 
     Args:
         folder: Folder of the checkpoint.
-        processes: Number of processes that will resume: each has a file of random states.
-        projections: Whether the run has matrices of the MSE term.
+        processes: Number of processes of the run that resumes. Each process has a file of its
+            random number generators' states.
+        projections: Whether the run trains matrices for the MSE term, which have a file too.
     """
     for file in _needed(folder, processes, projections):
         try:
@@ -84,9 +86,9 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
     for names in (WEIGHTS, OPTIMIZER):
         found = [file for name in names for file in sorted(folder.glob(name))]
         if names is WEIGHTS:
-            found += sorted(folder.glob("*/adapter_model.safetensors"))  # adapters with a name
+            found += sorted(folder.glob("*/adapter_model.safetensors"))  # of named adapters
         yield from found or [folder / names[0]]
-    if (folder / INDEX).exists():  # the caller has already checked it
+    if (folder / INDEX).exists():  # ``damage`` has already read this file
         shards: Mapping[str, str] = json.loads(read_text(folder / INDEX))["weight_map"]
         yield from (folder / name for name in sorted(set(shards.values())))
     if (folder / "adapter_config.json").exists():
@@ -99,22 +101,23 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
 
 
 def _random_states(folder: Path, processes: int) -> Iterator[Path]:
-    """Yield the files of the processes that wrote a checkpoint, perhaps others than will resume.
+    """Yield the files of random states that the processes of the interrupted run wrote.
 
-    The Trainer then starts with other random states, which dropout uses.
+    The number of processes may have changed. The Trainer then starts with other random states,
+    which dropout uses.
     """
     alone = folder / "rng_state.pth"
     written = len([*folder.glob("rng_state_*.pth")])
     if processes == 1 and written < 2 or alone.exists() and not written:
         yield alone
         return
-    # With all files of fewer or more processes, the number of processes has changed.
+    # If the interrupted run had several processes, expect one file for each of them.
     expected = written if written > 1 else processes
     yield from (folder / f"rng_state_{rank}.pth" for rank in range(expected))
 
 
 def _read(file: Path) -> None:
-    """Raise if a file is cut off. Small files are read whole, large ones only in part."""
+    """Raise if a file is cut off. Only the necessary parts of large files are read."""
     if file.is_dir():
         if not any(file.iterdir()):
             raise ValueError("the folder is empty")
@@ -123,9 +126,9 @@ def _read(file: Path) -> None:
         if not isinstance(content, dict) or KEYS.get(file.name, "") not in {"", *content}:
             raise ValueError("it holds something else")
     elif file.suffix == ".safetensors":
-        with safe_open(file, framework="pt"):  # compares the file's length with its header
+        with safe_open(file, framework="pt"):  # this compares the file's length with its header
             pass
-    else:  # torch.save writes a ZIP archive, whose directory is its end
+    else:  # torch.save writes a ZIP archive; the list of its contents is at its end
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
                 if name.endswith("data.pkl"):

@@ -19,13 +19,13 @@ from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.inputs import IGNORE_INDEX
 
-# Arguments that other trainers take, and what to do here instead.
+# Arguments of other trainers, each with advice for users of this trainer.
 ELSEWHERE = {
     "peft_config": "wrap the model with peft.get_peft_model first",
     "teacher_model": "pass it as teacher",
     "tokenizer": "pass it as processing_class",
 }
-# Why a run cannot split tokens or layers over processes.
+# Why a run must not split sequences or layers over processes, by the option that would split them.
 SPLIT = dict.fromkeys(
     ("cp_size", "sp_size"),
     "the labels of this trainer are shifted within one process, so the first token of each slice of"
@@ -35,7 +35,7 @@ OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_f
 
 
 def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
-    """Raise if the trainer does not take an argument, or does not support it with a teacher."""
+    """Raise if an argument in ``given`` is unknown, or does not work with a teacher."""
     known = inspect.signature(Trainer.__init__).parameters
     for name in given:
         if name in known:
@@ -52,7 +52,7 @@ def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
 
 
 def check_model(name: str, model: Any) -> None:
-    """Raise if ``model`` is a string but no folder, or if it is a compiled module."""
+    """Raise if ``model`` is a string that names no folder, or a compiled module."""
     if isinstance(model, str):
         if not Path(model).is_dir():
             raise ValueError(
@@ -68,7 +68,7 @@ def check_model(name: str, model: Any) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """The ids, positions and labels that models support."""
+    """The largest ids, positions and labels that a run's models support."""
 
     ids: int
     positions: int | None
@@ -94,7 +94,7 @@ class Limits:
 
 
 def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
-    """Check every example of a dataset. A dataset without indexing is skipped.
+    """Check every example of a dataset. Datasets that cannot be indexed are not checked.
 
     Raises:
         ValueError: An example fails ``check_example``, or no example has a label that counts.
@@ -115,13 +115,14 @@ def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
 
 
 def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
-    """Check an example, and return the number of its labels that count.
+    """Check an example, and return the number of its tokens that are trained on.
 
-    With a custom collator, ``ours`` is False, and only its known columns are checked.
+    ``ours`` is False if the user passed a collator. Then only the columns that this package knows
+    are checked, and the number is 0.
 
     Raises:
-        ValueError: The example lacks a column, or has more tokens than a model has positions. Or an
-            id has no embedding, or a label is not below ``vocab_size``.
+        ValueError: The example lacks a column, or has more tokens than a model has positions. Or a
+            token id has no embedding, or a label is not below ``vocab_size``.
     """
     labelled = 0
     if ours:
@@ -132,7 +133,7 @@ def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
 
 
 def model_columns(example: Any) -> Any:
-    """Return an example without the columns that the Trainer removes before it is collated."""
+    """Return an example without unknown columns. The Trainer removes them before collation too."""
     if not isinstance(example, Mapping):
         raise TypeError(
             f"an example is a {type(example).__name__}, expected a mapping with input_ids and"
@@ -174,12 +175,12 @@ def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
 
 def _embeddings(model: Any) -> int:
     table = model.get_input_embeddings()
-    # A weight that DeepSpeed partitions has no rows.
+    # ``num_embeddings`` comes first: a weight that DeepSpeed partitions has no rows.
     return getattr(table, "num_embeddings", len(table.weight))
 
 
 def _learnt_positions(model: Any) -> int | None:
-    """Return the number of learnt position embeddings, or None if the model has none."""
+    """Return the number of learnt position embeddings, or None if the model does not learn them."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
@@ -189,7 +190,7 @@ def _learnt_positions(model: Any) -> int | None:
 
 
 def check_weights(names: Mapping[str, Tensor], trained: Sequence[str]) -> None:
-    """Raise if trained weights are not finite."""
+    """Raise if one of the weights in ``trained`` is not finite."""
     bad = [x for x in trained if x in names and not names[x].isfinite().all()]
     if bad:
         raise ValueError(
@@ -199,7 +200,7 @@ def check_weights(names: Mapping[str, Tensor], trained: Sequence[str]) -> None:
 
 
 def check_dtype(student: Any) -> None:
-    """Raise if trainable weights are in float16."""
+    """Raise if trainable weights of the student are in float16."""
     parameters = student.named_parameters()
     half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
     if half:
@@ -211,7 +212,7 @@ def check_dtype(student: Any) -> None:
 
 
 def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
-    """Raise if training would change the teacher, or ignore an option because of it."""
+    """Raise if training would change the teacher, or if an option has no effect with a teacher."""
     held = {id(x) for x in teacher.parameters()}
     shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
     if shared:
@@ -227,7 +228,7 @@ def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
 
 
 def check_targets(teacher: Any, args: LensDistillConfig) -> None:
-    """Raise if there is no teacher and no targets, or an option does not fit the targets."""
+    """Raise if distillation has neither teacher nor targets, or an option does not suit targets."""
     if teacher is None and args.kd_ratio > 0 and not args.teacher_targets:
         raise ValueError(
             f"kd_ratio={args.kd_ratio} needs a teacher, but teacher is None: give a teacher, or"
@@ -266,7 +267,7 @@ def check_distribution(args: LensDistillConfig) -> None:
 
 
 def check_shards(state: Any, args: LensDistillConfig) -> None:
-    """Raise if checkpoints are sharded, because they could not hold the MSE matrices."""
+    """Raise if the run needs MSE matrices in sharded checkpoints, which is not supported."""
     plugin = getattr(state, "fsdp_plugin", None)
     if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
         raise RuntimeError(

@@ -24,30 +24,34 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the tokenizer's padding id, or else its EOS id. Padding is masked, so any id works."""
+    """Return the tokenizer's padding id or, without one, its EOS id.
+
+    Any id would work, because padding is masked.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise ValueError("the tokenizer has neither pad_token nor eos_token: set tokenizer.pad_token")
 
 
-# Columns with one number per token, each with its number for padding. Padding tokens are masked, so
-# their positions and token types may be any valid number.
+# Columns with one number per token, and the number that each column gets at padding tokens. These
+# tokens are masked, so their positions and token types may be any valid number.
 PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right. If they have no ``attention_mask``, it follows from the lengths.
+    """Pads examples on the right. An absent ``attention_mask`` is made from their lengths.
 
     A list of examples becomes one packed row. Packed batches have ``position_ids`` that restart at
-    each example, and no ``attention_mask``. Models separate examples where positions restart. So
-    each padding token, at position 0, is separate too. With ``one_row`` all examples of a packed
-    batch become one row, without padding: flash attention separates the examples of one row only.
+    each example, and no ``attention_mask``. Models separate examples where positions restart. Each
+    padding token has position 0, so it is separate too. With ``one_row``, all examples of a packed
+    batch become one row without padding, because flash attention separates examples only if the
+    batch is one row.
 
     Raises:
-        ValueError: An example lacks a column that others have, its columns differ in length, or a
-            column is unknown.
+        ValueError: Examples have different columns, the columns of an example differ in length, or
+            a column is unknown.
     """
 
     pad_token_id: int
@@ -65,7 +69,7 @@ class Collator:
         return {"input_ids", "example_id", *PER_TOKEN}
 
     def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """Return ``input_ids``, ``labels``, ``attention_mask``, and further columns if given.
+        """Return a batch of ``input_ids``, ``labels``, ``attention_mask`` and other given columns.
 
         Packed batches have ``position_ids`` instead of ``attention_mask``.
         """
@@ -98,7 +102,7 @@ class Collator:
 
 
 def _joined(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a packed row. The first label of each example is -100: no other example predicts it.
+    """Return a packed row. The first label of each example is -100, so no loss uses it.
 
     The columns ``attention_mask`` and ``position_ids`` of the examples are replaced.
     """
@@ -116,7 +120,8 @@ def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:
         return batch["attention_mask"].sum()
     if "position_ids" not in batch:
         return torch.tensor(batch["input_ids"].numel())
-    # In a packed batch, padding is at position 0, and position 1 does not follow.
+    # In a packed batch, a token at position 0 begins an example if position 1 follows it, and is
+    # padding otherwise. Examples of one token are not counted.
     positions = batch["position_ids"]
     return (positions > 0).sum() + (positions == 1).sum()
 
@@ -150,7 +155,7 @@ def check_batch(batch: Mapping[str, Any]) -> None:
     """Check that a batch has ``input_ids`` and ``labels`` of equal shape.
 
     Raises:
-        ValueError: One of them is missing, or their shapes differ.
+        ValueError: ``input_ids`` or ``labels`` is missing, or their shapes differ.
     """
     for name in ("input_ids", "labels"):
         if name not in batch:
@@ -167,24 +172,24 @@ def check_batch(batch: Mapping[str, Any]) -> None:
 
 
 def rows_of_last_step(dataset: Any, args: Any) -> int:
-    """Return the rows in the last step of an epoch over all processes; 0 if the step is full."""
+    """Return the number of rows in an epoch's last step, in all processes, or 0 if it is full."""
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return 0
     return int(len(dataset) % (args.train_batch_size * args.world_size))
 
 
 def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """Return the batch with the labels of only its first ``rows`` rows."""
+    """Return a copy of the batch in which only the first ``rows`` rows have labels."""
     labels = batch["labels"].clone()
     labels[rows:] = IGNORE_INDEX
     kept = {**batch, "labels": labels}
-    if "example_id" in batch:  # the teacher's cache has no tokens for the others
+    if "example_id" in batch:  # other rows have no labels, so the cache must give none
         kept["example_id"] = batch["example_id"][:rows]
     return kept
 
 
 def without_first_label(batch: Any) -> Any:
-    """Return the batch with the first label of each row set to -100. No loss uses these labels."""
+    """Return a copy of the batch in which each row's first label is -100. No loss uses it."""
     if "labels" not in batch:
         return batch
     labels = batch["labels"].clone()

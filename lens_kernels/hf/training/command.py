@@ -84,12 +84,12 @@ class RunConfig:
     allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
     def __post_init__(self) -> None:
-        """Check the options before any file is read."""
+        """Check the teacher's placement before any file is read."""
         check_placement(self.teacher_quantization, self.teacher_device_map, "teacher_")
 
 
 KINDS: Any = (RunConfig, LensDistillConfig)
-# Options of transformers' Trainer that the short help shows.
+# The options of transformers' Trainer that ``--help`` shows. ``--help_all`` shows all of them.
 USED = (
     *("num_train_epochs", "max_steps", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps"),
@@ -99,11 +99,11 @@ USED = (
 
 
 class _TrainParser(Parser, HfArgumentParser):
-    """A parser of the fields of dataclasses."""
+    """A parser whose options are the fields of dataclasses, in this package's style."""
 
 
 def presets() -> dict[str, Options]:
-    """Return the options of each preset. Each preset is for a pair of models from the paper."""
+    """Return each preset's options by its name. A preset is for a pair of models from the paper."""
     folder = resources.files("lens_kernels.hf.training") / "presets"
     return {
         file.name.removesuffix(".yaml"): read_options(file.read_text(encoding="utf-8"))
@@ -142,7 +142,7 @@ def build_parser(everything: bool = False) -> Parser:
 
 
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
-    """Return the parsed options, and a dictionary of those that differ from their defaults."""
+    """Return the parsed options, and a dictionary of the options that are not at their defaults."""
     parser = build_parser("--help_all" in map(underscored, argv))
     values = vars(parser.parse_args(argv))
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
@@ -166,7 +166,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
 
 
 def _check_environment(parser: Parser, values: Mapping[str, Any]) -> None:
-    """Refuse settings of accelerate's launcher that no record of the run would show."""
+    """Refuse settings of accelerate's launcher, because run.yaml would not show them."""
     for name, options in (
         ("ACCELERATE_MIXED_PRECISION", ("bf16", "fp16")),
         ("ACCELERATE_DYNAMO_BACKEND", ()),
@@ -190,7 +190,7 @@ def train(
 
     Raises:
         ValueError: Data, models or options are invalid or incompatible, ``output_dir`` holds a
-            run with other options, or the data have changed since the run started.
+            run with other options, or data or models have changed since the run started.
     """
     if args.process_index > 0:
         say = _silent
@@ -247,7 +247,7 @@ def train(
         other = load_tokenizer(config.teacher, config.allow_download)
         ids = {i for data in datasets.values() for x in data.examples for i in x["input_ids"]}
         if config.streaming:
-            ids = set(tokenizer.get_vocab().values())  # the data may contain any token
+            ids = set(tokenizer.get_vocab().values())  # streamed data may contain any token
         check_tokenizers(tokenizer, other, args.vocab_size, ids)
     if config.streaming:
         datasets["train_dataset"] = Rows(config.data, config.shuffle_buffer, args.seed)
@@ -259,7 +259,7 @@ def train(
         **datasets,
         processing_class=tokenizer,
     )
-    # A model on the Hub has a commit only after its download.
+    # The commit of a model from the Hub is known only after its download.
     digests |= {name: digests[name] or model_digest(x) for name, x in models.items()}
     trainer.facts |= {**models, "data": paths, "hashes": digests, "command": command_line(chosen)}
     if args.should_save:
@@ -279,7 +279,8 @@ def train(
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(result.metrics)
     if checkpoint is not None:
-        # transformers divides the losses since the checkpoint by the number of all steps.
+        # transformers divides the sum of losses since the checkpoint by the number of all steps, so
+        # its mean is wrong.
         metrics.pop("train_loss", None)
     trainer.save_model()
     if isinstance(trainer.train_dataset, Stream):
@@ -297,7 +298,7 @@ def train(
 
 
 def command_line(chosen: Mapping[str, Any]) -> str:
-    """Return a command with the options that differ from their defaults, without secrets."""
+    """Return the ``lens-kernels train`` command with the options in ``chosen``."""
     words = ["lens-kernels", "train"]
     for name, value in chosen.items():
         words += [f"--{name}", *(as_words(value) or [])]
@@ -305,7 +306,7 @@ def command_line(chosen: Mapping[str, Any]) -> str:
 
 
 def _silent(text: str) -> None:
-    """Print nothing: only rank 0 prints."""
+    """Print nothing. Ranks other than 0 use this function as ``say``."""
 
 
 def load_student(config: RunConfig) -> Any:
@@ -349,7 +350,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the default of every option, as plain values."""
+    """Return the default of every option, converted to types that JSON has."""
     found = {}
     for kind in KINDS:
         for x in fields(kind):

@@ -26,9 +26,9 @@ from lens_kernels.options import (
 )
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
-# Options of ``distillation_loss`` that the Trainer's config names differently.
-# Which logits are standardised, as ``distillation_loss`` names them.
+# The choices of ``standardize``, and the value that ``distillation_loss`` takes for each.
 STANDARDIZE: dict[str, bool | str] = {"none": False, "lens": "lens", "all": True}
+# Options of ``distillation_loss``, and their different names in ``LensDistillConfig``.
 TRAINER_NAMES = {
     "divergence": "lens_divergence",
     "temperature": "distill_temperature",
@@ -40,17 +40,17 @@ SECRET = re.compile(r"(^|_)(token|password|secret|key)$")
 
 
 def is_secret(name: str) -> bool:
-    """Return whether an option holds a secret, which no file of a run may hold."""
+    """Return whether an option holds a secret, which must not be written to a run's files."""
     return SECRET.search(name) is not None
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """Return a dataclass field with its help text."""
+    """Return a dataclass field with a default and the help text of its option."""
     return field(default=default, metadata={"help": text, **more})
 
 
 def final_divergence(text: str) -> str | dict[str, float]:
-    """Parse a name, or a sum like ``0.5*forward_kl+reverse_kl``, for ``distillation_loss``."""
+    """Parse a divergence: a name, or a weighted sum like ``0.5*forward_kl+reverse_kl``."""
     if text in FINAL_NAMES:
         return text
     weights: dict[str, float] = {}
@@ -71,7 +71,7 @@ def final_divergence(text: str) -> str | dict[str, float]:
 
 
 def grad_threshold(given: str | float | None) -> str | float | None:
-    """Convert a number given as text to a float. Return names unchanged."""
+    """Convert a threshold that is a number in a string to a float. Return others unchanged."""
     value = given
     if isinstance(given, str) and given not in GRAD_THRESHOLDS:
         with contextlib.suppress(ValueError):
@@ -81,10 +81,10 @@ def grad_threshold(given: str | float | None) -> str | float | None:
 
 @dataclass
 class LensDistillConfig(TrainingArguments):
-    """``TrainingArguments`` and the options of the objective, with the paper's defaults.
+    """``TrainingArguments`` with the options of the objective. Their defaults are the paper's.
 
     Pickles and copies hold no secrets, such as ``hub_token``, because the Trainer writes a pickle
-    into every checkpoint. ``lens_divergence``, ``distill_temperature`` and ``lens_backend`` are
+    into every checkpoint. ``lens_divergence``, ``distill_temperature`` and ``lens_backend`` set
     ``divergence``, ``temperature`` and ``backend`` of ``distillation_loss``.
 
     Raises:

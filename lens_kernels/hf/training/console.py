@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 COLUMNS = 100
-# The entries of a log that a line shows, in this order, and their short names.
+# The entries of the Trainer's logs that a terminal line shows, in this order, by short names.
 SHOWN = {
     "loss": "loss",
     "ce": "ce",
@@ -24,7 +24,7 @@ SHOWN = {
 
 
 def line(step: int, last: int, logs: Mapping[str, Any]) -> str:
-    """Return a log in at most ``COLUMNS`` columns, without the entries that do not fit.
+    """Return the terminal line of a log. Entries beyond ``COLUMNS`` columns are left out.
 
     Return an empty text for a log without a loss, such as that of the runtime.
     """
@@ -42,27 +42,27 @@ def line(step: int, last: int, logs: Mapping[str, Any]) -> str:
 
 
 class Lines(TrainerCallback):
-    """Writes a line for each log."""
+    """Writes one line to the terminal for each log of the Trainer."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Write the line of a log on rank 0."""
+        """Write the line of the log ``logs``, on rank 0 only."""
         text = line(state.global_step, state.max_steps, logs or {})
         if state.is_world_process_zero and text:
             tqdm.write(text)
 
 
 class Progress(Lines, ProgressCallback):
-    """Writes a line for each log above a progress bar."""
+    """Shows a progress bar, and writes one line above it for each log."""
 
 
-# The callbacks of transformers that write whole logs, and those that replace them.
+# The callbacks of transformers that write whole logs, each with its replacement.
 REPLACED = {PrinterCallback: Lines, ProgressCallback: Progress}
 
 
 def shorten(trainer: Any) -> None:
     """Replace the callbacks of a trainer that write whole logs to the terminal."""
     for whole, short in REPLACED.items():
-        # A subclass, such as that of notebooks, stays.
+        # Subclasses stay, such as the callback for notebooks.
         if any(type(x) is whole for x in trainer.callback_handler.callbacks):
             trainer.remove_callback(whole)
             trainer.add_callback(short)

@@ -1,4 +1,4 @@
-"""Tokenise instruction data: prompts, responses and their labels."""
+"""Tokenise instruction data into token ids and labels, which mark the tokens to train on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PROMPT_STYLES = ("alpaca", "chat")
-# What happens to examples that are too long.
+# The treatments of examples that are too long; see ``Encoder``.
 TRUNCATIONS = ("end", "drop", "error")
 
 Example = dict[str, list[int]]
@@ -37,9 +37,9 @@ Example = dict[str, list[int]]
 
 @dataclass
 class Encoder:
-    """Encodes rows, and counts those that are too long.
+    """Tokenises rows of data, and counts the rows that are too long.
 
-    Prompts and responses are tokenised separately, so no token spans both, as in generation.
+    Prompts and responses are tokenised separately, as in generation, so no token spans both.
     SentencePiece writes a space before a text. Only the first text of a row keeps that space.
     Labels are the response tokens, including the end token, and -100 elsewhere. The end token is
     the end of turn that the chat template writes. If the template writes none, it is the
@@ -50,13 +50,14 @@ class Encoder:
         prompt_style: The format of a prompt from an instruction. ``"alpaca"`` inserts the
             instruction into the Stanford Alpaca text. ``"chat"`` renders it as a user message with
             the tokenizer's chat template. Both styles leave ``prompt`` unchanged and render
-            ``messages`` with the template. Every assistant turn from ``row.trained_from`` on is
-            trained on. All of plain text is trained on too.
+            ``messages`` with the template. Training uses every assistant turn from
+            ``row.trained_from`` on. In plain text it uses every token.
         max_length: Maximum number of tokens of an example.
         max_prompt_length: Maximum number of tokens before the first response.
-        truncation: The treatment of longer rows. ``"end"`` keeps the first ``max_length`` tokens,
-            and drops rows whose first prompt is too long, or that have no label left. ``"drop"``
-            drops every row that is too long. ``"error"`` raises.
+        truncation: The treatment of rows that exceed a maximum. ``"end"`` keeps the first
+            ``max_length`` tokens, but drops rows with a longer first prompt, and rows without a
+            label in the kept tokens. ``"drop"`` drops every row that is too long. ``"error"``
+            raises.
 
     Raises:
         ValueError: A value is out of range, the tokenizer has no EOS token, or its chat template is
@@ -68,7 +69,7 @@ class Encoder:
     max_length: int = 512
     max_prompt_length: int = 256
     truncation: str = "end"
-    # The numbers of rows, of rows that were dropped, of rows that lost labels, and of these labels.
+    # The numbers of all rows, of dropped rows, of rows that lost labels, and of the lost labels.
     rows: int = field(default=0, init=False)
     dropped: int = field(default=0, init=False)
     cut: int = field(default=0, init=False)
@@ -83,7 +84,7 @@ class Encoder:
             )
 
     def __call__(self, row: Row) -> Example | None:
-        """Return ``input_ids`` and ``labels`` of a row, or None if it is dropped."""
+        """Return ``input_ids`` and ``labels`` of a row, or None if the row is dropped."""
         self.rows += 1
         turns = _turns(row, self.tokenizer, self.prompt_style)
         example: Example = {"input_ids": [], "labels": []}
@@ -109,7 +110,7 @@ class Encoder:
         return kept
 
     def summary(self) -> str:
-        """Return the counts in words."""
+        """Return a text with the numbers of rows that were read, dropped and cut."""
         lost = f" ({self.lost} labels lost)" if self.lost else ""
         return (
             f"{self.rows} rows, {self.dropped} dropped as too long, {self.cut} cut at the end{lost}"
@@ -121,7 +122,7 @@ def _labelled(labels: list[int]) -> int:
 
 
 def encode(row: Row, tokenizer: Any, **options: Any) -> Example | None:
-    """Return ``input_ids`` and ``labels`` of a row, or None if it is too long: see ``Encoder``."""
+    """Return ``input_ids`` and ``labels`` of a row, or None if it is dropped: see ``Encoder``."""
     return Encoder(tokenizer, **options)(row)
 
 
@@ -130,7 +131,7 @@ def prompt_ids(
 ) -> list[int] | None:
     """Return the tokens that ``encode`` puts before the last response.
 
-    Return None if there are more than ``max_prompt_length``.
+    Return None if there are more than ``max_prompt_length`` tokens.
     """
     _check_prompt(prompt_style, max_prompt_length)
     if row.is_text:
@@ -141,7 +142,7 @@ def prompt_ids(
 
 
 def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int], list[int]]]:
-    """Return the tokens of each prompt and of its response."""
+    """Return the token ids of each prompt of a row and of the response to it."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to end responses: set tokenizer.eos_token")
     if row.messages:
@@ -180,8 +181,8 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
 def _further_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text that follows other text.
 
-    SentencePiece tokenizers write a space before a text that is tokenised alone. So a character is
-    put before the text, and the tokens of the character are removed.
+    SentencePiece tokenizers write a space before a text that is tokenised alone. To avoid it,
+    tokenise the text after another character, and remove that character's tokens.
     """
     if not any(ids not in (None, _ids(tokenizer, "a")) for ids in _behind(tokenizer, "a")):
         return _ids(tokenizer, text)
@@ -195,29 +196,29 @@ def _further_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def _behind(tokenizer: Any, text: str) -> Iterator[list[int] | None]:
-    """Yield the tokens of ``text`` after each of two characters, or None if both share a token."""
+    """Yield ``text``'s tokens after each of two characters, or None if a token spans both."""
     for character in ("\n", "."):
         before, whole = _ids(tokenizer, character), _ids(tokenizer, character + text)
         yield whole[len(before) :] if whole[: len(before)] == before else None
 
 
 def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
-    """Prepend BOS to ``ids`` if the tokenizer adds BOS to texts."""
+    """Prepend the BOS token to ``ids`` if the tokenizer begins texts with BOS."""
     bos, letter = tokenizer.bos_token_id, _ids(tokenizer, "a")
     writes = bos is not None and tokenizer("a")["input_ids"][: 1 + len(letter)] == [bos, *letter]
     return [bos, *ids] if writes and ids[:1] != [bos] else ids
 
 
 def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
-    """Return the tokens of a response, and EOS unless the text ends with one of ``ends``."""
+    """Return the tokens of a response. Append EOS unless the text ends with one of ``ends``."""
     ids = _further_ids(tokenizer, response)
     return ids + [tokenizer.eos_token_id] * (not response.endswith(ends))
 
 
 def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
-    """Split the rendered conversation where assistant turns begin and end.
+    """Render a conversation, and return the tokens of each prompt and of the assistant's answer.
 
-    Whitespace that the template writes after a turn belongs to the next prompt.
+    Whitespace that the template writes after an answer belongs to the next prompt.
     """
     # End-of-turn tokens are often special tokens without an attribute on the tokenizer.
     ends = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -274,20 +275,16 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
 
 
 class Examples(Dataset[dict[str, Any]]):
-    """Encoded rows. The ``example_id`` of an example is its position.
+    """A dataset of encoded rows. The ``example_id`` of an example is its position.
 
     Args:
         examples: The rows that ``encoder`` has returned.
-        encoder: Its counts describe the rows that are not among the examples.
+        encoder: The ``Encoder`` that made the examples. It has counted the dropped rows.
 
     Attributes:
-        examples: A mapping for each row, with lists ``input_ids`` and ``labels``.
+        examples: The encoded rows, each with the lists ``input_ids`` and ``labels``.
         dropped: Number of rows that were left out.
         cut: Number of rows that lost tokens with a label.
-
-    Args:
-        examples: The encoded rows.
-        encoder: The ``Encoder`` that made them, with its counts.
     """
 
     def __init__(self, examples: Sequence[Example], encoder: Encoder) -> None:
@@ -303,7 +300,7 @@ class Examples(Dataset[dict[str, Any]]):
         return {**self.examples[position], "example_id": position}
 
     def summary(self) -> str:
-        """Return one line that describes the size of the data."""
+        """Return one line with the numbers of rows, tokens and labels."""
         tokens = sum(len(x["labels"]) for x in self.examples)
         learnt = sum(_labelled(x["labels"]) for x in self.examples)
         return f"{self._counts}; {tokens} tokens, {learnt} with a label"
@@ -312,7 +309,7 @@ class Examples(Dataset[dict[str, Any]]):
 def load_examples(
     path: str | Path, tokenizer: Any, *, progress: bool = True, **options: Any
 ) -> Examples:
-    """Read and encode a file. Rows that are too long are left out.
+    """Read and encode all rows of a source. Rows that ``Encoder`` drops are left out.
 
     Args:
         path: A source of records, as for ``--data``: a file, a saved dataset, ``hub:NAME`` or a
@@ -330,8 +327,8 @@ def load_examples(
 def encode_rows(
     name: str, rows: Sequence[Row], encoder: Encoder, progress: bool = True
 ) -> Examples:
-    """Encode the rows of the data ``name``. Raise if all of them are too long."""
-    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # no bar for short files
+    """Encode ``rows``. Raise an error that names the data ``name`` if all of them are dropped."""
+    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # short files show no bar
     examples = [x for x in map(encoder, bar) if x is not None]
     if not examples:
         raise ValueError(

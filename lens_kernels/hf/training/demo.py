@@ -1,6 +1,6 @@
 """The demo: a short distillation of SmolLM2-135M into 20 of its 30 blocks.
 
-The text is Python's help topics.
+The models read the help topics of Python's standard library.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from lens_kernels.hf.training.meter import evaluate
 from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 
-# A training example has this many tokens.
+# The number of tokens in an example.
 BLOCK = 128
-# Every eighth topic is held out.
+# Every eighth help topic is used for evaluation, not for training.
 HELD_OUT_EVERY = 8
 EVAL_BATCHES = 6
 LENS_PAIRS = 3
-# Of nine ways to drop ten blocks, this one does the least harm before training.
+# The dropped blocks. Of nine choices of ten blocks, this one gave the best untrained student.
 DROPPED = range(13, 23)
 PROMPT = "The import statement is used to"
 
 
 class _QuietProgress(ProgressCallback):
-    """The Trainer's progress bar, with the loss in it instead of one log line per step."""
+    """The Trainer's progress bar. It shows the loss, and writes no line for each step."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss."""
+        """Show the loss of ``logs`` in the progress bar."""
         if self.training_bar is not None and logs and "kd" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
@@ -48,7 +48,8 @@ class _QuietProgress(ProgressCallback):
 def texts() -> tuple[str, str]:
     """Return training text and held-out text from the help topics of the standard library.
 
-    Topics share paragraphs, so the held-out text omits paragraphs that the training text has.
+    Some paragraphs occur in several topics. The held-out text omits paragraphs that the training
+    text has.
     """
     from pydoc_data.topics import topics
 
@@ -62,13 +63,13 @@ def texts() -> tuple[str, str]:
 
 
 def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
-    """Split the text into full blocks of tokens. Every token is a label."""
+    """Split a text into examples of ``BLOCK`` tokens. Every token is trained on."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     return [{"input_ids": x, "labels": x} for x in ids[: len(ids) // BLOCK * BLOCK].split(BLOCK)]
 
 
 def batches(data: Sequence[dict[str, Tensor]], size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the examples in batches."""
+    """Yield batches of ``size`` examples. The last batch may be smaller."""
     for start in range(0, len(data), size):
         chunk = data[start : start + size]
         yield {key: torch.stack([x[key] for x in chunk]) for key in chunk[0]}
@@ -86,13 +87,13 @@ def distil(
 
     Args:
         output: Folder for the results.
-        cache: Folder for the converted teacher. If not given, the user's cache folder.
+        cache: Folder for the converted teacher; by default the user's cache folder.
         steps: Number of optimiser steps.
         seed: Random seed.
         say: Called with each line of progress.
 
     Raises:
-        RuntimeError: A score did not improve, or the teacher's package is missing.
+        RuntimeError: A score did not improve, or the package with the teacher is missing.
     """
     check_count("steps", steps, 1)
     started = time.monotonic()
@@ -176,7 +177,7 @@ def distil(
 
 
 def sample(folder: Path) -> str:
-    """Return a greedy continuation of the prompt by the model saved in ``folder``."""
+    """Return the greedy continuation of ``PROMPT`` by the model saved in ``folder``."""
     model: Any = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True
     )

@@ -13,26 +13,26 @@ from typing import Any, BinaryIO, cast
 
 from lens_kernels.hf.cache.key import CHUNK
 
-HUB = "hub:"  # hub:NAME or hub:NAME:SPLIT
+HUB = "hub:"  # begins a dataset on the Hub: hub:NAME or hub:NAME:SPLIT
 
-# The number of a record, and the record or the error of reading it.
+# The number of a record in its file, and the record. A line that is not JSON has its error instead.
 Read = tuple[int, Any]
 
 
 def read_records(source: str | Path, streaming: bool = False) -> Iterator[tuple[str, int, Any]]:
     """Yield ``(file, number, record)`` for every record of a source.
 
-    With ``streaming``, a dataset on the Hub is downloaded while it is read.
+    With ``streaming``, a dataset on the Hub is downloaded while it is read. The formats are:
 
-    - ``.json``: an array of objects; ``number`` is the position, from 1. Or JSON lines.
+    - ``.json``: an array of objects, where ``number`` is the position, from 1; or JSON lines.
     - ``.parquet``, and a folder saved by ``datasets``: needs the package ``datasets``.
     - ``hub:NAME`` and ``hub:NAME:SPLIT``: a dataset on the Hugging Face Hub; by default its split
       ``train``. This needs ``datasets`` and a download.
-    - Any other name: JSON lines; ``number`` is the line. A record is a ``ValueError`` if its line
-      is not valid JSON.
+    - Any other name: JSON lines, where ``number`` is the line. For a line that is not valid JSON,
+      a ``ValueError`` is yielded as the record.
 
-    JSON files ending in ``.gz`` are decompressed. A pattern such as ``data/*.jsonl`` stands for
-    all files that match, sorted by name; a file with exactly this name is preferred.
+    JSON files ending in ``.gz`` are decompressed. A pattern such as ``data/*.jsonl`` means all
+    files that match, sorted by name. If a file has exactly this name, only that file is read.
 
     Raises:
         ValueError: No file matches, a file is damaged, or a package is missing.
@@ -49,7 +49,7 @@ def read_records(source: str | Path, streaming: bool = False) -> Iterator[tuple[
 
 
 def is_on_hub(source: str | Path) -> bool:
-    """Say whether a source is a dataset on the Hugging Face Hub."""
+    """Return whether a source is a dataset on the Hugging Face Hub."""
     return str(source).startswith(HUB)
 
 
@@ -63,9 +63,9 @@ def check_download(source: str | Path, allow_download: bool) -> None:
 
 
 def source_digest(source: str | Path, streaming: bool = False) -> str:
-    """Return a SHA-256 of the content of all files of a source, or of a Hub dataset's records.
+    """Return a SHA-256 of all files of a source or, on the Hub, of the dataset's records.
 
-    With ``streaming``, a dataset on the Hub is not read, and its name is returned.
+    With ``streaming``, a dataset on the Hub is not read, and ``source`` itself is returned.
     """
     if is_on_hub(source) and streaming:
         return str(source)
@@ -88,7 +88,7 @@ def sha256_of(path: Path) -> str:
 
 
 def matching(source: str | Path) -> list[Path]:
-    """Return the files and folders that a name or a pattern stands for."""
+    """Return the files and folders that match a pattern, or the one with this name."""
     if Path(source).exists() or not has_magic(str(source)):
         return [Path(source)]
     found = sorted(glob(str(source), recursive=True))

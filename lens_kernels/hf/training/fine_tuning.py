@@ -1,6 +1,6 @@
-"""Losses of the final hidden states alone: cross entropy, or sparse targets instead of a teacher.
+"""Losses without a teacher model: cross entropy, or distillation from stored sparse targets.
 
-The logits of a batch are never stored.
+Both use only the final hidden states. The logits of a batch are never stored.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ _log = logging.getLogger(__name__)
 def without_teacher(
     trainer: Any, teacher: Any, examples: Mapping[str, Any]
 ) -> tuple[bool, dict[str, TargetCache]]:
-    """Return whether the model must compute its own loss, from all logits, and the targets.
+    """Return whether the model must compute its own loss from all logits, and the sparse targets.
 
-    With a teacher, there is neither.
+    With a teacher, return ``(False, {})``.
 
     Raises:
-        ValueError: There are targets, but the model has no lens, or they do not fit the examples.
+        ValueError: ``teacher_targets`` is set, but the model has no lens, or the targets were made
+            from other examples.
     """
     targets: dict[str, TargetCache] = {}
     if teacher is not None:
@@ -54,7 +55,7 @@ def without_teacher(
 
 
 def unsupported_reason(student: Any) -> str | None:
-    """Return why the model must compute its own loss, or None."""
+    """Return the reason why the student must compute its own loss, or None if there is none."""
     try:
         check_own_loss(student)
         verify_lens(student)
@@ -71,7 +72,7 @@ def final_loss(
     args: LensDistillConfig,
     cache: TargetCache | None,
 ) -> Outcome:
-    """Return the objective of a batch, with the targets of ``cache`` or with labels alone."""
+    """Return the objective of a batch: from the targets in ``cache``, or from labels alone."""
     given = student, inputs, denominator, student_call
     if cache is None:
         return cross_entropy(*given, args.label_smoothing_factor)
@@ -87,8 +88,8 @@ def cross_entropy(
 ) -> Outcome:
     """Return the cross entropy of a batch of ``input_ids``, ``labels`` and other model inputs.
 
-    ``student_call`` is the student, or its distributed wrapper. ``denominator`` is as for
-    ``linear_cross_entropy``. Labels are aligned with the input, and shifted here.
+    ``student_call`` is the student, or its distributed wrapper. ``denominator`` is that of
+    ``linear_cross_entropy``. Labels have the positions of their own tokens. They are shifted here.
     """
     sums: dict[str, Tensor] = {}
     tokens = _tokens(inputs, denominator)
@@ -114,9 +115,9 @@ def from_targets(
     cache: TargetCache,
     options: Mapping[str, Any],
 ) -> Outcome:
-    """Return the objective of a batch whose teacher is ``cache``.
+    """Return the objective of a batch with the stored targets of ``cache`` as its teacher.
 
-    ``options`` are those of ``distillation_loss``. The batch has ``example_id``.
+    ``options`` are arguments of ``distillation_loss``. The batch must have ``example_id``.
     """
     inputs = dict(inputs)
     example_ids = inputs.pop("example_id", None)
@@ -160,7 +161,7 @@ def from_targets(
 
 
 def open_targets(trainer: Any, examples: Mapping[str, Any]) -> dict[str, TargetCache]:
-    """Open the targets of a trainer's examples, in the subfolders ``train`` and ``eval``."""
+    """Open the stored targets of a trainer's datasets, in the subfolders ``train`` and ``eval``."""
     folder, tokenizer = Path(trainer.args.teacher_targets), trainer.processing_class
     datasets = {name: examples[f"{name}_dataset"] for name in ("train", "eval")}
     return {
@@ -171,7 +172,7 @@ def open_targets(trainer: Any, examples: Mapping[str, Any]) -> dict[str, TargetC
 
 
 def _tokens(inputs: Mapping[str, Tensor], denominator: Tensor | float | None) -> Tensor:
-    """Return the number of tokens that the loss of a batch is divided by, at least 1."""
+    """Return the number of tokens by which the loss of a batch is divided. It is at least 1."""
     count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
     given = count if denominator is None else denominator
     return torch.as_tensor(given, device=count.device).clamp(min=1)
@@ -183,16 +184,16 @@ def _of_final_states(
     student_call: nn.Module,
     compare: Callable[[Tensor, LensHead, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Return ``compare(states, head, labels)``, and the number of labels.
+    """Return the result of ``compare(states, head, labels)``, and the number of labels.
 
-    States and labels are flat, and each state predicts the label of its position.
+    ``states`` has a row for each token of the batch, and ``labels`` the next token of each row.
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")[..., 1:].flatten()
 
     def run(states: Tensor) -> Tensor:
         whole = lens_head_from(student)
-        # The final states are normed already.
+        # This head has no norm, because the final states are already normed.
         head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
         return compare(states, head, labels.to(states.device))
 

@@ -1,4 +1,4 @@
-"""The formats of instruction data, and a check of every record."""
+"""Check the records of instruction data, and convert them from several formats to ``Row``."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from lens_kernels.hf.training.files import read_records
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT's names of the roles.
+# The names of speakers in ShareGPT data, and the role that each becomes.
 SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant"}
 SPEAKERS |= {"observation": "tool", "system": "system", "user": "user", "assistant": "assistant"}
-# Keys of a message that chat templates read besides role and content.
+# The keys of messages that chat templates may read, besides role and content.
 FOR_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-# The keys of each format.
+# The names of the formats. Each consists of the keys that records in the format must have.
 FORMATS = ("instruction and output", "prompt and completion", "messages", "conversations")
-# A record with this key is plain text, unless it has the keys of another format.
+# A record with this key is plain text, unless it also has the keys of another format.
 TEXT = "text"
 # An error message lists at most this many bad lines.
 SHOWN = 10
@@ -27,11 +27,12 @@ Messages = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Row:
-    """A record of data. Only one of ``instruction``, ``prompt``, ``messages`` is set.
+    """A record of data. At most one of ``instruction``, ``prompt`` and ``messages`` is set.
 
-    None of them is set for plain text, which is the only reference. Training uses the first of
-    ``references``. A conversation has one reference: its last assistant turn. Its assistant turns
-    from ``trained_from`` on are trained on. ``line`` is the line or the position in its file.
+    If none is set, the row is plain text, and ``references`` holds this text. Training uses the
+    first of ``references``. The reference of a conversation is its last assistant turn, but
+    training uses all assistant turns from the message ``trained_from`` on. ``line`` is the line
+    or the position of the record in its file.
     """
 
     line: int
@@ -44,20 +45,20 @@ class Row:
 
     @property
     def is_text(self) -> bool:
-        """Say whether the row is plain text, without a prompt."""
+        """Return whether the row is plain text, without a prompt."""
         return not (self.instruction or self.prompt or self.messages)
 
 
 def read_rows(source: str | Path) -> list[Row]:
-    """Read the records of a source of ``read_records``, all of one format.
+    """Read all records of a source (see ``read_records``). All must have the same format.
 
     The formats are:
 
     - ``instruction``, ``input`` (optional) and ``output``;
     - ``prompt`` and ``completion``, both strings, or both lists of messages;
-    - ``messages``, each with ``role`` and ``content``;
-    - ``conversations``, each with ``from`` and ``value``, as in ShareGPT;
-    - ``text``.
+    - ``messages``: a list of messages, each with ``role`` and ``content``;
+    - ``conversations``: a list of turns, each with ``from`` and ``value``, as in ShareGPT;
+    - ``text``: plain text.
 
     ``output`` and ``completion`` may be lists of strings, which are alternative references. Other
     keys are ignored.
@@ -69,7 +70,7 @@ def read_rows(source: str | Path) -> list[Row]:
 
 
 def rows_of(source: Any, records: Iterable[tuple[str, int, Any]]) -> list[Row]:
-    """Return the rows of ``(file, number, record)``, as ``read_rows`` does."""
+    """Convert records to rows. ``records`` yields ``(file, number, record)``."""
     rows: list[Row] = []
     bad: list[str] = []
     for row in _rows(records):
@@ -86,7 +87,7 @@ def rows_of(source: Any, records: Iterable[tuple[str, int, Any]]) -> list[Row]:
 
 
 def iterate_rows(source: str | Path) -> Iterator[Row]:
-    """Yield the rows of ``read_rows`` while they are read.
+    """Yield the rows of a source one by one, without reading all of them first.
 
     Raises:
         ValueError: A record is invalid.
@@ -98,7 +99,7 @@ def iterate_rows(source: str | Path) -> Iterator[Row]:
 
 
 def _rows(records: Iterable[tuple[str, int, Any]]) -> Iterator[Row | ValueError]:
-    """Yield the row of each record, or the error that names its place."""
+    """Yield the row of each record, or an error with the file and the number of a bad record."""
     first_format = ""
     for file, number, record in records:
         try:
@@ -117,7 +118,7 @@ def _rows(records: Iterable[tuple[str, int, Any]]) -> Iterator[Row | ValueError]
 
 
 def is_raw(record: Any) -> bool:
-    """Say whether a record has one of the formats of ``read_rows``, and is not tokenised."""
+    """Return whether a record has a format of ``read_rows``, and is not tokenised yet."""
     try:
         return isinstance(record, Mapping) and "input_ids" not in record and bool(_format(record))
     except ValueError:
@@ -174,7 +175,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _from_sharegpt(value: Any) -> Any:
-    """Return ShareGPT's turns as messages; ``_messages`` checks the rest."""
+    """Convert ShareGPT's turns to messages. ``_messages`` checks the messages afterwards."""
     if not isinstance(value, list):
         raise ValueError(f"conversations is a {type(value).__name__}: expected a list of turns")
     messages = []
@@ -193,10 +194,10 @@ def _from_sharegpt(value: Any) -> Any:
 
 
 def _messages(key: str, value: Any, trained: bool = True, first: bool = True) -> Messages:
-    """Return checked messages.
+    """Return the list of messages ``value`` after checking it. Errors name the ``key``.
 
-    With ``trained``, there must be an assistant turn. With ``first``, they begin a conversation,
-    so the assistant does not speak first.
+    With ``trained``, there must be an assistant turn. With ``first``, the messages begin a
+    conversation, so the first one must not be the assistant's.
     """
     if not isinstance(value, list):
         raise ValueError(f"{key} is a {type(value).__name__}: expected a list of messages")

@@ -1,4 +1,4 @@
-"""The file of the trained MSE matrices, beside the student's weights."""
+"""Read and write the file of the MSE term's trained matrices, beside the student's weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from lens_kernels.hf.training.objective import PROJECTIONS
 
 
 def save(matrices: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the matrices to a file in ``folder``, which is complete or absent."""
+    """Write the matrices to a file in ``folder``. An interrupt never leaves a partial file."""
     partial = folder / f"{PROJECTIONS}.partial"
     save_file(dict(matrices), partial)
     partial.replace(folder / f"{PROJECTIONS}.safetensors")
 
 
 def load(projections: nn.Module, folder: Path) -> None:
-    """Load the file of ``folder`` into the matrices.
+    """Load the matrices of the file in ``folder`` into ``projections``.
 
     Raises:
         ValueError: The file is missing or damaged.
@@ -31,5 +31,5 @@ def load(projections: nn.Module, folder: Path) -> None:
         learnt = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    # This call splits full tensors over parameters that may be sharded.
+    # FSDP may have sharded the parameters. This call gives each process its part of the tensors.
     set_model_state_dict(projections, dict(learnt), options=StateDictOptions(full_state_dict=True))

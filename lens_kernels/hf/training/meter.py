@@ -1,4 +1,4 @@
-"""Means over tokens, and training speed. Both are accumulated without waiting for the device."""
+"""Measure means over tokens, and the training speed, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ def _unreduced(sums: Tensor) -> Tensor:
 
 
 class Meter:
-    """Accumulates sums over tokens and batches."""
+    """Accumulates the sums of batches, and returns their means over all tokens."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, outcome: Outcome) -> None:
-        """Add a batch."""
+        """Add the sums and the number of tokens of a batch."""
         for name, value in {**outcome.sums, "tokens": outcome.num_tokens}.items():
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def means(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> dict[str, float]:
-        """Return the means in nats per token, and reset. ``reduce`` sums over processes."""
+        """Return the means in nats per token, and reset the sums. ``reduce`` adds all processes."""
         if not self._sums:
             return {}
         values = reduce(torch.stack([x.double() for x in self._sums.values()])).tolist()
@@ -41,18 +41,18 @@ class Meter:
 
 
 class Speed:
-    """Tokens per second since the last ``read``, without pauses."""
+    """Measures tokens per second since the last ``read``. Pauses are not counted."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Reset the tokens and the clock."""
+        """Set the number of tokens to 0, and restart the clock."""
         self._tokens: Tensor | int = 0
         self._since = perf_counter()
 
     def add(self, tokens: Tensor | int) -> None:
-        """Add the tokens of a batch."""
+        """Add the number of tokens of a batch."""
         self._tokens = self._tokens + tokens
 
     @contextmanager
@@ -65,7 +65,7 @@ class Speed:
             self._since += perf_counter() - started
 
     def read(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> float:
-        """Return the tokens per second of all processes, and reset."""
+        """Return the tokens per second of all processes, and restart the measurement."""
         tokens = reduce(torch.as_tensor(self._tokens).double()).item()
         seconds = perf_counter() - self._since
         self.restart()
@@ -74,7 +74,7 @@ class Speed:
 
 @torch.no_grad()
 def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the mean of each entry of ``Outcome.sums``, in nats per token."""
+    """Evaluate an objective. Return the mean of each of ``Outcome.sums``, in nats per token."""
     student: Any = objective.student
     meter = Meter()
     with evaluating(student):

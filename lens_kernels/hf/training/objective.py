@@ -1,4 +1,4 @@
-"""The DistillLens objective of a batch of tokens: a comparison of student and teacher."""
+"""The DistillLens objective: compares the hidden states of student and teacher on a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions, workspace_or_default
 from lens_kernels.sharding import shared_vocabulary
 
-PROJECTIONS = "mse_projections"  # submodule of the student that holds the MSE matrices
+PROJECTIONS = "mse_projections"  # the name of the student's submodule with the MSE matrices
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Outcome:
             ``entropy_student_<depth>`` and ``entropy_teacher_<depth>`` estimate the entropies at
             each lens depth and at ``final``. In training with ``grad_threshold``, the mean of
             ``dropped`` is the share of the gradient that was left out. With ``token_clip``, the
-            mean of ``clipped`` is the share of divergences that it bounds.
+            mean of ``clipped`` is the share of token divergences above ``token_clip``.
         num_tokens: Number of tokens with a label.
     """
 
@@ -54,7 +54,7 @@ class Outcome:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return the sums as means over the labels of this batch, as Python numbers."""
+        """Return ``sums`` divided by the number of labels of this batch, as Python numbers."""
         sums = torch.stack([x.double() for x in self.sums.values()])
         return dict(zip(self.sums, (sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
 
@@ -66,15 +66,15 @@ class LensObjective(nn.Module):
     wrappers and checkpoints find their parameters, but not those of the teacher. The teacher is
     frozen and set to evaluation mode. It is moved to the device of the batch.
 
-    The heads inside the models do not run, so no full logits are stored. As in Hugging Face models,
-    labels are aligned with the input, and shifted here.
+    The models' heads do not run, so no full logits are stored. As in Hugging Face models, labels
+    have the positions of their own tokens, and are shifted here.
 
     Args:
         student: A causal language model that has a lens, or a peft model of one.
-        teacher: Another one with the same tokenizer.
+        teacher: Another such model, with the same tokenizer.
         student_layers: Blocks of the student whose outputs are compared (1 is the first).
-        teacher_layers: Blocks of the teacher: ``student_layers[i]`` is compared with
-            ``teacher_layers[i]``.
+        teacher_layers: Blocks of the teacher. The output of ``student_layers[i]`` is compared with
+            that of ``teacher_layers[i]``.
         lens_norm: Apply each model's final norm to intermediate hidden states.
         mse_coeff: Weight of the mean square of ``P h_teacher - h_student``, with a learnt matrix
             ``P`` in ``projections`` for each pair.
@@ -134,10 +134,10 @@ class LensObjective(nn.Module):
         teacher_layers: list[int] | None = None,
         **options: Any,
     ) -> LensObjective:
-        """Return the objective of two models, with lens pairs at evenly spaced layers.
+        """Return the objective of two models. By default, its lens pairs are evenly spaced.
 
-        ``num_lens_pairs`` is by default 4, or fewer for a model of fewer than five blocks. Lists
-        of layers replace it. ``options`` are those of the class. ``objective(batch)`` then
+        The default of ``num_lens_pairs`` is 4, or less if a model has fewer than 5 blocks. Lists
+        of layers replace it. ``options`` are other arguments of the class. ``objective(batch)``
         returns an ``Outcome``::
 
             objective = LensObjective.from_models(student, teacher, divergence="forward_kl")
@@ -151,7 +151,7 @@ class LensObjective(nn.Module):
 
     @property
     def teacher(self) -> Any:
-        """Return the teacher, or None once it is released."""
+        """The teacher, or None after ``release_teacher``."""
         return self._teacher[0]
 
     def forward(
@@ -166,10 +166,11 @@ class LensObjective(nn.Module):
         Args:
             inputs: ``input_ids`` and ``labels``, both ``(B, T)``, and other model inputs such as
                 ``attention_mask``. Labels are -100 for tokens that are not trained on.
-            denominator: Number of labels of the global batch; by default that of this batch.
+            denominator: Number of labels by which the loss is divided, such as that of the global
+                batch; by default that of this batch.
             student_call: The student inside its distributed wrapper, called instead of the student.
-            cache: A cache from which the teacher's hidden states are read, for the ``example_id``
-                in the batch.
+            cache: A cache with the teacher's hidden states. They are read for each ``example_id``
+                of the batch, and the teacher does not run.
         """
         check_batch(inputs)
         inputs = dict(inputs)
@@ -200,14 +201,14 @@ class LensObjective(nn.Module):
         with replaced_forward(causal_lm_of(self.student), forward):
             called = self.student if student_call is None else student_call
             loss = called(**inputs)["loss"]
-        # The wrapper may have attached gradient hooks to the loss that it returned.
+        # The wrapper may have attached gradient hooks to its loss, so that loss is returned.
         return replace(outcomes[0], loss=loss)
 
     @torch.no_grad()
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
-        """Return the teacher's states on ``inputs``, at the flat positions ``counted``.
+        """Return the teacher's hidden states on ``inputs``, at the flat positions ``counted``.
 
-        Each is ``(counted positions, D)``. The final state comes last.
+        There is a tensor ``(len(counted), D)`` for each lens layer, and one for the final states.
         """
         assert self.teacher is not None
         device = inputs["input_ids"].device
@@ -215,7 +216,7 @@ class LensObjective(nn.Module):
             self.teacher.to(device)
         # A teacher that was loaded with a device map may be on other devices than the student.
         own = self.teacher.get_input_embeddings().weight.device
-        if own.type != "meta":  # accelerate moves the inputs of offloaded embeddings
+        if own.type != "meta":  # for offloaded embeddings, accelerate moves them
             inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         hidden, final = inside_call(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted).to(device) for x in [*hidden, final]]
@@ -233,14 +234,14 @@ class LensObjective(nn.Module):
                 delattr(holder, PROJECTIONS)
 
     def release_teacher(self) -> None:
-        """Drop the teacher except its head. Call this when all its states are in the cache."""
+        """Drop the teacher except its head. Call this after caching all of the teacher's states."""
         with whole_head(self.teacher) as sharded:
             head = self._whole_teacher_head()
             self._teacher_head = head.map(torch.clone) if sharded else head
         self._teacher = (None,)
 
     def heads(self) -> tuple[LensHead, LensHead]:
-        """Return the heads of student and teacher that the lenses use."""
+        """Return the lens heads of student and teacher."""
         heads = lens_head_from(self.student), self._whole_teacher_head()
         if self.lens_norm:
             return heads
@@ -251,7 +252,8 @@ class LensObjective(nn.Module):
             head = lens_head_from(self.teacher)
             if getattr(self.teacher, "hf_device_map", None) is None:
                 return head
-            # The teacher stays where its device map says. Its head is copied to the student once.
+            # A teacher with a device map is never moved. Its head is copied to the student's device
+            # once.
             device, known = lens_head_from(self.student).weight.device, self._teacher_head
             if known is None or known.weight.device != device:
                 self._teacher_head = head.map(lambda x: x.to(device))
@@ -265,7 +267,7 @@ class LensObjective(nn.Module):
         labels: Tensor,
         denominator: Tensor | float | None,
     ) -> Outcome:
-        # The lenses are left out if their weight is 0.
+        # Lens pairs are not computed if their weight is 0.
         weight = self.options.kd_ratio * self.options.lens_coeff
         lenses = len(self.student_layers) if weight else 0
         output = distillation_loss(
@@ -301,7 +303,7 @@ class LensObjective(nn.Module):
         if is_teacher and self.options.teacher_temperature is not None:
             temperature = self.options.teacher_temperature
         head = whole.prefix(self.options.vocab_size or len(whole.weight))
-        final = replace(head, norm=None)  # the final states are normed already
+        final = replace(head, norm=None)  # the final states are already normed
         workspace = workspace_or_default(self.options.workspace_bytes, head.weight.device)
         return {
             f"entropy_{side}_{depth}": entropy_sum(x, lens, temperature, workspace)
@@ -350,7 +352,7 @@ class LensObjective(nn.Module):
 
 
 def check_own_loss(student: Any) -> None:
-    """Raise if the student's own loss has a term that distillation would drop."""
+    """Raise if the student's own loss has a router term, which the objective does not have."""
     config = student.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(

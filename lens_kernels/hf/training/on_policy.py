@@ -1,4 +1,4 @@
-"""Batches whose answers are sampled from the student."""
+"""On-policy batches, whose answers the student samples."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ def answered(
 ) -> dict[str, Tensor]:
     """Return a batch of the same prompts, with answers that the student samples.
 
-    A prompt is all that comes before the first label of a row, and at least its first token. The
-    answers have labels. They end with the first end token of the student's generation config, or at
-    ``max_length`` tokens. The student's own distribution is sampled, at temperature 1.
+    The prompt of a row is everything before its first label, and at least its first token. Only
+    the tokens of the answers have labels. An answer ends with the first end token of the student's
+    generation config, or when prompt and answer have ``max_length`` tokens. The student's own
+    distribution is sampled, at temperature 1. ``pad`` is the padding id.
     """
     first = (batch["labels"] != IGNORE_INDEX).int().argmax(-1).clamp(min=1).tolist()
     prompts = [ids[:n] for ids, n in zip(batch["input_ids"], first, strict=True)]

@@ -1,4 +1,4 @@
-"""Pack several examples into a row that is not longer than ``max_length``."""
+"""Pack several examples into each row of a batch, up to ``max_length`` tokens per row."""
 
 from __future__ import annotations
 
@@ -17,17 +17,19 @@ from lens_kernels.hf.model.tracing import sample_tokens
 from lens_kernels.hf.training.checks import model_columns
 from lens_kernels.hf.training.collation import Collator
 
-# Rows that are filled at the same time. With one row, an eighth of each row stays empty.
+# The number of rows that are filled at the same time. If it were 1, an eighth of each row would
+# stay empty.
 OPEN_ROWS = 64
 
 T = TypeVar("T")
 
 
 def packed_rows(sized: Iterable[tuple[T, int]], max_length: int) -> Iterator[list[T]]:
-    """Yield lists of items whose sizes add up to at most ``max_length``.
+    """Group ``(item, size)`` pairs. Yield lists of items of at most ``max_length`` in total.
 
-    Each item joins the open row with the least room that is enough. The fullest row is yielded when
-    it is full, or when ``OPEN_ROWS`` rows are open.
+    Each list is a row. An item goes into the fullest unfinished row that has room for it. A row is
+    yielded when it is full. If a new row is needed and ``OPEN_ROWS`` rows are unfinished, the
+    fullest of them is yielded.
 
     Raises:
         ValueError: An item is larger than ``max_length``.
@@ -60,7 +62,7 @@ def packed_rows(sized: Iterable[tuple[T, int]], max_length: int) -> Iterator[lis
 
 
 class Packed(Dataset[list[Any]]):
-    """A dataset whose items are lists of examples that fit in one row of ``max_length`` tokens."""
+    """A dataset of packed rows. Each is a list of examples with at most ``max_length`` tokens."""
 
     def __init__(self, dataset: Any, max_length: int) -> None:
         self.dataset = dataset
@@ -78,7 +80,7 @@ def packable_size(example: Mapping[str, Any]) -> int:
     """Return the number of tokens of an example.
 
     Raises:
-        ValueError: It masks tokens or has its own positions, which packing would replace.
+        ValueError: The example has masked tokens or ``position_ids``, which packing would replace.
     """
     if "position_ids" in example:
         raise ValueError("packing=True sets position_ids: remove this column from the data")
@@ -92,14 +94,14 @@ def packable_size(example: Mapping[str, Any]) -> int:
 
 
 def needs_one_row(model: Any) -> bool:
-    """Say whether the model's attention separates examples only in a batch of one row."""
+    """Return whether the model's attention separates examples only in a batch of one row."""
     return any("flash" in name for name in compat.attention_of(model))
 
 
 def check_packing(name: str, model: Any, collator: Collator) -> None:
-    """Check that packed examples give the hidden states that they give alone.
+    """Check that ``model`` computes the same hidden states for packed and for single examples.
 
-    The model reads two packed rows of a few tokens.
+    The model runs on two packed rows of a few tokens. Errors call it ``name``.
 
     Raises:
         ValueError: The model does not take positions, or the examples affect each other.
@@ -117,7 +119,7 @@ def check_packing(name: str, model: Any, collator: Collator) -> None:
 
         alone = torch.cat([final({"input_ids": x[None]})[0] for x in ids])
         states, own = final(batch).flatten(0, 1), batch["position_ids"].flatten()
-        # Padding is at position 0, and position 1 does not follow.
+        # Leave padding out. It is at position 0, and position 1 does not follow it.
         kept = (own > 0) | (own.roll(-1) == 1)
         return ((states[kept] - alone).norm(dim=-1) / alone.norm(dim=-1)).max().item()
 

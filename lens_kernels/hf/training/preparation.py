@@ -1,4 +1,4 @@
-"""The datasets of a trainer: tokenised, checked, numbered for the teacher cache, and packed."""
+"""Prepare a trainer's datasets: tokenise, check, number (for the teacher cache) and pack them."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Preparation:
-    """The steps from a user's dataset to examples that the collator takes.
+    """Converts a user's dataset to examples that the collator takes.
 
-    Raw records are encoded by ``encoder``. With ``number``, examples get an ``example_id``. A
-    custom collator gets the user's examples unchanged.
+    ``encoder`` tokenises raw records. If ``number`` is True, examples get an ``example_id``. If the
+    user passed a collator, it gets the examples unchanged.
     """
 
     limits: Limits
@@ -38,7 +38,7 @@ class Preparation:
     progress: bool
 
     def examples(self, name: str, dataset: Any) -> Any:
-        """Return the examples of a dataset.
+        """Return the examples of ``dataset``. Errors call it ``name``.
 
         Raises:
             ValueError: Records are invalid, all are too long, or ``check_data`` fails.
@@ -65,7 +65,7 @@ class Preparation:
         return indexed and len(dataset) > 0 and is_raw(dataset[0])
 
     def new_encoder(self, name: str) -> Encoder:
-        """Return an encoder whose counts are 0, or raise if there is no tokenizer."""
+        """Return a copy of the encoder with counts of 0, or raise if there is no tokenizer."""
         if self.encoder is None:
             raise ValueError(
                 f"{name} holds records that are not tokenised: pass the tokenizer as"
@@ -75,10 +75,10 @@ class Preparation:
 
 
 class Stream(IterableDataset[Any]):
-    """Examples that are read, encoded and checked one after the other.
+    """A dataset that reads, encodes and checks one example after the other, during training.
 
-    With ``repeat`` the stream starts again at its end, so that a resumed run skips what it has read
-    in all epochs. ``max_length`` packs the examples.
+    With ``repeat``, the stream starts again at its end. A resumed run then skips the examples that
+    it has read in earlier epochs too. If ``max_length`` is set, the examples are packed.
     """
 
     def __init__(self, name: str, dataset: Any, how: Preparation, repeat: bool) -> None:
@@ -93,7 +93,7 @@ class Stream(IterableDataset[Any]):
         return packed_rows(sized, self.max_length)
 
     def summary(self) -> str:
-        """Return the number of rows that were read, and of those that are too long."""
+        """Return a text with the numbers of rows that were read, dropped and cut so far."""
         return "no row was encoded" if self.encoder is None else self.encoder.summary()
 
     def _examples(self) -> Iterator[Any]:
@@ -115,7 +115,7 @@ class Stream(IterableDataset[Any]):
                 )
 
     def _example(self, number: int, record: Any) -> Any:
-        """Return a checked example, or None if it is dropped."""
+        """Encode and check a record. Return its example, or None if it is dropped."""
         ours = isinstance(self.how.collator, Collator)
         where = f"example {number} of {self.name}"
         row = example = record
@@ -132,16 +132,16 @@ class Stream(IterableDataset[Any]):
 
 
 class Rows(IterableDataset[Row]):
-    """The rows of files, read while training, in an order that is shuffled within a buffer.
+    """Yields the rows of files during training, shuffled within a buffer of ``buffer`` rows.
 
-    Each row that is read takes the place of a random row of the buffer, which is yielded.
+    When the buffer is full, each new row is added to it, and a random row of it is yielded.
     """
 
     def __init__(self, source: str | Path, buffer: int, seed: int) -> None:
         self.source, self.buffer, self.seed, self.epoch = source, buffer, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the order of the next iteration."""
+        """Set the epoch, which determines the order of the next iteration."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[Row]:
@@ -159,7 +159,7 @@ class Rows(IterableDataset[Row]):
 def prepare(
     trainer: dict[str, Any], models: Mapping[str, Any], args: LensDistillConfig
 ) -> dict[str, Any]:
-    """Replace the datasets in a trainer's arguments, and return them before packing.
+    """Prepare the datasets in a trainer's arguments. Return them as they were before packing.
 
     Raises:
         ValueError: An option does not suit the data, or ``Preparation.examples`` or
@@ -197,9 +197,10 @@ def prepare(
 
 
 def _let_each_process_read(args: LensDistillConfig) -> None:
-    """Let each process take its batches from its own stream.
+    """Let each process read batches itself, unless the user has chosen otherwise.
 
-    Otherwise rank 0 would concatenate the batches of all processes, which differ in length.
+    By default, rank 0 would concatenate the batches for all processes. This fails, because their
+    rows differ in length.
     """
     config: Any = args.accelerator_config
     if config.dispatch_batches is None:
@@ -207,7 +208,7 @@ def _let_each_process_read(args: LensDistillConfig) -> None:
 
 
 def packed(dataset: Any, max_length: int) -> Any:
-    """Return a dataset of lists of examples that fit in a row of ``max_length`` tokens."""
+    """Return a dataset of lists of examples. Each list has at most ``max_length`` tokens."""
     if isinstance(dataset, Stream):
         dataset.max_length = max_length
         return dataset

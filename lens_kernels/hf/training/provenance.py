@@ -1,4 +1,4 @@
-"""What a student was made with: versions, the commit of the user's folder, and hashes of models."""
+"""The origin of a student: package versions, the user's git commit, and digests of models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "t
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of the installed packages it uses."""
+    """Return the versions of Python, of this package and of installed packages that it uses."""
     found = {"python": platform.python_version(), "lens_kernels": __version__}
     for package in PACKAGES:
         try:
@@ -29,7 +29,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Return the git commit of the current folder, or None if it is not in a repository.
+    """Return the git commit of the current folder, or None outside of a repository.
 
     The suffix ``-dirty`` means that tracked files have changed since the commit.
     """
@@ -44,7 +44,7 @@ def commit() -> str | None:
 def model_digest(model: str) -> str | None:
     """Return a SHA-256 of a folder's config and weights, or the commit of a model on the Hub.
 
-    Return None for a model on the Hub that is not yet in the cache.
+    Return None for a model on the Hub that has not been downloaded yet.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -53,6 +53,6 @@ def model_digest(model: str) -> str | None:
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
     try:
         config = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:  # loading explains why this is no model
+    except HFValidationError:  # the error of loading explains more
         return None
     return f"commit {Path(config).parent.name}" if isinstance(config, str) else None

@@ -1,6 +1,6 @@
-"""What the folder of a run records: its options, hashes of data and models, and last metrics.
+"""The record of a run in its folder: options, digests of data and models, and last metrics.
 
-A command that is run again resumes its run only if it trains in the same way.
+If the same command is run again, it resumes the run only if the record matches.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from lens_kernels.option_files import MADE_WITH
 # run is complete.
 RECORD, METRICS = "run.yaml", "metrics.json"
 
-# Options that change no weight. Names that begin with an entry match, so that options of later
-# versions of transformers match too. Any other option counts as a change.
+# Options that do not change the trained weights, so a run can resume with other values. An entry
+# also matches longer names that begin with it, such as options of later transformers versions.
 UNTRAINED = (
     "output_dir",
     "allow_download",
@@ -31,22 +31,23 @@ UNTRAINED = (
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_timeout"),
     *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache_steps"),
 )
-# These options matter only with load_best_model_at_end, because they decide which weights it loads.
+# Options of evaluating and saving. They change the final weights only with load_best_model_at_end,
+# because they decide which checkpoint is the best.
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
-# A complete run is continued if one of these options is raised.
+# A complete run is continued if the user increases one of these options.
 LENGTHS = ("max_steps", "num_train_epochs")
-# Schedules of the learning rate that do not depend on the number of steps.
+# Learning-rate schedules that do not depend on a run's number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
 def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Compare the options of a command with those that its run was started with.
+    """Compare a command's options ``now`` with the options that the run was started with.
 
-    Different paths to the same place are equal. Contents are compared by ``check_digests``. Options
-    that change no weight are not compared.
+    Different paths to the same file or folder are equal, and options that do not change weights are
+    not compared. ``check_digests`` compares the contents of files.
 
     Returns:
-        How the run is continued beyond its former end, or "" if it is not.
+        A message if a longer run was requested, which continues the recorded run; otherwise "".
 
     Raises:
         ValueError: The run was started with other options, or its record cannot be read.
@@ -102,7 +103,7 @@ def check_digests(
 
 
 def metrics_of(output: Path) -> dict[str, float] | None:
-    """Return the metrics of a complete run, or None. They are computed again if damaged."""
+    """Return the metrics of a complete run, or None if their file is missing or damaged."""
     try:
         metrics = json.loads(read_text(output / METRICS))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -113,7 +114,7 @@ def metrics_of(output: Path) -> dict[str, float] | None:
 def write_start(
     output: Path, options: Mapping[str, Any], digests: Mapping[str, str | None]
 ) -> None:
-    """Write the record that later commands are compared with."""
+    """Write the run's options, versions and digests, to compare later commands with them."""
     output.mkdir(parents=True, exist_ok=True)
     made: dict[str, Any] = {"versions": provenance.versions(), "commit": provenance.commit()}
     parts = (dict(options), {MADE_WITH: {**made, "hashes": dict(digests)}})
@@ -126,7 +127,7 @@ def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
 
 
 def _has_trained(output: Path) -> bool:
-    """Return whether a run left a checkpoint, weights or metrics. Other runs start anew."""
+    """Return whether the folder has a checkpoint, weights or metrics, so that options matter."""
     names = ("checkpoint-*", "*.safetensors", METRICS)
     return any(file for name in names for file in output.glob(name))
 
@@ -154,7 +155,8 @@ def _place(path: str | None) -> str | None:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-# Contents of data are compared by ``check_digests``; a cache is checked when it is opened.
+# Two values of such an option count as equal if its function gives equal results. Only the presence
+# of data is compared here: ``check_digests`` compares contents, and opening a cache checks it.
 MEANINGS: dict[str, Callable[[Any], Any]] = {
     "student": _place,
     "teacher": _place,

@@ -10,8 +10,8 @@ from typing import Any
 from lens_kernels import pictures
 
 PAIR = re.compile(r"lens_\d+")
-WIDE = 5  # the smallest ratio of values for which an axis is logarithmic
-FEW = 20  # the largest number of points that get markers
+WIDE = 5  # an axis is logarithmic if its values span more than this ratio
+FEW = 20  # lines with at most this many points get markers
 HELD: Any = {"marker": "D", **pictures.HOLLOW}
 BEFORE, AFTER = pictures.LIGHT_GREY, pictures.BLUE
 
@@ -49,10 +49,10 @@ def depth_figure(
 
 @pictures.styled
 def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergence: str) -> None:
-    """Draw the loss, its terms and the lens pairs during training and evaluation.
+    """Draw the loss, its terms and the lens pairs against the step, in training and evaluation.
 
-    Terms that were not logged are left out. Without lens pairs there is one panel. Without any loss
-    there is no picture.
+    Terms that were not logged are left out. Lens pairs have their own panel. If no loss was logged,
+    no picture is written.
     """
     if not any("loss" in entry for entry in history):
         return
@@ -92,7 +92,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
 def _line(
     axes: Any, history: Sequence[Mapping[str, Any]], key: str, having: str, **style: Any
 ) -> None:
-    """Draw an entry of the logs. Few points get markers, because a line of one point is empty."""
+    """Draw an entry of the logs. Short lines get markers, because one point alone has no line."""
     points = [(x["step"], x[key]) for x in history if key in x and having in x]
     if points:
         if len(points) <= FEW and "marker" not in style:
@@ -101,8 +101,8 @@ def _line(
 
 
 def _log_scale(axes: Any) -> None:
-    # All losses are 0 if the student equals its teacher. A logarithmic axis needs positive values,
-    # and has too few ticks for values that are nearly equal.
+    # A logarithmic axis needs positive values, but all losses are 0 if the student equals its
+    # teacher. It would also have too few ticks for values that are nearly equal.
     if axes.dataLim.ymax > WIDE * axes.dataLim.minposy:
         pictures.log_axis(axes)
 

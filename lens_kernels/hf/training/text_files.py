@@ -1,4 +1,4 @@
-"""Files that are never left half written, and errors that name them."""
+"""Write text files without leaving partial files, and read them with errors that name the file."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8 in one step: a reader sees the old file or the whole new one."""
+    """Write a file in UTF-8. Readers see the old content or the new content, never a part."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

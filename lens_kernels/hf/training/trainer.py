@@ -61,13 +61,12 @@ _log = logging.getLogger(__name__)
 class LensDistillTrainer(compat.TrainerHooks, Trainer):
     """Trains the student ``model`` to agree with ``teacher`` in its output and through its lenses.
 
-    Both are models, or folders for ``load_model``. From a folder the student is loaded in float32,
-    the teacher in its saved dtype. Datasets hold ``input_ids`` and ``labels``, which are -100 for
-    tokens that are not trained on. Or they hold records of ``read_rows``, which are tokenised by
-    ``processing_class`` and the options of ``args``. An ``IterableDataset`` is read during
-    training, and at its end again from its start. With ``packing``, rows hold several examples. The
-    logs contain the terms of the objective in nats per token over all processes (see ``Outcome``),
-    and ``tokens_per_second``. With ``teacher_cache``, the teacher runs once over each dataset,
+    Both are models, or folders of models: a student is then loaded in float32, and a teacher in its
+    saved dtype. Datasets hold ``input_ids`` and ``labels``, which are -100 for tokens that are not
+    trained on. They may instead hold records of ``read_rows``, which ``processing_class`` then
+    tokenises. An ``IterableDataset`` is read during training, and starts again at its end. The logs
+    have the terms of the objective in nats per token over all processes (see ``Outcome``), and
+    ``tokens_per_second``. With ``teacher_cache``, the teacher runs only once over each dataset,
     before training.
 
     Raises:
@@ -98,22 +97,21 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             check_teacher(model, teacher, args)
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None:
-            # Without a tokenizer the padding id is 0. Any id works, because padding is masked.
+            # Without a tokenizer, the padding id is 0. Any id works, because padding is masked.
             pad = 0 if tokenizer is None else padding_id(tokenizer)
             models = [x for x in (model, teacher) if x is not None]
             one_row = args.packing and any(map(needs_one_row, models))
             trainer["data_collator"] = Collator(pad, one_row=one_row)
         examples = prepare(trainer, {"student": model, "teacher": teacher}, args)
         super().__init__(model=model, args=args, **trainer)
-        # With this attribute the Trainer passes num_items_in_batch, the number of tokens of all
-        # accumulated batches.
-        # It is unknown before the answers of these batches are sampled.
+        # If True, the Trainer passes num_items_in_batch, the number of labels in all accumulated
+        # batches. On-policy answers are sampled later, so their number of labels is not known.
         self.model_accepts_loss_kwargs = not args.on_policy
         if args.on_policy and self.is_fsdp_enabled:
             raise RuntimeError(
                 "on_policy needs the whole student to sample answers: leave FSDP out"
             )
-        # The number of processes whose tokens num_items_in_batch counts.
+        # The number of processes whose labels num_items_in_batch counts.
         self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
         self._meter, self._eval_meter = Meter(), Meter()
         self._speed = Speed()
@@ -123,7 +121,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._saved_bases: set[Path] = set()
         self._optimizer_given = (trainer.get("optimizers") or (None,))[0] is not None
         shorten(self)
-        # The facts of the model card. The command adds its data and its command line.
+        # Facts for the model card. The command ``train`` adds its data and its command line.
         named = {"student": model, "teacher": teacher}
         self.facts: dict[str, Any] = {
             name: getattr(x.config, "name_or_path", "")
@@ -138,7 +136,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             # Under FSDP, accelerate does not move the teacher to the device.
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
-            # This comes after super(), which sets the seed, because the MSE matrices are random.
+            # The MSE matrices are random, so create them after super() has set the seed.
             self.lens_objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
@@ -151,13 +149,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Train as the Trainer does, and start new means for the logs.
+        """Train as the Trainer does, with checks of the checkpoint and of the trained weights.
 
         ``resume_from_checkpoint`` is the folder of a checkpoint, or True for the last whole one in
         ``output_dir``.
 
         Raises:
-            ValueError: The checkpoint lacks a file or one cannot be read, or there is none.
+            ValueError: There is no checkpoint, one of its files is missing or cannot be read, no
+                label was trained on, or trained weights are not finite.
         """
         checkpoint = self._checked(resume_from_checkpoint)
         self._meter = Meter()
@@ -177,7 +176,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return result
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
-        """Return a checkpoint whose files are all there."""
+        """Return the folder of the checkpoint to resume from, after checking its files."""
         projections = self.lens_objective is not None and self.args.mse_coeff > 0
         if not checkpoint:
             return None
@@ -211,14 +210,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """Return the batches of a step, and the number of their tokens with a label."""
-        # The Trainer looks for the end of training only after a step. Without this check, a run
-        # that resumes after its last step, within an epoch, would take one more step.
+        """Return the batches of a step, and the number of labels in them."""
+        # The Trainer checks only after a step whether training ends. A run that resumes after its
+        # last step, within an epoch, would take one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        # Rows that repeat would be trained on twice, and tokens counted twice. The first token is
-        # never predicted, but some versions of transformers count it.
+        # Accelerate repeats rows to fill batches. They must not be trained on or counted twice. The
+        # first label of a row is not predicted, but some versions of transformers count it.
         batches = (without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
@@ -229,12 +228,12 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the objective, divided by the tokens of the global batch if they are given."""
+        """Return the objective, divided by ``num_items_in_batch`` or by the batch's labels."""
         if self.lens_objective is None:
             return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
             if self.args.on_policy and model.training and random.random() < self.args.on_policy:
-                pad = getattr(self.data_collator, "pad_token_id", 0)  # masked, so any id works
+                pad = getattr(self.data_collator, "pad_token_id", 0)  # padding is masked
                 inputs = answered(self.model, inputs, pad, self.args.max_length)
             outcome = self.lens_objective(
                 inputs,
@@ -245,26 +244,26 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._record(model, inputs, outcome)
         loss = outcome.loss
         if num_items_in_batch is not None:
-            loss = loss * self._sharing  # gradients are averaged over processes
+            loss = loss * self._sharing  # because gradients are averaged over processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Add to ``logs`` the mean terms of the objective since the last log, and the speed."""
+        """Log ``logs``, the objective's mean terms since the last training log, and the speed."""
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
             loss = means.pop("loss", 0.0)
-            # In float16, the scaler skips steps that overflow.
+            # With fp16, overflows are normal: the gradient scaler skips these steps.
             if not math.isfinite(loss) and self.accelerator.mixed_precision != "fp16":
                 raise ValueError(
                     f"the loss is {loss} at step {self.state.global_step}, so training cannot"
                     " continue: lower learning_rate, or check the weights of model and teacher"
                 )
-            # The entry "loss" remains the Trainer's, which is a mean over steps.
+            # The entry "loss" is not replaced. The Trainer computes it as a mean over steps.
             logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Report the loss and its terms as means over tokens."""
+        """Evaluate as the Trainer does, and add the mean loss terms over tokens to the metrics."""
         self._eval_meter = Meter()
         with self._speed.paused():
             output = super().evaluation_loop(*args, **kwargs)
@@ -276,18 +275,18 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
     ) -> Any:
-        """Evaluate a batch without the repeated rows that fill it to full size."""
+        """Evaluate a batch without its repeated rows, which accelerate adds to fill batches."""
         self._loss_only = prediction_loss_only
         inputs = self._without_repeats(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the objective on ``eval_dataset``, by default the trainer's."""
+        """Evaluate the objective on ``eval_dataset``, or by default on the trainer's own."""
         self._check_cached(eval_dataset is None or eval_dataset is self.eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the data loader for ``predict``."""
+        """Return the data loader for ``predict``. Raise if a cache lacks these examples."""
         self._check_cached(test_dataset is self.eval_dataset)
         return super().get_test_dataloader(test_dataset)
 
@@ -300,11 +299,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
     def _without_repeats(self, inputs: dict[str, Any], training: bool = False) -> dict[str, Any]:
         # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
-        # of rows that are not repeats in the last batches of all processes, in rank order.
+        # of rows in the last batches of all processes, in rank order, that are not repeats.
         check_batch(inputs)
         state, remainder = self.accelerator.gradient_state, 0
         if state.end_of_dataloader:
-            # In a resumed epoch, accelerate does not know the number of rows.
+            # In a resumed epoch, accelerate does not know the number of rows. Compute it here.
             own = rows_of_last_step(self.train_dataset, self.args) if training else None
             remainder = state.remainder if own is None else own
         if remainder <= 0:
@@ -324,16 +323,16 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             loss = outcome.loss if items is None else outcome.loss * self._sharing
             return (loss, {"loss": loss}) if return_outputs else loss
         if items is not None:
-            items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0 without tokens
-        # The inputs are copied, because label smoothing removes the labels from them.
+            items = torch.as_tensor(items).clamp(min=1)  # If 0, the loss would be 0 / 0.
+        # Copy the inputs, because label smoothing removes the labels from them.
         given: dict[str, Any] = dict(inputs)
         if self.args.packing:
-            given["use_cache"] = False  # with a cache, models do not separate packed examples
+            given["use_cache"] = False  # with a cache, models would mix packed examples
         result: Any = super().compute_loss(model, given, return_outputs, items)
         loss = (result[0] if return_outputs else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
-        total = torch.where(count == 0, 0.0, total)  # some versions of transformers divide by 0
+        total = torch.where(count == 0, 0.0, total)  # transformers may have divided by 0
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 
@@ -356,17 +355,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return nullcontext() if objective is None else objective.student_with_projections()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write ``README.md`` in ``output_dir``: models, objective, data, metrics, versions.
-
-        The Trainer's arguments are ignored.
-        """
+        """Write the model card ``README.md`` in ``output_dir``. Arguments are ignored."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "README.md", str(model_card(self, self.facts)))
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the student, and the MSE matrices to a separate file."""
+        """Write the student to ``output_dir``, and the MSE matrices to a separate file there."""
         model: Any = self.model
         held = model.state_dict() if state_dict is None else state_dict
         check_weights(held, self._trained())
@@ -382,7 +378,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             matrices.save(own, folder)
 
     def _save_base(self, folder: Path, held: dict[str, Tensor]) -> None:
-        """Save an adapter's base, if no files hold it, once for a folder and its checkpoints."""
+        """Save an adapter's base model if no files hold it, only once for all checkpoints."""
         if not self._base_is_new:
             return
         output = Path(str(self.args.output_dir))
@@ -397,6 +393,6 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             config.base_model_name_or_path = str(place)
 
     def after_loading(self, checkpoint: str) -> None:
-        """Load the MSE matrices."""
+        """Load the MSE matrices of a checkpoint, after the Trainer has loaded its weights."""
         if self.lens_objective is not None and self.lens_objective.mse_coeff:
             matrices.load(self.lens_objective.projections, Path(checkpoint))

@@ -1,7 +1,8 @@
-"""Learned lenses: translators for a model's layers, trained on its own output, and their files.
+"""Train and store tuned lenses: one translator for each layer, which predicts the model's output.
 
-A file is safetensors with ``layer_<depth>.weight`` and ``layer_<depth>.bias``, where depth 1 is the
-first block's output. The folder of a published tuned lens (``params.pt``) can be read too.
+Translators are stored in a safetensors file with ``layer_<depth>.weight`` and
+``layer_<depth>.bias``, where depth 1 is the first block's output. The folder of a published tuned
+lens, with ``params.pt``, can be read too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ PUBLISHED = "params.pt"
 
 
 def save_translators(path: Path, translators: Mapping[int, LensTranslator]) -> None:
-    """Write translators by depth to a safetensors file."""
+    """Write ``translators``, whose keys are depths, to a safetensors file."""
     tensors = {
         f"layer_{depth}.{part}": getattr(x, part).detach().float().cpu().contiguous()
         for depth, x in translators.items()
@@ -43,13 +44,13 @@ def save_translators(path: Path, translators: Mapping[int, LensTranslator]) -> N
 
 
 def load_translators(path: str | Path, device: Any = "cpu") -> dict[int, LensTranslator]:
-    """Return the translators of a file of ``save_translators``, or of a published tuned lens.
+    """Read the translators, by depth, from a file of ``save_translators`` or a published lens.
 
     A published lens is a folder with ``params.pt``, whose keys are ``<depth>.weight`` and
-    ``<depth>.bias``. Depth 0 is that of the embeddings. Only tensors are read from it.
+    ``<depth>.bias``. Depth 0 is the output of the embeddings. Pickled code is never run.
 
     Raises:
-        ValueError: The file is neither, or lacks a tensor.
+        ValueError: The file has neither format, or lacks the weight or the bias of a translator.
     """
     path = Path(path)
     if path.is_dir():
@@ -85,9 +86,9 @@ def train_translators(
 ) -> tuple[dict[int, LensTranslator], dict[int, tuple[float, float]]]:
     """Train a translator for each layer, so that its lens predicts the model's own output.
 
-    The loss is the mean forward KL of the model's output from each lens, over all counted tokens.
-    The model is frozen. Returns the translators, and the divergence of each layer before and after,
-    over all batches.
+    The loss is the forward KL of the model's output from each lens, as a mean over the tokens that
+    predict a label. The model is frozen. Return the translators by depth, and each layer's mean
+    divergence over all batches before and after training.
     """
     model.requires_grad_(False).eval()
     head = lens_head_from(model)
@@ -144,23 +145,23 @@ def tune_lens(
     allow_download: bool = False,
     say: Callable[[str], None],
 ) -> None:
-    """Train a learned lens for layers of a model, on its own output, and save it.
+    """Train a tuned lens: translators with which a model's layers predict its own output.
 
     Args:
         model: Folder or Hub name of the model.
         data: Data to train on, as for lens-kernels train.
         output: Safetensors file for the translators.
-        layers: Layers to train translators for; 1 is the first block's output. By default all but
-            the last.
+        layers: Layers to train translators for; 1 is the first block's output. By default all
+            layers but the last.
         steps: Number of optimiser steps.
         learning_rate: Learning rate of Adam.
         batch_size: Examples in a step.
-        prompt_style: As for lens-kernels train.
-        max_length: As for lens-kernels train.
-        max_prompt_length: As for lens-kernels train.
+        prompt_style: Format of prompts, as for lens-kernels train.
+        max_length: Maximum tokens per example, as for lens-kernels train.
+        max_prompt_length: Maximum tokens per prompt, as for lens-kernels train.
         dtype: Dtype of the model's weights.
         allow_download: Allow downloads from the Hugging Face Hub.
-        say: Called with the progress.
+        say: Called with each line of progress.
 
     Raises:
         ValueError: A layer does not exist, or an option or the data are invalid.

@@ -1,8 +1,8 @@
-"""Whole heads where FSDP or DeepSpeed ZeRO-3 shards the parameters of a model.
+"""Give the loss whole output heads where FSDP or DeepSpeed ZeRO-3 shards a model's parameters.
 
-Both gather a module's parameters while the module is called, and again in its backward pass. So
-the loss runs inside the forward call of the student's head. The teacher's head has no backward
-pass, and is gathered around the loss.
+FSDP and DeepSpeed gather a module's parameters while the module is called, and again in its
+backward pass. So the loss runs inside the forward call of the student's head. The teacher's head
+has no backward pass. It is gathered before the loss and released afterwards.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from lens_kernels.hf.model.state import replaced_forward
 
 
 def is_partitioned(module: nn.Module) -> bool:
-    """Say whether DeepSpeed ZeRO-3 partitions the parameters of a module."""
+    """Return whether DeepSpeed ZeRO-3 partitions the parameters of a module."""
     return any(hasattr(x, "ds_id") for x in module.parameters())
 
 
 def where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Run ``compare`` inside the head's forward call if its parameters are sharded separately."""
+    """Return ``compare``, made to run inside the call of the student's head if that is sharded."""
     head: Any = causal_lm_of(student).get_output_embeddings()
     if is_partitioned(head):
         norm = final_norm_of(student)
         for x in [] if norm is None else norm.parameters():
-            # DeepSpeed then gathers the norm too, whenever it gathers the head.
+            # This makes DeepSpeed gather the norm whenever it gathers the head.
             importlib.import_module("deepspeed").zero.register_external_parameter(head, x)
     elif not isinstance(head, FSDPModule):
         return compare
@@ -48,9 +48,10 @@ def where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callabl
 def inside_call(
     model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
 ) -> tuple[list[Tensor], Tensor]:
-    """Return ``hidden_states`` of a model. A sharded model is called as a whole, without its head.
+    """Return the result of ``hidden_states``, computed inside a call of the model if it is sharded.
 
-    The call prepares FSDP and DeepSpeed, which a call of the decoder alone would not do.
+    FSDP and DeepSpeed need a call of the whole model, not only of its decoder. The head does not
+    run.
     """
     inner = causal_lm_of(model)
     if not (isinstance(inner, FSDPModule) or is_partitioned(inner)):
@@ -68,10 +69,10 @@ def inside_call(
 
 
 def partition(teacher: Any) -> Any:
-    """Partition the parameters of a teacher by DeepSpeed ZeRO-3, and return the engine."""
+    """Partition a teacher's parameters with DeepSpeed ZeRO-3, and return DeepSpeed's engine."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(teacher.dtype)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # required, and not used
+        "train_micro_batch_size_per_gpu": 1,  # required, but has no effect here
         "zero_optimization": {"stage": 3},
     }
     if precision is not None:
@@ -83,9 +84,9 @@ def partition(teacher: Any) -> Any:
 
 @contextmanager
 def whole_head(model: Any) -> Iterator[bool]:
-    """Gather head and final norm of a model that needs no gradient, if they are sharded.
+    """Gather a frozen model's head and final norm inside the context, if they are sharded.
 
-    The context's value says whether they are.
+    The context yields True if they are sharded.
     """
     inner = causal_lm_of(model)
     norm = final_norm_of(model)
@@ -104,7 +105,7 @@ def whole_head(model: Any) -> Iterator[bool]:
 
 @contextmanager
 def whole_model(model: Any) -> Iterator[None]:
-    """Gather all parameters of a model that DeepSpeed ZeRO-3 partitions."""
+    """Gather all parameters inside the context if DeepSpeed ZeRO-3 partitions the model."""
     if model is None or not is_partitioned(model):
         yield
         return

@@ -1,4 +1,4 @@
-"""The key of a teacher cache depends only on the inputs of its states. Caches are built once."""
+"""Keys of teacher caches change with everything that affects the states. Caches are built once."""
 
 import copy
 import threading
@@ -69,7 +69,7 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
 def test_boundaries_between_examples_change_the_key(model):
     both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
     moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
-    # Both hold the same sequence of numbers, but divide it into examples differently.
+    # ``one`` and ``two`` have the same numbers in the same order, but one and two examples.
     one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
     cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
     assert len({key_of(model, examples).data for examples in cuts}) == 6
@@ -211,7 +211,7 @@ def test_build_disables_gradients_and_reports_size_and_summary(tmp_path, model):
 def test_second_builder_of_a_cache_waits_for_the_first(tmp_path, model, monkeypatch):
     """A second process that opens a cache waits until the first has built it.
 
-    Here both are threads. The first continues only after the second has logged that it waits.
+    Threads play the two processes. The first continues only after the second logs that it waits.
     """
     folder, key, makers, said, found = tmp_path / "cache", key_of(model), [], [], []
     begun, waits = threading.Event(), threading.Event()

@@ -16,7 +16,7 @@ from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_position
 from tests.support import tiny
 
 LAYERS = (1, 3)
-# Nine examples, with 4 in each shard, make three shards.
+# The tests have nine examples. With at most 4 in each shard, they make three shards.
 BATCH, SHARD = 2, 4
 
 

@@ -198,7 +198,7 @@ def test_pictures_without_values_are_left_out(inspected):
     untrained = replace(passage, comparisons={"student": relative})
     axes = figures.divergence_figure(replace(inspected, passages=[untrained])).axes[0]
     assert len(axes.lines) == 1 and axes.lines[0].get_label().startswith("student (")
-    # After the only token of a text, no token is right.
+    # A text of one token has no next token, so the figures do not show what is right.
     model = tiny.model(layers=2)
     drawn = inspect_lens(model, OddTokenizer(), "3").figures()
     assert list(drawn) == ["lens_by_depth", "lens_model"]
@@ -216,7 +216,7 @@ def test_lens_picture_shows_the_most_probable_token_in_each_cell(drawn, inspecte
             right = [token] == TEXT[x + 1 : x + 2]
             shown = figures.fit(token_text(OddTokenizer(), token))
             assert cell == (shown, "bold" if right else "normal")
-        # The y axis points up, so the last block is at the top.
+        # The y axis must point up, so that the last block is at the top.
         assert axes.get_ylim()[0] < axes.get_ylim()[1]
         (image,) = axes.images
         assert image.get_clim() == inspected.scale

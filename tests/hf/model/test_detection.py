@@ -1,6 +1,6 @@
 """The lens is detected from a model's outputs, and a wrong lens is refused.
 
-Neither changes the model.
+Neither detecting nor checking a lens changes the model.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def with_map(lens, **changes):
     ],
 )
 def test_planted_mistakes_are_refused(kind, change, dtype):
-    # With an eps of usual size, large hidden states would hide a wrong eps.
+    # This eps is usual. The check must find a wrong eps although hidden states are far larger.
     eps = {"gpt2": "layer_norm_epsilon", "cohere": "layer_norm_eps"}.get(kind, "rms_norm_eps")
     model = tiny.model(kind, **{eps: 1e-5}).to(dtype)
     lens = detect_lens(model)
@@ -254,7 +254,7 @@ def test_a_lens_is_found_once_until_a_part_or_the_config_changes(monkeypatch):
     del model.model.layers[3]
     model.config.num_hidden_layers = 3
     assert len(anatomy.blocks_of(model)) == 3 and len(found) == 4
-    model.config.pad_token_id = 7  # the lens does not depend on the padding token
+    model.config.pad_token_id = 7  # must not cause a new detection
     lens_head_from(model)
     assert len(found) == 4
 
@@ -263,7 +263,7 @@ def test_the_blocks_run_twice_in_a_detection_and_once_in_a_check():
     model, calls = tiny.model("gemma2"), []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     detect_lens(model)
-    assert len(calls) == 2  # in the model, and in the decoder alone
+    assert len(calls) == 2  # once in the model, once in the decoder alone
     verify_lens(model)
     assert len(calls) == 3
 

@@ -1,4 +1,4 @@
-"""Teachers that do not fit: quantised, on other devices, or offloaded."""
+"""Large teachers: quantised, on other devices than the student, or offloaded to disk."""
 
 import importlib.util
 import json
@@ -24,7 +24,7 @@ quantiser = pytest.mark.skipif(
 
 @pytest.fixture
 def _bitsandbytes(monkeypatch):
-    """Let the check of the options find bitsandbytes."""
+    """Make ``check_placement`` believe that bitsandbytes is installed."""
     monkeypatch.setattr(placement, "find_spec", lambda name: types.SimpleNamespace())
 
 
@@ -89,7 +89,7 @@ def test_a_teacher_with_a_device_map_is_not_moved(files, tmp_path, monkeypatch):
 
     def load(*args):
         model = loading.load_model(*args)
-        if len(loaded) == 1:  # the student is loaded first
+        if len(loaded) == 1:  # the second model is the teacher
             monkeypatch.setattr(model, "to", None)
         loaded.append((args, model))
         return model
@@ -103,7 +103,7 @@ def test_a_teacher_with_a_device_map_is_not_moved(files, tmp_path, monkeypatch):
 
 
 def spread(files, folder, *disk):
-    """Return a model whose parts ``disk`` accelerate reads from disk when they are called."""
+    """Return a teacher. accelerate reads its parts named in ``disk`` from disk at each call."""
     whole = {f"model.layers.{i}": "cpu" for i in range(4)}
     whole |= dict.fromkeys(
         ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
@@ -130,7 +130,7 @@ def test_the_head_of_a_teacher_elsewhere_is_copied_once(monkeypatch, files):
     student, teacher = [load_model(str(files / x), "auto", False, None, "cpu") for x in PAIR]
     objective = LensObjective(student, teacher, [1], [2])
 
-    def elsewhere(model):  # as if the student were on another device
+    def elsewhere(model):  # put only the student on another device
         head = lens_head_from(model)
         return head.map(lambda x: x.to("meta")) if model is student else head
 

@@ -159,7 +159,7 @@ def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     weight.data = weight.data.to(torch.int8)
     with pytest.raises(TypeError, match=r"'model.layers.1.mlp.up_proj.weight' is not one: merge"):
         shallow_copy(teacher, [1, 2])
-    weight.data = torch.zeros(3)  # some quantization libraries pack weights into such shapes
+    weight.data = torch.zeros(3)  # a packed weight, as some quantization libraries make
     with pytest.raises(TypeError, match="plain floating-point weights.*dequantise"):
         shallow_copy(teacher, [1, 2])
 

@@ -1,4 +1,4 @@
-"""``lens-kernels student`` writes a model of some blocks, and refuses models that it cannot cut."""
+"""``lens-kernels student`` writes a model with some of a teacher's blocks, or explains errors."""
 
 import re
 

@@ -107,7 +107,7 @@ def test_the_trainer_saves_a_base_that_no_files_hold(tmp_path, kind, tied, dtype
     student = adapted(base, target_modules=modules)
     trainer = make_trainer(tmp_path / "out", student=student)
     trainer.save_model(str(tmp_path / "elsewhere"))
-    assert not (tmp_path / "out" / "base_model").exists()  # the base was saved in "elsewhere"
+    assert not (tmp_path / "out" / "base_model").exists()  # it is in "elsewhere"
     assert torch.equal(auto(tmp_path / "elsewhere"), logits(student))
 
 
@@ -118,6 +118,6 @@ def test_a_base_of_other_files_is_saved_and_one_on_disk_is_not(files, tmp_path):
     assert torch.equal(auto(tmp_path / "whole"), logits(load_model(str(tmp_path / "whole"))))
     cut = AutoModelForCausalLM.from_pretrained(files / "student")
     cut.model.layers, cut.config.num_hidden_layers = cut.model.layers[:2], 2
-    student = adapted(cut)  # the config still names the files of all blocks
+    student = adapted(cut)  # the files with this name have all blocks
     make_trainer(tmp_path / "cut", student=student, num_lens_pairs=1).save_model()
     assert torch.equal(auto(tmp_path / "cut"), logits(student))

@@ -84,7 +84,7 @@ def test_data_without_a_label_are_refused(tmp_path, options):
         make_trainer(tmp_path, data=[nothing] * 4, **options)
     trainer = make_trainer(tmp_path, data=[nothing] * 4 + [ROW], max_steps=1, **options)
     with pytest.raises(ValueError, match="no step had a token with a label, so nothing was learnt"):
-        # The trainer has one step, which reads the first four rows. Their labels do not count.
+        # The only step of this trainer reads the first four rows, which have no label to train on.
         trainer.train()
 
 
@@ -101,7 +101,7 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     trainer = make_trainer(tmp_path, max_steps=3, **options)
-    trainer.args.learning_rate = float("inf")  # set after the config has checked its values
+    trainer.args.learning_rate = float("inf")  # the config would refuse it earlier
     with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
         trainer.train()
     quiet = make_trainer(tmp_path, max_steps=1, **options)

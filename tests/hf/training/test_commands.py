@@ -108,8 +108,8 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
     assert received(monkeypatch, target, ["eval", *as_arguments(GIVEN)], RESULT) == GIVEN | SAY
     few = {"student": "m", "data": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
-    # The command gets no switches in the first round, and every switch with its default in the
-    # second.
+    # The command line has no switches in the first round. In the second round it sets every switch
+    # to its default.
     for more in ({}, switches):
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
         assert found == defaults | few | SAY
@@ -166,7 +166,7 @@ def test_inspect_reads_several_models_and_texts_from_a_file(files, tmp_path, und
         texts = [x["text"] for x in numbers["texts"]]
         if source.suffix == ".txt":
             assert texts == ["a cat", "the dog ran"]
-        else:  # an example of training, to its end
+        else:  # the text of a training example, with its EOS
             assert texts[0].replace(" ", "") == "acatsattastaca</s>" and len(texts) == 2
         assert numbers["texts"][0]["comparisons"] == {}
 

@@ -178,7 +178,7 @@ def test_alpaca_prompt(given):
 
 def test_no_token_spans_prompt_and_response():
     tokenizer, row = bpe(), Row(1, ["cd"], prompt="ab")
-    # In a text with both, prompt and response would be a single token.
+    # The tokenizer has a single token for the whole text of prompt and response.
     assert len(tokenizer("abcd", add_special_tokens=False)["input_ids"]) == 1
     assert halves(tokenizer, encoded(row, tokenizer)) == ("abcd</s>", ["cd</s>"])
     assert prompt_of(row, tokenizer) == "ab"
@@ -231,8 +231,8 @@ def test_every_assistant_turn_is_labelled_including_its_end(style):
 def test_eos_ends_a_turn_that_the_template_leaves_open(end, closed):
     tokenizer = bpe(CHAT.replace("<|im_end|>", end))
     text, learnt = halves(tokenizer, encoded(Row(1, ["two"], messages=TALK), tokenizer))
-    # Without an end token, the space at the end of a text cannot be told from the template's own
-    # space.
+    # Without an end token, a space at the end of an answer is dropped, because the template may
+    # have written it.
     written = " one " if end else " one"
     assert learnt == [f"{written}{closed}", f"two{closed}"] and text.endswith(learnt[-1])
 
@@ -440,7 +440,7 @@ def test_template_of_smollm2_is_supported(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    # With a tokenizer from a GGUF file, some versions of transformers add BOS.
+    # Some versions of transformers add BOS if the tokenizer was read from a GGUF file.
     assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
         "Yes, it is.<|im_end|>"
     ]

@@ -67,7 +67,7 @@ def test_held_out_text_is_not_trained_on():
 def test_loss_picture_accepts_losses_of_zero(tmp_path, pictures):
     history = [{"step": i, "loss": 0.0, "kd": 0.0, "lens": 0.0} for i in (1, 2)]
     with warnings.catch_warnings():
-        # On a log scale, matplotlib would warn of zeros.
+        # matplotlib would warn if zeros were drawn on a logarithmic axis.
         warnings.simplefilter("error")
         report.loss_figure(tmp_path / "zero.png", history, "reverse_kl")
         history.append({"step": 3, "loss": 1.0, "kd": 0.0, "lens": 1.0})

@@ -1,4 +1,4 @@
-"""Training on two ranks equals training in one process, logs are equal, and no rank hangs."""
+"""Training on two ranks gives the weights and logs of training in one process. No rank hangs."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def assert_same_logs(one, other, name, relative=1e-4):
 
 
 def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
-    """Train each case on two ranks and in one process, and check that the results are equal.
+    """Train each case on two ranks and in one process, and check that their results are equal.
 
     Return the results of the ranks.
 
@@ -82,7 +82,7 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
 EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
 # The last batch of an epoch has two of eight examples, so rank 1 has none.
 UNEVEN = {"rows": 6}
-# Both ranks have nine labelled tokens, so the mean of their means is the mean over all tokens.
+# Each rank has nine labelled tokens, so the mean of the ranks' means is the mean over all tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
 # The optimizer is AdamW. SGD has no state, and FSDP cannot load an empty state.
 RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
@@ -106,7 +106,7 @@ def test_two_ranks_train_like_one_process(tmp_path):
         "fine_tuning_local": FINE_TUNING | LOCAL,
     }
     results = assert_ranks_equal_one_process(tmp_path, cases)
-    # Two ranks with and without accumulation, and so one process with and without it, are equal.
+    # Training with gradient accumulation gives the same step as training without it.
     plain, accumulated = results["plain"][0], results["accumulated"][0]
     assert_same_step(plain.start, plain.end, accumulated.end, 2e-5)
     checkpoint = str(tmp_path / "ranks" / "resumed" / "checkpoint-1")

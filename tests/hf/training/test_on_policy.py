@@ -1,4 +1,4 @@
-"""Training on answers that the student samples."""
+"""On-policy training, where the student samples the answers that it is trained on."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_answers_are_sampled_after_the_prompts_and_end_with_the_end_token(monkey
         assert not self.training
         seen.append(options)
         whole = generate(self, **options)
-        whole[0, 7:] = torch.tensor([1, 1])  # the end token is id 1, and padding too
+        whole[0, 7:] = torch.tensor([1, 1])  # id 1 is both the end token and the padding
         return whole
 
     monkeypatch.setattr(type(student), "generate", cut)

@@ -1,4 +1,4 @@
-"""Datasets of a trainer: raw records, truncation, and data that is read during training."""
+"""A trainer tokenises raw records, truncates them, and can read them during training."""
 
 import re
 
@@ -41,7 +41,7 @@ def prepare(models, folder, data, evaluation=None, tokenizer=TOKENIZER, **option
 
 
 class Records(IterableDataset):
-    """Records that can be read again, as a dataset that is streamed."""
+    """A streamed dataset of records, which can be read several times."""
 
     def __init__(self, records):
         self.records = records
@@ -108,7 +108,7 @@ def test_a_resumed_stream_ends_with_the_same_student(files, tmp_path, monkeypatc
     assert "resuming from" in capsys.readouterr().out
     one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(one[name], two[name]) for name in one)
-    # The stream is shuffled, with another seed than that of the data loader.
+    # The stream is shuffled: without a shuffle buffer, the student differs.
     assert cli.main(arguments(files, tmp_path / "plain", **options | {"shuffle_buffer": 0})) == 0
     other = weights(tmp_path / "plain")
     assert any(not torch.equal(one[name], other[name]) for name in one)

@@ -48,7 +48,7 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
     assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
     metrics = [json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("whole", "cut")]
-    # The mean loss is missing: transformers has only the losses since the checkpoint.
+    # A resumed run reports no mean loss: transformers has only the losses since the checkpoint.
     assert "train_loss" in metrics[0] and "train_loss" not in metrics[1]
 
 
@@ -58,7 +58,7 @@ def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, cap
     argv = arguments(files, tmp_path, max_steps=5, eval_data=files / "eval.jsonl")
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
-    # The run looks as if it was interrupted after its last checkpoint and before its end.
+    # Change the folder as if the run had been interrupted between its last checkpoint and its end.
     if not finished:
         (tmp_path / "metrics.json").write_text(metrics[:-5])
         (tmp_path / "model.safetensors").unlink()
@@ -203,7 +203,7 @@ def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, cap
     assert cli.main(argv) == 1
     message = f"{name} file {data} has changed since the run in {tmp_path / 'out'} started: restore"
     assert message in capsys.readouterr().err
-    # A record without hashes, as an edited one, is compared by its options alone.
+    # If an edited record has no hashes, only the options are compared.
     record = tmp_path / "out" / "run.yaml"
     record.write_text(record.read_text().partition("made_with:")[0])
     assert cli.main(argv) == 0

@@ -1,4 +1,4 @@
-"""A run's folder and terminal: model card, record, picture, lines and checkpoints."""
+"""A run writes a model card, a record, a picture and checkpoints, and lines to the terminal."""
 
 import hashlib
 import json
@@ -38,7 +38,7 @@ def test_the_card_describes_the_run_and_holds_no_secret(files, run):
     output, _ = run
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == "transformers" and "logit-lens" in card.data.tags
-    assert card.data.base_model is None  # a folder is no name on the Hub
+    assert card.data.base_model is None  # only names on the Hub are allowed
     metrics = json.loads((output / "metrics.json").read_text())
     for expected in (
         f"`{files / 'student'}`, distilled from `{files / 'teacher'}` with lens_kernels",
@@ -85,7 +85,7 @@ def test_the_picture_shows_every_term_every_pair_and_evaluation(run):
     assert all(len(shown[0][name].get_xdata()) == 4 for name in names)
     held = [x for x in terms.lines if x.get_marker() == "D" and len(x.get_xdata())]
     assert len(held) == 5 and all([*x.get_xdata()][:2] == [2, 4] for x in held)
-    # Short runs have markers, and whole steps on the axis.
+    # The lines of short runs have markers, and the axis has ticks only at whole steps.
     assert shown[0]["loss"].get_marker() == "o"
     assert all(float(x).is_integer() for x in terms.get_xticks())
 

@@ -1,4 +1,4 @@
-"""Sharded models give the gradients of one process, and send as much as ``plan`` counts."""
+"""Sharded models give the gradients of one process, and send as many bytes as ``plan`` says."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def sent(seen, kind):
 
 
 def planned(parameters, world, kind):
-    """Return the bytes that ``plan`` counts, by kind of collective."""
+    """Return the bytes that ``plan`` predicts for each kind of collective operation."""
     found = plan(
         34, VOCAB, *WIDTHS, pairs=3, dtype=torch.float32, device="cpu", world=world,
         student_parameters=parameters[0], teacher_parameters=parameters[1],
@@ -54,10 +54,11 @@ def test_a_sharded_step_equals_that_of_one_process(ranks, case):
 
 
 def check_collectives(result, world):
-    """Compare the collectives of a step with the plan, and the gathers of a head with one."""
+    """Check that a step's collective operations send the number of bytes that ``plan`` predicts."""
     planned_bytes = planned(result["parameters"], world, "fsdp2")
     assert sent(result["seen"], "reduce_scatter") == planned_bytes["reduce_scatter"]
-    # The embeddings are in the root, which is gathered once, but the plan gathers them twice.
+    # Embeddings and norm are in FSDP's root module. It is gathered only once in a step, but the
+    # plan counts two gathers.
     embeddings = 4 * VOCAB * WIDTHS[0]
     norm = 4 * WIDTHS[0]
     expected = planned_bytes["all_gather"] - embeddings - norm

@@ -17,7 +17,7 @@ WORKSPACE = MIB // 2
 
 @pytest.fixture(autouse=True)
 def eager(monkeypatch):
-    """Run the pointwise pass without compilation, in blocks that are small beside other tensors."""
+    """Run the pointwise pass without compilation, in blocks much smaller than other tensors."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
     monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 1 << 13)
 
@@ -42,8 +42,8 @@ def step_peak(rows):
 
 def test_more_tokens_in_a_step_add_no_logits():
     few, more = step_peak(8), step_peak(24)
-    # More tokens add hidden states, but no full logits. The bound is the size of the logits from
-    # which entropies are sampled.
+    # More tokens need memory for hidden states, but not for full logits. The bound is the size of
+    # the logits that entropies are computed from, one row in ``STRIDE``.
     assert 0 < more - few < 16 * LENGTH * VOCAB * 4 / entropy.STRIDE
 
 

@@ -1,4 +1,4 @@
-"""``lens-kernels cache`` stores a few tokens of a teacher, which then replace it in training."""
+"""``lens-kernels cache`` stores sparse targets, which replace the teacher in training."""
 
 import json
 import math
@@ -23,7 +23,7 @@ SPARSE = {"teacher": False, "num_lens_pairs": 0, "final_divergence": "forward_kl
 
 @pytest.fixture(scope="module")
 def world(files, tmp_path_factory):
-    """Return a folder for targets, the data, the tokenizer and the teacher."""
+    """Return a namespace with a folder for targets, the data, the tokenizer and the teacher."""
     tokenizer = load_tokenizer(str(files / "teacher"), False)
     lengths = {"max_length": 512, "max_prompt_length": 256}
     data = load_examples(str(files / "train.jsonl"), tokenizer, prompt_style="alpaca", **lengths)
@@ -33,7 +33,7 @@ def world(files, tmp_path_factory):
 
 
 def make(files, folder, kind, *options):
-    """Run the command, and return its exit status."""
+    """Run ``lens-kernels cache``, and return its exit status."""
     paths = ["--data", str(files / "train.jsonl"), "--output", str(folder)]
     return main(["cache", "--kind", kind, *paths, *map(str, options)])
 
@@ -67,7 +67,7 @@ def test_samples_have_the_teachers_distribution(world, sampled):
     assert targets.token_ids.shape[0] == len(p)
     torch.testing.assert_close(targets.probabilities.sum(-1), torch.ones(len(p)))
     t = torch.zeros_like(p).scatter_add(1, targets.token_ids, targets.probabilities)
-    # The mean over all positions has a deviation of sqrt(p (1 - p) / draws).
+    # The standard deviation of the mean over positions is sqrt(p (1 - p) / number of draws).
     error = (t - p).mean(0).abs()
     deviation = (p * (1 - p)).mean(0).div(50 * len(p)).sqrt()
     assert (error < 5 * deviation + 1e-6).all()
@@ -82,7 +82,7 @@ def test_importance_weights_restore_the_teachers_distribution():
     t = torch.zeros(4000, 30).index_put((rows, made["ids"].long()), p, accumulate=True)
     exact = logits.softmax(-1)[0]
     assert (t.mean(0) - exact).abs().max() < 5 * t.std(0).max() / 4000**0.5
-    assert (t.sum(-1) - 1).abs().max() > 1e-3  # only their expectation is 1
+    assert (t.sum(-1) - 1).abs().max() > 1e-3  # a position's sum is 1 only on average
 
 
 def test_the_most_probable_tokens(files, world):
@@ -108,7 +108,7 @@ def test_a_build_is_checked_and_repeatable(files, world, sampled, capsys):
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="is damaged: its checksum differs"):
         opened(world, "again")
-    # The same command makes the damaged shard again.
+    # If the same command is run again, it replaces the damaged shard.
     assert make(files, world.folder / "again", "sampled", *options) == 0
     opened(world, "again")
 
@@ -158,7 +158,7 @@ def test_options_that_need_hidden_states_are_refused(world, sampled, tmp_path):
 
 
 def records(world, number=4):
-    """Return a record for each counted position, as a server with these logits would give."""
+    """Return the log-probabilities that a server with this teacher would return, as records."""
     found, p, at = [], probabilities(world), 0
     for i in range(len(world.data)):
         for position in counted_positions(world.data[i]["labels"]).tolist():

@@ -1,4 +1,4 @@
-"""A write that is interrupted leaves the old file, and errors name the file."""
+"""An interrupted write leaves the old file unchanged. Errors name the file."""
 
 from pathlib import Path
 

@@ -92,7 +92,7 @@ def test_layers_are_given_or_spread_evenly(tmp_path):
         assert (objective.student_layers, objective.teacher_layers) == layers
     for options in ({"num_lens_pairs": 0}, {"lens_coeff": 0.0}):
         entry = trained(tmp_path, max_steps=1, **options).state.log_history[0]
-        # If lenses have weight 0, they are not computed.
+        # Lens pairs with weight 0 are not computed.
         assert "lens" not in entry and "lens_1" not in entry
         assert entry["loss"] == pytest.approx(entry["kd"], rel=1e-5)
 
@@ -284,7 +284,7 @@ def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
 
 
 def test_fine_tuning_stores_no_logits(tmp_path, monkeypatch):
-    """Training and evaluation do not run the model's head, unless the loss is its own."""
+    """Training and evaluation do not run the model's head, unless the model computes the loss."""
     trainer = make_trainer(tmp_path, teacher=False, kd_ratio=0.0)
     heads = []
     trainer.model.lm_head.register_forward_hook(lambda *args: heads.append(args))

@@ -1,4 +1,4 @@
-"""Learned lenses: a translator before the norm, trained on the model's own output."""
+"""Tuned lenses: translators before the norm, trained to predict the model's own output."""
 
 from dataclasses import replace
 
@@ -92,7 +92,7 @@ def test_the_command_trains_lenses_that_predict_better(files, tmp_path, capsys):
 def test_files_of_both_layouts(tmp_path):
     made = dict(zip((2, 5), translators(), strict=True))
     save_translators(tmp_path / "own.safetensors", made)
-    # The layout of the package tuned-lens: a state dict of the translators.
+    # The package tuned-lens saves a state dict of the translators, with these names.
     state = {f"{i}.{part}": getattr(x, part).detach() for i, x in made.items() for part in PARTS}
     torch.save(state, tmp_path / "params.pt")
     for path in (tmp_path / "own.safetensors", tmp_path):
