@@ -162,7 +162,7 @@ class LossCall:
         """Return the index of the row that holds the cross entropy of the labels."""
         return len(self.divergences)
 
-    def features(self) -> frozenset[str]:
+    def features(self) -> tuple[str, ...]:
         """Return the names of the features of this call that not every backend supports."""
         used = {
             "label_smoothing": self.label_smoothing > 0,
@@ -172,7 +172,7 @@ class LossCall:
             "standardize": any(self.standardized),
             "token_clip": self.token_clip < math.inf,
         }
-        return frozenset(name for name in used if used[name])
+        return tuple([name for name in used if used[name]])
 
     def needing_grad(self) -> dict[int | str, Tensor]:
         """Return the tensors that need a gradient.

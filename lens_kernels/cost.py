@@ -120,7 +120,7 @@ class CallShape:
     teacher_statistics: bool = False
     sharded: bool = False
     one_read: bool = False
-    features: frozenset[str] = frozenset()
+    features: tuple[str, ...] = ()
 
     @staticmethod
     def of(call: LossCall) -> CallShape:

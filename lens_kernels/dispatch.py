@@ -107,7 +107,7 @@ def automatic(
     device: torch.device,
     fp64: bool = False,
     operand: torch.dtype | None = None,
-    features: frozenset[str] = frozenset(),
+    features: tuple[str, ...] = (),
 ) -> list[Backend]:
     """Return the backends that ``"auto"`` may choose for such features on this device."""
     return [

@@ -187,7 +187,7 @@ def symmetric_lens_loss(
         teacher = model_inputs("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(
         student, teacher, mask=mask, vocab_size=vocab_size, targets=targets,
-        process_group=process_group, options=vars(options),
+        process_group=process_group, options=options,
     )  # fmt: skip
     counted = inputs.counted()
     statistics = given_statistics(teacher_statistics, inputs)
@@ -347,7 +347,7 @@ def distillation_loss(
         terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(
         student, teacher, mask=mask, labels=labels, vocab_size=vocab_size, targets=targets,
-        process_group=process_group, options=vars(options),
+        process_group=process_group, options=options,
     )  # fmt: skip
     counted, labelled = inputs.counted(), inputs.labelled()
     statistics = given_statistics(teacher_statistics, inputs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -135,7 +135,7 @@ def check_inputs(
     ignore_index: int = IGNORE_INDEX,
     targets: SparseTargets | None = None,
     process_group: Any = None,
-    options: Mapping[str, Any] | None = None,
+    options: object = None,
 ) -> Inputs:
     """Check that the tensors of a call fit together, and return them.
 
@@ -168,7 +168,7 @@ def check_inputs(
         reached = [x for _, x in student.named_hidden] + [*student.head.tensors().values()]
         implied = None if labels is None else labels != IGNORE_INDEX
         counted = implied if flat_mask is None else flat_mask
-        same = sharding.agreed(shape, counted, reached, options or {})
+        same = sharding.agreed(shape, counted, reached, vars(options))
         rows = sharding.gather(process_group, sizes, same, device)
         size = sharding.shared_vocabulary(vocab_size, {name: sum(x) for name, x in rows.items()})
         shard = sharding.shard_of(process_group, rows, size)

@@ -32,7 +32,7 @@ GRAD_LINE = 64
 
 @compat.constant_in_graphs
 def has_row_kernel(
-    device: torch.device, compute: torch.dtype, features: frozenset[str] = frozenset()
+    device: torch.device, compute: torch.dtype, features: tuple[str, ...] = ()
 ) -> bool:
     """Return whether the pass runs as a Triton kernel: on CUDA devices with Triton, in float32.
 
