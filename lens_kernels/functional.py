@@ -192,9 +192,7 @@ def symmetric_lens_loss(
     counted = inputs.counted()
     statistics = given_statistics(teacher_statistics, inputs)
     weights = pair_weights(layer_weights, student.lenses, inputs)
-    factor = temperature**2 if temperature_squared else 1.0
-    if temperature_squared:
-        weights = weights * factor
+    weights = weights * options.factor
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
     terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
@@ -202,7 +200,7 @@ def symmetric_lens_loss(
     call = dispatch.with_backend(call, options.backend)
     loss, rows, _ = operator.apply(replace(call, deferred=reduction == Reduction.NONE))
     if reduction == Reduction.NONE:
-        loss = rows.reshape(student.lenses, *inputs.leading_shape) * factor
+        loss = rows.reshape(student.lenses, *inputs.leading_shape) * options.factor
     return loss.to(inputs.result_dtype)
 
 
@@ -359,7 +357,7 @@ def distillation_loss(
         raise ValueError("akl is not available with standardize=True: use standardize='lens'")
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
     # These are weights within a term. ``row_weight`` holds the weights within the loss.
-    factor = temperature**2 if temperature_squared else 1.0
+    factor = options.factor
     lens_rows = (counted * factor).expand(pairs, -1)
     final_rows = [
         counted * ((constant + slope * share) * factor) for constant, slope in finals.values()

@@ -221,6 +221,11 @@ class LossOptions:
             if field.name in CHECKS:
                 check_option(field.name, getattr(self, field.name))
 
+    @property
+    def factor(self) -> float:
+        """The number by which divergences are multiplied: the squared temperature, or 1."""
+        return self.temperature**2 if self.temperature_squared else 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class LensOptions(LossOptions):
