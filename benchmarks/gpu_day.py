@@ -177,7 +177,7 @@ class Day:
         print(f"  {status} {note}", flush=True)
 
     def measured(self) -> bool:
-        """Return whether a step of lens_kernels was measured."""
+        """Return whether the CSV has a time of lens_kernels' ``torch`` backend."""
         rows = tables.read_csv(self.out / speed_gpu.FILE)
         return any(row["contender"] == "torch" and row["median_ms"] for row in rows)
 

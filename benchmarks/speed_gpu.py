@@ -1,13 +1,14 @@
 """Time and peak memory on a GPU at the size of one model, compared with the floor and peers.
 
     python benchmarks/speed_gpu.py llama3 --contenders torch liger
-    python benchmarks/speed_gpu.py qwen2.5 --pairs 1 5 --parts     also kernels, and GEMMs alone
+    python benchmarks/speed_gpu.py qwen2.5 --pairs 1 5 --parts     also the time of each kernel
 
 ``gpu_day.py`` runs this script for several models, each in a fresh process. A step computes loss
 and gradients. Times come from CUDA events: the median, fastest and slowest of interleaved rounds.
-The peak is the memory besides the inputs. It includes the gradients. The floor is the time of the
-four GEMMs alone, by ``torch.mm`` of plain operands. float32 GEMMs do not use TF32. ``predicted_ms``
-is what ``prediction.py`` counts for an H100.
+The peak memory includes the gradients but not the inputs. The loss needs four GEMMs: one for the
+logits of each model, and two for the gradients. The floor is the time of these four by
+``torch.mm``. GEMMs in float32 do not use TF32. The column ``predicted_ms`` holds the prediction
+for an H100 by ``prediction.py``.
 
 Rows are added to ``speed.csv`` as soon as they are known. If a contender fails, or does not fit
 into memory, its row has the reason. A backend of the library that gives a wrong result is measured

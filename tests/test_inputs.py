@@ -142,12 +142,12 @@ def test_lens_objects(make, error, words):
 
 
 def number(*values):
-    """Return a case for each value that is not a number. The key is the value's type."""
+    """Return a case for each of ``values``, by the name of its type. None of them is a number."""
     return {type(x).__name__: (x, TypeError, ["number", type(x).__name__]) for x in values}
 
 
 def outside(words, *values):
-    """Return a case for each number that is outside the allowed range."""
+    """Return a case for each of ``values``. All of them lie outside the allowed range."""
     return {str(x): (x, ValueError, [*words, str(x)]) for x in values}
 
 

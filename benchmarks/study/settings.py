@@ -16,7 +16,7 @@ UNIFORM: Pairs = ((1, 2), (2, 4))
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """The settings of a teacher: 6 blocks of width 128, trained by cross entropy."""
+    """The training of a teacher by cross entropy. Every teacher has 6 blocks of width 128."""
 
     text: str = "django"
     seed: int = 0

@@ -16,7 +16,10 @@ LANES = 4  # lanes of each program: so few that small rows take several programs
 
 @contextmanager
 def small_clusters(lanes: int = LANES) -> Iterator[None]:
-    """Use clusters of small programs on all devices. Triton's interpreter runs a cluster as one."""
+    """Allow rows in clusters on every device, with ``lanes`` entries in each program of a cluster.
+
+    Triton's interpreter runs a whole cluster as one program.
+    """
     with mock.patch.multiple(clusters, LANES=lanes, are_supported=lambda device: True):
         yield
 

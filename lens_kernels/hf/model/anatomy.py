@@ -21,16 +21,16 @@ _FOUND: WeakKeyDictionary[nn.Module, tuple[list[object], ModelLens]] = WeakKeyDi
 
 
 def detect_lens(model: Any) -> ModelLens:
-    """Return the parts of a causal language model that make up its lens, and the lens's numbers.
+    """Return the lens of a causal language model: its blocks, norm and head, scale and soft cap.
 
-    The model reads a few tokens, in evaluation mode and without gradients; it is unchanged
-    afterwards. If a ``Family`` is registered, it names the parts instead. In both cases the lens is
-    compared with the model's own logits. The result is remembered until the model's parts or its
-    config change. ``model`` may be a peft model.
+    The model reads a few tokens, in evaluation mode and without gradients. It is unchanged
+    afterwards. If a ``Family`` is registered for the model's type, the family names the blocks and
+    the norm. The lens is always compared with the model's own logits. It is remembered until the
+    model's parts or its config change. ``model`` may be a peft model.
 
     Raises:
-        ValueError: The model has no lens, and the message says why; or a registered family does not
-            reproduce its logits; or its weights are on the meta device.
+        ValueError: The model has no lens (the message says why), a registered family does not
+            reproduce its logits, or its weights are on the meta device.
         TypeError: The head or the final norm is quantised, sharded or wrapped by an adapter.
     """
     inner = causal_lm_of(model)

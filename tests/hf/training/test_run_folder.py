@@ -116,7 +116,9 @@ def test_the_trainer_writes_short_lines_and_no_dictionaries(tmp_path, capsys, pr
     trainer = trained(tmp_path, max_steps=1, disable_tqdm=not progress)
     shown = capsys.readouterr().out
     assert re.fullmatch(
-        r"step 1/1  loss \S+  ce \S+  kd \S+  lens \S+  tok/s \S+  lr \S+  grad \S+\n", shown
+        # transformers 4.56 logs the norm of the gradients only if it clips them.
+        r"step 1/1  loss \S+  ce \S+  kd \S+  lens \S+  tok/s \S+  lr \S+(  grad \S+)?\n",
+        shown,
     )
     names = [type(x).__name__ for x in trainer.callback_handler.callbacks]
     assert ("Progress" if progress else "Lines") in names and "PrinterCallback" not in names

@@ -96,7 +96,7 @@ class Labels:
     weight: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the labels as an argument of the kernel."""
+        """Return the labels, the statistics and the weights of rows, as the kernel takes them."""
         return self.labels, self.stats.arguments(), self.weight
 
 

@@ -119,7 +119,7 @@ def gradient_of(
 
 @triton.jit
 def add_to_survey(grad, survey, first, columns, vocab_size):
-    """Add ``|G|`` to the peaks of the columns. Return each lane's sums of ``|G|`` and ``G^2``."""
+    """Raise the columns' peaks to ``|G|``. Return the sums of ``|G|`` and ``G^2`` of each lane."""
     peak_ptr, _, _ = survey
     size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
     # The bits of positive numbers, read as integers, have the same order as the numbers. NaN is
