@@ -50,9 +50,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         style = {"color": ARMS[number % len(ARMS)], "lw": 1.4}
         style["linestyle"] = ("-", "--", ":")[number // len(ARMS) % 3]
         right.plot(*zip(*points, strict=True), label=arm.label, **style)
-    right.set_yscale("log")
-    for axis in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        axis("{x:g}")
+    pictures.log_axis(right)
     right.set_xlabel("steps")
     right.legend(fontsize=6.5)
     _finish(right, "KL(teacher, student) on held-out text, nats (lower is better)", "both")

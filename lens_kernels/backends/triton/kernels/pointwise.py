@@ -32,7 +32,7 @@ from lens_kernels.options import Divergence
 
 
 def name_of(divergence: Divergence | None, beta: float) -> str | None:
-    """Return the value of ``KIND`` in ``pointwise`` for a divergence; None without a divergence."""
+    """Return a divergence as ``pointwise`` takes it; None without a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return "jsd_half"
     return None if divergence is None else divergence.value
