@@ -89,6 +89,22 @@ class Manifest:
         partial.replace(folder / MANIFEST)
 
     @classmethod
+    def read_whole(cls, folder: Path, key: CacheKey, unknown: Iterable[str] = ()) -> Manifest:
+        """Return the manifest like ``read``, after a check that all shards exist and are sound."""
+        manifest = cls.read(folder, key, unknown)
+        if not manifest.complete:
+            done, total = sum(bool(x.checksum) for x in manifest.shards), len(manifest.shards)
+            raise refusal(
+                folder,
+                f"it is incomplete, {done} of {total} shards (open_or_build, or the command that"
+                " began it, would finish it)",
+            )
+        for shard in manifest.shards:
+            if damage := shard.damage(folder):
+                raise refusal(folder, damage)
+        return manifest
+
+    @classmethod
     def read(cls, folder: Path, key: CacheKey, unknown: Iterable[str] = ()) -> Manifest:
         """Return the manifest of ``folder``. Raise an error if it is damaged or has another key.
 

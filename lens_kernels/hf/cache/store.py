@@ -26,7 +26,6 @@ from lens_kernels.hf.cache.shards import (
     is_free,
     plan_shards,
     read_tensors,
-    refusal,
     save_shard,
 )
 
@@ -75,18 +74,7 @@ class TeacherCache:
                 another key. The message says which.
         """
         folder = Path(folder)
-        manifest = Manifest.read(folder, key)
-        if not manifest.complete:
-            done = sum(bool(shard.checksum) for shard in manifest.shards)
-            raise refusal(
-                folder,
-                f"it is incomplete, {done} of {len(manifest.shards)} shards"
-                " (open_or_build would finish it)",
-            )
-        for shard in manifest.shards:
-            if damage := shard.damage(folder):
-                raise refusal(folder, damage)
-        return cls(folder, manifest)
+        return cls(folder, Manifest.read_whole(folder, key))
 
     @classmethod
     def build(

@@ -70,13 +70,7 @@ class TargetCache:
                 kind, or made from other data or with another tokenizer.
         """
         folder = Path(folder)
-        manifest = Manifest.read(folder, key, UNKNOWN)
-        if not manifest.complete:
-            raise refusal(folder, "it is incomplete: the command that made it would finish it")
-        for shard in manifest.shards:
-            if damage := shard.damage(folder):
-                raise refusal(folder, damage)
-        return cls(folder, manifest)
+        return cls(folder, Manifest.read_whole(folder, key, UNKNOWN))
 
     @classmethod
     def build(
