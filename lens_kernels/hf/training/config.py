@@ -226,6 +226,11 @@ class LensDistillConfig(TrainingArguments):
             check_number(name, getattr(self, name), 1, inclusive=True)
         for name in ("learning_rate", "num_train_epochs"):
             check_number(name, getattr(self, name), 0, inclusive=True)
+        for event in ("logging", "save", "eval"):
+            if getattr(self, f"{event}_strategy") == "steps":
+                check_number(f"{event}_steps", getattr(self, f"{event}_steps"), 0)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, 0, inclusive=True)
         check_number("seed", self.seed, 0, 2**32 - 1, inclusive=True)
         check_number("mse_coeff", self.mse_coeff, 0.0, inclusive=True)
         for name, value in self.loss_options().items():

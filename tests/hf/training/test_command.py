@@ -184,17 +184,21 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("learning_rate: .nan", "learning_rate must be finite"),
         ("num_train_epochs: .nan", "num_train_epochs must be finite"),
         ("seed: -1", "seed must be finite and lie in"),
+        ("logging_steps: .nan", "logging_steps must be finite and lie above 0"),
+        ("save_steps: 0", "save_steps must be finite and lie above 0"),
+        ("max_grad_norm: .nan", "max_grad_norm must be finite"),
         ("beta: 2", "beta must be finite and lie between 0 and 1"),
         ("beta: many", "argument --beta: invalid float value"),
         ("lens_divergence: kl", "invalid choice: 'kl'"),
     ],
     ids=["unknown", "list", "open", "nested", "batch", "accumulation", "rate", "epochs"]
-    + ["seed", "beta", "text", "choice"],
+    + ["seed", "logging", "save", "clipping", "beta", "text", "choice"],
 )
 def test_bad_options_files_are_refused(files, tmp_path, capsys, text, message):
     (tmp_path / "run.yaml").write_text(text)
     with pytest.raises(SystemExit):
-        less = dict.fromkeys(("per_device_train_batch_size", "learning_rate"))
+        given = "per_device_train_batch_size", "learning_rate", "logging_steps", "save_steps"
+        less = dict.fromkeys(given)
         command.parse(arguments(files, tmp_path, config=tmp_path / "run.yaml", **less)[1:])
     assert message in capsys.readouterr().err
 
