@@ -15,15 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.study.settings import TeacherSettings
+from lens_kernels.hf.model.smollm2 import smollm2
+
 VOCABULARY = 2048
 ROW = 128  # the number of tokens in a row
 HELD_OUT_ROWS = 128
+# Fewer for SmolLM2, because its log probabilities take 25 MB a row.
+PRETRAINED_HELD_OUT_ROWS = 32
 # The documentation of Django (BSD-3-Clause) has 640 files with 6.1 million characters of English
 # prose and some code. Only the source distribution contains it. pip downloads that file of 10.8 MB.
 DJANGO = "Django==5.2.8"
 DJANGO_FILE = "django-5.2.8.tar.gz"
 DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
-SOURCES = ("django", "topics")
 END = 0  # the token between documents
 
 
@@ -35,14 +39,20 @@ class Text:
     held_out: Tensor
 
 
-def load(source: str, folder: Path) -> Text:
-    """Return the rows of a source, from a file in ``folder`` if it exists."""
-    path = folder / f"text-{source}.pt"
+def load(settings: TeacherSettings, folder: Path) -> Text:
+    """Return the rows of a teacher's text, from a file in ``folder`` if it exists."""
+    name = f"{settings.text}-smollm2" if settings.pretrained else settings.text
+    path = folder / f"text-{name}.pt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        documents = _django(folder) if source == "django" else _topics()
+        documents = _django(folder) if settings.text == "django" else _topics()
+        random.Random(0).shuffle(documents)
+        if settings.pretrained:
+            rows = _split(*_pretrained(documents, folder), PRETRAINED_HELD_OUT_ROWS)
+        else:
+            rows = _split(*_trained(documents), HELD_OUT_ROWS)
         parts = path.with_suffix(".part")
-        torch.save(_rows(documents), parts)
+        torch.save(rows, parts)
         parts.replace(path)
     return Text(*(x.long() for x in torch.load(path)))
 
@@ -78,11 +88,10 @@ def _topics() -> list[str]:
     return [topics[name] for name in sorted(topics)]
 
 
-def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
-    """Train the tokenizer, and return the rows for training and the held-out rows."""
+def _trained(documents: list[str]) -> tuple[list[list[int]], int]:
+    """Train a tokenizer on the documents. Return their tokens and the token between them."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-    random.Random(0).shuffle(documents)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -92,13 +101,24 @@ def _rows(documents: list[str]) -> tuple[Tensor, Tensor]:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents, trainer)
-    encoded = [[*tokenizer.encode(text).ids, END] for text in documents]
+    return [tokenizer.encode(text).ids for text in documents], END
+
+
+def _pretrained(documents: list[str], folder: Path) -> tuple[list[list[int]], int]:
+    """Return the documents' tokens for SmolLM2, and the token between documents."""
+    _, tokenizer = smollm2(folder)
+    return [tokenizer(text).input_ids for text in documents], tokenizer.eos_token_id
+
+
+def _split(documents: list[list[int]], end: int, held_out: int) -> tuple[Tensor, Tensor]:
+    """Return the rows for training, and ``held_out`` rows of other documents."""
+    encoded = [[*ids, end] for ids in documents]
     # Whole documents are held out, until they fill the held-out rows.
     count, total = 0, 0
-    while total < HELD_OUT_ROWS * ROW:
+    while total < held_out * ROW:
         total += len(encoded[count])
         count += 1
-    return _packed(encoded[count:]), _packed(encoded[:count])[:HELD_OUT_ROWS]
+    return _packed(encoded[count:]), _packed(encoded[:count])[:held_out]
 
 
 def _packed(documents: Iterable[list[int]]) -> Tensor:

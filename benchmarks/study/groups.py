@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.study.settings import RATE, UNIFORM, Pairs, Run, TeacherSettings
+from lens_kernels.hf import uniform_layers
+from lens_kernels.hf.training.demo import DROPPED
 
 KD, SFT = Run(), Run(final="")
 LENS = Run(lens="jsd", pairs=UNIFORM)
@@ -172,6 +174,27 @@ def _teacher() -> Group:
     return Group("teacher", "Does it depend on the teacher?", tuple(arms))
 
 
+def _pretrained() -> Group:
+    student = Run(
+        # The blocks of the demo's student: 20 of 30.
+        blocks=tuple(i for i in range(1, 31) if i not in DROPPED),
+        depth=20,
+        width=576,
+        rate=4e-4,
+        steps=120,
+        batch=4,
+        teacher=TeacherSettings(pretrained=True),
+    )
+    # The uniform rule for two pairs.
+    pairs = tuple(zip(uniform_layers(2, 20), uniform_layers(2, 30), strict=True))
+    arms = [Arm("forward KL", student)]
+    for name in ("jsd", "forward_kl"):
+        run = replace(student, lens=name, pairs=pairs)
+        arms.append(Arm(f"forward KL + {SAID[name]} lens", run, "forward KL"))
+    question = "Does SmolLM2-135M, cut to 20 of its 30 blocks, gain?"
+    return Group("pretrained", question, tuple(arms))
+
+
 # All groups, the most important first.
 GROUPS = {
     group.name: group
@@ -179,6 +202,7 @@ GROUPS = {
         _rate("rate", "Which learning rate is best for the baseline?", KD),
         _main("main", "Does the lens help?", MAIN_SEEDS),
         _blocks(),
+        _pretrained(),
         _lens(),
         _length(),
         _main("second", "Do other seeds say the same?", SECOND_SEEDS),

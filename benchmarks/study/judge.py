@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 # The number of rows that the models process at a time.
-CHUNK = 32
+CHUNK = 8
 # The length of a prompt and of its continuation in tokens, and the number of prompts.
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128
 # The number of bins of confidence in the calibration error.
@@ -30,10 +30,9 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
     """Return the model's greedy continuations of the first tokens of rows."""
     prompts = rows[:PROMPTS, :PROMPT]
     mask = torch.ones_like(prompts)
-    # Without an end token, all continuations have the same length, and none needs padding.
-    out = model.generate(
-        prompts, attention_mask=mask, do_sample=False, max_new_tokens=CONTINUED, pad_token_id=0
-    )
+    # All continuations have the same length: no end token is allowed, and none needs padding.
+    length = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED}
+    out = model.generate(prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **length)
     return out[:, PROMPT:]
 
 

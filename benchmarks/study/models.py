@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from benchmarks.study import data
 from benchmarks.study.settings import Run, TeacherSettings
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from lens_kernels.hf.model.smollm2 import smollm2
 from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
@@ -55,7 +56,9 @@ def new_student(run: Run, teacher: Any) -> Any:
 
 
 def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
-    """Return the teacher from ``folder``, or train it and save it there."""
+    """Return the teacher from ``folder``, or train it or convert it, and save it there."""
+    if settings.pretrained:
+        return smollm2(folder)[0].eval().requires_grad_(False)
     path = folder / f"teacher-{settings.key}.pt"
     torch.manual_seed(settings.seed)
     teacher = new_model(TEACHER_DEPTH, TEACHER_WIDTH)
@@ -63,7 +66,7 @@ def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
         teacher.load_state_dict(torch.load(path))
     else:
         run = Run(final="", rate=settings.rate, steps=settings.steps, seed=settings.seed)
-        train(teacher, None, run, data.load(settings.text, folder).train, folder)
+        train(teacher, None, run, data.load(settings, folder).train, folder)
         parts = path.with_suffix(".part")
         torch.save(teacher.state_dict(), parts)
         parts.replace(path)

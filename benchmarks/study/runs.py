@@ -56,7 +56,7 @@ def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, An
     from benchmarks.study import data, judge, models
 
     teacher = models.load_teacher(settings, folder)
-    held_out = data.load(settings.text, folder).held_out
+    held_out = data.load(settings, folder).held_out
     return teacher, judge.Judge.of(teacher, held_out)
 
 
@@ -83,7 +83,7 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
             curve[step] = round(judge.forward_kl(student), 6)
 
     started = time.perf_counter()
-    rows = data.load(run.teacher.text, folder).train
+    rows = data.load(run.teacher, folder).train
     cpu_ms = models.train(student, teacher, run, rows, folder, at_step)
     final, lenses = judge.final(student), judge.by_depth(student)
     kept = folder / "students" / f"{run.key}.pt"

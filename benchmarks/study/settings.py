@@ -16,12 +16,24 @@ UNIFORM: Pairs = ((1, 2), (2, 4))
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """The training of a teacher by cross entropy. Every teacher has 6 blocks of width 128."""
+    """A teacher: its text, and its training by cross entropy.
+
+    Trained teachers have 6 blocks of width 128 and their own tokenizer. With ``pretrained`` the
+    teacher is SmolLM2-135M, and ``seed``, ``steps`` and ``rate`` must keep their defaults.
+    """
 
     text: str = "django"
     seed: int = 0
     steps: int = 1500
     rate: float = 3e-3
+    pretrained: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse settings that would have no effect, because equal runs must have equal keys."""
+        kind = TeacherSettings
+        trained = (self.seed, self.steps, self.rate) != (kind.seed, kind.steps, kind.rate)
+        if self.pretrained and trained:
+            raise ValueError("a pretrained teacher is not trained: leave seed, steps and rate out")
 
     @property
     def key(self) -> str:

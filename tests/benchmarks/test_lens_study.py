@@ -39,6 +39,11 @@ def test_settings_without_an_effect_are_refused(settings):
         Run(**settings)
 
 
+def test_training_settings_of_a_pretrained_teacher_are_refused():
+    with pytest.raises(ValueError, match="pretrained"):
+        TeacherSettings(pretrained=True, steps=10)
+
+
 @pytest.mark.parametrize("group", [*groups.GROUPS.values(), groups.quick()], ids=lambda x: x.name)
 def test_every_arm_has_its_own_runs_and_a_baseline_in_its_group(group):
     labels = [arm.label for arm in group.arms]
@@ -54,13 +59,14 @@ def test_sweep_and_comparisons_use_different_seeds():
 
 
 def test_held_out_documents_are_not_trained_on(tmp_path):
-    text = data.load("topics", tmp_path)
+    settings = TeacherSettings(text="topics")
+    text = data.load(settings, tmp_path)
     assert text.held_out.shape == (data.HELD_OUT_ROWS, data.ROW)
     trained = {tuple(row) for row in text.train.tolist()}
     assert len(trained) > 800
     assert not trained & {tuple(row) for row in text.held_out.tolist()}
     # The second call reads the file that the first call saved.
-    assert torch.equal(text.train, data.load("topics", tmp_path).train)
+    assert torch.equal(text.train, data.load(settings, tmp_path).train)
 
 
 def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):
