@@ -103,7 +103,7 @@ class _TrainParser(Parser, HfArgumentParser):
 
 
 def presets() -> dict[str, Options]:
-    """Return each preset's options by its name. A preset is for a pair of models from the paper."""
+    """Return each preset's options by its name."""
     folder = resources.files("lens_kernels.hf.training") / "presets"
     return {
         file.name.removesuffix(".yaml"): read_options(file.read_text(encoding="utf-8"))
@@ -136,7 +136,8 @@ def build_parser(everything: bool = False) -> Parser:
     parser.add_argument(
         "--preset",
         choices=[*given],
-        help="The paper's options for a pair of models; --config and other options override them.",
+        help="forward_kl: the objective that did best in the project's study. Other presets: the"
+        " paper's options for a pair of models. --config and other options override a preset.",
     )
     return parser
 

@@ -235,6 +235,15 @@ def test_presets_use_the_layers_of_the_paper(files, tmp_path, preset, pairs, blo
     assert preset in command.presets()
 
 
+def test_the_preset_of_the_study_sets_only_the_objective(files, tmp_path):
+    plain, args = (
+        command.parse(arguments(files, tmp_path, preset=x)[1:])[1].objective_options()
+        for x in (None, "forward_kl")
+    )
+    changed = {"final_divergence": "forward_kl", "divergence": "forward_kl"}
+    assert args == {**plain, **changed} != plain
+
+
 def shown_help(word, capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", word])
