@@ -17,14 +17,13 @@ import triton.language as tl
 from lens_kernels.backends.triton.kernels.device_fns import LOG2_E
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.backends.triton.kernels.row_parts import (
-    add_to_survey,
-    entries,
+    divergence_terms,
     given_statistics,
-    gradient_of,
     label_terms,
     log_probability,
-    map_of,
+    maps_of,
     read_row,
+    write_gradient,
 )
 
 
@@ -81,10 +80,7 @@ def cluster_pass_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     offset = row * stride
-    factor_s, floor_s = map_of(student)
-    factor_t, floor_t = factor_s, floor_s
-    if DIVERGENCE is not None:
-        factor_t, floor_t = map_of(teacher)
+    factor_s, floor_s, factor_t, floor_t = maps_of(student, teacher)
     held_s = hold_row(student, offset, floor_s, vocab_size, LANES, GROUP, BLOCKS)
     held_t = held_s
     if DIVERGENCE is not None:
@@ -114,9 +110,7 @@ def cluster_pass_kernel(
             if DIVERGENCE != "forward_kl":
                 h += tl.sum(h_entry, 1)
         loss, h_sum = both(f, h, False)
-        h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
-        weight = tl.load(weight_ptr + row)
-        tl.store(loss_ptr + row, loss)
+        h_sum, weight = divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row)
     label = None
     if labels is not None:
         statistics = statistics_s
@@ -130,17 +124,11 @@ def cluster_pass_kernel(
         mass = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
         for i in tl.static_range(BLOCKS):
-            first, columns = entries(i * LANES * GROUP, LANES, GROUP)
-            grad = gradient_of(
+            mass, squares = write_gradient(
                 held_s[i], held_t[i], student, statistics_s, statistics_t, h_sum, weight, label,
-                first, beta, one_minus_beta, DIVERGENCE,
+                grad_ptr + row * grad_stride, survey, mass, squares, i * LANES * GROUP, vocab_size,
+                beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
             )  # fmt: skip
-            out = grad_ptr + row * grad_stride + columns
-            tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
-            if survey is not None:
-                size, square = add_to_survey(grad, survey, first, columns, vocab_size)
-                mass += size
-                squares += square
         if survey is not None:
             _, mass_ptr, squares_ptr = survey
             mass_sum, squares_sum = both(mass, squares, False)

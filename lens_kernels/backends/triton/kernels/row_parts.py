@@ -26,6 +26,16 @@ def map_of(model):
 
 
 @triton.jit
+def maps_of(student, teacher):
+    """Return ``map_of`` of the student, then that of the teacher, or again that of the student."""
+    factor_s, floor_s = map_of(student)
+    factor_t, floor_t = factor_s, floor_s
+    if teacher is not None:
+        factor_t, floor_t = map_of(teacher)
+    return factor_s, floor_s, factor_t, floor_t
+
+
+@triton.jit
 def entries(start, LANES: tl.constexpr, GROUP: tl.constexpr):
     """Return the first index of each lane's group, ``(LANES, 1)``, and all indices."""
     first = (start + tl.arange(0, LANES) * GROUP)[:, None]
@@ -68,6 +78,16 @@ def given_statistics(statistics_ptr, row, factor):
     # The maximum was divided by the factor and rounded. This adds the rounding error back.
     log_sum = tl.load(statistics_ptr + 2 * row + 1) + (maximum - highest * factor)
     return highest, factor, log_sum
+
+
+@triton.jit
+def divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row):
+    """Store a row's divergence. Return its sum of ``h`` and its weight, for the gradient."""
+    # With the store first, ptxas spills registers of the cluster kernel for the reverse KL.
+    h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
+    weight = tl.load(weight_ptr + row)
+    tl.store(loss_ptr + row, loss)
+    return h_sum, weight
 
 
 @triton.jit
@@ -115,6 +135,29 @@ def gradient_of(
         is_label = index - first == tl.arange(0, ys.shape[1])[None, :]
         grad += tl.where(is_label, q - 1.0, q) * (label_weight * scale)
     return grad if cap is None else grad * slope_at(ys, slope, cap)
+
+
+@triton.jit
+def write_gradient(
+    ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, grad_ptr, survey,
+    mass, squares, start, vocab_size, beta, one_minus_beta,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the entries after ``start`` to the row at ``grad_ptr``.
+
+    Return each lane's ``mass`` and ``squares``. With a survey, this adds ``|G|`` and ``G^2``.
+    """
+    first, columns = entries(start, LANES, GROUP)
+    grad = gradient_of(
+        ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, first,
+        beta, one_minus_beta, DIVERGENCE,
+    )  # fmt: skip
+    tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
+    if survey is not None:
+        size, square = add_to_survey(grad, survey, first, columns, vocab_size)
+        mass += size
+        squares += square
+    return mass, squares
 
 
 @triton.jit

@@ -25,14 +25,13 @@ from lens_kernels.backends.triton.kernels.relative_entropy import (
     union,
 )
 from lens_kernels.backends.triton.kernels.row_parts import (
-    add_to_survey,
-    entries,
+    divergence_terms,
     given_statistics,
-    gradient_of,
     label_terms,
     log_probability,
-    map_of,
+    maps_of,
     read_row,
+    write_gradient,
 )
 
 # Each lane has one thread. On sm_90 a thread takes 40 registers, so six programs fit on a
@@ -125,10 +124,7 @@ def row_pass_kernel(
     )
     row = tl.program_id(0).to(tl.int64)
     offset = row * stride
-    factor_s, floor_s = map_of(student)
-    factor_t, floor_t = factor_s, floor_s
-    if DIVERGENCE is not None:
-        factor_t, floor_t = map_of(teacher)
+    factor_s, floor_s, factor_t, floor_t = maps_of(student, teacher)
     maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse = first_sweep(
         student, teacher, statistics_ptr, offset, factor_s, floor_s, factor_t, floor_t,
         temperature, vocab_size, DIVERGENCE, ONLINE, LANES, GROUP,
@@ -157,11 +153,7 @@ def row_pass_kernel(
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
                 f += tl.sum(f_entry, 1)
                 h += tl.sum(h_entry, 1)
-        h_sum = tl.sum(h, 0)
-        loss = tl.sum(f, 0)
-        h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
-        weight = tl.load(weight_ptr + row)
-        tl.store(loss_ptr + row, loss)
+        h_sum, weight = divergence_terms(tl.sum(f, 0), tl.sum(h, 0), weight_ptr, loss_ptr, row)
     label = None
     if labels is not None:
         statistics = statistics_s
@@ -173,21 +165,15 @@ def row_pass_kernel(
         mass = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
         for start in range(0, vocab_size, LANES * GROUP):
-            first, columns = entries(start, LANES, GROUP)
             ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, False)
             yt = ys
             if DIVERGENCE is not None:
                 yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
-            grad = gradient_of(
-                ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, first,
-                beta, one_minus_beta, DIVERGENCE,
+            mass, squares = write_gradient(
+                ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
+                grad_ptr + row * grad_stride, survey, mass, squares, start, vocab_size,
+                beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
             )  # fmt: skip
-            out = grad_ptr + row * grad_stride + columns
-            tl.store(out, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
-            if survey is not None:
-                size, square = add_to_survey(grad, survey, first, columns, vocab_size)
-                mass += size
-                squares += square
         if survey is not None:
             _, mass_ptr, squares_ptr = survey
             tl.store(mass_ptr + row, tl.sum(mass, 0))
