@@ -4,6 +4,7 @@
     python benchmarks/kernel_report.py --arch sm_90 --dtype float16
     python benchmarks/kernel_report.py --costs-only     counts, and the time predicted from them
     python benchmarks/kernel_report.py --row-pass-only  the kernel of the torch backend on GPUs
+    python benchmarks/kernel_report.py --sweeps-only    the kernels of the triton backend
 
 Registers, spilled bytes, shared memory and matrix instructions are read from the machine code. The
 number of programs on a multiprocessor follows from them. Costs are calculated. Nothing is timed.
@@ -119,7 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=[*DTYPES])
     parser.add_argument("--tokens", type=int, default=8192, help="tokens in the cost table")
     parser.add_argument("--costs-only", action="store_true", help="compile nothing")
-    parser.add_argument("--row-pass-only", action="store_true", help="compile only the row kernel")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--row-pass-only", action="store_true", help="compile only the row kernel")
+    only.add_argument("--sweeps-only", action="store_true", help="leave out the row kernel")
     parser.add_argument(
         "--docs",
         action="store_true",
@@ -143,7 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only NVIDIA GPUs have TF32.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}
-    if args.dtype != "tf32":  # the row kernel has no matrix multiplication
+    # The row kernel has no matrix multiplication.
+    if args.dtype != "tf32" and not args.sweeps_only:
         from benchmarks.support import row_report
 
         kernels = row_report.measure_all(args.arch or row_report.ARCHS, DTYPES[args.dtype])
