@@ -103,7 +103,8 @@ class CallShape:
     ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
     in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
     holds only a slice of the vocabulary, and ``one_read`` whether the row kernel holds each row in
-    a cluster of programs. ``features`` are those of ``LossCall``.
+    a cluster of programs. ``features`` are those of ``LossCall``. ``head_dtype`` is the dtype of
+    the student's head and its gradient, if it is not ``dtype``.
     """
 
     tokens: int
@@ -121,6 +122,7 @@ class CallShape:
     sharded: bool = False
     one_read: bool = False
     features: tuple[str, ...] = ()
+    head_dtype: torch.dtype | None = None
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -142,6 +144,7 @@ class CallShape:
             sharded=bool(call.group),
             one_read=clusters.for_call(call) is not None,
             features=call.features(),
+            head_dtype=head.dtype,
         )
 
     @property
@@ -154,6 +157,11 @@ class CallShape:
         """Return the dtype of GEMM factors: ``dtype``, or float32 if the device needs it."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
+
+    @property
+    def head_grad_dtype(self) -> torch.dtype | None:
+        """The dtype of the head's gradient, or None if it needs none."""
+        return (self.head_dtype or self.dtype) if self.head_grad else None
 
     @property
     def logits(self) -> int:
@@ -228,13 +236,11 @@ class CallShape:
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
         """Return the plan of ``steps``, with the steps that all backends have in common."""
-        if self.head_grad:
+        dtype, wide = self.head_grad_dtype, self.compute_dtype.itemsize
+        if dtype is not None:
             # The head gradient is multiplied by the upstream gradient, and copied to the head's
             # dtype. With float16 factors, it is multiplied by the accumulator's unit before that.
-            wide = self.compute_dtype.itemsize
-            each = 2 * wide + (
-                wide + self.dtype.itemsize if self.dtype is not self.compute_dtype else 0
-            )
+            each = 2 * wide + (wide + dtype.itemsize if dtype is not self.compute_dtype else 0)
             each += 2 * wide if self.factor is torch.float16 else 0
             moved = self.vocab_size * self.student_width * each
             steps = [*steps, Step("head gradient scaled and cast", 0, moved)]
@@ -254,7 +260,8 @@ def row_chunks(shape: CallShape) -> Plan:
         layout = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
         return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
     rows = shape.pairs * shape.tokens
-    layout = apart(rows, shape.vocab_size, shape.factor, shape.workspace_bytes)
+    operand, head_grad = shape.factor, shape.head_grad_dtype
+    layout = apart(rows, shape.vocab_size, operand, shape.workspace_bytes, head_grad)
     tile = layout.tile_rows * row_stride(shape.vocab_size)
     workspace = tile * (1 + bool(shape.teacher_width)) * shape.compute_dtype.itemsize
     if shape.with_grad:

@@ -54,7 +54,7 @@ def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], obje
     ours, theirs = (matmul.Factors(x, None, torch.float32) for x in (head, inputs.teacher_head))
     workspace = workspace_or_default(None, device)
     if layouts.has_row_kernel(device, torch.float32):
-        layout = layouts.apart(hidden.shape[0], vocab, ours.dtype, workspace)
+        layout = layouts.apart(hidden.shape[0], vocab, ours.dtype, workspace, head.dtype)
     else:
         size = layouts.bytes_per_row(vocab, ours.dtype, torch.float32)
         layout = layouts.in_place(inputs.student_hidden[0].shape[0], size, workspace)

@@ -32,7 +32,8 @@ class RowKernelPass:
         # The number of rows includes masked tokens, so that buffers have the same size for every
         # mask.
         rows = call.row_weight.shape[1] * len(call.student_hidden)
-        self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes)
+        head = call.student_head.weight.dtype if "weight" in call.needing_grad() else None
+        self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes, head)
         self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
         ours, theirs = call.temperatures
         self.student = self.model(call.student_head, ours)
