@@ -1,6 +1,7 @@
-"""The head share of the adaptive KL (Wu et al. 2024, arXiv 2404.02657): one number per token.
+"""Computes the forward KL's weight in the adaptive KL (Wu et al. 2024, arXiv 2404.02657).
 
-The docstring of ``distillation_loss`` defines the share, which gets no gradient.
+The adaptive KL of a token is a weighted mean of its forward KL and reverse KL. The docstring of
+``distillation_loss`` defines the weight, which gets no gradient.
 """
 
 from __future__ import annotations
@@ -16,21 +17,21 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 from lens_kernels.sharding import Reduction
 
-# The head is the set of the teacher's most probable entries. They sum to at most this probability.
+# The paper calls the teacher's most probable entries the head. They sum to at most this.
 MASS = 0.5
-# The peak memory of a tile, relative to the memory of one model's logits. Memory peaks in the sort:
-# its indices have 8 bytes each, and it needs as much temporary memory.
+# The computation's peak memory, as a multiple of one model's logits. The sort needs the most:
+# indices of 8 bytes each, and as much temporary memory.
 TILES = 8
 
 
 def head_share(call: LossCall) -> Tensor:
-    """Return each token's head share in the call's last pair, ``(N,)``. Masked tokens have 0."""
+    """Return each token's weight of the forward KL, for the last lens pair, ``(N,)``; masked: 0."""
     with torch.no_grad():
         return _head_share(*call.pack())
 
 
-# This is an operator because the values of the mask decide how many rows are computed. In ordinary
-# code, torch.compile would break its graph here.
+# torch.compile cannot trace a tensor whose size depends on the values of a mask. A custom operator
+# hides that size from it.
 @torch.library.custom_op(
     "lens_kernels::head_share", mutates_args=(), schema=f"({SCHEMA}) -> Tensor"
 )
@@ -45,7 +46,7 @@ def _head_share(*packed: Any) -> Tensor:
     every = torch.arange(share.shape[0], device=share.device)
     kept = every if call.mask is None else every[call.mask]
     reduce = Reduction(call.group) if call.group else None
-    columns = call.widest or call.vocab_size  # equal on all ranks, which need the same steps
+    columns = call.widest or call.vocab_size  # all ranks must run the same number of steps
     step = call.workspace_bytes // (TILES * columns * call.compute_dtype.itemsize)
     for rows in kept.split(max(1, step)):
         sides = (teacher, h_teacher[rows]), (student, h_student[rows])
@@ -65,15 +66,12 @@ def _(*packed: Any) -> Tensor:
 
 
 class _Model:
-    """A model's head. Its weight is rounded in the same way as in the backends."""
-
     def __init__(self, head: LensHead, call: LossCall, temperature: float) -> None:
         self.head, self.temperature = head.prefix(call.vocab_size), temperature
         self.compute_dtype = call.compute_dtype
         self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return the logits ``(R, V)`` of hidden states to which the norm was already applied."""
         x, weight = self.factors.rows(hidden), self.factors.weight
         z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute_dtype)
         matmul.project(x, weight, z)
@@ -82,7 +80,7 @@ class _Model:
 
 def _share(p: Tensor, q: Tensor) -> Tensor:
     gap = (p - q).abs()
-    # A stable sort keeps equal probabilities in order.
+    # A stable sort keeps entries of equal probability in the order of the vocabulary.
     p, order = p.sort(stable=True, descending=True)
     gap = gap.gather(-1, order)
     of_head = p.cumsum(-1) <= MASS

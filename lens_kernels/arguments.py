@@ -13,21 +13,21 @@ from typing import Any, NoReturn
 from lens_kernels.visible import visible
 
 TYPES = {"str": str, "int": int, "float": float, "Path": Path}
-# The options of a YAML file: each name, with its values as words of a command line.
+# Maps each option of a YAML file to its values, written as on a command line.
 Options = Mapping[str, Sequence[str] | None]
 METAVARS: dict[Any, str] = {int: "N", float: "X"}
 YES, NO = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
 
 
 def boolean(text: str | bool) -> bool:
-    """Return the value of a switch, from a text such as ``yes`` or ``no``."""
+    """Convert a text such as ``yes`` or ``no`` to a bool."""
     if str(text).lower() not in YES + NO:
         raise argparse.ArgumentTypeError(f"must be yes or no, got {text!r}")
     return str(text).lower() in YES
 
 
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "type": boolean}
-# This matches a word that begins with an option's name. argparse must never read it as a value.
+# Words that look like an option. argparse must not take such a word for the value of an option.
 OPTION = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
@@ -66,8 +66,8 @@ class Parser(argparse.ArgumentParser):
         name = options.get("dest") or names[0].lstrip("-")
         if name in self._hidden:
             options["help"] = argparse.SUPPRESS
-        # Groups are created at the first option, because base classes add options before they
-        # return.
+        # Create the groups when the first option is added. __init__ would be too late, because base
+        # classes add options inside it.
         self._groups = self._groups or {x: self.add_argument_group(x) for x in self._sections}
         groups = [self._groups[x] for x, names_in in self._sections.items() if name in names_in]
         add = groups[0].add_argument if groups else super().add_argument
@@ -160,10 +160,6 @@ class _Help(argparse.HelpFormatter):
 
 
 def _form(action: argparse.Action) -> str:
-    """Return an option and its value as the help shows them.
-
-    If an option has several names, the help shows the last one, which is an alias.
-    """
     name = action.option_strings[-1]
     if action.nargs == 0:
         return name
@@ -178,8 +174,8 @@ def _form(action: argparse.Action) -> str:
 def early(prog: str, words: Sequence[str]) -> argparse.Namespace:
     """Parse the options that decide which other options exist and which libraries are loaded.
 
-    The other options are ignored here. The result holds the options of the ``--config`` file as
-    ``file``.
+    Other options are ignored here. The attribute ``file`` of the result holds the options that were
+    read from the ``--config`` file.
     """
     parser = Parser(prog=prog, add_help=False)
     for name in ("--config", "--preset"):

@@ -1,4 +1,4 @@
-"""The call that a backend receives, its form as arguments of a torch operator, and its result."""
+"""The input of a backend (``LossCall``), its form as operator arguments, and the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lens_kernels.targets import TargetRows
 
 
 class Term(NamedTuple):
-    """A divergence between hidden state number ``state`` of the student and of the teacher."""
+    """A divergence between the student's and the teacher's hidden state number ``state``."""
 
     divergence: Divergence
     state: int
@@ -31,30 +31,30 @@ class Term(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LossCall:
-    """A checked call over ``P`` pairs of hidden states of ``N`` tokens.
+    """A checked call of a loss, over ``P`` pairs of hidden states of ``N`` tokens.
 
     The loss is ``sum(row_weight * rows)``. ``rows[i]`` holds the divergence of pair ``i`` for each
-    token. With ``labels``, the next row holds the cross entropy of the last student hidden state. A
-    call that has only labels has one student state and no pairs. With ``reports``, two more rows
-    hold the log-sum-exp and the entropy of that state at temperature 1. Their weight is 0. Tokens
-    with a False ``mask`` are not computed, and their ``rows`` are 0.
+    token. With ``labels``, the next row holds the cross entropy of the last student hidden state.
+    Without pairs, the call has one student hidden state, for the cross entropy. With ``reports``,
+    two more rows hold the log-sum-exp and the entropy of that state at temperature 1, with weight
+    0. Tokens with a False ``mask`` are not computed, and their ``rows`` are 0.
 
-    ``divergences`` and ``normed`` have one entry for each pair. ``normed`` says whether the call
-    must apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a
-    flag for each student hidden state, then for each of the student head's ``tensors()``.
-    ``backend`` is the name of the chosen backend. The gradients of a ``deferred`` call are computed
-    in its backward pass, by another call. ``teacher_statistics`` ``(P, N, 2)``, if given, hold
-    ``maximum`` and ``log sum exp(z - maximum)`` of the teacher's logits ``z``. ``label_smoothing``
-    and ``z_loss`` change the cross entropy, as ``linear_cross_entropy`` documents.
+    ``divergences`` and ``normed`` have one entry for each pair. ``normed`` is true if the call must
+    apply the head's norm. ``operand_dtype`` is the dtype of autocast. ``needs_grad`` has a flag for
+    each student hidden state, then for each tensor of the student's head. ``backend`` is the name
+    of the chosen backend. If the call is ``deferred``, its backward pass computes the gradients.
+    ``teacher_statistics`` ``(P, N, 2)``, if given, hold ``maximum`` and ``log sum exp(z -
+    maximum)`` of the teacher's logits ``z``. ``linear_cross_entropy`` documents ``label_smoothing``
+    and ``z_loss``.
 
-    With ``targets`` there is no teacher, and every pair is compared with them. ``standardized`` has
-    a flag for each pair, or is empty. Divergences above ``token_clip`` become ``token_clip``, and
-    have no gradient.
+    With ``targets`` there is no teacher: every pair compares the student with the targets.
+    ``standardized`` has a flag for each pair, or is empty. Divergences above ``token_clip`` become
+    ``token_clip``, and have no gradient.
 
-    ``group`` is the name of a process group, or None. With a group, this rank holds ``vocab_size``
-    entries of a larger vocabulary. ``labels`` count from the first of them, so labels of other
-    ranks' entries are out of range. Tiles must have room for ``widest`` entries, so that all ranks
-    have the same tiles.
+    ``group`` is the name of a process group, or empty. With a group, this rank holds ``vocab_size``
+    entries of a larger vocabulary. ``labels`` count from the first entry of this rank, so labels of
+    other ranks' entries are out of range. All ranks size their tiles for ``widest`` entries, the
+    largest number that a rank holds.
     """
 
     student_hidden: list[Tensor]
@@ -97,7 +97,7 @@ class LossCall:
     ) -> LossCall:
         """Return the call that computes ``terms``. Without terms, the call has only labels.
 
-        ``statistics`` ``(S, N, 2)`` are those of the teacher's states.
+        ``statistics`` ``(S, N, 2)`` are the log-sum-exps of the teacher's logits.
         """
         student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
         labels = inputs.labels
@@ -106,7 +106,7 @@ class LossCall:
         student_temperature = float(options.temperature)
         theirs = options.teacher_temperature
         standardize = options.standardize
-        # The cross entropy needs the last state, even if there are no terms.
+        # Without terms, the cross entropy still needs the last hidden state.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
@@ -159,11 +159,11 @@ class LossCall:
 
     @property
     def label_row(self) -> int:
-        """Return the index of the row that holds the cross entropy of the labels."""
+        """Return the index of the row of losses that holds the cross entropy."""
         return len(self.divergences)
 
     def features(self) -> tuple[str, ...]:
-        """Return the names of the features of this call that not every backend supports."""
+        """Return the names of this call's features that some backends do not support."""
         used = {
             "label_smoothing": self.label_smoothing > 0,
             "z_loss": self.z_loss > 0,
@@ -177,7 +177,7 @@ class LossCall:
     def needing_grad(self) -> dict[int | str, Tensor]:
         """Return the tensors that need a gradient.
 
-        The key of a hidden state is the index of its pair. The key of a head's tensor is its name.
+        Keys are the index of the pair for hidden states, and the name for tensors of the head.
         """
         if self.deferred:
             return {}
@@ -236,7 +236,7 @@ class Packed(NamedTuple):
     needs_grad: list[bool]
 
     def map_tensors(self, function: Callable[[Any], Any]) -> dict[str, Any]:
-        """Return the fields that hold tensors, after ``function`` was applied to each tensor."""
+        """Apply ``function`` to each tensor, and return the fields that hold tensors."""
 
         def apply(x: Any) -> Any:
             if isinstance(x, list):
@@ -247,7 +247,7 @@ class Packed(NamedTuple):
         return {name: apply(getattr(self, name)) for name in names}
 
     def unpack(self) -> LossCall:
-        """Return the call that these arguments were made from."""
+        """Return the call from which ``pack`` made these arguments."""
         backend, group, when, divergences, normed, operand_dtype, *rest = self.names.split(";")
         threshold_kind, reports, target_kind, standardized, *head_names = rest
         threshold, *numbers_left = self.numbers
@@ -299,11 +299,11 @@ _SCHEMA_NAMES = {
     list[bool]: "bool[]",
 }
 _KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).items()}
-# The fields of ``Packed``, written as operator arguments in torch's schema language.
+# The fields of ``Packed`` in the language of torch's operator schemas.
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 
 HEAD_NUMBERS = 5
-# The numbers of a call that are operator arguments without a conversion.
+# The numeric fields of a call that operators accept without a conversion.
 NUMBERS = (
     "beta", "temperature", "teacher_temperature", "label_smoothing", "z_loss", "token_clip",
 )  # fmt: skip
@@ -317,7 +317,6 @@ def _unpack_targets(tensors: list[Tensor], ghost: bool) -> TargetRows | None:
 
 
 def _pack_head(head: LensHead) -> list[float]:
-    """Return every field of a head that is not a tensor."""
     kind, eps, offset = -1, 0.0, 0.0
     if head.norm is not None:
         kind, eps, offset = NORM_KINDS.index(head.norm.kind), head.norm.eps, head.norm.offset
@@ -335,10 +334,10 @@ def _unpack_head(tensors: dict[str, Tensor], numbers: list[float]) -> LensHead:
 
 @dataclass(frozen=True, eq=False)
 class LossResult:
-    """The ``rows`` of a call, and the gradients of its loss.
+    """The losses ``rows`` of a call, and its gradients, by the keys of ``call.needing_grad()``.
 
-    ``grads`` has the keys of ``call.needing_grad()``. ``dropped`` is the share of the logit
-    gradients' absolute sum that ``grad_threshold`` skipped, or 0 without a threshold.
+    ``dropped`` is the share of logit gradients, by absolute sum, that ``grad_threshold`` skipped.
+    It is 0 without a threshold.
     """
 
     rows: Tensor

@@ -50,13 +50,12 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit status."""
     words = sys.argv[1:] if argv is None else argv
     if not words or words[0] not in COMMANDS:
-        _parser().parse_args(words)  # prints the help, the version, or an error
+        _parser().parse_args(words)  # prints the help, the version, or an error, and exits
         return 2
     return guarded(words[0], lambda: _run(words[0], words[1:]))
 
 
 def _parser() -> Parser:
-    """Return a parser for the words that come before a command's own options."""
     parser = Parser(
         prog="lens-kernels",
         usage="lens-kernels COMMAND [options]",
@@ -73,7 +72,7 @@ def _parser() -> Parser:
 def _run(name: str, words: list[str]) -> int:
     prog, target = f"lens-kernels {name}", COMMANDS[name][1]
     if not target.startswith("machine"):
-        # transformers reads this setting when it is imported, so the setting is parsed before that.
+        # transformers reads this setting at import, so the setting is parsed before that.
         _prepare(early(prog, words).allow_download)
     if name == "train":
         from lens_kernels.hf.training import command
@@ -95,17 +94,16 @@ def _say(text: str) -> None:
 
 
 def _prepare(download: bool) -> None:
-    """Set environment variables that libraries read only when they are imported."""
     if not download:  # Otherwise libraries would ask the Hub for updates of local files.
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        # torch loads pickles of compiled code from this folder. Its default is a folder under /tmp,
-        # which another user could create first.
+        # torch loads compiled code from this folder as pickles, which can run code. Its default is
+        # a folder under /tmp that another user could create first.
         folder = cache.folder() / "inductor"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             folder.chmod(0o700)
-        except OSError:  # without this folder, torch uses its default
+        except OSError:  # if the folder cannot be created, torch uses its default
             return
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

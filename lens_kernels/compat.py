@@ -20,15 +20,15 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # only type checkers see the base Trainer; at run time, subclasses add it
+else:  # Type checkers need this base class. At run time, subclasses add it themselves.
     Trainer = object
 
 
 def backward_keeps_graph() -> bool:
     """Return whether the running backward pass was called with ``retain_graph=True``.
 
-    Present in torch 2.8 to 2.13. Without it the result is True. Gradients are then scaled out of
-    place, which is always correct but costs memory.
+    Present in torch 2.8 to 2.13. Without this attribute, the result is True. Gradients are then
+    scaled in a copy, which is correct but takes memory.
     """
     ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return True if ask is None else ask()
@@ -38,7 +38,8 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``torch.compile`` call ``function`` once and keep the result as a constant.
 
     ``torch.compiler.assume_constant_result`` does the same, but it loads the compiler at import.
-    Present in torch 2.8 to 2.13. Without it ``torch.compile`` breaks the graph at the function.
+    Present in torch 2.8 to 2.13. Without this interface, ``torch.compile`` breaks the graph at the
+    function.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -47,8 +48,8 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Check a 0-dim condition without making the host wait for the device.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without it an AttributeError is
-    raised.
+    Present in torch 2.8 to 2.13. No public function does this. Without this one, an AttributeError
+    is raised.
     """
     torch._assert_async(condition, message)
 
@@ -57,7 +58,7 @@ def process_group(name: str) -> Any:
     """Return the process group whose ``group_name`` is ``name``.
 
     Operators take names, because their schema has no type for groups. Present in torch 2.8 to 2.13.
-    Without it an error is raised.
+    Without this interface, an error is raised.
     """
     from torch.distributed import distributed_c10d
 
@@ -68,7 +69,7 @@ def process_group(name: str) -> Any:
 def default_store() -> Any:
     """Return the key-value store that all processes share.
 
-    Present in torch 2.8 to 2.13. Without it an AttributeError hides which rank ended.
+    Present in torch 2.8 to 2.13. Without this attribute, an AttributeError hides which rank ended.
     """
     from torch.distributed import distributed_c10d
 
@@ -76,18 +77,19 @@ def default_store() -> Any:
 
 
 def recompile_limit(variants: int) -> AbstractContextManager[None]:
-    """Return a context in which ``torch.compile`` keeps up to ``variants`` variants of a function.
+    """Let ``torch.compile`` compile up to ``variants`` variants of a function, inside this context.
 
-    Further variants run eagerly. Present in torch 2.8 to 2.13. Without it an error is raised.
+    Other variants run uncompiled. Present in torch 2.8 to 2.13. Without this interface, an error is
+    raised.
     """
     return torch._dynamo.config.patch(recompile_limit=variants)
 
 
 def vary_first_size(x: Tensor) -> None:
-    """Make ``torch.compile`` generate code for any size of the first dimension of ``x``.
+    """Make ``torch.compile`` generate code in which the first size of ``x`` may vary.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without it an AttributeError is
-    raised.
+    Present in torch 2.8 to 2.13. No public function does this. Without this one, an AttributeError
+    is raised.
     """
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
@@ -95,7 +97,7 @@ def vary_first_size(x: Tensor) -> None:
 def tensors_in(values: object) -> list[Tensor]:
     """Return all tensors in nested tuples.
 
-    Present in torch 2.8 to 2.13. Without it an error is raised.
+    Present in torch 2.8 to 2.13. Without this function, an error is raised.
     """
     from torch.utils import _pytree
 
@@ -103,10 +105,10 @@ def tensors_in(values: object) -> list[Tensor]:
 
 
 def compiler_cache() -> Path:
-    """Return the folder in which torch's compiler keeps its results.
+    """Return the folder in which torch's compiler stores its results.
 
-    Torch 2.8 to 2.13 use this folder. A later version may use another. Then nothing checks whether
-    that folder can be created, and torch itself raises an error.
+    Torch 2.8 to 2.13 use this folder. If a later version uses another folder, nothing checks
+    whether that folder can be created, and torch itself raises an error.
     """
     given = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     if given is not None:
@@ -135,8 +137,8 @@ def compiler_cache_in(folder: str) -> Iterator[None]:
 def compiler_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions that Inductor raises without a working C++ compiler.
 
-    Present in torch 2.8 to 2.13. Without them an ImportError is raised. The imports take seconds,
-    so they are inside the function.
+    Present in torch 2.8 to 2.13. Without these classes, an ImportError is raised. The imports are
+    inside the function, because they take seconds.
     """
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
@@ -148,7 +150,7 @@ def triton_interpreter() -> Any:
     """Return the module of Triton's interpreter.
 
     The ``triton`` backend replaces ``create_dot`` and ``cast_impl`` of its ``InterpreterBuilder``,
-    and uses ``TensorHandle``. Present in Triton 3.6 to 3.9. Without them kernels cannot be
+    and uses ``TensorHandle``. Present in Triton 3.6 to 3.9. Without these names, kernels cannot be
     interpreted.
     """
     from triton.runtime import interpreter
@@ -159,7 +161,8 @@ def triton_interpreter() -> Any:
 def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
     """Wrap the interpreter's function that patches ``triton.language``.
 
-    Present in Triton 3.6 to 3.9. Without it interpreted kernels are correct, but slower.
+    Present in Triton 3.6 to 3.9. Without this function, interpreted kernels are correct, but
+    slower.
     """
     interpreter = triton_interpreter()
     if hasattr(interpreter, "_patch_lang"):
@@ -169,8 +172,8 @@ def wrap_language_patch(wrap: Callable[[Any], Any]) -> None:
 def is_compiled(model: object) -> bool:
     """Return whether a model is the result of ``torch.compile``.
 
-    ``_orig_mod`` is the wrapped module in torch 2.8 to 2.13. Without this attribute compiled models
-    are not recognised, and fail later.
+    ``_orig_mod`` is the wrapped module in torch 2.8 to 2.13. Without this attribute, compiled
+    models are not recognised, and cause errors later.
     """
     return hasattr(model, "_orig_mod")
 
@@ -178,10 +181,10 @@ def is_compiled(model: object) -> bool:
 def class_before_sharding(module: object) -> type:
     """Return the class of a module as it was before ``fully_shard`` replaced it.
 
-    In torch 2.8 to 2.13 the new class has the bases ``(FSDPModule, class)``. No public function
-    does this. Without it a sharded head is rejected as an unsupported class.
+    In torch 2.8 to 2.13, the new class has the bases ``(FSDPModule, class)``. No public function
+    returns the old class. With other bases, a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # a local import, because it is slow
+    from torch.distributed.fsdp import FSDPModule  # imported here, because it is slow
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind
@@ -190,24 +193,24 @@ def class_before_sharding(module: object) -> type:
 def attention_of(model: Any) -> set[str]:
     """Return the names of the attention implementations in a model's configs.
 
-    ``_attn_implementation`` is present in transformers 4.56 to 5.24. Without it the set is empty,
-    and packing refuses models with flash attention if a batch has several rows.
+    ``_attn_implementation`` is present in transformers 4.56 to 5.24. Without this attribute, the
+    set is empty, and packing refuses models with flash attention if a batch has several rows.
     """
     configs = model.config, model.config.get_text_config()
     return {str(getattr(config, "_attn_implementation", None)) for config in configs}
 
 
 def forget_preparation(model: object) -> None:
-    """Remove the attribute by which accelerate marks a model as prepared for evaluation.
+    """Remove the attribute with which accelerate marks a model as prepared for evaluation.
 
-    Present in accelerate 1.1 to 1.15. If it is not removed, training after an evaluation runs
-    without DDP, and the weights of the ranks diverge.
+    Present in accelerate 1.1 to 1.15. If it stays, training after an evaluation runs without DDP,
+    and the weights of the ranks diverge.
     """
     vars(model).pop("_is_accelerate_prepared", None)
 
 
 class TrainerHooks(Trainer):
-    """Private hooks of ``transformers.Trainer``, each under a public name.
+    """Private hooks of ``transformers.Trainer``, under public names.
 
     A subclass lists this class before ``Trainer`` in its bases, and overrides the public names.
     Present in transformers 4.56 to 5.24.
@@ -222,15 +225,15 @@ class TrainerHooks(Trainer):
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         """Write the model to a folder. Called for every checkpoint and by ``save_model``.
 
-        Without the hook, checkpoints store the projections of the MSE loss in the student's file.
+        Without the hook, checkpoints store the MSE loss's matrices in the student's file.
         """
         super()._save(output_dir, state_dict)
 
     def after_loading(self, checkpoint: str) -> None:
-        """Load further parts from a checkpoint whose weights were just loaded.
+        """Load further parts of a checkpoint whose weights were just loaded.
 
-        Without the hook, projections of the MSE loss are random after resuming, and after loading
-        the best model.
+        Without the hook, the MSE loss's matrices are random after a run resumes, and after the best
+        model is loaded.
         """
 
     def _set_signature_columns_if_needed(self) -> None:

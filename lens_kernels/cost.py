@@ -1,8 +1,8 @@
 """The cost of a call on each backend: operations, memory traffic and workspace.
 
-Costs are computed from the sizes of the call, and not measured. Traffic means the bytes read from
-and written to main memory. The count assumes that each GEMM reads its operands once, and that only
-data smaller than a GPU's cache stays there.
+Costs are counted from the sizes of the call, and not measured. Memory traffic is the number of
+bytes that are read from main memory and written to it. Each GEMM is assumed to read its operands
+once. Only data smaller than a GPU's cache is assumed to stay in the cache.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from lens_kernels.backends.torch.layout import (
 from lens_kernels.call import LossCall
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 
-# How many 16-bit operations a GPU executes in the time in which it moves one byte. Data sheets give
-# 295 (H100 SXM), 153 (A100 80GB), 164 (RTX 4090) and 247 (MI300X).
+# The number of 16-bit operations that a GPU executes while it moves one byte. Data sheets give 295
+# (H100 SXM), 153 (A100 80GB), 164 (RTX 4090) and 247 (MI300X).
 OPERATIONS_PER_BYTE = 200
-# The time of an operation, relative to a 16-bit operation, by the bytes of an element of its
-# factors. For float32, data sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
+# The time of an operation on elements of 2, 4 or 8 bytes, in units of a 16-bit operation. For
+# float32, data sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
-# The time of a GEMM inside a sweep, relative to a GEMM of a library. The number is an estimate from
-# the bytes that tiles of 128 by 128 logits read, and is not measured.
+# How much longer a GEMM inside a sweep takes than a GEMM of a library. This number is estimated
+# from the bytes that the sweep reads, and not measured.
 SWEEP_TIME = 2
 # The smallest chunk of the ``triton`` backend has this many vocabulary entries.
 COLUMNS = 128
@@ -45,8 +45,8 @@ GROUP = 8
 class Step:
     """A step of a backend: the floating-point operations of its GEMMs, and the bytes that it moves.
 
-    ``factor_bytes`` is the size of one element of the GEMMs' factors. ``product_time`` is the time
-    of the GEMMs, relative to GEMMs of a library.
+    ``factor_bytes`` is the size of an element of the GEMMs' factors. ``product_time`` is the time
+    of the GEMMs, in units of the time of a library's GEMMs.
     """
 
     name: str
@@ -57,12 +57,12 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """The time of arithmetic or of traffic on a GPU, in units of one 16-bit operation."""
+        """The time of arithmetic or traffic on a GPU, in units of one 16-bit operation."""
         arithmetic = self.flops * RELATIVE_TIME[self.factor_bytes] * self.product_time
         return max(arithmetic, self.bytes_moved * OPERATIONS_PER_BYTE)
 
     def times(self, number: int) -> Step:
-        """Return a step with ``number`` times the operations and bytes."""
+        """Return a step with ``number`` times as many operations and bytes."""
         return replace(self, flops=number * self.flops, bytes_moved=number * self.bytes_moved)
 
 
@@ -98,13 +98,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class CallShape:
-    """The sizes and properties of a call, which decide its cost.
+    """The sizes and properties of a call that decide its cost.
 
-    ``divergences`` has one entry for each pair. ``dtype`` is the dtype of heads and hidden states
-    in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` says whether this rank
-    holds only a slice of the vocabulary, and ``one_read`` whether the row kernel holds each row in
-    a cluster of programs. ``features`` are those of ``LossCall``. ``head_dtype`` is the dtype of
-    the student's head and its gradient, if it is not ``dtype``.
+    ``divergences`` has one entry for each lens pair. ``dtype`` is the dtype of heads and hidden
+    states in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` is true if this rank
+    holds only a slice of the vocabulary. ``one_read`` is true if a cluster of GPU programs can hold
+    a row of logits. ``features`` are those of ``LossCall``. ``head_dtype`` is the dtype of the
+    student's head and its gradient, if it is not ``dtype``.
     """
 
     tokens: int
@@ -126,7 +126,7 @@ class CallShape:
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
-        """Return the shape of a call. Masked tokens count like the others."""
+        """Return the shape of a call. Masked tokens are counted like unmasked tokens."""
         head, with_grad = call.student_head.weight, call.needing_grad()
         return CallShape(
             tokens=call.row_weight.shape[-1],
@@ -149,12 +149,12 @@ class CallShape:
 
     @property
     def pairs(self) -> int:
-        """Return the number of pairs, or 1 for a call with labels only."""
+        """Return the number of lens pairs, or 1 for a call with labels only."""
         return max(1, len(self.divergences))
 
     @property
     def factor(self) -> torch.dtype:
-        """Return the dtype of GEMM factors: ``dtype``, or float32 if the device needs it."""
+        """Return the dtype of GEMM factors: ``dtype``, or float32 without such a GEMM."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
 
@@ -165,23 +165,22 @@ class CallShape:
 
     @property
     def logits(self) -> int:
-        """The number of logits of one model and one pair."""
+        """The number of logits of one model, for one lens pair."""
         return self.tokens * self.vocab_size
 
     @property
     def projections(self) -> int:
-        """The number of operations that compute the logits of both models for one pair."""
+        """The number of operations that compute the logits of both models, for one lens pair."""
         return 2 * self.logits * (self.student_width + self.teacher_width)
 
     @property
     def with_grad(self) -> bool:
-        """Whether the gradients of logits are needed."""
+        """Whether logit gradients are needed."""
         return self.hidden_grad or self.head_grad
 
     def row_kernel_bytes(self, models: int) -> int:
-        """Return the bytes that the row kernel moves: logits in each sweep, and gradients."""
-        # For relative entropies, and for calls with labels only, the row kernel leaves out its
-        # second sweep.
+        """Return the bytes that the row kernel moves: each sweep's logits, and the gradients."""
+        # The row kernel skips its second sweep for relative entropies and for labels.
         online = sum(d in RELATIVE_ENTROPIES for d in self.divergences) + (not self.divergences)
         sweeps = self.pairs * (2 + self.with_grad) - online
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
@@ -198,7 +197,7 @@ class CallShape:
         return bytes_per_row(self.vocab_size, self.factor, self.compute_dtype)
 
     def operand_bytes(self, head_reads: int, hidden_reads: int = 1) -> int:
-        """Return the bytes of a pair's heads and hidden states, each read as often as given."""
+        """Return the bytes of all reads of a lens pair's heads and hidden states."""
         both = self.student_width + self.teacher_width
         rows = hidden_reads * self.tokens + head_reads * self.vocab_size
         return rows * both * self.dtype.itemsize
@@ -206,18 +205,18 @@ class CallShape:
     def sweep_bytes(self, width: int, parts: int = 1) -> int:
         """Return the bytes of the operands that a sweep reads.
 
-        ``width`` is their hidden size. The sweep processes the vocabulary in ``parts``.
+        ``width`` is the hidden size. The sweep processes the vocabulary in ``parts``.
         """
         row = width * self.dtype.itemsize
         hidden, head = operand_reads(self.tokens, self.vocab_size, row, parts)
         return (hidden * self.tokens + head * self.vocab_size) * row
 
     def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
-        """Return the step of the GEMMs whose factors are the logit gradients of all pairs.
+        """Return the step of the GEMMs that multiply logit gradients by head and hidden states.
 
         Logit gradients are computed in the dtype ``made_in``, in ``chunks`` of the rows, or for
-        each pair in ``parts`` of the vocabulary. The first GEMM overwrites the head gradient, the
-        others add to it.
+        each pair in ``parts`` of the vocabulary. The first GEMM overwrites the head gradient, and
+        later GEMMs add to it.
         """
         wide, factor = self.compute_dtype.itemsize, self.factor.itemsize
         rows, head = self.pairs * self.tokens, self.vocab_size * self.student_width
@@ -225,7 +224,7 @@ class CallShape:
         products = self.hidden_grad + self.head_grad
         moved = products * self.pairs * self.logits * factor
         if made_in is not self.factor:
-            # The gradients are first copied to the dtype of the factors.
+            # The logit gradients are first copied to the dtype of the factors.
             moved += self.pairs * self.logits * (made_in.itemsize + factor)
         if self.hidden_grad:
             moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
@@ -235,11 +234,11 @@ class CallShape:
         return Step("products of the gradient", flops, moved, factor)
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
-        """Return the plan of ``steps``, with the steps that all backends have in common."""
+        """Return the plan of ``steps``, and of the steps that all backends have in common."""
         dtype, wide = self.head_grad_dtype, self.compute_dtype.itemsize
         if dtype is not None:
             # The head gradient is multiplied by the upstream gradient, and copied to the head's
-            # dtype. With float16 factors, it is multiplied by the accumulator's unit before that.
+            # dtype. With float16 factors, it is first multiplied by the accumulator's unit.
             each = 2 * wide + (wide + dtype.itemsize if dtype is not self.compute_dtype else 0)
             each += 2 * wide if self.factor is torch.float16 else 0
             moved = self.vocab_size * self.student_width * each
@@ -248,7 +247,7 @@ class CallShape:
 
 
 def dense(shape: CallShape) -> Plan:
-    """Return the plan of a computation with all logits in memory. No backend does this."""
+    """Return the plan of a computation that holds all logits in memory, as no backend does."""
     workspace = shape.tokens * shape.bytes_per_row() * shape.pairs
     return _row_chunks("dense", shape, Layout(shape.tokens, shape.tokens), workspace)
 
@@ -290,10 +289,10 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
 
 
 def vocabulary_sweeps(shape: CallShape) -> Plan:
-    """Return the plan of the ``triton`` backend, which computes all logits again in each sweep.
+    """Return the plan of the ``triton`` backend, whose sweeps compute all logits again.
 
-    A relative entropy needs one sweep before the sweep of the gradient. So does a call with labels
-    only. The other divergences need two sweeps before it.
+    Before the sweep of the gradient, a relative entropy or a cross entropy needs one sweep, and any
+    other divergence needs two.
     """
     tiles = math.ceil(shape.vocab_size / COLUMNS)
     operand = shape.dtype.itemsize
@@ -307,7 +306,7 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
     }
     widths = shape.student_width, shape.teacher_width
     both = shape.projections, shape.sweep_bytes(sum(widths))
-    alone = widths[:1] if shape.teacher_statistics else widths  # there is one sweep for each model
+    alone = widths[:1] if shape.teacher_statistics else widths  # one sweep for each model
     each = 2 * shape.logits * sum(alone), sum(map(shape.sweep_bytes, alone))
     steps = [
         Step(name, *(each if name == "log-sum-exps" else both), operand, SWEEP_TIME).times(number)

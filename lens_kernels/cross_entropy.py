@@ -104,7 +104,7 @@ def linear_cross_entropy(
         weight = labelled / token_denominator(denominator, labelled)
     reports = return_lse or return_entropy
     row_weight = weight[None]
-    if reports:  # the loss does not include reports
+    if reports:  # the reports are not part of the loss
         row_weight = torch.cat([row_weight, weight.new_zeros(2, len(weight))])
     call = replace(
         call,

@@ -26,12 +26,11 @@ from lens_kernels.options import (
 class Backend:
     """A backend. Its ``module`` defines ``evaluate(call: LossCall) -> LossResult``.
 
-    ``unsupported_reason(device, fp64)`` returns why the backend cannot run with such tensors, or
-    None. ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or
-    None. ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns
-    the plan of a call; ``"auto"`` takes the cheapest plan. ``takes_shards`` says whether the
-    backend supports ``process_group``. ``plain_only`` says that it supports none of
-    ``LossCall.features``.
+    ``unsupported_reason(device, fp64)`` returns why the backend cannot run on the device, or None.
+    ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or None.
+    ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns the
+    plan of a call; ``"auto"`` takes the cheapest plan. ``takes_shards`` says whether the backend
+    supports ``process_group``. ``plain_only`` says that it supports none of ``LossCall.features``.
     """
 
     name: str
@@ -77,10 +76,10 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     try:
         from lens_kernels.backends.triton.tiles import store
 
-        # "auto" uses the kernels only on GPU models where tuning has checked their results.
+        # "auto" uses the kernels only on GPU models on which tuning has checked their results.
         complete = store.is_tuned(operand, device)
     except (ImportError, OSError, RuntimeError) as error:
-        # Either there is no home folder, or Triton cannot be imported.
+        # The cause is a missing home folder, or a Triton that cannot be imported.
         return f"{by_name}: {error}"
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
@@ -109,7 +108,7 @@ def automatic(
     operand: torch.dtype | None = None,
     features: tuple[str, ...] = (),
 ) -> list[Backend]:
-    """Return the backends that ``"auto"`` may choose for such features on this device."""
+    """Return the backends that ``"auto"`` may choose for a call with ``features``."""
     return [
         backend
         for backend in REGISTRY.values()
@@ -151,7 +150,7 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
 
 
 def with_backend(call: LossCall, name: str) -> LossCall:
-    """Return the call with a backend, chosen by ``choose`` from ``name``."""
+    """Return the call with the backend that ``choose`` returns for ``name``."""
     return replace(call, backend=choose(name, cost.CallShape.of(call)).name)
 
 

@@ -1,13 +1,14 @@
-"""The divergences. Each is a pair of functions ``(f, h)``, computed for every vocabulary entry.
+"""The divergences. Each is a pair of functions ``(f, h)`` of a vocabulary entry's probabilities.
 
-The sum of ``f`` over the vocabulary is the divergence. ``h`` gives its gradient with respect to the
-student's (tempered) logits: ``G = h - q * sum(h)``. Adding a multiple of ``p - q`` to ``f`` does
-not change the sum, and adding a multiple of ``q`` to ``h`` does not change ``G``. The multiples
-are chosen so that ``f`` and ``h`` are exactly 0 where ``p == q``, and accurate nearby.
+The teacher's probability is ``p``, the student's ``q``. The sum of ``f`` over the vocabulary is the
+divergence. ``h`` gives its gradient with respect to the student's logits: ``G = h - q * sum(h)``.
+Adding a multiple of ``p - q`` to ``f`` does not change the sum, and adding a multiple of ``q`` to
+``h`` does not change ``G``. The multiples are chosen so that ``f`` and ``h`` are exactly 0 where
+``p == q``, and accurate nearby.
 
-A KL divergence is infinite if its second distribution has no mass where the first has some. So
-``forward_kl`` and ``jeffreys`` are infinite without student mass, and ``reverse_kl`` and
-``jeffreys`` without teacher mass. Then ``f`` is ``inf``. ``h`` is ``inf`` too if it contains the
+A KL divergence is infinite if its second distribution is 0 where its first is positive. So
+``forward_kl`` and ``jeffreys`` are infinite where only ``q`` is 0, and ``reverse_kl`` and
+``jeffreys`` where only ``p`` is 0. There ``f`` is ``inf``, and so is ``h`` if it contains the
 infinite logarithm.
 """
 
@@ -24,13 +25,13 @@ Pointwise = tuple[Tensor, Tensor]
 # The weights ``(beta, 1 - beta)`` of teacher and student in the mixture of jsd. Callers compute
 # both in float64, because 1 - beta loses its digits in float32 for beta near 1.
 Mixture = tuple[float | Tensor, float | Tensor]
-# The function of a divergence. Its arguments are log p, log q, p, q and the mixture's weights.
+# Computes a divergence's (f, h) from log p, log q, p, q and the weights of the mixture.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-# If |log p - log q| is below this number, differences of p and q are computed by expm1.
+# If |log p - log q| is below this number, p - q is computed by expm1.
 NEAR = 0.5
 # Logits of -inf are replaced by this number, because a difference of infinities is NaN.
 FLOOR = -1e30
-# A log-ratio above this number comes from a denominator without mass.
+# A larger log-ratio means that one of the two probabilities is 0.
 NO_MASS = -FLOOR / 2
 
 
@@ -38,11 +39,11 @@ def _expm1(x: Tensor) -> Tensor:
     """Return ``exp(x) - 1`` for ``|x| <= NEAR``."""
     if not torch.compiler.is_compiling():
         return torch.expm1(x)
-    # On CPUs, torch 2.13's Inductor computes exp(x) - 1 for expm1, which loses digits near 0. The
-    # Taylor series is accurate to the rounding of the dtype.
+    # The Inductor of torch 2.13 computes expm1(x) as exp(x) - 1 on CPUs, which loses digits near 0.
+    # The Taylor series is accurate to the rounding of the dtype.
     total = torch.ones_like(x)
     for n in range(15 if x.dtype is torch.float64 else 8, 1, -1):
-        # For ``x / n``, Inductor would generate a division, which is slower.
+        # Multiply by 1 / n, because Inductor would generate a slow division for ``x / n``.
         total = 1 + x * (1 / n) * total
     return x * total
 
@@ -57,19 +58,19 @@ def _minus(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
 
 
 def _or_infinity(value: Tensor, mass: Tensor, log_ratio: Tensor) -> Tensor:
-    """Return ``value``, or ``inf`` where ``mass`` is positive and the other mass is zero."""
+    """Return ``value``, or ``inf`` where ``mass`` is positive and the other probability is zero."""
     return torch.where((log_ratio > NO_MASS) & (mass > 0), torch.inf, value)
 
 
 def _log_mixture(d: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Tensor:
     """Return ``log(m / q)`` for the mixture ``m = beta p + (1 - beta) q``.
 
-    ``m / q`` is ``beta p / q + (1 - beta)``, a sum of positive terms. With ``d = log p - log q``,
-    it also equals ``1 + beta expm1(d)``. The first form is accurate away from 1, the second near 1.
-    Both are joined by W. Kahan's identity ``log(1 + x) = log(u) x / (u - 1)``, which holds for any
+    ``m / q`` equals ``beta p / q + (1 - beta)``, and, with ``d = log p - log q``, also ``1 + beta
+    expm1(d)``. The first form is accurate where ``m / q`` is far from 1, and the second where it is
+    near 1. W. Kahan's identity ``log(1 + x) = log(u) x / (u - 1)`` joins both. It holds for any
     ``u`` near ``1 + x``.
     """
-    # Where q is 0, any result is right, because callers multiply it by q.
+    # Where q is 0, the result does not matter, because callers multiply it by q.
     ratio = p / q.clamp(min=torch.finfo(q.dtype).tiny)
     near = d.clamp(-NEAR, NEAR)
     x = beta[0] * torch.where(near == d, _expm1(near), ratio - 1)
@@ -91,7 +92,7 @@ def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Po
     ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Neither sum cancels.
     """
     d = lp - lq
-    # ``far`` equals expm1(-|d|), but needs no exponential. Where p and q are 0, the result is 0 for
+    # ``far`` equals expm1(-|d|) without an exponential. Where p and q are 0, the result is 0 for
     # any l.
     larger = torch.maximum(p, q).clamp(min=torch.finfo(p.dtype).tiny)
     far = torch.minimum(p, q) / larger - 1
@@ -141,7 +142,7 @@ _TABLE: dict[Divergence, Formula] = {
 
 
 def pointwise(divergence: Divergence, beta: float) -> Formula:
-    """Return the function that computes ``(f, h)`` for a divergence."""
+    """Return the function that computes ``(f, h)`` of a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return _jsd_half
     return _TABLE[divergence]

@@ -15,7 +15,7 @@ from lens_kernels.visible import WHITE, visible
 
 PACKAGE = Path(__file__).parent
 MEMORY = re.compile("out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
-# For each command, advice on how to use less memory.
+# Advice on how to use less memory, for each command.
 LESS = {
     "train": "lower --per_device_train_batch_size or --max_length, or set --gradient_checkpointing",
     "eval": "lower --batch_size, --max_length or --max_new_tokens, or set --dtype bfloat16",
@@ -24,10 +24,10 @@ LESS = {
 
 
 def guarded(name: str, run: Callable[[], int]) -> int:
-    """Return the exit status of ``run``. Errors are reported as those of the command ``name``.
+    """Run a command and return its exit status. Errors are reported under its ``name``.
 
-    For an error that this package raised on purpose, only its message is shown. Any other error may
-    be a bug, so it is shown as one line that names a file with its traceback.
+    If this package raised the error on purpose, only the error's message is shown. Any other error
+    may be a bug, so its traceback is written to a file, and one line names that file.
     """
     try:
         return run()
@@ -62,14 +62,14 @@ def install(module: str) -> str:
     for package, extra in _extras():
         if package == name:
             return f"pip install 'lens-kernels[{extra}]'"
-    # pip installs these modules together with transformers. The name of a package may differ from
-    # its module's.
+    # pip installs these modules together with transformers. A package may have another name than
+    # its module.
     if name in OF_TRANSFORMERS and importlib.util.find_spec("transformers") is None:
         return "pip install 'lens-kernels[hf]'"
     return f"pip install {OF_TRANSFORMERS.get(name, name)}"
 
 
-# The modules of packages that transformers needs, each with the name of its package.
+# Maps modules that transformers needs to the names of their packages.
 OF_TRANSFORMERS = {"yaml": "pyyaml"} | {
     name: name
     for name in ("huggingface-hub", "jinja2", "numpy", "safetensors", "tokenizers", "tqdm")
@@ -77,7 +77,6 @@ OF_TRANSFORMERS = {"yaml": "pyyaml"} | {
 
 
 def _extras() -> list[tuple[str, str]]:
-    """Return the packages that the extras except dev install, each with its extra."""
     try:
         required = metadata.requires("lens-kernels") or []
     except metadata.PackageNotFoundError:

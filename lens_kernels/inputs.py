@@ -1,4 +1,4 @@
-"""The tensors of a public call. They are checked before any computation, and then flattened."""
+"""The tensors of a public call, which are checked before any computation and then flattened."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ Head = LensHead | Tensor
 class ModelInputs:
     """The head and the hidden states of a model. Each state has a name for error messages.
 
-    The head's norm applies to the first ``lenses`` states. The norm was already applied to a final
-    state.
+    The head's norm applies to the first ``lenses`` states. Any other state is final, and is already
+    normed.
     """
 
     named_hidden: list[tuple[str, Tensor]]
@@ -42,9 +42,9 @@ class ModelInputs:
 class Inputs:
     """All tensors of a call, over ``N`` tokens.
 
-    ``teacher`` is None if the loss is cross entropy alone. ``labels`` is 0 for tokens without a
-    label. ``operand_dtype`` is the dtype to which autocast rounds GEMM factors, or None. ``shard``
-    is this rank's part of the ``vocab_size`` entries, or None if it holds all.
+    ``teacher`` is None for cross entropy alone. ``labels`` is 0 for tokens without a label.
+    ``operand_dtype`` is the dtype to which autocast rounds GEMM factors, or None. ``shard`` is this
+    rank's part of the ``vocab_size`` entries, or None without sharding.
     """
 
     student: ModelInputs
@@ -90,10 +90,8 @@ def model_inputs(
 ) -> ModelInputs:
     """Check one model's tensors.
 
-    Error messages name the arguments by ``side``, as in ``student_hidden``, or ``hidden`` if it is
-    empty.
-
-    With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
+    Error messages prefix the arguments with ``side``, as in ``student_hidden``, unless ``side`` is
+    empty. With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
     """
     prefix = f"{side}_" if side else ""
     name, head_name = f"{prefix}hidden", f"{prefix}head"
@@ -202,7 +200,6 @@ def _check_targets(
     vocab_size: int,
     mask: Tensor | None,
 ) -> None:
-    """Check sparse targets against the hidden states. Masked tokens may hold any value."""
     for name in ("token_ids", "probabilities"):
         value, name = getattr(targets, name), f"SparseTargets.{name}"
         check_dense(name, value)
@@ -235,7 +232,7 @@ def check_float(name: str, x: Any) -> None:
 
 
 def check_dense(name: str, x: Any) -> None:
-    """Check that ``x`` is a tensor that is neither sparse nor nested."""
+    """Check that ``x`` is a tensor, and neither sparse nor nested."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.is_nested or x.layout is not torch.strided:
@@ -244,7 +241,7 @@ def check_dense(name: str, x: Any) -> None:
 
 
 def _check_head(name: str, value: Any) -> LensHead:
-    """Return a ``LensHead`` from a ``LensHead`` or a ``(V, D)`` weight, after checks."""
+    """Check a ``LensHead`` or a ``(V, D)`` weight, and return a ``LensHead``."""
     if isinstance(value, Tensor):
         value = LensHead(value)
     if not isinstance(value, LensHead):
@@ -286,8 +283,8 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     """Check that hidden states fit the head of their model.
 
-    Their dtypes may differ. But without autocast, a float64 head needs float64 states, and no other
-    head accepts them.
+    Their dtypes may differ. But without autocast, hidden states are float64 if and only if the head
+    is float64.
     """
     weight, head_name = model.head.weight, model.head_name
     for name, x in model.named_hidden:

@@ -37,16 +37,16 @@ class LensNorm:
     offset: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Check each value on its own."""
+        """Check each field by itself."""
         if self.kind not in NORM_KINDS:
             raise ValueError(f"LensNorm.kind={self.kind!r} is unknown; choose 'rms' or 'layer'")
         check_number("LensNorm.eps", self.eps, 0.0, inclusive=True)
         check_number("LensNorm.offset", self.offset, float("-inf"))
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(y, x_hat, rstd)``: the norm of ``h``, the normalised rows, their inverse scale.
+        """Return ``(y, x_hat, rstd)``: the norm of ``h``, its normalised rows, and ``1 / scale``.
 
-        ``h`` is ``(..., D)``, and so are ``y`` and ``x_hat``. ``rstd`` is ``(..., 1)``.
+        ``h``, ``y`` and ``x_hat`` are ``(..., D)``. ``rstd`` is ``(..., 1)``.
         """
         if self.kind == "layer":
             h = h - h.mean(-1, keepdim=True)
@@ -58,7 +58,8 @@ class LensNorm:
     def backward(self, grad: Tensor, x_hat: Tensor, rstd: Tensor) -> Tensor:
         """Return the gradient with respect to ``h``, ``(..., D)``.
 
-        ``grad`` is the gradient of the result. ``x_hat`` and ``rstd`` are those of ``forward``.
+        ``grad`` is the gradient with respect to ``forward``'s result ``y``, and ``x_hat`` and
+        ``rstd`` are its other results.
         """
         if self.weight is not None:
             grad = grad * self._scale(grad)
@@ -74,7 +75,7 @@ class LensNorm:
 
 @dataclass(frozen=True, eq=False)
 class LensTranslator:
-    """A learnt affine map before the norm, ``h + weight @ h + bias``, as tuned lenses have it.
+    """An affine map before the norm, ``h + weight @ h + bias``, as in tuned lenses.
 
     Attributes:
         weight: ``(D, D)``. Zeros leave hidden states as they are.
@@ -98,23 +99,23 @@ class LensTranslator:
 
     @classmethod
     def zeros(cls, width: int, **options: Any) -> LensTranslator:
-        """Return a translator for hidden size ``width`` that leaves hidden states as they are.
+        """Return a translator for hidden size ``width`` that does not change hidden states.
 
-        ``options`` are those of ``torch.zeros``, such as dtype, device and ``requires_grad``.
+        ``options`` are options of ``torch.zeros``, such as dtype, device and ``requires_grad``.
         """
         return cls(torch.zeros(width, width, **options), torch.zeros(width, **options))
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Return the translated hidden states, in their dtype."""
+        """Return the translated hidden states, in the dtype of ``hidden``."""
         moved = linear(hidden.to(self.weight.dtype), self.weight, self.bias)
         return hidden + moved.to(hidden.dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class LogitMap:
-    """A map from products to logits.
+    """Maps products ``z`` of the head to logits.
 
-    It is ``slope * (z + bias)``, or with a softcap ``cap * tanh(inner * (z + bias))``.
+    The logit is ``slope * (z + bias)``, or with a softcap ``cap * tanh(inner * (z + bias))``.
     """
 
     bias: Tensor | None
@@ -161,7 +162,7 @@ class LensHead:
     translator: LensTranslator | Sequence[LensTranslator] | None = None
 
     def __post_init__(self) -> None:
-        """Check each value on its own."""
+        """Check each field by itself."""
         for name in ("weight", "bias"):
             value = getattr(self, name)
             if not (isinstance(value, Tensor) or (name == "bias" and value is None)):
@@ -174,14 +175,14 @@ class LensHead:
             check_number("LensHead.softcap", self.softcap, 0.0, hint=hint)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors of the head and its norm by name, except those that are None."""
+        """Return all tensors of the head and its norm by name, without missing tensors."""
         named = {"weight": self.weight, "bias": self.bias}
         if self.norm is not None:
             named |= {"norm_weight": self.norm.weight, "norm_bias": self.norm.bias}
         return {name: x for name, x in named.items() if x is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> LensHead:
-        """Return a copy of the head in which ``function`` was applied to each tensor."""
+        """Return a copy of the head with ``function`` applied to each tensor."""
         parts = {name: function(x) for name, x in self.tensors().items()}
         norm = self.norm
         if norm is not None:
@@ -190,7 +191,7 @@ class LensHead:
         return replace(self, weight=parts["weight"], bias=parts.get("bias"), norm=norm)
 
     def translated(self, lenses: Sequence[Tensor]) -> list[Tensor]:
-        """Return ``lenses``, the hidden states of all pairs, after their translators."""
+        """Apply the translators to ``lenses``, the hidden states of all lens pairs."""
         given = self.translator
         if given is None:
             return [*lenses]
@@ -222,7 +223,7 @@ class LensHead:
         return LogitMap(self.bias, slope, self.scale / self.softcap, self.softcap / temperature)
 
     def logits(self, z: Tensor, temperature: float) -> tuple[Tensor, Tensor | float]:
-        """Map ``z = norm(h) @ weight.T`` to logits over ``temperature``.
+        """Map products ``z = norm(h) @ weight.T`` to logits divided by ``temperature``.
 
         Return also the logits' derivative with respect to ``z``.
         """
@@ -230,6 +231,6 @@ class LensHead:
 
 
 def compute_dtype(*heads: LensHead | None) -> torch.dtype:
-    """Return the dtype of logits: float32, or float64 if a head is float64."""
+    """Return the dtype of logits: float64 if a head is float64, else float32."""
     dtypes = [head.weight.dtype for head in heads if head is not None]
     return torch.float64 if torch.float64 in dtypes else torch.float32

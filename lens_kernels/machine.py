@@ -1,4 +1,4 @@
-"""The commands ``env`` and ``tune``: this machine's versions and devices, and its fastest tiles."""
+"""The commands ``env`` and ``tune``: this machine's versions, devices and fastest block sizes."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tune(
     *,
     say: Callable[[str], None],
 ) -> None:
-    """Find the fastest tiles of the Triton kernels, and store them.
+    """Find the fastest block sizes (tiles) of the Triton kernels, and store them.
 
     Args:
         student_width: Hidden size of the student.

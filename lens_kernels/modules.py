@@ -1,4 +1,4 @@
-"""The public functions as ``nn.Module``s. The modules hold options, but no parameters."""
+"""The public functions as ``nn.Module``s, which hold options but no parameters."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from lens_kernels.options import DistillationOptions, LensOptions, LossOptions
 
 
 class _Loss(nn.Module):
-    """A module for a public function. It checks the function's options and holds them."""
-
     kind: ClassVar[type[LossOptions]]
 
     def __init__(self, **options: Any) -> None:
@@ -25,7 +23,7 @@ class _Loss(nn.Module):
         self.options = vars(self.kind(**options))
 
     def extra_repr(self) -> str:
-        """Return the options, as ``print`` shows them."""
+        """Return the options as text for ``print``."""
         return ", ".join(f"{k}={v!r}" for k, v in self.options.items())
 
 
@@ -90,7 +88,7 @@ class DistillationLoss(_Loss):
     ) -> DistillationOutput:
         """Return the output of ``distillation_loss``.
 
-        ``per_call`` are the keywords that the constructor does not take.
+        ``per_call`` are the keyword arguments that the constructor does not take.
         """
         return distillation_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options

@@ -1,4 +1,4 @@
-"""The only differentiable operator. It runs any backend, and is one node in ``torch.compile``."""
+"""The loss as one differentiable torch operator, which runs any backend."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def apply(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(loss, rows, dropped)`` of a call.
 
     ``loss`` is differentiable, and its gradients are computed in the forward pass. If the call is
-    ``deferred``, ``rows`` is differentiable instead. Gradients are then computed in the backward
-    pass, when the weight of each row is known.
+    ``deferred``, ``rows`` is differentiable instead. Then the backward pass, which knows the weight
+    of each row, computes the gradients.
     """
     if not torch.compiler.is_compiling():
         compiled.load()
@@ -34,10 +34,10 @@ def apply(call: LossCall) -> tuple[Tensor, Tensor, Tensor]:
 def lens_loss(*packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Return ``(loss, rows, dropped, gradients of loss)`` of the call in ``packed``.
 
-    ``LossCall`` and ``LossResult`` explain these values.
+    ``LossResult`` explains these values.
     """
     call = Packed(*packed).unpack()
-    # The backend chooses the dtype of each GEMM, so autocast must not change it.
+    # The backend chooses the dtype of each GEMM, so disable autocast.
     with torch.autocast(call.row_weight.device.type, enabled=False):
         try:
             result = dispatch.REGISTRY[call.backend].evaluate(call)
@@ -51,7 +51,6 @@ def lens_loss(*packed: Any) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
 
 
 def _out_of_memory(call: LossCall, error: RuntimeError) -> str:
-    """Return a message that names the option that limits memory."""
     gradients = sum(x.numel() for x in call.needing_grad().values()) * call.compute_dtype.itemsize
     tiles, others = (f"{size / 2**20:.0f} MiB" for size in (call.workspace_bytes, gradients))
     return (
@@ -92,13 +91,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _savable(x: Tensor) -> Tensor:
-    """Return ``x``, or a copy if it is an inference tensor, which autograd cannot save."""
+    """Return ``x``, or a copy if ``x`` is an inference tensor, which autograd cannot save."""
     return x.clone() if x.is_inference() else x
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[Any, ...]:
     packed: Packed = ctx.without_tensors
-    # The arguments of the operator that may need gradients, in their order.
+    # The operator's arguments that may need gradients, in their order.
     result: dict[str, Any] = dict.fromkeys(Packed._fields) | packed.map_tensors(lambda x: None)
     upstream = grad_rows if ctx.deferred else grad_loss
     if upstream is None:
@@ -119,11 +118,10 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
     if compat.backward_keeps_graph() or torch.is_grad_enabled():
         scaled = scale_gradients(grads, upstream, like)
     else:
-        # No later backward pass needs the gradients, so they are scaled in place. This avoids a
-        # copy of the head gradient.
+        # No later backward pass needs these gradients, so scale them in place. This saves a copy of
+        # the head gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
-    # The student's tensors come first. The teacher's tensors have no flag, because they get no
-    # gradient.
+    # Flags exist only for the student's tensors, which come first. The teacher gets no gradient.
     flags, each = iter(packed.needs_grad), iter(scaled)
     for name in ("student_hidden", "heads"):
         result[name] = [next(each) if next(flags, False) else None for _ in result[name]]
@@ -142,8 +140,8 @@ def scale_gradients(grads: list[Tensor], upstream: Tensor, like: list[Tensor]) -
     """Return ``upstream * grads`` in the dtypes of ``like``.
 
     The result is a copy, because there may be another backward pass. ``like`` are the tensors to
-    which the gradients belong. They are an argument so that second derivatives reach this operator,
-    which raises an error.
+    which the gradients belong. With this argument, second derivatives reach this operator, which
+    then raises an error.
     """
     return [(g * upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
 

@@ -1,4 +1,4 @@
-"""YAML files of options. Options are turned into command-line words, so one parser checks all."""
+"""YAML files of options. Options become words of a command line, so that one parser checks both."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-# This key is not an option. In the record of a run, it holds versions and hashes.
+# This key is no option. In the record of a run, it holds versions and hashes.
 MADE_WITH = "made_with"
 
 
 def read_options(text: str) -> dict[str, list[str] | None]:
-    """Return the command-line words of each option in a YAML text, or None for its default.
+    """Return each option of a YAML text as words of a command line, or None for its default value.
 
     Raises:
         ValueError: The text is not YAML, is not a mapping, or has a key twice.
@@ -52,5 +52,5 @@ def as_words(value: Any) -> list[str] | None:
 
 def _as_text(value: Any) -> str:
     if value is False:
-        return "no"  # YAML reads the strategy "no" as False, and switches accept "no" as well
+        return "no"  # YAML reads the word "no" as False
     return json.dumps(value) if isinstance(value, (bool, dict)) else str(value)

@@ -29,23 +29,23 @@ class Divergence(str, Enum):
 # These divergences are sums of relative entropies (KL). They have no upper bound, and the Triton
 # kernels need only one sweep over the vocabulary for them.
 RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
-ADAPTIVE = "akl"  # the adaptive KL, which can compare only the final hidden states
+ADAPTIVE = "akl"  # the adaptive KL, which compares only final hidden states
 
 
 class Reduction(str, Enum):
-    """How the losses of lens pairs and tokens are reduced to the result."""
+    """How losses of lens pairs and tokens become one result."""
 
     MEAN = "mean"
     SUM = "sum"
     NONE = "none"
 
 
-# Named thresholds are relative to the root mean square of a chunk's logit gradients. The 2-norm of
-# the skipped entries is at most this part of the chunk's 2-norm. 2^-9 is half of bfloat16's unit
-# roundoff.
+# A named threshold is this multiple of the root mean square of a chunk's logit gradients. The
+# 2-norm of the skipped entries is at most the same multiple of the chunk's 2-norm. 2^-9 is half of
+# bfloat16's unit roundoff.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 
-# The names are listed at import, because torch 2.8 cannot compile an iteration over an Enum.
+# List the names now, because torch 2.8 cannot compile an iteration over an Enum.
 NAMES: dict[type[Enum], tuple[str, ...]] = {
     kind: tuple(member.value for member in kind) for kind in (Divergence, Reduction)
 }
@@ -56,7 +56,7 @@ EnumT = TypeVar("EnumT", bound=Enum)
 def parse_name(kind: type[EnumT], name: str, value: object) -> EnumT:
     """Return the member of ``kind`` called ``value``.
 
-    Raise an error that lists the valid names if there is none.
+    If there is none, raise an error that lists all names.
     """
     return kind(_known_name(name, value, NAMES[kind]))
 
@@ -116,7 +116,8 @@ def check_number(
 def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[float, float]]:
     """Return the divergences of the final hidden states, each with two numbers ``(a, b)``.
 
-    The weight of a token is ``a + b * head_share``. Only the adaptive KL has ``b`` other than 0.
+    ``a + b * head_share`` is the weight of a token. ``head_share`` is the forward KL's weight in
+    the adaptive KL, the only divergence whose ``b`` is not 0.
     """
     known = (*NAMES[Divergence], ADAPTIVE)
     if not isinstance(value, Mapping):
@@ -145,7 +146,7 @@ def parse_final_divergence(name: str, value: object) -> dict[Divergence, tuple[f
 
 
 def parse_grad_threshold(name: str, value: object) -> tuple[float | None, bool]:
-    """Return the threshold, and whether it is relative. Names are relative, and numbers are not."""
+    """Return a threshold, and whether it is relative: names are relative, numbers are not."""
     if value is None:
         return None, False
     if isinstance(value, str):
@@ -190,7 +191,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
 
 
 def check_option(option: str, value: object, name: str | None = None) -> None:
-    """Raise an error if ``value`` is invalid for ``option``. The message names it ``name``."""
+    """Raise an error if ``value`` is invalid for ``option``, which the error calls ``name``."""
     CHECKS[option](name or option, value)
 
 
@@ -216,7 +217,7 @@ class LossOptions:
     grad_threshold: float | str | None = None
 
     def __post_init__(self) -> None:
-        """Check each option on its own."""
+        """Check each option by itself."""
         for field in fields(self):
             if field.name in CHECKS:
                 check_option(field.name, getattr(self, field.name))
@@ -250,7 +251,7 @@ class LensOptions(LossOptions):
 
 @dataclass(frozen=True, eq=False)
 class CrossEntropyOptions(LensOptions):
-    """The options of ``linear_cross_entropy``, which ignores inherited options of divergences."""
+    """The options of ``linear_cross_entropy``. Inherited options of divergences have no effect."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
@@ -269,9 +270,9 @@ class DistillationOptions(LossOptions):
 
 
 def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> int:
-    """Return the bytes that the tiles of logits may take on a device."""
+    """Return the maximum bytes of all tiles of logits on a device."""
     if workspace_bytes is not None:
         return workspace_bytes
-    # On a CPU this is enough for 640 rows with a vocabulary of 50k, with which GEMMs run at full
-    # speed. On a GPU it is enough for 1024 rows with a vocabulary of 128k.
+    # On a CPU this is enough for 640 rows of a vocabulary of 50k, so that GEMMs run at full speed.
+    # On a GPU it is enough for 1024 rows of a vocabulary of 128k.
     return (256 if device.type == "cpu" else 1024) * 2**20

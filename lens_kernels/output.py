@@ -10,7 +10,7 @@ from torch import Tensor
 class DistillationOutput(NamedTuple):
     """The result of ``distillation_loss``: the loss, and its detached parts in nats per token.
 
-    A part that is not computed is None, or empty for ``per_layer``.
+    Parts that are not computed are None, except that ``per_layer`` is then empty.
 
     Attributes:
         loss: ``(1 - kd_ratio) ce + kd_ratio (kd + lens_coeff lens)``, with gradients.

@@ -1,7 +1,7 @@
 """The style of all pictures of the library and its benchmarks: colours, fonts, panels and files.
 
 The colours are those of Okabe and Ito, which colour-blind readers can tell apart. matplotlib is
-imported when the first picture is drawn.
+imported at the first picture, because the import is slow.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # without this, each SVG file of a picture would differ
+    "svg.hashsalt": "lens_kernels",  # without this, each run would write a different SVG file
 }
 
 
@@ -51,7 +51,7 @@ def shades(count: int) -> list[Any]:
 
 
 def styled(draw: Callable[..., T]) -> Callable[..., T]:
-    """Return a function that draws with the settings in ``STYLE``."""
+    """Make a function draw with the settings in ``STYLE``."""
 
     @functools.wraps(draw)
     def drawn(*args: Any, **options: Any) -> T:
@@ -74,13 +74,14 @@ def log_axis(axes: Any) -> None:
     """Make the vertical axis logarithmic, with plain numbers instead of powers."""
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    ticks = TICKS[::3] if high > 1000 * low else TICKS  # 1, 10, 100, or else 1, 2, 5, 10
+    # 1, 10, 100 for a wide range, else 1, 2, 5, 10
+    ticks = TICKS[::3] if high > 1000 * low else TICKS
     axes.set_yticks([y for y in ticks if low <= y <= high], minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("")
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write a figure to ``path`` as PNG, and to the same name as SVG."""
+    """Write a figure to ``path`` as PNG, and beside it as SVG."""
     figure.savefig(path)
     figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})

@@ -1,8 +1,8 @@
-"""The head share of the adaptive KL over a vocabulary shard, where no rank can sort all entries.
+"""The forward KL's weight in the adaptive KL, if the vocabulary is sharded over ranks.
 
-The head ends at the entry where the teacher's mass crosses one half. The probability of this entry
-is found by a search over its bits. The bits of positive floating-point numbers have the same order
-as the numbers.
+The head is the set of the teacher's largest probabilities that sum to at most one half. No rank can
+sort all probabilities, so a search over the bits of floating-point numbers finds the smallest
+probability of the head. The bits of positive numbers have the same order as the numbers.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from lens_kernels.sharding import Reduction
 
-# Each reduction over the ranks narrows the interval of the search by this factor.
+# Each reduction over ranks divides the interval of the search by this number.
 PARTS = 16
 
 
 def softmax(logits: list[Tensor], reduce: Reduction) -> list[Tensor]:
-    """Return the probabilities of this rank's entries for several models at once, ``(R, C)``."""
+    """Return the probabilities of this rank's entries, ``(R, C)``, for several models at once."""
     maxima = reduce.maximum(torch.stack([u.amax(-1) for u in logits]))
     powers = [(u - m[:, None]).exp() for u, m in zip(logits, maxima, strict=True)]
     totals = reduce.sum(torch.stack([x.sum(-1) for x in powers]))
@@ -25,7 +25,7 @@ def softmax(logits: list[Tensor], reduce: Reduction) -> list[Tensor]:
 
 
 def share(p: Tensor, q: Tensor, mass: float, reduce: Reduction) -> Tensor:
-    """Return the head share of each row, ``(R,)``, from this rank's entries of ``p`` and ``q``."""
+    """Return each row's weight of the forward KL, ``(R,)``, from this rank's ``p`` and ``q``."""
     of_head = _head(p, mass, reduce)
     gap = (p - q).abs()
     sums = torch.stack([gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)])
@@ -34,7 +34,7 @@ def share(p: Tensor, q: Tensor, mass: float, reduce: Reduction) -> Tensor:
 
 
 def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
-    """Return which entries belong to the head: the largest ones, whose sum is at most ``mass``.
+    """Return which of this rank's entries belong to the head, whose sum is at most ``mass``.
 
     Of equal entries, those of lower ranks come first. The largest entry always belongs to the head.
     """
@@ -44,19 +44,18 @@ def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
     below = torch.nn.functional.pad(ascending.flip(-1).cumsum(-1), (1, 0))
 
     def mass_from(bits: Tensor) -> Tensor:
-        """Return the sums of this rank's entries that are at least as large as each bound.
+        """For each bound, return the sum of this rank's entries at or above the bound, ``(R, K)``.
 
-        The bounds are given as ``bits``, and the result is ``(R, K)`` like them.
+        A bound is the bits of a floating-point number.
         """
         smaller = torch.searchsorted(ascending, bits.to(integer).view(p.dtype).contiguous())
         return below.gather(-1, p.shape[-1] - smaller)
 
-    # The entries that are at least ``low`` sum to more than ``mass``. Those that are at least
-    # ``high`` do not.
+    # All entries from ``low`` on sum to more than ``mass``. All entries from ``high`` on do not.
     low = torch.zeros(p.shape[0], 1, dtype=torch.int64, device=p.device)
     high = torch.full_like(low, int(torch.tensor(2.0, dtype=p.dtype).view(integer)))
     steps = torch.arange(1, PARTS, device=p.device)
-    for _ in range(p.element_size() * 2):  # a step finds 4 bits of the number
+    for _ in range(p.element_size() * 2):  # each step finds 4 bits
         width = high - low
         inner = low + width // PARTS * steps + width % PARTS * steps // PARTS
         above = (reduce.sum(mass_from(inner)) > mass).sum(-1, keepdim=True)
@@ -66,8 +65,8 @@ def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
 
     ties = p == crossing
     larger = p > crossing
-    # One column for each rank: its number of entries that equal the entry at which the head ends.
-    # The last two columns are the number and the sum of all larger entries.
+    # For each rank, a column counts its entries that equal the smallest entry of the head. The last
+    # two columns are the number and the sum of all larger entries.
     counts = p.new_zeros(p.shape[0], reduce.size + 2)
     counts[:, reduce.rank] = ties.sum(-1).to(p.dtype)
     counts[:, -2] = larger.sum(-1).to(p.dtype)

@@ -1,4 +1,4 @@
-"""A vocabulary that is spread over a process group. Each rank holds some rows of both heads."""
+"""A vocabulary that is sharded over a process group: each rank holds some rows of both heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from lens_kernels import compat
 from lens_kernels.lens import LensHead
 from lens_kernels.options import check_int
 
-# After a failed reduction, a rank waits up to this many seconds for the other ranks to fail too.
+# After a failed reduction, a rank waits up to this many seconds for the other ranks to report a
+# failure.
 WAIT = 5.0
 
 
@@ -29,7 +30,7 @@ class VocabularyShard:
         group: Name of the process group.
         start: First entry of the slice.
         columns: Number of entries of the slice.
-        widest: Number of entries of the largest slice of all ranks. Chunks must have room for it,
+        widest: Number of entries of the largest slice of all ranks. It decides the size of chunks,
             because all ranks cut the tokens into the same chunks.
     """
 
@@ -59,7 +60,7 @@ class Reduction:
         return x
 
     def begin_sum(self, x: Tensor) -> Any:
-        """Start to replace ``x`` by its sum over all ranks. The result has a ``wait()``."""
+        """Start to replace ``x`` by its sum over all ranks. Call ``wait()`` of the result."""
         with self.explained():
             return dist.all_reduce(x, dist.ReduceOp.SUM, self.group, async_op=True)
 
@@ -76,7 +77,7 @@ class Reduction:
 
 
 def _silent(group: Any) -> str:
-    """Wait for the other ranks of a group to report an error, and say which ranks did not."""
+    """Wait until other ranks report an error, and return a text that names all silent ranks."""
     ranks = dist.get_process_group_ranks(group)
     names = {rank: f"lens_kernels/failed/{group.group_name}/{rank}" for rank in ranks}
     try:
@@ -87,21 +88,22 @@ def _silent(group: Any) -> str:
             if time.monotonic() > end:
                 return f"Of all processes, rank {silent} reported no error: it ended, or is stuck"
             time.sleep(0.05)
-    except RuntimeError:  # rank 0 usually holds the store, so it may have ended
+    except RuntimeError:  # the rank that holds the store, usually rank 0, may have ended
         return "The store of the process group is gone: rank 0 probably ended"
     return "All ranks reported an error"
 
 
 def local_head(name: str, head: Any, group: Any) -> Any:
-    """Return this rank's part of a head. Tensors that are not DTensors are that part already.
+    """Return this rank's part of a head.
 
-    Weight and bias must be ``Shard(0)`` on a mesh whose group is ``group``. Tensors of the norm
-    must be replicated.
+    Only DTensors are split. Weight and bias must be ``Shard(0)`` on a mesh whose group is
+    ``group``, and tensors of the norm must be replicated.
     """
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
         kind = type(group).__name__
         raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {kind}")
-    from torch.distributed.tensor import DTensor, Replicate, Shard  # this import takes a second
+    # imported here, because the import takes a second
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     if isinstance(head, Tensor):
         head = LensHead(head)
@@ -128,7 +130,7 @@ def local_head(name: str, head: Any, group: Any) -> Any:
 def agreed(
     shape: torch.Size, mask: Tensor | None, reached: Sequence[Tensor], options: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Return the numbers on which the reductions depend. All ranks must have the same numbers.
+    """Return the numbers that must be equal on all ranks, because reductions depend on them.
 
     ``reached`` are the tensors that may need a gradient.
     """
@@ -148,8 +150,8 @@ def gather(
     """Return the number of rows of each head on every rank.
 
     Raises:
-        ValueError: The numbers ``same`` are not the same on all ranks. Later reductions would not
-            match, and might never end.
+        ValueError: The numbers ``same`` differ between ranks. Later reductions would not match, and
+            might never end.
     """
     own = [*rows.values(), *same.values()]
     sent = torch.tensor(own, dtype=torch.int64, device=device)
@@ -166,7 +168,7 @@ def gather(
 
 
 def shared_vocabulary(vocab_size: Any, sizes: Mapping[str, int]) -> int:
-    """Return the number of entries in the softmaxes. ``sizes`` are the heads' vocabularies."""
+    """Return the vocabulary size of the softmaxes. ``sizes`` are the heads' vocabulary sizes."""
     smaller = min(sizes.values())
     shown = ", ".join(f"{name} has {size} entries" for name, size in sizes.items())
     if vocab_size is None:

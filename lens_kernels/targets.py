@@ -18,17 +18,17 @@ TOLERANCE = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
-    """The probabilities of ``K`` tokens at each position; a label is the case ``K = 1``.
+    """The probabilities of ``K`` tokens at each position. A label is the case ``K = 1``.
 
     ``rest`` decides how the remaining mass ``1 - sum_k probabilities_k`` is treated:
 
-    - None: it is ignored. The probabilities are used as they are, and need not sum to 1. Sampled
-      tokens with importance weights give an unbiased gradient in this way.
-    - ``"renormalize"``: the probabilities are divided by their sum. For the most probable tokens
-      this is biased.
+    - None: the mass is ignored. The probabilities are used as they are, and need not sum to 1. So
+    sampled tokens with importance weights give an unbiased gradient.
+    - ``"renormalize"``: the probabilities are divided by their sum. This is biased if they are
+    those of the most probable tokens.
     - ``"ghost"``: one more entry holds the mass of all other tokens, of the teacher and of the
       student. The loss is a lower bound of the KL divergence over all tokens.
-    - ``"uniform"``: it is spread evenly over the whole vocabulary.
+    - ``"uniform"``: the mass is spread evenly over the whole vocabulary.
 
     The temperature divides the student's logits only.
 
@@ -48,7 +48,7 @@ class SparseTargets:
     rest: str | None = None
 
     def __post_init__(self) -> None:
-        """Check everything that can be checked without the hidden states."""
+        """Check everything that does not depend on the hidden states."""
         for name, kinds in (("token_ids", "int64 or int32"), ("probabilities", "floating point")):
             value = getattr(self, name)
             if not isinstance(value, Tensor):
@@ -71,8 +71,8 @@ class SparseTargets:
 class TargetRows(NamedTuple):
     """Sparse targets of ``N`` tokens, as ``backends/torch/targets.py`` defines them.
 
-    ``mass`` is ``rest`` if ``ghost`` is true, and otherwise ``smoothing``. It is None if there is
-    neither.
+    ``mass`` is the attribute ``rest`` if ``ghost`` is true, and otherwise ``smoothing``. It is None
+    without both.
     """
 
     ids: Tensor
@@ -83,12 +83,12 @@ class TargetRows(NamedTuple):
 
     @property
     def smoothing(self) -> Tensor | None:
-        """Return the mass that is spread over the vocabulary, ``(N,)``."""
+        """Return the probability that is spread over the vocabulary, ``(N,)``."""
         return None if self.ghost else self.mass
 
     @property
     def rest(self) -> Tensor | None:
-        """Return the mass of the ghost entry, ``(N,)``."""
+        """Return the probability of all tokens that are not listed, as one entry, ``(N,)``."""
         return self.mass if self.ghost else None
 
     def at(self, rows: Tensor | slice) -> TargetRows:
@@ -98,7 +98,7 @@ class TargetRows(NamedTuple):
 
 
 def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> TargetRows:
-    """Return the targets in the form of the backends. Sums are in float64."""
+    """Return the targets in the form of the backends. Probabilities are added in float64."""
     size = targets.token_ids.shape[-1]
     ids, p = _merged(
         targets.token_ids.reshape(-1, size).long(), targets.probabilities.reshape(-1, size).double()
@@ -115,7 +115,7 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
         assert mass is not None
         share = mass / vocab_size
         whole = p + share[:, None]
-        # Entries with a positive probability hold ``p + share``. All other entries hold ``share``.
+        # Listed entries with a positive probability get ``p + share``. All others get ``share``.
         listed = p > 0
         inside = torch.where(listed, torch.special.xlogy(whole, whole), 0.0).sum(-1)
         others = vocab_size - listed.sum(-1)
@@ -125,7 +125,7 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
 
 
 def _merged(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Sort each row by id. The first of equal ids gets the sum of their probabilities."""
+    """Sort each row by id. The first of equal ids gets the sum of all their probabilities."""
     ids, order = ids.sort(dim=-1, stable=True)
     p = p.gather(-1, order)
     is_first = torch.ones_like(ids, dtype=torch.bool)
@@ -144,7 +144,7 @@ def check_alone(
 ) -> None:
     """Raise an error if sparse targets have a teacher, or a divergence that does not support them.
 
-    ``name`` is the option that lists ``divergences``.
+    ``name`` is the option of the ``divergences``.
     """
     given = {
         "teacher_head": teacher_head,
@@ -167,7 +167,7 @@ def check_alone(
 
 
 def sum_is_valid(targets: SparseTargets) -> Tensor:
-    """Return for each listed probability of each token whether it is valid, ``(N, K)``."""
+    """Return whether each listed probability of each token is valid, ``(N, K)``."""
     p = targets.probabilities.reshape(-1, targets.probabilities.shape[-1])
     valid = (p >= 0) & p.isfinite()
     if targets.rest in ("ghost", "uniform"):

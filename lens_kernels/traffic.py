@@ -1,9 +1,9 @@
 """The bytes that a rank sends and holds in a training step, counted from the sizes of the call.
 
 Nothing here is measured. A step is one forward and backward pass over the tokens of a rank. Weights
-are gathered in the dtype of the call. The student's gradients are reduced in float32. A rank of a
-ring sends ``(world - 1) / world`` of a tensor that is gathered or scattered, and twice this part of
-a tensor that is reduced.
+are gathered in the dtype of the call, and the student's gradients are reduced in float32. In a ring
+of ``world`` ranks, each rank sends ``(world - 1) / world`` of a tensor to gather or scatter it, and
+twice as much to reduce it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRAINED = 16
 class Collective:
     """The collectives of one kind in a step: their number, and the bytes of their whole tensors.
 
-    ``count`` is None where the number depends on settings of the engine, such as bucket sizes.
+    ``count`` is None if the number depends on settings of the engine, such as bucket sizes.
     """
 
     name: str
@@ -39,8 +39,8 @@ class Collective:
 class SharedPlan(Plan):
     """The plan of a call on one of ``world`` ranks, with the collectives of the whole step.
 
-    ``held_bytes`` counts weights, gradients and optimizer state of the student, the teacher's
-    weights, and the memory of the loss. It does not count activations.
+    ``held_bytes`` counts the student's weights, gradients and optimizer state, the teacher's
+    weights, and the memory of the loss. It leaves out activations.
     """
 
     world: int
@@ -56,7 +56,7 @@ class SharedPlan(Plan):
 def shared_plans(
     shape: CallShape, world: int, student_parameters: int | None, teacher_parameters: int | None
 ) -> dict[str, SharedPlan]:
-    """Return the plans of DDP, FSDP2, ZeRO-3, and FSDP2 with a vocabulary spread over all ranks."""
+    """Return the plans of DDP, FSDP2, ZeRO-3, and FSDP2 with a vocabulary over all ranks."""
     head = shape.vocab_size * shape.student_width
     teacher_head = shape.vocab_size * shape.teacher_width
     student = head if student_parameters is None else student_parameters
@@ -123,7 +123,7 @@ def reductions(shape: CallShape, world: int) -> list[Collective]:
 
 
 def _shape(shape: CallShape, world: int) -> CallShape:
-    """Return the call's shape on the rank with the most entries of the vocabulary."""
+    """Return the shape of the call on the rank with the most vocabulary entries."""
     return replace(shape, vocab_size=-(-shape.vocab_size // world), sharded=True)
 
 

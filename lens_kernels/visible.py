@@ -6,10 +6,10 @@ WHITE = " \n\t"  # the white space that reports may contain
 
 
 def visible(text: str, keep: str = " ") -> str:
-    """Return a text in which invisible characters, and those that reorder others, are escaped.
+    """Escape characters of a text that are invisible or that reorder other characters.
 
-    The escaped characters are control, format (including bidirectional) and space characters,
-    except those in ``keep``.
+    These are control, format (including bidirectional) and space characters, except those in
+    ``keep``.
     """
     return "".join(c if c.isprintable() or c in keep else _escape(c) for c in text)
 

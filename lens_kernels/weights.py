@@ -1,4 +1,4 @@
-"""Checks the weights of lens pairs and tokens and the teacher's statistics, and sets defaults."""
+"""Checks the weights of lens pairs and tokens, and the teacher's statistics, and sets defaults."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
 
 
 def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
-    """Check the teacher's statistics of each state and token, and return them, ``(S, N, 2)``.
+    """Check the teacher's log-sum-exps of each state and token, and return them, ``(S, N, 2)``.
 
-    Return None if no statistics are given.
+    Return None if the caller gives none.
     """
     if value is None or inputs.teacher is None:
         return None
@@ -64,7 +64,8 @@ def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
 def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
     """Return the divisor of a sum over tokens, by default the number of tokens, at least 1.
 
-    ``counted`` is 1 for each token that counts. A tensor is returned in the dtype of ``counted``.
+    ``counted`` is 1 for each token that counts. If the divisor is a tensor, its dtype becomes that
+    of ``counted``.
     """
     if value is None:
         return counted.sum().clamp(min=1)
@@ -79,5 +80,5 @@ def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
         check_device("denominator", value, counted.device)
     check_values("denominator", value >= 0, "must be 0 or more")
     value = value.to(counted).reshape(())
-    # A global batch without tokens has denominator 0. Its loss must then be 0 and not NaN.
+    # A global batch without tokens has denominator 0. Its loss must be 0 and not NaN.
     return torch.where(value == 0, 1, value)

@@ -1,1 +1,1 @@
-"""The backends: functions ``evaluate(call)`` that return losses and gradients, and shared code."""
+"""The backends. Each is a function ``evaluate(call)`` that returns losses and gradients."""

@@ -15,17 +15,17 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 from lens_kernels.sharding import Reduction
 
-# The logit gradients of these divergences are unbounded: they grow with log(q / p). Those of
-# ``z_loss`` are unbounded too: they grow with the log-sum-exp.
+# The logit gradients of these divergences have no upper bound: they grow with the log-ratio of the
+# two probabilities. The logit gradients of the z-loss have no bound either.
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
 
 def headroom(call: LossCall, dtype: torch.dtype) -> float:
-    """Return the factor, a power of two, by which tiles of logit gradients are multiplied.
+    """Return the power of two by which float16 logit gradients are multiplied against underflow.
 
-    Most entries of a softmax over a vocabulary are below 6e-5, the smallest normal number of
-    float16, whose largest number is 65504. Logit gradients are at most 1, except for the
-    divergences in ``UNBOUNDED``. For those, the factor leaves room for a log-ratio of about 500.
+    Most logit gradients are below 6e-5, the smallest normal number of float16. They are at most 1,
+    except for the divergences in ``UNBOUNDED``. The factor of these divergences is smaller, so that
+    log-ratios up to about 500 do not overflow.
     """
     if dtype is not torch.float16:
         return 1.0
@@ -36,10 +36,10 @@ def headroom(call: LossCall, dtype: torch.dtype) -> float:
 class Accumulator:
     """The losses of each row and the gradients of one call.
 
-    Tiles of logit gradients in float16 are divided by a unit, and the finished sums are multiplied
-    by it. Otherwise a weight of 1/N would round most of a tile to zero. The unit is a power of two:
-    about the largest token weight times the slope of its logits, divided by ``headroom``. A numeric
-    ``grad_threshold`` is also relative to the largest weight.
+    A weight of 1/N would round most float16 logit gradients to zero. So logit gradients are divided
+    by a unit, and the finished sums are multiplied by it. The unit is a power of two: about the
+    largest possible logit gradient, divided by ``headroom``. A numeric ``grad_threshold`` is
+    relative to the largest weight of a token.
     """
 
     def __init__(self, call: LossCall, grad_dtype: torch.dtype) -> None:
@@ -66,36 +66,36 @@ class Accumulator:
             (grad[set_rows:] if key == "weight" else grad).zero_()
         # The head's gradient is initialised up to this row.
         self.begun = call.vocab_size - set_rows
-        # Two sums of absolute logit gradients: of all entries, and of the entries that were
-        # skipped.
+        # Two sums of absolute logit gradients: over all entries, and over the entries that the
+        # threshold skipped.
         self.mass = torch.zeros(2, dtype=compute, device=device)
-        # With a process group, each rank has only its entries' part of the gradients before the
-        # head. These are linear in the logit gradients, so their sums are complete.
+        # With a process group, each rank adds up hidden gradients over its own vocabulary entries.
+        # The sum over ranks is the full gradient.
         self.reduce = Reduction(call.group) if call.group else None
         self.unfinished: list[Any] = []
 
     def set_unit(self, call: LossCall, scale: float) -> None:
         """Choose the unit of float16 gradients, and divide the weights of all rows by it."""
-        # Masked rows are left out, because their weights may be infinite or NaN.
+        # Leave out masked rows: their weights may be infinite or NaN.
         counted = call.row_weight if self.index is None else call.row_weight[:, self.index]
         largest = counted.sum()
         if self.tokens:
-            # With labels, the row of ``counted`` after the divergences holds the weights of the
-            # cross entropy. The temperature does not apply to it.
+            # The first rows of ``counted`` are the weights of the divergences. With labels, one
+            # more row has the weights of the cross entropy, which ignores the temperature.
             slopes = [1.0 / call.temperature] * len(call.divergences)
             slopes += [] if call.labels is None else [1.0]
             sizes = [slope * row.abs().amax() for slope, row in zip(slopes, counted, strict=False)]
             largest = torch.stack(sizes).amax() * call.student_head.scale
         largest = torch.where(largest > 0, largest, 1.0).to(self.weight.dtype)
         mantissa = torch.frexp(largest).mantissa
-        # A division by a power of two is exact.
+        # Dividing by a power of two does not round.
         self.unit = largest / mantissa / scale
         self.weight = self.weight / self.unit
         if self.threshold is not None and not self.relative_threshold:
             self.threshold = self.threshold * scale * mantissa
 
     def targets(self, pair: int, normed: bool) -> Set[int | str]:
-        """Return the keys of the gradients to which a lens pair contributes."""
+        """Return the names of the gradients to which a lens pair contributes."""
         before_head: set[int | str] = {pair} | ({"norm_weight", "norm_bias"} if normed else set())
         return self.grads.keys() & (before_head | {"weight", "bias"})
 
@@ -111,11 +111,11 @@ class Accumulator:
     ) -> Tensor | None:
         """Add a tile's part to the head's gradients, and return the gradient of the hidden rows.
 
-        The result is None if no tensor needs it. ``grad`` ``(R, C)`` is the gradient with respect
-        to ``x @ weight.T``. ``x`` ``(R, D)`` holds rows of hidden states, and ``weight`` ``(C, D)``
-        the rows ``columns`` of the head. Calls must come in ascending order of ``columns``.
-        ``weight_sum`` is the sum of the rows of ``weight``. It and ``survey`` are computed here if
-        they are not given.
+        The result is None if neither hidden states nor norm need a gradient. ``grad`` ``(R, C)`` is
+        the gradient with respect to ``x @ weight.T``. ``x`` ``(R, D)`` holds rows of hidden states,
+        and ``weight`` ``(C, D)`` the rows ``columns`` of the head. Calls must come in ascending
+        order of ``columns``. ``weight_sum`` is the sum of the rows of ``weight``. A missing
+        ``weight_sum`` or ``survey`` is computed here.
         """
         if "bias" in targets:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
@@ -142,13 +142,13 @@ class Accumulator:
         return None if hidden is None else hidden.to(self.mass.dtype)
 
     def finish(self, *keys: int | str) -> None:
-        """Sum gradients over the process group, if there is one, while other work continues."""
+        """With a process group, start to sum the gradients ``keys`` over ranks, without waiting."""
         if self.reduce is not None:
             done = [self.grads[key] for key in keys if key in self.grads]
             self.unfinished += [self.reduce.begin_sum(x) for x in done]
 
     def result(self) -> LossResult:
-        """Return the losses of all rows, and the gradients after multiplication by the unit."""
+        """Return the losses of all rows and the finished gradients."""
         grads = self.grads
         self.finish("norm_weight", "norm_bias")
         if self.reduce is not None and self.threshold is not None:

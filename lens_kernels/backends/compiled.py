@@ -1,4 +1,4 @@
-"""Calls of pointwise functions, which TorchInductor compiles if the machine has a compiler."""
+"""Calls pointwise functions, compiled by TorchInductor if the machine has a compiler."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from torch import Tensor
 from lens_kernels import compat
 
 INDUCTOR: dict[str, Any] = {
-    # These thresholds make Inductor compute cheap values twice instead of storing them. By default
-    # it stores four blocks instead of one, and the pass takes 1.6 times as long (2 cores).
+    # Make Inductor compute cheap values twice instead of storing them. With its default thresholds,
+    # the pointwise pass takes 1.6 times as long (2 cores).
     "realize_opcount_threshold": 1 << 30,
     "realize_reads_threshold": 1 << 30,
-    # Fused multiply-add instructions save 10 % of the pass on a CPU.
+    # Fused multiply-add instructions save 10 % of the pointwise pass's time on a CPU.
     "cpp.enable_floating_point_contract_flag": "fast",
 }
-# Inductor's default thresholds are good on a GPU, but by default it splits reductions of up to 512
-# rows. Only the number of rows may vary between calls. With a variable vocabulary size, the
-# compiled code would need a division for each element.
+# On a GPU, only one default of Inductor is changed: it would split reductions of up to 512 rows.
 INDUCTOR_GPU: dict[str, Any] = {"split_reductions": False}
-# The most variants of a function that are compiled in a process. Variants differ in the divergence,
-# in whether there is a gradient, a bias, a softcap, and in whether there is a single row. By
-# default, torch compiles 8 variants and runs all others eagerly.
+# The maximum number of compiled variants of a function. A variant depends on the divergence and on
+# which tensors there are. By default, torch compiles 8 variants and runs any other uncompiled.
 VARIANTS = 64
 
 _compiler_failed = False
@@ -36,10 +33,10 @@ _compiler_failed = False
 
 @functools.cache
 def load() -> None:
-    """Make sure that torch can import its compiler. Every custom operator imports it.
+    """Make sure that torch can import its compiler, which every custom operator imports.
 
-    The import fails if the compiler's cache folder cannot be created. Then the compiler gets
-    another folder, and the pointwise pass is not compiled in this process.
+    The import fails if the folder for compiled code cannot be created. Then another folder is used,
+    and the pointwise pass is not compiled in this process.
     """
     global _compiler_failed
     place = compat.compiler_cache()
@@ -73,10 +70,10 @@ def _compile_for_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def call(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
-    """Call ``function``. It is compiled if ``compiled`` is true and the compiler works.
+    """Call ``function``, compiled if ``compiled`` is true and the compiler works.
 
-    The first argument is a tensor. Any other tensor has the same number of rows, or no dimension
-    for rows.
+    The first argument is a tensor with a row for each token. Other tensors have as many rows, or
+    none.
     """
     global _compiler_failed
     if compiled and not _compiler_failed:

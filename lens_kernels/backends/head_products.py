@@ -2,9 +2,9 @@
 
 ``full_products`` uses every entry of the vocabulary. ``active_products`` is an optional
 approximation for trained models, where most entries have almost no gradient. It uses only the
-columns with a logit gradient ``|G|`` above a threshold in some row of the tile. Each row of ``G``
-sums to zero, so the sum of the other entries is known. Their part of the hidden gradient is
-approximated by that sum times the mean of the other head rows, which removes most of the error.
+vocabulary entries whose logit gradient ``|G|`` exceeds a threshold in some row of the tile. Each
+row of ``G`` sums to zero, so the sum over the skipped entries is known. Times the mean head row of
+the skipped entries, this sum approximates their part of the hidden gradient.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from lens_kernels.backends import compiled, matmul
 
-# On a CPU, the active columns are copied in groups of this size. A copy of all of them would exceed
-# the caches, and would take new memory, which the system must clear first.
+# On a CPU, copy the active columns in groups of this size. A copy of all active columns would not
+# fit into the CPU's caches.
 CPU_ACTIVE_TILE = 3072
-# Above this share of active entries, the full products are faster. With a share of 60 %, active
-# products take 0.82 to 0.87 of the full time (2 cores, hidden size 576 and 768).
+# If a larger share of the columns is active, the full GEMMs are faster. At 60 %,
+# ``active_products`` takes 0.82 to 0.87 of the full time (2 cores, hidden size 576 and 768).
 MAX_ACTIVE_SHARE = 2 / 3
 
 
@@ -36,8 +36,8 @@ def full_products(
     """Add ``grad.T @ x`` to ``head_grad`` if given, and return ``grad @ weight`` if needed.
 
     ``grad`` ``(R, V)`` is a tile of logit gradients, ``weight`` ``(V, D)`` the head, and ``x``
-    ``(R, D)`` the hidden rows of the tile. Unless ``begun`` is true, ``head_grad`` ``(V, D)`` is
-    uninitialised, and is overwritten.
+    ``(R, D)`` the hidden states of the tile's rows. If ``begun`` is false, ``head_grad`` ``(V, D)``
+    is uninitialised memory and is overwritten.
     """
     grad = grad.to(x.dtype)
     if head_grad is not None:
@@ -54,18 +54,19 @@ def active_products(
     head_grad: Tensor | None,
     need_hidden: bool,
 ) -> Tensor | None:
-    """Approximate ``full_products``: use the active ``columns``, and the sum of all others.
+    """Approximate ``full_products`` from the ``active`` columns and the sum of all other columns.
 
     ``weight_sum`` ``(D,)`` is the sum of the head's rows.
     """
     sums = weight_sum.dtype
     hidden = grad.new_zeros(x.shape, dtype=sums)
-    # After the loop, both tensors are sums over the columns that are not active.
+    # The loop leaves the sums over inactive columns in these two tensors.
     rest = grad.sum(1, dtype=sums)
     rest_weight = weight_sum.clone()
     step = CPU_ACTIVE_TILE if grad.device.type == "cpu" else max(1, columns.shape[0])
     for part in columns.split(step):
-        used = grad[:, part]  # index_select would be six times slower on rows with this stride
+        # index_select would be six times slower here, because of the stride of the rows
+        used = grad[:, part]
         factor = used.to(x.dtype)
         if head_grad is not None:
             head_grad.index_add_(0, part, matmul.product(factor.t(), x))
@@ -79,7 +80,7 @@ def active_products(
 
 
 def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return for each column the maximum, the sum and the sum of squares of its absolute values."""
+    """Return each column's maximum, sum and sum of squares of absolute values."""
     size = grad.abs()
     return size.amax(0), size.sum(0), size.square().sum(0)
 
@@ -87,7 +88,7 @@ def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 class Survey(ABC):
     """Statistics of the absolute values in a tile of logit gradients."""
 
-    peak: Tensor  # the largest absolute value of every column, (V,)
+    peak: Tensor  # the largest absolute value in each column, (V,)
     rows = 0
 
     @abstractmethod
@@ -106,22 +107,22 @@ class Survey(ABC):
         """Return the indices of the columns with a gradient above the threshold, ``(n,)``.
 
         A ``relative`` threshold is a multiple of the root mean square of the tile. The 2-norm of
-        the skipped entries is then at most this multiple of the 2-norm of the tile. On a GPU this
-        waits for the device, because the shape of the result depends on the values.
+        the skipped entries is then at most this multiple of the 2-norm of the tile. On a GPU the
+        host waits, because the size of the result depends on the values.
         """
         entries = self.rows * self.peak.shape[0]
         bound = threshold * (self.squares_of_all() / entries).sqrt() if relative else threshold
-        # ``not <=`` also selects columns with NaN. If the bound is infinite, all columns are
-        # active, because an infinite gradient must not be skipped.
+        # ``not <=`` also selects columns with NaN. An infinite bound selects all columns, so that
+        # infinite gradients are not skipped.
         return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
 
 
 class ColumnStatistics(Survey):
-    """Statistics that keep sums of each column. Blocks of rows are added one after the other."""
+    """Statistics kept as sums over each column. Blocks of rows are added one by one."""
 
     def __init__(self, compile_sums: bool = False) -> None:
         self.compile_sums = compile_sums
-        # The sums of absolute values and of squares of each column, (V,) each.
+        # each column's sum of absolute values, and its sum of squares, (V,)
         self.mass: Tensor
         self.squares: Tensor
 
@@ -148,10 +149,10 @@ class ColumnStatistics(Survey):
 
 
 class RowStatistics(Survey):
-    """Statistics that keep sums of each row and maxima of each column, filled by a kernel.
+    """Statistics that a Triton kernel fills: sums over each row, and the maximum of each column.
 
-    The kernel takes the maximum of the bits of positive float32 numbers, read as integers. These
-    integers have the same order as the numbers. A maximum does not depend on the order of rows.
+    The kernel compares the bits of absolute values as integers, which have the same order as
+    positive floating-point numbers.
     """
 
     def __init__(self, vocab_size: int, stride: int, device: torch.device) -> None:
@@ -163,8 +164,8 @@ class RowStatistics(Survey):
     def add(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the tensors that a kernel must fill for ``rows`` more rows.
 
-        They are the maxima of columns as bits, and for each row the sums of absolute values and of
-        squares.
+        The first tensor has the maximum of each column, as bits. The second and third have the sum
+        of absolute values and the sum of squares of each row.
         """
         self.rows += rows
         for sums in (self.mass, self.squares):

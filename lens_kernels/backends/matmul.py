@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# A GEMM on a CPU takes this many vocabulary entries. MKL reaches 175 GFLOP/s on tiles of this
-# width, and 120 on the whole vocabulary (2 cores, 256 to 512 rows, hidden size 576 to 1600).
+# A GEMM on a CPU handles this many vocabulary entries at a time. Then MKL reaches 175 GFLOP/s, and
+# only 120 on the whole vocabulary (2 cores, 256 to 512 rows, hidden size 576 to 1600).
 CPU_VOCAB_TILE = 768
 HALF = (torch.float16, torch.bfloat16)
 
 
 def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.device) -> bool:
-    """Return whether the device multiplies matrices in ``dtype`` with a result in ``result``."""
+    """Return whether the device has GEMMs of ``dtype`` matrices with a ``result`` output."""
     if dtype not in HALF or result is not torch.float32:
         return False
     if device.type == "cpu":
@@ -28,10 +28,10 @@ def multiplies_natively(dtype: torch.dtype, result: torch.dtype, device: torch.d
 
 @functools.cache
 def _has_amx() -> bool:
-    """Return whether the CPU has AMX for bfloat16 and torch has a setting to use it.
+    """Return whether the CPU has AMX for bfloat16, and torch has a setting to use it.
 
-    CPUs with only vector instructions for bfloat16 gain little: 200 GFLOP/s instead of 190. torch
-    2.13 has this setting, and reports the capabilities of the CPU. Older versions do neither.
+    Vector instructions for bfloat16 would give only 200 GFLOP/s instead of 190. Before version
+    2.13, torch neither has the setting nor reports what the CPU supports.
     """
     onednn = torch.backends.mkldnn
     can_be_told = onednn.is_available() and hasattr(onednn, "matmul")
@@ -40,20 +40,20 @@ def _has_amx() -> bool:
     return torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-# The lock keeps a thread from resetting the setting while another thread needs it.
+# The lock prevents one thread from resetting the setting while another thread needs it.
 _lock = threading.Lock()
-# The user's setting, saved here while this module has replaced it. Otherwise None.
+# The user's value of the setting, while this module has replaced it. Otherwise None.
 _users: str | None = None
 
 
 def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
     """Run float32 GEMMs, with bfloat16 instructions if ``dtype`` is bfloat16.
 
-    On a CPU torch has no GEMM of bfloat16 matrices with a float32 result. With oneDNN's setting,
-    torch rounds float32 matrices to bfloat16, which does not change values that came from bfloat16.
-    The setting is global: float32 GEMMs of other threads are also rounded meanwhile.
+    On a CPU, torch has no GEMM of bfloat16 matrices with a float32 result. A oneDNN setting makes
+    float32 GEMMs round their inputs to bfloat16, which does not change inputs that came from
+    bfloat16. The setting is global: float32 GEMMs of other threads are also rounded meanwhile.
 
-    This is not a context manager, because an interrupt before the body would leave the setting.
+    This is not a context manager: an interrupt before its body would leave the setting changed.
     """
     global _users
     if dtype is not torch.bfloat16:
@@ -67,15 +67,14 @@ def _multiply(dtype: torch.dtype, gemms: Callable[[], None]) -> None:
         finally:
             try:
                 _restore()
-            finally:  # an interrupt may have stopped the call above
+            finally:  # an interrupt may have stopped the first call
                 _restore()
 
 
 def _restore() -> None:
-    """Restore the user's setting, if this module has replaced it."""
     global _users
     if _users is not None:
-        _onednn().fp32_precision = "none"  # "none" takes the value of torch's general setting
+        _onednn().fp32_precision = "none"  # "none" makes oneDNN use torch's general setting
         if _onednn().fp32_precision != _users:
             _onednn().fp32_precision = _users
         _users = None
@@ -88,22 +87,23 @@ def _onednn() -> Any:
 def _start_in_child() -> None:
     """Create a new lock and restore the setting in a forked process.
 
-    The thread that held the lock does not exist there.
+    The child process has no copy of the thread that held the lock.
     """
     global _lock
     _lock = threading.Lock()
     _restore()
 
 
-if hasattr(os, "register_at_fork"):  # Windows has no fork
+if hasattr(os, "register_at_fork"):  # Windows cannot fork processes
     os.register_at_fork(after_in_child=_start_in_child)
 
 
 class Factors:
-    """A head's weight and rows of hidden states, in the dtypes in which they are multiplied.
+    """A head's weight and rows of hidden states, in the dtypes of the GEMMs.
 
-    Under autocast both are rounded to ``operand_dtype``, except float64, which autocast never
-    changes. A 16-bit weight that the device cannot multiply is converted to fp32 tile by tile.
+    Under autocast, weight and hidden states are rounded to ``operand_dtype``. Autocast never
+    changes float64. If the device has no GEMM for a 16-bit weight, tiles of the weight are
+    converted to fp32.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Factors:
         self.dtype = self.weight.dtype if native else compute
 
     def rows(self, x: Tensor) -> Tensor:
-        """Return rows of hidden states in the dtype in which they are multiplied."""
+        """Return rows of hidden states in the dtype of the GEMMs."""
         return _rounded(x, self.rounded_to).to(self.dtype)
 
 
@@ -124,13 +124,13 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of a matrix's rows with these rows in ``dtype``.
+    """Yield slices of a matrix's rows, each with its rows in ``dtype``.
 
-    If rows are converted, all slices share one buffer.
+    Converted slices share one buffer.
     """
     rows = matrix.shape[0]
     step = max(1, min(rows, CPU_VOCAB_TILE) if matrix.device.type == "cpu" else rows)
-    # Allocating new memory for each tile can take several times as long as the copy.
+    # Memory that is allocated anew for each tile can take several times as long as the copy.
     wide = None if matrix.dtype is dtype else torch.empty_like(matrix[:step], dtype=dtype)
     for start in range(0, rows, step):
         span = slice(start, start + step)
@@ -139,12 +139,12 @@ def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 def _has_out_dtype(factor: Tensor) -> bool:
-    """Return whether ``torch.mm`` can multiply this 16-bit factor with a result in fp32."""
+    """Return whether ``torch.mm`` can multiply matrices like this one with a float32 result."""
     return factor.dtype in HALF and factor.device.type == "cuda"
 
 
 def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """Set ``out = x @ weight.T``. ``x`` comes from ``Factors.rows``."""
+    """Set ``out = x @ weight.T``. Get ``x`` from ``Factors.rows``."""
     if _has_out_dtype(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return
@@ -158,7 +158,7 @@ def project(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b``. ``a`` has the dtype of the rows from ``Factors.rows``."""
+    """Return ``a @ b``. ``a`` has the dtype of ``Factors.rows``."""
     if _has_out_dtype(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     if a.dtype is b.dtype and a.dtype not in HALF:

@@ -1,6 +1,6 @@
-"""The part for Hugging Face models: lens heads, captured hidden states, a Trainer and a demo.
+"""Everything for Hugging Face models: lens heads, hidden states, training, evaluation and a demo.
 
-Names are imported on first use, because the import of the Trainer is slow.
+Names are imported at their first use, because importing the Trainer is slow.
 """
 
 from importlib import import_module

@@ -1,1 +1,1 @@
-"""The ``torch`` backend: chunks of rows, GEMMs by torch, and a pointwise pass between them."""
+"""The ``torch`` backend: GEMMs on chunks of rows, and a pointwise pass between the GEMMs."""

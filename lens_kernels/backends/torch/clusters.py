@@ -1,4 +1,4 @@
-"""Decides whether a cluster of programs can hold a row of logits, and how large it must be."""
+"""The size of the cluster of GPU programs that holds a row of logits in registers, if one can."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import torch
 from lens_kernels import compat
 from lens_kernels.call import LossCall
 
-# A program has 8 warps. Each of its threads holds up to 5 groups of 8 entries of both models. If a
-# thread takes 128 registers, two programs share a multiprocessor: one computes while the other
-# waits for memory. On Blackwell, threads would spill registers under this limit.
+# A program has 8 warps. Each thread holds up to 5 groups of 8 logits of each model. With at most
+# 128 registers per thread, two programs fit on a multiprocessor. On Blackwell (10), this limit
+# would make threads spill registers.
 WARPS, GROUP, BLOCKS = 8, 8, 5
 LANES = 32 * WARPS
 REGISTERS = {9: 128, 10: None}
 # The largest number of programs in a cluster that Hopper and Blackwell GPUs support.
 PROGRAMS = 16
 MOST = PROGRAMS * BLOCKS * LANES * GROUP
-# Older versions of Triton cannot compile a reduction over a cluster, or fail on a row of several
+# Older versions of Triton cannot compile reductions over a cluster, or fail if a row has several
 # blocks.
 TRITON = (3, 9)
-# The kernel runs on Hopper and on Blackwell for data centres. A slice of a GPU, or a GPU with fewer
-# multiprocessors, may have no room for a cluster of 16 programs.
+# Data-centre GPUs of the Hopper and Blackwell generations have at least this many multiprocessors.
+# Smaller GPUs may not have room for a cluster of 16 programs.
 PROCESSORS = 100
 
 
 class Cluster(NamedTuple):
-    """The number of programs in a cluster, and the number of a row's blocks that each thread holds.
+    """The size of a cluster: its programs, and the number of blocks that each of its threads holds.
 
-    ``registers`` limits the registers of a thread if the pass is plain. None means no limit.
+    ``registers`` limits the registers of a thread. None means no limit.
     """
 
     programs: int
@@ -41,8 +41,7 @@ class Cluster(NamedTuple):
     def options(self, plain: bool) -> dict[str, Any]:
         """Return the options with which ``cluster_pass_kernel`` is launched.
 
-        Only a ``plain`` pass has a limit of registers. Any other pass would spill registers under
-        it.
+        Registers are limited only if the call is ``plain``. Any other call would spill registers.
         """
         sizes = {"LANES": self.programs * LANES, "GROUP": GROUP, "BLOCKS": self.blocks}
         launch = {"num_warps": WARPS, "num_ctas": self.programs, "enable_fp_fusion": True}
@@ -86,8 +85,8 @@ def for_rows(device: torch.device, vocab_size: int) -> Cluster | None:
 def for_call(call: LossCall) -> Cluster | None:
     """Return the smallest cluster that can hold a row of the call, or None if no cluster can.
 
-    The result is None for a call with both a ``grad_threshold`` and a softcap. Together they take
-    more registers than a thread has.
+    The result is None for a call with both a ``grad_threshold`` and a softcap. The kernel for both
+    would need more registers than a thread has.
     """
     if call.grad_threshold is not None and has_cap(call):
         return None
@@ -95,6 +94,6 @@ def for_call(call: LossCall) -> Cluster | None:
 
 
 def has_cap(call: LossCall) -> bool:
-    """Return whether the logits of at least one model have a softcap."""
+    """Return whether the head of student or teacher has a softcap."""
     heads = call.student_head, call.teacher_head
     return any(head is not None and head.softcap is not None for head in heads)

@@ -1,4 +1,4 @@
-"""The memory layout of logits and their gradients: sizes of tiles, row strides, and their order."""
+"""The memory layout of logits and their gradients: sizes and order of tiles, and row strides."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ import torch
 
 from lens_kernels import compat
 
-# Each row of a tile begins at a cache line of the CPU, which holds this many logits. With a
-# vocabulary of 50257 the projections then take 7 % less time (2 cores, hidden size 768 and 1600).
-# The number of cache lines in a row is odd. With an even number, all entries of a column would
-# compete for few places in the first-level cache. With a vocabulary of 49152, one more line saves 9
-# % of the time of the projections and of the head's gradient (hidden size 576).
+# A row of logits begins at a cache line of the CPU, which holds this many logits. With a vocabulary
+# of 50257 this saves 7 % of the time of the projections (2 cores). The number of cache lines per
+# row is odd, because an even number would make the entries of a column compete for a few places in
+# the CPU's cache.
 LINE = 16
-# GEMMs on a GPU process blocks of this many rows. With another number of rows, a part of the last
-# block is wasted.
+# GEMMs on a GPU process blocks of this many rows. Any other number of rows wastes a part of the
+# last block.
 BLOCK = 128
-# On a GPU, the number of rows in a tile of logits, and in a buffer of gradients. Each buffer is one
-# operand of two GEMMs. One of them also reads and writes the fp32 head gradient, which takes as
-# long as multiplying 1050 rows.
+# On a GPU, the numbers of rows in a tile of logits and in a buffer of gradients. The head's GEMM
+# also reads and writes the fp32 head gradient, which takes as long as multiplying 1050 rows. So its
+# buffer has more rows.
 TILE_ROWS, GRAD_ROWS = 512, 2048
-# The same buffer if the head is 16-bit. The float32 head gradient then takes twice the memory of
-# the final one. With 8192 tokens of Llama-3, a smaller buffer keeps the peak within 1.3 GiB above
-# 16-bit gradients. With this many rows, the products are predicted to take the same time.
+# A smaller buffer for 16-bit heads. Their float32 head gradient takes twice the memory of the final
+# head gradient. With 8192 tokens of Llama-3, this buffer keeps the peak within 1.3 GiB above the
+# 16-bit gradients. GEMMs over this many rows are predicted to take the same time.
 NARROW_GRAD_ROWS = 1024
-# Each row of gradients begins at a multiple of this many entries. Otherwise GEMMs on a GPU are
+# On a GPU, each row of gradients begins at a multiple of this many entries. Otherwise GEMMs are
 # slow.
 GRAD_LINE = 64
 
@@ -38,16 +37,16 @@ GRAD_LINE = 64
 def has_row_kernel(
     device: torch.device, compute: torch.dtype, features: tuple[str, ...] = ()
 ) -> bool:
-    """Return whether the pass runs as a Triton kernel: on CUDA devices with Triton, in float32.
+    """Return whether a Triton kernel computes losses and gradients of logits.
 
-    The kernel supports none of ``features``, which are those of ``LossCall``.
+    The kernel needs a CUDA device, Triton and float32, and supports none of ``LossCall.features``.
     """
     on_gpu = device.type == "cuda" and compute is torch.float32 and not features
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 
 class Piece(NamedTuple):
-    """Some consecutive rows of one lens pair: its unmasked tokens ``start`` to ``stop``."""
+    """Consecutive rows of one lens pair: its unmasked tokens ``start`` to ``stop``."""
 
     pair: int
     start: int
@@ -56,11 +55,11 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """The largest numbers of rows in a tile of logits and in a GEMM over gradients.
+    """The maximum number of rows in a tile of logits, and in a GEMM over logit gradients.
 
-    With enough rows, both are multiples of ``block``, which is 1 if the workspace has no room for
-    more. With ``shared``, a tile may hold rows of several lens pairs. ``grad_stride`` is the row
-    stride of the gradients, or None if the gradients overwrite the student's logits.
+    Both are multiples of ``block``, unless the call has fewer rows. With ``shared``, a tile may
+    hold rows of several lens pairs. ``grad_stride`` is the row stride of the gradients, or None if
+    gradients overwrite the student's logits.
     """
 
     tile_rows: int
@@ -72,8 +71,8 @@ class Layout:
     def steps(self, pairs: int, tokens: int) -> Iterator[list[list[Piece]]]:
         """Yield the tiles of each step. A tile is a list of pieces.
 
-        At the end of a step, GEMMs process all of its gradients. All steps have about the same
-        size.
+        After the tiles of a step, two GEMMs process all logit gradients of the step. Steps have
+        about equal sizes.
         """
         runs, rows, step, tile = self._sizes(pairs, tokens)
         for first in range(0, runs * rows, rows or 1):
@@ -83,24 +82,19 @@ class Layout:
                 yield [[*_pieces(at, min(at + tile, stop), tokens)] for at in tiles]
 
     def counts(self, pairs: int, tokens: int) -> tuple[int, int]:
-        """Return the number of steps and the number of tiles of a call."""
+        """Return the number of steps and of tiles of a call."""
         runs, rows, step, tile = self._sizes(pairs, tokens)
         whole, rest = rows // step, rows % step  # torch.compile does not support divmod
         steps, tiles = whole + bool(rest), whole * math.ceil(step / tile) + math.ceil(rest / tile)
         return runs * steps, runs * tiles
 
     def _sizes(self, pairs: int, tokens: int) -> tuple[int, int, int, int]:
-        """Return the number of runs, and how many rows a run, a step and a tile have.
-
-        A run has the rows of all pairs if pairs share tiles, and otherwise the rows of one pair.
-        """
         runs, rows = (1, pairs * tokens) if self.shared else (pairs, tokens)
         step = max(1, evened(rows, self.grad_rows, self.block))
         return runs, rows, step, max(1, evened(step, self.tile_rows, self.block))
 
 
 def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
-    """Yield the pieces of the rows ``start`` to ``stop``, counted through all pairs."""
     while start < stop:
         pair, token = divmod(start, tokens)
         end = min(tokens, token + stop - start)
@@ -109,36 +103,36 @@ def _pieces(start: int, stop: int, tokens: int) -> Iterator[Piece]:
 
 
 def evened(rows: int, limit: int, block: int = 1) -> int:
-    """Return the size of the parts if ``rows`` are divided into parts of about equal size.
+    """Return the size of each part if ``rows`` are divided into parts of about equal size.
 
-    The size is at most ``limit``. With enough rows, it is a multiple of ``block``.
+    The size is at most ``limit``. It is a multiple of ``block`` if there are enough rows.
     """
     part = math.ceil(rows / max(1, math.ceil(rows / max(1, limit))))
     return min(rows, limit, math.ceil(part / block) * block)
 
 
 def row_stride(vocab_size: int) -> int:
-    """Return the distance between rows in a tile of logits, in elements."""
+    """Return the distance between the rows of a tile of logits, in elements."""
     return (math.ceil(vocab_size / LINE) | 1) * LINE
 
 
 def grad_stride(vocab_size: int) -> int:
-    """Return the distance between rows of gradients, in elements."""
+    """Return the distance between the rows of a buffer of gradients, in elements."""
     return math.ceil(vocab_size / GRAD_LINE) * GRAD_LINE
 
 
 def bytes_per_row(vocab_size: int, operand: torch.dtype, compute: torch.dtype) -> int:
-    """Return the bytes of the tiles for each row, if gradients overwrite the logits.
+    """Return the bytes in memory for each token, if gradients overwrite the student's logits.
 
-    The tiles hold the logits of both models and, if the GEMMs take 16-bit factors, a copy of the
-    gradient.
+    Each token has the logits of both models. If the GEMMs take 16-bit factors, it also has a copy
+    of its logit gradients.
     """
     copy = 0 if operand == compute else operand.itemsize
     return row_stride(vocab_size) * 2 * compute.itemsize + vocab_size * copy
 
 
 def in_place(tokens: int, bytes_per_row: int, workspace_bytes: int) -> Layout:
-    """Return the layout for a pass whose gradients overwrite the student's logits."""
+    """Return the layout if gradients overwrite the student's logits."""
     rows = evened(tokens, max(1, workspace_bytes // bytes_per_row))
     return Layout(rows, rows)
 
@@ -150,7 +144,7 @@ def apart(
     workspace_bytes: int,
     head_grad: torch.dtype | None = None,
 ) -> Layout:
-    """Return the layout for a pass that writes gradients to another buffer, in dtype ``operand``.
+    """Return the layout if gradients go to a buffer of their own, in dtype ``operand``.
 
     ``rows`` is the number of rows of all pairs. The fp32 logits take at most half of the workspace.
     ``head_grad`` is the dtype of the head's final gradient, or None if it needs none.

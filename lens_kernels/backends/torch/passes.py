@@ -1,6 +1,6 @@
-"""The interface of the pass, which turns a tile of logits into losses and logit gradients.
+"""The interface of a pass: a function that turns a tile of logits into losses and gradients.
 
-The modules ``pointwise_pass`` and ``row_kernel_pass`` implement it.
+``pointwise_pass`` implements it in torch, and ``row_kernel_pass`` by a Triton kernel.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from lens_kernels.targets import TargetRows
 
 
 class Terms(NamedTuple):
-    """The loss terms of a tile's rows, and the weight of each row, ``(R,)``.
+    """The loss terms of a tile's rows, each with the weights of the rows, ``(R,)``.
 
-    There is a divergence from the teacher, or a cross entropy of labels at temperature 1, or both.
+    A term is a divergence from the teacher, or the cross entropy of labels at temperature 1.
     """
 
     divergence: Divergence | None
     weight: Tensor | None
     labels: Tensor | None
     label_weight: Tensor | None
-    # For each row ``z`` of the teacher's logits, ``(maximum, log sum exp(z - maximum))``, if known.
+    # The teacher's ``(maximum, log sum exp(z - maximum))`` of each row of logits ``z``, if known.
     teacher_statistics: Tensor | None = None
-    # Sparse targets, which replace the teacher in the divergence, or None if there is a teacher.
+    # The sparse targets that replace the teacher's logits, or None.
     targets: TargetRows | None = None
     standardized: bool = False
 
@@ -38,18 +38,18 @@ class Pass(Protocol):
     layout: Layout
 
     def survey(self) -> Survey:
-        """Return empty statistics of gradients, which ``run`` can fill."""
+        """Return empty statistics of logit gradients, for ``run`` to fill."""
 
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Return a list with the divergence, the cross entropy, or both, of each row.
+        """Return the losses of each row: the divergence and the cross entropy, if requested.
 
-        If the call has ``reports``, each row's log-sum-exp and entropy follow the cross entropy.
+        If the call has ``reports``, each row's log-sum-exp and entropy follow.
 
         ``tiles`` are the products ``hidden @ weight.T``, ``(R, V)``, of the student and, with a
-        divergence, of the teacher. The gradient of the weighted sum of the results with respect to
-        the student's products is written to ``grad`` ``(R, V)``, unless it is None. ``grad`` is
-        the student's tile itself if ``layout.grad_stride`` is None. ``survey`` is None or a result
-        of ``survey()``.
+        divergence, of the teacher. The gradient of the weighted losses with respect to the
+        student's products is written to ``grad`` ``(R, V)``, unless ``grad`` is None. ``grad`` is
+        the student's tile itself if ``layout.grad_stride`` is None. If ``survey`` is given, it
+        collects statistics of the gradient.
         """

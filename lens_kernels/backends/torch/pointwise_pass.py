@@ -1,4 +1,4 @@
-"""The pass in torch, compiled if that saves time. The gradient overwrites the student's tile."""
+"""The pass in torch, compiled if that saves time. Gradients overwrite the student's logits."""
 
 from __future__ import annotations
 
@@ -22,24 +22,22 @@ from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR, Formula, Mixture
 from lens_kernels.lens import LensHead, LogitMap
 
-# On a CPU, a call over at least this many pairs of logits compiles the pass. Compiling takes 6 to
-# 10 s once per process, or 24 s if the code is not in Inductor's disk cache. It saves 10 to 15 ms
-# per million pairs, so compiling pays off after 120 such calls (2 cores). On other devices the pass
-# is always compiled, because the eager pass moves several times as many bytes.
+# On a CPU, the pass is compiled if a call has at least this many logits per model. Compiling takes
+# 6 to 10 s once per process, or 24 s without Inductor's disk cache. It pays off after about 120
+# calls of this size (2 cores). On other devices the pass is always compiled.
 CPU_COMPILE_LOGITS = 1 << 23
-# How many logits the eager and the compiled pass process at once on a CPU. The temporaries of the
-# eager pass, and the tiles of the compiled pass, then stay in the cache.
+# The number of logits that the uncompiled and the compiled pass process at once on a CPU. Their
+# temporaries then stay in the cache.
 CPU_EAGER_BLOCK = 1 << 17
 CPU_COMPILED_BLOCK = 1 << 20
 
 
 class Comparison(NamedTuple):
-    """The inputs of a divergence from the teacher's products ``zt`` ``(R, V)``.
+    """The inputs of a divergence from the teacher, whose products are ``zt`` ``(R, V)``.
 
-    ``formula`` is a function, not a name. torch 2.13 does not recompile when an ``Enum`` that
-    selects a table entry changes, and would run the first divergence for all. The numbers in a
-    comparison are 0-dim tensors. torch 2.13 would turn floats into doubles, and CPU loops would
-    spend a sixth of their time on converting them.
+    ``formula`` is a function and not a name, because torch 2.13 does not recompile if an ``Enum``
+    changes. Numbers are 0-dim tensors, because torch 2.13 would turn floats into doubles, which
+    takes time on a CPU.
     """
 
     zt: Tensor
@@ -49,8 +47,8 @@ class Comparison(NamedTuple):
     formula: Formula
     beta: Mixture
     teacher_statistics: Tensor | None = None
-    # The inverse temperatures of student and teacher if logits are standardised. The maps then have
-    # temperature 1.
+    # The inverse temperatures of student and teacher, if logits are standardised. The maps to
+    # logits then have temperature 1.
     standardized: tuple[Tensor, Tensor] | None = None
     clip: Tensor | None = None
 
@@ -58,12 +56,11 @@ class Comparison(NamedTuple):
 def tile_pass(
     zs: Tensor, comparison: Comparison | None, targets: Sequence[Target], with_grad: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return a list with the divergence from the teacher, then the losses of targets, of each row.
+    """Return the losses of each row: the divergence from the teacher, then those of ``targets``.
 
-    ``zs`` holds the student's products ``hidden @ weight.T``, ``(R, V)``. With ``with_grad``,
-    ``zs`` is overwritten by the gradient of the weighted sum of the results with respect to ``zs``.
-    Only the parts at the entries ``ids`` of targets are missing: they are returned, and
-    ``TorchPass`` adds them.
+    ``zs`` holds the student's products ``hidden @ weight.T``, ``(R, V)``. If ``with_grad``, the
+    gradient of the weighted losses overwrites ``zs``, except for one part: the gradients at the
+    ``ids`` of targets are returned, and the caller adds them.
     """
     losses: list[Tensor] = []
     grads: list[Tensor] = []
@@ -114,7 +111,7 @@ def _divergence(zs: Tensor, row: Comparison, with_grad: bool) -> tuple[Tensor, T
 
 
 def is_compiled(device: torch.device, logits: int) -> bool:
-    """Return whether a call over this many pairs of logits compiles its pointwise pass."""
+    """Return whether a call with this many logits per model compiles its pointwise pass."""
     return device.type != "cpu" or logits >= CPU_COMPILE_LOGITS
 
 
@@ -123,7 +120,8 @@ def block_rows(device: torch.device, compiled: bool, rows: int, vocab_size: int)
     if device.type == "cpu":
         limit = CPU_COMPILED_BLOCK if compiled else CPU_EAGER_BLOCK
         return min(rows, max(1, limit // vocab_size))
-    # The eager pass needs temporaries as large as its block. The compiled pass needs none.
+    # The temporaries of the uncompiled pass are as large as its block. The compiled pass needs
+    # none.
     return rows if compiled else max(1, rows // 16)
 
 
@@ -133,14 +131,14 @@ class TorchPass:
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         compute = call.compute_dtype
         self.call, self.device = call, call.row_weight.device
-        columns = call.widest or call.vocab_size  # equal on all ranks, which need the same layout
+        columns = call.widest or call.vocab_size  # all ranks must have the same layout
         logits = len(call.student_hidden) * tokens * columns
         self.compiled = is_compiled(self.device, logits)
         if self.compiled:
             keep_freed_blocks()
         row_bytes = bytes_per_row(columns, factor, compute)
         self.layout = in_place(tokens, row_bytes, call.workspace_bytes)
-        # 1 - beta is computed in fp64, because in fp32 it would lose its digits for a beta near 1.
+        # Compute 1 - beta in fp64: in fp32 it loses its digits for beta near 1.
         beta, rest = (torch.tensor(x, dtype=compute) for x in (call.beta, 1 - call.beta))
         self.beta = beta, rest
         self.smoothing, self.z_loss = (
@@ -157,7 +155,7 @@ class TorchPass:
         self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head, theirs)
 
     def maps(self, head: LensHead, temperature: float) -> tuple[LogitMap, LogitMap]:
-        """Return two maps from a head's products to logits: at a temperature, and at temperature 1.
+        """Return two maps from a head's products to logits: at ``temperature``, and at 1.
 
         The numbers in the maps are 0-dim tensors.
         """
@@ -168,7 +166,7 @@ class TorchPass:
         return tempered, plain
 
     def survey(self) -> ColumnStatistics:
-        """Return empty statistics of gradients."""
+        """Return empty statistics of logit gradients."""
         return ColumnStatistics(self.compiled)
 
     def run(
@@ -178,7 +176,7 @@ class TorchPass:
         grad: Tensor | None,
         survey: Any,
     ) -> list[Tensor]:
-        """Run the pass in blocks of rows. ``survey`` reads gradients while the cache holds them."""
+        """Run the pass in blocks of rows, which fit in the CPU's cache."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = []
         for start in range(0, tiles[0].shape[0], step):
@@ -190,21 +188,21 @@ class TorchPass:
             for target, part in zip(targets, at_ids, strict=False):
                 zs.scatter_add_(-1, target.ids, part)
             if survey is not None:
-                survey.add(zs)  # the gradient has overwritten zs
+                survey.add(zs)  # zs holds the gradient now
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
 
     def arguments(
         self, tiles: list[Tensor], terms: Terms, block: slice
     ) -> tuple[Tensor, Comparison | None, list[Target]]:
-        """Return the student's products of a block of rows, and the terms of its rows."""
-        # ``data`` drops the link to the base tensor. Otherwise torch would compile a variant for
-        # views that cover their whole base.
+        """Return the arguments of ``tile_pass`` for a block of rows."""
+        # ``data`` drops the link to the base tensor. With it, torch would compile one more variant
+        # for views of a whole base.
         zs, *zt = (tile[block].data for tile in tiles)
         comparison = self.comparison(terms, block, zt[0]) if zt and terms.divergence else None
         return zs, comparison, self.targets(terms, block)
 
     def comparison(self, terms: Terms, block: slice, zt: Tensor) -> Comparison:
-        """Return the comparison of some rows with the teacher's products ``zt``."""
+        """Return the inputs of a block's divergence from the teacher's products ``zt``."""
         assert terms.divergence is not None and terms.weight is not None
         assert self.teacher is not None
         formula = table.pointwise(terms.divergence, self.call.beta)
@@ -217,7 +215,7 @@ class TorchPass:
         )  # fmt: skip
 
     def targets(self, terms: Terms, block: slice) -> list[Target]:
-        """Return some rows' targets: first sparse targets in place of a teacher, then labels."""
+        """Return a block's targets: sparse targets that replace a teacher, then labels."""
         result = []
         if terms.targets is not None:
             assert terms.weight is not None
@@ -247,7 +245,7 @@ class TorchPass:
 
 
 def as_tensors(logit_map: LogitMap, dtype: torch.dtype) -> LogitMap:
-    """Return the map with its floats as 0-dim tensors."""
+    """Replace the floats of a map by 0-dim tensors."""
     numbers = {
         name: torch.tensor(value, dtype=dtype)
         for name, value in vars(logit_map).items()

@@ -2,9 +2,9 @@
 
 For each tile, one GEMM per model computes the logits over the whole vocabulary. One pass turns the
 logits into losses and the gradient of the student's logits. Two more GEMMs turn this gradient into
-the gradients of hidden states and head. The cost is ``3 D_s + D_t`` multiplications per token and
-vocabulary entry, as few as with all logits in memory. ``D_s`` and ``D_t`` are the hidden sizes of
-student and teacher. Only one tile of logits per model is in memory at a time.
+the gradients of hidden states and head. With hidden sizes ``D_s`` and ``D_t`` of student and
+teacher, each token costs ``3 D_s + D_t`` multiplications per vocabulary entry. Memory holds one
+tile of logits per model at a time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
 from lens_kernels.targets import TargetRows
 
-Rows = Tensor | slice  # which tokens: a slice, or the indices of unmasked tokens
+Rows = Tensor | slice  # tokens, as a slice or as the indices of unmasked tokens
 MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 
 
@@ -41,7 +41,7 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 
 def pass_for(call: LossCall) -> MakePass:
-    """Return the class of the pass: by the Triton kernel where it can run, else by torch."""
+    """Return the class of the pass, by the device and by whether heads are sharded."""
     if call.group:
         from lens_kernels.backends.torch.sharded_pass import ShardedPass
 
@@ -54,8 +54,6 @@ def pass_for(call: LossCall) -> MakePass:
 
 
 class _Model:
-    """One model's head, in the dtype of the GEMMs."""
-
     def __init__(self, head: LensHead, call: LossCall) -> None:
         self.head = head.prefix(call.vocab_size)
         self.compute_dtype = call.compute_dtype
@@ -63,10 +61,6 @@ class _Model:
         self.weight = self.factors.weight
 
     def read(self, hidden: Tensor, rows: Rows, normed: bool) -> _Read:
-        """Return rows of a hidden state for a GEMM.
-
-        They come with the values that the backward pass of the norm needs.
-        """
         x = hidden[rows].to(self.compute_dtype)
         saved = None
         if normed and self.head.norm is not None:
@@ -76,15 +70,13 @@ class _Model:
 
 
 class _Read(NamedTuple):
-    """Rows as a factor of a GEMM. ``saved`` is ``(x_hat, rstd)`` if the rows were normalised."""
+    """Hidden states for a GEMM. The norm's backward pass needs ``saved``: ``(x_hat, rstd)``."""
 
     x: Tensor
     saved: tuple[Tensor, Tensor] | None
 
 
 class _RowChunks:
-    """The tiles and the gradient buffer of a call, and the sums over all steps."""
-
     def __init__(self, call: LossCall, make_pass: MakePass) -> None:
         self.call = call
         compute = call.compute_dtype
@@ -112,12 +104,10 @@ class _RowChunks:
             self.grad = buffer(self.layout.grad_rows, self.layout.grad_stride, factor)
 
     def rows(self, piece: Piece) -> Rows:
-        """Return which tokens of the hidden state are in a piece."""
         rows = slice(piece.start, piece.stop)
         return rows if self.sums.index is None else self.sums.index[rows]
 
     def step(self, tiles: list[list[Piece]]) -> None:
-        """Process the tiles of a step, then run the GEMMs over all gradients of the step."""
         call, norm = self.call, self.student.head.norm
         pieces = [piece for tile in tiles for piece in tile]
         targets: set[int | str] = set()
@@ -148,7 +138,6 @@ class _RowChunks:
                 self.sums.finish(piece.pair)
 
     def project(self, tile: list[Piece]) -> list[_Read]:
-        """Compute the products of a tile for both models, and return the student's rows."""
         call = self.call
         reads = []
         sides = (self.student, call.student_hidden), (self.teacher, call.teacher_hidden)
@@ -164,7 +153,7 @@ class _RowChunks:
     def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
         """Run the pass over a tile, and store the losses of its rows.
 
-        Neighbouring pieces with the same kind of loss share one run of the pass.
+        Pieces that follow each other and have the same terms share one run of the pass.
         """
         sums = self.sums
         start = 0
@@ -193,17 +182,13 @@ class _RowChunks:
             sizes = [piece.stop - piece.start for piece in pieces]
             for (pair, at), *parts in zip(rows, *(x.split(sizes) for x in losses), strict=True):
                 filled = [] if divergence is None else [pair]
-                if labelled:  # the log-sum-exp and the entropy, if requested, come last
+                if labelled:  # the log-sum-exp and the entropy come last, if requested
                     filled += range(self.call.label_row, len(sums.rows))
                 for row, part in zip(filled, parts, strict=True):
                     sums.rows[row, at] = part
             start = stop
 
     def kind(self, piece: Piece) -> tuple[Divergence | None, bool, bool]:
-        """Return a piece's divergence, whether it has labels, and whether it is standardised.
-
-        Only the last pair has labels.
-        """
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
         divergence = call.divergences[piece.pair] if call.divergences else None
@@ -213,7 +198,6 @@ class _RowChunks:
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None
     ) -> None:
-        """Propagate the gradient of normalised rows back to hidden states and norm parameters."""
         grads = self.sums.grads
         if saved is not None:
             x_hat, rstd = saved

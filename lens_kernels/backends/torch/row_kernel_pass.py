@@ -1,7 +1,7 @@
-"""The pass by a Triton kernel on a GPU. It writes gradients to a buffer of their own.
+"""The pass by a Triton kernel on a GPU, which writes gradients to a separate buffer.
 
-If a cluster of programs can hold a row, ``cluster_pass_kernel`` reads each logit once.
-``clusters.py`` decides this. Otherwise ``row_pass_kernel`` reads a row up to three times.
+``cluster_pass_kernel`` reads each logit once. It runs if a cluster of programs can hold a row of
+logits, which ``clusters.py`` decides. Otherwise ``row_pass_kernel`` reads a row up to three times.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ class RowKernelPass:
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         self.call = call
-        # The number of rows includes masked tokens, so that buffers have the same size for every
-        # mask.
+        # Count masked tokens too, so that buffers have the same size for every mask.
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         head = call.student_head.weight.dtype if "weight" in call.needing_grad() else None
         self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes, head)
@@ -40,7 +39,7 @@ class RowKernelPass:
         self.teacher = None if call.teacher_head is None else self.model(call.teacher_head, theirs)
 
     def model(self, head: LensHead, temperature: float) -> tuple[Any, ...]:
-        """Return a head's bias, slope and cap, as arguments of the kernel."""
+        """Return a head's bias, slope and softcap, as arguments of the kernel."""
         vocab_size, bias = self.call.vocab_size, head.bias
         if bias is not None:
             bias = F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
@@ -48,14 +47,14 @@ class RowKernelPass:
         return bias, logits.slope, logits.cap
 
     def survey(self) -> RowStatistics:
-        """Return empty statistics of gradients."""
+        """Return empty statistics of logit gradients."""
         vocab_size = self.call.vocab_size
         return RowStatistics(vocab_size, row_stride(vocab_size), self.call.row_weight.device)
 
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Launch the kernel with one program for each row."""
+        """Launch the kernel, with one program or cluster for each row."""
         call, (zs, *zt) = self.call, tiles
         rows = zs.shape[0]
 
@@ -70,8 +69,7 @@ class RowKernelPass:
             teacher = (zt[0], *self.teacher)
             weight, loss = _aligned(terms.weight), one()
             losses.append(loss)
-            # For relative entropies, the first sweep of the kernel computes these statistics
-            # anyway.
+            # For relative entropies, the kernel's first sweep computes these statistics anyway.
             if terms.teacher_statistics is not None and terms.divergence not in RELATIVE_ENTROPIES:
                 statistics = _aligned(terms.teacher_statistics)
         if terms.labels is not None:
@@ -84,7 +82,8 @@ class RowKernelPass:
             heavy = self.capped or survey is not None or labels is not None
             plain = not heavy and name not in ("jsd", "jeffreys")
             kernel, options = cluster_pass_kernel, self.cluster.options(plain)
-        # Triton launches kernels on the current device, which may not be the device of the tensors.
+        # Triton launches kernels on the current device, which may differ from the device of the
+        # tensors.
         with torch.cuda.device_of(zs):
             kernel[(rows,)](
                 student, teacher, statistics, labels, weight, loss, grad,
@@ -98,8 +97,5 @@ class RowKernelPass:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Return a copy, whose alignment is fixed.
-
-    The alignment of a slice varies, and Triton would compile a kernel for each alignment.
-    """
+    """Return a copy of a slice, because Triton would compile a kernel for each alignment."""
     return x.clone(memory_format=torch.contiguous_format)

@@ -1,8 +1,8 @@
-"""The pass in torch for a vocabulary that is spread over ranks. Reductions combine their results.
+"""The pass in torch if the head is sharded over ranks. Reductions combine the ranks' results.
 
-Every rank has the same rows, and its own vocabulary entries. Each tile needs three reductions: the
-maxima of the logits, the sums of their exponentials, and the sums of the divergence's ``f`` and
-``h``.
+Every rank has the same tokens, and its own vocabulary entries. Each tile needs three reductions
+over ranks: the maxima of the logits, the sums of their exponentials, and the sums of the
+divergence's ``f`` and ``h``.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from lens_kernels.sharding import Reduction
 
 
 class Whole(NamedTuple):
-    """Results for the whole vocabulary: values of each row, ``(R, 1)``.
+    """Results of each row over the whole vocabulary of all ranks, ``(R, 1)``.
 
-    ``statistics`` holds the maximum and the log of the sum of exponentials of the student's logits,
-    of the teacher's, and of the student's at temperature 1, if they are needed.
+    ``statistics`` has up to three entries: for the student's logits, for the teacher's, and for the
+    student's at temperature 1. An entry is the maximum of the logits and the log of their sum of
+    exponentials.
     """
 
     statistics: list[tuple[Tensor, Tensor]]
@@ -40,9 +41,10 @@ class Whole(NamedTuple):
 def local_statistics(
     zs: Tensor, comparison: Comparison | None, labels: Target | None
 ) -> tuple[Tensor, Tensor]:
-    """Return maxima and sums of ``exp(z - maximum)`` of this rank's logits, ``(S, R)`` each.
+    """Return maxima and sums of ``exp(z - maximum)`` of this rank's logits ``z``, ``(S, R)`` each.
 
-    ``S`` counts the sets of logits: the student's, the teacher's, and the student's for labels.
+    ``S`` counts the kinds of logits: the student's, the teacher's, and the student's at temperature
+    1.
     """
     logits = []
     if comparison is not None:
@@ -60,9 +62,9 @@ def local_statistics(
 def local_sums(
     zs: Tensor, comparison: Comparison | None, labels: Target | None, whole: Whole
 ) -> Tensor:
-    """Return this rank's part of three sums: of ``f``, of ``h``, and the cross entropy, ``(S, R)``.
+    """Return this rank's part of the sums of ``f``, of ``h``, and of the cross entropy, ``(S, R)``.
 
-    The cross entropy is 0 for rows whose label is not among this rank's entries.
+    A row's cross entropy is 0 unless this rank has the entry of its label.
     """
     sums = []
     if comparison is not None:
@@ -79,7 +81,7 @@ def local_sums(
 def write_gradient(
     zs: Tensor, comparison: Comparison | None, labels: Target | None, whole: Whole
 ) -> None:
-    """Overwrite ``zs`` with the gradient of the weighted sum of losses."""
+    """Overwrite ``zs`` with the gradient of the weighted losses."""
     grads = []
     if comparison is not None:
         assert whole.h_sum is not None
@@ -97,7 +99,6 @@ def write_gradient(
 def _entries(
     zs: Tensor, row: Comparison, whole: Whole
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-    """Return ``q``, ``f``, ``h`` and the logits' derivative, for this rank's entries."""
     us, slope = row.student(zs)
     lq, q = _log_softmax(us, whole.statistics[0])
     if row.teacher_statistics is None:
@@ -116,7 +117,7 @@ def _log_softmax(u: Tensor, statistics: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 
 class ShardedPass(TorchPass):
-    """The pass of a call over this rank's vocabulary entries."""
+    """The pass over the vocabulary entries of this rank."""
 
     def __init__(self, call: LossCall, factor: torch.dtype, tokens: int) -> None:
         super().__init__(call, factor, tokens)
@@ -125,7 +126,7 @@ class ShardedPass(TorchPass):
     def run(
         self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
     ) -> list[Tensor]:
-        """Run each part of the pass over a tile's blocks, then combine its results over ranks."""
+        """Run each part of the pass over a tile, then combine the results of all ranks."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
         blocks = [slice(at, at + step) for at in range(0, tiles[0].shape[0], step)]
 

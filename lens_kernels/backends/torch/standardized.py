@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Standardized(NamedTuple):
-    """Rows of standardised logits: ``z'``, ``z' / T``, and the number ``1 / (T s)`` of each row."""
+    """Rows of standardised logits ``z'``, with ``z' / T``, and ``1 / (T s)`` of each row."""
 
     z: Tensor
     logits: Tensor
@@ -35,9 +35,9 @@ class Standardized(NamedTuple):
     def backward(
         self, grad: Tensor, ids: Tensor | None = None, values: Tensor | None = None
     ) -> Tensor:
-        """Return the gradient with respect to ``z`` over ``scale``, without the part at ``ids``.
+        """Return the gradient with respect to ``z`` over ``scale``, without a part at ``ids``.
 
-        The whole ``G`` is ``grad`` minus ``values`` at the entries ``ids``.
+        The gradient with respect to ``z' / T`` is ``grad`` minus ``values`` at the entries ``ids``.
         """
         product = (grad * self.z).sum(-1, keepdim=True)
         if ids is not None and values is not None:

@@ -1,14 +1,15 @@
-"""The part of the torch pass for targets with few entries: labels, or a sparse teacher.
+"""The losses of targets with few entries, in the torch pass: labels, or a sparse teacher.
 
-A row ``t`` of targets holds ``values[k]`` at ``ids[k]``. In addition ``smoothing`` is spread evenly
-over the vocabulary, and ``rest`` is the mass of one more entry, for all tokens outside ``ids``.
-With the student's distribution ``q``, and ``r`` its mass outside ``ids``::
+A row ``t`` of targets holds the probability ``values[k]`` at the vocabulary entry ``ids[k]``.
+``smoothing`` is a probability that is spread evenly over the vocabulary. ``rest`` is the total
+probability of all entries outside ``ids``. The student's distribution is ``q``, and ``r`` is its
+sum outside ``ids``::
 
     loss = constant - sum_k values_k log q_k - smoothing mean_v log q_v - rest log r
     G_v  = q_v sum(t) - t_v - rest q_v / r [v outside ids]
 
-``sum(t)`` includes ``smoothing`` and ``rest``. ``G`` without ``-values`` is computed from the row
-of logits alone. ``-values`` is added at ``ids`` afterwards.
+``sum(t)`` includes ``smoothing`` and ``rest``. ``G`` is the logit gradient. It is first computed
+without ``-values``, which is added at ``ids`` afterwards.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from lens_kernels.lens import LogitMap
 def softmax(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-softmax and softmax, with one exponential per entry, and the log-sum-exp.
 
-    The log-sum-exp is kept as two numbers, the maximum and the log of the sum. As one fp32 number
-    near 60 it would put an error of 4e-6 into every probability. Both results use the same rounded
-    logarithm. An error that ``log q`` and ``q`` share changes divergences only in second order.
+    The log-sum-exp is kept as two numbers, the maximum and the log of the sum. A single fp32 number
+    near 60 would put an error of 4e-6 into every probability. Log-softmax and softmax share their
+    rounding error, so it changes divergences only in second order.
     """
     maximum = u.amax(-1, keepdim=True)
     u = u - maximum
@@ -38,7 +39,7 @@ def softmax(u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Target(NamedTuple):
-    """The targets of a tile of rows. Numbers are 0-dim tensors, as in ``Comparison``.
+    """The targets of a tile of rows. Numbers are 0-dim tensors.
 
     ``values`` ``(R, K)`` is None if each row has one entry with the value 1. ``smoothing`` is one
     number, or one for each row. ``z_loss`` adds ``z_loss * lse^2`` to the loss. Losses above
@@ -63,9 +64,9 @@ class Target(NamedTuple):
 def target_rows(
     zs: Tensor, row: Target, with_grad: bool
 ) -> tuple[list[Tensor], Tensor | None, list[Tensor]]:
-    """Return the losses, and the gradient in two parts: of all entries, and of those at ``ids``.
+    """Return the losses, and the gradient in two parts: for all entries, and for ``ids``.
 
-    The second part is a list of one tensor ``(R, K)``, or an empty list if no gradient is needed.
+    The second part is a list with one tensor ``(R, K)``, or an empty list without gradients.
     """
     logits, slope = row.student(zs)
     standardized = None

@@ -1,4 +1,4 @@
-"""A check of the kernels on one device, by comparison with the ``torch`` backend."""
+"""Compares the Triton kernels with the ``torch`` backend on one device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.options import Divergence
 
-TOKENS = 256  # the check uses at most this many tokens, enough for several blocks of rows
+TOKENS = 256  # The check uses at most this many tokens, which make several blocks of rows.
 TF32_EPS = 2.0**-10
 
 
@@ -25,10 +25,10 @@ def check(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    """Compare losses and gradients of every divergence, with plain heads and with all extras.
+    """Compare losses and gradients of every divergence, without and with norm, bias and softcap.
 
     Raises:
-        RuntimeError: A difference is too large to come from the rounding of the operands.
+        RuntimeError: A difference is larger than rounding can explain.
     """
     eps = torch.finfo(dtype).eps
     if dtype is torch.float32 and tf32_is_allowed():

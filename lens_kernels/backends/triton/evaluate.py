@@ -1,4 +1,4 @@
-"""The ``evaluate`` of the ``triton`` backend. It runs the sweeps and sums their results."""
+"""Runs the sweeps of the ``triton`` backend, and sums their results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def evaluate(call: LossCall) -> LossResult:
     """Return the losses of a call's rows, and the gradients of its loss."""
     if interpreter.INTERPRETING:
         interpreter.prepare()
-    # Triton launches kernels on the current device, which may not be the device of the tensors.
+    # Triton launches kernels on the current device, which may differ from the device of the
+    # tensors.
     with torch.cuda.device_of(call.row_weight):
         sweeps = _Sweeps(call)
         if sweeps.sums.tokens:
@@ -39,8 +40,6 @@ def evaluate(call: LossCall) -> LossResult:
 
 
 class _Head:
-    """One model's head, with the memory layout that the sweeps need."""
-
     def __init__(self, head: LensHead, call: LossCall, temperature: float) -> None:
         self.head = head.prefix(call.vocab_size)
         self.dtype = call.operand_dtype or head.weight.dtype
@@ -48,7 +47,6 @@ class _Head:
         self.temperature = temperature
 
     def operand(self, hidden: Tensor, index: Tensor | None, norm: LensNorm | None) -> Operand:
-        """Return the head with the rows of ``hidden`` at ``index``, normalised by ``norm``."""
         if norm is not None:
             x = norm_rows(hidden, index, norm, self.dtype)
         else:
@@ -58,8 +56,6 @@ class _Head:
 
 
 class _Sweeps:
-    """Runs the sweeps of a call, and holds the sums of their results."""
-
     def __init__(self, call: LossCall) -> None:
         self.call = call
         ours, theirs = call.temperatures
@@ -67,13 +63,12 @@ class _Sweeps:
         self.teacher = None if call.teacher_head is None else _Head(call.teacher_head, call, theirs)
         self.sums = Accumulator(call, self.student.dtype)
         self.rows = slice(None) if self.sums.index is None else self.sums.index
-        # Gradient GEMMs take 16-bit factors if the device accumulates them in fp32.
+        # GEMMs of gradients take 16-bit factors if the device accumulates them in fp32.
         dtype, device = self.student.dtype, call.row_weight.device
         native = matmul.multiplies_natively(dtype, torch.float32, device)
         self.factor_dtype = dtype if native else torch.float32
 
     def run(self, pair: int) -> None:
-        """Run all sweeps for a pair of hidden states, or for a student's state with labels only."""
         call, index = self.call, self.sums.index
         hidden, normed = call.student_hidden[pair], call.normed[pair]
         norm = self.student.head.norm if normed else None
@@ -107,7 +102,6 @@ class _Sweeps:
     def row_sums(
         self, student: Operand, teacher: Operand, divergence: Divergence, given: RowStats | None
     ) -> RowSums:
-        """Run sweeps 1 and 2. The teacher's statistics are ``given`` or computed."""
         vocab_size, beta = self.call.vocab_size, self.call.beta
         if divergence in RELATIVE_ENTROPIES:
             tile = tile_for(Sweep.ONLINE_KL, student, teacher)
@@ -124,7 +118,7 @@ class _Sweeps:
     def cross_entropy(self, student: Operand, stats: RowStats | None, labels: Tensor) -> Labels:
         """Store the cross entropy of every row, and return the inputs for its gradient.
 
-        ``stats`` are the student's statistics, if they are known. Labels use temperature 1.
+        ``stats`` are the student's log-sum-exps, if known. The cross entropy uses temperature 1.
         """
         if stats is None or student.temperature != 1.0:
             student = student.untempered()
@@ -138,8 +132,8 @@ class _Sweeps:
     def weight(self, row: int) -> Tensor:
         """Return a copy of the token weights of one loss term.
 
-        Kernels need contiguous weights, but an upstream gradient may be a transpose. The alignment
-        of a slice varies, and Triton would compile a kernel for each case.
+        Kernels need contiguous weights, but upstream gradients may be transposed. Triton would also
+        compile a kernel for each alignment that slices have.
         """
         return self.sums.weight[row, self.rows].clone(memory_format=torch.contiguous_format)
 
@@ -152,7 +146,6 @@ class _Sweeps:
         labels: Labels | None,
         targets: Set[int | str],
     ) -> Tensor | None:
-        """Run sweep 3 chunk by chunk, and return the gradient of the rows, or None."""
         call = self.call
         operands = [student] if teacher is None else [student, teacher]
         tile = tile_for(Sweep.GRADIENTS, *operands, labels=labels is not None)
@@ -172,7 +165,6 @@ class _Sweeps:
         return total
 
     def chunks(self, student: Operand, tile: Tile) -> Iterator[tuple[slice, Tensor]]:
-        """Yield the chunks of the vocabulary, each with a buffer for its gradient."""
         vocab_size = self.call.vocab_size
         tiles = -(-vocab_size // tile.block_v)
         bytes_per_tile = student.tokens * tile.block_v * student.x.element_size()
@@ -185,10 +177,10 @@ class _Sweeps:
 
 
 def tile_for(sweep: Sweep, *operands: Operand, labels: bool = False) -> Tile:
-    """Return the tile with which a sweep processes these operands."""
+    """Return the block sizes with which a sweep processes these operands."""
     x = min((operand.x for operand in operands), key=lambda x: x.shape[1])
     extras = labels or any(o.bias is not None or o.softcap is not None for o in operands)
-    # Tiles are tuned without a bias, a softcap or labels. These take registers, so a tuned tile may
-    # not fit with them.
+    # Tuning runs without bias, softcap and labels. All of these take registers, so they may not fit
+    # with a tuned tile.
     tuned = None if extras else store.lookup(sweep, x.dtype, x.shape[1], x.device)
     return tuned or sizes.default(sweep, sizes.arch_of(x.device), x.dtype, x.shape[1], extras)

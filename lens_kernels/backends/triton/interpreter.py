@@ -1,8 +1,8 @@
-"""Corrections for bfloat16 in Triton's interpreter, which runs kernels without a GPU.
+"""Mends the bfloat16 arithmetic of Triton's interpreter, which runs kernels without a GPU.
 
-The interpreter of Triton 3.4 to 3.9 holds bfloat16 numbers as integers, their bit patterns. Its
-``dot`` multiplies these integers, and its conversion to bfloat16 truncates. Here ``dot`` gets the
-numbers as fp32, and conversion rounds to nearest even, as on a GPU.
+The interpreter of Triton 3.4 to 3.9 stores bfloat16 numbers as integers with their bits. Its
+``dot`` multiplies these integers, and its conversion to bfloat16 truncates. After ``prepare``,
+``dot`` gets the numbers as fp32, and conversion rounds to nearest even, as on a GPU.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton.language as tl
 
 from lens_kernels import compat
 
-# True if kernels are interpreted and not compiled. Triton reads the environment variable
-# TRITON_INTERPRET when the kernels are imported.
+# True if kernels run in the interpreter. Triton reads TRITON_INTERPRET when the kernels are
+# imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-if INTERPRETING:  # numpy is needed only here, and is installed neither with Triton nor with torch
+# imported here because numpy may not be installed: neither Triton nor torch needs it
+if INTERPRETING:
     import numpy as np
 
 
@@ -35,7 +36,7 @@ def _to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def prepare() -> None:
-    """Correct the interpreter's bfloat16, and save a third of its time. Later calls do nothing."""
+    """Mend the interpreter's bfloat16, and save a third of its time. Later calls do nothing."""
     interpreter = compat.triton_interpreter()
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl
@@ -57,7 +58,7 @@ def prepare() -> None:
 
     def once(patch: Any) -> Any:
         def patch_lang(function: Any) -> Any:
-            # At every call of a device function, the interpreter patches Triton's language. Once is
+            # The interpreter patches Triton's language at every call of a device function. Once is
             # enough.
             patched = not any(tl.core.is_builtin(x.load) for x in languages(function))
             return None if patched else patch(function)

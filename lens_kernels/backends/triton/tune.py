@@ -1,4 +1,4 @@
-"""The command ``lens-kernels tune``, which compares the kernels with torch and finds fast tiles."""
+"""The command ``lens-kernels tune``: compare the Triton kernels with torch, and find fast tiles."""
 
 from __future__ import annotations
 
@@ -37,9 +37,8 @@ def tune(
 ) -> list[Outcome]:
     """Find and store the fastest tile of every sweep for a problem of these sizes.
 
-    The kernels are compared with the ``torch`` backend first, because the search compares tiles
-    only with the default tile. The tile of sweep 3 (gradients) is stored last. Its presence means
-    that tuning has finished.
+    The kernels are first compared with the ``torch`` backend. The search itself compares each tile
+    only with the default tile.
 
     Args:
         student_width: Hidden size of the student.
@@ -52,10 +51,10 @@ def tune(
         say: Called with each line of progress.
 
     Returns:
-        The outcome of each sweep, and of the row statistics for each width.
+        The outcome of each sweep, and of sweep 1 for each hidden size.
 
     Raises:
-        RuntimeError: The kernels are wrong here, or no tile of a sweep runs.
+        RuntimeError: The kernels give wrong results on this GPU, or no tile of a sweep runs.
         OSError: The results cannot be stored.
     """
     store.check_writable()
@@ -69,7 +68,7 @@ def tune(
         return aligned(x.mul_(scale).to(dtype))
 
     def operand(width: int) -> Operand:
-        # With this scale, distributions are neither flat nor one-hot.
+        # This scale gives distributions that are neither flat nor one-hot.
         head = random(vocab_size, width, 1.5 / math.sqrt(width))
         return Operand(random(tokens, width, 1.0), head, None, 1.0, None, 1.0)
 

@@ -1,1 +1,1 @@
-"""Caches of a teacher's hidden states or sparse targets on disk, to train without the teacher."""
+"""Caches of a teacher's hidden states or sparse targets, to train without running the teacher."""

@@ -1,4 +1,4 @@
-"""The key of a teacher cache, which identifies everything that its content depends on."""
+"""The key of a teacher cache. It identifies everything on which the cache's content depends."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ STATES = "states"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
-# These columns of examples are part of the digest only if the data has them.
+# If the data has these columns, they are part of the digest.
 OPTIONAL_FIELDS = ("attention_mask", "position_ids")
-# Config entries about a model's origin, which do not change its outputs.
+# Config entries about a model's origin. They do not change the model's outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
 Example = Mapping[str, Any]
 
 
 def counted_positions(labels: Any) -> Tensor:
-    """Return the positions of an example that predict a label: the next label is not -100."""
+    """Return an example's positions at which the next token has a label other than -100."""
     labels = torch.as_tensor(labels)
     if labels.dim() != 1:
         raise ValueError(
@@ -80,10 +80,10 @@ class CacheKey:
     ) -> CacheKey:
         """Return the key for the hidden states of ``model`` after the blocks ``layers``.
 
-        ``tokenizer`` is the one that made ``examples``, which the model reads.
-        A cache always has the final normed hidden states too. ``dtype`` is the dtype on disk.
-        ``precision`` is accelerate's name for the mixed precision that the teacher runs in. A
-        ``kind`` other than ``"states"`` describes sparse targets. For these, ``model`` may be None.
+        The model reads ``examples``, which ``tokenizer`` made. A cache always has the final normed
+        hidden states too. ``dtype`` is the dtype on disk. ``precision`` is accelerate's name for
+        the mixed precision that the teacher runs in. A ``kind`` other than ``"states"`` describes
+        sparse targets. For these, ``model`` may be None.
         """
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPES:
@@ -115,13 +115,13 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file. Read it in chunks to save memory."""
+    """Return the digest of a file, which is read in chunks to save memory."""
     with path.open("rb") as file:
         return digest(iter(lambda: file.read(CHUNK), b""))
 
 
 def json_bytes(value: Any) -> bytes:
-    """Return a value as JSON, with sorted keys, so that equal values give equal bytes."""
+    """Return a value as JSON with sorted keys, so that equal values give equal bytes."""
     return json.dumps(
         value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
     ).encode()
@@ -149,14 +149,13 @@ def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
                 f"model must hold its weights, but {name} is on the meta device: load it first"
             )
         yield json_bytes([name, str(tensor.dtype), list(tensor.shape)])
-        # Weights on a GPU are copied in pieces, because a whole weight may not fit into main
-        # memory.
+        # Copy weights from a GPU in pieces, because a whole weight may not fit into main memory.
         for piece in tensor.detach().reshape(-1).view(torch.uint8).split(CHUNK):
             yield piece.cpu().numpy().data
 
 
 def _adapters(model: Any) -> Any:
-    """Return the configs of a peft model's adapters, and which of them are active or merged."""
+    """Return the configs of a peft model's adapters, and the names of active or merged ones."""
     if not hasattr(model, "peft_config"):
         return None
     from peft import get_model_status
@@ -173,7 +172,7 @@ def _computing(config: Any) -> dict[str, Any]:
 def _tokenizer_part(tokenizer: Any) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        # A tokenizer changes these two entries when it is called, so they do not identify it.
+        # Calling a tokenizer changes these two entries, so the key leaves them out.
         inner |= {"truncation": None, "padding": None}
     else:
         inner = tokenizer.get_vocab()

@@ -4,13 +4,12 @@ The format is JSON Lines or Parquet with a record for each position::
 
     {"example": 0, "position": 7, "ids": [11, 42], "logprobs": [-0.1, -2.5]}
 
-``example`` is the number of an example in the data, and ``position`` the number of a token in the
-example, both from 0. The log-probabilities, in descending order, are for the token after
-``position``.
+``example`` counts the examples of the data, and ``position`` the tokens of an example, both from 0.
+The log-probabilities, in descending order, are for the token after ``position``.
 
-``from_vllm`` converts answers of vLLM's server to requests with ``prompt_logprobs``. A file of them
-has one line per example, in the order of the data. The prompt of each request must be the token ids
-of the whole example.
+``from_vllm`` converts a file of answers from vLLM's server, with one line per example in the order
+of the data. The requests must set ``prompt_logprobs``, with the token ids of the whole example as
+the prompt.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from torch import Tensor
 from lens_kernels.hf.cache.key import Example, counted_positions
 
 FORMATS = ("records", "vllm")
-# Servers round log-probabilities, so the largest one may be slightly above 0.
+# Servers round log-probabilities, so the largest log-probability may be slightly above 0.
 ROUNDING = 1e-4
 
-# Maps the numbers of an example and a position to token ids and their log-probabilities.
+# Maps an example's number and a position to token ids and their log-probabilities.
 Found = dict[tuple[int, int], tuple[list[int], list[float]]]
 
 
 def read(path: Path, form: str = "records") -> Found:
-    """Return the token ids and log-probabilities of a file, by example and position.
+    """Return the token ids and log-probabilities in a file, by example and position.
 
     Raises:
         ValueError: A record is malformed. The message names its line.
@@ -75,7 +74,7 @@ def from_vllm(answer: Mapping[str, Any], example: int, where: str) -> list[dict[
     """Convert one answer of vLLM to records, one for each position.
 
     Entry ``i`` of the answer predicts token ``i``, so it becomes the record of position ``i - 1``.
-    vLLM adds the token of the prompt to the most probable ones, and the record keeps it.
+    Besides the most probable tokens, a record has the prompt's own token, which vLLM adds.
     """
     choices = answer.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices else answer
@@ -84,7 +83,7 @@ def from_vllm(answer: Mapping[str, Any], example: int, where: str) -> list[dict[
         raise ValueError(f"{where}: has no prompt_logprobs: set them in the request to the server")
     records = []
     for i, entry in enumerate(entries):
-        if entry is None:  # nothing predicts the first token
+        if entry is None:  # no entry predicts the first token
             continue
         try:
             pairs = [(int(key), float(value["logprob"])) for key, value in entry.items()]

@@ -1,4 +1,4 @@
-"""Make sparse targets from a teacher's logits: sampled tokens, or the most probable tokens."""
+"""Makes sparse targets from a teacher's logits: sampled tokens, or the most probable tokens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 def sample(
     logits: Tensor, samples: int, proposal_temperature: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Draw tokens for each row of logits, with replacement, as in arXiv 2503.16870. Count them.
+    """Draw and count tokens for each row of logits, with replacement, as in arXiv 2503.16870.
 
     Tokens are drawn from ``proposal = softmax(logits / proposal_temperature)``. A drawn token gets
     the importance weight ``p / proposal``, where ``p = softmax(logits)``. The expectation of
     ``draws * weight / samples`` is then ``p``. If ``proposal_temperature`` is 1, all weights are 1,
-    and the result leaves them out.
+    and are not returned.
     """
     proposal = (logits / proposal_temperature).softmax(-1)
     ids = proposal.multinomial(samples, replacement=True, generator=generator).sort(-1).values
@@ -25,7 +25,7 @@ def sample(
     made = {
         "sizes": starts.sum(-1).to(torch.int32),
         "ids": ids[starts].to(torch.int32),
-        # ``starts`` is True at each row's first column, so a run of equal ids lies in one row.
+        # ``starts`` is True in each row's first column, so that runs of equal ids end with the row.
         "draws": (ends - flat).to(torch.uint8 if samples < 256 else torch.int32),
     }
     if proposal_temperature != 1.0:
@@ -35,7 +35,7 @@ def sample(
 
 
 def most_probable(logits: Tensor, number: int) -> dict[str, Tensor]:
-    """Return the ``number`` most probable tokens of each row. As targets, they are biased."""
+    """Return the ``number`` most probable tokens of each row. Targets made from them are biased."""
     p, ids = logits.softmax(-1).topk(min(number, logits.shape[-1]))
     sizes = torch.full((len(ids),), ids.shape[-1], dtype=torch.int32)
     made = {"ids": ids.flatten().to(torch.int32), "weights": p.flatten().float()}

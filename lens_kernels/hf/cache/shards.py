@@ -1,8 +1,8 @@
 """The files of a teacher cache: shards, and a manifest with their checksums.
 
-Checksums detect damage, but not an attack, because anyone who can write to the folder can also
-write checksums. So the names of shards are computed, and not read from the manifest. Writing a file
-never follows a link.
+Checksums detect damage, but not an attack: an attacker who can write to the folder can also write
+checksums. So shard names are computed and not read from the manifest, and writing a file never
+follows a link.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DIFFERS = {
 
 @dataclass
 class Shard:
-    """A range of examples and the file for their data.
+    """A range of examples, and the file with their data.
 
     ``size`` and ``checksum`` are None until the file is written.
     """
@@ -48,7 +48,7 @@ class Shard:
     checksum: str | None = None
 
     def damage(self, folder: Path) -> str | None:
-        """Return a text that describes how the shard's file is damaged, or None if it is whole."""
+        """Return a text that describes how the shard's file is damaged, or None if it is sound."""
         path = folder / self.file
         if not path.is_file():
             return f"{self.file} is missing"
@@ -74,11 +74,11 @@ class Manifest:
 
     @property
     def row_bytes(self) -> int:
-        """The bytes of all stored hidden states at one position."""
+        """The bytes of all hidden states that are stored for one position."""
         return sum(self.widths.values()) * DTYPES[self.key.dtype].itemsize
 
     def write(self, folder: Path) -> None:
-        """Write the manifest to a temporary file and rename it. An interrupt leaves the old one."""
+        """Write a temporary file and rename it, so that an interrupt leaves the old manifest."""
         fields = {**asdict(self), "complete": self.complete}
         fields["checksum"] = digest([json_bytes(fields)])
         partial = _new_file(folder / f"{MANIFEST}.partial")
@@ -90,14 +90,14 @@ class Manifest:
 
     @classmethod
     def read_whole(cls, folder: Path, key: CacheKey, unknown: Iterable[str] = ()) -> Manifest:
-        """Return the manifest like ``read``, after a check that all shards exist and are sound."""
+        """Return the manifest like ``read``, after checking that all shards exist and are sound."""
         manifest = cls.read(folder, key, unknown)
         if not manifest.complete:
             done, total = sum(bool(x.checksum) for x in manifest.shards), len(manifest.shards)
             raise refusal(
                 folder,
-                f"it is incomplete, {done} of {total} shards (open_or_build, or the command that"
-                " began it, would finish it)",
+                f"the cache has only {done} of {total} shards (open_or_build, or the command that"
+                " began the cache, would finish it)",
             )
         for shard in manifest.shards:
             if damage := shard.damage(folder):
@@ -108,8 +108,8 @@ class Manifest:
     def read(cls, folder: Path, key: CacheKey, unknown: Iterable[str] = ()) -> Manifest:
         """Return the manifest of ``folder``. Raise an error if it is damaged or has another key.
 
-        The caller does not know the key's fields named in ``unknown``. These are not compared, and
-        the returned manifest has the values that were found.
+        Fields of the key that are named in ``unknown`` are not compared. The returned manifest has
+        their values from the file.
         """
         if not (folder / MANIFEST).is_file():
             raise ValueError(
@@ -126,7 +126,7 @@ class Manifest:
         if not sound:
             raise refusal(folder, f"{MANIFEST} is damaged: its checksum differs")
         expected = {**asdict(key), "layers": list(key.layers)}
-        # A manifest in another format may have other fields, so then only the format is compared.
+        # Another format may have other fields, so the format is compared first.
         found = found if isinstance(found, dict) else {}
         names = ["format"] if found.get("format") != key.format else [*DIFFERS]
         unknown = {*unknown} & found.keys()
@@ -158,14 +158,14 @@ class Manifest:
 
 
 def shard_name(index: int) -> str:
-    """Return the file name of the shard with this number."""
+    """Return the file name of shard ``number``."""
     return f"shard-{index:05d}.safetensors"
 
 
 def _new_file(path: Path) -> Path:
     """Create an empty file.
 
-    An existing file or link is removed first, because writing would follow a link.
+    An existing file or link is removed first, because writing would follow the link.
     """
     path.unlink(missing_ok=True)
     path.open("x").close()
@@ -175,7 +175,7 @@ def _new_file(path: Path) -> Path:
 def plan_shards(
     counts: list[int], batch_size: int, max_examples: int, max_rows: int
 ) -> list[Shard]:
-    """Divide the examples into shards. No batch is split between two shards."""
+    """Divide the examples into shards. All examples of a batch are in the same shard."""
     shards: list[Shard] = []
     for first in range(0, len(counts), batch_size):
         batch = counts[first : first + batch_size]
@@ -206,19 +206,19 @@ def save_shard(tensors: dict[str, Tensor], folder: Path, shard: Shard) -> None:
 
 
 def read_tensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return a file's tensors, memory-mapped. The data is read from disk when it is used."""
+    """Return a file's tensors, memory-mapped: their data is read from disk at its first use."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in names}
 
 
 def is_free(folder: Path) -> bool:
     """Return whether a new cache can be built in the folder."""
-    # After an interrupted first write, the folder holds only the temporary file of the manifest.
+    # If the first write was interrupted, the folder holds only the manifest's temporary file.
     return not folder.exists() or all(p.name == f"{MANIFEST}.partial" for p in folder.iterdir())
 
 
 def refusal(folder: Path, reason: str) -> ValueError:
-    """Return the error for a folder whose cache cannot be used, for a given reason."""
+    """Return the error for a folder whose cache cannot be used because of ``reason``."""
     return ValueError(
         f"folder {folder} is refused: {reason}; delete the folder to build the cache again, or"
         " pass another folder"

@@ -31,9 +31,9 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-# Each shard has a tensor of this name, with the number of rows of each example.
+# The name of the tensor with the number of rows of each example. Each shard has one.
 COUNTS = "counts"
-# The maximum number of shards that stay memory-mapped.
+# The maximum number of shards that are memory-mapped at the same time.
 MAPPED_SHARDS = 64
 
 _log = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ RunTeacher = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
 class TeacherCache:
     """The teacher's hidden states of each example, at the positions that the loss counts.
 
-    Create it with ``open``, ``build`` or ``open_or_build``, not by the constructor. It can be
-    pickled for the workers of a DataLoader: each worker maps the shards that it reads.
+    Create it with ``open``, ``build`` or ``open_or_build``, not by the constructor. A DataLoader
+    can pickle it for its workers, each of which maps the shards that it reads.
 
     Args:
         folder: Folder of the cache.
@@ -171,9 +171,8 @@ class TeacherCache:
         """Open the cache if it is complete, else call ``build``.
 
         If the folder holds anything else, raise an error and leave the folder unchanged. If another
-        process is building the cache, log a warning and wait. ``folder``, ``key``, ``examples``,
-        ``run_teacher`` and ``**options`` are the arguments of ``build``. The errors are those of
-        ``build`` too.
+        process is building the cache, log a warning and wait. The arguments ``folder``, ``key``,
+        ``examples``, ``run_teacher`` and ``**options``, and the errors, are those of ``build``.
         """
         folder = Path(folder)
         if not is_free(folder) and Manifest.read(folder, key).complete:
@@ -191,8 +190,8 @@ class TeacherCache:
     def rows(self, example_ids: Iterable[int]) -> dict[str, Tensor]:
         """Return the hidden states of the examples ``example_ids``, concatenated, by name.
 
-        For each name in ``key.names`` there is a tensor ``(counted positions, D)`` on the CPU, in
-        the dtype of the cache.
+        The result has a tensor ``(counted positions, D)`` for each name in ``key.names``, on the
+        CPU and in the dtype of the cache.
         """
         ids = [self._checked_id(i) for i in example_ids]
         spans = [(int(self._starts[i]), int(self._starts[i + 1])) for i in ids]
@@ -225,7 +224,7 @@ class TeacherCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Pickling a mapped tensor would copy the data of its shard.
+        # Pickling a mapped tensor would copy the shard's data.
         return {**self.__dict__, "_mapped": {}}
 
     def _checked_id(self, value: Any) -> int:
@@ -246,7 +245,7 @@ class TeacherCache:
     def _map(self, index: int) -> dict[str, Tensor]:
         """Return a shard's tensors, memory-mapped.
 
-        If ``MAPPED_SHARDS`` shards are mapped already, unmap the one that was used longest ago.
+        If ``MAPPED_SHARDS`` shards are mapped, unmap the shard whose last use is the longest ago.
         """
         if index in self._mapped:
             shard = self._mapped.pop(index)
@@ -275,7 +274,7 @@ class _Store:
             if x.shape != expected:
                 raise ValueError(
                     f"run_teacher must return {name} of shape {expected} for example {example}, got"
-                    f" {tuple(x.shape)}: take the rows at counted_positions(labels)"
+                    f" {tuple(x.shape)}: keep only the rows at counted_positions(labels)"
                 )
             rows = out[self.at : self.at + count]
             rows.copy_(x)

@@ -1,10 +1,10 @@
 """Sparse targets on disk: a few tokens of the teacher's distribution at each position.
 
-A cache of targets is a folder with the same kinds of files as a cache of hidden states. Training
-with it never loads the teacher. Positions have different numbers of tokens, so a shard holds flat
-tensors: ``counts`` (positions of each example), ``sizes`` (tokens of each position), ``ids``, and
-``draws`` (how often a token was sampled) or ``weights``, or both. The probability of a token is
-``draws * weight / samples``.
+A cache of targets has the same kinds of files as a cache of hidden states. Training from a cache
+never loads the teacher. Positions have different numbers of tokens, so a shard holds flat tensors:
+``counts`` (positions of each example), ``sizes`` (tokens of each position), ``ids``, and ``draws``
+(how often a token was sampled) or ``weights``, or both. The probability of a token is ``draws *
+weight / samples``.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from lens_kernels.hf.cache.shards import (
 )
 from lens_kernels.targets import RESTS, SparseTargets
 
-# The expected data of a position, in units of four bytes. It only determines the size of shards.
+# The expected data of a position, in units of four bytes. It only decides how many examples a shard
+# has.
 POSITION_WIDTH = 16
 SHARD_EXAMPLES, SHARD_BYTES = 4096, 256 << 20
 # Fields of the key that are not compared, because training does not know how targets were made.
 UNKNOWN = ("model", "precision", "kind")
 
-# A function that makes targets. It gets the positions of some examples in the data, and the
-# examples. It returns ``sizes``, ``ids``, and ``draws`` or ``weights`` of each.
+# A function that makes targets from the positions of some examples in the data, and the examples.
+# It returns ``sizes``, ``ids``, and ``draws`` or ``weights`` of each example.
 MakeTargets = Callable[[range, list[Example]], Sequence[Mapping[str, Tensor]]]
 
 
 def kind_of(name: str, number: int, temperature: float, proposal: float, rest: str | None) -> str:
-    """Return the ``kind`` of a key, a text. ``TargetCache`` reads ``number`` and ``rest`` in it."""
+    """Return the text ``kind`` of a key. ``TargetCache`` reads ``number`` and ``rest`` from it."""
     return f"{name} {number} {temperature:g} {proposal:g} {rest or 'none'}"
 
 
@@ -55,7 +56,7 @@ class TargetCache:
         words = manifest.key.kind.split()
         rest = None if words[-1] == "none" else words[-1]
         if len(words) != 5 or rest not in RESTS:
-            raise refusal(folder, f"it holds {manifest.key.kind!r}, no sparse targets")
+            raise refusal(folder, f"the cache holds {manifest.key.kind!r}, no sparse targets")
         self.rest = rest
         self._samples = int(words[1]) if words[0] == "sampled" else 1
         self._firsts = [shard.first for shard in self._shards]
@@ -63,7 +64,7 @@ class TargetCache:
 
     @classmethod
     def read(cls, folder: str | Path, key: CacheKey) -> TargetCache:
-        """Open a complete cache after checking every file. ``key`` need not know the teacher.
+        """Open a complete cache after checking every file. ``key`` may leave out the teacher.
 
         Raises:
             ValueError: The folder holds no cache, or its cache is incomplete, damaged, of another
@@ -151,7 +152,6 @@ class TargetCache:
         return i
 
     def _example(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one example's numbers of tokens per position, token ids and probabilities."""
         index = bisect.bisect_right(self._firsts, i) - 1
         if self._read is None or self._read[0] != index:
             path = self.folder / self._shards[index].file

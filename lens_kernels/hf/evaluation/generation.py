@@ -93,7 +93,8 @@ def evaluate_rouge(
         options: Other arguments of ``generate``.
     """
     check_seeds(seeds)
-    load_scorer(rouge_tokenizer)  # a missing rouge-score raises an error before the slow generation
+    # raises an error before the slow generation if rouge-score is missing
+    load_scorer(rouge_tokenizer)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
     answers: dict[int, list[str]] = {}
     scores: dict[int, float] = {}
@@ -157,8 +158,8 @@ def held_out_ce(
 ) -> float:
     """Return the mean cross entropy of the tokens with a label, in nats.
 
-    The logits of one batch are in memory at a time. The mean is over all tokens, so it does not
-    depend on ``batch_size``.
+    The mean is over all tokens, so it does not depend on ``batch_size``. Only one batch's logits
+    are in memory at a time.
 
     Args:
         model: A causal language model.
@@ -342,7 +343,7 @@ def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Return the scores from ``evaluate_model`` as a text table."""
+    """Return the scores of ``evaluate_model`` as a text table."""
     scores = result["rouge_l_by_seed"]
     lines = [
         ("cross entropy, nats per token", f"{result['cross_entropy']:9.4f}"),

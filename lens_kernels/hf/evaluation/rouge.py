@@ -11,7 +11,7 @@ from typing import Any
 from lens_kernels.failures import install
 
 TOKENIZERS = ("english", "unicode")
-# The first words in the Unicode names of letters, for scripts without spaces between words.
+# Words that begin the Unicode names of letters in scripts without spaces between words.
 UNSPACED = ("CJK", "HIRAGANA", "KATAKANA", "THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN")
 
 
@@ -61,7 +61,7 @@ def rouge_l(
 def words(text: str) -> list[str]:
     """Return the words of a text.
 
-    Upper and lower case, and different encodings of the same letter, count as equal. A word is a
+    Upper and lower case are equal, and so are different encodings of the same letter. A word is a
     run of letters, marks and digits. In scripts without spaces, each letter is a word.
     """
     text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
@@ -83,8 +83,6 @@ def words(text: str) -> list[str]:
 
 
 class _Words:
-    """The tokenizer ``"unicode"``, with the method that rouge-score calls."""
-
     tokenize = staticmethod(words)
 
 

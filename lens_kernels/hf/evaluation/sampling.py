@@ -41,9 +41,9 @@ def generate(
     """Return the model's answer to each prompt, in the order of the prompts.
 
     Each prompt has its own random numbers, which depend on ``seed`` and the prompt's position. They
-    do not depend on the batch size, and torch's global generators are not used. Other batch shapes,
-    devices or versions may round logits differently. This can change the choice between two tokens
-    of nearly equal score.
+    do not depend on the batch size, and torch's global generators are not used. But other batch
+    shapes, devices or versions round logits differently, which can change the choice between two
+    tokens of nearly equal score.
 
     The model's saved generation settings are ignored, except its end-of-text tokens.
 
@@ -76,7 +76,7 @@ def generate(
     stops = _stop_ids(model, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        # _RowSampler adds noise to the scores, so that the highest score is a sample
+        # _RowSampler adds noise to the scores, so that the token with the highest score is a sample
         do_sample=False,
         no_repeat_ngram_size=no_repeat_ngram_size,
         eos_token_id=stops,
@@ -92,8 +92,8 @@ def generate(
     seeds = torch.randint(2**62, (len(prompts),), generator=source).tolist()
 
     answers = [""] * len(prompts)
-    # Prompts of similar length share a batch, because they need little padding. The longest come
-    # first, so that a batch that exceeds the memory fails at once.
+    # Prompts of similar length share a batch, because they need little padding. The longest prompts
+    # come first, so that a lack of memory shows at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     with evaluating(model), _generation_config(model, config):
         for chunk in chunks(order, batch_size, progress, "generating"):
@@ -109,10 +109,10 @@ def generate(
 
 
 class _RowSampler(LogitsProcessor):
-    """Adds Gumbel noise to the scores. The highest score of each row is then a sample.
+    """Adds Gumbel noise to the scores, so that the highest score of each row is a sample.
 
-    Each row has its own generator. With torch.multinomial, which draws for the whole batch at once,
-    a row's sample would depend on the other rows.
+    Each row has its own random generator. torch.multinomial draws for the whole batch, so a row's
+    sample would depend on the other rows.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
@@ -127,8 +127,8 @@ class _RowSampler(LogitsProcessor):
 
 @contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    # With the config as an argument, generate() would add the model's saved settings to it, such as
-    # a repetition penalty. Two models would then be scored with different settings.
+    # If generate() got this config as an argument, it would add the model's saved settings, such as
+    # a repetition penalty.
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
     try:
@@ -139,10 +139,6 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Return all ids that end an answer.
-
-    Chat models have further end tokens besides the tokenizer's EOS.
-    """
     ids = model.generation_config.eos_token_id
     found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(i for i in found if i is not None)
@@ -151,7 +147,8 @@ def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
 def _pad_left(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    # The mask is made from lengths, because a prompt may contain the padding id as a real token.
+    # The mask is computed from lengths, because a prompt may contain the padding id as a real
+    # token.
     width = max(len(prompt) for prompt in prompts)
     ids = [[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
@@ -167,7 +164,7 @@ def check_sampling(
     top_k: int,
     no_repeat_ngram_size: int,
 ) -> None:
-    """Check those arguments of ``generate`` that do not depend on the model."""
+    """Check the arguments of ``generate`` that do not depend on the model."""
     check_count("max_new_tokens", max_new_tokens, 1)
     check_count("batch_size", batch_size, 1)
     check_count("top_k", top_k, 0)
@@ -184,7 +181,7 @@ def check_sampling(
 
 
 def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Raise unless the model has positions for the longest prompt and ``new`` more tokens."""
+    """Raise if the longest prompt and ``new`` more tokens exceed the model's positions."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompts[{i}] must hold at least one token, got none")
@@ -201,7 +198,7 @@ def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> Non
 
 
 def chunks(order: list[int], size: int, progress: bool, name: str) -> Iterator[list[int]]:
-    """Yield chunks of ``size`` items from ``order``, with a progress bar."""
+    """Yield chunks of ``size`` items of ``order``, with a progress bar."""
     with tqdm(total=len(order), desc=name, disable=not progress) as bar:
         for start in range(0, len(order), size):
             chunk = order[start : start + size]

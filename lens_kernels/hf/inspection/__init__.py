@@ -1,1 +1,1 @@
-"""Pictures of the logit lens's predictions for texts, at every depth of one or more models."""
+"""Pictures of what the logit lens predicts at every depth of one or more models."""

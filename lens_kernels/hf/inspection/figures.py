@@ -9,7 +9,7 @@ from lens_kernels.failures import install
 from lens_kernels.hf.inspection.results import QUANTITIES, TEACHER, Inspection
 
 FONT = pictures.STYLE["font.family"]
-# Colours and markers of the models other than the teacher.
+# Colours and markers of all models except the teacher.
 MODELS = (
     (pictures.BLUE, "o"),
     (pictures.ORANGE, "^"),
@@ -23,7 +23,7 @@ COLD, HOT = "#F1F5F8", pictures.BLUE
 # Beyond this fraction of the colour scale, white text is easier to read than black text.
 HOT_FROM = 0.85
 MAX_LAYERS, MAX_POSITIONS = 32, 24
-# The sizes of cells are in inches, and the size of the font is in points.
+# The size of a cell in inches, and of its font in points.
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5
 # Without this option, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
@@ -41,7 +41,7 @@ def check_matplotlib() -> None:
 
 
 def draw(result: Inspection) -> dict[str, Any]:
-    """Return the pictures of an inspection by name, as figures of matplotlib."""
+    """Return the pictures of an inspection as matplotlib figures, by name."""
     drawn = {"lens_by_depth": depth_figure(result)}
     if result.passages[0].comparisons:
         drawn["divergence_by_depth"] = divergence_figure(result)
@@ -105,7 +105,7 @@ def divergence_figure(result: Inspection) -> Any:
                 depth = [c.student_depth / result.depths(label) for c in some]
                 axes.plot(depth, [c.mean for c in some], **look)
     count = len(pairs[0].divergence)
-    axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # room above the highest point
+    axes.set_ylim(0, 1.15 * axes.dataLim.y1 or 1)  # leave space above the highest point
     axes.set_title(f"Divergence from the teacher at equal relative depth, mean over {count} tokens")
     axes.set_ylabel(f"{result.divergence}, {unit(result.divergence)} ({pictures.LOWER})")
     axes.set_xlabel("block / number of blocks (1: the model's output)")
@@ -120,7 +120,7 @@ def unit(divergence: str) -> str:
 
 
 def first_of(count: int, total: int) -> str:
-    """Return a text that says how many of a passage's tokens are shown."""
+    """Return a text that states how many of a passage's tokens are shown."""
     return f"{count} of {total}" if count == total else f"the first {count} of {total}"
 
 
@@ -145,7 +145,7 @@ def lens_figure(result: Inspection, label: str) -> Any:
         vmax=high,
         aspect="auto",
         origin="lower",
-        interpolation="none",  # otherwise SVG viewers would blur the edges between cells
+        interpolation="none",  # otherwise SVG viewers blur the edges between cells
     )
     hot = result.heat(entropy) > HOT_FROM
     for y, depth in enumerate(depths):
@@ -167,13 +167,13 @@ def lens_figure(result: Inspection, label: str) -> Any:
 
 
 def shown_depths(total: int) -> list[int]:
-    """Return the depths to show: all, or if they are too many, evenly spaced ones and the last."""
+    """Return all depths, or if there are too many, evenly spaced depths and the last."""
     count = min(total, MAX_LAYERS)
     return [round(i * total / count) for i in range(1, count + 1)]
 
 
 def fit(token: str) -> str:
-    """Return a token's text, cut to fit in a cell. Characters that the font lacks become □."""
+    """Cut a token's text to the size of a cell. Characters that the font lacks become □."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont(FONT))
@@ -189,4 +189,4 @@ def fit(token: str) -> str:
 
 def _points(font: Any, text: str) -> float:
     font.set_text(text)
-    return font.get_width_height()[0] / 64  # the unit of FreeType is 1/64 of a point
+    return font.get_width_height()[0] / 64  # FreeType's unit is 1/64 of a point

@@ -28,7 +28,7 @@ MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
 @dataclass(frozen=True)
 class LensInspection(Inspection):
-    """An inspection with its pictures and its HTML page. A notebook shows the page.
+    """An inspection with its pictures and its HTML page, which a notebook shows.
 
     Attributes:
         divergence: Name of the divergence of the comparisons.
@@ -38,11 +38,11 @@ class LensInspection(Inspection):
     """
 
     def figures(self) -> dict[str, Any]:
-        """Return the pictures by name, as figures of matplotlib."""
+        """Return the pictures as matplotlib figures, by name."""
         return figures.draw(self)
 
     def page(self, drawn: Mapping[str, Any] | None = None) -> str:
-        """Return the HTML page. Its figures are ``drawn``, or by default those of ``figures()``."""
+        """Return the HTML page with the figures ``drawn``, or by default those of ``figures()``."""
         return page(self, {name: _svg(x) for name, x in (drawn or self.figures()).items()})
 
     @pictures.styled
@@ -75,8 +75,8 @@ def inspect_lens(
 ) -> LensInspection:
     """Apply the logit lens to texts, at every depth of one or more models.
 
-    The logits of one text at two depths are in memory at a time. A notebook shows the result as a
-    page. ``write`` writes it to a folder.
+    A notebook shows the result as a page, and its method ``write`` writes the page to a folder.
+    Only the logits of one text at two depths are in memory at a time.
 
     Args:
         student: A Hugging Face causal language model, or a list of models.
@@ -113,7 +113,7 @@ def inspect_lens(
             for label in models
             if teacher is not None and label != TEACHER
         }
-        # Drop the hidden states here, so that only those of one text are in memory.
+        # Drop this text's hidden states now, to save memory.
         kept = {label: replace(reading, hidden=[]) for label, reading in readings.items()}
         tokens = [token_text(tokenizer, i) for i in ids]
         shown = text if isinstance(text, str) else tokenizer.decode(ids)
@@ -127,7 +127,7 @@ def inspect_lens(
 
 
 def labelled(student: Any, teacher: Any) -> dict[str, Any]:
-    """Return the models by label. Pictures and files call the models by these labels."""
+    """Return the models by the labels that pictures and files use for them."""
     students = student if isinstance(student, (list, tuple)) else [student]
     if not students:
         raise ValueError("student must hold at least one model")
@@ -140,7 +140,7 @@ def labelled(student: Any, teacher: Any) -> dict[str, Any]:
 def encode(
     tokenizer: Any, text: str | Sequence[int], max_tokens: int, vocab_size: int
 ) -> tuple[list[int], int]:
-    """Return the first ``max_tokens`` token ids of a text, and the number of ids before the cut."""
+    """Return a text's first ``max_tokens`` token ids, and the number of all its token ids."""
     check_count("max_tokens", max_tokens, 1)
     if isinstance(text, str):
         ids = tokenizer(text)["input_ids"] if text else []
@@ -201,7 +201,7 @@ def _svg(figure: Any) -> bytes:
 
 
 def model_name(model: Any) -> str:
-    """Return a model's name: the repository or folder that it was loaded from, or its class."""
+    """Return the repository or folder that a model was loaded from, or the name of its class."""
     inner = causal_lm_of(model)
     origin = inner.config.name_or_path
     if not origin:

@@ -15,12 +15,12 @@ from lens_kernels.hf.inspection.figures import HOT_FROM, first_of, unit
 from lens_kernels.hf.inspection.results import TEACHER, Inspection, Passage
 from lens_kernels.visible import visible
 
-SHOWN = 4  # the page has tables for this many texts
+SHOWN = 4  # the page shows tables for at most this many texts
 TEMPLATE, SCRIPT = (
     Path(__file__).with_suffix(kind).read_text(encoding="utf-8") for kind in (".html", ".js")
 )
-# This content security policy allows only SCRIPT, and forbids loading files. So texts and model
-# names on the page cannot run code.
+# This content security policy allows only SCRIPT to run, and forbids loading files. So texts and
+# model names on the page cannot run code.
 DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"
@@ -33,7 +33,7 @@ ALTS = {
 
 
 def page(result: Inspection, pictures: Mapping[str, bytes]) -> str:
-    """Return the HTML page of an inspection. ``pictures`` are contents of SVG files, by name."""
+    """Return the HTML page of an inspection. ``pictures`` are SVG texts, by name."""
     environment = Environment(autoescape=True, trim_blocks=True)
     environment.filters["visible"] = visible
     return environment.from_string(TEMPLATE).render(
@@ -52,7 +52,6 @@ def page(result: Inspection, pictures: Mapping[str, bytes]) -> str:
 def _rows(
     result: Inspection, passage: Passage, label: str
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Yield the rows of a passage's table: each depth, from the last, and its cells."""
     heat = result.heat(passage.readings[label].entropy).tolist()
     for depth in range(result.depths(label), 0, -1):
         cells = []
@@ -70,7 +69,7 @@ def _rows(
 
 
 def detail(result: Inspection, passage: Passage, label: str, depth: int, x: int) -> str:
-    """Return the text, of several lines, that the page shows for a chosen table cell."""
+    """Return the lines that the page shows when a reader chooses a table cell."""
     reading = passage.readings[label]
     lines = [
         f"{label}, block {depth} of {reading.depths}, after token {x + 1}: {passage.tokens[x]}"

@@ -1,4 +1,4 @@
-"""Apply the logit lens to a text at every depth of a model, and compare two models' lenses."""
+"""Applies the logit lens to a text at every depth of a model, and compares two models' lenses."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Reading:
         return self.entropy.shape[0]
 
     def lens(self, depth: int) -> tuple[Tensor, LensHead]:
-        """Return the hidden states at ``depth`` (1 is the first) and the head that reads them."""
+        """Return the hidden states at ``depth``, from 1 on, and the head that reads them."""
         return self.hidden[depth - 1], _head_at(self.head, depth == self.depths)
 
 
@@ -86,7 +86,10 @@ class Comparison:
 def read(
     model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
 ) -> Reading:
-    """Apply a model's lens to token ids at every depth. Keep logits of two depths in memory."""
+    """Apply a model's lens to token ids at every depth.
+
+    The logits of only two depths are in memory at a time.
+    """
     check_count("top_k", top_k, 1)
     head = lens_head_from(model)
     vocab = head.weight.shape[0] if vocab_size is None else vocab_size
@@ -99,7 +102,7 @@ def read(
     with evaluating(model), without_autocast(tokens.device):
         earlier = range(1, len(blocks_of(model)))
         states, final = hidden_states(model, earlier, {"input_ids": tokens[None]})
-    hidden = [h[0] for h in [*states, final]]  # the final states are already normed
+    hidden = [h[0] for h in [*states, final]]  # the final states already have the norm
     if not lens_norm:
         head = replace(head, norm=None)
     rows, last = [], _logp(final[0], head, True, vocab)
@@ -159,7 +162,6 @@ def _head_at(head: LensHead, last: bool) -> LensHead:
 
 
 def _logp(hidden: Tensor, head: LensHead, last: bool, vocab: int) -> Tensor:
-    """Return the log-probabilities that the lens predicts at one depth, in float32."""
     x, head = hidden.float(), _head_at(head, last).prefix(vocab)
     if head.norm is not None:
         x = head.norm.forward(x)[0]

@@ -1,4 +1,4 @@
-"""The result of an inspection: several texts read by several models through the lens."""
+"""The result of an inspection: several texts that several models read through the logit lens."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lens_kernels.hf.inspection.reading import Comparison, Reading
 
-TEACHER = "teacher"  # the label of the model that the others are compared with
+TEACHER = "teacher"  # the label of the teacher
 QUARTILES = (0.25, 0.5, 0.75)
-# The quantiles of entropies at the ends of the colour scale. A few entropies, such as those of
-# the first token, lie far outside.
+# The colour scale runs between these quantiles of the entropies, because a few entropies, such as
+# those of the first token, lie far outside.
 SCALE = (0.05, 0.95)
-# Attributes of a ``Reading`` that are drawn against depth, each with its axis label.
+# Attributes of ``Reading`` that figures draw against depth, each with its axis label.
 QUANTITIES = {
     "entropy": "entropy, nats",
     "final_kl": "KL to the final layer, nats",
@@ -78,7 +78,7 @@ class Inspection:
         return self.passages[0].readings[label].depths
 
     def compared(self, label: str) -> list[Comparison]:
-        """Return the comparisons of ``label`` with the teacher, over the tokens of all passages."""
+        """Return the comparisons of ``label`` with the teacher, over the tokens of all texts."""
         each = [x.comparisons[label] for x in self.passages if label in x.comparisons]
         return [
             replace(same[0], divergence=torch.cat([c.divergence for c in same]))
@@ -93,14 +93,14 @@ class Inspection:
         return low, high if high > low else low + 1
 
     def heat(self, entropy: Tensor) -> Tensor:
-        """Return ``entropy`` as fractions of the colour scale, in [0, 1]."""
+        """Map ``entropy`` to the colour scale, from 0 to 1."""
         low, high = self.scale
         return ((entropy - low) / (high - low)).clamp(0, 1)
 
     def top(self, passage: Passage, label: str, depth: int, position: int) -> tuple[str, bool]:
-        """Return the token that the model ``label`` predicts at ``depth``, after ``position``.
+        """Return the token that the model ``label`` predicts at ``depth`` after ``position``.
 
-        Return also whether the prediction equals the next token of ``passage``.
+        Return also whether it equals the next token of ``passage``.
         """
         token = int(passage.readings[label].top_ids[depth - 1, position, 0])
         return self.top_tokens[token], [token] == passage.ids[position + 1 : position + 2]

@@ -1,7 +1,7 @@
 """TRL's trainers with the lens objective as their loss. This module needs ``trl`` 1.16.
 
-TRL still prepares the data, generates answers, trains and logs. Only the loss is replaced, and the
-full logits of student and teacher are never stored.
+TRL still prepares the data, generates answers, trains and logs. Only the loss is replaced. The full
+logits of student and teacher are never stored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 
 class LensLoss:
-    """Replaces a TRL trainer's loss. ``lens`` has arguments of ``LensObjective.from_models``.
+    """Replaces the loss of a TRL trainer. ``lens`` are arguments of ``LensObjective.from_models``.
 
     The terms of the objective are logged in nats per token, over all processes.
     """
@@ -34,7 +34,7 @@ class LensLoss:
     def __init__(self, *args: Any, lens: dict[str, Any] | None = None, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
         models = (self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model))
-        self._meters = {True: Meter(), False: Meter()}  # by ``model.training``
+        self._meters = {True: Meter(), False: Meter()}  # separately for training and evaluation
         self.lens_objective = LensObjective.from_models(*models, **(lens or {}))
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ class LensLoss:
     ) -> Any:
         """Return the objective, divided by TRL's count of tokens, or by the batch's labels."""
         items = inputs.get("num_items_in_batch", num_items_in_batch)
-        # Gradients are averaged over processes, so each process divides by its share of the tokens.
+        # Processes average their gradients, so each process divides by its share of the tokens.
         sharing = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         denominator = None if items is None else torch.as_tensor(items).clamp(min=1) / sharing
         outcome = self.lens_objective(self.batch(inputs), denominator, student_call=model)
@@ -97,7 +97,7 @@ class LensGKDTrainer(LensLoss, GKDTrainer):
     def __init__(self, *args: Any, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
         # TRL counts the tokens before the answers are generated, so its count is wrong. With False,
-        # TRL passes no count, and the loss is the mean over the tokens of the batch.
+        # TRL passes no count, and the loss is the mean over the batch's tokens.
         self.model_accepts_loss_kwargs = False
 
 
@@ -112,7 +112,7 @@ class LensDistillationTrainer(LensLoss, DistillationTrainer):
     """
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Join prompts and answers. Answers have labels, but outputs of tools in them do not."""
+        """Join prompts and answers. Only answers have labels, except for outputs of tools."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         counted = inputs["completion_mask"] * inputs.get("tool_mask", 1)

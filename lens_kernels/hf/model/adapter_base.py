@@ -1,7 +1,7 @@
-"""The base model of an adapter. It is saved beside the adapter if no other files hold it.
+"""Saves the base model of an adapter beside the adapter, if no other files hold it.
 
-An adapter's files name the folder of its base. A base that was changed after loading, like a
-shallow copy, is in no folder. Programs would then load the adapter onto a wrong model.
+An adapter's files name the folder of its base model. If the base was changed after loading, like a
+shallow copy, no folder holds it. Programs would then load the adapter onto a wrong model.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from transformers import AutoConfig
 from lens_kernels import compat
 
 FOLDER = "base_model"
-# Adapters insert these parts into the names of the base model's weights.
+# The parts that adapters insert into the names of the base model's weights.
 INSERTED = ("base_layer", "original_module")
 
 
 def is_saved(model: Any) -> bool:
-    """Return whether the base model of ``model``, which has adapters, is already saved in files."""
+    """Return whether files already hold the base model of ``model``, which has adapters."""
     name = next(iter(model.peft_config.values())).base_model_name_or_path
     if not name:
         return False
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     except (OSError, ValueError):
-        return not Path(name).is_absolute()  # files of a model with this name are on the Hub
+        return not Path(name).is_absolute()  # the Hub has files of a model with this name
     own = model.get_base_model().config.get_text_config()
     return bool(found.num_hidden_layers == own.num_hidden_layers)
 
@@ -44,7 +44,8 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
-    with torch.device("meta"):  # only its names of weights and its method for saving are used
+    # used only for the names of its weights and for its method that saves
+    with torch.device("meta"):
         plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config
     names = plain.state_dict().keys()
@@ -66,9 +67,9 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def base_of(adapter: Path, name: str) -> str:
-    """Return the folder or Hub name of an adapter's base model. The adapter's config has ``name``.
+    """Return the folder or Hub name of an adapter's base model, called ``name`` in its config.
 
-    A base that was saved beside the adapter is found even if the folder was moved.
+    If the base was saved beside the adapter, it is found even after the folder was moved.
     """
     if Path(name).name == FOLDER:
         for beside in (adapter / FOLDER, adapter.parent / FOLDER):

@@ -1,4 +1,4 @@
-"""The blocks, decoder and lens head of a model, found once and remembered."""
+"""Finds the blocks, decoder and lens head of a model, and remembers them."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
-# The lens of each known model, with the numbers and modules on which the lens depends.
+# Maps each model to its lens, and to the numbers and modules on which the lens depends.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[list[object], ModelLens]] = WeakKeyDictionary()
 
 
 def detect_lens(model: Any) -> ModelLens:
     """Return the lens of a causal language model: its blocks, norm and head, scale and soft cap.
 
-    The model reads a few tokens, in evaluation mode and without gradients. It is unchanged
+    The model reads a few tokens, in evaluation mode and without gradients, and is unchanged
     afterwards. If a ``Family`` is registered for the model's type, the family names the blocks and
-    the norm. The lens is always compared with the model's own logits. It is remembered until the
-    model's parts or its config change. ``model`` may be a peft model.
+    the norm. The lens is always compared with the model's own logits. The result is remembered
+    until the model's parts or config change. ``model`` may be a peft model.
 
     Raises:
         ValueError: The model has no lens (the message says why), a registered family does not
@@ -80,7 +80,7 @@ def _remembered(inner: Any) -> ModelLens | None:
     parts, found = _FOUND[inner]
     try:
         return found if parts == _depends_on(inner, found) else None
-    except ValueError:  # a part that the lens needs has been removed
+    except ValueError:  # a part of the lens was removed from the model
         return None
 
 
@@ -99,7 +99,6 @@ def _depends_on(inner: Any, lens: ModelLens) -> list[object]:
 
 
 def _named_lens(inner: Any, family: Family, run: Trace) -> ModelLens:
-    """Return the lens that a registered family names."""
     blocks = block_list(inner, family.blocks)
     norm = submodule(inner, family.norm, "norm")
     plain_norm(norm)
@@ -139,12 +138,12 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
-    """Return those blocks of the model that run, in their order."""
+    """Return the blocks of the model that run, in their order."""
     return detect_lens(model).blocks_in(causal_lm_of(model))
 
 
 def final_norm_of(model: Any) -> nn.Module | None:
-    """Return the norm between the last block and the head, or None without such a norm."""
+    """Return the norm between the last block and the head, or None if there is none."""
     return detect_lens(model).norm_in(causal_lm_of(model))
 
 

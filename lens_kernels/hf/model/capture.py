@@ -17,8 +17,8 @@ from lens_kernels.hf.model.tracing import hidden_of, hooked
 def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of the blocks ``layers`` (1 is the first) in a dict, by depth.
 
-    Forward hooks on ``model`` collect the outputs, and are removed on exit. Only these depths are
-    kept, whereas ``output_hidden_states=True`` would keep every depth.
+    Forward hooks on ``model`` collect the outputs, and are removed on exit. Unlike
+    ``output_hidden_states=True``, this keeps only the depths in ``layers``.
 
     Raises:
         ValueError: The model has no lens, so its blocks are unknown.
@@ -30,7 +30,7 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     def keep(depth: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             states = hidden_of(output)
-            # Each block was checked to return its hidden states, alone or first.
+            # A block returns its hidden states alone or first, as detection has checked.
             assert states is not None
             captured[depth] = states
 
@@ -45,9 +45,9 @@ def hidden_states(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the outputs of ``layers``, and the normed final hidden state.
 
-    The head does not run.
+    The model's head does not run.
     """
     with capture(model, layers) as captured:
         final = hidden_of(decode(decoder_of(model), inputs))
-    assert final is not None  # the decoder is the part that returns these states
+    assert final is not None  # the decoder returns the normed final hidden state
     return [captured[depth] for depth in layers], final

@@ -21,7 +21,7 @@ from lens_kernels.hf.model.fitting import (
 from lens_kernels.hf.model.parts import ModelLens, plain_head, plain_norm
 from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens, trace
 
-ROUNDED = 1e-2  # the largest relative difference between equal states in 16 bits
+ROUNDED = 1e-2  # the largest relative difference between 16-bit states that count as equal
 
 
 def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> Trace:
@@ -31,7 +31,8 @@ def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> 
         ValueError: Weights are on the meta device.
         TypeError: The head is quantised, sharded or wrapped by an adapter.
     """
-    offloaded = getattr(inner, "hf_device_map", None) is not None  # accelerate loads weights
+    # accelerate loads such weights when they are needed
+    offloaded = getattr(inner, "hf_device_map", None) is not None
     if not offloaded and any(parameter.is_meta for parameter in inner.parameters()):
         raise ValueError(
             f"{class_name(model)} has weights on the meta device, which hold no numbers: load it"
@@ -44,8 +45,8 @@ def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> 
 def find_lens(model: Any, inner: Any, run: Trace) -> ModelLens:
     """Return the lens between the last block and the logits of a model that ran once.
 
-    The head must be called once. The norm is the module whose output is the head's input, or the
-    input divided by a constant. The blocks are a module list: its last block that ran returned the
+    The model must call its head once. The norm is the module whose output, perhaps times a
+    constant, is the head's input. The blocks are the module list whose last block returned the
     norm's input.
 
     Raises:
@@ -62,7 +63,7 @@ def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
     head, settings = plain_head(inner), settings_of(inner)
     fed = [call for call in run.calls if call.module is head]
     if len(fed) != 1 or fed[0].given is None:
-        raise ValueError(f"it calls its head {len(fed)} times in a forward pass, not once")
+        raise ValueError(f"the model calls its head {len(fed)} times in a forward pass, not once")
     x = fed[0].given
     if x.shape[:-1] != run.ids.shape:
         raise ValueError(
@@ -83,7 +84,7 @@ def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
             path, normed = call.path, call.returned
         multiple = exact_number(measured, settings, tolerance_of(run, head) / 5)
         if head.bias is not None and multiple != 1:
-            raise ValueError("its final states are scaled before a head with a bias")
+            raise ValueError("the model scales its final states before a head with a bias")
         decoder = find_decoder(inner, run, blocks, normed)
         logits = fit_map(model, inner, run, decoder)
         return ModelLens(blocks, indices, path, decoder, fit, logits, multiple)
@@ -92,15 +93,14 @@ def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
 
 def tolerance_of(run: Trace, head: Any) -> float:
     """Return the relative rounding error that is allowed for a model's states."""
-    # Even float32 logits may be the result of 16-bit computations.
+    # A model may return float32 logits but compute them in 16 bits.
     rounded = run.autocast is not None or head.weight.dtype.itemsize < 4
     return ROUNDED if rounded else EXACT
 
 
 def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None, float]]:
-    """Yield the calls that may be the final norm. The head gets a multiple of their output."""
     yield None, 1.0
-    for call in reversed(run.calls):  # the call of a wrapper comes before the call of its module
+    for call in reversed(run.calls):  # a wrapper is called before the module inside it
         if call.module is head or call.given is None or call.returned is None:
             continue
         if call.given.shape == call.returned.shape == x.shape:
@@ -111,7 +111,7 @@ def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None
 
 
 def _is_norm(run: Trace, call: Call) -> bool:
-    """Return whether a module computes a single step, as a norm does, perhaps inside wrappers."""
+    """Return whether a module computes a single step, as norms do. It may be inside wrappers."""
     inside = [part for part in run.calls if part.path.startswith(f"{call.path}.")]
     whole = any(part.given is call.given and _same(part.returned, call.returned) for part in inside)
     plain = not any(True for _ in call.module.children())
@@ -119,14 +119,13 @@ def _is_norm(run: Trace, call: Call) -> bool:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Return whether hidden states are equal up to a cast, because some models cast them."""
+    """Return whether hidden states are equal apart from a cast, which some models apply."""
     if a is None or b is None or a.shape != b.shape:
         return False
     return torch.equal(a.to(b), b)
 
 
 def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """Return the longest module list whose last block returned ``h``, by path and block indices."""
     ended = {id(call.module): i for i, call in enumerate(run.calls)}
     found = []
     for path, blocks in inner.named_modules():
@@ -152,10 +151,10 @@ def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, .
 
 
 def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
-    """Return the path of the outermost part that returns ``normed`` if it gets only tokens.
+    """Return the path of the outermost module that returns ``normed`` from tokens alone.
 
     Raises:
-        ValueError: There is no such part.
+        ValueError: There is no such module.
     """
     path, paths = blocks, list[str]()
     while "." in path:
@@ -166,7 +165,7 @@ def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
         called = run.last(part)
         if called is None or not _close(called.returned, normed):
             continue
-        try:  # a part that needs other inputs may raise errors of any class
+        try:  # modules that need other inputs may raise errors of any class
             with torch.autocast(run.ids.device.type, run.autocast, enabled=bool(run.autocast)):
                 alone = hidden_of(decode(part, {"input_ids": run.ids}))
         except Exception:
@@ -179,7 +178,7 @@ def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
 
 
 def decode(decoder: Any, inputs: Any) -> Any:
-    """Run a decoder, without keeping its keys and values."""
+    """Run a decoder without storing keys and values."""
     return decoder(**inputs, use_cache=False)
 
 
@@ -214,12 +213,11 @@ def _obstacle(run: Trace, inner: Any, head: nn.Module, x: Tensor) -> str:
 
 
 def _source(run: Trace, x: Tensor, before: Call | None = None) -> Call | None:
-    """Return the innermost module that returned ``x``."""
     return next((c for c in run.calls if c is not before and _same(c.returned, x)), None)
 
 
 def _streams(run: Trace, inner: Any, x: Tensor) -> str | None:
-    """Return a text if the blocks pass on several streams of the head's width, else None."""
+    """Return a text if the blocks pass on several streams of the head's hidden size, else None."""
     for path, blocks in inner.named_modules():
         if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
             continue

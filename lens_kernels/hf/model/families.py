@@ -1,4 +1,4 @@
-"""Model families that users register: lenses that detection cannot find."""
+"""Model families that users register, for models whose lens cannot be detected."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Family:
 
     ``s = scale * head(norm(h))`` and ``logits = softcap * tanh(s / softcap)``, or ``s`` without a
     soft cap. ``head`` is ``model.get_output_embeddings()``. A registered family replaces detection.
-    It is compared with the model's own logits, as a detected lens is.
+    Its lens, too, is compared with the model's own logits.
 
     Attributes:
         blocks: Path of the ``nn.ModuleList`` of blocks, from the causal language model.
@@ -43,7 +43,7 @@ class Family:
     softcap: str | None = None
 
     def __post_init__(self) -> None:
-        """Check the types of the fields, so that errors appear before any model is read."""
+        """Check the types of the fields now, before any model is read."""
         for name in ("blocks", "norm", "norm_kind", "logit_scale", "logit_divisor", "softcap"):
             value = getattr(self, name)
             optional = type(self).__dataclass_fields__[name].default is None
@@ -61,9 +61,9 @@ REGISTERED: dict[str, Family] = {}
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Register the family of models with this ``config.model_type``. It replaces an earlier one.
+    """Register a family for all models with this ``config.model_type``.
 
-    Needed only where ``detect_lens`` does not find the lens.
+    The new family replaces an earlier one. It is needed only if ``detect_lens`` finds no lens.
 
     Raises:
         TypeError: ``model_type`` is not a string, or ``family`` is not a ``Family``.
@@ -85,7 +85,7 @@ def causal_lm_of(model: Any) -> Any:
         TypeError: An adapter prepends virtual tokens. The hidden states would then have more
             positions than the labels and the other model's hidden states.
     """
-    # Importing peft takes seconds. As long as nobody imports it, no model is a peft model.
+    # Importing peft takes seconds. If it has not been imported, no model is a peft model.
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model

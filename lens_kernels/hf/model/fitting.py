@@ -1,4 +1,4 @@
-"""Measures norms, scales and soft caps, by running modules on chosen numbers."""
+"""Measures how a norm, a scale and a soft cap compute, by running modules on chosen numbers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lens_kernels.lens import NORM_KINDS, LensNorm
 
 # The largest relative difference between float32 results that count as equal.
 EXACT = 1e-4
-# Test rows are at least as large as the square root of this eps.
+# The smallest test rows are as large as the square root of this eps.
 SMALLEST_EPS = 1e-12
 USUAL_EPS = (1e-5, 1e-6, 1e-8, SMALLEST_EPS, 0.0)
 
 
 @dataclass(frozen=True)
 class NormFit:
-    """The way in which a norm computes: the arguments of ``LensNorm`` that are not tensors."""
+    """How a norm computes: the arguments of ``LensNorm`` that are not tensors."""
 
     kind: str
     eps: float
@@ -49,7 +49,7 @@ def settings_of(model: Any) -> Mapping[str, Any]:
 
 
 def exact_number(measured: float, settings: Mapping[str, Any], tolerance: float = EXACT) -> float:
-    """Return the nearest of 1, the config's numbers and their inverses, or else ``measured``."""
+    """Return 1, a config's number or an inverse of one, if near ``measured``, else ``measured``."""
     own = [float(x) for x in settings.values() if type(x) in (int, float) and x > 0]
     known = [1.0, *own, *(1 / x for x in own)]
     nearest = min(known, key=lambda x: abs(x / measured - 1) if measured else abs(x))
@@ -59,9 +59,9 @@ def exact_number(measured: float, settings: Mapping[str, Any], tolerance: float 
 def norm_difference(norm: nn.Module, lens_norm: LensNorm, width: int) -> float:
     """Return how much the results of a module differ from those of a ``LensNorm``.
 
-    The rows are random. Half of them have size 1, to show a wrong weight. The others have size
-    sqrt(eps), to show a wrong eps. Their mean is not 0, so RMS norms and layer norms differ.
-    ``norm`` is in float32, because results in 16 bits would hide a wrong eps.
+    Both run on random rows. Half of the rows have size 1, and show a wrong weight. The others have
+    size sqrt(eps), and show a wrong eps. The mean of a row is not 0, so RMS norms and layer norms
+    differ. ``norm`` is in float32, because results in 16 bits would hide a wrong eps.
     """
     weight = lens_norm.weight
     rows = torch.randn(16, width, generator=torch.Generator().manual_seed(0)) + 0.5
@@ -85,7 +85,7 @@ def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
     own = {id(x) for x in (weight, bias) if x is not None}
     if {id(x) for x in norm.parameters()} != own:
         raise ValueError(
-            f"its final norm, a {type(norm).__name__}, has other parameters than weight and bias"
+            f"the final norm, a {type(norm).__name__}, has other parameters than weight and bias"
         )
     whole, errors = in_float32(norm), []
     offsets = (0.0, 1.0) if weight is not None else (0.0,)
@@ -94,11 +94,11 @@ def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
             for offset in offsets:
                 tried = LensNorm(kind, weight, bias, eps=eps, offset=offset)
                 errors.append(norm_difference(whole, tried, width))
-                # An eps that is wrong by a millionth shows, so the first match is right.
+                # An eps that is wrong by a millionth is noticed, so the first match is right.
                 if errors[-1] <= EXACT / 10:
                     return NormFit(kind, eps, offset)
     raise ValueError(
-        f"its final norm, a {type(norm).__name__}, is neither an RMS norm nor a layer norm with"
+        f"the final norm, a {type(norm).__name__}, is neither an RMS norm nor a layer norm with"
         f" a known eps: the nearest differs by {min(errors):.1e} of the largest value"
     )
 
@@ -106,20 +106,20 @@ def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
 def _candidates(norm: Any, settings: Mapping[str, Any]) -> Iterator[float]:
     own = [x for x in vars(norm).values() if type(x) is float]
     named = [x for name, x in settings.items() if "eps" in name and type(x) is float]
-    finest = torch.finfo(torch.float32).eps  # used by nn.RMSNorm if its eps is None
+    finest = torch.finfo(torch.float32).eps  # the default of nn.RMSNorm if its eps is None
     return (x for x in dict.fromkeys((*own, *named, finest, *USUAL_EPS)) if 0 <= x < 0.5)
 
 
 def logits_of_products(
     model: Any, inner: Any, run: Trace, decoder: str, products: Tensor
 ) -> Tensor:
-    """Return the model's logits if its head returns ``products`` for the first tokens.
+    """Return the logits that the model computes if its head returns ``products``.
 
     The decoder does not run again. It returns the same as in ``run``.
     """
     part = inner.get_submodule(decoder)
     called = run.last(part)
-    assert called is not None  # ``run`` contains the call of the decoder
+    assert called is not None  # ``run`` has recorded the call of the decoder
 
     def put(x: Tensor) -> Tensor:
         put = products.new_zeros(*x.shape[:-1], products.shape[-1])
@@ -136,7 +136,7 @@ def logits_of_products(
 
 @dataclass(frozen=True)
 class MapFit:
-    """The map from the head's products to the logits, and the number of logits."""
+    """How a model turns its head's products into logits, and the number of logits."""
 
     scale: float
     softcap: float | None
@@ -144,14 +144,10 @@ class MapFit:
 
 
 def fit_map(model: Any, inner: Any, run: Trace, decoder: str) -> MapFit:
-    """Return how a model turns its head's products into logits: scale, soft cap and number.
-
-    Raises:
-        ValueError: The logits are not the products times a scale, with or without a soft cap.
-    """
+    """Return how a model turns its head's products into logits: scale, cap and number of logits."""
     weight, settings = inner.get_output_embeddings().weight, settings_of(inner)
     ramp = torch.linspace(-60, 60, len(weight), device=weight.device)
-    # A cap of 2 bends products of 0.06 by 3e-4 of their size, so the first ones are far smaller.
+    # The first products are tiny: a soft cap of 2 changes products of 0.06 by 3e-4 of their size.
     put = torch.stack([1e-5 * ramp, ramp, 1e4 * ramp.sign()])
     near, logits, far = logits_of_products(model, inner, run, decoder, put).double()
     x, sign = ramp[: len(logits)].to(logits), ramp.sign()[: len(logits)].to(logits)
@@ -163,7 +159,7 @@ def fit_map(model: Any, inner: Any, run: Trace, decoder: str) -> MapFit:
         expected = cap * torch.tanh(expected / cap) if cap else expected
     if not (scale > 0 and difference(expected, logits) <= 1e-3):
         raise ValueError(
-            "its logits are neither a multiple of the head's products nor a multiple with a soft"
+            "the logits are neither a multiple of the head's products nor a multiple with a soft"
             " cap"
         )
     return MapFit(scale, cap, len(logits))

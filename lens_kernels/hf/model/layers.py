@@ -40,7 +40,7 @@ def lens_layers(
     student_layers: list[int] | None = None,
     teacher_layers: list[int] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Return the layers of student and teacher to compare: the given ones, or evenly spaced ones.
+    """Return the layers of student and teacher to compare, by default evenly spaced layers.
 
     The default of ``num_lens_pairs`` is 4, or less if a model has fewer than five blocks.
     """

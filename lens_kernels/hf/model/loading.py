@@ -50,11 +50,11 @@ def load_model(
 ) -> Any:
     """Return a causal language model, with its adapter if ``path`` holds one.
 
-    Only safetensors files are read, and code in the model's repository is not run. Files are
-    downloaded from the Hub only if ``download`` is True. This applies to the base model of an
-    adapter too. ``quantization`` is ``"4bit"`` or ``"8bit"``: bitsandbytes quantises the linear
-    layers except the head. ``device_map`` is a device, or a name such as ``"auto"``, by which
-    accelerate spreads the blocks over all devices.
+    Only safetensors files are read, and code in the model's repository is not run. Files, including
+    those of an adapter's base model, are downloaded from the Hub only if ``download`` is True.
+    ``quantization`` is ``"4bit"`` or ``"8bit"``: bitsandbytes quantises the linear layers except
+    the head. ``device_map`` is a device, or a name such as ``"auto"``, by which accelerate spreads
+    the blocks over all devices.
 
     Raises:
         ValueError: The model, dtype, quantisation or device does not exist, the model is not in
@@ -78,7 +78,7 @@ def load_model(
         adapter = find_adapter_config_file(place, **local)
         if adapter is None:
             return _load_plain(path, options)
-        # Without safetensors, peft would load a pickle.
+        # Without this check, peft would load a pickle.
         if not _has(place, ["adapter_model.safetensors"], local):
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
@@ -89,7 +89,7 @@ def load_model(
         raise RuntimeError(
             f"the model {path!r} needs the package {name}: {install(name)}"
         ) from error
-    except Exception as error:  # each file format has its own errors for broken files
+    except Exception as error:  # libraries raise different errors for broken files of each format
         raise ValueError(_unreadable("model", path, error, download)) from error
 
 
@@ -99,28 +99,32 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     found, _ = PretrainedConfig.get_config_dict(place, **source)
     _check_config(found)
     arguments = placed(options, found)
-    # transformers would ask a service on the Hub to convert the pickles of such a model.
+    # Without this check, transformers would ask a service on the Hub to convert the model's
+    # pickles.
     if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
-        raise ValueError(f"it has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained")
+        raise ValueError(
+            f"the model has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained"
+        )
     load: Any = _auto_class(found.get("model_type")).from_pretrained
     model, info = load(place, **arguments, output_loading_info=True)
     model.config.name_or_path = model.name_or_path = path
-    # transformers gives random values to missing weights, with only a warning.
+    # transformers gives random values to missing weights, and only warns.
     _check_keys("lack weights of the model", path, info["missing_keys"])
-    # Keys of a part that the model lacks, such as a reward head, are harmless. Any other unexpected
-    # key is a weight that the model was trained with, but that the config leaves out.
+    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. Any other
+    # unexpected key is a trained weight that the config leaves out.
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
     _check_numbers(path, model)
     if "device_map" in arguments and not hasattr(model, "hf_device_map"):
-        # transformers sets this attribute only for several devices. Models with it are never moved.
+        # transformers sets this attribute only for models on several devices, which are never
+        # moved.
         model.hf_device_map = {"": str(model.device)}
     return model
 
 
 def _auto_class(kind: object) -> Any:
-    """Return the class that loads a model type. Models with images have a class of their own."""
+    """Return the class that loads a model type. Models that read images have their own class."""
     images = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.keys()
     if kind in images - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys():
         return AutoModelForImageTextToText
@@ -148,8 +152,8 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     added = tokens > len(model.get_input_embeddings().weight)
     if added:
         model.resize_token_embeddings(tokens)
-    # The adapter is loaded for training, because peft freezes it by default. The model is in eval
-    # mode, like other loaded models.
+    # Load the adapter for training, because peft freezes it by default. Then set eval mode, as for
+    # other models.
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=True).eval()
     # peft only warns about missing keys, and ignores unexpected keys. Loading the weights again
     # returns both.
@@ -168,13 +172,13 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
 
 
 def _check_numbers(path: str, model: Any) -> None:
-    """Raise an error if a weight is NaN, because every result of the model would be NaN."""
+    """Raise if a weight is NaN, because every result of the model would be NaN."""
     for name, x in model.named_parameters():
         wide = (
             x.is_floating_point() and x.element_size() > 1
         )  # torch cannot compute the maximum of 8-bit floats
         if wide and x.numel() and x.detach().amax().isnan():
-            raise ValueError(f"its files in {path!r} hold NaN in {name}: save the model again")
+            raise ValueError(f"the files in {path!r} hold NaN in {name}: save the model again")
 
 
 def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
@@ -183,34 +187,32 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
         return
     shown = ", ".join(map(repr, found[:3])) + (", ..." if found[3:] else "")
     raise ValueError(
-        f"its files in {path!r} {what}: {len(found)} keys, {shown}. The config and the weights"
+        f"the files in {path!r} {what}: {len(found)} keys, {shown}. The config and the weights"
         " must describe the same model: save both again with save_pretrained, without wrappers"
         " such as torch.compile or DataParallel"
     )
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse configs that name kernels on the Hub, which transformers would run.
+    """Refuse configs with too many blocks, and configs that name kernels on the Hub.
 
-    Also refuse configs with too many blocks.
+    transformers would run such a kernel's code.
     """
     for key, value in config.items():
         if isinstance(value, Mapping):
             _check_config(value)
         elif key in DEPTHS and isinstance(value, int) and value > MOST_BLOCKS:
-            raise ValueError(
-                f"its config.json has {key}={value:.3g}; expected at most {MOST_BLOCKS}"
-            )
+            raise ValueError(f"config.json has {key}={value:.3g}; expected at most {MOST_BLOCKS}")
         elif key.strip("_").endswith(("_implementation", "_implementation_internal")):
             if isinstance(value, str) and ("/" in value or _is_absent(value)):
                 raise ValueError(
-                    f"its config.json has {key}={value!r}, a kernel that is not installed, and code"
+                    f"config.json has {key}={value!r}, a kernel that is not installed, and code"
                     f" on the Hub is not run: remove {key} from the file"
                 )
 
 
 def _is_absent(kernel: str) -> bool:
-    """Return whether a kernel's package is missing. Then transformers asks the Hub for it."""
+    """Return whether a kernel's package is missing, so that transformers would ask the Hub."""
     if not kernel.removeprefix("paged|").startswith("flash_"):
         return False
     package = "flash_attn_interface" if kernel.endswith("_3") else "flash_attn"
@@ -231,7 +233,7 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
             named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
-        tokenizer("a")  # some errors of a damaged config appear only here
+        tokenizer("a")  # only now do damaged configs raise some errors
         return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error
@@ -242,15 +244,15 @@ def check_tokenizers(
 ) -> None:
     """Check that both tokenizers give every token the same id.
 
-    ``ids`` are those that occur in the data. With ``vocab_size``, only these tokens and tokens with
-    an id below ``vocab_size`` are compared.
+    ``ids`` are the ids that occur in the data. With ``vocab_size``, only these tokens and the
+    tokens with an id below ``vocab_size`` are compared.
 
     Raises:
         ValueError: Some ids differ. The message lists a few of these tokens.
     """
     mine, theirs = student.get_vocab(), teacher.get_vocab()
     used = set(ids)
-    differing = []  # The tokens to compare, each with its lower id, and whether the data hold it.
+    differing = []  # Maps each token to compare to its lower id, and to whether the data has it.
     for name in mine.keys() | theirs.keys():
         own = {vocabulary[name] for vocabulary in (mine, theirs) if name in vocabulary}
         lowest, held = min(own), bool(own & used)
@@ -276,10 +278,10 @@ def check_tokenizers(
 
 
 def _place(path: str, download: bool, revision: str | None = None) -> str:
-    """Return the folder or name with which a model is loaded.
+    """Return the folder or name from which a model is loaded.
 
-    Without downloads, a name becomes its folder in the Hub's cache. Even with ``local_files_only``,
-    huggingface_hub and transformers would ask the Hub about a name.
+    Without downloads, a name becomes its folder in the Hub's cache. With the name, huggingface_hub
+    and transformers would ask the Hub even with ``local_files_only``.
     """
     if download or Path(path).is_dir():
         return path
@@ -287,7 +289,7 @@ def _place(path: str, download: bool, revision: str | None = None) -> str:
         found = try_to_load_from_cache(path, name, revision=revision)
         if isinstance(found, str):
             return str(Path(found).parent)
-    raise OSError("it is no folder, and the Hub's cache does not have it")
+    raise OSError("no folder has this name, and no model in the Hub's cache")
 
 
 def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:

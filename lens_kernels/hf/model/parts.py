@@ -1,4 +1,4 @@
-"""The paths of the modules that make up a model's lens, and functions that return the modules."""
+"""The paths of the modules that make up a model's lens, and the modules at these paths."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ModelLens:
         blocks: Path of the ``nn.ModuleList`` of blocks.
         indices: Indices of the blocks that run.
         norm: Path of the final norm, or None if there is none.
-        decoder: Path of the part that, called without the head, returns the normed final states.
+        decoder: Path of the module that returns the normed final states without running the head.
         norm_fit: Kind, eps and offset of the norm.
-        map: Soft cap and number of the logits, and their scale after the head.
+        map: How the head's products become logits: scale, soft cap, and number of logits.
         multiple: The number that multiplies the normed states before the head; part of ``scale``.
     """
 
@@ -66,7 +66,7 @@ class ModelLens:
 
 
 def submodule(model: Any, path: str, field: str) -> nn.Module:
-    """Return the module at a path. In errors, the path is called the ``field`` of a ``Family``."""
+    """Return the module at a path. Error messages call the path ``Family.<field>``."""
     try:
         part: nn.Module = model.get_submodule(path)
     except AttributeError as error:
@@ -107,9 +107,9 @@ def plain_head(model: Any) -> Any:
 
 
 def plain_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weight and the bias of a norm, each of which may be None."""
-    # A wrapper, such as an adapter or a parametrisation, has the norm as a child. Its own weight
-    # attribute may not be the weight that is used.
+    """Return the weight and the bias of a norm. Each may be None."""
+    # A wrapper, such as an adapter or a parametrisation, has the norm as a child. The wrapper's own
+    # weight attribute may not be the weight that is used.
     if any(True for _ in norm.children()):
         raise TypeError(
             f"the model's final norm is a {type(norm).__name__}, not a plain norm: merge the"
@@ -129,7 +129,7 @@ def _check_weight(part: str, weight: Tensor) -> None:
             f"the weight of the model's {part} is on the meta device, so lenses cannot read it:"
             " load the model without offloading, or keep this part on a device in device_map"
         )
-    # Quantised and sharded weights are subclasses of Tensor that do not hold plain values.
+    # Quantised and sharded weights are subclasses of Tensor, and do not hold plain values.
     plain = type(weight) in (Tensor, nn.Parameter) and weight.layout is torch.strided
     if not (plain and weight.is_floating_point()):
         raise TypeError(

@@ -1,4 +1,4 @@
-"""Options for loading a model: quantisation of its weights, and its devices."""
+"""Options of loading a model: quantisation of its weights, and its devices."""
 
 from __future__ import annotations
 
@@ -61,9 +61,10 @@ def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
     if "quantization_config" in config:
         kind = config["quantization_config"].get("quant_method", "a method of their own")
         raise ValueError(
-            f"its files are quantised already, by {kind}: leave {quantization} quantisation out"
+            f"the model's files are quantised already, by {kind}: leave {quantization}"
+            " quantisation out"
         )
-    # This import is slow, and most models are not quantised.
+    # Import this only when needed: the import is slow, and most models are not quantised.
     from transformers import BitsAndBytesConfig
 
     dtype = options["dtype"]

@@ -19,7 +19,7 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def smollm2(cache: Path) -> tuple[Any, Any]:
-    """Return the model and its tokenizer. The first use converts both to files in ``cache``."""
+    """Return the demo's teacher and its tokenizer. The first call writes both to ``cache``."""
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.is_dir():
         _convert(_gguf_folder(), folder)
@@ -34,7 +34,10 @@ def _gguf_folder() -> str:
 
 
 def _convert(source: str, folder: Path) -> None:
-    """Convert the model once. Reading the quantised file and its tokenizer takes 20 s each time."""
+    """Convert the model to safetensors files.
+
+    Reading the quantised original takes 20 s, so this is done only once.
+    """
     found = hashlib.sha256((Path(source) / GGUF).read_bytes()).hexdigest()
     if found != SHA256:
         raise RuntimeError(
@@ -43,25 +46,25 @@ def _convert(source: str, folder: Path) -> None:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        tokenizer.eos_token = "<|im_end|>"  # some versions of transformers read another token
+        # some versions of transformers read another token from the file
+        tokenizer.eos_token = "<|im_end|>"
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     except ImportError as error:
         raise RuntimeError(f"cannot read the teacher's GGUF file; run: {INSTALL}") from error
-    # transformers does not save a model that is marked as quantised. A new model with the same
-    # weights can be saved.
+    # transformers cannot save a model that is marked as quantised, but can save a new model with
+    # its weights.
     config = quantised.config.to_dict()
     for key in ("quantization_config", "_name_or_path"):
         config.pop(key, None)
     model = type(quantised)(type(quantised.config)(**config))
     model.load_state_dict(quantised.state_dict())
-    # All files are written to a temporary folder, which is then renamed, so that ``folder`` is
-    # never incomplete.
+    # Write all files to a temporary folder and rename it, so that ``folder`` is never incomplete.
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     model.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     try:
         partial.rename(folder)
     except OSError:
-        shutil.rmtree(partial)  # another process has converted the teacher meanwhile
+        shutil.rmtree(partial)  # another process has written the folder meanwhile
         if not folder.is_dir():
             raise

@@ -1,4 +1,4 @@
-"""Contexts that change how a model runs, and restore its state."""
+"""Contexts that change how a model runs, and restore its state afterwards."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ T = TypeVar("T")
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Return a context with the model in evaluation mode. Each module's mode is restored on exit.
+    """Set evaluation mode inside the context, and restore each module's mode on exit.
 
-    A submodule may have another mode than the model. Frozen submodules often stay in evaluation
+    A submodule may have another mode than the model: frozen submodules often stay in evaluation
     mode.
     """
     training = [module for module in model.modules() if module.training]
@@ -28,7 +28,7 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Return a context without autocast, which computes in the dtypes of weights and inputs."""
+    """Return a context without autocast: operations keep the dtypes of weights and inputs."""
     return torch.autocast(device.type, None, False)
 
 
@@ -37,9 +37,9 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
     """Replace ``module.forward`` by ``forward`` inside the context.
 
     Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
-    code that uses the parameters must run inside that call.
+    code that uses the parameters must run inside a call of the module.
     """
-    # accelerate sets its own forward on the instance for autocast. It must be restored.
+    # accelerate sets a forward on the instance for autocast. It must be restored afterwards.
     before = vars(module).get("forward")
     try:
         module.forward = forward
@@ -52,11 +52,11 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
 
 
 def measured(model: Any, work: Callable[[], T]) -> T:
-    """Run ``work`` on a model and return the result. Afterwards the model is as it was before.
+    """Run ``work`` on a model, return the result, and restore the state of the model.
 
-    The model is in evaluation mode, without gradients. Autocast around the call has no effect, and
-    the random state is unchanged. A model with weights of several dtypes may need autocast. It runs
-    without autocast first, and with it if that fails.
+    The model runs in evaluation mode and without gradients. Autocast of the caller has no effect,
+    and the random state is unchanged. If the model fails without autocast, as models with weights
+    of several dtypes may, it runs again with autocast.
     """
     try:
         with _measuring(model, autocast=False):

@@ -14,16 +14,15 @@ from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.model.tracing import hidden_in, hooked, logits_of, sample_tokens
 
-# The names that configs use for the number of blocks. Some are for the decoder of an
-# encoder-decoder.
+# The names that configs use for the number of blocks. Some of them belong to encoder-decoders.
 LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
 def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     """Return a copy of ``teacher`` that has only its blocks ``blocks`` (1 is the first).
 
-    Dtypes and device are the teacher's. The copy is compared with the teacher on a few tokens. Its
-    ``name_or_path`` is empty, because the teacher's files hold another model.
+    The copy has the teacher's dtypes and device, and is compared with the teacher on a few tokens.
+    Its ``name_or_path`` is empty, because the teacher's files hold another model.
 
     Raises:
         ValueError: A block does not exist, or the blocks are not in ascending order. Or the copy's
@@ -49,8 +48,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
         if getattr(text, name, None) == total:
             setattr(text, name, len(blocks))
     for name, value in text.to_dict().items():
-        # A list with one entry for each block is shortened to the student's blocks. A list of token
-        # ids is left alone, although it may have this length by chance.
+        # Lists with one entry for each block are shortened to the student's blocks. Lists of token
+        # ids are kept, although one may have as many entries by chance.
         if isinstance(value, (list, tuple)) and len(value) == total and "token" not in name:
             setattr(text, name, [value[i - 1] for i in blocks])
     student = type(inner)(config)
@@ -67,12 +66,12 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
             raise TypeError(
                 f"teacher must hold plain floating-point weights, but {origin!r} is not one:"
                 " merge its adapters (merge_and_unload) and dequantise it first. If it has neither,"
-                " its config gives blocks a kind by their depth, so that the copy has others: keep"
+                " the kind of its blocks depends on their depth, and the copy has other kinds: keep"
                 " the first blocks"
             )
         target[name] = found.clone()
-    # assign=True keeps the dtype of each weight. A cast of the whole model would also round buffers
-    # that no checkpoint contains, such as rotary frequencies.
+    # assign=True keeps the dtype of each weight. Casting the whole model would also round buffers
+    # that checkpoints do not contain, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
     student.to(inner.device)
@@ -85,7 +84,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
-    """Compare the copy's logits with the teacher's, whose other blocks then return their input."""
+    """Compare the copy's logits with those of the teacher while it skips the other blocks."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = hidden_in(args, kwargs)
@@ -103,8 +102,8 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     with hooked(skipped), evaluating(teacher), evaluating(student), cast:
         own, expected = (logits_of(model, tokens).float() for model in (student, teacher))
     error, largest = (own - expected).abs().max(), expected.abs().max()
-    # If the teacher was cast to 16 bits, its rotary frequencies are rounded, but those of the copy
-    # are exact. The tolerance is larger then.
+    # A teacher that was cast to 16 bits has rounded rotary frequencies, but the copy has exact
+    # frequencies. So a larger difference is allowed.
     exact = embedding.dtype in (torch.float32, torch.float64) and not mixed
     if not error <= (1e-3 if exact else 5e-2) * largest:
         raise ValueError(

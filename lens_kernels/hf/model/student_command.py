@@ -56,7 +56,7 @@ def make_student(
 
 
 def block_range(text: str) -> range:
-    """Parse a text such as ``7`` or ``1-11`` into the range of blocks that it names."""
+    """Parse a text such as ``7`` or ``1-11`` into a range of blocks."""
     first, dash, last = text.partition("-")
     try:
         numbers = int(first), int(last if dash else first)

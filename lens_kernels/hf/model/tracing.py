@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-LENGTH = 5  # the number of tokens in a trace: 5, because few other sizes in models are 5
+# the number of tokens in a trace: 5, because 5 is rarely the size of anything else in a model
+LENGTH = 5
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a module: the module's path, its output, and hidden states in input and output."""
+    """A call of a module: its path and output, and hidden states in its input and output."""
 
     path: str
     module: nn.Module
@@ -26,9 +27,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """The calls of one forward pass, in the order in which they ended, and its logits.
+    """The calls of modules in a forward pass, ordered by their end, and the model's logits.
 
-    ``autocast`` is the dtype of autocast in the pass, or None without autocast.
+    ``autocast`` is the dtype of autocast during the pass, or None without autocast.
     """
 
     ids: Tensor
@@ -53,7 +54,7 @@ def hidden_of(value: Any) -> Tensor | None:
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """Return the first argument of a module that could be hidden states."""
+    """Return the first argument of a module that may be hidden states."""
     named = [kwargs["hidden_states"]] if "hidden_states" in kwargs else list(kwargs.values())
     return next((x for x in map(hidden_of, [*args, *named]) if x is not None), None)
 
@@ -61,7 +62,7 @@ def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None
 def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
     """Return a row of token ids.
 
-    Ids that occur in the config are avoided, because such a token may represent an image.
+    Token ids that occur in the config are avoided, because such a token may represent an image.
     """
     named: set[int] = set()
     for config in (model.config, model.config.get_text_config()):
@@ -95,9 +96,9 @@ def logits_of(model: Any, ids: Tensor) -> Tensor:
 def trace(
     model: Any, inner: nn.Module, ids: Tensor, parts: Iterable[nn.Module] | None = None
 ) -> Trace:
-    """Run ``model`` on tokens and record the calls of modules: of ``parts``, or of all.
+    """Run ``model`` on tokens, and record the calls of the modules ``parts`` or of all modules.
 
-    ``inner`` is the same model without peft's wrapper. Paths start there.
+    ``inner`` is the same model without peft's wrapper. Paths start at ``inner``.
     """
     calls: list[Call] = []
     autocast: set[torch.dtype] = set()
@@ -106,8 +107,8 @@ def trace(
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             given, returned = hidden_in(args, kwargs), hidden_of(output)
             calls.append(Call(path, module, given, returned, output))
-            # accelerate can wrap a model's forward in autocast. A context around the call cannot
-            # disable it.
+            # accelerate can wrap a model's forward in autocast, which no context around the call
+            # disables.
             if torch.is_autocast_enabled(ids.device.type):
                 autocast.add(torch.get_autocast_dtype(ids.device.type))
 

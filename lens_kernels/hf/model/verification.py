@@ -19,20 +19,20 @@ from lens_kernels.hf.model.parts import ModelLens
 from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.lens import LensHead
 
-# For each probe, the largest product that the head returns. Only large products reveal a soft cap,
-# but all reveal a scale.
+# The largest product of the head in each run. Only large products reveal a soft cap, but a scale
+# shows in all of them.
 PROBES = (1.0, 60.0, 1000.0)
 
 
 def check_lens(model: Any, inner: Any, lens: ModelLens, run: Trace) -> None:
     """Check that the lens of the last block's output gives the model's logits in ``run``.
 
-    There are three checks. The first one applies the whole lens to the model's own hidden states.
-    The second one compares the norms on random rows, some so small that ``eps`` matters. The third
-    one replaces the products of the head by given numbers, to compare scale and soft cap. The
-    model's own logits may be too small for the soft cap to matter.
+    There are three checks. The first check applies the whole lens to the model's own hidden states.
+    The second check compares the norms on random rows, some so small that ``eps`` matters. The
+    third check compares scale and soft cap on chosen products of the head, because the model's own
+    logits may be too small for the soft cap to matter.
 
-    The caller sets the model's mode: see ``state.measured``.
+    The caller sets the model's mode, with ``state.measured``.
 
     Raises:
         ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
@@ -48,7 +48,6 @@ def check_lens(model: Any, inner: Any, lens: ModelLens, run: Trace) -> None:
 
 
 def _read(inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> Tensor:
-    """Return the logits of the lens from the last block's output."""
     call = run.last(lens.blocks_in(inner)[-1])
     if call is None or call.returned is None:
         raise ValueError(
@@ -67,18 +66,18 @@ def _read(inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> Tensor:
 def _exact(head: LensHead, run: Trace) -> bool:
     """Return whether the logits are never rounded to 16 bits.
 
-    Logits in float32 are rounded too if a model with 16-bit weights casts them at the end.
+    A model with 16-bit weights may return float32 logits that were rounded before.
     """
     return run.autocast is None and min(run.logits.itemsize, head.weight.itemsize) >= 4
 
 
 def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> None:
-    """Compare the maps from the head's products to logits, with given numbers as products."""
+    """Compare how the lens and the model turn chosen products of the head into logits."""
     module = inner.get_output_embeddings()
     ramp = torch.linspace(-1, 1, len(module.weight), device=head.weight.device)
     ramps = torch.stack([size * ramp for size in PROBES])
     put = ramps if module.bias is None else ramps + module.bias.float()
-    # The products are float32 for any dtype of the weights, so the check can be strict.
+    # The products are float32 for any dtype of the weights, so only small differences are allowed.
     logits = logits_of_products(model, inner, run, lens.decoder, put)
     for x, own in zip(ramps, logits, strict=True):
         read = head.logits(x[: len(head.weight)].clone(), 1.0)[0]
@@ -86,7 +85,7 @@ def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Tra
 
 
 def _accept(inner: Any, what: str, error: float, exact: bool) -> None:
-    """Raise if an error, relative to the largest value, exceeds the possible rounding error."""
+    """Raise if an error, relative to the largest value, exceeds what rounding can explain."""
     if not error <= (1e-3 if exact else 5e-2):
         hint = (
             "The registered Family does not describe its norm or head: correct it and call"

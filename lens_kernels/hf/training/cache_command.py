@@ -23,7 +23,7 @@ from lens_kernels.options import check_count, check_number
 from lens_kernels.targets import RESTS
 
 KINDS = ("sampled", "topk", "logprobs")
-# The teacher's logits and probabilities are computed for this many positions at a time.
+# The number of positions for which the teacher's logits are computed at a time.
 ROWS = 256
 
 
@@ -153,7 +153,7 @@ def _from_file(path: Path, form: str) -> MakeTargets:
 def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTargets:
     """Return a function that computes the targets of examples by running the teacher.
 
-    The tokens drawn for an example depend only on the seed and the example's position.
+    The tokens that are drawn for an example depend only on the seed and the example's position.
     """
     collate = Collator(padding)
     whole = lens_head_from(teacher)
@@ -175,7 +175,7 @@ def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTarget
         for number, example, states in zip(numbers, examples, final, strict=True):
             generator = torch.Generator(device).manual_seed(settings.seed * 1_000_003 + number)
             rows = states[counted_positions(example["labels"]).to(device)]
-            # An example without labels still gives one empty part, so ``parts[0]`` exists.
+            # An example without labels still gives one empty part, so that ``parts[0]`` exists.
             parts = [one(part, generator) for part in rows.split(ROWS)]
             result.append({name: torch.cat([x[name] for x in parts]) for name in parts[0]})
         return result

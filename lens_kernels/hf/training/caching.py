@@ -1,4 +1,4 @@
-"""Number the examples of a trainer's datasets, and fill its cache of the teacher's states."""
+"""Numbers the examples of a trainer's datasets, and caches the teacher's hidden states for them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Numbered(Dataset):
 
 
 def numbered(name: str, dataset: Any) -> Numbered:
-    """Return ``dataset`` with numbered examples, or raise if it cannot be indexed."""
+    """Return ``dataset`` with numbered examples. Raise if it cannot be indexed."""
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
         raise TypeError(
             f"teacher_cache needs a {name} of known length that can be indexed,"
@@ -72,8 +72,8 @@ def fill_caches(
             args.teacher_cache_dtype,
             trainer.accelerator.mixed_precision,
         )
-        # Rank 0 builds the cache first. The first process of each other node then builds one, or
-        # opens that of rank 0 if the nodes share a disk. At last the other processes open a cache.
+        # Rank 0 builds the cache first. Then the first process of each other node opens this cache
+        # if the nodes share a disk, or builds another. All other processes open a cache last.
         first, desc = args.main_process_first, f"caching the teacher's states, {name}"
         with first(local=False, desc=desc), first(desc=desc):
             caches[name] = TeacherCache.open_or_build(

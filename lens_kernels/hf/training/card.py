@@ -74,7 +74,7 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
 
 
 def _metrics(trainer: Any) -> dict[str, float]:
-    """Return the last means that the trainer logged, in training and in evaluation."""
+    """Return the last training means and the last evaluation means that the trainer logged."""
     found: dict[str, float] = {}
     for kind in ("loss", "eval_loss"):
         last: dict[str, float] = next(
@@ -93,7 +93,7 @@ def _table(heading: str, values: Mapping[str, Any], second: str = "value") -> li
 
 
 def _code(value: Any) -> str:
-    """Return ``value`` as Markdown code, without characters that would end the code or the cell."""
+    """Return ``value`` as Markdown code, without characters that end the code or a table cell."""
     return "`" + re.sub(r"[`|\n]", "_", visible(str(value))) + "`"
 
 

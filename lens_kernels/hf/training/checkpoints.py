@@ -1,4 +1,4 @@
-"""Find checkpoints that a run can resume from: all their files exist and can be read.
+"""Finds the checkpoints from which a run can resume: all their files exist and can be read.
 
 The Trainer writes the files of a checkpoint one after the other, and ``trainer_state.json`` last. A
 killed run or a full disk can leave files missing or cut off.
@@ -19,18 +19,20 @@ from lens_kernels.hf.training.text_files import read_text
 
 STATE = "trainer_state.json"
 INDEX = "model.safetensors.index.json"
-KEYS = {STATE: "global_step", INDEX: "weight_map"}  # Each JSON file must have this key.
-# A checkpoint needs a file or folder that matches one pattern of WEIGHTS, and one that matches a
-# pattern of OPTIMIZER. FSDP and DeepSpeed write folders.
+# Each JSON file must have the key that it is mapped to.
+KEYS = {STATE: "global_step", INDEX: "weight_map"}
+
+# A checkpoint needs a file or folder for one pattern of WEIGHTS and for one of OPTIMIZER. FSDP and
+# DeepSpeed write folders.
 WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-OPTIONAL = ("config.json", "scaler.pt")  # checked only if they exist
+OPTIONAL = ("config.json", "scaler.pt")  # checked only if the files exist
 
 
 def last_whole(
     output: Path, processes: int, projections: bool
 ) -> tuple[Path | None, dict[Path, str]]:
-    """Return the last whole checkpoint in ``output``, and why each later checkpoint is skipped.
+    """Return the last complete checkpoint in ``output``, and why later checkpoints are skipped.
 
     Raises:
         ValueError: No checkpoint is whole, but at least one has ``trainer_state.json``, the file
@@ -75,7 +77,7 @@ def damage(folder: Path, processes: int, projections: bool) -> str | None:
             _read(file)
         except FileNotFoundError:
             return f"{file.name} is missing"
-        except Exception as error:  # each file format raises its own errors for broken files
+        except Exception as error:  # each library raises its own errors for broken files
             reason = str(error).strip().split("\n")[0]
             return f"{file.name} cannot be read ({reason or type(error).__name__})"
     return None
@@ -86,9 +88,10 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
     for names in (WEIGHTS, OPTIMIZER):
         found = [file for name in names for file in sorted(folder.glob(name))]
         if names is WEIGHTS:
-            found += sorted(folder.glob("*/adapter_model.safetensors"))  # of named adapters
+            # adapters with names have subfolders
+            found += sorted(folder.glob("*/adapter_model.safetensors"))
         yield from found or [folder / names[0]]
-    if (folder / INDEX).exists():  # ``damage`` has already read this file
+    if (folder / INDEX).exists():  # this file was read before
         shards: Mapping[str, str] = json.loads(read_text(folder / INDEX))["weight_map"]
         yield from (folder / name for name in sorted(set(shards.values())))
     if (folder / "adapter_config.json").exists():
@@ -103,21 +106,21 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
 def _random_states(folder: Path, processes: int) -> Iterator[Path]:
     """Yield the files of random states that the processes of the interrupted run wrote.
 
-    The number of processes may have changed. The Trainer then starts with other random states,
-    which dropout uses.
+    The resuming run may have another number of processes. The Trainer then starts with other random
+    states, which change only dropout.
     """
     alone = folder / "rng_state.pth"
     written = len([*folder.glob("rng_state_*.pth")])
     if processes == 1 and written < 2 or alone.exists() and not written:
         yield alone
         return
-    # If the interrupted run had several processes, expect one file for each of them.
+    # If the interrupted run had several processes, each process must have a file.
     expected = written if written > 1 else processes
     yield from (folder / f"rng_state_{rank}.pth" for rank in range(expected))
 
 
 def _read(file: Path) -> None:
-    """Raise if a file is cut off. Only the necessary parts of large files are read."""
+    """Raise if a file is cut off. Only parts of large files are read."""
     if file.is_dir():
         if not any(file.iterdir()):
             raise ValueError("the folder is empty")
@@ -126,9 +129,9 @@ def _read(file: Path) -> None:
         if not isinstance(content, dict) or KEYS.get(file.name, "") not in {"", *content}:
             raise ValueError("it holds something else")
     elif file.suffix == ".safetensors":
-        with safe_open(file, framework="pt"):  # this compares the file's length with its header
+        with safe_open(file, framework="pt"):  # this compares the file's size with its header
             pass
-    else:  # torch.save writes a ZIP archive; the list of its contents is at its end
+    else:  # torch.save writes a ZIP archive, whose list of contents is at its end
         with zipfile.ZipFile(file) as archive:
             for name in archive.namelist():
                 if name.endswith("data.pkl"):

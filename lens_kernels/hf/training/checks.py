@@ -19,13 +19,14 @@ from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.inputs import IGNORE_INDEX
 
-# Arguments of other trainers, each with advice for users of this trainer.
+# Arguments of other trainers, each with advice for users who know it from there.
 ELSEWHERE = {
     "peft_config": "wrap the model with peft.get_peft_model first",
     "teacher_model": "pass it as teacher",
     "tokenizer": "pass it as processing_class",
 }
-# Why a run must not split sequences or layers over processes, by the option that would split them.
+# Maps options that split sequences or layers over processes to the reason why they are not
+# supported.
 SPLIT = dict.fromkeys(
     ("cp_size", "sp_size"),
     "the labels of this trainer are shifted within one process, so the first token of each slice of"
@@ -35,7 +36,7 @@ OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_f
 
 
 def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
-    """Raise if an argument in ``given`` is unknown, or does not work with a teacher."""
+    """Raise if an argument in ``given`` is unknown, or is not supported with a teacher."""
     known = inspect.signature(Trainer.__init__).parameters
     for name in given:
         if name in known:
@@ -68,7 +69,7 @@ def check_model(name: str, model: Any) -> None:
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest ids, positions and labels that a run's models support."""
+    """The largest ids, positions and labels that the models of a run support."""
 
     ids: int
     positions: int | None
@@ -105,7 +106,7 @@ def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
     for i in range(len(dataset)):
         example = dataset[i]
         if not ours and not isinstance(example, Mapping):
-            return  # only the user's collator can read such examples
+            return  # only the user's own collator can read such examples
         labelled += check_example(f"example {i} of {name}", example, limits, ours)
     if ours and len(dataset) and not labelled:
         raise ValueError(
@@ -117,8 +118,8 @@ def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
 def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
     """Check an example, and return the number of its tokens that are trained on.
 
-    ``ours`` is False if the user passed a collator. Then only the columns that this package knows
-    are checked, and the number is 0.
+    ``ours`` is False if the user passed a collator. Then only columns that this package knows are
+    checked, and the result is 0.
 
     Raises:
         ValueError: The example lacks a column, or has more tokens than a model has positions. Or a
@@ -133,7 +134,7 @@ def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
 
 
 def model_columns(example: Any) -> Any:
-    """Return an example without unknown columns. The Trainer removes them before collation too."""
+    """Return an example without unknown columns, which the Trainer also removes for collation."""
     if not isinstance(example, Mapping):
         raise TypeError(
             f"an example is a {type(example).__name__}, expected a mapping with input_ids and"
@@ -175,12 +176,12 @@ def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
 
 def _embeddings(model: Any) -> int:
     table = model.get_input_embeddings()
-    # ``num_embeddings`` comes first: a weight that DeepSpeed partitions has no rows.
+    # ``num_embeddings`` comes first, because a weight that DeepSpeed partitions has no rows.
     return getattr(table, "num_embeddings", len(table.weight))
 
 
 def _learnt_positions(model: Any) -> int | None:
-    """Return the number of learnt position embeddings, or None if the model does not learn them."""
+    """Return the number of learnt position embeddings, or None if a model learns none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]

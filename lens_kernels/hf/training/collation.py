@@ -1,4 +1,4 @@
-"""Check tokenised examples, and pad them into batches."""
+"""Checks tokenised examples, and pads them into batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 
 def check_count(name: str, value: Any, least: int) -> None:
-    """Raise unless the option ``name`` is an integer and at least ``least``."""
+    """Raise unless the option ``name`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if value < least:
@@ -24,9 +24,9 @@ def check_count(name: str, value: Any, least: int) -> None:
 
 
 def padding_id(tokenizer: Any) -> int:
-    """Return the tokenizer's padding id or, without one, its EOS id.
+    """Return the tokenizer's padding id, or its EOS id if it has no padding id.
 
-    Any id would work, because padding is masked.
+    Any id would work, because padding tokens are masked.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -34,20 +34,22 @@ def padding_id(tokenizer: Any) -> int:
     raise ValueError("the tokenizer has neither pad_token nor eos_token: set tokenizer.pad_token")
 
 
-# Columns with one number per token, and the number that each column gets at padding tokens. These
-# tokens are masked, so their positions and token types may be any valid number.
+# Columns with one number per token, and the number at padding tokens. Padding tokens are masked, so
+# their positions and token types may be any valid numbers.
 PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads examples on the right. An absent ``attention_mask`` is made from their lengths.
+    """Pads examples on the right, or packs them into rows.
+
+    A missing ``attention_mask`` is made from the lengths of the examples.
 
     A list of examples becomes one packed row. Packed batches have ``position_ids`` that restart at
     each example, and no ``attention_mask``. Models separate examples where positions restart. Each
-    padding token has position 0, so it is separate too. With ``one_row``, all examples of a packed
-    batch become one row without padding, because flash attention separates examples only if the
-    batch is one row.
+    padding token has position 0, so it is separate too. With ``one_row``, a packed batch is a
+    single row without padding, because flash attention separates examples only if the batch is one
+    row.
 
     Raises:
         ValueError: Examples have different columns, the columns of an example differ in length, or
@@ -102,9 +104,9 @@ class Collator:
 
 
 def _joined(examples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return a packed row. The first label of each example is -100, so no loss uses it.
+    """Return examples joined into one row. Each example's first label is -100, so no loss uses it.
 
-    The columns ``attention_mask`` and ``position_ids`` of the examples are replaced.
+    The examples' own ``attention_mask`` and ``position_ids`` are replaced.
     """
     for x in examples:
         del x["attention_mask"]
@@ -120,8 +122,8 @@ def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:
         return batch["attention_mask"].sum()
     if "position_ids" not in batch:
         return torch.tensor(batch["input_ids"].numel())
-    # In a packed batch, a token at position 0 begins an example if position 1 follows it, and is
-    # padding otherwise. Examples of one token are not counted.
+    # In a packed batch, an example begins at each position 0 that position 1 follows. Any other
+    # position 0 is padding. So examples of one token are not counted.
     positions = batch["position_ids"]
     return (positions > 0).sum() + (positions == 1).sum()
 
@@ -172,7 +174,7 @@ def check_batch(batch: Mapping[str, Any]) -> None:
 
 
 def rows_of_last_step(dataset: Any, args: Any) -> int:
-    """Return the number of rows in an epoch's last step, in all processes, or 0 if it is full."""
+    """Return the rows of all processes in an epoch's last step, or 0 if that step is full."""
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return 0
     return int(len(dataset) % (args.train_batch_size * args.world_size))
@@ -183,13 +185,14 @@ def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     labels = batch["labels"].clone()
     labels[rows:] = IGNORE_INDEX
     kept = {**batch, "labels": labels}
-    if "example_id" in batch:  # other rows have no labels, so the cache must give none
+    # other rows have no labels, so the cache must return nothing for them
+    if "example_id" in batch:
         kept["example_id"] = batch["example_id"][:rows]
     return kept
 
 
 def without_first_label(batch: Any) -> Any:
-    """Return a copy of the batch in which each row's first label is -100. No loss uses it."""
+    """Return a copy of the batch in which each row's first label is -100: no loss uses it."""
     if "labels" not in batch:
         return batch
     labels = batch["labels"].clone()

@@ -28,7 +28,7 @@ from lens_kernels.hf.training.provenance import model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 from lens_kernels.option_files import as_words, read_options
 
-ALL_LINEAR = "all-linear"  # peft's name for every linear layer
+ALL_LINEAR = "all-linear"  # peft's name for all linear layers
 
 
 @dataclass
@@ -84,7 +84,7 @@ class RunConfig:
     allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
     def __post_init__(self) -> None:
-        """Check the teacher's placement before any file is read."""
+        """Check the options of the teacher's devices before any file is read."""
         check_placement(self.teacher_quantization, self.teacher_device_map, "teacher_")
 
 
@@ -99,7 +99,7 @@ USED = (
 
 
 class _TrainParser(Parser, HfArgumentParser):
-    """A parser whose options are the fields of dataclasses, in this package's style."""
+    """Parses options that are fields of dataclasses."""
 
 
 def presets() -> dict[str, Options]:
@@ -112,7 +112,7 @@ def presets() -> dict[str, Options]:
 
 
 def build_parser(everything: bool = False) -> Parser:
-    """Return the parser of ``lens-kernels train``; ``everything`` shows all options in its help."""
+    """Return the parser of ``lens-kernels train``. ``everything`` adds all options to its help."""
     own = {x.name for x in fields(RunConfig)} | {"output_dir"}
     objective = {*LensDistillConfig.__annotations__} - own - {*USED}
     others = {x.name for x in fields(LensDistillConfig)} - own - objective - {*USED}
@@ -143,7 +143,7 @@ def build_parser(everything: bool = False) -> Parser:
 
 
 def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
-    """Return the parsed options, and a dictionary of the options that are not at their defaults."""
+    """Return the parsed options, and a dictionary of those that differ from their defaults."""
     parser = build_parser("--help_all" in map(underscored, argv))
     values = vars(parser.parse_args(argv))
     required = [x.name for x in fields(RunConfig) if x.metadata.get("required")]
@@ -163,11 +163,11 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
             f"--resume_from_checkpoint {args.resume_from_checkpoint} is not supported: the same"
             " command resumes from the last complete checkpoint in its output_dir"
         )
-    return config, args, json.loads(json.dumps(chosen))  # converts Enum members to strings
+    return config, args, json.loads(json.dumps(chosen))  # turn Enum members into strings
 
 
 def _check_environment(parser: Parser, values: Mapping[str, Any]) -> None:
-    """Refuse settings of accelerate's launcher, because run.yaml would not show them."""
+    """Refuse settings of accelerate's launcher, because run.yaml would not record them."""
     for name, options in (
         ("ACCELERATE_MIXED_PRECISION", ("bf16", "fp16")),
         ("ACCELERATE_DYNAMO_BACKEND", ()),
@@ -231,7 +231,8 @@ def train(
     projections = config.teacher is not None and args.mse_coeff > 0
     checkpoint: Path | None = None
     skipped: dict[Path, str] = {}
-    # save_only_model stores no optimizer state. Such a run cannot resume exactly, so it restarts.
+    # A run with save_only_model stores no optimizer state. It cannot resume exactly, so it starts
+    # again.
     if not args.save_only_model:
         checkpoint, skipped = last_whole(output, args.world_size, projections)
     tokenizer = load_tokenizer(config.student, config.allow_download)
@@ -248,7 +249,7 @@ def train(
         other = load_tokenizer(config.teacher, config.allow_download)
         ids = {i for data in datasets.values() for x in data.examples for i in x["input_ids"]}
         if config.streaming:
-            ids = set(tokenizer.get_vocab().values())  # streamed data may contain any token
+            ids = set(tokenizer.get_vocab().values())  # streamed data may contain any token id
         check_tokenizers(tokenizer, other, args.vocab_size, ids)
     if config.streaming:
         datasets["train_dataset"] = Rows(config.data, config.shuffle_buffer, args.seed)
@@ -260,7 +261,7 @@ def train(
         **datasets,
         processing_class=tokenizer,
     )
-    # The commit of a model from the Hub is known only after its download.
+    # The commit of a model from the Hub is known only after the download.
     digests |= {name: digests[name] or model_digest(x) for name, x in models.items()}
     trainer.facts |= {**models, "data": paths, "hashes": digests, "command": command_line(chosen)}
     if args.should_save:
@@ -280,8 +281,8 @@ def train(
     result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     metrics = dict(result.metrics)
     if checkpoint is not None:
-        # transformers divides the sum of losses since the checkpoint by the number of all steps, so
-        # its mean is wrong.
+        # After a resume, transformers divides the losses since the checkpoint by the number of all
+        # steps. So its mean is wrong, and is left out.
         metrics.pop("train_loss", None)
     trainer.save_model()
     if isinstance(trainer.train_dataset, Stream):
@@ -307,11 +308,11 @@ def command_line(chosen: Mapping[str, Any]) -> str:
 
 
 def _silent(text: str) -> None:
-    """Print nothing. Ranks other than 0 use this function as ``say``."""
+    """Print nothing. Ranks other than 0 pass this function as ``say``."""
 
 
 def load_student(config: RunConfig) -> Any:
-    """Load the student, keep only ``student_blocks``, and add a LoRA adapter, as configured."""
+    """Load the student. If options say so, keep some of its blocks and add a LoRA adapter."""
     student = load_model(config.student, config.student_dtype, config.allow_download)
     if config.student_blocks is not None:
         student = shallow_copy(student, config.student_blocks)
@@ -329,7 +330,7 @@ def load_student(config: RunConfig) -> Any:
             r=config.lora_r,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
-            # peft treats all-linear as a module name if it is inside a list.
+            # Inside a list, peft takes all-linear for a module's name.
             target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         )
         student = get_peft_model(student, adapter)
@@ -337,9 +338,9 @@ def load_student(config: RunConfig) -> Any:
 
 
 def load_teacher(config: RunConfig, device: torch.device) -> Any:
-    """Load the teacher, or return None if the config has no teacher.
+    """Load the teacher, or return None if the options name no teacher.
 
-    A quantised teacher is loaded on ``device``, because it cannot be moved there.
+    A quantised teacher is loaded on ``device``, because it cannot be moved later.
     """
     if config.teacher is None:
         return None
@@ -351,7 +352,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> Any:
 
 
 def _defaults() -> dict[str, Any]:
-    """Return the default of every option, converted to types that JSON has."""
+    """Return the default of every option as a value that JSON has."""
     found = {}
     for kind in KINDS:
         for x in fields(kind):

@@ -26,9 +26,9 @@ from lens_kernels.options import (
 )
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
-# The choices of ``standardize``, and the value that ``distillation_loss`` takes for each.
+# Maps the choices of ``standardize`` to the values that ``distillation_loss`` takes.
 STANDARDIZE: dict[str, bool | str] = {"none": False, "lens": "lens", "all": True}
-# Options of ``distillation_loss``, and their different names in ``LensDistillConfig``.
+# Maps options of ``distillation_loss`` to their different names in ``LensDistillConfig``.
 TRAINER_NAMES = {
     "divergence": "lens_divergence",
     "temperature": "distill_temperature",
@@ -45,12 +45,12 @@ def is_secret(name: str) -> bool:
 
 
 def option(default: Any, text: str, **more: Any) -> Any:
-    """Return a dataclass field with a default and the help text of its option."""
+    """Return a dataclass field with a default and the option's help text."""
     return field(default=default, metadata={"help": text, **more})
 
 
 def final_divergence(text: str) -> str | dict[str, float]:
-    """Parse a divergence: a name, or a weighted sum like ``0.5*forward_kl+reverse_kl``."""
+    """Parse a divergence: a name, or a weighted sum such as ``0.5*forward_kl+reverse_kl``."""
     if text in FINAL_NAMES:
         return text
     weights: dict[str, float] = {}
@@ -71,7 +71,7 @@ def final_divergence(text: str) -> str | dict[str, float]:
 
 
 def grad_threshold(given: str | float | None) -> str | float | None:
-    """Convert a threshold that is a number in a string to a float. Return others unchanged."""
+    """Convert a number in a string to a float. Return any other threshold unchanged."""
     value = given
     if isinstance(given, str) and given not in GRAD_THRESHOLDS:
         with contextlib.suppress(ValueError):
@@ -83,9 +83,9 @@ def grad_threshold(given: str | float | None) -> str | float | None:
 class LensDistillConfig(TrainingArguments):
     """``TrainingArguments`` with the options of the objective. Their defaults are the paper's.
 
-    Pickles and copies hold no secrets, such as ``hub_token``, because the Trainer writes a pickle
-    into every checkpoint. ``lens_divergence``, ``distill_temperature`` and ``lens_backend`` set
-    ``divergence``, ``temperature`` and ``backend`` of ``distillation_loss``.
+    The Trainer writes a pickle of this object into every checkpoint. So pickles and copies leave
+    out secrets such as ``hub_token``. ``lens_divergence``, ``distill_temperature`` and
+    ``lens_backend`` set ``divergence``, ``temperature`` and ``backend`` of ``distillation_loss``.
 
     Raises:
         ValueError: An option is out of range, options contradict each other, or an option of the
@@ -215,7 +215,7 @@ class LensDistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the options before any model is loaded."""
-        # This check comes first, because super() sets environment variables in some versions.
+        # Check this first, because super() sets environment variables in some versions.
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(
                 "torch_compile=True is not supported, because the loss runs inside the student's"

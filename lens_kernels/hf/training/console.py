@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 COLUMNS = 100
-# The entries of the Trainer's logs that a terminal line shows, in this order, by short names.
+# Entries of the Trainer's logs that a terminal line shows, in this order, with short names.
 SHOWN = {
     "loss": "loss",
     "ce": "ce",
@@ -26,7 +26,7 @@ SHOWN = {
 def line(step: int, last: int, logs: Mapping[str, Any]) -> str:
     """Return the terminal line of a log. Entries beyond ``COLUMNS`` columns are left out.
 
-    Return an empty text for a log without a loss, such as that of the runtime.
+    Return an empty text for logs without a loss, such as the log of the run time.
     """
     of_evaluation = "eval_loss" in logs
     prefix = "eval_" if of_evaluation else ""
@@ -55,14 +55,14 @@ class Progress(Lines, ProgressCallback):
     """Shows a progress bar, and writes one line above it for each log."""
 
 
-# The callbacks of transformers that write whole logs, each with its replacement.
+# Maps callbacks of transformers that print whole logs to their replacements.
 REPLACED = {PrinterCallback: Lines, ProgressCallback: Progress}
 
 
 def shorten(trainer: Any) -> None:
-    """Replace the callbacks of a trainer that write whole logs to the terminal."""
+    """Replace a trainer's callbacks that print whole logs to the terminal."""
     for whole, short in REPLACED.items():
-        # Subclasses stay, such as the callback for notebooks.
+        # Keep subclasses of these callbacks, such as the callback for notebooks.
         if any(type(x) is whole for x in trainer.callback_handler.callbacks):
             trainer.remove_callback(whole)
             trainer.add_callback(short)

@@ -1,4 +1,4 @@
-"""Tokenise instruction data into token ids and labels, which mark the tokens to train on."""
+"""Tokenises instruction data into token ids and labels. Labels mark the tokens to train on."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 PROMPT_STYLES = ("alpaca", "chat")
-# The treatments of examples that are too long; see ``Encoder``.
+# What happens to examples that are too long: see ``Encoder``.
 TRUNCATIONS = ("end", "drop", "error")
 
 Example = dict[str, list[int]]
@@ -40,10 +40,9 @@ class Encoder:
     """Tokenises rows of data, and counts the rows that are too long.
 
     Prompts and responses are tokenised separately, as in generation, so no token spans both.
-    SentencePiece writes a space before a text. Only the first text of a row keeps that space.
-    Labels are the response tokens, including the end token, and -100 elsewhere. The end token is
-    the end of turn that the chat template writes. If the template writes none, it is the
-    tokenizer's EOS.
+    SentencePiece puts a space before each text, and only the first text of a row keeps it. Labels
+    are the response tokens, including the end token, and -100 elsewhere. The end token is the chat
+    template's end of turn, or the tokenizer's EOS if the template has none.
 
     Args:
         tokenizer: A tokenizer with an EOS token.
@@ -69,7 +68,7 @@ class Encoder:
     max_length: int = 512
     max_prompt_length: int = 256
     truncation: str = "end"
-    # The numbers of all rows, of dropped rows, of rows that lost labels, and of the lost labels.
+    # The numbers of all rows, of dropped rows, of rows that lost labels, and of lost labels.
     rows: int = field(default=0, init=False)
     dropped: int = field(default=0, init=False)
     cut: int = field(default=0, init=False)
@@ -122,17 +121,14 @@ def _labelled(labels: list[int]) -> int:
 
 
 def encode(row: Row, tokenizer: Any, **options: Any) -> Example | None:
-    """Return ``input_ids`` and ``labels`` of a row, or None if it is dropped: see ``Encoder``."""
+    """Return ``input_ids`` and ``labels`` of a row, or None if ``Encoder`` drops the row."""
     return Encoder(tokenizer, **options)(row)
 
 
 def prompt_ids(
     row: Row, tokenizer: Any, *, prompt_style: str, max_prompt_length: int
 ) -> list[int] | None:
-    """Return the tokens that ``encode`` puts before the last response.
-
-    Return None if there are more than ``max_prompt_length`` tokens.
-    """
+    """Return the tokens before the last response, or None if they exceed ``max_prompt_length``."""
     _check_prompt(prompt_style, max_prompt_length)
     if row.is_text:
         raise ValueError(f"line {row.line} is plain text: an answer needs a prompt or messages")
@@ -142,7 +138,7 @@ def prompt_ids(
 
 
 def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int], list[int]]]:
-    """Return the token ids of each prompt of a row and of the response to it."""
+    """Return the token ids of each prompt in a row, and of the response to each prompt."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to end responses: set tokenizer.eos_token")
     if row.messages:
@@ -174,14 +170,14 @@ def _alpaca(row: Row) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False silences a warning about long texts, which are truncated or dropped later.
+    # verbose=False silences a warning about long texts, which this class handles itself.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _further_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the tokens of a text that follows other text.
 
-    SentencePiece tokenizers write a space before a text that is tokenised alone. To avoid it,
+    SentencePiece tokenizers put a space before a text that is tokenised alone. To avoid the space,
     tokenise the text after another character, and remove that character's tokens.
     """
     if not any(ids not in (None, _ids(tokenizer, "a")) for ids in _behind(tokenizer, "a")):
@@ -210,7 +206,7 @@ def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
 
 
 def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
-    """Return the tokens of a response. Append EOS unless the text ends with one of ``ends``."""
+    """Return a response's tokens. Append EOS unless the response ends with one of ``ends``."""
     ids = _further_ids(tokenizer, response)
     return ids + [tokenizer.eos_token_id] * (not response.endswith(ends))
 
@@ -218,9 +214,9 @@ def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
 def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
     """Render a conversation, and return the tokens of each prompt and of the assistant's answer.
 
-    Whitespace that the template writes after an answer belongs to the next prompt.
+    If the template writes white space after an answer, the white space belongs to the next prompt.
     """
-    # End-of-turn tokens are often special tokens without an attribute on the tokenizer.
+    # An end-of-turn token is often a special token for which the tokenizer has no attribute.
     ends = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     turns = []
     done = ""
@@ -296,7 +292,7 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = range(len(self))[index]  # maps negative indices to positions
+        position = range(len(self))[index]  # indices may be negative
         return {**self.examples[position], "example_id": position}
 
     def summary(self) -> str:
@@ -327,8 +323,8 @@ def load_examples(
 def encode_rows(
     name: str, rows: Sequence[Row], encoder: Encoder, progress: bool = True
 ) -> Examples:
-    """Encode ``rows``. Raise an error that names the data ``name`` if all of them are dropped."""
-    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # short files show no bar
+    """Encode ``rows``. If all of them are dropped, raise an error that names the data ``name``."""
+    bar = tqdm(rows, "Encoding", disable=not progress, delay=1)  # short files need no progress bar
     examples = [x for x in map(encoder, bar) if x is not None]
     if not examples:
         raise ValueError(

@@ -31,16 +31,14 @@ BLOCK = 128
 HELD_OUT_EVERY = 8
 EVAL_BATCHES = 6
 LENS_PAIRS = 3
-# The dropped blocks. Of nine choices of ten blocks, this one gave the best untrained student.
+# The blocks that the student leaves out. Of nine choices of ten blocks, these gave the best
+# untrained student.
 DROPPED = range(13, 23)
 PROMPT = "The import statement is used to"
 
 
 class _QuietProgress(ProgressCallback):
-    """The Trainer's progress bar. It shows the loss, and writes no line for each step."""
-
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show the loss of ``logs`` in the progress bar."""
         if self.training_bar is not None and logs and "kd" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
@@ -48,8 +46,7 @@ class _QuietProgress(ProgressCallback):
 def texts() -> tuple[str, str]:
     """Return training text and held-out text from the help topics of the standard library.
 
-    Some paragraphs occur in several topics. The held-out text omits paragraphs that the training
-    text has.
+    The held-out text leaves out all paragraphs that also occur in the training text.
     """
     from pydoc_data.topics import topics
 
@@ -63,7 +60,7 @@ def texts() -> tuple[str, str]:
 
 
 def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
-    """Split a text into examples of ``BLOCK`` tokens. Every token is trained on."""
+    """Split a text into examples of ``BLOCK`` tokens. All tokens are trained on."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     return [{"input_ids": x, "labels": x} for x in ids[: len(ids) // BLOCK * BLOCK].split(BLOCK)]
 

@@ -1,4 +1,4 @@
-"""Entropies of the lenses' predictions for the Trainer's logs, from a sample of the tokens."""
+"""Estimates entropies of the lenses' predictions, for the Trainer's logs, from some tokens."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 from lens_kernels.lens import LensHead
 
-# Entropies use every 16th token. This takes about 3 % of the time of the loss.
+# Entropies use every 16th token, which takes about 3 % of the time of the loss.
 STRIDE = 16
-# The largest peak memory of a tile, in multiples of the memory of its float32 logits. Heads with a
-# soft cap reach it.
+# The peak memory of a tile, in multiples of its float32 logits. Heads with a soft cap need the
+# most.
 TILES = 6
 
 
@@ -18,8 +18,8 @@ TILES = 6
 def entropy_sum(rows: Tensor, head: LensHead, temperature: float, workspace: int) -> Tensor:
     """Estimate the sum of the entropies of ``rows`` ``(N, D)`` from every 16th row, in nats.
 
-    ``head`` must have a norm only if the rows are not normed yet. The logits are computed in tiles,
-    of at most ``workspace`` bytes or one row.
+    ``head`` has a norm if the rows are not normed yet, and no norm otherwise. The logits are
+    computed in tiles, of at most ``workspace`` bytes or one row.
     """
     sample = rows[::STRIDE]
     row_bytes = TILES * head.weight.shape[0] * torch.float32.itemsize
@@ -34,5 +34,5 @@ def _entropies(x: Tensor, head: LensHead, temperature: float) -> Tensor:
         x = head.norm.forward(x.float())[0]
     products = x.to(head.weight.dtype) @ head.weight.T
     log_p = head.logits(products.float(), temperature)[0].log_softmax(-1)
-    del products  # frees memory, because the next line needs most
+    del products  # frees memory before the next line, which needs the most
     return -(log_p.exp() * log_p).sum(-1)

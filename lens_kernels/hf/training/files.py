@@ -1,4 +1,4 @@
-"""Read records from JSON lines, JSON arrays, Parquet, saved datasets and the Hub."""
+"""Reads records from JSON lines, JSON arrays, Parquet, saved datasets and the Hub."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any, BinaryIO, cast
 
 from lens_kernels.hf.cache.key import CHUNK
 
-HUB = "hub:"  # begins a dataset on the Hub: hub:NAME or hub:NAME:SPLIT
+HUB = "hub:"  # the prefix of datasets on the Hub: hub:NAME or hub:NAME:SPLIT
 
-# The number of a record in its file, and the record. A line that is not JSON has its error instead.
+# A record's number in its file, and the record. A line that is not JSON gives its error instead.
 Read = tuple[int, Any]
 
 
@@ -65,7 +65,7 @@ def check_download(source: str | Path, allow_download: bool) -> None:
 def source_digest(source: str | Path, streaming: bool = False) -> str:
     """Return a SHA-256 of all files of a source or, on the Hub, of the dataset's records.
 
-    With ``streaming``, a dataset on the Hub is not read, and ``source`` itself is returned.
+    With ``streaming``, a dataset on the Hub is not read, and its name is returned.
     """
     if is_on_hub(source) and streaming:
         return str(source)
@@ -88,7 +88,7 @@ def sha256_of(path: Path) -> str:
 
 
 def matching(source: str | Path) -> list[Path]:
-    """Return the files and folders that match a pattern, or the one with this name."""
+    """Return the files and folders that match a pattern, or the file with this exact name."""
     if Path(source).exists() or not has_magic(str(source)):
         return [Path(source)]
     found = sorted(glob(str(source), recursive=True))
@@ -120,7 +120,7 @@ def _saved(path: Path) -> Iterator[Read]:
 
 def _parquet(path: Path) -> Iterator[Read]:
     library = _package("pyarrow.parquet", path)
-    path.stat()  # raises FileNotFoundError, which has a clear message
+    path.stat()  # raises a clear FileNotFoundError if the file is missing
     try:
         number = 0
         for batch in library.ParquetFile(path).iter_batches():

@@ -1,6 +1,6 @@
 """Losses without a teacher model: cross entropy, or distillation from stored sparse targets.
 
-Both use only the final hidden states. The logits of a batch are never stored.
+Both losses use only the final hidden states, and never store the logits of a batch.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def without_teacher(
     trainer: Any, teacher: Any, examples: Mapping[str, Any]
 ) -> tuple[bool, dict[str, TargetCache]]:
-    """Return whether the model must compute its own loss from all logits, and the sparse targets.
+    """Return whether the model must compute its own loss, and the stored sparse targets.
 
     With a teacher, return ``(False, {})``.
 
@@ -72,7 +72,7 @@ def final_loss(
     args: LensDistillConfig,
     cache: TargetCache | None,
 ) -> Outcome:
-    """Return the objective of a batch: from the targets in ``cache``, or from labels alone."""
+    """Return the objective of a batch, from the targets in ``cache`` or from labels alone."""
     given = student, inputs, denominator, student_call
     if cache is None:
         return cross_entropy(*given, args.label_smoothing_factor)
@@ -89,7 +89,7 @@ def cross_entropy(
     """Return the cross entropy of a batch of ``input_ids``, ``labels`` and other model inputs.
 
     ``student_call`` is the student, or its distributed wrapper. ``denominator`` is that of
-    ``linear_cross_entropy``. Labels have the positions of their own tokens. They are shifted here.
+    ``linear_cross_entropy``. Labels have the positions of their own tokens, and are shifted here.
     """
     sums: dict[str, Tensor] = {}
     tokens = _tokens(inputs, denominator)
@@ -115,7 +115,7 @@ def from_targets(
     cache: TargetCache,
     options: Mapping[str, Any],
 ) -> Outcome:
-    """Return the objective of a batch with the stored targets of ``cache`` as its teacher.
+    """Return the objective of a batch that is compared with the stored targets in ``cache``.
 
     ``options`` are arguments of ``distillation_loss``. The batch must have ``example_id``.
     """
@@ -172,7 +172,7 @@ def open_targets(trainer: Any, examples: Mapping[str, Any]) -> dict[str, TargetC
 
 
 def _tokens(inputs: Mapping[str, Tensor], denominator: Tensor | float | None) -> Tensor:
-    """Return the number of tokens by which the loss of a batch is divided. It is at least 1."""
+    """Return the number of tokens by which a batch's loss is divided, at least 1."""
     count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
     given = count if denominator is None else denominator
     return torch.as_tensor(given, device=count.device).clamp(min=1)
@@ -186,14 +186,15 @@ def _of_final_states(
 ) -> tuple[Tensor, Tensor]:
     """Return the result of ``compare(states, head, labels)``, and the number of labels.
 
-    ``states`` has a row for each token of the batch, and ``labels`` the next token of each row.
+    ``states`` has a row for each token of the batch, and ``labels`` the token after each row's
+    token.
     """
     inputs = dict(inputs)
     labels = inputs.pop("labels")[..., 1:].flatten()
 
     def run(states: Tensor) -> Tensor:
         whole = lens_head_from(student)
-        # This head has no norm, because the final states are already normed.
+        # The final states are already normed, so this head has no norm.
         head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
         return compare(states, head, labels.to(states.device))
 

@@ -1,4 +1,4 @@
-"""Check the records of instruction data, and convert them from several formats to ``Row``."""
+"""Checks the records of instruction data, and converts them from several formats to ``Row``."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 from lens_kernels.hf.training.files import read_records
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# The names of speakers in ShareGPT data, and the role that each becomes.
+# Maps names of speakers in ShareGPT data to roles of messages.
 SPEAKERS = {"human": "user", "gpt": "assistant", "function_call": "assistant"}
 SPEAKERS |= {"observation": "tool", "system": "system", "user": "user", "assistant": "assistant"}
-# The keys of messages that chat templates may read, besides role and content.
+# Keys of messages that chat templates may read, besides role and content.
 FOR_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
-# The names of the formats. Each consists of the keys that records in the format must have.
+# The data formats. Each is named after the keys that its records must have.
 FORMATS = ("instruction and output", "prompt and completion", "messages", "conversations")
 # A record with this key is plain text, unless it also has the keys of another format.
 TEXT = "text"
-# An error message lists at most this many bad lines.
+# The maximum number of bad lines that an error message lists.
 SHOWN = 10
 
 Messages = list[dict[str, Any]]
@@ -29,10 +29,10 @@ Messages = list[dict[str, Any]]
 class Row:
     """A record of data. At most one of ``instruction``, ``prompt`` and ``messages`` is set.
 
-    If none is set, the row is plain text, and ``references`` holds this text. Training uses the
-    first of ``references``. The reference of a conversation is its last assistant turn, but
-    training uses all assistant turns from the message ``trained_from`` on. ``line`` is the line
-    or the position of the record in its file.
+    If none of them is set, the row is plain text, and ``references`` holds the text. Training uses
+    the first entry of ``references``. For a conversation, ``references`` is the last assistant
+    turn, but training uses all assistant turns from the message ``trained_from`` on. ``line`` is
+    the record's line or position in its file.
     """
 
     line: int
@@ -70,7 +70,7 @@ def read_rows(source: str | Path) -> list[Row]:
 
 
 def rows_of(source: Any, records: Iterable[tuple[str, int, Any]]) -> list[Row]:
-    """Convert records to rows. ``records`` yields ``(file, number, record)``."""
+    """Convert the results ``(file, number, record)`` of ``read_records`` to rows."""
     rows: list[Row] = []
     bad: list[str] = []
     for row in _rows(records):
@@ -99,7 +99,7 @@ def iterate_rows(source: str | Path) -> Iterator[Row]:
 
 
 def _rows(records: Iterable[tuple[str, int, Any]]) -> Iterator[Row | ValueError]:
-    """Yield the row of each record, or an error with the file and the number of a bad record."""
+    """Yield the row of each record, or for a bad record an error with its file and number."""
     first_format = ""
     for file, number, record in records:
         try:
@@ -128,7 +128,7 @@ def is_raw(record: Any) -> bool:
 def _format(record: Any) -> str:
     if not isinstance(record, dict):
         raise ValueError(f"got a {type(record).__name__}: expected a JSON object")
-    # Tables have every column in every row; empty cells are None.
+    # In tables, every row has every column, and empty cells are None.
     keys = {key for key, value in record.items() if value is not None}
     found = [names for names in FORMATS if keys >= set(names.split(" and "))]
     if not found and TEXT in keys:
@@ -175,7 +175,7 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _from_sharegpt(value: Any) -> Any:
-    """Convert ShareGPT's turns to messages. ``_messages`` checks the messages afterwards."""
+    """Convert ShareGPT's turns to messages, which ``_messages`` checks afterwards."""
     if not isinstance(value, list):
         raise ValueError(f"conversations is a {type(value).__name__}: expected a list of turns")
     messages = []
@@ -194,10 +194,10 @@ def _from_sharegpt(value: Any) -> Any:
 
 
 def _messages(key: str, value: Any, trained: bool = True, first: bool = True) -> Messages:
-    """Return the list of messages ``value`` after checking it. Errors name the ``key``.
+    """Check a list of messages, and return it. Errors name the ``key``.
 
-    With ``trained``, there must be an assistant turn. With ``first``, the messages begin a
-    conversation, so the first one must not be the assistant's.
+    With ``trained``, the list must have an assistant turn. With ``first``, the list begins a
+    conversation, so its first message must not be the assistant's.
     """
     if not isinstance(value, list):
         raise ValueError(f"{key} is a {type(value).__name__}: expected a list of messages")

@@ -1,4 +1,4 @@
-"""Read and write the file of the MSE term's trained matrices, beside the student's weights."""
+"""Reads and writes the file of the MSE loss's trained matrices, beside the student's weights."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def load(projections: nn.Module, folder: Path) -> None:
         learnt = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    # FSDP may have sharded the parameters. This call gives each process its part of the tensors.
+    # FSDP may have sharded the matrices. This call gives each process its part of them.
     set_model_state_dict(projections, dict(learnt), options=StateDictOptions(full_state_dict=True))

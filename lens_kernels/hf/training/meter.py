@@ -1,4 +1,4 @@
-"""Measure means over tokens, and the training speed, without waiting for the device."""
+"""Measures means over tokens, and the training speed, without waiting for the device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Meter:
             self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
 
     def means(self, reduce: Callable[[Tensor], Tensor] = _unreduced) -> dict[str, float]:
-        """Return the means in nats per token, and reset the sums. ``reduce`` adds all processes."""
+        """Return means in nats per token, and reset the sums. ``reduce`` adds all processes."""
         if not self._sums:
             return {}
         values = reduce(torch.stack([x.double() for x in self._sums.values()])).tolist()
@@ -47,7 +47,7 @@ class Speed:
         self.restart()
 
     def restart(self) -> None:
-        """Set the number of tokens to 0, and restart the clock."""
+        """Start again with 0 tokens and a new start time."""
         self._tokens: Tensor | int = 0
         self._since = perf_counter()
 
@@ -57,7 +57,7 @@ class Speed:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Exclude the time spent inside the ``with`` block."""
+        """Exclude the time inside the ``with`` block from the measurement."""
         started = perf_counter()
         try:
             yield
@@ -74,7 +74,7 @@ class Speed:
 
 @torch.no_grad()
 def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-    """Evaluate an objective. Return the mean of each of ``Outcome.sums``, in nats per token."""
+    """Evaluate an objective, and return the means of ``Outcome.sums`` in nats per token."""
     student: Any = objective.student
     meter = Meter()
     with evaluating(student):

@@ -1,4 +1,4 @@
-"""The DistillLens objective: compares the hidden states of student and teacher on a batch."""
+"""The DistillLens objective, which compares the hidden states of student and teacher on a batch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions, workspace_or_default
 from lens_kernels.sharding import shared_vocabulary
 
-PROJECTIONS = "mse_projections"  # the name of the student's submodule with the MSE matrices
+# the name of the submodule that holds the MSE loss's matrices in the student
+PROJECTIONS = "mse_projections"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Outcome:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Return ``sums`` divided by the number of labels of this batch, as Python numbers."""
+        """Return ``sums`` divided by the batch's number of labels, as Python numbers."""
         sums = torch.stack([x.double() for x in self.sums.values()])
         return dict(zip(self.sums, (sums / self.num_tokens.clamp(min=1)).tolist(), strict=True))
 
@@ -62,9 +63,9 @@ class Outcome:
 class LensObjective(nn.Module):
     """Runs student and teacher on a batch, and compares their hidden states.
 
-    The objective is a module that contains the student and ``projections``, so that optimizers,
-    wrappers and checkpoints find their parameters, but not those of the teacher. The teacher is
-    frozen and set to evaluation mode. It is moved to the device of the batch.
+    The objective is a module that contains the student and ``projections``, but not the teacher. So
+    optimizers, wrappers and checkpoints find only the trained parameters. The teacher is frozen,
+    set to evaluation mode, and moved to the device of the batch.
 
     The models' heads do not run, so no full logits are stored. As in Hugging Face models, labels
     have the positions of their own tokens, and are shifted here.
@@ -104,7 +105,7 @@ class LensObjective(nn.Module):
         self.student = student
         teacher.requires_grad_(False)
         teacher.eval()
-        self._teacher = (teacher,)  # in a tuple, so that it is no submodule
+        self._teacher = (teacher,)  # inside a tuple, the teacher is not a submodule
         self._teacher_head: LensHead | None = None
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)
@@ -201,29 +202,31 @@ class LensObjective(nn.Module):
         with replaced_forward(causal_lm_of(self.student), forward):
             called = self.student if student_call is None else student_call
             loss = called(**inputs)["loss"]
-        # The wrapper may have attached gradient hooks to its loss, so that loss is returned.
+        # The wrapper may have attached gradient hooks to its own loss, so its loss must be
+        # returned.
         return replace(outcomes[0], loss=loss)
 
     @torch.no_grad()
     def teacher_rows(self, inputs: Mapping[str, Tensor], counted: Tensor) -> list[Tensor]:
         """Return the teacher's hidden states on ``inputs``, at the flat positions ``counted``.
 
-        There is a tensor ``(len(counted), D)`` for each lens layer, and one for the final states.
+        The result has a tensor ``(len(counted), D)`` for each lens layer, and one for the final
+        states.
         """
         assert self.teacher is not None
         device = inputs["input_ids"].device
         if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:
             self.teacher.to(device)
-        # A teacher that was loaded with a device map may be on other devices than the student.
+        # The devices of a teacher with a device map may differ from the student's device.
         own = self.teacher.get_input_embeddings().weight.device
-        if own.type != "meta":  # for offloaded embeddings, accelerate moves them
+        if own.type != "meta":  # for offloaded embeddings, accelerate moves the inputs
             inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         hidden, final = inside_call(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted).to(device) for x in [*hidden, final]]
 
     @contextmanager
     def student_with_projections(self) -> Iterator[None]:
-        """Register ``projections`` in the student, so that optimizers and wrappers find them."""
+        """Make the MSE loss's matrices a part of the student, so that optimizers find them."""
         holder = causal_lm_of(self.student)
         try:
             if self.mse_coeff:
@@ -234,7 +237,7 @@ class LensObjective(nn.Module):
                 delattr(holder, PROJECTIONS)
 
     def release_teacher(self) -> None:
-        """Drop the teacher except its head. Call this after caching all of the teacher's states."""
+        """Drop the teacher except its head. Call this once all teacher states are cached."""
         with whole_head(self.teacher) as sharded:
             head = self._whole_teacher_head()
             self._teacher_head = head.map(torch.clone) if sharded else head
@@ -252,8 +255,8 @@ class LensObjective(nn.Module):
             head = lens_head_from(self.teacher)
             if getattr(self.teacher, "hf_device_map", None) is None:
                 return head
-            # A teacher with a device map is never moved. Its head is copied to the student's device
-            # once.
+            # A teacher with a device map is never moved, so its head is copied to the student's
+            # device once.
             device, known = lens_head_from(self.student).weight.device, self._teacher_head
             if known is None or known.weight.device != device:
                 self._teacher_head = head.map(lambda x: x.to(device))
@@ -267,7 +270,7 @@ class LensObjective(nn.Module):
         labels: Tensor,
         denominator: Tensor | float | None,
     ) -> Outcome:
-        # Lens pairs are not computed if their weight is 0.
+        # Skip the lens pairs if their weight is 0.
         weight = self.options.kd_ratio * self.options.lens_coeff
         lenses = len(self.student_layers) if weight else 0
         output = distillation_loss(
@@ -281,7 +284,7 @@ class LensObjective(nn.Module):
             **vars(self.options),
         )
         tokens = torch.as_tensor(output.num_tokens if denominator is None else denominator)
-        tokens = torch.where(tokens == 0, 1, tokens)  # prevents 0 / 0, as in distillation_loss
+        tokens = torch.where(tokens == 0, 1, tokens)  # prevents 0 / 0
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
             mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
@@ -303,7 +306,7 @@ class LensObjective(nn.Module):
         if is_teacher and self.options.teacher_temperature is not None:
             temperature = self.options.teacher_temperature
         head = whole.prefix(self.options.vocab_size or len(whole.weight))
-        final = replace(head, norm=None)  # the final states are already normed
+        final = replace(head, norm=None)  # the final states already have the norm
         workspace = workspace_or_default(self.options.workspace_bytes, head.weight.device)
         return {
             f"entropy_{side}_{depth}": entropy_sum(x, lens, temperature, workspace)
@@ -352,7 +355,7 @@ class LensObjective(nn.Module):
 
 
 def check_own_loss(student: Any) -> None:
-    """Raise if the student's own loss has a router term, which the objective does not have."""
+    """Raise if the student's own loss has a router term, which distillation would ignore."""
     config = student.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         raise ValueError(

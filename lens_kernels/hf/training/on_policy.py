@@ -1,4 +1,4 @@
-"""On-policy batches, whose answers the student samples."""
+"""On-policy batches: the student samples their answers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lens_kernels.inputs import IGNORE_INDEX
 def answered(
     student: Any, batch: Mapping[str, Tensor], pad: int, max_length: int
 ) -> dict[str, Tensor]:
-    """Return a batch of the same prompts, with answers that the student samples.
+    """Return a batch with the same prompts, and with answers that the student samples.
 
-    The prompt of a row is everything before its first label, and at least its first token. Only
-    the tokens of the answers have labels. An answer ends with the first end token of the student's
-    generation config, or when prompt and answer have ``max_length`` tokens. The student's own
-    distribution is sampled, at temperature 1. ``pad`` is the padding id.
+    A row's prompt is everything before its first label, and at least its first token. Only the
+    answer's tokens have labels. An answer ends with the first end token of the student's generation
+    config, or when prompt and answer have ``max_length`` tokens. Answers are sampled at temperature
+    1. ``pad`` is the padding id.
     """
     first = (batch["labels"] != IGNORE_INDEX).int().argmax(-1).clamp(min=1).tolist()
     prompts = [ids[:n] for ids, n in zip(batch["input_ids"], first, strict=True)]

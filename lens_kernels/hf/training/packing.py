@@ -1,4 +1,4 @@
-"""Pack several examples into each row of a batch, up to ``max_length`` tokens per row."""
+"""Packs several examples into each row of a batch, up to ``max_length`` tokens per row."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lens_kernels.hf.model.tracing import sample_tokens
 from lens_kernels.hf.training.checks import model_columns
 from lens_kernels.hf.training.collation import Collator
 
-# The number of rows that are filled at the same time. If it were 1, an eighth of each row would
-# stay empty.
+# The number of rows that are filled at the same time. With a single row, an eighth of each row
+# would stay empty.
 OPEN_ROWS = 64
 
 T = TypeVar("T")
@@ -27,9 +27,9 @@ T = TypeVar("T")
 def packed_rows(sized: Iterable[tuple[T, int]], max_length: int) -> Iterator[list[T]]:
     """Group ``(item, size)`` pairs. Yield lists of items of at most ``max_length`` in total.
 
-    Each list is a row. An item goes into the fullest unfinished row that has room for it. A row is
-    yielded when it is full. If a new row is needed and ``OPEN_ROWS`` rows are unfinished, the
-    fullest of them is yielded.
+    Each list is a row. An item goes into the fullest unfinished row that has space for it. A full
+    row is yielded. If ``OPEN_ROWS`` rows are unfinished and none has space, the fullest row is
+    yielded.
 
     Raises:
         ValueError: An item is larger than ``max_length``.
@@ -94,14 +94,14 @@ def packable_size(example: Mapping[str, Any]) -> int:
 
 
 def needs_one_row(model: Any) -> bool:
-    """Return whether the model's attention separates examples only in a batch of one row."""
+    """Return whether the model's attention separates examples only if the batch has one row."""
     return any("flash" in name for name in compat.attention_of(model))
 
 
 def check_packing(name: str, model: Any, collator: Collator) -> None:
     """Check that ``model`` computes the same hidden states for packed and for single examples.
 
-    The model runs on two packed rows of a few tokens. Errors call it ``name``.
+    The model runs on two packed rows of a few tokens. Error messages call the model ``name``.
 
     Raises:
         ValueError: The model does not take positions, or the examples affect each other.
@@ -119,7 +119,7 @@ def check_packing(name: str, model: Any, collator: Collator) -> None:
 
         alone = torch.cat([final({"input_ids": x[None]})[0] for x in ids])
         states, own = final(batch).flatten(0, 1), batch["position_ids"].flatten()
-        # Leave padding out. It is at position 0, and position 1 does not follow it.
+        # Leave out padding tokens, whose position is 0 with no position 1 behind it.
         kept = (own > 0) | (own.roll(-1) == 1)
         return ((states[kept] - alone).norm(dim=-1) / alone.norm(dim=-1)).max().item()
 

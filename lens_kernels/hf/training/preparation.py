@@ -1,4 +1,4 @@
-"""Prepare a trainer's datasets: tokenise, check, number (for the teacher cache) and pack them."""
+"""Prepares a trainer's datasets: tokenises, checks, numbers and packs their examples."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _log = logging.getLogger(__name__)
 class Preparation:
     """Converts a user's dataset to examples that the collator takes.
 
-    ``encoder`` tokenises raw records. If ``number`` is True, examples get an ``example_id``. If the
-    user passed a collator, it gets the examples unchanged.
+    ``encoder`` tokenises raw records. If ``number`` is True, examples get an ``example_id``. A
+    collator from the user gets the examples unchanged.
     """
 
     limits: Limits
@@ -38,7 +38,7 @@ class Preparation:
     progress: bool
 
     def examples(self, name: str, dataset: Any) -> Any:
-        """Return the examples of ``dataset``. Errors call it ``name``.
+        """Return the examples of ``dataset``, which error messages call ``name``.
 
         Raises:
             ValueError: Records are invalid, all are too long, or ``check_data`` fails.
@@ -77,8 +77,8 @@ class Preparation:
 class Stream(IterableDataset[Any]):
     """A dataset that reads, encodes and checks one example after the other, during training.
 
-    With ``repeat``, the stream starts again at its end. A resumed run then skips the examples that
-    it has read in earlier epochs too. If ``max_length`` is set, the examples are packed.
+    With ``repeat``, the stream starts again at its end. A run that resumes then skips the examples
+    of earlier epochs too. If ``max_length`` is set, the examples are packed.
     """
 
     def __init__(self, name: str, dataset: Any, how: Preparation, repeat: bool) -> None:
@@ -115,7 +115,7 @@ class Stream(IterableDataset[Any]):
                 )
 
     def _example(self, number: int, record: Any) -> Any:
-        """Encode and check a record. Return its example, or None if it is dropped."""
+        """Encode and check a record. Return its example, or None if the record is dropped."""
         ours = isinstance(self.how.collator, Collator)
         where = f"example {number} of {self.name}"
         row = example = record
@@ -134,7 +134,7 @@ class Stream(IterableDataset[Any]):
 class Rows(IterableDataset[Row]):
     """Yields the rows of files during training, shuffled within a buffer of ``buffer`` rows.
 
-    When the buffer is full, each new row is added to it, and a random row of it is yielded.
+    When the buffer is full, each new row takes the place of a random row, which is yielded.
     """
 
     def __init__(self, source: str | Path, buffer: int, seed: int) -> None:
@@ -159,7 +159,7 @@ class Rows(IterableDataset[Row]):
 def prepare(
     trainer: dict[str, Any], models: Mapping[str, Any], args: LensDistillConfig
 ) -> dict[str, Any]:
-    """Prepare the datasets in a trainer's arguments. Return them as they were before packing.
+    """Prepare the datasets in a trainer's arguments. Return the datasets before packing.
 
     Raises:
         ValueError: An option does not suit the data, or ``Preparation.examples`` or
@@ -197,10 +197,10 @@ def prepare(
 
 
 def _let_each_process_read(args: LensDistillConfig) -> None:
-    """Let each process read batches itself, unless the user has chosen otherwise.
+    """Let each process read its own batches, unless the user has chosen otherwise.
 
-    By default, rank 0 would concatenate the batches for all processes. This fails, because their
-    rows differ in length.
+    By default, rank 0 would concatenate the batches of all processes. This fails, because the rows
+    of different batches differ in length.
     """
     config: Any = args.accelerator_config
     if config.dispatch_batches is None:
@@ -208,7 +208,7 @@ def _let_each_process_read(args: LensDistillConfig) -> None:
 
 
 def packed(dataset: Any, max_length: int) -> Any:
-    """Return a dataset of lists of examples. Each list has at most ``max_length`` tokens."""
+    """Return a dataset of packed rows: lists of examples with at most ``max_length`` tokens."""
     if isinstance(dataset, Stream):
         dataset.max_length = max_length
         return dataset

@@ -18,7 +18,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "t
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of this package and of installed packages that it uses."""
+    """Return the versions of Python, of this package, and of the packages that it uses."""
     found = {"python": platform.python_version(), "lens_kernels": __version__}
     for package in PACKAGES:
         try:
@@ -44,7 +44,7 @@ def commit() -> str | None:
 def model_digest(model: str) -> str | None:
     """Return a SHA-256 of a folder's config and weights, or the commit of a model on the Hub.
 
-    Return None for a model on the Hub that has not been downloaded yet.
+    Return None if a model on the Hub has not been downloaded yet.
     """
     folder = Path(model)
     if folder.is_dir():
@@ -53,6 +53,6 @@ def model_digest(model: str) -> str | None:
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
     try:
         config = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:  # the error of loading explains more
+    except HFValidationError:  # loading will raise a clearer error
         return None
     return f"commit {Path(config).parent.name}" if isinstance(config, str) else None

@@ -1,6 +1,6 @@
 """The record of a run in its folder: options, digests of data and models, and last metrics.
 
-If the same command is run again, it resumes the run only if the record matches.
+If a user repeats the command, it resumes the run only if options and digests match the record.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from lens_kernels.option_files import MADE_WITH
 # run is complete.
 RECORD, METRICS = "run.yaml", "metrics.json"
 
-# Options that do not change the trained weights, so a run can resume with other values. An entry
-# also matches longer names that begin with it, such as options of later transformers versions.
+# A run can resume with other values of these options, because they do not change the trained
+# weights. An entry also matches longer names that begin with it, such as options of later
+# transformers versions.
 UNTRAINED = (
     "output_dir",
     "allow_download",
@@ -31,10 +32,10 @@ UNTRAINED = (
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "ddp_timeout"),
     *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache_steps"),
 )
-# Options of evaluating and saving. They change the final weights only with load_best_model_at_end,
+# Options of evaluation and saving. They change the final weights only with load_best_model_at_end,
 # because they decide which checkpoint is the best.
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
-# A complete run is continued if the user increases one of these options.
+# Increasing one of these options continues a complete run.
 LENGTHS = ("max_steps", "num_train_epochs")
 # Learning-rate schedules that do not depend on a run's number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
@@ -43,8 +44,8 @@ ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_pla
 def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Compare a command's options ``now`` with the options that the run was started with.
 
-    Different paths to the same file or folder are equal, and options that do not change weights are
-    not compared. ``check_digests`` compares the contents of files.
+    Different paths to the same file or folder count as equal. Options that do not change weights
+    are not compared. ``check_digests`` compares the contents of files.
 
     Returns:
         A message if a longer run was requested, which continues the recorded run; otherwise "".
@@ -127,7 +128,7 @@ def write_metrics(output: Path, metrics: Mapping[str, float]) -> None:
 
 
 def _has_trained(output: Path) -> bool:
-    """Return whether the folder has a checkpoint, weights or metrics, so that options matter."""
+    """Return whether the folder already has a checkpoint, weights or metrics."""
     names = ("checkpoint-*", "*.safetensors", METRICS)
     return any(file for name in names for file in output.glob(name))
 
@@ -136,11 +137,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(read_text(file))
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}")
+            raise ValueError(f"the file holds a {type(content).__name__}")
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"{file}, what the run in this folder was started with, cannot be read ({reason}):"
+            f"{file}, the record of the run in this folder, cannot be read ({reason}):"
             " restore it, or choose another output_dir"
         ) from error
     return content
@@ -151,12 +152,12 @@ def _meaning(name: str, value: Any) -> Any:
 
 
 def _place(path: str | None) -> str | None:
-    """Return the absolute path of an existing file or folder. Hub names are returned unchanged."""
+    """Return the absolute path of an existing file or folder. Return other names unchanged."""
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-# Two values of such an option count as equal if its function gives equal results. Only the presence
-# of data is compared here: ``check_digests`` compares contents, and opening a cache checks it.
+# Maps options to functions. Two values of the option count as equal if the function gives equal
+# results. Only the presence of data is compared: ``check_digests`` compares its contents.
 MEANINGS: dict[str, Callable[[Any], Any]] = {
     "student": _place,
     "teacher": _place,

@@ -10,8 +10,10 @@ from typing import Any
 from lens_kernels import pictures
 
 PAIR = re.compile(r"lens_\d+")
-WIDE = 5  # an axis is logarithmic if its values span more than this ratio
-FEW = 20  # lines with at most this many points get markers
+# An axis is logarithmic if its largest value exceeds this multiple of its smallest value.
+WIDE = 5
+# Lines with at most this many points get markers.
+FEW = 20
 HELD: Any = {"marker": "D", **pictures.HOLLOW}
 BEFORE, AFTER = pictures.LIGHT_GREY, pictures.BLUE
 
@@ -51,8 +53,8 @@ def depth_figure(
 def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergence: str) -> None:
     """Draw the loss, its terms and the lens pairs against the step, in training and evaluation.
 
-    Terms that were not logged are left out. Lens pairs have their own panel. If no loss was logged,
-    no picture is written.
+    Terms that were not logged are left out. The lens pairs have their own panel. Without logs of a
+    loss, no picture is written.
     """
     if not any("loss" in entry for entry in history):
         return
@@ -92,7 +94,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
 def _line(
     axes: Any, history: Sequence[Mapping[str, Any]], key: str, having: str, **style: Any
 ) -> None:
-    """Draw an entry of the logs. Short lines get markers, because one point alone has no line."""
+    """Draw a line of the logs. Short lines get markers, because a single point has no line."""
     points = [(x["step"], x[key]) for x in history if key in x and having in x]
     if points:
         if len(points) <= FEW and "marker" not in style:
@@ -102,7 +104,7 @@ def _line(
 
 def _log_scale(axes: Any) -> None:
     # A logarithmic axis needs positive values, but all losses are 0 if the student equals its
-    # teacher. It would also have too few ticks for values that are nearly equal.
+    # teacher. For nearly equal values, it would also have too few ticks.
     if axes.dataLim.ymax > WIDE * axes.dataLim.minposy:
         pictures.log_axis(axes)
 
@@ -112,7 +114,7 @@ def _depth(name: str) -> int:
 
 
 def table(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Return a text table with a row for each score: its name, and its value before and after."""
+    """Return a text table with a row for each score: its name, and its values before and after."""
     heading = "held-out text, nats per token"
     width = max(len(heading), *(len(name) for name, _, _ in rows))
     lines = [f"{heading:<{width}}   {'before':>8}   {'after':>8}"]

@@ -1,4 +1,4 @@
-"""Write text files without leaving partial files, and read them with errors that name the file."""
+"""Writes text files without leaving partial files, and reads them with clear errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in UTF-8. Readers see the old content or the new content, never a part."""
+    """Write a file in UTF-8. Readers see its old or its new content, never a part."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -22,4 +22,6 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 at byte {error.start + 1}: save it so") from error
+        raise ValueError(
+            f"{path} is not UTF-8 at byte {error.start + 1}: save it as UTF-8"
+        ) from error

@@ -1,4 +1,4 @@
-"""Distillation with transformers' Trainer: a subclass that replaces the loss."""
+"""Distillation with transformers' Trainer: a subclass with another loss."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ _log = logging.getLogger(__name__)
 class LensDistillTrainer(compat.TrainerHooks, Trainer):
     """Trains the student ``model`` to agree with ``teacher`` in its output and through its lenses.
 
-    Both are models, or folders of models: a student is then loaded in float32, and a teacher in its
-    saved dtype. Datasets hold ``input_ids`` and ``labels``, which are -100 for tokens that are not
-    trained on. They may instead hold records of ``read_rows``, which ``processing_class`` then
-    tokenises. An ``IterableDataset`` is read during training, and starts again at its end. The logs
-    have the terms of the objective in nats per token over all processes (see ``Outcome``), and
-    ``tokens_per_second``. With ``teacher_cache``, the teacher runs only once over each dataset,
-    before training.
+    Student and teacher are models, or folders of models. A student from a folder is loaded in
+    float32, and a teacher in its saved dtype. Datasets hold ``input_ids`` and ``labels``, which are
+    -100 for tokens that are not trained on. Instead, datasets may hold records of ``read_rows``,
+    which ``processing_class`` tokenises. An ``IterableDataset`` is read during training, and starts
+    again at its end. The logs have the terms of the objective in nats per token over all processes
+    (see ``Outcome``), and ``tokens_per_second``. With ``teacher_cache``, the teacher runs only once
+    over each dataset, before training.
 
     Raises:
         ValueError: ``kd_ratio`` is positive without a teacher, or layers, models or vocabularies do
@@ -97,7 +97,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             check_teacher(model, teacher, args)
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None:
-            # Without a tokenizer, the padding id is 0. Any id works, because padding is masked.
+            # Without a tokenizer, the padding id is 0. Any id works, because padding tokens are
+            # masked.
             pad = 0 if tokenizer is None else padding_id(tokenizer)
             models = [x for x in (model, teacher) if x is not None]
             one_row = args.packing and any(map(needs_one_row, models))
@@ -105,7 +106,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         examples = prepare(trainer, {"student": model, "teacher": teacher}, args)
         super().__init__(model=model, args=args, **trainer)
         # If True, the Trainer passes num_items_in_batch, the number of labels in all accumulated
-        # batches. On-policy answers are sampled later, so their number of labels is not known.
+        # batches. For on-policy answers, which are sampled later, that number is not known.
         self.model_accepts_loss_kwargs = not args.on_policy
         if args.on_policy and self.is_fsdp_enabled:
             raise RuntimeError(
@@ -136,7 +137,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             # Under FSDP, accelerate does not move the teacher to the device.
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
-            # The MSE matrices are random, so create them after super() has set the seed.
+            # The MSE loss's matrices are random, so create them after super() has set the seed.
             self.lens_objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
             )
@@ -151,8 +152,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     ) -> Any:
         """Train as the Trainer does, with checks of the checkpoint and of the trained weights.
 
-        ``resume_from_checkpoint`` is the folder of a checkpoint, or True for the last whole one in
-        ``output_dir``.
+        ``resume_from_checkpoint`` is the folder of a checkpoint, or True for the last complete
+        checkpoint in ``output_dir``.
 
         Raises:
             ValueError: There is no checkpoint, one of its files is missing or cannot be read, no
@@ -176,7 +177,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return result
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
-        """Return the folder of the checkpoint to resume from, after checking its files."""
+        """Check the files of the checkpoint to resume from, and return its folder."""
         projections = self.lens_objective is not None and self.args.mse_coeff > 0
         if not checkpoint:
             return None
@@ -211,13 +212,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
     ) -> Any:
         """Return the batches of a step, and the number of labels in them."""
-        # The Trainer checks only after a step whether training ends. A run that resumes after its
-        # last step, within an epoch, would take one more step.
+        # The Trainer checks only after a step whether training ends. So a run that resumes after
+        # its last step, within an epoch, would take one more step.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
-        # Accelerate repeats rows to fill batches. They must not be trained on or counted twice. The
-        # first label of a row is not predicted, but some versions of transformers count it.
+        # To fill batches, accelerate repeats rows, which must not be trained on or counted twice.
+        # No loss uses the first label of a row, but some versions of transformers count it.
         batches = (without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
         return super().get_batch_samples(batches, num_batches, *args, **kwargs)
 
@@ -244,7 +245,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._record(model, inputs, outcome)
         loss = outcome.loss
         if num_items_in_batch is not None:
-            loss = loss * self._sharing  # because gradients are averaged over processes
+            loss = loss * self._sharing  # because processes average their gradients
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -252,18 +253,18 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
             loss = means.pop("loss", 0.0)
-            # With fp16, overflows are normal: the gradient scaler skips these steps.
+            # With fp16, overflows are normal: the gradient scaler skips steps with an overflow.
             if not math.isfinite(loss) and self.accelerator.mixed_precision != "fp16":
                 raise ValueError(
                     f"the loss is {loss} at step {self.state.global_step}, so training cannot"
                     " continue: lower learning_rate, or check the weights of model and teacher"
                 )
-            # The entry "loss" is not replaced. The Trainer computes it as a mean over steps.
+            # Keep the entry "loss", which the Trainer computes as a mean over steps.
             logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Evaluate as the Trainer does, and add the mean loss terms over tokens to the metrics."""
+        """Evaluate as the Trainer does, and add the means of the loss terms over all tokens."""
         self._eval_meter = Meter()
         with self._speed.paused():
             output = super().evaluation_loop(*args, **kwargs)
@@ -275,18 +276,18 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
     ) -> Any:
-        """Evaluate a batch without its repeated rows, which accelerate adds to fill batches."""
+        """Evaluate a batch without the rows that accelerate repeats to fill the batch."""
         self._loss_only = prediction_loss_only
         inputs = self._without_repeats(inputs)
         return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Evaluate the objective on ``eval_dataset``, or by default on the trainer's own."""
+        """Evaluate the objective on ``eval_dataset``, by default the trainer's own dataset."""
         self._check_cached(eval_dataset is None or eval_dataset is self.eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
-        """Return the data loader for ``predict``. Raise if a cache lacks these examples."""
+        """Return the data loader for ``predict``. Raise if no teacher cache has these examples."""
         self._check_cached(test_dataset is self.eval_dataset)
         return super().get_test_dataloader(test_dataset)
 
@@ -298,12 +299,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             )
 
     def _without_repeats(self, inputs: dict[str, Any], training: bool = False) -> dict[str, Any]:
-        # Accelerate repeats rows until all processes have full batches. ``remainder`` is the number
-        # of rows in the last batches of all processes, in rank order, that are not repeats.
+        # To fill batches, accelerate repeats rows. ``remainder`` is the number of other rows in the
+        # last batches of all processes, in rank order.
         check_batch(inputs)
         state, remainder = self.accelerator.gradient_state, 0
         if state.end_of_dataloader:
-            # In a resumed epoch, accelerate does not know the number of rows. Compute it here.
+            # After a resume within an epoch, accelerate does not know the number of rows. Compute
+            # it here.
             own = rows_of_last_step(self.train_dataset, self.args) if training else None
             remainder = state.remainder if own is None else own
         if remainder <= 0:
@@ -323,7 +325,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             loss = outcome.loss if items is None else outcome.loss * self._sharing
             return (loss, {"loss": loss}) if return_outputs else loss
         if items is not None:
-            items = torch.as_tensor(items).clamp(min=1)  # If 0, the loss would be 0 / 0.
+            items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0
+
         # Copy the inputs, because label smoothing removes the labels from them.
         given: dict[str, Any] = dict(inputs)
         if self.args.packing:
@@ -355,14 +358,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return nullcontext() if objective is None else objective.student_with_projections()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model card ``README.md`` in ``output_dir``. Arguments are ignored."""
+        """Write the model card ``README.md`` to ``output_dir``. All arguments are ignored."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
             folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "README.md", str(model_card(self, self.facts)))
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
-        """Write the student to ``output_dir``, and the MSE matrices to a separate file there."""
+        """Write the student, and in a separate file the MSE loss's matrices, to ``output_dir``."""
         model: Any = self.model
         held = model.state_dict() if state_dict is None else state_dict
         check_weights(held, self._trained())
@@ -393,6 +396,6 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             config.base_model_name_or_path = str(place)
 
     def after_loading(self, checkpoint: str) -> None:
-        """Load the MSE matrices of a checkpoint, after the Trainer has loaded its weights."""
+        """Load the MSE loss's matrices of a checkpoint whose weights were just loaded."""
         if self.lens_objective is not None and self.lens_objective.mse_coeff:
             matrices.load(self.lens_objective.projections, Path(checkpoint))

@@ -1,8 +1,8 @@
-"""Train and store tuned lenses: one translator for each layer, which predicts the model's output.
+"""Trains and stores tuned lenses: one translator for each layer, which predicts the model's output.
 
 Translators are stored in a safetensors file with ``layer_<depth>.weight`` and
-``layer_<depth>.bias``, where depth 1 is the first block's output. The folder of a published tuned
-lens, with ``params.pt``, can be read too.
+``layer_<depth>.bias``, where depth 1 is the first block's output. A published tuned lens, a folder
+with ``params.pt``, can be read too.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def save_translators(path: Path, translators: Mapping[int, LensTranslator]) -> N
 
 
 def load_translators(path: str | Path, device: Any = "cpu") -> dict[int, LensTranslator]:
-    """Read the translators, by depth, from a file of ``save_translators`` or a published lens.
+    """Read translators by depth from a file of ``save_translators``, or from a published lens.
 
     A published lens is a folder with ``params.pt``, whose keys are ``<depth>.weight`` and
     ``<depth>.bias``. Depth 0 is the output of the embeddings. Pickled code is never run.
@@ -86,9 +86,9 @@ def train_translators(
 ) -> tuple[dict[int, LensTranslator], dict[int, tuple[float, float]]]:
     """Train a translator for each layer, so that its lens predicts the model's own output.
 
-    The loss is the forward KL of the model's output from each lens, as a mean over the tokens that
+    The loss is the forward KL from the model's output to each lens, as a mean over the tokens that
     predict a label. The model is frozen. Return the translators by depth, and each layer's mean
-    divergence over all batches before and after training.
+    divergence over all batches, before and after training.
     """
     model.requires_grad_(False).eval()
     head = lens_head_from(model)

@@ -1,4 +1,4 @@
-"""Give the loss whole output heads where FSDP or DeepSpeed ZeRO-3 shards a model's parameters.
+"""Runs the loss while FSDP or DeepSpeed ZeRO-3 has gathered a sharded model's output head.
 
 FSDP and DeepSpeed gather a module's parameters while the module is called, and again in its
 backward pass. So the loss runs inside the forward call of the student's head. The teacher's head
@@ -28,12 +28,12 @@ def is_partitioned(module: nn.Module) -> bool:
 
 
 def where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return ``compare``, made to run inside the call of the student's head if that is sharded."""
+    """Make ``compare`` run inside the call of the student's head, if that head is sharded."""
     head: Any = causal_lm_of(student).get_output_embeddings()
     if is_partitioned(head):
         norm = final_norm_of(student)
         for x in [] if norm is None else norm.parameters():
-            # This makes DeepSpeed gather the norm whenever it gathers the head.
+            # Make DeepSpeed gather the norm whenever it gathers the head.
             importlib.import_module("deepspeed").zero.register_external_parameter(head, x)
     elif not isinstance(head, FSDPModule):
         return compare
@@ -50,8 +50,8 @@ def inside_call(
 ) -> tuple[list[Tensor], Tensor]:
     """Return the result of ``hidden_states``, computed inside a call of the model if it is sharded.
 
-    FSDP and DeepSpeed need a call of the whole model, not only of its decoder. The head does not
-    run.
+    FSDP and DeepSpeed need a call of the whole model, not only of its decoder. The model's head
+    does not run.
     """
     inner = causal_lm_of(model)
     if not (isinstance(inner, FSDPModule) or is_partitioned(inner)):
@@ -72,7 +72,7 @@ def partition(teacher: Any) -> Any:
     """Partition a teacher's parameters with DeepSpeed ZeRO-3, and return DeepSpeed's engine."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(teacher.dtype)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # required, but has no effect here
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires this, but it has no effect here
         "zero_optimization": {"stage": 3},
     }
     if precision is not None:
@@ -86,7 +86,7 @@ def partition(teacher: Any) -> Any:
 def whole_head(model: Any) -> Iterator[bool]:
     """Gather a frozen model's head and final norm inside the context, if they are sharded.
 
-    The context yields True if they are sharded.
+    The context yields whether head and norm are sharded.
     """
     inner = causal_lm_of(model)
     norm = final_norm_of(model)

@@ -144,7 +144,7 @@ def build(folder, key, run=states, examples=EXAMPLES, **options):
         ({"layer_2": 0}, r"\['layer_1', 'final'\], got .*'layer_2'.*: use"),
         ({"final": [1]}, r"final as a tensor of shape .*, got list"),
         ({"final": torch.ones(3)}, r"\(counted .*, D\), got \(3,\)"),
-        ({"final": torch.ones(2, 3)}, r"\(1, 3\) for example 1, got \(2, 3\): take the rows"),
+        ({"final": torch.ones(2, 3)}, r"\(1, 3\) for example 1, got \(2, 3\): keep only"),
         ({"layer_1": torch.ones(1, 4)}, r"layer_1 .*got \(1, 4\)"),
         ({"final": torch.full((1, 3), 1e5)}, "1 with values not finite in float16: store bfloat16"),
         ({"final": torch.full((1, 3), torch.nan)}, "NaN in the teacher"),

@@ -198,7 +198,7 @@ def test_interrupted_build_resumes_after_its_last_whole_shard(
     with pytest.raises(RuntimeError, match="boom"):
         build(folder, key, examples, broken)
     if fail_at:
-        with pytest.raises(ValueError, match=f"incomplete, {fail_at // 2} of 3 shards.*open_or_b"):
+        with pytest.raises(ValueError, match=f"only {fail_at // 2} of 3 shards.*open_or_b"):
             TeacherCache.open(folder, key)
     again = Teacher(model)
     build(folder, key, examples, again, make=TeacherCache.open_or_build)

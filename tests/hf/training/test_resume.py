@@ -83,7 +83,7 @@ def test_an_unreadable_record_is_refused(files, tmp_path, capsys, content):
     (tmp_path / name).write_bytes(content)
     assert cli.main(arguments(files, tmp_path)) == 1
     shown = capsys.readouterr().err
-    assert f"{name}, what the run in this folder was started with, cannot be read (" in shown
+    assert f"{name}, the record of the run in this folder, cannot be read (" in shown
 
 
 def test_metrics_that_are_no_object_count_as_missing(files, tmp_path):

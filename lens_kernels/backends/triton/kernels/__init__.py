@@ -1,6 +1,5 @@
-"""The kernels. Each file has the kernel of one quantity, followed by the function that launches it.
+"""The Triton kernels. Each file has a kernel, followed by the function that launches it.
 
-Sweeps share ``device_fns`` and ``pointwise`` (elementwise functions), ``logits`` (a tile of
-logits), ``operands`` (their inputs) and ``launch`` (the tile and the grid). No sweep imports
-another sweep.
+The modules ``device_fns``, ``pointwise``, ``logits``, ``operands`` and ``launch`` are shared. No
+kernel's module imports the module of another kernel that runs over the logits.
 """

@@ -1,12 +1,12 @@
-"""The pass of ``row_pass.py`` by a cluster of programs, which holds a row and reads it once.
+"""Turns rows of logits into losses and gradients, reading each row once.
 
 A cluster is a group of programs on neighbouring multiprocessors, which exchange sums. Together
-their registers hold a row of both models. So a pair of logits moves only 10 bytes: 8 bytes are
-read, and a 16-bit gradient is written. Each reduction over the cluster takes two barriers, so one
-reduction serves both models.
+their registers hold a row of both models' logits. So a pair of logits moves only 10 bytes: 8 bytes
+are read, and a 16-bit gradient is written. Each reduction over the cluster takes two barriers, so
+one reduction serves both models.
 
-Triton's ``num_ctas`` spreads each tensor over a cluster. Its reductions work across a cluster from
-Triton 3.9 on. ``torch/clusters.py`` decides where this kernel runs.
+Triton's ``num_ctas`` spreads tensors over a cluster, and from Triton 3.9 on also reductions.
+``torch/clusters.py`` decides whether this kernel runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
 
 @triton.jit
 def both(a, b, MAXIMUM: tl.constexpr):
-    """Return the maxima of two vectors, or their sums, with one reduction over the cluster."""
+    """Reduce two vectors to their maxima or sums, with one reduction over the cluster."""
     joined = tl.join(a, b)
     return tl.split(tl.max(joined, 0) if MAXIMUM else tl.sum(joined, 0))
 
@@ -39,7 +39,7 @@ def hold_row(
     model, offset, floor, vocab_size,
     LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Return the row as a tuple of blocks ``(LANES, GROUP)``, which hold ``y`` from ``capped``."""
+    """Return a row of results of ``capped`` as a tuple of blocks ``(LANES, GROUP)``."""
     held = ()
     for i in tl.static_range(BLOCKS):
         start = i * LANES * GROUP
@@ -73,7 +73,7 @@ def cluster_pass_kernel(
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Write the same results as ``row_pass_kernel``, from the same arguments.
+    """Write the losses and gradients of a row, from the arguments of ``row_pass_kernel``.
 
     The row has at most ``BLOCKS * LANES * GROUP`` entries. ``LANES`` counts the threads of the
     whole cluster.
@@ -103,7 +103,7 @@ def cluster_pass_kernel(
             lq = log_probability(held_s[i], statistics_s)
             lp = log_probability(held_t[i], statistics_t)
             f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-            # For these divergences, the sum of h is the reverse KL, because q - p sums to 0.
+            # For these divergences, the sum of h is the reverse KL, because the sum of q - p is 0.
             if DIVERGENCE == "jeffreys" or DIVERGENCE == "reverse_kl":
                 h_entry, _ = pointwise(lp, lq, beta, one_minus_beta, "reverse_kl")
             f += tl.sum(f_entry, 1)

@@ -1,9 +1,9 @@
-"""Elementary functions of the kernels. Errors are stated relative to the function's value.
+"""Elementary functions of the kernels. Stated errors are relative, and leave out rounding.
 
 Triton has ``expm1``, ``log1p`` and ``tanh`` only in vendors' device libraries, which its
-interpreter lacks. On sm_90, its ``exp`` and ``log`` take 5 and 26 instructions. The functions here
-take 2 and 17. Apart from the GEMMs, most of a sweep's time goes to these functions. The polynomials
-interpolate their function at Chebyshev points. Their stated errors leave out rounding.
+interpreter lacks. On sm_90, its ``exp`` and ``log`` take 5 and 26 instructions, but those here take
+2 and 17. Apart from the GEMMs, a sweep spends most of its time in these functions. Their
+polynomials interpolate at Chebyshev points.
 """
 
 import triton
@@ -14,11 +14,11 @@ from lens_kernels import divergence
 # Kernels replace logits of -inf by this number, because a difference of infinities is NaN.
 FLOOR = tl.constexpr(divergence.FLOOR)
 NO_MASS = tl.constexpr(divergence.NO_MASS)
-# For |d| = |log p - log q| below this number, p - q is computed by a series.
+# If |d| = |log p - log q| is below this number, p - q is computed by a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # sqrt(1/2) in fp32, as an integer with the same bits
+ROOT_HALF_BITS = tl.constexpr(0x3F3504F3)  # the bits of sqrt(1/2) in fp32, as an integer
 
 
 @triton.jit
@@ -42,9 +42,8 @@ def expm1_near(x):
 def log_sum(total, x):
     """``log(total)`` for ``total = 1 + x > 0``, with relative error 6e-8 for exact arguments.
 
-    ``total`` is split into ``2^e`` and a factor between sqrt(1/2) and sqrt(2). Where ``e`` is 0,
-    the factor is ``total`` itself. The function then uses ``x``, which has more digits than
-    ``total - 1``.
+    ``total`` is ``2^e`` times a number between sqrt(1/2) and sqrt(2). Where ``e`` is 0, the
+    function uses ``x``, which has more digits than ``total - 1``.
     """
     bits = total.to(tl.int32, bitcast=True)
     e = (bits - ROOT_HALF_BITS) >> 23
@@ -64,9 +63,10 @@ def log_sum(total, x):
 def log_mixture(d, beta, one_minus_beta):
     """``log(1 - beta + beta exp(d))``.
 
-    Near ``d = 0`` this uses a series. Its coefficients are the cumulants of a Bernoulli variable of
-    probability ``beta``, divided by factorials. The remainder is below 3e-8 of the sum. Elsewhere
-    ``log_sum`` is accurate: the terms of the sum are positive, and ``exp(d)`` is not near 1.
+    Near ``d = 0`` this uses a series. Its coefficients are the cumulants of a Bernoulli variable
+    with probability ``beta``, divided by factorials. The remainder is below 3e-8 of the sum. For
+    other ``d``, ``log_sum`` is accurate, because its terms are positive and ``exp(d)`` is not near
+    1.
     """
     v = beta * one_minus_beta
     s = one_minus_beta - beta
@@ -113,7 +113,7 @@ def symmetric_near(square):
 @triton.jit
 def tanh(x):
     """``tanh(x)``, by a polynomial accurate to 6e-8 for ``|x| < 1/2``, else by exponentials."""
-    # Squaring a reciprocal square root takes three instructions. A division takes nine.
+    # The square of a reciprocal square root takes three instructions. A division takes nine.
     root = tl.rsqrt(exp(2.0 * tl.abs(x)) + 1.0)
     far = 1.0 - 2.0 * root * root
     far = tl.where(x < 0, -far, far)
@@ -128,6 +128,6 @@ def tanh(x):
 def minus(p, q, d):
     """Return ``p - q`` from ``p``, ``q`` and ``d = log(p / q)``.
 
-    The result does not lose digits where ``p`` and ``q`` are nearly equal.
+    The result keeps its digits where ``p`` and ``q`` are nearly equal.
     """
     return tl.where(tl.abs(d) < NEAR, q * expm1_near(d), p - q)

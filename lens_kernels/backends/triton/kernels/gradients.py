@@ -1,4 +1,4 @@
-"""Sweep 3: the gradient of the loss with respect to the logits, for a chunk of the vocabulary."""
+"""Sweep 3: the gradient of the loss with respect to the logits of a chunk of the vocabulary."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def gradients_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the gradient with respect to the products ``x w^T`` of one tile.
+    """Write the gradient of one tile, with respect to the products ``x w^T``.
 
-    Columns beyond the vocabulary are also written, as copies of the last column. With a mask over
-    columns, the kernel would store 2 bytes at a time instead of 16.
+    Columns beyond the vocabulary are written too, as copies of the last column. A mask would make
+    the kernel store 2 bytes at a time instead of 16.
     """
     rows, valid, part = rows_and_part(tokens, group_blocks, BLOCK_N)
     local = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -96,7 +96,7 @@ class Labels:
     weight: Tensor
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the labels, the statistics and the weights of rows, as the kernel takes them."""
+        """Return the labels, statistics and weights of rows as arguments of the kernel."""
         return self.labels, self.stats.arguments(), self.weight
 
 
@@ -113,10 +113,10 @@ def gradient_chunk(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Write the gradient of ``C`` columns, from ``first_column`` on, into ``out`` ``(N, C)``.
+    """Write the gradient of ``C`` columns, from ``first_column`` on, to ``out`` ``(N, C)``.
 
     ``C`` is a multiple of ``tile.block_v``. ``weight`` holds the weights of rows. Without a
-    teacher the gradient is that of the cross entropy alone.
+    teacher, only the cross entropy has a gradient.
     """
     columns = min(out.shape[1], vocab_size - first_column)
     blocks = triton.cdiv(student.tokens, tile.block_n)

@@ -1,4 +1,4 @@
-"""The tile and the grid with which a kernel is launched."""
+"""The block sizes and the grid with which kernels are launched."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lens_kernels.backends import row_groups
 
-# Triton must not compile special kernels for values of these arguments, because values vary from
-# call to call.
+# Triton must not compile special kernels for values of these arguments, because the values change
+# from call to call.
 COUNTS = ["tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"]
 
 
@@ -41,9 +41,9 @@ class Tile:
 
 
 class SplitGrid:
-    """The programs of a sweep: one for each row block and split of the vocabulary.
+    """The programs of a sweep: one for each block of rows and part of the vocabulary.
 
-    Programs are in the order of ``place_of``. The results of splits are merged in a fixed order.
+    ``place_of`` defines the order of programs. The results of parts are merged in a fixed order.
     """
 
     def __init__(self, tokens: int, vocab_size: int, tile: Tile, device: torch.device) -> None:
@@ -51,7 +51,8 @@ class SplitGrid:
         blocks = triton.cdiv(tokens, tile.block_n)
         tiles = triton.cdiv(vocab_size, tile.block_v)
         self.group_blocks = row_groups.group_blocks(tokens, tile.block_n)
-        # A group gets at least two programs per processor, unless there are too few tiles.
+        # Each group of rows gets at least two programs per multiprocessor, if there are enough
+        # tiles.
         splits = min(tiles, triton.cdiv(2 * processors(device), self.group_blocks))
         self.tiles_per_split = triton.cdiv(tiles, splits)
         self.splits = triton.cdiv(tiles, self.tiles_per_split)
@@ -60,8 +61,8 @@ class SplitGrid:
     def partials(self, number: int) -> tuple[Tensor, ...]:
         """Return ``number`` uninitialised fp32 tensors of shape ``(splits, tokens)``."""
 
-        # Views of a single tensor would be aligned to 16 bytes only for some numbers of tokens, and
-        # Triton would compile a kernel for each case. So these are separate tensors.
+        # The tensors are separate. Views of one tensor would be aligned to 16 bytes only for some
+        # numbers of tokens, and Triton would compile a kernel for each case.
         def one() -> Tensor:
             return torch.empty(self.splits, self.tokens, dtype=torch.float32, device=self.device)
 

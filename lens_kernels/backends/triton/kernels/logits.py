@@ -1,4 +1,4 @@
-"""A tile of logits, which all sweeps compute: a block of rows times a block of the vocabulary."""
+"""Computes a tile of logits, for all sweeps: a block of rows times a block of the vocabulary."""
 
 import triton
 import triton.language as tl
@@ -8,11 +8,11 @@ from lens_kernels.backends.triton.kernels.device_fns import FLOOR, tanh
 
 @triton.jit
 def place_of(program, programs, blocks, group_blocks):
-    """Return the row block and the part of the vocabulary of a program.
+    """Return the block of rows and the part of the vocabulary of this program.
 
-    There is one program for every row block and part. Programs run group by group, and a group has
-    ``group_blocks`` row blocks, or fewer in the last group. In a group, row blocks vary fastest. So
-    programs that run at the same time share tiles of the head and rows of the group.
+    Programs run group by group. A group has ``group_blocks`` blocks of rows; the last group may
+    have fewer. Within a group, the next program takes the next block of rows. So programs that run
+    at the same time read the same tiles of the head and the same rows.
     """
     parts = programs // blocks
     first = program // (group_blocks * parts) * group_blocks
@@ -25,7 +25,7 @@ def place_of(program, programs, blocks, group_blocks):
 def rows_and_part(tokens, group_blocks, BLOCK_N: tl.constexpr):
     """Return this program's row indices, a mask of valid rows, and its part of the vocabulary.
 
-    An invalid index is replaced by that of the last row.
+    An invalid index is replaced by the index of the last row.
     """
     blocks = tl.cdiv(tokens, BLOCK_N)
     block, part = place_of(tl.program_id(0), tl.num_programs(0), blocks, group_blocks)
@@ -35,9 +35,9 @@ def rows_and_part(tokens, group_blocks, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
-    """Return the first tile of a split of the vocabulary, and the tile after its last.
+    """Return the first tile of a part of the vocabulary, and the tile after its last.
 
-    Every split has at least one tile. Every tile has at least one column of the vocabulary.
+    Every part has at least one tile. Every tile has at least one vocabulary entry.
     """
     first = split * tiles_per_split
     return first, tl.minimum(first + tiles_per_split, tl.cdiv(vocab_size, BLOCK_V))
@@ -45,14 +45,14 @@ def tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V: tl.constexpr):
 
 @triton.jit
 def load_stats(stats, rows):
-    """Return the two parts of each row's log-sum-exp, as column vectors."""
+    """Return the two numbers of each row's log-sum-exp, as column vectors."""
     maximum_ptr, log_sum_ptr = stats
     return tl.load(maximum_ptr + rows)[:, None], tl.load(log_sum_ptr + rows)[:, None]
 
 
 @triton.jit
 def capped(z, slope, cap):
-    """Return ``y`` for a product ``z = x w^T + bias``.
+    """Return ``y`` for a product ``z = x w^T + bias``: with a softcap, ``tanh(slope z / cap)``.
 
     The logit is ``y`` times the result of ``factor_of``.
     """
@@ -89,9 +89,9 @@ def logits_tile(
 ):
     """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
 
-    ``operand`` is ``Operand.arguments()``. With ``MASKED``, columns beyond the vocabulary are
-    ``FLOOR``, so that they add nothing to sums. Otherwise they repeat the last column. Logits of
-    -inf also become ``FLOOR``.
+    ``operand`` is the result of ``Operand.arguments()``. With ``MASKED``, columns beyond the
+    vocabulary are ``FLOOR``, so that they add nothing to sums. Otherwise they repeat the last
+    column. Logits of -inf also become ``FLOOR``.
     """
     x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap = operand
     column = tl.minimum(columns, vocab_size - 1)

@@ -1,4 +1,4 @@
-"""The final norm of a lens and its backward pass. Rows are gathered and rounded only once."""
+"""The final norm of a model and its backward pass. Rows are gathered and rounded only once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lens_kernels.backends.triton.kernels import launch
 from lens_kernels.backends.triton.kernels.operands import padded
 from lens_kernels.lens import LensNorm
 
-# A program holds this many elements in registers at a time.
+# The number of elements that a program holds in registers at a time.
 BLOCK = 4096
 
 
@@ -46,7 +46,7 @@ def norm_kernel(
     x_stride, out_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write ``x_hat (weight + offset) + bias`` for the indexed rows, and set their padding to 0."""
+    """Write ``x_hat (weight + offset) + bias`` for the indexed rows, and pad the rows with 0."""
     first = tl.program_id(0) * BLOCK_N
     y, _, _, valid = normalised_rows(
         x_ptr, index_ptr, x_stride, first, tokens, width, eps, LAYER, BLOCK_N, BLOCK_D
@@ -71,9 +71,9 @@ def norm_backward_kernel(
     grad_stride, x_stride, d_x_stride, tokens, width, eps, offset,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the indexed rows, and a part of the gradients of the norm's parameters.
+    """Write the gradient of the indexed rows, and a part of the gradients of weight and bias.
 
-    A program takes every ``num_programs``-th block of rows, so that sums have a fixed order.
+    Each program takes every ``num_programs``-th block of rows, so that sums have a fixed order.
     """
     columns = tl.arange(0, BLOCK_D)
     inside = (columns < width)[None, :]
@@ -107,7 +107,7 @@ def norm_backward_kernel(
 
 
 def _options(norm: LensNorm, width: int) -> dict[str, int | bool]:
-    # A block covers the padded width, which can exceed the next power of two of the width.
+    # The padded width can exceed the next power of two of the width.
     block_d = triton.next_power_of_2(padded(width))
     block_n = max(1, BLOCK // block_d)
     return {
@@ -127,7 +127,7 @@ def _unit_stride(x: Tensor) -> Tensor:
 
 
 def norm_rows(hidden: Tensor, index: Tensor | None, norm: LensNorm, dtype: torch.dtype) -> Tensor:
-    """Return the rows of ``hidden`` at ``index``, normalised and laid out for ``Operand``."""
+    """Return the rows of ``hidden`` at ``index``, normalised and padded for ``Operand``."""
     tokens = hidden.shape[0] if index is None else index.shape[0]
     width = hidden.shape[1]
     options = _options(norm, width)

@@ -1,8 +1,8 @@
 """Sweeps 1 and 2 as one kernel, for divergences that are sums of relative entropies.
 
-The vocabulary is divided into splits, and a split into tiles. The kernel merges the results of
-tiles, and torch merges those of splits. Both use the chain rule from ``relative_entropy``. So no
-logit is computed twice.
+Each program computes one part of the vocabulary, tile by tile. The kernel merges the results of
+tiles, and torch merges the results of parts. Both use the chain rule from ``relative_entropy``, so
+no logit is computed twice.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def online_kl_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write both models' statistics and relative entropies, for a block of rows and one split."""
+    """Write both models' log-sum-exps and relative entropies, for a block of rows and one part."""
     rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum_s = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     maximum_t = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
@@ -65,7 +65,7 @@ def online_kl_kernel(
         )
         tile_maximum_s, tile_total_s, lq = conditional(us, 1.0)
         tile_maximum_t, tile_total_t, lp = conditional(ut, 1.0)
-        # Computed before ``union``, these values free the registers of the tile.
+        # Computing these values before ``union`` frees the registers of the tile.
         forward_part = of_tile(lp, lq, "forward_kl")
         reverse_part = of_tile(lp, lq, "reverse_kl")
         maximum_s, total_s, lq_old, lq_new = union(
@@ -92,7 +92,7 @@ def online_kl(
     vocab_size: int,
     tile: Tile,
 ) -> RowSums:
-    """Return the sums of f and h of every row, with both models' statistics."""
+    """Return each row's sums of f and h, with both models' log-sum-exps."""
     grid = SplitGrid(student.tokens, vocab_size, tile, student.x.device)
     partials = grid.partials(6)
     online_kl_kernel[grid.shape](
@@ -118,12 +118,10 @@ def online_kl(
 
 
 def _parts_of(shares: Tensor, values: Tensor) -> Tensor:
-    """Return the values of splits ``(S, N)``, weighted by the splits' shares as in ``part_of``."""
     return torch.where((shares == 0) & values.isinf(), 0.0, shares * values)
 
 
 def _log_probabilities(maximum: Tensor, total: Tensor, stats: RowStats) -> Tensor:
-    """Return the log-probability of each split within its row, ``(S, N)``."""
     return torch.where(
         total > 0, maximum - stats.maximum + total.log() - stats.log_sum, FLOOR.value
     )

@@ -1,4 +1,4 @@
-"""The inputs of the sweeps: a model's rows and head, and the statistics of its rows."""
+"""The inputs of the sweeps: a model's hidden states and head, and the log-sum-exp of each row."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ ALIGNMENT = 16
 class Operand:
     """Rows ``x`` ``(N, D)`` and head ``weight`` ``(V, D)`` in one dtype, and the map to logits.
 
-    In memory each row of ``x`` and ``weight`` is padded with zeros to a multiple of 16 elements.
-    Row strides are multiples of 16 elements too.
+    Each row is padded with zeros to a multiple of 16 elements. Row strides are multiples of 16 too.
     """
 
     x: Tensor
@@ -37,12 +36,12 @@ class Operand:
 
     @property
     def precision(self) -> str:
-        """Return the precision of fp32 multiplications, which torch's settings decide."""
+        """Return the precision of fp32 GEMMs, as torch's settings state."""
         nvidia = self.x.device.type == "cuda" and torch.version.hip is None
         return "tf32" if nvidia and tf32_is_allowed() else "ieee"
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the operand as the argument that ``logits_tile`` reads."""
+        """Return the operand as an argument of ``logits_tile``."""
         slope = self.scale / self.temperature
         cap = None if self.softcap is None else self.softcap / self.temperature
         x, w = self.x, self.weight
@@ -58,13 +57,13 @@ class Operand:
         return head.logits(z, self.temperature)[0]
 
     def untempered(self) -> Operand:
-        """Return the same operand at temperature 1."""
+        """Return the same operand with temperature 1."""
         return replace(self, temperature=1.0)
 
 
 @dataclass(frozen=True, eq=False)
 class RowStats:
-    """The log-sum-exp of each row, in two parts of shape ``(N,)``.
+    """The log-sum-exp of each row as two numbers, ``(N,)``: the maximum and the log of the sum.
 
     A single fp32 number near 60 would cause an error of 4e-6 in every probability.
     """
@@ -74,18 +73,18 @@ class RowStats:
 
     @classmethod
     def merged(cls, maximum: Tensor, total: Tensor) -> RowStats:
-        """Merge the results of splits: maxima and sums of exponentials, ``(S, N)`` each."""
+        """Merge the maxima and sums of exponentials of parts of the vocabulary, ``(S, N)`` each."""
         highest = maximum.amax(0)
         return cls(highest, (total * torch.exp(maximum - highest)).sum(0).log())
 
     def arguments(self) -> tuple[Tensor, Tensor]:
-        """Return the statistics as the argument that ``load_stats`` reads."""
+        """Return the log-sum-exps as an argument of ``load_stats``."""
         return self.maximum, self.log_sum
 
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Sums of ``f`` and ``h`` over the vocabulary, ``(N,)`` each, and both models' statistics."""
+    """Each row's sums of ``f`` and ``h`` over the vocabulary, ``(N,)``, and both log-sum-exps."""
 
     f: Tensor
     h: Tensor
@@ -94,9 +93,10 @@ class RowSums:
 
 
 def tf32_is_allowed() -> bool:
-    """Return whether torch's settings allow TF32 in fp32 multiplications.
+    """Return whether torch's settings allow TF32 in fp32 GEMMs.
 
-    torch 2.9 added a second setting. Once it is used, reading the older setting raises an error.
+    torch 2.9 added a second setting. After its first use, reading the older setting raises an
+    error.
     """
     matmul = torch.backends.cuda.matmul
     precision = getattr(matmul, "fp32_precision", None)
@@ -104,12 +104,12 @@ def tf32_is_allowed() -> bool:
 
 
 def padded(width: int) -> int:
-    """Return the width of a row with its padding, up to which kernels read."""
+    """Return the width of a row including its padding."""
     return -(-width // ALIGNMENT) * ALIGNMENT
 
 
 def aligned(x: Tensor) -> Tensor:
-    """Return ``x`` with the padding and strides of an ``Operand``, copied only if necessary."""
+    """Return ``x``, padded as ``Operand`` documents. ``x`` is copied only if necessary."""
     width = x.shape[1]
     if width % ALIGNMENT:
         return F.pad(x, (0, padded(width) - width))[:, :width]

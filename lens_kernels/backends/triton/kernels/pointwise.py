@@ -1,7 +1,7 @@
-"""Each divergence as a pair ``(f, h)`` in Triton, like the table of ``lens_kernels/divergence.py``.
+"""The divergences in Triton. Each is a pair ``(f, h)``, as in ``lens_kernels/divergence.py``.
 
-``divergence.py`` derives the formulas, and tests compare the two tables. For ``jsd``, with the
-mixture ``m = beta p + (1 - beta) q`` and ``d = log p - log q``::
+``divergence.py`` derives the formulas. For ``jsd``, with the mixture ``m = beta p + (1 - beta) q``
+and ``d = log p - log q``::
 
     log(m / q) = log(1 - beta + beta exp(d)),   log(m / p) = log(beta + (1 - beta) exp(-d))
     h = -(1 - beta) q log(m / q),               f = h - beta p log(m / p)
@@ -10,8 +10,7 @@ At beta 1/2, called ``jsd_half``, one logarithm is enough. With ``c = -log cosh(
 
     log(m / q) = d / 2 - c,   log(m / p) = -d / 2 - c,   f = (p + q) (d / 2 tanh(d / 2) + c) / 2
 
-Callers also pass ``1 - beta``, which they compute in float64. Computed in fp32 it would lose its
-digits for ``beta`` near 1.
+Callers compute ``1 - beta`` in float64, because in fp32 it loses its digits for ``beta`` near 1.
 """
 
 import triton
@@ -32,7 +31,7 @@ from lens_kernels.options import Divergence
 
 
 def name_of(divergence: Divergence | None, beta: float) -> str | None:
-    """Return a divergence as ``pointwise`` takes it; None without a divergence."""
+    """Return the name of a divergence as ``pointwise`` takes it, or None for None."""
     if divergence is Divergence.JSD and beta == 0.5:
         return "jsd_half"
     return None if divergence is None else divergence.value
@@ -40,7 +39,7 @@ def name_of(divergence: Divergence | None, beta: float) -> str | None:
 
 @triton.jit
 def or_infinity(value, mass, log_ratio):
-    """Return ``value``, or ``inf`` where ``mass`` is positive and the other mass is zero."""
+    """Return ``value``, or ``inf`` where ``mass`` is positive and the other probability is zero."""
     return tl.where((log_ratio > NO_MASS) & (mass > 0), float("inf"), value)
 
 
@@ -65,10 +64,10 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         f = 0.5 * tl.where(near, (p + q) * symmetric_near(square), far)
         h = 0.5 * (q * log_ratio)
     elif DIVERGENCE == "jsd":
-        # Beyond these limits of d, the smaller of p and q has no effect on the result.
+        # Beyond these limits of d, the smaller of p and q does not change the result.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
-        # log(m / q) - d also equals log(m / p), but it loses digits for large d.
+        # ``log(m / q) - d`` equals log(m / p) too, but loses digits for large d.
         h = -one_minus_beta * exp(lq) * log_mixture(d, beta, one_minus_beta)
         f = h - beta * exp(lp) * log_mixture(-d, one_minus_beta, beta)
     else:

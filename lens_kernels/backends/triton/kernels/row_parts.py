@@ -1,7 +1,7 @@
-"""The parts that both row kernels share: entries of a row, label losses, and logit gradients.
+"""The code that both row kernels share: reading a row, losses of labels, and logit gradients.
 
-A row holds the products of a hidden state with the whole head, in fp32. Each lane reads a group of
-neighbouring entries at a time, so that a thread loads and stores 16 bytes at once.
+A row holds the products of a hidden state with the whole head, in fp32. Each thread reads a group
+of neighbouring entries at a time, so that loads and stores take 16 bytes at once.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from lens_kernels.backends.triton.kernels.pointwise import pointwise
 
 @triton.jit
 def map_of(model):
-    """Return the factor that turns ``y`` from ``capped`` into a logit, and the smallest ``y``.
+    """Return the factor that turns a result ``y`` of ``capped`` into a logit, and the least ``y``.
 
-    The smallest ``y`` replaces that of a logit of -inf, and stands for the logit ``FLOOR``.
+    The least ``y`` belongs to the logit ``FLOOR``. It replaces the ``y`` of smaller logits.
     """
     _, _, slope, cap = model
     factor = factor_of(slope, cap)
@@ -37,7 +37,7 @@ def maps_of(student, teacher):
 
 @triton.jit
 def entries(start, LANES: tl.constexpr, GROUP: tl.constexpr):
-    """Return the first index of each lane's group, ``(LANES, 1)``, and all indices."""
+    """Return the index of the first entry of each thread, ``(LANES, 1)``, and all indices."""
     first = (start + tl.arange(0, LANES) * GROUP)[:, None]
     return first, first + tl.arange(0, GROUP)[None, :]
 
@@ -47,14 +47,15 @@ def read_row(
     model, offset, floor, start, vocab_size,
     LANES: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Return ``y`` from ``capped`` for the entries after ``start``, ``(LANES, GROUP)``.
+    """Return ``y`` of ``capped`` for a block of entries from ``start`` on, ``(LANES, GROUP)``.
 
-    With ``MASKED``, entries beyond the vocabulary have no mass, so that they add nothing to sums.
-    Otherwise their values are undefined.
+    With ``MASKED``, entries beyond the vocabulary get the probability 0. Otherwise their values are
+    undefined.
     """
     z_ptr, bias_ptr, slope, cap = model
     first, columns = entries(start, LANES, GROUP)
-    # Rows are padded to whole groups. With a mask over entries, 16-byte loads would be split.
+    # Rows are padded to whole groups, and masked by group: a mask over entries would split 16-byte
+    # loads.
     z = tl.load(z_ptr + offset + columns, mask=first < vocab_size, other=0.0)
     if bias_ptr is not None:
         z += tl.load(bias_ptr + columns, mask=first < vocab_size, other=0.0)
@@ -65,17 +66,17 @@ def read_row(
 
 @triton.jit
 def log_probability(y, statistics):
-    """Return ``log p`` of entries. ``statistics`` are the maximum ``y``, factor, and log of sum."""
+    """Return ``log p``. ``statistics`` are the maximum ``y``, a factor, and the log of the sum."""
     maximum, factor, log_sum = statistics
     return (y - maximum) * factor - log_sum
 
 
 @triton.jit
 def given_statistics(statistics_ptr, row, factor):
-    """Return the ``statistics`` of a row whose maximum logit and log of sum are given."""
+    """Return the ``statistics`` of a row whose maximum logit and log of sum the caller knows."""
     maximum = tl.load(statistics_ptr + 2 * row)
     highest = maximum / factor
-    # The maximum was divided by the factor and rounded. This adds the rounding error back.
+    # Dividing the maximum by the factor rounds it. This adds the rounding error back.
     log_sum = tl.load(statistics_ptr + 2 * row + 1) + (maximum - highest * factor)
     return highest, factor, log_sum
 
@@ -94,7 +95,7 @@ def divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row):
 def label_terms(labels, student, row, offset, floor, statistics, temperature):
     """Store a row's cross entropy. Return the row's label, its weight, and ``statistics``.
 
-    ``statistics`` are those of the student's logits at temperature 1, and are returned unchanged.
+    ``statistics`` belong to the student's logits at temperature 1, and are returned unchanged.
     """
     labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
     z_ptr, bias_ptr, slope, cap = student
@@ -120,7 +121,7 @@ def gradient_of(
     ``label`` is the result of ``label_terms``, or None.
     """
     _, _, slope, cap = student
-    # Without a softcap, the slope is the same for all entries. It then scales the row's weights.
+    # Without a softcap, all entries have the same slope, which then scales the row's weights.
     scale = slope if cap is None else 1.0
     lq = log_probability(ys, statistics_s)
     grad = tl.zeros(ys.shape, tl.float32)
@@ -162,11 +163,11 @@ def write_gradient(
 
 @triton.jit
 def add_to_survey(grad, survey, first, columns, vocab_size):
-    """Raise the columns' peaks to ``|G|``. Return the sums of ``|G|`` and ``G^2`` of each lane."""
+    """Update each column's largest ``|G|``. Return each thread's sums of ``|G|`` and ``G^2``."""
     peak_ptr, _, _ = survey
     size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
-    # The bits of positive numbers, read as integers, have the same order as the numbers. NaN is
-    # the largest.
+    # The bits of positive floating-point numbers, read as integers, have the same order. NaN is the
+    # largest.
     bits = size.to(tl.int32, bitcast=True)
     known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
     tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")

@@ -1,12 +1,12 @@
-"""The pass between the GEMMs. Each program turns one row of logits into losses and a gradient.
+"""Turns rows of logits into losses and gradients. Each program processes one row.
 
 A row holds the products of a hidden state with the whole head, in fp32. The first sweep over a row
-computes the statistics of both models. The second sweep computes the sums of ``f`` and ``h``. It is
-left out for sums of relative entropies, which the first sweep computes. The last sweep writes the
-logit gradient ``G``.
+computes the log-sum-exps of both models. The second sweep computes the sums of ``f`` and ``h``.
+Relative entropies skip the second sweep, because the first sweep computes their sums. The last
+sweep writes the logit gradient.
 
-Each lane reads a group of neighbouring entries at a time, so that a thread loads and stores 16
-bytes at once. Sums are kept per lane until the end of a sweep.
+Each thread reads a group of neighbouring entries at a time, so that loads and stores take 16 bytes
+at once. Sums are kept per thread until the end of a sweep.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     write_gradient,
 )
 
-# Each lane has one thread. On sm_90 a thread takes 40 registers, so six programs fit on a
-# multiprocessor. Since Triton 3.10, multiplications and additions are not fused by default.
+# A thread takes 40 registers on sm_90, so six programs fit on a multiprocessor. From Triton 3.10
+# on, multiplications and additions are fused only on request.
 OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
 
 
 @triton.jit
 def with_group(maximum, total, y, factor):
-    """Return each lane's maximum and sum of exponentials, after the group ``y`` is added."""
+    """Return each thread's maximum and sum of exponentials after the group ``y``."""
     higher = tl.maximum(maximum, tl.max(y, 1))
     power = factor * LOG2_E
     total = total * tl.exp2((maximum - higher) * power)
@@ -50,7 +50,7 @@ def with_group(maximum, total, y, factor):
 
 @triton.jit
 def over_lanes(maximum, total, factor):
-    """Return the ``statistics`` of a row, and the log-probability of each lane."""
+    """Return the ``statistics`` of a row, and the log-probability of each thread's entries."""
     highest = tl.max(maximum, 0)
     below = (maximum - highest) * factor
     log_sum = tl.log(tl.sum(total * exp(below), 0))
@@ -62,7 +62,7 @@ def over_lanes(maximum, total, factor):
 
 @triton.jit
 def of_lanes(value, lp, lq, KIND: tl.constexpr):
-    """Return each lane's part of the relative entropy of the row."""
+    """Return each thread's part of the relative entropy of the row."""
     between, _ = pointwise(lp, lq, 0.5, 0.5, KIND)
     return part_of(share(lp, lq, KIND), value) + between
 
@@ -73,7 +73,7 @@ def first_sweep(
     temperature, vocab_size,
     DIVERGENCE: tl.constexpr, ONLINE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Return the maximum and the sum of exponentials of each lane, and its relative entropies.
+    """Return each thread's maxima, sums of exponentials and relative entropies.
 
     The order is ``(maximum, total)`` of the student, then of the teacher, ``total`` of the student
     at temperature 1, forward KL, and reverse KL. Values that are not needed are zero.
@@ -111,13 +111,14 @@ def row_pass_kernel(
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Write the losses of one row and, unless ``grad_ptr`` is None, the gradient of its products.
+    """Write the losses of one row and, if ``grad_ptr`` is not None, the gradient of its products.
 
     ``student`` and ``teacher`` are ``(products, bias, slope, cap)``, and ``labels`` is ``(labels,
-    weight, cross entropy)``. Labels are compared at temperature 1. ``temperature`` is None if it is
-    1, or if there are no labels. ``survey`` receives the largest ``|G|`` of each column, as bits,
-    and the sums of ``|G|`` and of ``G^2`` of each row. Without a teacher there is no divergence.
-    ``statistics_ptr`` has the teacher's maximum and log of sum, or is None.
+    weight, cross entropy)``. The cross entropy uses temperature 1. ``temperature`` is None if it is
+    1, or without labels. ``survey`` receives statistics of the logit gradient ``G``: the largest
+    ``|G|`` of each column, as bits, and each row's sums of ``|G|`` and of ``G^2``. Without a
+    teacher there is no divergence. ``statistics_ptr`` is None, or holds the teacher's maximum and
+    log of sum.
     """
     ONLINE: tl.constexpr = (
         DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys"

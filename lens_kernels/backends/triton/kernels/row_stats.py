@@ -26,7 +26,7 @@ def row_stats_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the maximum and the sum of exponentials, for a block of rows and one split."""
+    """Write maxima and sums of exponentials, for a block of rows and a part of the vocabulary."""
     rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum = tl.full((BLOCK_N,), FLOOR, dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)

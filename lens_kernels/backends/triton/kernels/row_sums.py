@@ -38,7 +38,7 @@ def row_sums_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the sums of f and h, for a block of rows and one split."""
+    """Write the sums of f and h, for a block of rows and a part of the vocabulary."""
     rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum_s, log_sum_s = load_stats(student_stats, rows)
     maximum_t, log_sum_t = load_stats(teacher_stats, rows)
@@ -73,7 +73,7 @@ def row_sums(
     vocab_size: int,
     tile: Tile,
 ) -> RowSums:
-    """Return the sums of f and h of every row, given the statistics of both models."""
+    """Return the sums of f and h of every row, given the log-sum-exps of both models."""
     grid = SplitGrid(student.tokens, vocab_size, tile, student.x.device)
     f, h = grid.partials(2)
     row_sums_kernel[grid.shape](

@@ -1,1 +1,1 @@
-"""The tiles of the sweeps: ``sizes`` has defaults and limits, ``search`` tunes, ``store`` saves."""
+"""The block sizes (tiles) of kernels: defaults and limits in ``sizes``, tuning, and saved tiles."""

@@ -1,8 +1,8 @@
 """The search for the fastest tile of every sweep on one GPU.
 
-``triton.autotune(cache_results=True)`` (Triton 3.6 to 3.9) cannot replace it. With it, an ordinary
-call without a cached key would start tuning, and the cache cannot be read without a launch. It does
-not compare results, and stops at errors of compiler passes and of the driver.
+``triton.autotune(cache_results=True)`` (Triton 3.6 to 3.9) cannot replace this search. It would
+start tuning in an ordinary training step, does not compare results, and stops at errors of the
+compiler or the driver. Its cache cannot be read without a launch.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from lens_kernels.options import Divergence
 
 BLOCKS_NV = ((64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (128, 256), (256, 128))
 BLOCKS_K, WARPS, STAGES = (32, 64), (4, 8), (2, 3, 4)
-# A thread with fewer accumulators would spend more time on loading tiles than on multiplying them.
+# Threads with fewer accumulators would load tiles for longer than they multiply.
 FEWEST_ACCUMULATORS = 64
 # The allowed difference between the results of two tiles, relative to the largest result.
 TOLERANCE = 1e-4
-# The size of the logits' gradient that a launch of sweep 3 writes, in bytes.
+# The bytes of logit gradients that a launch of sweep 3 writes.
 WORKSPACE_BYTES = 1 << 28
-# Compiler passes and the driver raise RuntimeErrors without a class of their own. They are
-# recognised by these texts.
+# The compiler and the driver raise RuntimeErrors without a class of their own. These texts identify
+# such errors.
 REJECTIONS = ("PassManager::run failed", "too many resources requested")
 
 Timer = Callable[[Callable[[], object]], float]
@@ -46,7 +46,7 @@ Timer = Callable[[Callable[[], object]], float]
 
 @dataclass
 class Outcome:
-    """The outcome of tuning a sweep: the milliseconds of each tile, and why other tiles failed."""
+    """The result of tuning a sweep: the time of each tile in ms, and why other tiles failed."""
 
     sweep: Sweep
     width: int
@@ -81,10 +81,7 @@ def candidates(sweep: Sweep, arch: Arch, itemsize: int) -> list[Tile]:
 
 
 def rejection(error: Exception) -> str | None:
-    """Return the reason why the compiler or the driver rejected a tile.
-
-    Return None for any other error.
-    """
+    """Return why the compiler or the driver rejected a tile. Return None for any other error."""
     lines = str(error).strip().splitlines() or [""]
     if isinstance(error, triton.TritonError):
         return f"{type(error).__name__}: {lines[-1].strip()}"
@@ -94,9 +91,9 @@ def rejection(error: Exception) -> str | None:
 
 
 def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: float) -> str | None:
-    """Return a message if results differ from the truth by more than the tolerance.
+    """Return a message if results differ from ``truth`` by more than the tolerance, else None.
 
-    This waits for the GPU.
+    The host waits for the GPU.
     """
     for result, true in zip(results, truth, strict=True):
         error = (result - true).abs().max().item() / max(true.abs().max().item(), 1e-30)
@@ -107,7 +104,7 @@ def difference(results: Sequence[Tensor], truth: Sequence[Tensor], tolerance: fl
 
 @contextlib.contextmanager
 def nan_in_new_tensors() -> Iterator[None]:
-    """Fill new tensors with NaN. Otherwise a wrong tile could reuse right results in old memory."""
+    """Fill new tensors with NaN, because a wrong tile could find right results in old memory."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     try:
@@ -124,7 +121,7 @@ def median_ms(function: Callable[[], object]) -> float:
 
 @dataclass
 class Search:
-    """Searches for the fastest tile of each sweep, and stores it.
+    """Searches for the fastest tile of each sweep, and saves it.
 
     ``timer`` returns the milliseconds that a function takes. ``say`` prints a line of progress.
     """
@@ -137,7 +134,7 @@ class Search:
     outcomes: list[Outcome] = field(default_factory=list)
 
     def run(self) -> list[Outcome]:
-        """Tune all sweeps in order, because a sweep needs the results of the earlier ones."""
+        """Tune all sweeps in order, because each sweep needs the results of earlier sweeps."""
         student, teacher, vocab_size = self.student, self.teacher, self.vocab_size
         student_stats, teacher_stats = (
             self.search(Sweep.ROW_STATS, partial(row_stats, operand, vocab_size), operand)
@@ -150,7 +147,7 @@ class Search:
             row_sums, *both, student_stats, teacher_stats, Divergence.JSD, 0.5, vocab_size
         )
         gradient = partial(self.gradient, self.search(Sweep.ROW_SUMS, sums, *both))
-        # Gradients are rounded to the operands' dtype, so a larger difference is allowed.
+        # Gradients are rounded to the operands' dtype, so larger differences are allowed.
         tolerance = max(TOLERANCE, 4 * torch.finfo(student.x.dtype).eps)
         self.search(Sweep.GRADIENTS, gradient, *both, tolerance=tolerance)
         return self.outcomes
@@ -158,7 +155,7 @@ class Search:
     def gradient(self, sums: RowSums, tile: Tile) -> Tensor:
         """Launch sweep 3 over a chunk of the vocabulary.
 
-        The size of the chunk is a multiple of every candidate's block.
+        The chunk's size is a multiple of the block size of every candidate.
         """
         x, vocab_size = self.student.x, self.vocab_size
         unit = max(v for _, v in BLOCKS_NV)
@@ -194,7 +191,7 @@ class Search:
     ) -> Outcome:
         """Time the default tile and all candidates.
 
-        A tile that raises an error or gives wrong results is rejected.
+        A tile is rejected if it raises an error or gives wrong results.
         """
         dtype, arch = self.student.x.dtype, sizes.arch_of(self.student.x.device)
         outcome = Outcome(sweep, width, sizes.default(sweep, arch, dtype, width))
@@ -219,14 +216,13 @@ class Search:
         if not outcome.times:
             reason = outcome.rejected[outcome.default]
             raise RuntimeError(
-                f"no tile for the sweep {sweep.value} runs on this GPU; the default tile was"
-                f" rejected: {reason}"
+                f"no tile for the sweep {sweep.value} runs on this GPU. The default tile was "
+                f"rejected: {reason}"
             )
         return outcome
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    """Return all tensors in the result of a launch, which is a tensor or nested dataclasses."""
     if isinstance(result, Tensor):
         return [result]
     return [tensor for part in vars(result).values() for tensor in _tensors(part)]

@@ -1,4 +1,4 @@
-"""The default tile of every sweep on every kind of GPU, and the limits that a tile must keep."""
+"""The default tile of every sweep on each kind of GPU, and the limits that every tile must meet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lens_kernels.backends.triton.kernels.launch import Tile
 
 
 class Sweep(str, Enum):
-    """The sweeps, whose tiles can be chosen."""
+    """The sweeps. Each has a tile of its own."""
 
     ROW_STATS = "row_stats"
     ONLINE_KL = "online_kl"
@@ -27,12 +27,12 @@ class Sweep(str, Enum):
 
 @dataclass(frozen=True)
 class Arch:
-    """The limits of tiles on one kind of GPU: bytes of shared memory, and accumulators."""
+    """The limits of tiles on one kind of GPU: shared memory in bytes, and accumulators."""
 
     name: str
     shared_memory: int
     threads_per_warp: int = 32
-    # The number of fp32 accumulators that fit in a thread's registers, beside its other values.
+    # The number of fp32 accumulators that a thread's registers can hold beside its other values.
     accumulators_per_thread: int = 128
 
 
@@ -40,7 +40,7 @@ ARCHS = {
     arch.name: arch
     for arch in (
         Arch("sm_80", 166912),
-        Arch("sm_89", 101376),  # these limits also hold for sm_86 and sm_120
+        Arch("sm_89", 101376),  # sm_86 and sm_120 have the same limits
         Arch("sm_90", 232448),
         Arch("sm_100", 232448),
         Arch("gfx942", 65536, threads_per_warp=64),
@@ -48,24 +48,24 @@ ARCHS = {
     )
 }
 
-# From this hidden size on, GEMMs are the bottleneck, even with one program per multiprocessor.
+# From this hidden size on, GEMMs take most of the time, even with one program per multiprocessor.
 WIDE = 2048
 
 
 def default(sweep: Sweep, arch: Arch, dtype: torch.dtype, width: int, extras: bool = False) -> Tile:
     """Return a sweep's default tile. ``width`` is the smaller hidden size of its operands.
 
-    ``extras`` says whether there is a bias, a softcap or labels, which all take registers.
+    ``extras`` is true if there is a bias, a softcap or labels, which all take registers.
     ``benchmarks/kernel_report.py`` shows that no default tile spills registers.
     """
     stats, sums = sweep is Sweep.ROW_STATS, sweep is Sweep.ROW_SUMS
     wide, name = width >= WIDE, arch.name
     if name == "interpreter":
         # In the interpreter an operation takes the same time for any block size, so large blocks
-        # are faster. Small problems get smaller blocks, so that they have several tiles.
+        # are faster. Small problems get smaller blocks, so that tests still run several tiles.
         return Tile(64, 128, 16, 4, 1) if width < 256 else Tile(64, 512, 512, 4, 1)
     if dtype.itemsize == 4:
-        # NVIDIA GPUs have no matrix instruction for exact fp32, so the multiplication takes many
+        # GPUs of NVIDIA multiply exact fp32 without matrix instructions, which takes many
         # registers.
         return Tile(64, 32, 32, 8, 3) if sums else Tile(128 if stats else 64, 64, 16, 8, 3)
     if name in ("sm_80", "sm_89"):

@@ -1,4 +1,4 @@
-"""The tiles that tuning found, saved as a JSON file in the user's cache folder."""
+"""Saves the tiles that tuning found as a JSON file in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from lens_kernels.backends.triton.tiles.sizes import Arch, Sweep, arch_of, inval
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# The fields that identify a tile in the file.
+# These fields identify a tile in the file.
 NAME = ("device", "triton", "sweep", "dtype", "width")
 
-# The key of a tile is the sweep, the operands' dtype, and their smaller hidden size.
+# The key of a tile: the sweep, the operands' dtype, and the smaller hidden size.
 Key = tuple[Sweep, torch.dtype, int]
 
 
@@ -35,9 +35,9 @@ def lookup(sweep: Sweep, dtype: torch.dtype, width: int, device: torch.device) -
 
 
 def is_tuned(dtype: torch.dtype | None, device: torch.device) -> bool:
-    """Return whether tuning has finished on this GPU model for ``dtype``, or for any dtype if None.
+    """Return whether tuning has finished on this GPU model for ``dtype`` (None: for any dtype).
 
-    Tuning stores the tile of sweep 3 (gradients) last. If it is there, tuning has finished.
+    Tuning saves the tile of sweep 3 last, so this tile is only there after tuning has finished.
     """
     if INTERPRETING:
         return False
@@ -47,7 +47,7 @@ def is_tuned(dtype: torch.dtype | None, device: torch.device) -> bool:
 
 @functools.cache
 def tiles(device: torch.device) -> dict[Key, Tile]:
-    """Return all tiles that tuning found on this GPU model. The file is read once per process."""
+    """Return all tiles that tuning found on this GPU model. Each process reads the file once."""
     return load(device_name(device), arch_of(device))
 
 
@@ -98,9 +98,9 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
 
 
 def save(device: str, key: Key, tile: Tile) -> None:
-    """Store a tile. A tile with the same GPU model, version of Triton and key is replaced.
+    """Save a tile in place of one with the same GPU model, version of Triton and key.
 
-    The file is replaced as a whole. A lock keeps processes from writing at the same time.
+    The file is replaced as a whole. A lock prevents processes from writing at the same time.
     """
     new = record_of(device, key, tile)
     with _locked():
@@ -121,7 +121,7 @@ def save(device: str, key: Key, tile: Tile) -> None:
 
 
 def check_writable() -> None:
-    """Raise now the OSError that ``save`` would raise later."""
+    """Raise the OSError that ``save`` would raise later, before the slow search."""
     with _locked():
         temporary = path().with_suffix(".new")
         temporary.touch()
@@ -129,7 +129,7 @@ def check_writable() -> None:
 
 
 def record_of(device: str, key: Key, tile: Tile) -> dict[str, Any]:
-    """Return a tile as it is written in the file."""
+    """Return a tile as an entry of the file."""
     sweep, dtype, width = key
     name = (device, triton.__version__, sweep.value, str(dtype).removeprefix("torch."), width)
     return {**dict(zip(NAME, name, strict=True)), "tile": asdict(tile)}
@@ -147,21 +147,20 @@ def _parse(record: dict[str, Any], arch: Arch) -> tuple[Key, Tile]:
 
 
 def _read() -> list[Any]:
-    """Return the entries of the file. Raise ValueError if the file has any other content."""
     try:
         content = json.loads(path().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"it has no format number {FORMAT}")
+        raise ValueError(f"the file has no format number {FORMAT}")
     if not isinstance(content.get("tiles"), list):
-        raise ValueError("it has no list of tiles")
+        raise ValueError("the file has no list of tiles")
     return content["tiles"]
 
 
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
-    import fcntl  # Windows has no fcntl, so it is imported only here
+    import fcntl  # imported here because Windows has no fcntl
 
     path().parent.mkdir(parents=True, exist_ok=True)
     with path().with_suffix(".lock").open("w") as lock:
