@@ -2,10 +2,10 @@
 
     python benchmarks/active_vocabulary.py --teacher DIR --data FILE.jsonl --trained FOLDER ...
 
-``--trained`` names output folders of ``lens-kernels train`` whose students were cut from the
-teacher. Each student is measured before and after training. Runs that start from the same student
-share the measurement before training. Each measurement has two groups of hidden states: all lens
-pairs in one call (JSD, with the norm), and the final hidden states alone (forward KL).
+``--trained`` names output folders of ``lens-kernels train``. Their students were cut from the
+teacher, and are measured before and after training. Runs that start from the same student share the
+measurement before training. Each measurement has two groups of hidden states: all lens pairs in one
+call (JSD, with the norm), and the final hidden states alone (forward KL).
 
 The relative error of a gradient is ``|g - exact| / |exact|`` in the 2-norm. For hidden states, the
 largest error over the pairs is reported. ``bf16_rounding`` is the error of rounding the exact
@@ -52,7 +52,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 
 THRESHOLDS = [1e-7, 3e-7, 1e-6, 2e-6, 3e-6, 1e-5, 3e-5, "bf16"]
 GROUPS = {"lens": "jsd", "final": "forward_kl"}
-WRONG = 0.1  # the script stops if the relative error of a gradient is larger than this
+WRONG = 0.1  # the script stops if a gradient's relative error is larger than this
 COLUMNS = (
     "run state group student_blocks threshold used_share dropped_share hidden_error head_error"
     " median_ms min_ms max_ms ratio_to_floor min_ratio_to_floor max_ratio_to_floor divergence"
@@ -63,13 +63,13 @@ SHOWN = (
     " min_ratio_to_floor max_ratio_to_floor"
 )
 
-Threshold = Any  # a value of the option grad_threshold: a number, a name, or None
+Threshold = Any  # a value of grad_threshold: a number, a name, or None
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The output folder of a run of ``lens-kernels train``, with the options of the run."""
+    """A run of ``lens-kernels train``: its output folder and its options."""
 
     folder: Path
     blocks: list[int]
@@ -77,13 +77,13 @@ class Trained:
     config: LensDistillConfig
 
     def beginning(self) -> str:
-        """Return the settings on which the student before training depends, as a text."""
+        """Return, as a text, the settings that decide the student before training."""
         config = self.config
         layers = config.student_layers, config.teacher_layers, config.num_lens_pairs
         return str((self.blocks, layers, config.encoder_options()))
 
     def examples(self, data: Path, tokenizer: Any, tokens: int) -> Sequence[Example]:
-        """Return the first examples with ``tokens`` labels in total, encoded as in training."""
+        """Return the first examples, with ``tokens`` labels in total, encoded as in training."""
         found = load_examples(data, tokenizer, **self.config.encoder_options())
         counted = 0
         for number, example in enumerate(found.examples, 1):
@@ -113,7 +113,7 @@ class Group:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the groups that are missing in the CSV, then print the table and draw the figure."""
+    """Measure the groups that the CSV lacks, then print the table and draw the figure."""
     args = parse(argv)
     start = time.perf_counter()
     path = args.out / "active_vocabulary.csv"
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         done[row["run"], row["state"], row["group"]].append(row)
     students = read_trained(args.trained)
     tokenizer = load_tokenizer(str(args.teacher))
-    # All data is read before any model is loaded, so that missing files are reported at once.
+    # Read all data before loading a model, so that missing files are reported at once.
     examples = [student.examples(args.data, tokenizer, args.tokens) for student in students]
     teacher = load_model(str(args.teacher), "float32")
     begun: set[str] = set()
@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def threshold_of(text: str) -> Threshold:
-    """Return a text as a number, or unchanged if it names a threshold, such as ``bf16``."""
+    """Convert a text to a number, unless it names a threshold, such as ``bf16``."""
     try:
         return float(text)
     except ValueError:
@@ -241,14 +241,14 @@ def groups_of(
 def watched() -> Iterator[dict[str, float]]:
     """Count all entries of the logits' gradient, and the entries that the GEMMs use.
 
-    For each count, ``mass`` is the sum of the absolute values of the counted entries.
+    ``mass`` is the sum of the absolute values of the counted entries, for each count.
     """
     seen = dict.fromkeys(("all", "all mass", "used", "used mass"), 0.0)
 
     def counting(owner: Any, name: str, what: str, at: int, columns: int | None = None) -> Any:
         """Make a function count the entries of its argument number ``at`` when it is called.
 
-        If ``columns`` is given, only the columns in that argument count.
+        With ``columns``, only these columns of the argument count.
         """
         inner = getattr(owner, name)
 
@@ -275,7 +275,7 @@ def errors(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
 
 
 def judge(group: Group, thresholds: Sequence[Threshold]) -> dict[str, Row]:
-    """Return a CSV row of errors for bfloat16 rounding, exact gradients, and each threshold.
+    """Return a CSV row of errors: of bfloat16 rounding, of exact gradients, and of each threshold.
 
     Raises:
         RuntimeError: The error of a threshold is above ``WRONG``, or NaN.
@@ -308,9 +308,9 @@ def _errors(hidden: float, head: float) -> Row:
 
 
 def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[str, Row]:
-    """Return CSV columns for each threshold: the time of loss and backward, in ms and relative.
+    """Return CSV columns for each threshold: the time of loss and backward, in ms and as a ratio.
 
-    Relative times are divided by the time of the GEMMs alone.
+    The ratio is to the time of the GEMMs alone.
     """
     functions: dict[str, Callable[[], Any]] = {
         "floor": partial(products.products, group.inputs),
@@ -328,7 +328,7 @@ def timed(group: Group, thresholds: Sequence[Threshold], rounds: int) -> dict[st
 
 
 def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: Row) -> list[Row]:
-    """Return the CSV rows of a group. All errors are checked before the first timing."""
+    """Return a group's CSV rows. All errors are checked before the first timing."""
     judged = judge(group, thresholds)
     times = timed(group, thresholds, rounds)
     (vocab, width), (_, teacher_width) = (head.weight.shape for head in group.heads)
@@ -342,7 +342,7 @@ def measure(group: Group, thresholds: Sequence[Threshold], rounds: int, names: R
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Return a line for each student: its fastest threshold with small errors for lens pairs."""
+    """Return a line for each student: the fastest threshold with small errors for lens pairs."""
     quickest: dict[str, tuple[float, str] | None] = {}
     for row in rows:
         if row["group"] != "lens" or not row["used_share"]:

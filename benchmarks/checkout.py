@@ -1,4 +1,4 @@
-"""Makes the checkout importable. Scripts that are run by their path import this module first."""
+"""Makes the checkout importable, for scripts that are run by their path."""
 
 import sys
 from pathlib import Path

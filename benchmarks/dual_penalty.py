@@ -2,9 +2,8 @@
 
 python benchmarks/dual_penalty.py    draws benchmarks/figures/dual_penalty.png and .svg
 
-All values come from the library's own divergences in float64; nothing is trained or timed. A
-divergence is divided by its second-order coefficient at ``p == q``, relative to that of a KL
-divergence. All curves therefore agree for a student that is almost right.
+All values come from the library's own divergences in float64; nothing is trained or timed. Each
+divergence is scaled so that all curves agree for a student that is almost right.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from lens_kernels.divergence import pointwise
 from lens_kernels.options import Divergence
 
 FIGURES = Path(__file__).parent / "figures"
-# For each divergence: its second-order coefficient relative to a KL divergence, and the label and
-# style of its curve.
+# Maps each divergence to three values: its scale near p == q relative to a KL divergence, and the
+# label and style of its curve.
 CURVES: dict[Divergence, tuple[float, str, dict[str, Any]]] = {
     Divergence.FORWARD_KL: (1.0, "KL(teacher, student)", {"color": pictures.BLUE, "ls": "--"}),
     Divergence.REVERSE_KL: (1.0, "KL(student, teacher)", {"color": pictures.ORANGE, "ls": "-."}),
@@ -38,8 +37,7 @@ ENTRIES = 1000
 def penalty(divergence: Divergence, lp: Tensor, lq: Tensor) -> tuple[Tensor, Tensor]:
     """Return each entry's part of a divergence, and the gradient with respect to the logits.
 
-    Both are divided by the divergence's coefficient in ``CURVES``, so that the curves are similar
-    where the models nearly agree.
+    Both are divided by the divergence's scale in ``CURVES``.
     """
     p, q = lp.exp(), lq.exp()
     f, h = pointwise(divergence, 0.5)(lp, lq, p, q, (0.5, 0.5))
@@ -54,9 +52,10 @@ def entry(divergence: Divergence, log_ratio: Tensor) -> Tensor:
 
 
 def confidence(divergence: Divergence, sharpness: Tensor) -> tuple[Tensor, Tensor]:
-    """Return loss and 2-norm of the gradient for students with ``sharpness`` times the logits.
+    """Return the loss and the gradient's 2-norm for students that are too sure or too unsure.
 
-    The teacher's probabilities are proportional to ``1 / rank^2`` over ``ENTRIES`` entries.
+    Their logits are ``sharpness`` times the teacher's logits. The teacher's probabilities are
+    proportional to ``1 / rank^2`` over ``ENTRIES`` entries.
     """
     teacher = -2 * torch.arange(1, ENTRIES + 1, dtype=torch.float64).log()
     lq = torch.log_softmax(sharpness[:, None] * teacher, -1)
@@ -66,7 +65,7 @@ def confidence(divergence: Divergence, sharpness: Tensor) -> tuple[Tensor, Tenso
 
 @pictures.styled
 def draw() -> Any:
-    """Return a figure of three panels: the penalty of one entry, the loss, and its gradient."""
+    """Return a figure with three panels: the penalty of one entry, the loss, and its gradient."""
     ratio = torch.linspace(-6, 6, 241, dtype=torch.float64)
     sharpness = 2 ** torch.linspace(-4, 4, 161, dtype=torch.float64)
     drawn = pictures.canvas(11.0, 4.0)

@@ -5,8 +5,8 @@
 
 1. The time, peak memory and kernels of a lens_kernels step at the sizes of three models, and the
    time of its GEMMs alone. Predicted times are printed next to the measured ones.
-2. The same for other implementations at the size of Llama-3. Packages that are not installed are
-   skipped.
+2. Time, memory and kernels of other implementations at the size of Llama-3. Packages that are not
+installed are skipped.
 3. The GPU tests, in parallel.
 4. Two more implementations at the size of Llama-3, if time is left.
 
@@ -41,7 +41,7 @@ from benchmarks import speed_gpu
 from benchmarks.support import environment, tables
 
 MINUTES = 9
-RESERVE = 15  # seconds for the start of this program and for its last table
+RESERVE = 15  # seconds for starting this program and printing its last table
 OURS = {"qwen2.5": 75, "llama3": 60, "gpt2": 50}
 PEERS = {"liger": 60, "liger_hopper": 45, "orda": 90, "dense": 40, "trl": 40}
 PARITY_SECONDS = 400
@@ -52,7 +52,7 @@ COLUMNS = "step status seconds limit_s note"
 
 @dataclass(frozen=True)
 class Step:
-    """A process to run: its name, its time limit in seconds, and its command."""
+    """A process to run, with a name and a time limit in seconds."""
 
     name: str
     seconds: float
@@ -113,7 +113,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Turn signals into SystemExit, so that the running step is ended before this program exits."""
+    """Turn signals into SystemExit, so that the running step also ends when this program ends."""
 
     def stop(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -130,13 +130,13 @@ class Day:
     """Runs steps until the time is over, and writes their results to a folder."""
 
     def __init__(self, out: Path, where: dict[str, str], end: float) -> None:
-        """Create the folder. ``end`` is the time at which the steps must end."""
+        """Create the folder. Steps must end at the time ``end``."""
         self.out, self.where, self.end = out, where, end
         self.steps: list[dict[str, Any]] = []
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, step: Step, limit: float) -> None:
-        """Run a step if enough time is left, and record its outcome."""
+        """Run a step if enough time is left, and record how it ended."""
         left = self.end - time.monotonic()
         if left < limit / 3:
             self.record(step, "not started", 0, limit, f"{max(0, left):.0f} s are left")
@@ -150,7 +150,7 @@ class Day:
             output.write(f"\n== {step.name}: {' '.join(step.command)}\n".encode())
             output.flush()
             begun = output.tell()
-            # The process gets a session of its own, so that ``kill`` can end all of its children.
+            # Give the process a session of its own, so that ``kill`` can end all of its children.
             process = subprocess.Popen(
                 step.command, cwd=environment.ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
@@ -169,7 +169,7 @@ class Day:
                 self.record(step, status, time.monotonic() - start, limit, note)
 
     def record(self, step: Step, status: str, seconds: float, limit: float, note: str) -> None:
-        """Add the outcome of a step to the list and to ``steps.csv``."""
+        """Add how a step ended to the list and to ``steps.csv``."""
         known = {"step": step.name, "status": status, "note": note}
         times = {"seconds": f"{seconds:.1f}", "limit_s": f"{limit:.1f}"}
         self.steps.append(tables.row(COLUMNS, known, times))
@@ -177,12 +177,12 @@ class Day:
         print(f"  {status} {note}", flush=True)
 
     def measured(self) -> bool:
-        """Return whether the CSV has a time of lens_kernels' ``torch`` backend."""
+        """Return whether the CSV has a time of the ``torch`` backend."""
         rows = tables.read_csv(self.out / speed_gpu.FILE)
         return any(row["contender"] == "torch" and row["median_ms"] for row in rows)
 
     def show(self) -> None:
-        """Print the outcomes of steps and tests, and the measured and predicted times."""
+        """Print how steps and tests ended, and the measured and predicted times."""
         print(f"\n{self.where['device']}, torch {self.where['torch']}")
         if rows := tables.read_csv(self.out / speed_gpu.FILE):
             tables.print_rows(rows, speed_gpu.SHOWN.split())

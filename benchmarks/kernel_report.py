@@ -6,8 +6,8 @@
     python benchmarks/kernel_report.py --row-pass-only  the kernel of the torch backend on GPUs
     python benchmarks/kernel_report.py --sweeps-only    the kernels of the triton backend
 
-Registers, spilled bytes, shared memory and matrix instructions are read from the machine code. The
-number of programs on a multiprocessor follows from them. Costs are calculated. Nothing is timed.
+Registers, spilled bytes, shared memory and matrix instructions are read from the machine code. They
+determine how many programs fit on a multiprocessor. Costs are calculated. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import Plan, plan
 from lens_kernels.cost import Step
 
-# With these hidden sizes, every default tile of the sweeps and every block size of the norm occurs.
+# With these hidden sizes, every default block size of the sweeps and of the norm occurs.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = {
@@ -100,7 +100,7 @@ def cost_rows(model: Model, tokens: int) -> list[dict[str, Any]]:
 
 
 def plan_table() -> str:
-    """Return the documentation's table: the cost on each backend for some pairs of models."""
+    """Return the table of the documentation: the cost on each backend for some pairs of models."""
     rows = []
     for key in PLANNED:
         model = MODELS[key]
@@ -143,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks.support import offline
 
-    # Only NVIDIA GPUs have TF32.
+    # Only GPUs of NVIDIA have TF32.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}
-    # The row kernel has no matrix multiplication.
+    # The row kernel multiplies no matrices.
     if args.dtype != "tf32" and not args.sweeps_only:
         from benchmarks.support import row_report
 

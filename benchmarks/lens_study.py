@@ -57,7 +57,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Execute the runs that are missing, then print the tables."""
+    """Execute all missing runs, then print the tables."""
     args = parse(argv)
     chosen = [groups.quick()] if args.quick else [groups.GROUPS[x] for x in args.only]
     if args.all:

@@ -3,10 +3,10 @@
     python benchmarks/memory_vs_vocab.py            under 3 minutes on two cores
     python benchmarks/memory_vs_vocab.py --quick    half a minute, small sizes
 
-Every contender is first compared with the fp64 oracle. A point is then run and measured if its
-GEMMs take at most ``--gemm-seconds`` and its memory fits. Otherwise the same code runs over fake
-tensors, which have sizes but no memory, and the counted memory is marked ``fake``. If a point has a
-measured and a counted number, they must agree.
+Every contender is first compared with the fp64 oracle. A contender then runs at each vocabulary
+size, and its peak memory is measured. If it would take too long (``--gemm-seconds``) or too much
+memory, the same code runs over fake tensors, which have sizes but no memory. The counted memory is
+marked ``fake``. Measured and counted memory must agree if both exist.
 
 The peak counts everything besides the inputs: temporaries and gradients. The gradients are the same
 for every contender (``gradients_mib``). Liger's chunks have 1024 tokens and TRL's 4096, so both
@@ -31,14 +31,14 @@ from benchmarks.support.contenders import Contender, gather
 from benchmarks.support.providers import CONTENDERS
 from benchmarks.support.shapes import Job
 
-# The largest relative difference between the counted and the measured peak.
+# The largest relative difference between counted and measured peak memory.
 AGREEMENT = 0.05
 # The share of the available memory that a run and its inputs may take.
 SHARE_OF_MEMORY = 0.5
-# The time limit of compiled code is multiplied by this, because fake tensors cannot replace its
-# run.
+# The time limit of compiled code is multiplied by this number, because compiled code cannot run
+# over fake tensors.
 PATIENCE_WITHOUT_FAKES = 3
-# ``dense_kl_div`` is left out, because it is a variant of ``dense`` that takes more memory.
+# ``dense_kl_div`` is left out: it is a variant of ``dense`` that takes more memory.
 DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]
 COLUMNS = (
     "contender label pairs vocab_entries tokens student_width teacher_width dtype method"
@@ -49,7 +49,7 @@ SHOWN = ("contender", "pairs", "vocab_entries", "peak_with_gradients_mib", "meth
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure or count the peak memory at every point, then print the table and draw the figure."""
+    """Measure or count all peaks, then print the table and draw the figure."""
     args = parse(argv)
     device = torch.device(args.device)
     start = time.perf_counter()
@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def row(contender: Contender, job: Job, *more: dict[str, str]) -> dict[str, Any]:
-    """Return a CSV row of a contender and a job. ``more`` has further columns."""
+    """Return the CSV row of a contender's job. ``more`` has further columns."""
     return tables.row(COLUMNS, contender.columns(), job.columns(), *more)
 
 
@@ -136,7 +136,7 @@ def points(
 def too_large(
     contender: Contender, job: Job, fake: memory.Memory | None, rate: float, gemm_seconds: float
 ) -> str | None:
-    """Return the reason why a contender cannot really run a job, or None if it can."""
+    """Return the reason why a contender cannot run a job with real tensors, or None if it can."""
     needed = job.gemm_flops() / rate
     if needed > gemm_seconds * (PATIENCE_WITHOUT_FAKES if fake is None else 1):
         return f"time: {needed:.0f} s of GEMMs"

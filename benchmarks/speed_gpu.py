@@ -6,9 +6,9 @@
 ``gpu_day.py`` runs this script for several models, each in a fresh process. A step computes loss
 and gradients. Times come from CUDA events: the median, fastest and slowest of interleaved rounds.
 The peak memory includes the gradients but not the inputs. The loss needs four GEMMs: one for the
-logits of each model, and two for the gradients. The floor is the time of these four by
-``torch.mm``. GEMMs in float32 do not use TF32. The column ``predicted_ms`` holds the prediction
-for an H100 by ``prediction.py``.
+logits of each model, and two for the gradients. The floor is the time of these four GEMMs by
+``torch.mm``, without TF32. The column ``predicted_ms`` holds the prediction for an H100 by
+``prediction.py``.
 
 Rows are added to ``speed.csv`` as soon as they are known. If a contender fails, or does not fit
 into memory, its row has the reason. A backend of the library that gives a wrong result is measured
@@ -52,7 +52,7 @@ OURS = {key: providers.backend(key) for key in ("torch", "triton")}
 CONTENDERS = OURS | providers.PEERS | providers.GPU_PEERS
 FILE = "speed.csv"
 SKIPPED = 77
-REPEATS = 10  # a single launch is too short to time, so a measurement repeats a GEMM
+REPEATS = 10  # a single GEMM is too short to time, so it is repeated
 COLUMNS = (
     "shape part contender label tokens pairs vocab_entries student_width teacher_width dtype"
     " median_ms min_ms max_ms ratio_to_floor predicted_ms tflop_per_s peak_with_gradients_mib"
@@ -62,8 +62,8 @@ SHOWN = (
     "shape part contender tokens pairs median_ms ratio_to_floor predicted_ms tflop_per_s"
     " peak_with_gradients_mib note"
 )
-# A step has three parts. These patterns find the part of a kernel by its name. Names of CPU kernels
-# are for tests.
+# A step has three parts. These patterns recognise the part of a kernel by its name. Names of CPU
+# kernels are for tests.
 PART_NAMES = {
     "products": re.compile("gemm|nvjet|cutlass|xmma|splitk|aten::(add)?mm", re.IGNORECASE),
     "pass": re.compile("(row|cluster)_pass_kernel|triton_"),
@@ -181,7 +181,7 @@ class Measured:
             for part in (self.kernels, self.gemms):
                 try:
                     part(job, inputs, calls["torch"], parts_ms)
-                except Exception as error:  # a failure here does not lose the times above
+                except Exception as error:  # a failure from here on does not lose the times above
                     self.add(part.__name__, job, note=first_line(error))
 
     def kernels(
@@ -211,7 +211,7 @@ class Measured:
             self.add(part, job, known, part="kernels of torch", rounds=1)
 
     def gemms(self, job: shapes.Job, inputs: shapes.Inputs, *_: Any) -> None:
-        """Add a row for each GEMM of the ``torch`` backend, timed with as many rows as a tile."""
+        """Time each GEMM of the ``torch`` backend, with as many rows as a tile, and add a row."""
         for name, rows, flops, function in products.at_layout(inputs):
             calls = {name: lambda run=function: [run() for _ in range(REPEATS)]}
             times = timing.time_interleaved(calls, self.rounds, self.device, False)[name]
@@ -221,7 +221,7 @@ class Measured:
 
 
 def part_of(kernel: str) -> str:
-    """Return the part of a step to which the kernel with this name belongs."""
+    """Return the part of a step that runs the kernel with this name."""
     return next(part for part, names in PART_NAMES.items() if names.search(kernel))
 
 
@@ -230,7 +230,7 @@ def measured_memory(
 ) -> memory.Memory | str:
     """Return the memory of a function's second run, or a message if the function fails."""
     try:
-        function()  # the first run compiles and fills caches, so only the second is measured
+        function()  # the first run also compiles and fills caches
         inputs.clear()
         return memory.measure(function, device)
     except Exception as error:

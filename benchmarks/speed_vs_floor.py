@@ -3,11 +3,10 @@
     python benchmarks/speed_vs_floor.py                          about a minute on two cores
     python benchmarks/speed_vs_floor.py --uncompiled --bf16      more rows
 
-The floor runs each GEMM as one ``torch.mm`` of plain operands in the dtype of the table row.
-``floor_tiled`` uses the functions of the ``torch`` backend. On a CPU these work in tiles, which is
-faster there. They use fp32 if the device has no 16-bit GEMM with fp32 accumulation. The first round
-is not timed. Ratios are ratios of medians. On a busy machine use ``best_ratio_to_floor``, the ratio
-of the fastest rounds.
+The floor runs each GEMM as one ``torch.mm`` in the dtype of the table row. ``floor_tiled`` runs the
+GEMMs of the ``torch`` backend, which work in tiles on a CPU because that is faster. They use fp32
+if the device has no 16-bit GEMM with fp32 accumulation. The first round is not timed. Ratios are
+ratios of medians. On a busy machine use ``best_ratio_to_floor``, the ratio of the fastest rounds.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def functions(job: Job, uncompiled: bool) -> dict[str, Callable[[], Any]]:
-    """Return the functions to time by name. All use the same inputs."""
+    """Return the functions to time, by name. All of them use the same inputs."""
     inputs = job.make()
     ours = partial(step, providers.ours, inputs)
 

@@ -14,8 +14,8 @@ within a round, because the speed of a machine drifts. The median of the ratios 
 
 Slow contenders run in every other round and at fewer points, which the CSV names. The same command
 resumes a stopped run on the same machine, code and versions. If a contender is new at a point, all
-others run there again. The sweep ``memory`` runs lens_kernels and TRL once. It counts the bytes of
-the others over fake tensors, because they take too long or do not fit.
+contenders run there again. The sweep ``memory`` runs lens_kernels and TRL once. Other contenders
+take too long or do not fit, so their memory is counted over fake tensors.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Time of a training step, and of its parts: the passes of the models, and the loss alone.
 
 The models have the shape of SmolLM2-135M and random weights. The student has fewer blocks. The time
-of the loss in the trainer is the time of a step minus the time of the models' passes. It is
-compared with the loss alone on hidden states of the same shape, and with dense PyTorch.
+of the loss in the trainer is the time of a step minus the time of the models' passes. This time is
+compared with that of the loss alone on hidden states of the same shape, and with dense PyTorch.
 """
 
 from __future__ import annotations

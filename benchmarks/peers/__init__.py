@@ -1,1 +1,1 @@
-"""The parts of ``speed_vs_peers.py``: points, rounds, the CSV, and limits for the results."""
+"""The parts of ``speed_vs_peers.py``: sizes, rounds, the CSV, and limits for the results."""

@@ -1,8 +1,7 @@
-"""Limits for the results of ``speed_vs_peers.py``, and its tables, computed from its CSV.
+"""Limits for the results of ``speed_vs_peers.py``, and the tables that are made from its CSV.
 
-Ratios of times are taken within each round, where both times were measured shortly after each
-other. The median ratio is compared with the limit, and printed with the lowest and the highest
-ratio.
+Ratios are taken within each round, in which both times were measured shortly after each other. The
+median ratio is compared with the limit, and printed with the lowest and the highest ratio.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Row = Mapping[str, str]
 
 
 def at(tokens: int = 1024, vocab: int = 50257, pairs: int = 1, masked: float = 0.0) -> str:
-    """Return the name of a point with the hidden sizes of GPT-2."""
+    """Return the name of a point (a set of sizes) with the hidden sizes of GPT-2."""
     return Point((), "gpt2", Job(tokens, vocab, pairs, masked=masked)).key()
 
 
@@ -66,7 +65,6 @@ def _against(peer: str, point: str, limit: float, name: str, quantity: str = "ti
 
 
 def _growth(what: str, larger: str, smaller: str, factor: float = 2) -> Bar:
-    """Return a limit for the growth of the time: at most 2.1 times if a size is doubled."""
     sides = (larger, "lens_kernels"), (smaller, "lens_kernels")
     return Bar(f"lens_kernels, {what}", *sides, 2.1 ** math.log2(factor), at_most=True)
 
@@ -94,7 +92,7 @@ BASE_TIMES = ("1024 tokens, 50257 entries, one pair", "s", "range", "rounds", "t
 
 
 def verdict(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a table row for each limit, with the ratio, its range, and met or missed."""
+    """Return a table row for each limit, with the ratio, its range, and ``met`` or ``missed``."""
     lines = []
     for bar in BARS:
         found = bar.ratios(rows)
@@ -110,7 +108,7 @@ def verdict(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def base_times(rows: Sequence[Row]) -> list[list[str]]:
-    """Return a table row for each contender, with its times at the point ``BASE``."""
+    """Return a table row for each contender, with its times at the sizes ``BASE``."""
     lines, order = [], [*dict.fromkeys(row["contender"] for row in rows)]
     for row in sorted(rows, key=lambda row: order.index(row["contender"])):
         if row["point"] == BASE and row["median_ms"]:

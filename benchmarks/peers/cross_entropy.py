@@ -1,4 +1,4 @@
-"""Compares the cross entropy of labels with peers: time of loss and backward at one size."""
+"""Times the cross entropy of labels, loss and backward, against that of peers at one size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ours(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def with_entropy(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    """Return the library's loss. The same call also computes the entropy of each token."""
+    """Return the library's loss, computed by a call that also returns the entropy of each token."""
     return linear_cross_entropy(hidden, head, labels, return_entropy=True)[0]
 
 
@@ -41,13 +41,11 @@ def dense(hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cut_cross_entropy() -> Loss:
-    """Return the form of cut-cross-entropy for CPUs."""
     package: Any = importlib.import_module("cut_cross_entropy")
     return partial(package.linear_cross_entropy, impl="torch_compile")
 
 
 def _liger() -> Loss:
-    """Return Liger's fused loss, whose kernels need a GPU."""
     if not torch.cuda.is_available():
         raise RuntimeError("needs a GPU")
     ops: Any = importlib.import_module("liger_kernel.ops.fused_linear_cross_entropy")
@@ -98,7 +96,7 @@ def run(folder: Path, device: torch.device, tokens: int, rounds: int, quick: boo
                 if not (got - exact).abs().max() <= 1e-4 * exact.abs().max():
                     raise RuntimeError("gives a wrong result")
             timed[title] = partial(step, loss)
-        except Exception as error:  # peers can fail in many ways
+        except Exception as error:  # peers may raise errors of any class
             notes[title] = first_line(error)
     times = timing.time_interleaved(timed, rounds, device)
     about = environment.environment(device)

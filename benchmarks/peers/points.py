@@ -1,4 +1,4 @@
-"""The points that ``speed_vs_peers.py`` measures, and the contenders that run at each point."""
+"""The points (sets of sizes) that ``speed_vs_peers.py`` measures, and their contenders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOOR = "floor"
 SWEEPS = ("tokens", "vocab", "pairs", "mask", "memory", "models")
 COMPILED = ("lens_kernels", "dense_compiled", "liger")
 SLOW = ("liger_uncompiled", "trl", "published")
-ONCE = "dense_kl_div"  # runs only at the first point, because it is a slower variant of dense
+ONCE = "dense_kl_div"  # a slower variant of dense, so it runs only at the first point
 TINY = Model("tiny", 24, 40, 1000)
 SHOWN = ("gpt2", "tinyllama", "smollm2", "qwen2.5")
 
@@ -39,7 +39,7 @@ class Point:
 
 
 def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point]:
-    """Return all points. A point that belongs to several sweeps appears once.
+    """Return all points. If several sweeps contain the same point, it appears once.
 
     The vocabulary sweep uses half of the tokens, and the models sweep a quarter.
     """
@@ -71,7 +71,7 @@ def points(tokens: int, device: torch.device, quick: bool = False) -> list[Point
 def takes_part(key: str, number: int) -> bool:
     """Return whether a contender runs in a round.
 
-    Round 0 is not timed: it only compiles.
+    Round 0 only compiles, and is not timed.
     """
     if number == 0:
         return key in COMPILED

@@ -19,7 +19,7 @@ COLUMNS = (
 
 
 class Results:
-    """The rows of the CSV, by point and contender."""
+    """The CSV rows, by point (a set of sizes) and contender."""
 
     def __init__(self, path: Path, environment: Mapping[str, str]) -> None:
         """Read the rows that an earlier run wrote, if there are any.
@@ -31,8 +31,8 @@ class Results:
         self.environment = environment
         self._rows: dict[tuple[str, str], dict[str, str]] = {}
         for row in tables.read_own_csv(path, environment):
-            # Rows about a missing package or too little memory are not kept, because each run
-            # checks both again.
+            # Drop rows about a missing package or too little memory, because each run checks both
+            # again.
             if row["point"] and not row["note"].startswith("does not fit"):
                 self._rows[row["point"], row["contender"]] = row
 
@@ -56,7 +56,7 @@ class Results:
         times: Mapping[int, float] | None = None,
         **more: str,
     ) -> dict[str, str]:
-        """Set a contender's row at a point, and return the row."""
+        """Set a contender's row at a point, and return it."""
         timing = Timing(times or {})
         names: dict[str, Any] = {"contender": key, "label": label, "times_ms": timing}
         parts = [names, timing.columns(), more, *([point.columns()] if point else [])]
@@ -66,7 +66,7 @@ class Results:
         return row
 
     def save(self) -> None:
-        """Divide times by that of the GEMMs alone in the same round, and write the CSV."""
+        """Divide each time by the GEMMs' time in the same round, and write the CSV."""
         for (place, _), row in self._rows.items():
             if floor := self._rows.get((place, FLOOR)):
                 ratios = Timing.read(row["times_ms"]).ratios(Timing.read(floor["times_ms"]))

@@ -14,16 +14,16 @@ from benchmarks.support import memory, products, providers, shapes, timing
 from benchmarks.support.contenders import Contender, first_line, step
 
 RUN_AT_THE_LARGE_POINT = ("lens_kernels", "trl")
-AVAILABLE = 0.9  # the largest share of the available memory that a contender may use
+AVAILABLE = 0.9  # the share of the available memory that a contender may use
 
 
 class Runner:
-    """Times the contenders at one point, in one round after another."""
+    """Times the contenders at one point (a set of sizes), one round after another."""
 
     def __init__(
         self, point: Point, contenders: Mapping[str, Contender], results: Results, rounds: int
     ) -> None:
-        """Choose contenders. Print which are left out, and which rounds were measured before."""
+        """Choose contenders. Print those that are left out, and rounds that are measured."""
         self.point, self.results, self.rounds = point, results, rounds
         self.contenders = dict(contenders)
         self.first = ""
@@ -44,8 +44,8 @@ class Runner:
     def turn(self, number: int) -> None:
         """Run one round at this point, and write its times when all contenders have run.
 
-        If one contender lacks a time of this round, all contenders run the round again. Ratios need
-        times of the same round.
+        If a contender has no time in this round, all contenders run the round again, because ratios
+        need times of the same round.
         """
         if not self._is_due(number):
             return
@@ -73,7 +73,7 @@ class Runner:
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
         if (
             self.results.row(self.point, key).get("note") != reason
-        ):  # if the note is unchanged, the row is not written again and keeps its date
+        ):  # if the note is unchanged, keep the row with its date
             self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:
@@ -86,7 +86,6 @@ class Runner:
         return any(number not in self.results.times(self.point, k) for k in self._keys(number))
 
     def _seconds(self, key: str, inputs: shapes.Inputs) -> float:
-        """Return the time of one call. Raise an error if the loss or a gradient is wrong."""
         job = self.point.job
         if key == FLOOR:
             cut = counted(inputs)
@@ -107,7 +106,7 @@ class Runner:
 
 
 def counted(inputs: shapes.Inputs) -> shapes.Inputs:
-    """Return the inputs without masked rows, for the time of the GEMMs of unmasked tokens."""
+    """Return the inputs without masked rows, to time the GEMMs of unmasked tokens."""
     student = [inputs.counted(x).detach() for x in inputs.student_hidden]
     teacher = [inputs.counted(x) for x in inputs.teacher_hidden]
     return replace(inputs, student_hidden=student, teacher_hidden=teacher, mask=None)
@@ -115,11 +114,11 @@ def counted(inputs: shapes.Inputs) -> shapes.Inputs:
 
 def too_large(contender: Contender, job: shapes.Job) -> str | None:
     """Return a message if a contender needs more memory than is available, else None."""
-    # Fake tensors cannot drop masked rows, so the memory is counted without a mask, as an upper
+    # Fake tensors cannot drop masked rows. So the memory is counted without a mask, as an upper
     # bound.
     try:
         fake = contender.fake_memory(replace(job, masked=0.0))
-    except Exception:  # the real run will then show this error
+    except Exception:  # the real run shows the error
         return None
     if fake is None or fake.peak <= AVAILABLE * memory.available():
         return None
@@ -127,7 +126,7 @@ def too_large(contender: Contender, job: shapes.Job) -> str | None:
 
 
 def large_point(point: Point, contenders: Mapping[str, Contender], results: Results) -> None:
-    """Run lens_kernels and TRL once at the largest point, and count the memory of the others."""
+    """Run lens_kernels and TRL once with the largest sizes. Count the memory of others."""
     expected: tuple[float, ...] | None = None
     for key, contender in contenders.items():
         if results.row(point, key):
@@ -137,7 +136,7 @@ def large_point(point: Point, contenders: Mapping[str, Contender], results: Resu
             continue
         times: dict[int, float] = {}
         if key in RUN_AT_THE_LARGE_POINT:
-            # Compile in a smaller job, so that the time of the large job includes no compilation.
+            # Compile on a smaller job, so that the time of the large job excludes compilation.
             step(contender.load(), replace(point.job, tokens=point.job.tokens // 4, pairs=1).make())
             (used, elapsed), seen = contender.observe(point.job.make(), _memory_and_seconds)
             expected = expected or seen

@@ -1,1 +1,1 @@
-"""The parts of ``lens_study.py``: data, models, runs, groups of runs, statistics, figures."""
+"""The parts of ``lens_study.py``: data, models, runs, groups of runs, statistics and figures."""

@@ -1,4 +1,4 @@
-"""The text of the study: where it comes from, how it is split, and its tokenizer."""
+"""The text of the study: its source, training and held-out parts, and tokenizer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lens_kernels.hf.model.smollm2 import smollm2
 VOCABULARY = 2048
 ROW = 128  # the number of tokens in a row
 HELD_OUT_ROWS = 128
-# Fewer for SmolLM2, because its log probabilities take 25 MB a row.
+# SmolLM2 uses fewer rows, because its log probabilities take 25 MB per row.
 PRETRAINED_HELD_OUT_ROWS = 32
-# The documentation of Django (BSD-3-Clause) has 640 files with 6.1 million characters of English
-# prose and some code. Only the source distribution contains it. pip downloads that file of 10.8 MB.
+# The documentation of Django (BSD-3-Clause): 640 files with 6.1 million characters of English prose
+# and some code. Only the source distribution contains it, a file of 10.8 MB that pip downloads.
 DJANGO = "Django==5.2.8"
 DJANGO_FILE = "django-5.2.8.tar.gz"
 DJANGO_SHA256 = "23254866a5bb9a2cfa6004e8b809ec6246eba4b58a7589bc2772f1bcc8456c7f"
@@ -33,14 +33,14 @@ END = 0  # the token between documents
 
 @dataclass(frozen=True)
 class Text:
-    """The text as rows of ``ROW`` tokens, for training and from held-out documents."""
+    """Rows of ``ROW`` tokens: for training, and from held-out documents."""
 
     train: Tensor
     held_out: Tensor
 
 
 def load(settings: TeacherSettings, folder: Path) -> Text:
-    """Return the rows of a teacher's text, from a file in ``folder`` if it exists."""
+    """Return the rows of a teacher's text, from a file in ``folder`` if the file exists."""
     name = f"{settings.text}-smollm2" if settings.pretrained else settings.text
     path = folder / f"text-{name}.pt"
     if not path.exists():
@@ -58,11 +58,10 @@ def load(settings: TeacherSettings, folder: Path) -> Text:
 
 
 def _django(folder: Path) -> list[str]:
-    """Return the texts of Django's documentation."""
     path = folder / DJANGO_FILE
     if not path.exists():
-        # To read the metadata, pip uses the setuptools that is installed, so it downloads nothing
-        # else.
+        # This option makes pip read the metadata with the installed setuptools, and download
+        # nothing else.
         flags = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q", "-d"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         subprocess.run([*pip, *flags, str(folder), DJANGO], check=True)
@@ -82,14 +81,13 @@ def _django(folder: Path) -> list[str]:
 
 
 def _topics() -> list[str]:
-    """Return the topics of Python's ``help``: a small text that needs no download."""
     from pydoc_data.topics import topics
 
     return [topics[name] for name in sorted(topics)]
 
 
 def _trained(documents: list[str]) -> tuple[list[list[int]], int]:
-    """Train a tokenizer on the documents. Return their tokens and the token between them."""
+    """Train a tokenizer on the documents. Return their tokens, and the token between documents."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -111,9 +109,8 @@ def _pretrained(documents: list[str], folder: Path) -> tuple[list[list[int]], in
 
 
 def _split(documents: list[list[int]], end: int, held_out: int) -> tuple[Tensor, Tensor]:
-    """Return the rows for training, and ``held_out`` rows of other documents."""
     encoded = [[*ids, end] for ids in documents]
-    # Whole documents are held out, until they fill the held-out rows.
+    # Hold out whole documents, until there are enough held-out rows.
     count, total = 0, 0
     while total < held_out * ROW:
         total += len(encoded[count])

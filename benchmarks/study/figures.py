@@ -1,4 +1,4 @@
-"""The figures of the study, drawn from its results alone."""
+"""The figures of the study. They are drawn from its CSV alone."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ VERDICTS = {"lower": pictures.GREEN, "higher": pictures.VERMILION}
 
 @pictures.styled
 def forest(group: Group, results: statistics.Results, folder: Path) -> Path | None:
-    """Draw KL by steps, and each arm's differences from its baseline, for one group."""
+    """Draw a group's KL by steps, and the difference of each objective from its baseline."""
     found = [x for x in statistics.compare(group, results) if x.percent is not None]
     compared = [arm for arm in group.arms if arm.versus]
-    if not found or 2 * len(found) < len(compared):  # the group has too few results for a figure
+    if not found or 2 * len(found) < len(compared):  # too few results for a figure
         return None
     drawn = pictures.canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])

@@ -1,4 +1,4 @@
-"""The questions of the study. A group of runs answers a question by comparisons with a baseline."""
+"""The questions of the study. Each is answered by a group of runs, compared with a baseline."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ DIVERGENCES = ("jsd", "forward_kl", "reverse_kl", "jeffreys", "tvd", "hellinger"
 
 @dataclass(frozen=True)
 class Arm:
-    """An objective with its label, and the label of its baseline.
+    """An objective of a group, with its label and the label of its baseline.
 
-    ``run`` has the settings. Its seed is replaced by each seed of the group.
+    ``run`` has the settings. Each seed of the group replaces the seed of ``run``.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Group:
-    """A question, and the arms and seeds that answer it."""
+    """A question, and the objectives (arms) and seeds that answer it."""
 
     name: str
     question: str
@@ -49,14 +49,14 @@ class Group:
     seeds: tuple[int, ...] = SEEDS
 
     def runs(self, seeds: tuple[int, ...] | None = None) -> Iterator[Run]:
-        """Return all runs, seed by seed, so that first comparisons are possible after one seed."""
+        """Return all runs by seed, so that comparisons are possible after the first seed."""
         for seed in seeds or self.seeds:
             for arm in self.arms:
                 yield replace(arm.run, seed=seed)
 
 
 def with_and_without(label: str, run: Run, pairs: Pairs = UNIFORM) -> tuple[Arm, Arm]:
-    """Return two arms: one without a lens, and one that differs only by a JSD lens."""
+    """Return a baseline without a lens, and the same objective with a JSD lens."""
     return Arm(label, run), Arm(f"{label} + lens", replace(run, lens="jsd", pairs=pairs), label)
 
 
@@ -221,8 +221,8 @@ GROUPS = {
 def quick() -> Group:
     """Return a small group for tests, which takes minutes and needs no network.
 
-    The student is cut from the teacher and trained for a few steps, with a large lens weight. With
-    these settings the lens helps most, so that a small run can show it.
+    The student is cut from the teacher and trained for a few steps with a large lens weight,
+    because the effect of the lens is large with these settings.
     """
     student: dict[str, Any] = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
     plain = student | {"teacher": TeacherSettings(text="topics", steps=400)}

@@ -9,19 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The number of rows that the models process at a time.
+# The models process this many rows at a time.
 CHUNK = 8
-# The length of a prompt and of its continuation in tokens, and the number of prompts.
+# The numbers of tokens of a prompt and of its continuation, and the number of prompts.
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128
-# The number of bins of confidence in the calibration error.
+# The number of confidence bins in the calibration error.
 BINS = 15
 
 
 def _final(model: Any, rows: Tensor) -> Tensor:
-    """Return the log probabilities of all next tokens, ``(tokens, V)``.
-
-    The last position is left out, because its next token is unknown.
-    """
     return model(input_ids=rows).logits[:, :-1].flatten(0, 1).log_softmax(-1)
 
 
@@ -30,7 +26,8 @@ def greedy(model: Any, rows: Tensor) -> Tensor:
     """Return the model's greedy continuations of the first tokens of rows."""
     prompts = rows[:PROMPTS, :PROMPT]
     mask = torch.ones_like(prompts)
-    # All continuations have the same length: no end token is allowed, and none needs padding.
+    # All continuations have the same length, because no end token is allowed. So none needs
+    # padding.
     length = {"max_new_tokens": CONTINUED, "min_new_tokens": CONTINUED}
     out = model.generate(prompts, attention_mask=mask, do_sample=False, pad_token_id=0, **length)
     return out[:, PROMPT:]
@@ -42,7 +39,7 @@ class Judge:
 
     teacher: Any
     rows: Tensor
-    log_p: list[Tensor]  # the teacher's log probabilities, one tensor for each chunk of rows
+    log_p: list[Tensor]  # the teacher's log probabilities, a tensor for each chunk of rows
     continuation: Tensor
 
     @classmethod
@@ -53,7 +50,6 @@ class Judge:
         return cls(teacher, rows, log_p, greedy(teacher, rows))
 
     def _chunks(self, model: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield for each chunk the log probabilities of teacher and student, and the labels."""
         training = model.training
         model.eval()
         for chunk, log_p in zip(self.rows.split(CHUNK), self.log_p, strict=True):
@@ -91,9 +87,9 @@ class Judge:
 
     @torch.no_grad()
     def by_depth(self, student: Any) -> list[dict[str, float]]:
-        """Return, for each student block, metrics that compare its lens with the teacher's lens.
+        """Return, for each student block, metrics that compare its lens with a teacher's lens.
 
-        Each student block is compared with the teacher's block at the same relative depth.
+        The teacher's block is at the same relative depth.
         """
         depth, teacher_depth = (len(x.model.layers) for x in (student, self.teacher))
         results = []
@@ -122,11 +118,11 @@ class Judge:
 def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
     """Return the log probabilities of the lens after a block.
 
-    After the last block, they are the model's output.
+    After the last block, these are the log probabilities of the model's output.
     """
     states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
-    if depth < len(states) - 1:  # the model has already applied the norm to the last states
+    if depth < len(states) - 1:  # the model has already applied the norm to its final states
         hidden = model.model.norm(hidden)
     return model.lm_head(hidden[:, :-1]).flatten(0, 1).log_softmax(-1)
 
@@ -134,7 +130,7 @@ def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
 def _calibration_error(confidence: Tensor, hit: Tensor) -> float:
     """Return the expected calibration error: the mean gap between confidence and accuracy.
 
-    A prediction is a hit if it is the next token of the text.
+    A prediction is correct if it is the next token of the text.
     """
     bins = (confidence * BINS).long().clamp(max=BINS - 1)
     gaps = torch.zeros(BINS).index_add_(0, bins, confidence - hit)

@@ -1,4 +1,4 @@
-"""Teacher and students, and their training with the library's Trainer."""
+"""The study's teacher and students, and their training with the library's Trainer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
-# A decay maps x, the completed share of training, to a factor that multiplies the lens weight.
+# A decay maps the completed share of training to a factor of the lens weight.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
@@ -48,7 +48,7 @@ def new_model(depth: int, width: int) -> Any:
 
 
 def new_student(run: Run, teacher: Any) -> Any:
-    """Return a run's untrained student. It starts from the same weights in all runs of a seed."""
+    """Return a run's untrained student. All runs of a seed start from the same weights."""
     if run.blocks:
         return shallow_copy(teacher, run.blocks).requires_grad_(True)
     torch.manual_seed(run.seed)
@@ -56,7 +56,7 @@ def new_student(run: Run, teacher: Any) -> Any:
 
 
 def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
-    """Return the teacher from ``folder``, or train it or convert it, and save it there."""
+    """Return the teacher from ``folder``. If it is missing, train or convert it, and save it."""
     if settings.pretrained:
         return smollm2(folder)[0].eval().requires_grad_(False)
     path = folder / f"teacher-{settings.key}.pt"
@@ -83,7 +83,7 @@ def train(
 ) -> float:
     """Train a student, and return the median CPU time of a step in milliseconds.
 
-    ``at_step`` is called after each step, outside the measured time. The order of the rows
+    ``at_step`` is called after each step, and its time is not measured. The order of the rows
     depends only on the seed.
     """
     disable_progress_bar()
@@ -133,7 +133,7 @@ def train(
 
 
 class _Watch(TrainerCallback):
-    """A callback that times steps, calls ``at_step``, and sets the weight of the lens."""
+    """Times steps, calls ``at_step``, and sets the weight of the lens during training."""
 
     def __init__(self, run: Run, at_step: Callable[[int], None]) -> None:
         self.run, self.at_step = run, at_step

@@ -1,4 +1,4 @@
-"""The tables of the study, which are written from the CSV of its results alone."""
+"""The tables of the study. They are made from the CSV of its results alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ OTHERS = {
 
 
 def table(group: Group, results: statistics.Results, seeds: Sequence[int] | None = None) -> str:
-    """Return the comparisons of a group as a Markdown table."""
+    """Return a group's comparisons as a Markdown table."""
     found = statistics.compare(group, results, seeds=seeds)
     if not found:
         return "No run is done yet."
@@ -60,7 +60,7 @@ def _line(each: Compared) -> list[str]:
 def others(group: Group, results: statistics.Results) -> str:
     """Return a group's other metrics as a Markdown table.
 
-    A star marks differences that exceed the noise.
+    A star marks differences that are larger than the noise.
     """
     columns = {
         metric: {x.arm.label: x for x in statistics.compare(group, results, metric, absolute=True)}

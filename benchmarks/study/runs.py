@@ -1,4 +1,4 @@
-"""Executes runs, which are independent of each other. Each run writes one line of a CSV, once."""
+"""Executes the runs of the study. Each run is independent, and writes one line of a CSV."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ COLUMNS = [
 def append(path: Path, values: dict[str, Any]) -> None:
     """Append a result to the CSV as one line.
 
-    A lock keeps lines of several processes from mixing.
+    A lock prevents several processes from writing at the same time.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -61,7 +61,6 @@ def _teacher_and_judge(settings: TeacherSettings, folder: Path) -> tuple[Any, An
 
 
 def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
-    """Train and save a teacher, so that the processes of the runs load it and need not train it."""
     from benchmarks.study import models
 
     models.load_teacher(settings, folder)
@@ -122,7 +121,7 @@ def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machin
     if not wanted:
         return
     started = time.perf_counter()
-    # New processes are spawned, because a fork would lose torch's threads.
+    # New processes are spawned, because a forked process would not have torch's threads.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, _prepare, (threads,)) as pool:
         for settings in dict.fromkeys(run.teacher for run in wanted):
@@ -147,7 +146,7 @@ def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machin
 
 
 def describe(run: Run) -> str:
-    """Return the settings that differ from their defaults, as a text."""
+    """Return a text with the settings that differ from their defaults."""
     plain = Run()
     names = [name for name in SETTINGS if getattr(run, name) != getattr(plain, name)]
     return " ".join(f"{name}={getattr(run, name)}" for name in names) or "defaults"

@@ -1,4 +1,4 @@
-"""The settings of a run, on which its result depends. The key of a run is a hash of them."""
+"""The settings that decide the result of a run. A hash of the settings is the key of the run."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, fields
 
 Pairs = tuple[tuple[int, int], ...]
 
-# The best learning rate for forward KL without a lens, as the group ``rate`` found.
+# The best learning rate for forward KL without a lens, found by the group ``rate``.
 RATE = 6e-3
-# The two pairs of the uniform rule, for a student of 3 blocks and a teacher of 6.
+# Two evenly spaced lens pairs, for a student of 3 blocks and a teacher of 6.
 UNIFORM: Pairs = ((1, 2), (2, 4))
 
 
@@ -29,7 +29,7 @@ class TeacherSettings:
     pretrained: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse settings that would have no effect, because equal runs must have equal keys."""
+        """Refuse settings that have no effect, because equal runs must have equal keys."""
         kind = TeacherSettings
         trained = (self.seed, self.steps, self.rate) != (kind.seed, kind.steps, kind.rate)
         if self.pretrained and trained:
@@ -68,7 +68,7 @@ class Run:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse settings that would have no effect, because equal runs must have equal keys."""
+        """Refuse settings that have no effect, because equal runs must have equal keys."""
         plain = (self.coeff, self.decay, self.norm) == (1.0, "constant", True)
         if not self.lens and not plain:
             raise ValueError("coeff, decay and norm need a lens: set lens, or keep their defaults")
@@ -82,7 +82,7 @@ class Run:
 
 
 def _key(settings: Run | TeacherSettings) -> str:
-    # Defaults are left out, so that a new setting does not change the keys of old results.
+    # Leave out default values, so that a new setting does not change the keys of old results.
     values, defaults = asdict(settings), {f.name: f.default for f in fields(settings)}
     said = {k: v for k, v in values.items() if k == "rate" or getattr(settings, k) != defaults[k]}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]

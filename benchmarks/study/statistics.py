@@ -1,4 +1,4 @@
-"""Comparisons of runs that are paired by seed, with intervals and verdicts."""
+"""Compares runs that are paired by seed, with intervals and verdicts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from benchmarks.study.groups import Arm, Group
 
 RESAMPLES = 10_000
-# Quantiles of Student's t distribution at 97.5 %, for 1, 2, ... degrees of freedom.
+# The 97.5 % quantiles of Student's t distribution, for 1, 2, ... degrees of freedom.
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-Results = Mapping[str, Mapping[str, str]]  # The lines of the CSV, by the key of their run.
+Results = Mapping[str, Mapping[str, str]]  # Maps the key of each run to its line of the CSV.
 Interval = tuple[float, float]
 
 
@@ -29,8 +29,7 @@ class Difference:
     def verdict(self) -> str:
         """``lower``, ``higher``, ``within the noise`` or ``one seed``, by Student's t interval.
 
-        The bootstrap interval is too narrow for a few values, because it only resamples these
-        values.
+        The bootstrap interval resamples the few differences, so it is too narrow for a verdict.
         """
         if self.student_t is None:
             return "one seed"
@@ -39,7 +38,7 @@ class Difference:
 
 
 def difference(values: Sequence[float]) -> Difference:
-    """Return the mean of the differences, one for each seed, with intervals."""
+    """Return the mean of differences, one for each seed, with intervals."""
     n, mean = len(values), statistics.fmean(values)
     if n < 2:
         return Difference(mean, None, None)
@@ -52,18 +51,18 @@ def difference(values: Sequence[float]) -> Difference:
 
 @dataclass(frozen=True)
 class Compared:
-    """An arm's results over seeds, and its difference from the baseline over the shared seeds."""
+    """An objective's mean over seeds, and its difference from the baseline over shared seeds."""
 
     arm: Arm
     seeds: tuple[int, ...]
     mean: float
     deviation: float
     percent: Difference | None
-    # The share of training after which the arm reaches the baseline's final KL.
+    # the share of training after which the objective reaches the final KL of the baseline
     reached: float | None
-    # The median CPU time of a step in milliseconds.
+    # the median CPU time of a step in milliseconds
     cpu_ms: float
-    # The CPU time of a step, divided by the time of the baseline's step.
+    # the CPU time of a step, divided by the time of the baseline's step
     cost: float | None
 
 
@@ -74,9 +73,9 @@ def compare(
     seeds: Sequence[int] | None = None,
     absolute: bool = False,
 ) -> list[Compared]:
-    """Return a comparison with the baseline for each arm that has a result.
+    """Return a comparison with the baseline for each objective that has a result.
 
-    Differences are in percent of the baseline's value, or in its own unit if ``absolute``.
+    Differences are in percent of the baseline's value, or absolute if ``absolute`` is true.
     """
     seeds = group.seeds if seeds is None else seeds
     by_label = {arm.label: arm for arm in group.arms}
@@ -133,7 +132,7 @@ def by_depth(
 
 
 def _share_to_reach(rows: Sequence[tuple[Mapping[str, str], Mapping[str, str]]]) -> float | None:
-    """Return the mean share of training that an arm needs to reach its baseline's final KL.
+    """Return the mean share of training after which runs reach the baseline's final KL.
 
     KL is interpolated linearly between evaluations. The result is None if a run never reaches that
     KL.

@@ -1,1 +1,1 @@
-"""Code that several scripts use: contenders, sizes, measurements, tables and figures."""
+"""Code that several benchmarks use: contenders, sizes, measurements, tables and figures."""

@@ -1,4 +1,4 @@
-"""Contenders: ways to compute the loss of a job.
+"""Contenders: several implementations of the same loss.
 
 Their results are compared with the fp64 oracle, and their memory can be counted.
 """
@@ -26,12 +26,12 @@ Loss = Callable[[Inputs], Tensor]
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute the loss of a job.
+    """One implementation of the loss.
 
     ``load`` imports the packages and returns ``loss(inputs)``. ``on_fakes`` returns a context for a
-    run over fake tensors on a CPU, or is None if the contender cannot run over them. ``epsilon`` is
-    the number that the contender adds to the mixture before it takes the logarithm. The number
-    lowers the loss by at most ``epsilon * V``.
+    run over fake tensors on a CPU. It is None if the contender cannot run over fake tensors.
+    ``epsilon`` is a number that the contender adds inside a logarithm. It lowers the loss by at
+    most ``epsilon * V``.
     """
 
     key: str
@@ -60,14 +60,15 @@ class Contender:
             return f"not installed; pip install {self.package}=={self.release}"
         try:
             self.load()
-        # Importing a peer may fail in many ways, in any of the packages that it imports.
+        # Any package that a peer imports may fail in many ways.
         except Exception as error:
             return f"cannot be loaded: {first_line(error)}"
         return None
 
     def fake_memory(self, job: Job) -> memory.Memory | None:
-        """Return the memory of a job counted over fake tensors, or None if that is impossible."""
-        # On a GPU the peers and the compiled pass launch kernels, which do not accept fake tensors.
+        """Return the memory of a job, counted over fake tensors, or None if that is impossible."""
+        # On a GPU, the peers and the compiled pass launch kernels, which do not accept fake
+        # tensors.
         if self.on_fakes is None or job.device.type != "cpu":
             return None
         loss = self.load()
@@ -78,19 +79,16 @@ class Contender:
     def observe(
         self, inputs: Inputs, instrument: Callable[[Callable[[], Any], torch.device], T]
     ) -> tuple[T, tuple[float, ...]]:
-        """Measure one step.
-
-        Return the measurement, and the loss and the gradient norms of the step.
-        """
+        """Measure one step. Return the measurement, and the step's loss and gradient norms."""
         loss, values = self.load(), []
-        inputs.clear()  # otherwise the memory would include gradients of an earlier step
+        inputs.clear()  # free the gradients of an earlier step
         device = inputs.student_head.device
         said = instrument(lambda: values.append(step(loss, inputs)), device)
         norms = (x.grad.norm().item() if x.grad is not None else 0.0 for x in inputs.leaves())
         return said, (values[0].item(), *norms)
 
     def difference(self, job: Job, seen: tuple[float, ...], other: tuple[float, ...]) -> str | None:
-        """Return a text on how the loss or a gradient norm differs from ``other``, or None."""
+        """Return a text that says how loss or gradient norms differ from ``other``, or None."""
         names = ["loss"] + [f"norm of gradient {i}" for i in range(len(seen) - 1)]
         for name, mine, theirs in zip(names, seen, other, strict=True):
             allowed = 1e-3 * theirs
@@ -102,11 +100,11 @@ class Contender:
 
 
 def step(loss: Loss, inputs: Inputs) -> Tensor:
-    """Compute loss and gradients on cleared inputs, and return the loss without its graph."""
+    """Clear the gradients, compute loss and gradients, and return the loss without its graph."""
     inputs.clear()
     value = loss(inputs)
-    # The upstream gradient is a real tensor even if the inputs are fake, because Liger reads its
-    # value on the host.
+    # The upstream gradient is a real tensor even for fake inputs, because Liger reads its value on
+    # the host.
     value.backward(gradient=torch.tensor(1.0, device=value.device))
     return value.detach()
 
@@ -122,8 +120,6 @@ def check(contender: Contender, device: torch.device) -> None:
 
 
 def _problems(contender: Contender, device: torch.device, masked: float) -> list[str]:
-    """Return a text for each difference between a contender and the oracle."""
-
     def truth(inputs: Inputs) -> Tensor:
         heads = LensHead(inputs.student_head), LensHead(inputs.teacher_head)
         hidden = inputs.student_hidden, inputs.teacher_hidden
@@ -151,10 +147,10 @@ def _problems(contender: Contender, device: torch.device, masked: float) -> list
 def gather(
     contenders: Mapping[str, Contender], device: torch.device, needed: Container[str]
 ) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the contenders that run on a device, and why each of the others does not.
+    """Return the contenders that run on a device, and the reasons why others do not.
 
     A contender that fails or gives a wrong result is left out. If it is in ``needed``, its error is
-    raised.
+    raised instead.
     """
     present: dict[str, Contender] = {}
     missing: dict[str, str] = {}

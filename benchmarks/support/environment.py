@@ -1,4 +1,4 @@
-"""The origin of a measurement, which its CSV records: code, versions, machine and date."""
+"""The origin of a measurement, for its CSV: code, versions, machine and date."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PEERS = ("liger-kernel", "trl")
 
 
 def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.ArgumentParser:
-    """Return an argument parser with the options of all scripts and the given integer options."""
+    """Return an argument parser with the options of all scripts, and with integer options."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of the CSV")
     if on_device:
@@ -91,8 +91,8 @@ def device_name(device: torch.device) -> str:
     found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
     if "model name" not in found:
         return platform.processor() or platform.machine()
-    # The name alone is ambiguous: virtual machines use it for several generations of processors. So
-    # family and model are added.
+    # Virtual machines use the same name for several generations of processors, so family and model
+    # are added.
     numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
     return ", ".join([found["model name"].strip(), *numbers])
 
@@ -100,7 +100,7 @@ def device_name(device: torch.device) -> str:
 def commit() -> str:
     """Return the last commit that changed the measured code.
 
-    ``-dirty`` marks code with uncommitted changes.
+    The suffix ``-dirty`` marks code with uncommitted changes.
     """
     git, code = ("git", "-C", str(ROOT)), ("--", "lens_kernels", "benchmarks/*.py")
     try:

@@ -5,7 +5,8 @@ custom operators and in compiled code. It misses the buffers that a BLAS library
 On a GPU, CUDA's counters are read.
 
 A run over fake tensors allocates nothing. ``StorageTracker`` adds the sizes of the storages that
-operators create, and subtracts them when the storages are freed. The tests compare both numbers.
+operators create, and subtracts them when the storages are freed. The tests compare measured and
+counted memory.
 """
 
 from __future__ import annotations
@@ -28,33 +29,33 @@ from benchmarks.support import compat
 
 MIB = 1 << 20
 
-# Otherwise the profiler would write a message to stderr on every use.
+# Without this, the profiler writes a message to stderr at every use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory that a function takes in bytes, besides the memory in use before.
+    """The memory that a function takes in bytes, beyond the memory in use before.
 
-    ``peak`` is the largest number during the run. ``kept`` is the number at the end, for the loss
-    and the gradients.
+    ``peak`` is the maximum during the run. ``kept`` is the memory at the end, for the loss and the
+    gradients.
     """
 
     peak: int
     kept: int
 
     def columns(self) -> dict[str, str]:
-        """Return both numbers as columns of a CSV, in MiB."""
+        """Return ``peak`` and ``kept`` as columns of a CSV, in MiB."""
         return {"peak_with_gradients_mib": mib(self.peak), "gradients_mib": mib(self.kept)}
 
 
 def mib(size: float) -> str:
-    """Return a number of bytes in MiB, as a text."""
+    """Return a number of bytes as a text in MiB."""
     return f"{size / MIB:.2f}"
 
 
 def measure(function: Callable[[], Any], device: torch.device) -> Memory:
-    """Run ``function`` and measure its memory. Its result is part of the kept memory."""
+    """Run ``function`` and measure its memory. The kept memory includes its result."""
     if device.type == "cuda":
         return _measure_cuda(function, device)
     if device.type != "cpu":
@@ -86,12 +87,11 @@ def _measure_cuda(function: Callable[[], Any], device: torch.device) -> Memory:
 class StorageTracker(compat.DispatchMode):
     """A mode that counts the bytes of the storages that operators create.
 
-    Views and in-place results share a storage that is already counted. A storage that appears first
-    as an argument existed before, and is not counted.
+    Views and in-place results share a storage that is already counted. If a storage first appears
+    as an argument, it existed before, and is not counted.
     """
 
     def __init__(self) -> None:
-        """Start with no counted storage."""
         super().__init__()
         self.live = self.peak = 0
         self._sizes: dict[int, int] = {}
@@ -103,8 +103,8 @@ class StorageTracker(compat.DispatchMode):
         kwargs = kwargs or {}
         self._see((args, kwargs), created=False)
         if body := compat.body_of(func):
-            # The mode does not see inside a custom operator, and with fake tensors torch runs its
-            # fake version. The allocations of the body must be counted, so the body runs here.
+            # The mode does not see inside a custom operator, and with fake tensors torch does not
+            # run the operator's body. So the body runs here, to count its allocations.
             with self:
                 result = body(*args, **kwargs)
         else:
@@ -138,7 +138,6 @@ def track(function: Callable[[], Any]) -> Memory:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Disable the garbage collector, because it would free memory at unpredictable times."""
     gc.disable()
     try:
         yield
@@ -147,7 +146,7 @@ def _no_collection() -> Iterator[None]:
 
 
 def available() -> int:
-    """Return how many bytes of main memory are available."""
+    """Return the available bytes of main memory."""
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
     except OSError:

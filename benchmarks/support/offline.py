@@ -1,7 +1,7 @@
-"""Compile the kernels for a GPU that this machine does not have, and read the machine code.
+"""Compiles the kernels for a GPU that this machine does not have, and reads the machine code.
 
-The backend runs on tiny CPU tensors, while Triton sees the GPU as its device. A hook records every
-kernel before it is compiled, so arguments, options and tiles are those of the GPU.
+The backend runs on tiny CPU tensors, but Triton is told that the device is the GPU. A hook records
+every kernel before it is compiled, so arguments, options and block sizes are those of the GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
 
-# For each architecture, Triton's target, and the start of the names of its fastest matrix
+# Maps each architecture to Triton's target, and to the first letters of its fastest matrix
 # instructions.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), "HMMA"),
@@ -43,19 +43,20 @@ TARGETS = {
 }
 ANY_MATRIX = re.compile(r"\b(HGMMA|HMMA|UTC\w*MMA|v_mfma)\w*")
 INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/|\t[vsdbg]\w*_)")
-# The launch options on which the machine code of a kernel depends.
+# Launch options that change the machine code of a kernel.
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 # Triton's name for the type of an argument whose value is compiled into the kernel.
 CONSTANT = "constexpr"
-# The position of an argument: one number, or two for an element of a tuple argument.
+# The position of an argument: one number, or two numbers for an element of a tuple.
 Path = tuple[int, ...]
-# The registers, threads and blocks that fit on a multiprocessor of NVIDIA's data-centre GPUs.
+# The numbers of registers, threads and blocks that fit on a multiprocessor of NVIDIA's data-centre
+# GPUs.
 REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A recorded launch of a kernel, with everything on which its compilation depends."""
+    """A recorded launch of a kernel, with everything on which the kernel's machine code depends."""
 
     kernel: str
     module: str
@@ -65,7 +66,7 @@ class Launch:
     options: tuple[tuple[str, Any], ...]
 
     def fixed(self) -> dict[str, Any]:
-        """Return the values that are compiled into the kernel, by argument. Tuples are left out."""
+        """Return the values that are compiled into the kernel, by argument, without tuples."""
         names = [name for name, _ in self.signature]
         return {names[path[0]]: value for path, value in self.constants if len(path) == 1}
 
@@ -83,10 +84,10 @@ class Launch:
         return " ".join(words + [k for k, v in optional.items() if v not in (None, CONSTANT)])
 
     def tile(self) -> str:
-        """Return the tile, the number of warps and the number of stages, as a text."""
+        """Return the block sizes and the numbers of warps and stages, as a text."""
         blocks = [str(v) for k, v in self.fixed().items() if k.startswith("BLOCK_")]
         options = dict(self.options)
-        # The norm kernels have no stages, which pipeline the loads of a loop.
+        # The norm kernels have no stages, because these pipeline the loads of a loop.
         stages = "" if self.kernel.startswith("norm") else options["num_stages"]
         return f"{'x'.join(blocks)}/{options['num_warps']}w{stages}"
 
@@ -120,7 +121,7 @@ FEATURES: dict[str, frozenset[str]] = {
 
 
 def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
-    """Return a head of zeros with the optional parts named in ``features``."""
+    """Return a head of zeros with the optional parts in ``features``."""
     weight = torch.zeros(vocab, width, dtype=dtype)
     layer = "layer" in features
     norm = LensNorm("layer" if layer else "rms", weight[0], weight[0] if layer else None, eps=1e-6)
@@ -152,7 +153,7 @@ def loss_call(
     features: frozenset[str],
     **options: Any,
 ) -> LossCall:
-    """Return a call with these features. ``sizes`` are the tokens and the vocabulary size."""
+    """Return a call with ``features``. ``sizes`` are the tokens and the vocabulary size."""
     tokens, vocab = sizes
     student, teacher = (head(dtype, vocab, width, features) for width in widths)
     hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
@@ -185,7 +186,7 @@ def recorder(arch: str, tile: Tile | None = None, tf32: bool = False) -> Iterato
         chosen = json.loads(compile["specialization_data"])["options"]
         options = tuple((name, chosen[name]) for name in OPTIONS if name in chosen)
         launches.append(Launch(fn.name, fn.module, types, constants, divisible, options))
-        return True  # True makes Triton skip the compilation and the launch
+        return True  # True makes Triton skip compilation and launch
 
     patches: dict[tuple[Any, str], Any] = {
         (sizes, "arch_of"): lambda device: sizes.ARCHS[arch],
@@ -245,7 +246,7 @@ def _read_nvidia(compiled: Any, shared: int) -> tuple[str, int, int, int]:
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])
-    # A kernel that uses few registers can still spill, so the stack size and accesses to it are
+    # A kernel with few registers can still spill, so the stack size and accesses to the stack are
     # counted.
     spilled = int(re.findall(r"STACK:(\d+)", usage)[-1])
     spilled = max(spilled, len(re.findall(r"\b(?:LDL|STL)\b", code)))
@@ -261,8 +262,8 @@ def _read_amd(compiled: Any, shared: int) -> tuple[str, int, int, int]:
     def figure(pattern: str) -> int:
         return int(re.findall(pattern + r"\s*(\d+)", code)[-1])
 
-    # An AMD multiprocessor has four SIMD units. The compiler reports the waves that fit on one
-    # unit, and a program needs room for all of its warps.
+    # An AMD multiprocessor has four SIMD units. The compiler reports how many waves fit on one
+    # unit. All waves of a program must fit on the multiprocessor.
     waves = 4 * figure("; Occupancy:")
     by_shared = sizes.ARCHS["gfx942"].shared_memory // max(1, shared)
     programs = min(waves // compiled.metadata.num_warps, by_shared)
@@ -279,7 +280,7 @@ def fault(compiled: Compiled, dtype: str) -> str | None:
     name = f"{compiled.arch} {compiled.launch.kernel} {compiled.launch.variant()}"
     if compiled.spilled_bytes:
         return f"{name} {compiled.launch.tile()} spills {compiled.spilled_bytes} bytes"
-    # Exact fp32 GEMMs have no matrix instruction on NVIDIA GPUs.
+    # NVIDIA GPUs have no matrix instruction for exact fp32.
     best = TARGETS[compiled.arch][1]
     exempt = compiled.launch.kernel.startswith("norm") or dtype == "float32"
     if exempt or compiled.matrix == best:

@@ -32,14 +32,14 @@ STYLES = {
     "trl": (pictures.GREEN, "D"),
 }
 STUDENTS = (pictures.BLUE, pictures.VERMILION, pictures.GREEN, pictures.PURPLE, pictures.ORANGE)
-# The goal of the approximation: an error below the first number, and a time below the second. The
-# time is divided by that of the GEMMs alone.
+# The goal of the approximation: its error should be below the first number. Its time, divided by
+# that of the GEMMs alone, should be below the second.
 SMALL_ERROR, WANTED_RATIO = 1e-3, 0.80
 GEMMS = f"time / time of the four GEMMs\n({LOWER})"
 
 
 def figure(draw: Callable[[Rows], Any]) -> Callable[..., str]:
-    """Turn a function that draws rows into one that reads a CSV and writes a picture.
+    """Turn a function that draws rows into a function that reads a CSV and writes a picture.
 
     The picture is written to ``png``, by default next to the CSV. The new function returns the path
     of the picture, or a message if there is no picture.
@@ -69,14 +69,13 @@ def no_matplotlib() -> str | None:
 
 
 def _log2(axis: Any, said: Callable[[float], str]) -> None:
-    """Make the vertical axis logarithmic. ``said`` returns the label of a tick for its value."""
+    """Make the vertical axis logarithmic. ``said`` returns the label of each tick."""
     axis.set_yscale("log", base=2)
     axis.yaxis.set_major_formatter(lambda value, _: said(value))
     axis.minorticks_off()
 
 
 def _by(rows: Rows, *columns: str) -> dict[Any, Rows]:
-    """Return the rows grouped by their values in some columns, in order of first appearance."""
     groups: dict[Any, Rows] = {}
     for row in rows:
         key = tuple(row[name] for name in columns)
@@ -85,7 +84,6 @@ def _by(rows: Rows, *columns: str) -> dict[Any, Rows]:
 
 
 def _numbers(rows: Rows, *columns: str) -> list[tuple[float, ...]]:
-    """Return columns of the rows as lists of numbers, sorted by the first column."""
     return [*zip(*sorted(tuple(float(r[name]) for name in columns) for r in rows), strict=True)]
 
 
@@ -98,7 +96,6 @@ def _pairs(count: str) -> str:
 
 
 def _key(color: str, **style: Any) -> Any:
-    """Return an empty line with this style, which appears only in the legend."""
     from matplotlib.lines import Line2D
 
     return Line2D([], [], color=color, **style)
@@ -110,7 +107,7 @@ def _legend(drawn: Any, handles: Mapping[str, Any], columns: int) -> None:
 
 @figure
 def memory_vs_vocab(rows: Rows) -> Any:
-    """Draw memory against vocabulary size, in one panel for each number of pairs."""
+    """Draw memory against vocabulary size, with one panel for each number of pairs."""
     rows = [row for row in rows if row["peak_with_gradients_mib"]]
     panels = sorted(_by(rows, "pairs").items(), key=lambda item: int(item[0]))
     drawn = pictures.canvas(4.6 * len(panels), 4.6)
@@ -148,7 +145,7 @@ def memory_vs_vocab(rows: Rows) -> Any:
     return drawn
 
 
-# For each sweep: its CSV column, the label of its axis, and the text of a value.
+# Maps each sweep to its CSV column, the label of its axis, and the text of a value.
 SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
     "tokens": ("tokens", "tokens", lambda text: f"{int(text):,} tokens"),
     "vocab": ("vocab_entries", "vocabulary entries", lambda text: f"{int(text):,} entries"),
@@ -163,7 +160,7 @@ SPEED_AXES: dict[str, tuple[str, str, Callable[[str], str]]] = {
 
 @figure
 def speed_vs_peers(rows: Rows) -> Any:
-    """Draw times along each sweep, their ratios to the GEMMs alone, and temporary memory."""
+    """Draw the time of each sweep, the ratio to the GEMMs alone, and temporary memory."""
     rows = [row for row in rows if row["median_ms"] or row["temporaries_mib"]]
     in_sweep = {name: [r for r in rows if name in r["sweeps"].split()] for name in SPEED_AXES}
     panels: list[tuple[Callable[[Any, Rows], None], Rows]] = [
@@ -200,7 +197,7 @@ def speed_vs_peers(rows: Rows) -> Any:
 
 
 def _lines(axis: Any, rows: Rows, sweep: str) -> None:
-    """Draw the time of each contender along a sweep. At a point, markers are side by side."""
+    """Draw the time of each contender along a sweep. Markers of the same size are side by side."""
     column, label, _ = SPEED_AXES[sweep]
     places = sorted({float(row[column]) for row in rows})
     contenders = _by(sorted(rows, key=lambda row: [*STYLES].index(row["contender"])), "contender")
@@ -226,7 +223,7 @@ def _lines(axis: Any, rows: Rows, sweep: str) -> None:
 
 
 def _model_bars(axis: Any, rows: Rows) -> None:
-    """Draw bars for each pair of models: each time divided by that of the GEMMs, with its range."""
+    """Draw a bar for each contender and pair of models: its time divided by that of the GEMMs."""
     floors = {
         row["model"]: Timing.read(row["times_ms"]) for row in rows if row["contender"] == "floor"
     }
@@ -267,18 +264,17 @@ def _temporaries(axis: Any, rows: Rows) -> None:
 
 @figure
 def active_vocabulary(rows: Rows) -> Any:
-    """Draw the time against the error for the lens pairs, with a curve for each student.
+    """Draw the time of the lens pairs against the error, with a curve for each student.
 
-    The time is divided by that of the GEMMs alone.
-
-    The error of a threshold is the larger of the errors of hidden states and head. The final states
-    are not drawn, because almost every threshold leaves nothing out for them.
+    The time is divided by that of the GEMMs alone. The error of a threshold is the larger of the
+    errors of hidden states and head. The final hidden states are not drawn, because almost every
+    threshold leaves nothing out for them.
     """
     rows = [row for row in rows if row["group"] == "lens" and row["used_share"]]
     runs, curves = [*_by(rows, "run")], {}
     drawn = pictures.canvas(7.2, 5.4)
     axis, handles = drawn.subplots(), {}
-    # Near 0, where the exact gradients are, the axis is linear.
+    # The axis is linear near 0, to show the exact gradients.
     smallest = min((error for row in rows if (error := _error(row))), default=SMALL_ERROR)
     axis.set_xscale("symlog", linthresh=smallest / 1.5, linscale=0.4)
     for (run, state), own in _by(rows, "run", "state").items():
@@ -289,8 +285,8 @@ def active_vocabulary(rows: Rows) -> Any:
         handles[f"{run.replace('_', ' ')}, {state} training"] = _key(**style)
         axis.plot(*[*zip(*curve, strict=True)][:2], **style)
         curves[run, state] = curve
-    # Thresholds are written above the slowest curve, where there is room. The first point of a
-    # curve has no threshold.
+    # Thresholds are written above the slowest curve, where there is space. The first point of a
+    # curve is exact, and has no threshold.
     for *point, name in max(curves.values(), key=lambda curve: sum(x[1] for x in curve))[1:]:
         above = {"textcoords": "offset points", "ha": "center", "rotation": 90, "fontsize": 8}
         axis.annotate(name, point, (0, 7), **above)

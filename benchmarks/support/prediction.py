@@ -1,4 +1,4 @@
-"""The time of a plan on an H100, predicted from its operations and bytes. Nothing is measured.
+"""Predicts the time of a plan on an H100 from its operations and bytes. Nothing is measured.
 
 A step takes as long as its arithmetic or its memory traffic, whichever is longer. Steps do not
 overlap. The rates are assumptions. Data sheet of the H100 SXM: 989 TFLOP/s and 3.35 TB/s.
@@ -16,18 +16,19 @@ from lens_kernels.cost import RELATIVE_TIME, Plan
 BYTES_PER_MS = 3.0e9
 # The assumed rate of 16-bit GEMMs with float32 results.
 FLOPS_PER_MS = 700e9
-# The assumed rate of whole GEMMs with 16-bit results, as they are timed without the loss.
+# The assumed rate of 16-bit GEMMs with 16-bit results, when they are timed without the loss.
 FLOOR_FLOPS_PER_MS = 790e9
 PARTS = {
     "projections": "products",
     "products of the gradient": "products",
     "pointwise pass": "pass",
 }
-# The rows of the table: each model with each number of tokens and of lens pairs.
+# Rows of the table: each model, with each number of tokens and of lens pairs.
 SHAPES = ("qwen2.5", "llama3")
 PAGE_SIZES = ((8192, 1), (5120, 1), (1024, 5))
 READS = {"three times": False, "once": True}
-# Warp instructions that the assumed GPU starts per ms: 132 multiprocessors start 4 per cycle.
+# The number of instructions that all warps of the assumed GPU start per ms: 132 multiprocessors
+# start 4 per cycle.
 ISSUED_PER_MS = 132 * 4 * 1.75e6
 HEADER = (
     "predicted, not measured",
@@ -53,7 +54,7 @@ def step_ms(planned: Plan) -> dict[str, float]:
 
 
 def part_ms(planned: Plan) -> dict[str, float]:
-    """Return the predicted time of each part in ms: GEMMs, the pass between them, and the rest."""
+    """Return the predicted ms of three parts: GEMMs, the pass between them, and the rest."""
     ms = {"products": 0.0, "pass": 0.0, "rest": 0.0}
     for name, time in step_ms(planned).items():
         ms[PARTS.get(name, "rest")] += time
@@ -71,7 +72,7 @@ def of_floor(plans: Mapping[str, Plan]) -> float:
 
 
 def instructions(one_read: bool) -> float:
-    """Return the instructions of the row kernel for a pair of logits, counted for sm_90."""
+    """Return how many instructions the row kernel has per pair of logits, counted for sm_90."""
     kernel = {"arch": "sm_90", "divergence": "jsd_half", "variant": "plain"}
     rows = tables.read_csv(environment.DATA / "offline" / "row_pass_bfloat16.csv")
     (row,) = (r for r in rows if kernel.items() <= r.items() and (r["cluster"] != "1") == one_read)
@@ -79,15 +80,15 @@ def instructions(one_read: bool) -> float:
 
 
 def issue_ms(model: Model, rows: int, one_read: bool) -> float:
-    """Return the time of the row kernel's instructions alone, in ms. A warp has 32 threads."""
+    """Return the time of the row kernel's instructions in ms. A warp has 32 threads."""
     return rows * model.vocab * instructions(one_read) / 32 / ISSUED_PER_MS
 
 
 def table() -> str:
     """Return a Markdown table of predicted times.
 
-    They are for a bf16 step with ``jsd`` on the ``torch`` backend. The row kernel reads logits
-    three times, or once if a cluster of programs holds a row.
+    The times are for a bf16 step with ``jsd`` on the ``torch`` backend. The row kernel reads logits
+    three times, or once if a cluster of GPU programs holds a row.
     """
     rows = []
     for key in SHAPES:

@@ -1,4 +1,4 @@
-"""The floor of the benchmarks: the GEMMs that every implementation needs."""
+"""The GEMMs that every implementation needs. Their time is the floor of the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TITLE = "the four GEMMs alone"
 
 
 def products(inputs: Inputs) -> None:
-    """Run the four GEMMs of each pair. The logits also replace their own gradient."""
+    """Run the four GEMMs of each pair. The logits also serve as their own gradient."""
     head = inputs.student_head.detach()
     for student, teacher in zip(inputs.student_hidden, inputs.teacher_hidden, strict=True):
         x = student.detach()
@@ -27,7 +27,7 @@ def products(inputs: Inputs) -> None:
 
 
 def tiled_products(inputs: Inputs) -> None:
-    """Run the same GEMMs in the tiles and the precision of the ``torch`` backend."""
+    """Run the four GEMMs of each pair in the tiles and dtypes of the ``torch`` backend."""
     ours, theirs = (
         matmul.Factors(head.detach(), None, torch.float32)
         for head in (inputs.student_head, inputs.teacher_head)
@@ -47,7 +47,7 @@ def tiled_products(inputs: Inputs) -> None:
 def at_layout(inputs: Inputs) -> Iterator[tuple[str, int, int, Callable[[], object]]]:
     """Yield each GEMM of the ``torch`` backend, with as many rows as a tile.
 
-    An item holds a name, the numbers of rows and operations, and a function that runs the GEMM.
+    An item is a name, a number of rows, a number of operations, and a function that runs the GEMM.
     """
     head, hidden = inputs.student_head.detach(), torch.cat(inputs.student_hidden).detach()
     device, (vocab, width) = head.device, head.shape

@@ -1,9 +1,9 @@
-"""The contenders. All compute one loss: jsd with beta 1/2, without norm and bias.
+"""The contenders. All of them compute one loss: jsd with beta 1/2, without norm and bias.
 
 The loss is the mean over pairs and tokens. Gradients are computed for the student's hidden states
-and head. Peers take one pair per call. For several pairs their losses are averaged before one
-backward pass, as a user would do. Masked tokens do not count. The docstring of each contender says
-how it excludes them.
+and head. Peers take one pair per call. For several pairs, their losses are averaged before one
+backward pass. Masked tokens do not count. The docstring of each contender says how it excludes
+masked tokens.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ PUBLISHED_EPSILON = 1e-8
 def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
     """Return a loss of a job's inputs: the mean of ``loss`` over all pairs.
 
-    The arguments of ``loss`` are ``(student, student_head, teacher, teacher_head)``. They hold only
-    unmasked rows. If ``labelled``, they hold all rows, and the last argument is Liger's labels,
-    which are -100 for masked tokens.
+    ``loss`` takes ``(student, student_head, teacher, teacher_head)``, with unmasked rows only. If
+    ``labelled``, it takes all rows, and a fifth argument: Liger's labels, which are -100 for masked
+    tokens.
     """
 
     def one(student: Tensor, teacher: Tensor, inputs: Inputs) -> Tensor:
@@ -48,7 +48,7 @@ def per_pair(loss: Callable[..., Tensor], labelled: bool = False) -> Loss:
     def mean(inputs: Inputs) -> Tensor:
         pairs = zip(inputs.student_hidden, inputs.teacher_hidden, strict=True)
         losses = [one(student, teacher, inputs) for student, teacher in pairs]
-        # A single loss is not divided by 1. Liger copies its gradients unless the upstream gradient
+        # Do not divide a single loss by 1: Liger copies its gradients unless the upstream gradient
         # is exactly 1.
         return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
 
@@ -69,7 +69,6 @@ def ours(inputs: Inputs, backend: str = "torch") -> Tensor:
 
 
 def _lean_jsd(student: Tensor, student_head: Tensor, teacher: Tensor, their_head: Tensor) -> Tensor:
-    """Plain PyTorch with few passes over the logits. Masked rows are dropped first."""
     lq = (student @ student_head.t()).float().log_softmax(-1)
     with torch.no_grad():
         lp = (teacher @ their_head.t()).float().log_softmax(-1)
@@ -82,7 +81,6 @@ dense = per_pair(_lean_jsd)
 
 
 def _dense_compiled() -> Loss:
-    """Compile ``dense`` with ``torch.compile``. Masked rows are dropped before the graph."""
     return per_pair(_each_size_apart(torch.compile(_lean_jsd, fullgraph=True)))
 
 
@@ -102,8 +100,9 @@ def dense_kl_div(
 def published(inputs: Inputs) -> Tensor:
     """Compute all rows of all pairs at once, as the published code of DistillLens does.
 
-    The mask is applied at the end. Both softmaxes and their mixture are kept in float32, and the
-    logarithm is that of ``m + 1e-8``. With one sample, as here, the mask of that code is correct.
+    The mask is applied at the end. Both softmaxes and their mixture ``m`` are kept in float32, and
+    the logarithm is ``log(m + 1e-8)``. The mask of that code is wrong for several samples, but
+    correct for one sample, as here.
     """
 
     def softmax(hidden: list[Tensor], head: Tensor) -> Tensor:
@@ -121,7 +120,7 @@ def published(inputs: Inputs) -> Tensor:
 
 
 def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile each size separately. Training has only one size, so this comparison is fair."""
+    """Compile each size separately, as in training, where there is only one size."""
 
     def apart(*args: Tensor) -> Tensor:
         with compat.static_sizes():
@@ -131,7 +130,6 @@ def _each_size_apart(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _liger(compiled: bool) -> Loss:
-    """Return Liger's chunked loss. It projects all rows and ignores the labels of masked rows."""
     losses = importlib.import_module("liger_kernel.chunked_loss")
     module = losses.LigerFusedLinearJSDLoss(
         weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=compiled
@@ -142,8 +140,8 @@ def _liger(compiled: bool) -> Loss:
 def _liger_fused(kernels: str) -> Loss:
     """Return the loss that runs Liger's fused kernels.
 
-    ``kernels`` chooses among Liger's implementations. This loss computes the logits of masked rows
-    too, and then ignores these rows.
+    ``kernels`` chooses among Liger's implementations. The loss computes the logits of all rows, and
+    then ignores masked rows.
     """
     fused = importlib.import_module("liger_kernel.ops.fused_linear_jsd").LigerFusedLinearJSDFunction
     if kernels == "nvidia-cutedsl":
@@ -156,7 +154,6 @@ def _liger_fused(kernels: str) -> Loss:
 
 
 def _orda() -> Loss:
-    """Return the skewed JSD of ORDA, with weight 1/2 for the student. It ignores masked labels."""
     orda = importlib.import_module("orda_kernel")
 
     def loss(
@@ -173,7 +170,7 @@ def _orda() -> Loss:
 def _trl() -> Loss:
     """Return TRL's function. Masked rows are dropped first, as TRL's trainer does on GPUs.
 
-    On other devices TRL's trainer projects all rows, so that sizes are fixed, and masks the losses.
+    On other devices, TRL's trainer computes all rows and masks the losses.
     """
     function = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
 
@@ -193,9 +190,9 @@ def uncompiled() -> AbstractContextManager[Any]:
 def _backend_on_fakes() -> Iterator[None]:
     """Return a context in which the ``torch`` backend runs over fake tensors on a CPU.
 
-    The compiled pass accepts only real tensors, so a stand-in allocates the same memory: one loss
-    per row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run
-    in one piece. They write into existing buffers, so tiles would not change the memory.
+    The compiled pass accepts only real tensors. A stand-in allocates the same memory: one loss per
+    row, and three temporary buffers of the size of the logits (measured, torch 2.13). GEMMs run in
+    one piece, because they write to existing buffers, so tiles would not change the memory.
     """
     original = compiled.call
 

@@ -1,8 +1,8 @@
-"""Compile the row kernels without a GPU, and report instructions and bytes per pair of logits.
+"""Compiles the row kernels without a GPU, and reports instructions and bytes per pair of logits.
 
-A pair is the logit of the student and that of the teacher for one token and vocabulary entry. The
-instructions and bytes of the loops over a row are read from the machine code. A kernel that holds a
-row in a cluster has no loop, so all its instructions count.
+A pair is the student's and the teacher's logit for one token and vocabulary entry. The instructions
+and bytes of the loops over a row are read from the machine code. A kernel that holds a row in a
+cluster has no loop, so all its instructions count.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from lens_kernels.options import Divergence
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The variants of a kernel. ``plain`` has a gradient and no options. ``statistics`` adds the
-# teacher's statistics, and ``all`` adds every other option. For rows in a cluster, ``all`` has no
-# survey of gradients.
+# teacher's log-sum-exps. ``all`` adds every other option, except for grad_threshold if a cluster of
+# programs holds a row.
 VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
-# For rows in a cluster: the architectures, the reported variants, and the vocabulary size, which is
-# that of Qwen2.5.
+# The architectures, variants and vocabulary size (of Qwen2.5) of kernels that hold a row in a
+# cluster of programs.
 HOLDING = {"sm_90": 9, "sm_100": 10}
 HELD_VARIANTS, HELD_VOCAB = ("plain", "labels", "all"), 151936
 LABEL = re.compile(r"^\.?(L\w+):")
 BRANCH = re.compile(r"\bBRA\b.*`\(\.(L\w+)\)|s_c?branch\w*\s+\.(L\w+)")
-# Patterns for loads and stores in the assembly of NVIDIA and AMD, and the bytes of AMD's word
+# Matches loads and stores in the assembly of NVIDIA and AMD. WORDS has the bytes of AMD's word
 # sizes.
 ACCESS = re.compile(r"\b(LDG|STG)\.E(?:\.\w+)*?(?:\.(64|128|U8|U16))?\b|global_(load|store)_(\w+)")
 WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "ushort": 2}
@@ -46,8 +46,8 @@ WORDS = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "short": 2, "us
 class RowKernel:
     """A compiled variant of a row kernel for one architecture, with the costs of its loops.
 
-    ``cluster`` is the number of programs that hold a row, or 1 for the kernel that reads a row in
-    several sweeps.
+    ``cluster`` is the number of programs that hold a row. It is 1 for the kernel that reads a row
+    several times.
     """
 
     arch: str
@@ -138,7 +138,7 @@ def measure(
 ) -> RowKernel:
     """Compile a variant of a kernel, and return it with the costs of its loops.
 
-    ``held`` selects the kernel that holds rows in a cluster.
+    ``held`` selects the kernel that holds rows in a cluster of programs.
     """
     launch = record(arch, dtype, divergence, variant, beta, held)
     code, registers, spilled, _, programs = offline.machine_code(arch, launch)
@@ -158,7 +158,7 @@ def measure(
         spilled,
         programs * options["num_warps"],
         # The loops of AMD's code are not read, because its compiler moves parts of a loop out of
-        # it.
+        # the loop.
         ()
         if arch.startswith("gfx")
         else tuple(loop_costs(body, pairs, 16 if held else 1) for body in bodies),
@@ -191,9 +191,9 @@ def loops(code: str) -> list[list[str]]:
 
 
 def loop_costs(body: list[str], pairs: float, least: int = 1) -> Loop:
-    """Return the costs of a loop whose iterations process ``pairs`` pairs of logits per thread.
+    """Return the costs of a loop in which each thread processes ``pairs`` pairs of logits.
 
-    Accesses of fewer than ``least`` bytes do not count: they move one value for the whole row.
+    Accesses below ``least`` bytes do not count, because they load one value for the whole row.
     """
     widths = []
     for line in body:

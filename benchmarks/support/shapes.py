@@ -20,12 +20,12 @@ class Model:
     vocab: int
 
     def job(self, tokens: int, **options: Any) -> Job:
-        """Return a job with these sizes."""
+        """Return a job with the sizes of this model."""
         widths = {"student_width": self.student, "teacher_width": self.teacher}
         return Job(tokens, **{"vocab": self.vocab, **widths, **options})
 
 
-# The sizes are from the models' configs. In a name, "student < teacher" are the two models.
+# The sizes are from the models' configs. In "student < teacher", the names are those of the models.
 MODELS = {
     "gpt2": Model("GPT-2 124M < 1.5B", 768, 1600, 50257),
     "tinyllama": Model("TinyLlama 1.1B < Llama-2 7B", 2048, 4096, 32000),
@@ -63,12 +63,12 @@ class Job:
         }
 
     def gemm_flops(self) -> int:
-        """Return the operations of the GEMMs: two projections and two gradients for each pair."""
+        """Return the operations of the GEMMs: two for logits and two for gradients of each pair."""
         width = 3 * self.student_width + self.teacher_width
         return 2 * self.pairs * (self.tokens - self.ignored()) * self.vocab * width
 
     def ignored(self) -> int:
-        """Return how many tokens are masked."""
+        """Return the number of masked tokens."""
         return round(self.masked * self.tokens)
 
     def make(self) -> Inputs:
@@ -76,7 +76,7 @@ class Job:
         torch.manual_seed(0)
 
         def random(rows: int, width: int, scale: float) -> Tensor:
-            # After 8192 rows, the inputs repeat. Generating 10^9 random numbers would take too
+            # The inputs repeat after 8192 rows, because generating 10^9 random numbers takes too
             # long.
             block = torch.randn(min(rows, 8192), width, device=self.device) * scale
             return block.repeat(-(-rows // block.shape[0]), 1)[:rows].to(self.dtype)
@@ -97,7 +97,7 @@ class Job:
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Hidden states ``(N, D)`` of each pair, heads ``(V, D)``, and the mask (True counts)."""
+    """Hidden states ``(N, D)`` of each pair, heads ``(V, D)``, and the mask (True: counted)."""
 
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
@@ -120,5 +120,5 @@ class Inputs:
         return replace(self, **first)
 
     def counted(self, hidden: Tensor) -> Tensor:
-        """Return the rows of a hidden state that belong to unmasked tokens."""
+        """Return a hidden state's rows of unmasked tokens."""
         return hidden if self.mask is None else hidden[self.mask]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CELL = 80  # on the screen, longer cells are cut to this many characters
+CELL = 80  # maximum number of characters in a cell on the screen
 
 
 def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def row(columns: str, *parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows that have the same keys. The name of a key includes its unit."""
+    """Write rows with the same keys. A key's name includes its unit."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
@@ -47,7 +47,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def read_own_csv(path: Path, conditions: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Return the rows that an earlier run wrote under the same ``conditions``. The date may differ.
+    """Return the rows that an earlier run wrote under the same ``conditions``, except for the date.
 
     Raises:
         RuntimeError: The rows were measured under other conditions.
@@ -91,6 +91,6 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Print the named columns of rows, or all. Empty cells show a dash, and long cells are cut."""
+    """Print columns of rows, by default all. Empty cells show a dash; long cells are cut."""
     columns = columns or list(rows[0])
     print_table(columns, [[str(each[name])[:CELL] or "-" for name in columns] for each in rows])

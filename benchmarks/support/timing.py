@@ -1,4 +1,4 @@
-"""How times are measured: in interleaved rounds, with ratios taken within rounds."""
+"""Measures times in interleaved rounds, and ratios of times within rounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Timing:
 
     @classmethod
     def read(cls, text: str) -> Timing:
-        """Return the times from a CSV cell, which ``__str__`` wrote."""
+        """Return the times from a CSV cell that ``__str__`` wrote."""
         pairs = (each.split(":") for each in text.split())
         return cls({int(number): float(ms) for number, ms in pairs})
 
@@ -32,12 +32,12 @@ class Timing:
         return statistics.median(self.by_round.values())
 
     def ratios(self, other: Timing) -> list[float]:
-        """Return the ratios to another function's times, for all rounds that both have."""
+        """Return the ratios to another function's times, for all rounds that have both times."""
         both = sorted(self.by_round.keys() & other.by_round.keys())
         return [self.by_round[number] / other.by_round[number] for number in both]
 
     def columns(self, digits: int = 2, floor: Timing | None = None) -> dict[str, Any]:
-        """Return the times as columns of a CSV, or only ``rounds`` if there are no times.
+        """Return the times as columns of a CSV. If there are no times, return only ``rounds``.
 
         ``floor`` has the times of the GEMMs alone. ``ratio_to_floor`` is a ratio of two medians.
         """
@@ -59,7 +59,7 @@ def time_interleaved(
     """Time functions in rounds. Each function runs once in a round. A first round is not timed.
 
     Interleaving spreads disturbances of the machine over all functions. Each round starts with
-    another function. Caches need not be flushed, because the heads are larger than every cache.
+    another function. Caches need not be flushed, because the heads are larger than all caches.
     """
     times: dict[str, dict[int, float]] = {name: {} for name in functions}
     for number in range(rounds + 1):
