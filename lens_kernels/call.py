@@ -169,6 +169,7 @@ class LossCall:
             "z_loss": self.z_loss > 0,
             "return_lse or return_entropy": self.reports,
             "SparseTargets": self.targets is not None,
+            "SparseTargets.rest": self.targets is not None and self.targets.mass is not None,
             "standardize": any(self.standardized),
             "token_clip": self.token_clip < math.inf,
         }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -30,7 +30,8 @@ class Backend:
     ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or None.
     ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns the
     plan of a call; ``"auto"`` takes the cheapest plan. ``takes_shards`` says whether the backend
-    supports ``process_group``. ``plain_only`` says that it supports none of ``LossCall.features``.
+    supports ``process_group``. ``refused`` has the reason for each of ``LossCall.features`` that
+    the backend does not support.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Backend:
         None
     )
     takes_shards: bool = False
-    plain_only: bool = False
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def evaluate(self, call: LossCall) -> LossResult:
         """Return the losses of a call's rows, and the gradients of its loss."""
@@ -84,6 +85,18 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
 
+# The reasons why the sweeps over vocabulary tiles refuse some features.
+_NO_ROW = "it never holds a row of logits, from which listed tokens could be read"
+_MORE_SUMS = "it would need more sums over the vocabulary, so another projection of all rows"
+_SWEEPS_REFUSE = {
+    "SparseTargets": _NO_ROW,
+    "SparseTargets.rest": _NO_ROW,
+    "standardize": _MORE_SUMS,
+    "label_smoothing": _MORE_SUMS,
+    "z_loss": _MORE_SUMS,
+    "return_lse or return_entropy": _MORE_SUMS,
+}
+
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -96,7 +109,7 @@ REGISTRY: dict[str, Backend] = {
             cost.vocabulary_sweeps,
             _triton_unsupported,
             _triton_auto_excluded,
-            plain_only=True,
+            refused=_SWEEPS_REFUSE,
         ),
     )
 }
@@ -112,7 +125,7 @@ def automatic(
     return [
         backend
         for backend in REGISTRY.values()
-        if not (features and backend.plain_only)
+        if not any(feature in backend.refused for feature in features)
         and backend.auto_excluded_reason(device, operand) is None
         and backend.unsupported_reason(device, fp64) is None
     ]
@@ -144,8 +157,12 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
             f"backend={name!r} does not support these tensors on {device.type}: {reason};"
             " or use backend='torch'"
         )
-    if used and backend.plain_only:
-        raise RuntimeError(f"backend={name!r} does not support {used}: use backend='torch'")
+    for feature in shape.features:
+        if feature in backend.refused:
+            raise RuntimeError(
+                f"backend={name!r} does not support {feature}: {backend.refused[feature]}; use"
+                " backend='torch'"
+            )
     return backend
 
 

@@ -1,11 +1,23 @@
 """Standardised logits, the teacher's temperature, the factor T^2, and ``token_clip``."""
 
+import itertools
+
 import pytest
 import torch
 
 from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
 from tests.support.compare import GRADIENT, assert_close
-from tests.support.grids import BATCH, DIVERGENCES, FEATURES, WITH_SLOW_ROW_KERNEL, several_chunks
+from tests.support.grids import (
+    BACKENDS,
+    BATCH,
+    CLUSTER_KERNEL,
+    DIVERGENCES,
+    FEATURES,
+    ROW_KERNEL,
+    WITH_SLOW_ROW_KERNEL,
+    Shape,
+    several_chunks,
+)
 from tests.support.objectives import some_labels
 from tests.support.problems import check, make, objective, oracle, ours, solve
 
@@ -82,16 +94,30 @@ def test_the_factor_of_the_squared_temperature():
     assert_close(out.loss, (out.ce + out.kd + out.lens).double() / 2, 1e-6)
 
 
-def test_a_token_above_the_bound_counts_as_the_bound_without_gradient():
-    problem = make(BATCH, std=2.0, divergence="forward_kl")
-    rows = ours(problem, reduction="none", upstream=torch.ones(2, 5, 7))[0].detach()
-    bound = rows.median().item()
-    loss, grads = ours(problem, token_clip=bound)
+@pytest.mark.parametrize(
+    ("backend", "divergence"),
+    [
+        *itertools.product(BACKENDS, ["forward_kl", "jsd"]),
+        (ROW_KERNEL, "jsd"),
+        (CLUSTER_KERNEL, "jsd"),
+    ],
+)
+def test_a_token_above_the_bound_counts_as_the_bound_without_gradient(backend, divergence):
+    problem = make(Shape((3,), 97, 8, 9, 1), std=2.0, divergence=divergence)
+    rows = ours(problem, reduction="none", upstream=torch.ones(1, 3))[0].detach()
+    bound = rows.median().item() * (1 + 1e-5)
+    loss, grads = ours(problem, token_clip=bound, backend=backend)
     assert_close(loss, rows.clamp(max=bound).double().mean(), 1e-6)
     below = (rows <= bound).double()
     _, expected = oracle(problem, upstream=below / rows.numel(), reduction="none")
     for name, grad in grads.items():
         assert_close(grad, expected[name], GRADIENT, name)
+
+
+def test_the_share_of_tokens_above_the_bound():
+    problem = make(BATCH, std=2.0, divergence="forward_kl")
+    rows = ours(problem, reduction="none", upstream=torch.ones(2, 5, 7))[0].detach()
+    bound = rows.median().item()
     mask = torch.rand(BATCH.leading) < 0.5
     final = {"divergence": "forward_kl", "final_divergence": "forward_kl", "mask": mask}
     out = objective(problem, token_clip=bound, **final)
@@ -99,9 +125,7 @@ def test_a_token_above_the_bound_counts_as_the_bound_without_gradient():
     assert objective(problem, **final).clipped == 0
 
 
-def test_other_backends_refuse_these_features():
-    problem = make(BATCH)
-    for options in ({"standardize": True}, {"token_clip": 1.0}):
-        with pytest.raises(RuntimeError, match=f"'triton' does not support {next(iter(options))}"):
-            ours(problem, backend="triton", **options)
+def test_the_sweeps_refuse_standardised_logits():
+    with pytest.raises(RuntimeError, match="'triton' does not support standardize: it would need"):
+        ours(make(BATCH), backend="triton", standardize=True)
     assert distillation_loss.__kwdefaults__["temperature_squared"] is False

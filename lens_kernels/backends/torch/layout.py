@@ -31,6 +31,9 @@ NARROW_GRAD_ROWS = 1024
 # On a GPU, each row of gradients begins at a multiple of this many entries. Otherwise GEMMs are
 # slow.
 GRAD_LINE = 64
+# The row kernel has these features of a call. On a GPU, Inductor compiles the pass of a call with
+# any other feature: label smoothing and ghost entries need more sums over a row.
+ROW_KERNEL_FEATURES = frozenset({"SparseTargets", "standardize", "token_clip"})
 
 
 @compat.constant_in_graphs
@@ -39,9 +42,10 @@ def has_row_kernel(
 ) -> bool:
     """Return whether a Triton kernel computes losses and gradients of logits.
 
-    The kernel needs a CUDA device, Triton and float32, and supports none of ``LossCall.features``.
+    The kernel needs a CUDA device, Triton and float32. ``features`` are those of ``LossCall``.
     """
-    on_gpu = device.type == "cuda" and compute is torch.float32 and not features
+    served = ROW_KERNEL_FEATURES.issuperset(features)
+    on_gpu = device.type == "cuda" and compute is torch.float32 and served
     return on_gpu and importlib.util.find_spec("triton") is not None
 
 

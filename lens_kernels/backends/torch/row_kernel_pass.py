@@ -1,11 +1,13 @@
 """The pass by a Triton kernel on a GPU, which writes gradients to a separate buffer.
 
 ``cluster_pass_kernel`` reads each logit once. It runs if a cluster of programs can hold a row of
-logits, which ``clusters.py`` decides. Otherwise ``row_pass_kernel`` reads a row up to three times.
+logits, which ``clusters.py`` decides. Otherwise, and for sparse targets and standardised logits,
+``row_pass_kernel`` reads a row up to five times.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,17 +36,25 @@ class RowKernelPass:
         head = call.student_head.weight.dtype if "weight" in call.needing_grad() else None
         self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes, head)
         self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
-        ours, theirs = call.temperatures
-        self.student = self.model(call.student_head, ours)
-        self.teacher = None if call.teacher_head is None else self.model(call.teacher_head, theirs)
+        self.clip = call.token_clip if call.token_clip < math.inf else None
+        self.biases = [
+            None if head is None else self.bias(head)
+            for head in (call.student_head, call.teacher_head)
+        ]
 
-    def model(self, head: LensHead, temperature: float) -> tuple[Any, ...]:
-        """Return a head's bias, slope and softcap, as arguments of the kernel."""
+    def bias(self, head: LensHead) -> Tensor | None:
+        """Return a head's bias with the padding of a row."""
         vocab_size, bias = self.call.vocab_size, head.bias
-        if bias is not None:
-            bias = F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
-        logits = head.logit_map(temperature)
-        return bias, logits.slope, logits.cap
+        if bias is None:
+            return None
+        return F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
+
+    def model(self, teacher: bool, standardized: bool) -> tuple[Any, ...]:
+        """Return a head's bias, slope and softcap, as arguments of the kernel."""
+        head = self.call.teacher_head if teacher else self.call.student_head
+        assert head is not None
+        logits = head.logit_map(1.0 if standardized else self.call.temperatures[teacher])
+        return self.biases[teacher], logits.slope, logits.cap
 
     def survey(self) -> RowStatistics:
         """Return empty statistics of logit gradients."""
@@ -62,23 +72,32 @@ class RowKernelPass:
             return zs.new_empty(rows)
 
         losses: list[Tensor] = []
-        student, teacher = (zs, *self.student), None
-        weight = loss = labels = statistics = None
-        if terms.divergence is not None:
-            assert terms.weight is not None and self.teacher is not None
-            teacher = (zt[0], *self.teacher)
+        own = terms.standardized
+        student, teacher = (zs, *self.model(False, own)), None
+        weight = loss = labels = statistics = targets = None
+        divergence = terms.divergence
+        if divergence is not None:
+            assert terms.weight is not None
             weight, loss = _aligned(terms.weight), one()
             losses.append(loss)
+        if terms.targets is not None:
+            divergence, sparse = None, terms.targets
+            parts = sparse.ids, sparse.values, sparse.constant
+            targets = (*map(_aligned, parts), sparse.ids.shape[-1])
+        elif divergence is not None:
+            teacher = (zt[0], *self.model(True, own))
             # For relative entropies, the kernel's first sweep computes these statistics anyway.
-            if terms.teacher_statistics is not None and terms.divergence not in RELATIVE_ENTROPIES:
-                statistics = _aligned(terms.teacher_statistics)
+            given = None if own else terms.teacher_statistics
+            if given is not None and divergence not in RELATIVE_ENTROPIES:
+                statistics = _aligned(given)
         if terms.labels is not None:
             assert terms.label_weight is not None
             labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
             losses.append(labels[-1])
-        name = name_of(terms.divergence, call.beta)
-        kernel, options = row_pass_kernel, OPTIONS
-        if self.cluster is not None:
+        name = name_of(divergence, call.beta)
+        further = {"targets": targets, "temperatures": call.temperatures if own else None}
+        kernel, options = row_pass_kernel, {**OPTIONS, **further}
+        if targets is None and not own and self.cluster is not None:
             heavy = self.capped or survey is not None or labels is not None
             plain = not heavy and name not in ("jsd", "jeffreys")
             kernel, options = cluster_pass_kernel, self.cluster.options(plain)
@@ -91,7 +110,7 @@ class RowKernelPass:
                 zs.stride(0), 0 if grad is None else grad.stride(0), call.vocab_size,
                 call.beta, 1.0 - call.beta,
                 None if labels is None or call.temperature == 1.0 else call.temperature,
-                DIVERGENCE=name, **options,
+                self.clip, DIVERGENCE=name, **options,
             )  # fmt: skip
         return losses
 

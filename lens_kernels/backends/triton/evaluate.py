@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Set
 
 import torch
@@ -82,7 +83,7 @@ class _Sweeps:
                 columns = call.teacher_statistics[pair, self.rows].unbind(-1)
                 given = RowStats(*(column.contiguous() for column in columns))
             sums = self.row_sums(student, teacher, call.divergences[pair], given)
-            self.sums.rows[pair, self.rows] = sums.f
+            self.sums.rows[pair, self.rows] = sums.f.clamp(max=call.token_clip)
         if call.labels is not None and pair == len(call.student_hidden) - 1:
             stats = None if sums is None else sums.student
             labels = self.cross_entropy(student, stats, call.labels[self.rows])
@@ -151,6 +152,8 @@ class _Sweeps:
         tile = tile_for(Sweep.GRADIENTS, *operands, labels=labels is not None)
         divergence = call.divergences[pair] if sums is not None else None
         weight, x = self.weight(pair), student.x.to(self.factor_dtype)
+        if sums is not None and call.token_clip < math.inf:
+            weight.masked_fill_(sums.f > call.token_clip, 0.0)
         total: Tensor | None = None
         for columns, out in self.chunks(student, tile):
             gradient_chunk(

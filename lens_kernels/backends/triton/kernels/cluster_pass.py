@@ -71,9 +71,12 @@ def lane_total(held, maximum, factor):
 def cluster_pass_kernel(
     student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
+    clip,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Write the losses and gradients of a row, from the arguments of ``row_pass_kernel``.
+
+    There are no sparse targets, and logits are not standardised.
 
     The row has at most ``BLOCKS * LANES * GROUP`` entries. ``LANES`` counts the threads of the
     whole cluster.
@@ -110,7 +113,7 @@ def cluster_pass_kernel(
             if DIVERGENCE != "forward_kl":
                 h += tl.sum(h_entry, 1)
         loss, h_sum = both(f, h, False)
-        h_sum, weight = divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row)
+        h_sum, weight = divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row, clip)
     label = None
     if labels is not None:
         statistics = statistics_s

@@ -82,11 +82,17 @@ def given_statistics(statistics_ptr, row, factor):
 
 
 @triton.jit
-def divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row):
-    """Store a row's divergence. Return its sum of ``h`` and its weight, for the gradient."""
+def divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row, clip):
+    """Store a row's divergence. Return its sum of ``h`` and its weight, for the gradient.
+
+    A divergence above ``clip`` becomes ``clip``, with weight 0, unless ``clip`` is None.
+    """
     # With the store first, ptxas spills registers of the cluster kernel for the reverse KL.
     h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
     weight = tl.load(weight_ptr + row)
+    if clip is not None:
+        weight = tl.where(loss > clip, 0.0, weight)
+        loss = tl.where(loss > clip, clip, loss)
     tl.store(loss_ptr + row, loss)
     return h_sum, weight
 
@@ -139,12 +145,32 @@ def gradient_of(
 
 
 @triton.jit
+def further_gradient(y, student, statistics, further, weight):
+    """Return the parts of a gradient that ``gradient_of`` lacks, except ``-t`` at targets ``t``.
+
+    ``further`` is ``(sum t, deviation, product)``. The sum is None without targets. ``deviation``
+    is that of ``standardized``, with ``product = sum_v G_v z'_v / (V - 1)``, or None.
+    """
+    target_sum, deviation, product = further
+    _, _, slope, cap = student
+    grad = tl.zeros(y.shape, tl.float32)
+    if target_sum is not None:
+        grad += exp(log_probability(y, statistics)) * target_sum
+    if deviation is not None:
+        mean, scale, _ = deviation
+        grad -= (y - mean) * scale * product
+    return grad * weight * slope_at(y, slope, cap)
+
+
+@triton.jit
 def write_gradient(
     ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, grad_ptr, survey,
     mass, squares, start, vocab_size, beta, one_minus_beta,
-    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, further=None,
 ):  # fmt: skip
     """Write the gradient of the entries after ``start`` to the row at ``grad_ptr``.
+
+    ``further`` is that of ``further_gradient``, or None.
 
     Return each lane's ``mass`` and ``squares``. With a survey, this adds ``|G|`` and ``G^2``.
     """
@@ -153,6 +179,8 @@ def write_gradient(
         ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, first,
         beta, one_minus_beta, DIVERGENCE,
     )  # fmt: skip
+    if further is not None:
+        grad += further_gradient(ys, student, statistics_s, further, weight)
     tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
     if survey is not None:
         size, square = add_to_survey(grad, survey, first, columns, vocab_size)

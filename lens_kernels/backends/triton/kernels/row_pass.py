@@ -33,6 +33,12 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     read_row,
     write_gradient,
 )
+from lens_kernels.backends.triton.kernels.row_targets import (
+    sparse_terms,
+    standardized,
+    store_at_targets,
+    sum_with_logits,
+)
 
 # A thread takes 40 registers on sm_90, so six programs fit on a multiprocessor. From Triton 3.10
 # on, multiplications and additions are fused only on request.
@@ -109,6 +115,7 @@ def first_sweep(
 def row_pass_kernel(
     student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
+    clip, targets, temperatures,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write the losses of one row and, if ``grad_ptr`` is not None, the gradient of its products.
@@ -118,13 +125,24 @@ def row_pass_kernel(
     1, or without labels. ``survey`` receives statistics of the logit gradient ``G``: the largest
     ``|G|`` of each column, as bits, and each row's sums of ``|G|`` and of ``G^2``. Without a
     teacher there is no divergence. ``statistics_ptr`` is None, or holds the teacher's maximum and
-    log of sum.
+    log of sum. Losses above ``clip`` become ``clip``, unless it is None. ``targets`` replace the
+    teacher: ``(ids, probabilities, constant, K)`` of ``TargetRows``, or None. ``temperatures`` are
+    those of student and teacher if logits are standardised, and otherwise None. Both models then
+    have temperature 1.
     """
     ONLINE: tl.constexpr = (
         DIVERGENCE == "forward_kl" or DIVERGENCE == "reverse_kl" or DIVERGENCE == "jeffreys"
     )
     row = tl.program_id(0).to(tl.int64)
     offset = row * stride
+    further, deviation = None, None
+    if temperatures is not None:
+        ours, theirs = temperatures
+        student, own, deviation = standardized(student, ours, offset, vocab_size, LANES, GROUP)
+        if labels is not None:
+            temperature = own
+        if DIVERGENCE is not None:
+            teacher, _, _ = standardized(teacher, theirs, offset, vocab_size, LANES, GROUP)
     factor_s, floor_s, factor_t, floor_t = maps_of(student, teacher)
     maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse = first_sweep(
         student, teacher, statistics_ptr, offset, factor_s, floor_s, factor_t, floor_t,
@@ -154,7 +172,14 @@ def row_pass_kernel(
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
                 f += tl.sum(f_entry, 1)
                 h += tl.sum(h_entry, 1)
-        h_sum, weight = divergence_terms(tl.sum(f, 0), tl.sum(h, 0), weight_ptr, loss_ptr, row)
+        f_sum, h_sum = tl.sum(f, 0), tl.sum(h, 0)
+        h_sum, weight = divergence_terms(f_sum, h_sum, weight_ptr, loss_ptr, row, clip)
+    target_sum, product = None, 0.0
+    if targets is not None:
+        loss, target_sum, product = sparse_terms(
+            targets, student, deviation, row, offset, floor_s, statistics_s, LANES
+        )
+        h_sum, weight = divergence_terms(loss, -target_sum, weight_ptr, loss_ptr, row, clip)
     label = None
     if labels is not None:
         statistics = statistics_s
@@ -163,6 +188,15 @@ def row_pass_kernel(
         label = label_terms(labels, student, row, offset, floor_s, statistics, temperature)
 
     if grad_ptr is not None:
+        if deviation is not None:
+            sums = sum_with_logits(
+                student, teacher, deviation, offset, floor_s, floor_t, statistics_s, statistics_t,
+                h_sum, vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
+            )  # fmt: skip
+            product = (sums - product) / tl.maximum(vocab_size - 1, 1)
+            weight = tl.where(deviation[2], weight, 0.0)
+        if targets is not None or deviation is not None:
+            further = target_sum, deviation, product
         mass = tl.zeros((LANES,), tl.float32)
         squares = tl.zeros((LANES,), tl.float32)
         for start in range(0, vocab_size, LANES * GROUP):
@@ -173,8 +207,15 @@ def row_pass_kernel(
             mass, squares = write_gradient(
                 ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
                 grad_ptr + row * grad_stride, survey, mass, squares, start, vocab_size,
-                beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
+                beta, one_minus_beta, DIVERGENCE, LANES, GROUP, further,
             )  # fmt: skip
+        if targets is not None:
+            more, more_squares = store_at_targets(
+                targets, student, statistics_s, further, weight, label, grad_ptr, survey,
+                row, offset, row * grad_stride, floor_s, vocab_size, LANES,
+            )  # fmt: skip
+            mass += more
+            squares += more_squares
         if survey is not None:
             _, mass_ptr, squares_ptr = survey
             tl.store(mass_ptr + row, tl.sum(mass, 0))
