@@ -23,11 +23,12 @@ from lens_kernels.backends.torch.layout import row_stride
 from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 from lens_kernels.options import Divergence
+from lens_kernels.targets import TargetRows
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # The variants of a kernel. ``plain`` has a gradient and no options. ``statistics`` adds the
 # teacher's log-sum-exps. ``all`` adds every other option, except for grad_threshold if a cluster of
-# programs holds a row.
+# programs holds a row. A test also compiles ``targets``, with standardised logits.
 VARIANTS = ("plain", "statistics", "loss only", "labels", "all")
 TOKENS, VOCAB = 16, 4099
 # The architectures, variants and vocabulary size (of Qwen2.5) of kernels that hold a row in a
@@ -123,6 +124,11 @@ def record(
         terms = Terms(divergence, row, labels, None if labels is None else row)
         if variant == "statistics":
             terms = terms._replace(teacher_statistics=torch.zeros(TOKENS, 2))
+        if variant == "targets":
+            sparse = TargetRows(
+                torch.zeros(TOKENS, 9).long(), torch.ones(TOKENS, 9), row, None, False
+            )
+            terms = terms._replace(targets=sparse, standardized=True)
         made.run(tiles, terms, grad, survey)
     (launch,) = launches
     return launch

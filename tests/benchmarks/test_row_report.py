@@ -58,6 +58,11 @@ def test_a_pair_of_logits_costs_no_more_than_counted(tmp_path):
         assert warps >= (16 if registers < 255 else 8), job
 
 
+def test_rows_with_sparse_targets_and_standardised_logits_compile_without_spills(tmp_path):
+    (line,) = run(tmp_path, "-c", SCRIPT, "sm_90,forward_kl,targets")
+    assert json.loads(line)[0] == 0
+
+
 CODE = """
 .L_x_0:
         /*0000*/                   LDG.E.128.CONSTANT R8, desc[UR8][R6.64] ;
