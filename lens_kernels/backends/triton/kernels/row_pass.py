@@ -154,7 +154,7 @@ def row_pass_kernel(
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
                 f += tl.sum(f_entry, 1)
                 h += tl.sum(h_entry, 1)
-        h_sum, weight = divergence_terms(tl.sum(f, 0), tl.sum(h, 0), weight_ptr, loss_ptr, row)
+        h_sum, weight = divergence_terms(tl.sum(h, 0), tl.sum(f, 0), weight_ptr, loss_ptr, row)
     label = None
     if labels is not None:
         statistics = statistics_s
@@ -172,7 +172,7 @@ def row_pass_kernel(
                 yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
             mass, squares = write_gradient(
                 ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
-                grad_ptr + row * grad_stride, survey, mass, squares, start, vocab_size,
+                (grad_ptr, row, grad_stride), survey, mass, squares, start, vocab_size,
                 beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
             )  # fmt: skip
         if survey is not None:
