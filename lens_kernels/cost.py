@@ -278,6 +278,8 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
     flops = shape.pairs * shape.projections
     made = [Step("projections", flops, reads, shape.factor.itemsize)]
     if layout.grad_stride is None:
+        # On a CPU, a block of logits stays in the cache. The kernels that TorchInductor generates
+        # for a GPU read logits several times. This count leaves that out.
         moved = (models + shape.with_grad) * logits
         made_in = shape.compute_dtype
     else:

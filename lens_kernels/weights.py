@@ -19,7 +19,9 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
         return torch.full((pairs,), 1.0 / max(1, pairs), dtype=dtype, device=device)
     if isinstance(value, (list, tuple)):
         each = [check_number(f"layer_weights[{i}]", w, -math.inf) for i, w in enumerate(value)]
-        value = torch.tensor(each, dtype=dtype, device=device)
+        # A tensor made from a list would be copied to the GPU, and the host would wait for that.
+        like = torch.empty(0, dtype=dtype, device=device)
+        value = torch.cat([like, *(like.new_full((1,), weight) for weight in each)])
     elif isinstance(value, Tensor):
         check_float("layer_weights", value)
         check_device("layer_weights", value, device)

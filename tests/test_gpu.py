@@ -102,6 +102,11 @@ def test_twenty_runs_are_the_same_bit_for_bit(backend, divergence, dtype):
     check.determinism(GPU, backend, dtype, divergence, replace(LARGE, pairs=2), runs=20)
 
 
+@gpu("dtype")
+def test_a_cuda_graph_holds_a_call_without_a_mask(dtype):
+    check.captured(GPU, dtype)
+
+
 @gpu(dtype=HALF)
 def test_offsets_beyond_32_bit_in_the_gradient(dtype):
     tokens, vocab = 20000, 131072
@@ -147,6 +152,7 @@ def test_smoke(backend):
     check.masked_rows_are_inert(CPU, backend, torch.float16, TINY)
     check.identical(CPU, backend, torch.bfloat16, "tvd", TINY)
     check.determinism(CPU, backend, torch.bfloat16, "jsd", TINY, runs=2)
+    check.captured(CPU, torch.bfloat16)
 
 
 def test_smoke_of_the_checks_that_compare_backends():

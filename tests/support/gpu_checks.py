@@ -12,7 +12,7 @@ import torch
 from lens_kernels import LensHead, symmetric_lens_loss
 from tests.support import recompilation
 from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients, relative_error
-from tests.support.grids import FEATURES, Shape, several_chunks
+from tests.support.grids import BATCH, FEATURES, Shape, several_chunks
 from tests.support.objectives import some_labels
 from tests.support.problems import (
     Problem,
@@ -240,6 +240,27 @@ def determinism(device, backend, dtype, divergence, shape, runs):
         first = first or again
         for name, x in again.items():
             assert torch.equal(x, first[name]), name
+
+
+def captured(device, dtype):
+    """A CUDA graph holds a call without a mask. A replay gives the results for new inputs."""
+    problem = on(make(BATCH, std=2.0, **FEATURES["everything"]), device).to(dtype)
+
+    def run():
+        return solve(symmetric_lens_loss, problem, backend="torch")
+
+    run()  # the first call compiles kernels, and a graph cannot hold that
+    replay = run
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run()
+        replay = lambda: (graph.replay(), results)[1]  # noqa: E731
+    with torch.no_grad():
+        problem.student_hidden[0].mul_(1.5)
+    expected, got = run(), replay()
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(got[1][name], grad) for name, grad in expected[1].items())
 
 
 def need(device, size):

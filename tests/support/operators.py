@@ -5,17 +5,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Records the name of each operator, and the size of the largest result of any operator."""
+    """Records each operator's name, the devices of results, and the size of the largest result."""
 
     def __init__(self):
         super().__init__()
-        self.names, self.largest = [], 0
+        self.names, self.devices, self.largest = [], set(), 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         self.names.append(func.overloadpacket.__name__)
         for x in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(x, torch.Tensor):
+                self.devices.add(x.device.type)
                 self.largest = max(self.largest, x.numel())
         return result
 

@@ -113,7 +113,7 @@ def cluster_pass_kernel(
             if DIVERGENCE != "forward_kl":
                 h += tl.sum(h_entry, 1)
         loss, h_sum = both(f, h, False)
-        h_sum, weight = divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row, clip)
+        h_sum, weight = divergence_terms(h_sum, loss, weight_ptr, loss_ptr, row, clip)
     label = None
     if labels is not None:
         statistics = statistics_s
@@ -129,7 +129,7 @@ def cluster_pass_kernel(
         for i in tl.static_range(BLOCKS):
             mass, squares = write_gradient(
                 held_s[i], held_t[i], student, statistics_s, statistics_t, h_sum, weight, label,
-                grad_ptr + row * grad_stride, survey, mass, squares, i * LANES * GROUP, vocab_size,
+                (grad_ptr, row, grad_stride), survey, mass, squares, i * LANES * GROUP, vocab_size,
                 beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
             )  # fmt: skip
         if survey is not None:

@@ -82,7 +82,7 @@ def given_statistics(statistics_ptr, row, factor):
 
 
 @triton.jit
-def divergence_terms(loss, h_sum, weight_ptr, loss_ptr, row, clip):
+def divergence_terms(h_sum, loss, weight_ptr, loss_ptr, row, clip):
     """Store a row's divergence. Return its sum of ``h`` and its weight, for the gradient.
 
     A divergence above ``clip`` becomes ``clip``, with weight 0, unless ``clip`` is None.
@@ -164,15 +164,15 @@ def further_gradient(y, student, statistics, further, weight):
 
 @triton.jit
 def write_gradient(
-    ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, grad_ptr, survey,
+    ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, out, survey,
     mass, squares, start, vocab_size, beta, one_minus_beta,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, further=None,
 ):  # fmt: skip
-    """Write the gradient of the entries after ``start`` to the row at ``grad_ptr``.
+    """Write the gradient of a row's entries after ``start``.
 
-    ``further`` is that of ``further_gradient``, or None.
-
-    Return each lane's ``mass`` and ``squares``. With a survey, this adds ``|G|`` and ``G^2``.
+    ``out`` is ``(pointer, row, row stride)``. ``further`` is that of ``further_gradient``, or None.
+    Return each lane's ``mass`` and ``squares``. With a survey, ``|G|`` and ``G^2`` are added to
+    them.
     """
     first, columns = entries(start, LANES, GROUP)
     grad = gradient_of(
@@ -181,7 +181,9 @@ def write_gradient(
     )  # fmt: skip
     if further is not None:
         grad += further_gradient(ys, student, statistics_s, further, weight)
-    tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
+    grad_ptr, row, stride = out
+    places = grad_ptr + row * stride + columns
+    tl.store(places, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
     if survey is not None:
         size, square = add_to_survey(grad, survey, first, columns, vocab_size)
         mass += size

@@ -172,14 +172,14 @@ def row_pass_kernel(
                 f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
                 f += tl.sum(f_entry, 1)
                 h += tl.sum(h_entry, 1)
-        f_sum, h_sum = tl.sum(f, 0), tl.sum(h, 0)
-        h_sum, weight = divergence_terms(f_sum, h_sum, weight_ptr, loss_ptr, row, clip)
+        h_sum, f_sum = tl.sum(h, 0), tl.sum(f, 0)
+        h_sum, weight = divergence_terms(h_sum, f_sum, weight_ptr, loss_ptr, row, clip)
     target_sum, product = None, 0.0
     if targets is not None:
         loss, target_sum, product = sparse_terms(
             targets, student, deviation, row, offset, floor_s, statistics_s, LANES
         )
-        h_sum, weight = divergence_terms(loss, -target_sum, weight_ptr, loss_ptr, row, clip)
+        h_sum, weight = divergence_terms(-target_sum, loss, weight_ptr, loss_ptr, row, clip)
     label = None
     if labels is not None:
         statistics = statistics_s
@@ -206,7 +206,7 @@ def row_pass_kernel(
                 yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
             mass, squares = write_gradient(
                 ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
-                grad_ptr + row * grad_stride, survey, mass, squares, start, vocab_size,
+                (grad_ptr, row, grad_stride), survey, mass, squares, start, vocab_size,
                 beta, one_minus_beta, DIVERGENCE, LANES, GROUP, further,
             )  # fmt: skip
         if targets is not None:
