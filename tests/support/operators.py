@@ -24,7 +24,7 @@ class Watch(TorchDispatchMode):
 class Products(TorchDispatchMode):
     """Counts the floating-point operations of GEMMs and the bytes of their operands.
 
-    Torch's own counter ignores in-place GEMMs and does not count bytes.
+    Torch's own counter ignores in-place GEMMs, and counts no bytes.
     """
 
     flops = bytes = 0
