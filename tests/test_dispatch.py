@@ -143,6 +143,9 @@ def test_a_call_is_planned_from_its_own_sizes(monkeypatch, frozen, context, plan
     options = {"dtype": torch.float32, "device": "cpu", "workspace_bytes": 3000, **planned_with}
     each = plan(21, 50, 8, 12, pairs=2, divergence="reverse_kl", **options)
     shape = CallShape.of(call)
+    # ``plan`` assumes that the head has ``dtype``. Under autocast the head stays in float32.
+    assert shape.head_dtype == torch.float32
+    shape = dataclasses.replace(shape, head_dtype=shape.dtype)
     assert {name: dispatch.REGISTRY[name].cost(shape) for name in ("torch", "triton")} == {
         name: each[name] for name in ("torch", "triton")
     }
