@@ -9,9 +9,9 @@ from reference import dense
 
 
 def head(p: Tensor, mass: float = 0.5) -> list[int]:
-    """Return which entries are in the head: the most probable ones, in order of probability.
+    """Return the head: the most probable entries, as many as sum to at most ``mass``.
 
-    They sum to at most ``mass``. The most probable entry is always in the head.
+    Entries are taken in order of probability. The most probable entry is always in the head.
     """
     entries: list[int] = []
     held = 0.0
@@ -33,7 +33,7 @@ def head_share(p: Tensor, q: Tensor) -> float:
 
 
 def adaptive_kl(p: Tensor, q: Tensor) -> Tensor:
-    """Return the adaptive KL of each row, for teacher ``p`` and student ``q`` ``(..., V)``."""
+    """Return each row's adaptive KL, for teacher ``p`` and student ``q``, both ``(..., V)``."""
     vocab = p.shape[-1]
     pairs = zip(p.reshape(-1, vocab), q.detach().reshape(-1, vocab), strict=True)
     share = torch.tensor([head_share(*pair) for pair in pairs], dtype=p.dtype)

@@ -1,4 +1,4 @@
-"""The dense oracle: every quantity is computed by its definition, in float64, with autograd.
+"""The oracle: computes every quantity by its definition, in float64, with autograd.
 
 The oracle shares no code with the library, and keeps all probabilities in memory. A head is any
 object with the attributes of ``lens_kernels.LensHead``.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def normalise(h: Tensor, norm: Any) -> Tensor:
-    """Apply a norm as the paper that introduced it defines it."""
+    """Apply a norm as its own paper defines it."""
     if norm is None:
         return h
     if norm.kind == "layer":
@@ -28,7 +28,7 @@ def normalise(h: Tensor, norm: Any) -> Tensor:
 
 
 def lens_logits(hidden: Tensor, head: Any, normed: bool, vocab_size: int | None) -> Tensor:
-    """Return the logits of a hidden state, ``(..., V)``, as the model computes them."""
+    """Return the logits of a hidden state, ``(..., V)``, as a model computes them."""
     x = normalise(hidden.double(), head.norm if normed else None)
     z = x @ head.weight[:vocab_size].double().T
     if head.bias is not None:
@@ -38,7 +38,7 @@ def lens_logits(hidden: Tensor, head: Any, normed: bool, vocab_size: int | None)
 
 
 def softmax(z: Tensor) -> Tensor:
-    """Return probabilities along the last dimension."""
+    """Return the softmax over the last dimension."""
     e = torch.exp(z - z.max(-1, keepdim=True).values)
     return e / e.sum(-1, keepdim=True)
 
@@ -56,7 +56,7 @@ def standardise(z: Tensor) -> Tensor:
 
 
 def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
-    """Return the divergence with this name, of teacher ``p`` and student ``q``."""
+    """Return the divergence called ``name`` between teacher ``p`` and student ``q``."""
     if name == "jsd":
         m = beta * p + (1 - beta) * q
         return beta * kl(p, m) + (1 - beta) * kl(q, m)
@@ -69,7 +69,7 @@ def divergence(name: str, p: Tensor, q: Tensor, beta: float = 0.5) -> Tensor:
     if name == "tvd":
         return (p - q).abs().sum(-1) / 2
     if name == "hellinger":
-        # The formula is 1 - sum sqrt(p q), whose gradient is finite where p == q.
+        # The gradient of 1 - sum sqrt(p q) is finite where p == q.
         return ((p + q) / 2 - torch.sqrt(p * q)).sum(-1)
     raise ValueError(f"unknown divergence {name!r}")
 
@@ -89,7 +89,7 @@ def rows(
     vocab_size: int | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Return the divergence of each pair and token, ``(L, ...)``.
+    """Return the divergence of each lens pair and token, ``(L, ...)``.
 
     With ``labels``, a last row holds the cross entropy.
     """

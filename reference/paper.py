@@ -29,7 +29,7 @@ from reference import dense
 
 @dataclass(frozen=True)
 class Quirks:
-    """Switches for the differences between the published code and this library."""
+    """Switches for the differences between the published code and this library's objective."""
 
     tiled_mask: bool = False
     log_epsilon: float = 0.0
@@ -64,7 +64,8 @@ def lens_term(
     """Return the lens term of the objective: a mean over samples, layers and unmasked positions.
 
     Hidden states are lists over layers of ``(B, T, D)``; ``mask`` is ``(B, T)``. The
-    result is in float64. It is 0 if all positions are masked; the published code divides 0 by 0.
+    result is in float64. If all positions are masked, the result is 0, where the published code
+    divides 0 by 0.
     """
     samples, layers = student_hidden[0].shape[0], len(student_hidden)
 

@@ -1,4 +1,4 @@
-"""The forward KL for a teacher with a few known probabilities, computed by its definition."""
+"""The forward KL of a teacher that is known at a few tokens only, computed by its definition."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from reference import dense
 
 
 def scattered(token_ids: Tensor, probabilities: Tensor, vocab: int) -> Tensor:
-    """Return the probabilities of all tokens, ``(..., V)``; unlisted tokens have 0."""
+    """Return the probabilities of all tokens, ``(..., V)``. Unlisted tokens have probability 0."""
     t = torch.zeros(*token_ids.shape[:-1], vocab, dtype=torch.float64)
     return t.scatter_add(-1, token_ids, probabilities.double())
 
 
 def forward_kl(t: Tensor, q: Tensor, rest: str | None = None) -> Tensor:
-    """Return the divergence of the student ``q`` from the listed probabilities ``t``.
+    """Return the KL from the listed probabilities ``t`` to the student ``q``.
 
-    ``rest`` is that of ``lens_kernels.SparseTargets``.
+    ``rest`` is the attribute of ``lens_kernels.SparseTargets``.
     """
     left = 1 - t.sum(-1, keepdim=True)
     if rest == "renormalize":
@@ -25,7 +25,7 @@ def forward_kl(t: Tensor, q: Tensor, rest: str | None = None) -> Tensor:
     if rest == "uniform":
         t = t + left / t.shape[-1]
     if rest == "ghost":
-        # All unlisted tokens of both models become one token.
+        # Join all unlisted tokens of both models into one token.
         listed = t > 0
         t = torch.cat([t, left], -1)
         outside = torch.where(listed, 0.0, q).sum(-1, keepdim=True)

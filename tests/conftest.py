@@ -18,10 +18,9 @@ for backend in (REFERENCE, ROW_KERNEL, CLUSTER_KERNEL):
 
 
 def pytest_configure(config):
-    """Let Triton interpret all kernels.
+    """Let Triton interpret all kernels, unless ``-m gpu`` selects tests that compile them.
 
-    Triton reads this setting when kernels are imported. Only ``-m gpu`` compiles kernels; all other
-    tests use CPU tensors, on any machine.
+    Triton reads this setting when kernels are imported.
     """
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -34,7 +33,7 @@ def _seed():
 
 @pytest.fixture
 def always_active(monkeypatch):
-    """Compute the reduced gradient GEMMs even if most vocabulary entries are active.
+    """Use active-vocabulary GEMMs even if most vocabulary entries are active.
 
     By default they need mostly inactive entries, which the small test problems do not have.
     """

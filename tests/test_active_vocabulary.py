@@ -1,4 +1,4 @@
-"""The ``grad_threshold`` option: the vocabulary entries and the share of the gradient it skips."""
+"""The ``grad_threshold`` option: which vocabulary entries and how much of the gradient it skips."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ N, V, D = 24, 600, 16
 def problem():
     """Return two models whose loss gradient is nearly zero for most vocabulary entries.
 
-    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
+    The mean of the head's rows is not zero, so the replacement of skipped rows by their mean has an
+    effect.
     """
     student = torch.randn(N, D, requires_grad=True)
     teacher = student.detach() + 0.3 * torch.randn(N, D)
@@ -92,10 +93,7 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
 def test_the_threshold_applies_to_the_logits_gradient_at_any_scale(
     always_active, backend, scale, temperature
 ):
-    """The threshold is compared with the gradient of the logits, at any scale and temperature.
-
-    At scale 1/64 and temperature 10, the gradients of the GEMM's result are 640 times smaller.
-    """
+    """At scale 1/64 and temperature 10, gradients of the GEMM's result are 640 times smaller."""
     student, teacher, weight, teacher_weight = problem()
     with torch.no_grad():
         weight *= temperature / scale
@@ -185,7 +183,7 @@ def test_statistics_cover_all_blocks_of_the_pointwise_pass(always_active, monkey
     inputs = problem()
     whole = final(threshold, *inputs, backend="torch")
     assert whole[0] > 0
-    # A block has at most 5 rows here, so the 24 rows make five blocks.
+    # A block has at most 5 rows here, so 24 rows make five blocks.
     monkeypatch.setattr(pointwise_pass, "CPU_EAGER_BLOCK", 5 * V)
     assert_near(final(threshold, *inputs, backend="torch"), whole, 1e-5)
 
@@ -203,10 +201,7 @@ def test_all_entries_are_used_if_most_are_active(share, above):
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
 def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
-    """A preset such as "bf16" sets a threshold relative to the size of the gradient.
-
-    Near convergence, gradients are small, and a fixed threshold would skip every entry.
-    """
+    """Near convergence, gradients are small, and a fixed threshold would skip every entry."""
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
     inputs = student, teacher, head, teacher_head
@@ -228,10 +223,7 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
 def test_an_infinite_norm_keeps_every_entry(large):
-    """A relative threshold skips no entry if the gradient's norm is infinite.
-
-    In float32, the square of 1e25 is infinite.
-    """
+    """In float32, the square of 1e25 is infinite."""
     survey = head_products.ColumnStatistics()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))
     assert survey.active(2.0**-9, relative=True).tolist() == [0, 1, 2]

@@ -85,7 +85,7 @@ def test_options_have_the_kind_and_default_of_the_argument(parser):
 
 
 def refused(parser, words, capsys):
-    """Return the parser's error message, one line, without the program's name and the last hint."""
+    """Return the parser's error message without the program's name and the last hint."""
     with pytest.raises(SystemExit) as stop:
         parser.parse_args(words)
     assert stop.value.code == 2

@@ -42,7 +42,7 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
 
 
 def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
-    """A smaller workspace holds smaller chunks of the vocabulary, and more chunks read more memory.
+    """More chunks read more memory.
 
     The smallest chunk has 128 entries: 2 MiB for 8192 tokens in 16 bits.
     """
@@ -63,7 +63,7 @@ def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
 def test_float32_operands_take_longer():
     """On a GPU, GEMMs of float32 operands are ten times as expensive as GEMMs of 16-bit operands.
 
-    Devices without 16-bit GEMMs copy 16-bit operands to float32 and pay for float32 GEMMs.
+    Devices without 16-bit GEMMs copy 16-bit operands to float32, and run float32 GEMMs.
     """
     narrow, wide = (plan(*SIZES, dtype=d)["torch"] for d in (torch.bfloat16, torch.float32))
     emulated = plan(*SIZES, device="mps")["torch"]
@@ -78,7 +78,7 @@ def test_workspace_is_the_memory_allocated_beside_the_gradients(monkeypatch, wor
     planned = plan(*SIZES, pairs=2, dtype=torch.float32, device="cpu", workspace_bytes=workspace)
     gradients = 4 * (2 * 1536 * 48 + 4096 * 48)
     seen = peak_of(monkeypatch, make(SHAPE), workspace_bytes=workspace) - gradients
-    # An eager pointwise pass also holds a few MiB of temporary blocks.
+    # An uncompiled pointwise pass also holds a few MiB of temporary blocks.
     assert planned["torch"].workspace_bytes <= seen <= planned["torch"].workspace_bytes + 16 * MIB
     assert 0.75 * workspace < planned["torch"].workspace_bytes <= workspace
 
@@ -110,7 +110,7 @@ def test_more_chunks_move_more_and_hold_less():
 def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
     options = {"device": "cpu", "workspace_bytes": 10**12}
     narrow = plan(*SIZES, dtype=torch.float32, **options)["torch"]
-    row = 4096 + 16  # each row is padded by a cache line of 16 logits
+    row = 4096 + 16  # each row has a cache line of 16 logits as padding
     assert narrow.workspace_bytes == 1536 * row * 8
     wide = CallShape(
         *SIZES, (Divergence.JSD,), torch.bfloat16, torch.float32, True, True, CUDA, 10**12
@@ -121,8 +121,9 @@ def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
 def test_on_a_gpu_gradients_have_a_buffer_of_their_own(monkeypatch):
     """On a GPU, a tile holds 512 rows of logits of both models, and gradients have another buffer.
 
-    That buffer holds 1024 rows if the head's gradient is 16-bit, and otherwise 2048. Rows of all
-    pairs share the tiles, so five pairs cost as much as one pair of five times the tokens.
+    The buffer of gradients holds 1024 rows if the head's gradient is 16-bit, and otherwise 2048.
+    Rows of all pairs share the tiles, so five pairs cost as much as one pair of five times the
+    tokens.
     """
     row = 4096 + 16
     whole, narrow = (512 * row * 8 + rows * 4096 * 2 for rows in (2048, 1024))

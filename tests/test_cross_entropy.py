@@ -22,7 +22,6 @@ def problem_of(**features):
 
 
 def dense_logits(problem, vocab_size=None):
-    """Return the full logits in the problem's dtype."""
     head = problem.student_head
     x = problem.student_hidden[0]
     if head.norm is not None:

@@ -90,7 +90,7 @@ def test_a_compiled_graph_does_not_read_the_tile_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("how", ["eager", "fullgraph"])
 def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch, how):
-    """``auto`` uses ``torch`` in a large workspace and ``triton`` in a small one.
+    """A large workspace is cheaper with ``torch``, and a small workspace with ``triton``.
 
     With small chunks, ``torch`` reads the head and writes the head gradient again for every few
     tokens.
@@ -174,9 +174,9 @@ def test_a_forced_backend_that_cannot_be_imported_says_so(monkeypatch):
 
 
 def test_a_backend_added_by_the_recipe_takes_part_in_auto_and_in_the_plan(monkeypatch):
-    """A backend registered by the documented recipe is available to ``auto`` and ``plan``.
+    """``auto`` and ``plan`` can use a backend that is added as documented.
 
-    With two eligible backends, ``auto`` takes the cheaper one.
+    If two backends can run, ``auto`` takes the cheaper backend.
     """
     reference = dispatch.REGISTRY["reference"]
     for costs, taken in (

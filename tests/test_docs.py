@@ -74,7 +74,7 @@ def test_every_link_leads_somewhere(page):
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_file_named_on_a_page_exists(page):
     pattern = r"(?<![\w/])(?:lens_kernels|reference|benchmarks|tests|docs)/[\w/.]+\w/?"
-    # The page of the benchmarks names its data files relative to its own folder.
+    # The page of the benchmarks names data files relative to the folder of the benchmarks.
     here = re.findall(r"`(data/[\w/.]+)`", page.read_text())
     missing = [p for p in re.findall(pattern, page.read_text()) if not (ROOT / p).exists()]
     missing += [p for p in here if not (page.parent / p).exists()]
@@ -119,7 +119,7 @@ def test_the_messages_explained_are_those_of_the_package():
 def folder(tmp_path_factory):
     """Return a folder with all files that the examples read.
 
-    Tiny models take the place of the real ones and have their names.
+    Tiny models replace the real models, under the same names.
     """
     pytest.importorskip("transformers")
     from tests.support import commands, tiny

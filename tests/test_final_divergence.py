@@ -60,10 +60,7 @@ def test_adaptive_kl_of_a_prefix_of_the_vocabulary_with_a_mask_and_a_denominator
 
 
 def share_of(problem, **options):
-    """Return each token's head share as a call computes it.
-
-    The adaptive KL weights the forward KL by this share.
-    """
+    """Return each token's weight of the forward KL in the adaptive KL, as a call computes it."""
     with pytest.MonkeyPatch.context() as patch:
         shares = recorded(patch, adaptive, "head_share")
         objective(problem, **options, **akl)
@@ -111,8 +108,8 @@ def given_probabilities(teacher, student):
         ([0.04, 0.21, 0.3, 0.22, 0.23], [0.2, 0.3, 0.1, 0.3, 0.1], [2]),
         # The most probable entry, 0.7, is in the head, although it exceeds one half.
         ([0.1, 0.7, 0.2], [0.3, 0.5, 0.2], [1]),
-        # The first two entries are in the head: they sum to exactly one half. Ties are taken by
-        # index.
+        # The first two entries are in the head, because they sum to exactly one half. Equal entries
+        # are taken by index.
         ([0.25, 0.25, 0.25, 0.25], [0.1, 0.4, 0.2, 0.3], [0, 1]),
     ],
 )

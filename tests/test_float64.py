@@ -40,7 +40,7 @@ def test_float64_on_one_side_only(backend, double):
 
 @pytest.mark.parametrize("denominator", [3, 3.0, torch.tensor(3), torch.tensor(3.0)])
 def test_the_objective_keeps_its_digits_whatever_the_denominator_is(denominator):
-    """Token weights stay in float64, whatever the dtype of the denominator is."""
+    """Token weights stay in float64, for any dtype of the denominator."""
     problem = make(BATCH, std=2.0).to(torch.float64)
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     options = {"labels": labels, "kd_ratio": 0.3, "divergence": "jsd"}

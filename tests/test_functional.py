@@ -51,7 +51,7 @@ def test_every_shape(backend, shape, divergence):
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 36, 37, 38])
 def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
-    """Chunks of any size give the same result: less than one row, one row, or up to all 37 rows.
+    """Chunks hold less than one row, one row, or up to all 37 rows.
 
     With 4 and 36 rows, the last chunk has one row.
     """
@@ -61,10 +61,9 @@ def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
-    """``beta`` is the teacher's weight in the jsd's mixture.
+    """At the extremes, the mixture differs from one distribution by 1e-6.
 
-    At the extremes, the mixture differs from one distribution by 1e-6, and the jsd is still
-    accurate.
+    The jsd is still accurate.
     """
     check(make(ODD, std=2.0), backend=backend, beta=beta)
     check(related(ODD, 2.0), 1e-5, backend=backend, beta=beta)
@@ -84,8 +83,8 @@ def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
 
 
 INFINITE = {
-    # Each key names the model that gives some entries no mass. Its value lists the divergences that
-    # are then infinite.
+    # Each key names the model that gives some entries the probability 0. Its value lists the
+    # divergences that are then infinite.
     "teacher": ("reverse_kl", "jeffreys"),
     "student": ("forward_kl", "jeffreys"),
     "both": (),
@@ -95,10 +94,7 @@ INFINITE = {
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("side", INFINITE)
 def test_divergences_are_infinite_only_where_the_formula_is(backend, side, divergence):
-    """A divergence is infinite only if its formula gives infinity.
-
-    One entry of the kernel's first tile and all entries of its last tile have no mass.
-    """
+    """One entry of the kernel's first tile and all entries of its last tile have probability 0."""
     vocab = 211
     problem = make(Shape((9,), vocab, 8, 12, 1), bias=True, divergence=divergence)
     gone = torch.zeros(vocab, dtype=torch.bool)
@@ -110,8 +106,8 @@ def test_divergences_are_infinite_only_where_the_formula_is(backend, side, diver
     loss, grads = ours(problem, backend=backend)
     if divergence in INFINITE[side]:
         assert loss == math.inf
-        # If only the student has no mass, its logits are constant at -inf, so the gradient is
-        # finite.
+        # If only the student gives entries the probability 0, its logits are constant at -inf, so
+        # the gradient is finite.
         assert bool(grads["hidden0"].isfinite().all()) is (side == "student")
         return
     wide = problem.to(torch.float64)
@@ -252,9 +248,10 @@ def test_layer_weights(backend, reduction, kind):
 
 @pytest.mark.parametrize("make_denominator", [float, int, lambda n: torch.tensor([n])])
 def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
-    """The losses of micro-batches add up to that of the whole batch, if they share its denominator.
+    """The losses of micro-batches add up to the loss of the whole batch, if they share its
+    denominator.
 
-    They have unequal numbers of tokens, and one micro-batch has none.
+    The micro-batches have unequal numbers of tokens, and one of them has none.
     """
     problem = make(BATCH, norm="rms", bias=True)
     mask = torch.rand(BATCH.leading) < 0.5
@@ -272,7 +269,7 @@ def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
 
 @pytest.mark.parametrize("denominator", [0.5, torch.tensor(0.5)])
 def test_a_denominator_below_one_is_not_clamped(backend, denominator):
-    """A denominator may be below one, such as a few tokens divided by the number of processes."""
+    """A few tokens divided by the number of processes may be less than one."""
     check(make(ODD), denominator=denominator, backend=backend)
 
 
@@ -337,7 +334,7 @@ def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergen
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergence):
-    """Columns at -inf in both models have no effect: removing them gives the same result."""
+    """Removing columns that are -inf in both models does not change the result."""
     features = {"bias": True, "norm": "layer", "temperature": 1.5, "divergence": divergence}
     closed = torch.zeros(BATCH.vocab, dtype=torch.bool)
     closed[[0, 13, 14, BATCH.vocab - 1]] = True
@@ -353,10 +350,7 @@ def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergenc
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
-    """Near convergence, the loss is accurate and not negative.
-
-    A formula with cancellation would lose all digits in float32.
-    """
+    """A formula with cancellation would lose all digits in float32."""
     gpu_checks.near_convergence(CPU, backend, divergence)
 
 

@@ -23,9 +23,9 @@ EVERY = {"backend": BACKENDS, "dtype": DTYPES, "divergence": DIVERGENCES, "featu
 
 
 def gpu(*over, **more):
-    """Return a decorator that marks a test for a GPU.
+    """Return a decorator that marks a test for a GPU, and runs it with all combinations of values.
 
-    It also parametrises the test over the named lists of ``EVERY`` and over further lists.
+    The values are the named lists of ``EVERY``, and further lists.
     """
     absent = not torch.cuda.is_available()
     marks = [pytest.mark.gpu, pytest.mark.skipif(absent, reason="no GPU")]
@@ -56,10 +56,7 @@ def test_parity(backend, feature, divergence, dtype):
 
 @gpu("divergence", dtype=DTYPES[:2], backend=["torch"])
 def test_the_pass_by_inductor(backend, divergence, dtype, monkeypatch):
-    """On a GPU, Inductor's compiled pass gives right results.
-
-    The op uses this pass for float64, which the row kernel does not support.
-    """
+    """The op uses this pass for float64, which the row kernel does not support."""
     monkeypatch.setattr(row_chunks, "has_row_kernel", lambda *args: False)
     check.parity(GPU, backend, dtype, BATCH, "everything", divergence)
 

@@ -20,10 +20,7 @@ SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
-    """Freezing some tensors does not change the gradients of the others.
-
-    Frozen tensors get no gradient.
-    """
+    """Frozen tensors get no gradient, and do not change the gradients of other tensors."""
     # The test makes 56 calls, so the shape is small enough for one tile.
     shape = Shape((3, 4), 61, 33, 17, 2)
     problem = make(shape, **FEATURES["everything"])
@@ -41,8 +38,8 @@ def test_frozen_sides_in_every_combination(backend, reduction):
 @pytest.mark.parametrize(
     ("wanted", "student_products"),
     [
-        # Each number counts the student's GEMMs for two pairs: two compute logits, and the others
-        # gradients.
+        # Each number counts the student's GEMMs for two pairs: two GEMMs compute logits, and the
+        # others gradients.
         ((), 2),
         (("bias",), 2),
         (("hidden1",), 3),
@@ -176,10 +173,8 @@ def test_double_backward_is_refused_clearly(of, reduction, keep):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_made_in_inference_mode(reduction):
-    """A teacher's tensors may come from ``torch.inference_mode``.
-
-    The deferred backward pass needs them, although autograd refuses to save them.
-    """
+    """The deferred backward pass needs the teacher's tensors, although autograd refuses to save
+    them."""
     problem = make(BATCH, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else None
     options = {"upstream": upstream, "reduction": reduction}
@@ -227,10 +222,7 @@ def test_leaves_that_are_views_and_shared(backend):
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """Float16 gradients of a mean over 4000 tokens do not underflow.
-
-    The division by 4000 is applied after the GEMMs.
-    """
+    """The division by 4000 tokens is applied after the GEMMs."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -240,11 +232,8 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
-    """Float16 gradients are accurate near convergence.
-
-    Heads that differ by 0.3 % have logit gradients near 1e-7. Float16 would keep only one digit of
-    such numbers.
-    """
+    """Heads that differ by 0.3 % have logit gradients near 1e-7, of which float16 would keep only
+    one digit."""
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).half().requires_grad_()
     head = (torch.randn(16384, 32) / 32**0.5).half().requires_grad_()
@@ -264,11 +253,8 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
-    """Float16 gradients do not overflow if the models' log-probabilities differ much.
-
-    The student gives both entries the probability 1/2, and the teacher gives the second entry
-    exp(-400).
-    """
+    """The student gives both entries the probability 1/2, and the teacher gives the second entry
+    exp(-400)."""
     student = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     teacher, head = torch.tensor([[0.0, -400.0]]).half(), torch.eye(2).half()
     call = {"divergence": divergence, "backend": backend}
@@ -282,7 +268,7 @@ def test_float16_gradients_of_pairs_with_small_weights(backend):
     options = {"layer_weights": [1.0, 1e-2, 1e-3, 1e-4], "reduction": "sum"}
     _, expected = oracle(problem, **options)
     loss = loss_of(symmetric_lens_loss, problem, backend=backend, **options)
-    # Hidden gradients are float16 too, so the loss is scaled to keep them from underflowing.
+    # Hidden gradients are float16 too, so the loss is scaled up against their underflow.
     grads = problem.gradients(loss, grad_outputs=torch.tensor(2.0**10))
     for i in range(4):
         assert_close(grads[f"hidden{i}"].double() / 2**10, expected[f"hidden{i}"], 1e-3)

@@ -1,7 +1,7 @@
 """Invalid inputs raise an error of the right class, with a message that names the problem.
 
-Each case gives the invalid value, the class of the error, and words that the message must contain.
-They name the argument, the passed value, and the allowed values.
+Each case gives the invalid value, the class of the error, and words that the message must contain:
+the argument, the passed value, and the allowed values.
 """
 
 import re
@@ -147,12 +147,12 @@ def number(*values):
 
 
 def outside(words, *values):
-    """Return a case for each of ``values``. All of them lie outside the allowed range."""
+    """Return a case for each of ``values``, which lie outside the allowed range."""
     return {str(x): (x, ValueError, [*words, str(x)]) for x in values}
 
 
 def unknown(*known):
-    """Return cases of unknown names, with the names in ``known`` as the allowed ones.
+    """Return cases of unknown names, with ``known`` as the allowed names.
 
     Values that are not strings are also cases.
     """

@@ -29,10 +29,7 @@ BELOW = {
 
 
 def imported(name: str) -> set[str]:
-    """Return the package's modules that a module imports.
-
-    Imports inside functions or for types count too.
-    """
+    """Return the package's modules that a module imports, also inside functions or for types."""
     found = set()
     for node in ast.walk(TREES[name]):
         if isinstance(node, ast.Import):

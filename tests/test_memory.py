@@ -31,7 +31,7 @@ TEMPORARIES, OTHER, SMALL = 16, 8, 8
 
 @pytest.fixture
 def eager(monkeypatch):
-    """Run the pointwise pass without compilation, because the bound is for eager execution."""
+    """Run the pointwise pass without compilation, because the bound is for the uncompiled pass."""
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", float("inf"))
 
 
@@ -100,7 +100,7 @@ def test_peak_memory_of_variants_is_bounded(monkeypatch, kind):
 
 @pytest.mark.usefixtures("eager")
 def test_the_tiles_fill_the_workspace(monkeypatch):
-    """The tiles fill 75 to 100 % of the workspace. Its size does not change other memory."""
+    """The tiles fill 75 to 100 % of the workspace, whose size does not change other memory."""
     rest = []
     for workspace in (4 * MIB, 12 * MIB, 20 * MIB):
         row = 8 * row_stride(LARGE.vocab)
@@ -129,7 +129,7 @@ def test_twice_the_tokens_add_only_terms_of_hidden_size(monkeypatch, labelled):
 
 @pytest.mark.usefixtures("eager")
 def test_16_bit_heads_are_not_copied(monkeypatch):
-    """16-bit heads are converted to float32 one tile at a time. Whole copies would take 24 MiB."""
+    """16-bit heads are converted to float32 tile by tile. Whole copies would take 24 MiB."""
     problem = make(Shape((64,), 8192, 256, 512, 1))
     dtypes = torch.float32, torch.bfloat16
     wide, narrow = (peak_of(monkeypatch, problem.to(dtype)) for dtype in dtypes)

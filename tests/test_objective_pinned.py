@@ -1,7 +1,7 @@
 """Fixed values of the objective: if a test here fails, the objective itself has changed.
 
 Teacher p = (4, 2, 1, 1)/8, student q = (1, 1, 2, 4)/8. Heads are the identity, so that hidden
-states are logits. Comments give formulas of values and gradients, where ln is the natural
+states are logits. Comments give formulas of values and gradients, in which ln is the natural
 logarithm.
 """
 
@@ -19,28 +19,28 @@ P, Q = (4 / 8, 2 / 8, 1 / 8, 1 / 8), (1 / 8, 1 / 8, 2 / 8, 4 / 8)
 # For each divergence: its options, its value, and its gradient with respect to the student's
 # logits.
 PINNED = {
-    "forward_kl": (  # value: the sum of p ln(p/q) is 7/8 ln 2; the gradient is q - p
+    "forward_kl": (  # Forward KL. Value: the sum of p ln(p/q) is 7/8 ln 2. Gradient: q - p.
         {},
         0.6065037829899521,
         (-0.375, -0.125, 0.125, 0.375),
     ),
-    # Value: the sum of q ln(q/p) is 7/8 ln 2; the gradient is q (ln(q/p) - 7/8 ln 2).
+    # Reverse KL. Value: the sum of q ln(q/p) is 7/8 ln 2. Gradient: q (ln(q/p) - 7/8 ln 2).
     "reverse_kl": (
         {},
         0.6065037829899521,
         (-0.2490997680, -0.1624563704, 0.0216608494, 0.3898952891),
     ),
-    "jeffreys": (  # values and gradients of the two KLs above add up, without a factor 1/2
+    "jeffreys": (  # Jeffreys: the sum of forward KL and reverse KL, without a factor 1/2.
         {},
         1.2130075659799042,
         (-0.6240997680, -0.2874563704, 0.1466608494, 0.7648952891),
     ),
-    "tvd": (  # value: half the sum of |p - q|; the gradient is q (sign(q - p)/2 - 1/4)
+    "tvd": (  # Total variation. Value: half the sum of |p - q|. Gradient: q (sign(q - p)/2 - 1/4).
         {},
         0.5,
         (-0.09375, -0.09375, 0.0625, 0.125),
     ),
-    "hellinger": (  # value: 1 minus the sum of sqrt(p q), which is 1/2 + sqrt(2)/4
+    "hellinger": (  # Hellinger. Value: 1 minus the sum of sqrt(p q), which is 1/2 + sqrt(2)/4.
         {},
         0.1464466094067262,
         (-0.0716529131, -0.0350412607, 0.0183058262, 0.0883883476),
@@ -163,10 +163,9 @@ def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
 
 
 def test_scale_then_softcap_then_temperature(forward_kl):
-    """Logits are scaled, capped, and divided by the temperature, in this order.
+    """The student's two logits are softcap tanh(scale (h + b) / softcap) / T and 0.
 
-    The student's two logits are softcap tanh(scale (h + b) / softcap) / T and 0, for hidden state
-    h, bias b and temperature T.
+    h is a hidden state, b the bias, and T the temperature.
     """
     h = torch.tensor([[1.0]], dtype=torch.float64)
     weight = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
@@ -206,10 +205,9 @@ def test_norms(forward_kl, norm, first, second):
 
 
 def test_reductions_and_weights(forward_kl):
-    """Reductions use the mask, the denominator and the layer weights.
+    """One lens pair has a loss of 7/8 ln 2 for each token, and the other pair 0.
 
-    One pair has a loss of 7/8 ln 2 for each token, and the other pair 0. One of three tokens is
-    masked.
+    One of three tokens is masked.
     """
     student, teacher = logits(Q).expand(3, 4), logits(P).expand(3, 4)
     pairs = ([student, teacher], [teacher, teacher])
@@ -226,10 +224,8 @@ def test_reductions_and_weights(forward_kl):
 
 @pytest.mark.parametrize(("backend", "dtype"), PRECISIONS)
 def test_the_whole_objective(backend, dtype):
-    """The objective is the weighted sum of its terms.
-
-    The terms are one lens pair of jsd, a final reverse KL of 7/8 ln 2, and a cross entropy of ln 8.
-    """
+    """The terms are one lens pair of jsd, a final reverse KL of 7/8 ln 2, and a cross entropy of ln
+    8."""
     eye = torch.eye(4, dtype=dtype)
     out = distillation_loss(
         [logits(Q, dtype)],

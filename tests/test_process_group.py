@@ -1,4 +1,4 @@
-"""A vocabulary that is spread over 2 to 4 processes gives the results of a single process."""
+"""A vocabulary that is sharded over 2 to 4 processes gives the results of a single process."""
 
 import random
 import re
@@ -14,7 +14,7 @@ from tests.support.grids import DIVERGENCES, FEATURES, Shape
 from tests.support.processes import Ranks
 from tests.support.sharded import SHAPE, WIDTH, problem_of, solve
 
-# Of these tensors, each rank has only its own rows, and the gradients of these rows.
+# Each rank has only its own rows of these tensors and of their gradients.
 HEAD = ("weight", "bias")
 # With this workspace, a pair takes several chunks.
 SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}

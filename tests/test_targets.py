@@ -158,7 +158,8 @@ def test_samples_are_unbiased_and_a_top_k_is_not():
     ids = proposal.expand(draws, -1).multinomial(samples, True, generator=generator)
     weights = (teacher / proposal)[0][ids] / samples
     error = gradient(SparseTargets(ids, weights), draws) - exact
-    # The expected deviation of the mean gradient from the exact one, by the variance of the draws.
+    # The expected deviation of the mean gradient from the exact gradient, by the variance of the
+    # draws.
     deviation = ((teacher[0] ** 2 / proposal[0] - teacher[0] ** 2) / (draws * samples)).sum().sqrt()
     assert error.norm() < 4 * deviation
     top, ids = teacher.topk(samples)

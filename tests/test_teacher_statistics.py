@@ -1,4 +1,4 @@
-"""The teacher's log-sum-exps may be given: they are checked and then not computed again."""
+"""The caller may give the teacher's log-sum-exps: they are checked, and not computed again."""
 
 import importlib
 
@@ -17,13 +17,13 @@ from tests.support.refusals import small_op as op
 
 SHAPE = Shape((3, 5), 97, 12, 20, 2)
 TEMPERATURE = 1.7
-# The KLs and jeffreys do not use given statistics: they compute all sums in one sweep.
+# The KLs and jeffreys do not use given log-sum-exps, because they compute all sums in one sweep.
 USED_BY_ALL = ["jsd", "tvd", "hellinger"]
 backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
 def statistics(problem, has_final=False):
-    """Return the maximum of the teacher's logits, and log-sum-exp minus maximum, for each token."""
+    """Return each token's maximum of the teacher's logits, and log-sum-exp minus maximum."""
     hidden, head = problem.teacher_hidden, problem.teacher_head
     states = []
     for i, h in enumerate(hidden):

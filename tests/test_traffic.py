@@ -10,7 +10,7 @@ from tests.support.grids import Shape
 from tests.support.processes import Ranks
 
 SIZES = {"tokens": 35, "vocab_size": 61, "student_width": 12, "teacher_width": 10, "pairs": 2}
-WORKSPACE = 5_000  # so small that any number of ranks needs several chunks
+WORKSPACE = 5_000  # so small that any number of ranks takes several chunks
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])

@@ -25,7 +25,7 @@ SMOKE = ROOT / "tests" / "support" / "smoke.py"
 def call(*command: str | Path, folder: Path) -> str:
     """Run a command in a folder and return its output.
 
-    Its environment hides this checkout from Python and switches Triton's interpreter off.
+    Its environment hides this checkout from Python, and turns Triton's interpreter off.
     """
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "TRITON"))}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -35,7 +35,8 @@ def call(*command: str | Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Build the wheel offline, from a copy, because a build writes into the source folder."""
+    """Build the wheel offline, from a copy of the project, because a build writes into the source
+    folder."""
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in FILES:
         shutil.copy(ROOT / name, source)
@@ -47,7 +48,7 @@ def wheel(tmp_path_factory):
 
 
 def needed(name: str) -> set[str]:
-    """Return the name of an installed package and the names of all its installed dependencies."""
+    """Return the name of an installed package, and the names of all its installed dependencies."""
     found, left = set(), [name]
     while left:
         name = left.pop()
@@ -65,7 +66,7 @@ def needed(name: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def environment(wheel, tmp_path_factory):
-    """Return the bin folder of a new environment, which holds the wheel and its dependencies."""
+    """Return the bin folder of a new environment with the wheel and its dependencies."""
     folder = tmp_path_factory.mktemp("environment")
     call(sys.executable, "-m", "venv", "--without-pip", folder, folder=folder)
     (site,) = folder.glob("lib/python*/site-packages")

@@ -1,4 +1,4 @@
-"""Fixtures for the benchmarks' tests: a fake clock, and no figures unless a test needs them."""
+"""Fixtures for the tests of the benchmarks: a fake clock, and whether figures are drawn."""
 
 import itertools
 

@@ -79,7 +79,7 @@ def test_second_run_reuses_the_results_of_the_first(
     assert figure.stat().st_size > 20_000
     printed = capsys.readouterr().out
     assert "trained before, lens, both errors below" in printed and "bf16_rounding" in printed
-    # The second run finds all results and measures nothing.
+    # A second run finds all results in the CSV, and measures nothing.
     monkeypatch.setattr(bench, "measure", None)
     assert run(files, tmp_path, *options) == rows
     assert "trained after: measured already" in capsys.readouterr().out
@@ -105,7 +105,8 @@ def test_timed_runs_the_floor_and_the_loss_of_the_group(monkeypatch, group):
 def problem(group="lens"):
     """Return two models whose loss gradient is nearly zero for most vocabulary entries.
 
-    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
+    The mean of the head's rows is not zero, so the replacement of skipped rows by their mean has an
+    effect.
     """
     students = [torch.randn(N, D, requires_grad=True) for _ in range(2 if group == "lens" else 1)]
     teachers = [x.detach() + 0.3 * torch.randn(N, D) for x in students]
@@ -121,7 +122,7 @@ def relative(found, exact):
 
 
 def dense_gradients(group):
-    """Return the gradients of the logits by dense torch, as one matrix for each pair."""
+    """Return the gradients of the logits by dense torch, one matrix for each pair."""
     sides, gradients = (group.inputs.student_hidden, group.inputs.teacher_hidden), []
     for pair in zip(*sides, strict=True):
         logits = (lens_logits(x, h, True, None) for x, h in zip(pair, group.heads, strict=True))
@@ -265,7 +266,7 @@ def test_interrupted_run_keeps_its_results_and_resumes(files, tmp_path, monkeypa
     after = run(files, tmp_path)
     assert len(calls) == 5 and after[: len(before)] == before
     assert (len(states(before)), len(states(after))) == (3, 4)
-    # If the thresholds change, all states are measured again.
+    # With other thresholds, all hidden states are measured again.
     run(files, tmp_path, "--thresholds", "1e-4")
     assert len(calls) == 9
 

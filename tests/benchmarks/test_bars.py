@@ -1,4 +1,4 @@
-"""The performance limits and the tables on the benchmarks' page are computed from the CSV."""
+"""The CSV gives the performance limits and the tables of the benchmarks' page."""
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_verdict_compares_ratios_with_the_bars(five, end):
         made("dense", bars.LARGE, "", "4990"),
         made("trl", bars.LARGE, "1:8000", "500"),
         made("liger", base.replace("gpt2", "tiny"), "1:9999"),
-        # The limit is 5.6: how much longer five pairs may take than one pair.
+        # Five pairs may take at most 5.6 times as long as one pair.
         made("lens_kernels", "gpt2 N1024 V50257 L1 masked 0.5", "1:1000"),
         made("lens_kernels", bars.FIVE, f"1:{five}"),
     ]
@@ -84,7 +84,6 @@ def test_write_tables_replaces_the_tables_of_the_page(tmp_path):
 
 
 def test_page_agrees_with_the_csv(tmp_path):
-    """The committed page has the tables that the committed CSV gives."""
     copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
     bars.write_tables(copy, tables.read_csv(environment.DATA / "cpu" / "speed_vs_peers.csv"))

@@ -13,8 +13,8 @@ from benchmarks.support.environment import CPU
 from benchmarks.support.providers import CONTENDERS, SPEED_CONTENDERS, dense
 from benchmarks.support.shapes import Job
 
-# Liger is left out, because it takes many seconds to compile. The benchmark scripts check its loss
-# before they measure.
+# Liger is left out, because it takes many seconds to compile. The benchmarks check its loss before
+# they measure.
 KEYS = [key for key in CONTENDERS if key != "liger"]
 
 
@@ -85,7 +85,7 @@ def test_gather_lists_unusable_contenders_with_the_reason(capsys):
 def test_mask_reduces_tokens_and_floor_by_its_share():
     job = Job(tokens=40, vocab=50, student_width=8, teacher_width=8, masked=0.25)
     inputs, unmasked = job.make(), replace(job, masked=0.0)
-    # The masked positions are spread at random.
+    # the masked positions are spread at random
     assert inputs.mask.sum() == 30 and 0 < inputs.mask[:10].sum() < 10
     assert torch.equal(inputs.counted(x := inputs.student_hidden[0]), x[inputs.mask])
     assert job.gemm_flops() == 0.75 * unmasked.gemm_flops()
@@ -107,10 +107,7 @@ def test_fake_tensors_predict_the_memory_of_a_real_run(contender, pairs):
 
 
 def test_fake_tensors_predict_the_memory_of_the_compiled_pass(monkeypatch):
-    """Fake tensors predict the memory of a large call, which compiles its pass.
-
-    With fake tensors, a substitute for the compiled pass allocates the same memory.
-    """
+    """With fake tensors, a substitute for the compiled pass allocates the same memory."""
     monkeypatch.setattr(providers.pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     job = Job(tokens=256, vocab=20000, student_width=16, teacher_width=24)
     assert_fakes_are_right(CONTENDERS["lens_kernels"], job, kept=False)

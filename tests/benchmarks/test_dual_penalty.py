@@ -1,4 +1,4 @@
-"""The picture of the penalties: its statements hold, and it is drawn."""
+"""The picture of the penalties: the facts that it shows are true, and it is drawn."""
 
 import math
 import sys

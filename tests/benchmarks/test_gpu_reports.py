@@ -64,10 +64,7 @@ def test_fatal(backend): os._exit(3)
 
 
 def test_the_report_has_a_row_for_every_test_in_order(tmp_path):
-    """The report has one row for each test, in order.
-
-    If a test ends its process, the rows of earlier tests are kept.
-    """
+    """If a test ends its process, the report keeps the rows of earlier tests."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
@@ -121,7 +118,7 @@ def test_speed_gpu_runs_end_to_end(tmp_path, clock, monkeypatch):
     columns = ("min_ms", "median_ms", "max_ms", "ratio_to_floor")
     found = [" ".join(row[name] for name in columns) for row in rows[:4]]
     assert found[1:3] == ["5000.000 8500.000 12000.000 0.89", "6000.000 7500.000 9000.000 0.79"]
-    # Only steps of the library and their parts have a predicted time. Here it is predicted for the
+    # Only steps of the library and their parts have a predicted time. It is predicted for the
     # layout of tiles on a CPU.
     predicted = [row["contender"] for row in rows if row["predicted_ms"]]
     assert predicted == ["triton", "torch", "products", "pass", "rest"]
@@ -145,7 +142,7 @@ def test_what_fails_has_a_row_and_the_others_have_times(monkeypatch, tmp_path, k
     def loss(inputs):
         raise error
 
-    # Garbage collection is slow in the test process, which has loaded many modules.
+    # Skip garbage collection, which is slow after many modules were loaded.
     monkeypatch.setattr(speed_gpu.gc, "collect", lambda: None)
     monkeypatch.setattr(contenders, "check", lambda each, device: None)
     every = {name: speed_gpu.CONTENDERS[name] for name in ("torch", "trl")}
@@ -241,10 +238,7 @@ def test_the_steps_are_in_the_order_of_their_worth(tmp_path):
 
 
 def test_a_step_that_hangs_or_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch, capsys):
-    """A step that hangs or fails is recorded, and the other steps run.
-
-    The steps that must end have long limits, so that the test passes on a slow machine.
-    """
+    """The steps that end normally have long limits, so that the test passes on a slow machine."""
     real = gpu_day.steps
 
     def steps(args):
@@ -284,7 +278,7 @@ def test_a_step_starts_only_if_there_is_time(tmp_path, monkeypatch):
     begun = tmp_path / "begun"
     monkeypatch.setattr(gpu_day, "steps", lambda args: [fake("late", 60, HANG, begun)])
     options = [*CPU, "--out", str(tmp_path / "out"), "--minutes"]
-    left = 15  # in seconds; a step with a limit of 60 s starts only if 20 s are left
+    left = 15  # in seconds: a step with a limit of 60 s starts only if 20 s are left
     assert gpu_day.main([*options, str((gpu_day.RESERVE + left) / 60)]) == 1
     (row,) = tables.read_csv(tmp_path / "out" / "steps.csv")
     assert row["status"] == "not started" and row["note"].endswith(" s are left")

@@ -9,19 +9,20 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-# The measured memory may differ by this much: scalars and torch's one-time allocations.
+# The measured memory may differ by this much, because of scalars and one-time allocations of torch.
 SLACK = MIB // 32
 
 
 def watched(function):
-    """Return the memory of a function as measured with real tensors, and as counted with fakes."""
+    """Return the memory of a function twice: measured with real tensors, and counted with fake
+    tensors."""
     return memory.measure(function, CPU), memory.track(function)
 
 
 def allocations():
-    """Allocate 12 MiB at the peak and return 4 MiB.
+    """Allocate 12 MiB at the peak, and return 4 MiB.
 
-    Each tensor takes 4 MiB. At the peak, three of them exist: b, c and d.
+    Each tensor takes 4 MiB. At the peak, the tensors b, c and d exist.
     """
     a = torch.empty(1024, 1024)
     b = a + 1

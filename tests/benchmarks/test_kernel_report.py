@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 # This program compiles each kernel once with each of its tiles. The norm kernels have the same
-# tiles on all architectures. The name "large" stands for sm_80 with a tile of 128 x 256 for 4
-# warps, whose accumulator exceeds the registers.
+# tiles on all architectures. The name "large" means sm_80 with a tile of 128 x 256 for 4 warps,
+# whose accumulator exceeds the registers.
 SCRIPT = """
 import sys, torch
 from benchmarks.support import offline
@@ -73,7 +73,7 @@ def test_costs_count_the_gemms():
     model = kernel_report.Model("toy", student=2, teacher=3, vocab=10)
     rows = {row["step"]: row for row in kernel_report.cost_rows(model, tokens=10**11)}
     # For N tokens and V vocabulary entries, a GEMM takes 2 N V operations for each unit of hidden
-    # size. Here this is 2 TFLOP.
+    # size: 2 TFLOP here.
     assert rows["dense floor"]["tflop"] == 2 * (3 * 2 + 3)
     assert rows["all, jsd tvd hellinger"]["tflop"] == 2 * (3 * (2 + 3) + 2 * 2)
     assert rows["all, KL family"]["tflop"] == 2 * (2 * (2 + 3) + 2 * 2)

@@ -197,7 +197,7 @@ def test_differences_match_computations_by_hand():
 
 
 def main_results(seeds=(1, 2, 3)):
-    """Return results for the main group, in which the JSD lens lowers KL by 10 %.
+    """Return results of the main group in which the JSD lens lowers KL by 10 %.
 
     The lens makes a run 50 % longer.
     """
@@ -220,8 +220,8 @@ def test_comparisons_are_paired_by_seed():
     assert lens.percent.mean == pytest.approx(-10)
     assert lens.percent.student_t == pytest.approx((-10, -10))
     assert lens.percent.verdict == "lower"
-    # The lens reaches the baseline's final KL before the end. In the second half of training, its
-    # KL falls from 1.8 to 0.9 times this value, so it passes 1.0 after 8/9 of this half.
+    # In the second half of training, the KL of the lens falls from 1.8 to 0.9 times the baseline's
+    # final KL. So it reaches that final KL after 8/9 of this half.
     assert lens.reached == pytest.approx(0.5 + 0.5 * 8 / 9)
     assert lens.cost == 1.5
     assert found["forward KL"].percent is None
@@ -254,10 +254,7 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
 
 @pytest.mark.slow
 def test_distillation_improves_on_fine_tuning_and_the_lens_on_distillation(tmp_path, capsys):
-    """Distillation lowers KL, and the lens lowers it further.
-
-    The test's KL shares no code with the loss, so it would reveal a lens without effect.
-    """
+    """The test's KL shares no code with the loss, so it would reveal a lens without effect."""
     lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")
     kd, lens, sft = (found[run.key] for run in groups.quick().runs())

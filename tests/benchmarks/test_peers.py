@@ -1,4 +1,4 @@
-"""The speed comparison: all contenders do equal work, and a resumed run keeps earlier results."""
+"""The speed comparison: contenders do equal work, and a run that resumes keeps earlier results."""
 
 import statistics
 from dataclasses import replace
@@ -52,8 +52,8 @@ def test_run_times_every_contender_and_writes_its_files(tmp_path, figures, clock
         assert row["ratio_to_floor"] == (f"{statistics.median(ratios):.2f}" if ratios else "")
         assert ratios or row["sweeps"] == "memory"
         assert {"device", "threads", "torch", "trl", "liger_kernel", "commit"} <= row.keys()
-    # Calls 1 to 8 are warm-up calls of lens_kernels, one at each point. The order of contenders
-    # rotates: round 1 starts with the second one.
+    # Calls 1 to 8 are warm-up calls of lens_kernels, one at each point (set of sizes). The order of
+    # contenders rotates: round 1 starts with the second contender.
     assert rows[name(), "lens_kernels"]["times_ms"].startswith("1:9000.00 2:")
     assert rows[name(), FLOOR]["times_ms"].startswith("1:12000.00 2:")
     assert rows[name(), FLOOR]["sweeps"] == "tokens mask"
@@ -77,14 +77,14 @@ def test_memory_is_measured_for_ours_and_counted_for_dense(tmp_path):
         # The column does not include the memory of gradients.
         above = (counted.peak - counted.kept) / memory.MIB
         assert above > 8 and float(row["temporaries_mib"]) == pytest.approx(above, abs=0.1)
-    # The second run finds all results and measures nothing.
+    # A second run finds all results in the CSV, and measures nothing.
     assert run(tmp_path, "--sweep", "memory") == rows
 
 
 def test_interrupted_run_keeps_complete_turns_and_resumes(tmp_path, clock, monkeypatch, capsys):
     def stopping(function, device):
         elapsed = clock(function, device)
-        # Before the 14th call come 2 warm-up calls and the 7 calls of round 1, so it is in round 2.
+        # The 14th call is in round 2, after 2 warm-up calls and the 7 calls of round 1.
         if elapsed == 14:
             raise KeyboardInterrupt
         return elapsed
@@ -201,7 +201,7 @@ def test_contenders_that_exceed_memory_are_reported_and_not_run(tmp_path, monkey
     with monkeypatch.context() as patch:
         patch.setattr(memory, "available", lambda: 1 << 40)
         times = run(tmp_path, *MASK)[name(), "dense"]["times_ms"]
-    # Later, with little memory again, the times measured before are kept.
+    # With little memory again, earlier times are kept.
     assert times and run(tmp_path, *MASK)[name(), "dense"]["times_ms"] == times
 
 

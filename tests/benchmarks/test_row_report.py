@@ -1,4 +1,4 @@
-"""The row kernels, compiled for GPUs: how many bytes and instructions a pair of logits costs.
+"""The bytes and instructions that a pair of logits costs in the row kernels, compiled for GPUs.
 
 The tests compile in new processes, because the test process interprets kernels.
 """
@@ -30,9 +30,9 @@ for job in sys.argv[1:]:
 """
 # For each kernel: its sweeps over a row, its bytes for a pair of logits, and upper limits of its
 # instructions and registers. Each sweep reads 8 bytes, and the last sweep also writes a gradient of
-# 2 bytes. If the teacher's statistics are given, the first sweep reads 4 bytes. The numbers of
-# instructions and registers depend on Triton's version. A cluster that holds a row reads it once.
-# With 128 registers, two programs of 8 warps share a multiprocessor.
+# 2 bytes. With given log-sum-exps of the teacher, the first sweep reads 4 bytes. Instructions and
+# registers depend on Triton's version. A cluster of programs reads a row once. With at most 128
+# registers, two programs of 8 warps share a multiprocessor.
 LIMITS = {
     "sm_90,jsd,plain": (3, 26, 105, 64),
     "sm_90,jsd,loss only": (2, 16, 80, 64),

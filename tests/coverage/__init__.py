@@ -1,1 +1,1 @@
-"""A check of all model types of transformers: for which of them does this library have a lens?"""
+"""Checks for which model types of transformers this library has a lens."""

@@ -1,4 +1,4 @@
-"""Check every model type in a process of its own. Types that the table already has are skipped."""
+"""Checks every model type in a process of its own, and skips types that the table has already."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def types() -> list[tuple[str, str]]:
 def run(
     kind: str, group: str, seconds: float, context: Any, checks: tuple[str, ...] = CHECKS
 ) -> dict[str, str]:
-    """Check a type and return its table row, even if the process dies or runs out of time."""
+    """Check a type, and return its table row even if the process dies or runs out of time."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send, args=(kind, group, checks, sender))
     process.start()
@@ -55,12 +55,10 @@ def run(
 
 
 def versions() -> list[str]:
-    """Return the versions of transformers in versions.csv."""
     return [name for name in (read(VERSIONS) or [{}])[0] if name not in ("group", "type")]
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Read a table and return its rows."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -107,7 +105,6 @@ def main() -> None:
 
 
 def write(path: Path, fields: tuple[str, ...], rows: list[dict[str, str]]) -> None:
-    """Write the rows of a table to a CSV file."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
         writer.writeheader()

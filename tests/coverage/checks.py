@@ -88,7 +88,7 @@ def _compare_gradients(found: dict[str, Tensor], true: dict[str, Tensor]) -> Non
 
 
 def check_step(model: Any, group: str, kind: str) -> None:
-    """Compare the loss and gradients of a step with a float64 loss of the model's own logits."""
+    """Compare loss and gradients of a step with a float64 loss of the model's own logits."""
     teacher = other(model)
     objective = LensObjective(model, teacher, LENSES, LENSES)
     batch = batch_of(model)
@@ -114,7 +114,7 @@ def check_step(model: Any, group: str, kind: str) -> None:
 
 
 def other(model: Any) -> Any:
-    """Return a copy of the model with noise added to its weights, which serves as the teacher."""
+    """Return a copy of the model with noise in its weights, as the teacher."""
     teacher = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def check_checkpointing(model: Any) -> None:
 
 
 def check(kind: str, group: str, names: Sequence[str] = CHECKS) -> dict[str, str]:
-    """Check a type and return its row, with ``yes`` or ``no`` for each check.
+    """Check a model type, and return its row: ``yes`` or ``no`` for each check.
 
     The column ``why`` has the reasons for ``no``.
     """
@@ -196,7 +196,7 @@ def check(kind: str, group: str, names: Sequence[str] = CHECKS) -> dict[str, str
 
 
 def reason(error: Exception) -> str:
-    """Return the message of an error or of its cause, without the advice that follows it."""
+    """Return the message of an error or its cause, without the advice after it."""
     cause = error.__cause__ if isinstance(error.__cause__, ValueError) else error
     text = " ".join(str(cause).split()).split(". If the logits")[0].split(": merge the adapter")[0]
     known = isinstance(error, (ValueError, AssertionError))

@@ -62,7 +62,7 @@ def older(rows: list[dict[str, str]], others: list[dict[str, str]]) -> str:
 def page(
     rows: list[dict[str, str]], version: str, others: list[dict[str, str]] | None = None
 ) -> str:
-    """Return the text of the page for these rows of the table, and those of older versions."""
+    """Return the text of the page for the rows of the table and of older versions."""
     text = HEAD.format(version=version)
     for group, title in GROUPS.items():
         own = [row for row in rows if row["group"] == group]

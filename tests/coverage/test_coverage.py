@@ -1,4 +1,4 @@
-"""docs/models.md agrees with the table of checks. Some checks run again, with the same results."""
+"""docs/models.md agrees with the table of checks. Repeated checks give the same results."""
 
 import csv
 

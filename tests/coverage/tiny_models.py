@@ -10,8 +10,7 @@ import torch
 
 VOCAB, WIDTH, LAYERS, EPS = 96, 32, 4, 0.02
 
-# Patterns for names of config entries, with the size that a tiny model gets. The first pattern that
-# matches is used.
+# Patterns for names of config entries, with the size in a tiny model. The first match is used.
 SIZES = (
     (r"n_group|topk_group|n_groups|num_group|mamba_n_groups|num_attention_chunks", 1),
     (r"num_nextn.*|.*mtp.*layers|num_kv_shared_layers", 0),
@@ -48,12 +47,12 @@ SIZES = (
     (r".*(sliding_window|attention_chunk_size|window_size|local_window.*|chunk_size)", 8),
     (r".*(pattern|interval)", 2),
 )
-# These entries are set to the tiny size even if the default config has a smaller number.
+# These entries get the tiny size even if the default config has a smaller number.
 FIXED = r"num_hidden_layers|n_layer|num_layers|n_layers"
 
 
 def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Return config values with changes, which may be nested like the values."""
+    """Return config values with changes. Both may be nested."""
     inner = {
         name: _merged(values[name], change)
         for name, change in changes.items()
@@ -78,7 +77,7 @@ SHARED = {  # config entries for blocks that share the weights of their attentio
     "attention_head_dim": 16,
 }
 
-# Further config changes for types that do not work with the sizes above alone.
+# Further config changes, for types that do not work with the sizes above alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -149,7 +148,7 @@ def config_of(kind: str, changes: dict[str, Any] | None = None) -> Any:
         raise ValueError(f"no default config: {error}") from error
     made = cls(**_merged(_shrunk(whole.to_dict()), {**CHANGES.get(kind, {}), **(changes or {})}))
     for config in (made, made.get_text_config()):
-        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read this
+        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read this entry
             config.pad_token_id = None
     return made
 
@@ -224,7 +223,7 @@ def model_of(kind: str, group: str, changes: dict[str, Any] | None = None, seed:
 def randomised(model: Any, seed: int) -> Any:
     """Fill parameters with random values.
 
-    Matrices keep the size of hidden states, and norms get noise.
+    Random matrices keep the size of hidden states, and norms get noise.
     """
     torch.manual_seed(seed + 1)
     for parameter in model.parameters():

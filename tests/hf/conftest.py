@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module", autouse=True)
 def _frozen():
-    """Exclude the loaded objects from garbage collection, which runs when a training starts.
+    """Exclude loaded objects from garbage collection, which runs when a training starts.
 
     With transformers loaded, one collection takes half a second.
     """
@@ -100,7 +100,7 @@ def hub(tmp_path, monkeypatch):
 
 @pytest.fixture
 def connections(hub, monkeypatch):
-    """Refuse every network connection, and return a list of the hosts that were requested."""
+    """Refuse every network connection, and return a list of the requested hosts."""
     asked = []
 
     def refuse(host, *_, **__):
@@ -111,7 +111,7 @@ def connections(hub, monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # huggingface_hub since version 1 requests this registry once in each process.
+    # From version 1 on, huggingface_hub requests this registry once in each process.
     registry = sys.modules.get("huggingface_hub.utils._detect_agent")
     if registry is not None:
         monkeypatch.setattr(registry, "_registry", None)

@@ -31,7 +31,7 @@ def as_options(argv):
 
 
 def result(given):
-    """Return the results of a command that must not change if its input changes harmlessly."""
+    """Return the results of a command that must stay the same after a harmless change."""
     out = given.folder / "out"
     if given.command == "train":
         return {name: x.tolist() for name, x in load_file(out / "model.safetensors").items()}
@@ -43,7 +43,7 @@ def result(given):
 
 @pytest.fixture(scope="module")
 def valid(files, tmp_path_factory):
-    """Return a folder with all files, and for each command a valid input and its result."""
+    """Return a folder with all files, and a valid input and its result for each command."""
     folder = shutil.copytree(files, tmp_path_factory.mktemp("valid") / "files")
     short = {"max_steps": 2, "save_steps": 1, "max_length": 40}
     train = as_options(arguments(folder, folder / "out", **short))

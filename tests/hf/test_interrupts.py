@@ -115,9 +115,10 @@ def test_an_interrupted_call_leaves_every_setting(name):
     student.train()
     student.model.layers[0].eval()
     student.model.layers[1].requires_grad_(False)
-    # Every objective freezes its teacher for good, so freeze it before the comparison.
+    # Freeze the teacher before the comparison, because every objective freezes its teacher for
+    # good.
     teacher.requires_grad_(False)
-    # Call the model once before the comparison. Since transformers 5, the first call with
+    # Call the model once before the comparison. From transformers 5 on, the first call with
     # ``output_hidden_states`` adds hooks that stay.
     student(torch.tensor([IDS]), output_hidden_states=True)
     interrupt = Interrupt()

@@ -10,7 +10,7 @@ from tests.support.commands import arguments
 
 @pytest.fixture
 def adapter(files, hub, tmp_path):
-    """Return a folder with an adapter. Its base model and tokenizer are in the Hub's cache."""
+    """Return a folder with an adapter. The Hub's cache has its base model and tokenizer."""
     student = load_model(hub(files / "student", "some/student"))
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
     peft.get_peft_model(student, config).save_pretrained(tmp_path / "adapter")

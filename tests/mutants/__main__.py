@@ -24,7 +24,7 @@ from tests.mutants.process import run_pytest
 
 ROOT = HERE.parents[1]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "demo_output")
-# A fault is not caught by tests if its code cannot be imported.
+# If the code cannot be imported, the tests have not caught the fault.
 NOT_LOADED = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|NameError")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", re.MULTILINE)
 SECONDS = 600  # the time limit for the tests of one fault

@@ -49,7 +49,7 @@ class Fault:
     def arguments(self, root: Path) -> list[str]:
         """Return the fault's arguments for pytest, with full paths of files.
 
-        Raise LookupError if the name of a test file does not fit exactly one file.
+        Raise LookupError unless the name of a test file fits exactly one file.
         """
         arguments = []
         for word in shlex.split(self.text(">")):

@@ -13,7 +13,7 @@ LOADED = ["pytest", "torch._dynamo", "triton.language", "transformers.trainer", 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float | None) -> tuple[int, str]:
     """Run pytest in the folder ``root`` and return its exit status and output."""
-    # The fork server loads the libraries, so it needs these variables from its start.
+    # The fork server loads the libraries, so it needs these variables when it starts.
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     PROCESSES.set_forkserver_preload(LOADED)
     log = root.with_suffix(".log")
@@ -34,8 +34,8 @@ def _pytest(root: Path, arguments: list[str], log: Path) -> None:
     sys.path.insert(0, str(root))
     for name in [name for name in sys.modules if name.split(".")[0] == "tests"]:
         del sys.modules[name]
-    # Compiled files are not used. A fault that changes neither the time nor the size of a file
-    # would not be compiled again.
+    # Do not use compiled files. If a fault changes neither the time nor the size of a file, Python
+    # would run the old compiled file.
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "COLUMNS": "400"}
     command = ["-q", "--tb=no", "-rfE", "-p", "no:cacheprovider"]

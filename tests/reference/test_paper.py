@@ -1,4 +1,4 @@
-"""The published lens loss, which equals ours without its quirks. Each quirk changes its value."""
+"""The published lens loss equals ours without its quirks. Each quirk changes its value."""
 
 import itertools
 
@@ -19,7 +19,7 @@ SHAPE = Shape((4, 6), 61, 12, 12, 3)
 @pytest.fixture
 def problem():
     problem = related(SHAPE, std=2.0, norm="rms", bias=True)
-    # The first sample's models differ by 0.1 and the last one's by 3, so that the choice of mask
+    # The first sample's models differ by 0.1 and the last sample's by 3, so that the choice of mask
     # matters.
     size = torch.tensor([0.1, 0.3, 1.0, 3.0])[:, None, None]
     problem.teacher_hidden = [
@@ -103,10 +103,7 @@ def test_epsilon_makes_the_divergence_of_identical_models_negative(vocab, value)
 
 
 def test_without_the_final_norm_lenses_are_nearly_one_hot(problem, mask):
-    """Without the final norm, lens distributions are nearly one-hot.
-
-    Hidden states grow with depth, and the norm scales them to the size that the head expects.
-    """
+    """Hidden states grow with depth, and the norm scales them to the size that the head expects."""
     raw = published(problem, mask, Quirks(final_norm=False))
     assert raw.item() == pytest.approx(pair_by_pair(problem, mask, final_norm=False), rel=1e-12)
     assert abs(raw / published(problem, mask, OURS) - 1) > 0.01

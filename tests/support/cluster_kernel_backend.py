@@ -1,4 +1,5 @@
-"""The backend ``cluster_kernel``: like ``row_kernel``, but a cluster of programs holds each row."""
+"""The backend ``cluster_kernel``: the ``torch`` backend with a row kernel whose rows span a cluster
+of programs."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ LANES = 4  # lanes of each program: so few that small rows take several programs
 
 @contextmanager
 def small_clusters(lanes: int = LANES) -> Iterator[None]:
-    """Allow rows in clusters on every device, with ``lanes`` entries in each program of a cluster.
+    """Allow clusters of programs on every device, with ``lanes`` entries in each program.
 
     Triton's interpreter runs a whole cluster as one program.
     """
@@ -25,7 +26,6 @@ def small_clusters(lanes: int = LANES) -> Iterator[None]:
 
 
 def evaluate(call: LossCall) -> LossResult:
-    """Return the losses of a call and their gradients."""
     with small_clusters():
         return row_kernel_backend.evaluate(call)
 

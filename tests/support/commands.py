@@ -1,4 +1,4 @@
-"""Arguments of ``lens-kernels train`` for tiny models, and readers for the files of a run."""
+"""Command lines of ``lens-kernels train`` for tiny models, and readers for the files of a run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def arguments(files: Path, output: Path, **options: Any) -> list[str]:
-    """Return the command line of a short training run. Options whose value is None are left out."""
+    """Return the command line of a short training run. Options with the value None are left out."""
     given = {
         "student": files / "student",
         "teacher": files / "teacher",
@@ -45,7 +45,6 @@ def arguments(files: Path, output: Path, **options: Any) -> list[str]:
 
 
 def first_loss(files: Path, output: Path, **options: Any) -> float:
-    """Run the command for one training step and return its loss."""
     argv = arguments(files, output, max_steps=1, save_strategy="no", **options)
     assert cli.main(argv) == 0
     return json.loads((output / "metrics.json").read_text())["train_loss"]

@@ -1,7 +1,7 @@
-"""Comparison of a tensor with its true value, relative to the largest true entry.
+"""Compares a tensor with its true value, relative to the largest true entry.
 
-An absolute tolerance larger than all gradients would accept zeros. Here zeros have an error of 1,
-and NaN always fails. For gradients, the true value itself must also differ from zeros and from its
+An absolute tolerance that is larger than all gradients would accept zeros. Here zeros have an error
+of 1, and NaN always fails. The true value of a gradient must also differ from zeros and from its
 own entries in another order.
 """
 
@@ -12,12 +12,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# The default tolerances when float32 results are compared with the float64 oracle.
+# The default tolerances between float32 results and the float64 oracle.
 LOSS, GRADIENT = 1e-6, 1e-5
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
-    """Return the largest deviation divided by the largest true entry."""
+    """Return the largest deviation, divided by the largest true entry."""
     assert actual.shape == truth.shape, f"shape {tuple(actual.shape)}, not {tuple(truth.shape)}"
     if truth.numel() == 0:
         return 0.0
@@ -32,7 +32,6 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_close(actual: Tensor | None, truth: Tensor, tolerance: float, name: str = "") -> None:
-    """Fail unless ``relative_error`` of ``actual`` is at most ``tolerance``."""
     assert actual is not None, f"{name}: nothing to compare"
     assert 0.0 <= tolerance < 0.1, "the tolerance is so large that zeros could pass"
     error = relative_error(actual, truth)
@@ -40,7 +39,7 @@ def assert_close(actual: Tensor | None, truth: Tensor, tolerance: float, name: s
 
 
 def assert_informative(truth: Tensor, tolerance: float, name: str = "") -> None:
-    """Fail if zeros or reordered entries would be accepted in place of the true value."""
+    """Fail if the true value is zero, or if another order of its entries would be accepted."""
     assert bool((truth != 0).any()), f"{name}: the truth is zero everywhere"
     for dim, size in enumerate(truth.shape):
         if size > 1:

@@ -24,12 +24,12 @@ from tests.support.training import RUN, STUDENT, TEACHER, InOrder, uneven_data
 
 
 def use_gloo() -> None:
-    """Let accelerate start gloo processes for DeepSpeed, which it starts only on accelerators."""
+    """Let accelerate start gloo processes for DeepSpeed, which it does only for accelerators."""
     import deepspeed  # noqa: F401
 
     kind = accelerate.DistributedType.MULTI_CPU
     accelerate.PartialState._prepare_backend = lambda self, *_: ("gloo", kind)
-    # Otherwise DeepSpeed would compile a communication library for CPUs of one machine.
+    # Without this, DeepSpeed would compile a communication library for CPUs.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     folder, case = Path(sys.argv[1]), json.loads(sys.argv[2])
     use_gloo()
 
-    # Models are made before the first config, because afterwards they would have no weights.
+    # Create the models before the first config. Models that are created later have no weights.
     tied = case["tied"]
     pairs = [(tiny.model(**STUDENT, tie_word_embeddings=tied), tiny.model(**TEACHER)) for _ in "12"]
 

@@ -25,7 +25,7 @@ from lens_kernels.hf.training import entropy, objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # a rank that runs for more seconds than this has hung
+HANG = 1200  # a rank that runs for more seconds than this hangs
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
@@ -33,7 +33,7 @@ FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_sta
 class Result:
     """The result of a case: parameters before and after training, and logs.
 
-    ``teacher_ran`` is the number of examples that the teacher processed.
+    ``teacher_ran`` is the number of examples that the teacher has read.
     """
 
     start: dict[str, torch.Tensor]
@@ -89,14 +89,14 @@ def train_case(
         options["teacher_cache"] = str(folder / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
-        # Compute the entropies of all tokens, because a sample would depend on the batch.
+        # Compute the entropies of all tokens, because a sample of tokens would depend on the batch.
         patch.setattr(entropy, "STRIDE", 1)
-        # Make each rank believe that it is the only one on its machine. The machines share a disk.
+        # Make each rank believe that it is alone on its machine. The machines share a disk.
         if processes > 1 and one_node_each:
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            # transformers sets these variables only since version 5.
+            # transformers sets these variables only from version 5 on.
             patch.setenv("FSDP_VERSION", "2")
             kind = "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
             patch.setenv("FSDP_STATE_DICT_TYPE", kind)
@@ -152,7 +152,7 @@ def _student(options: dict[str, Any], lora: bool) -> Any:
 
 
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:
-    """Return the parameters of the student and of the MSE projections, without sharding."""
+    """Return the parameters of the student and of the MSE matrices, without sharding."""
     state = dict(trainer.model.state_dict())
     if trainer.lens_objective is not None:
         state |= trainer.lens_objective.projections.state_dict(prefix="learnt.")
@@ -164,7 +164,7 @@ def _whole(trainer: Any) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    # Garbage collection then skips all loaded objects, as in tests/hf/conftest.py.
+    # Make garbage collection skip all loaded objects, to save time.
     gc.freeze()
     cases, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     rank = accelerate.PartialState(cpu=True).process_index

@@ -54,7 +54,7 @@ def prose(page: Path) -> str:
 
 
 def code_spans(page: Path) -> list[str]:
-    """Return the code spans in a page's prose, each on a single line."""
+    """Return the code spans in a page's prose. Spans over several lines are joined."""
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose(page))]
 
 
@@ -90,14 +90,13 @@ def commands() -> Iterator[tuple[str, list[str]]]:
 
 
 def _own(words: list[str]) -> list[str]:
-    """Return a command with ``lens-kernels`` in place of ``python -m lens_kernels``."""
     if "lens_kernels" in words and words[words.index("lens_kernels") - 1] == "-m":
         return ["lens-kernels", *words[words.index("lens_kernels") + 1 :]]
     return words
 
 
 class Parsed(BaseException):
-    """Raised after a command has parsed its arguments, in place of running it. Holds the parser."""
+    """Raised when a command has parsed its arguments, instead of running it. Holds the parser."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         super().__init__()
@@ -105,7 +104,7 @@ class Parsed(BaseException):
 
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make every command stop after parsing its arguments, by raising ``Parsed``."""
+    """Make every command raise ``Parsed`` after parsing its arguments."""
     parse_args: Any = argparse.ArgumentParser.parse_args
 
     def parse(self: argparse.ArgumentParser, *args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""Programs in a new interpreter, in which no modules are loaded yet."""
+"""Runs programs in a new interpreter, in which no modules are loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.support import ROOT
 
 
 def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a new interpreter that turns user warnings into errors."""
     return subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", code],
         env={**os.environ, "PYTHONPATH": str(ROOT)},

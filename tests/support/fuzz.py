@@ -1,10 +1,9 @@
 """Malformed inputs for the commands: files, options and folders with random changes.
 
-A valid input is an argument list and a folder. The folder holds models, data, and the files of an
-interrupted run. A mutation changes one thing and returns the expected outcome: REFUSED (a message
-and a status other than 0), SAME (status 0 and the result of the valid input), EITHER (one of these
-two), or CLEAN. CLEAN accepts a message or any result, because the input may still be valid and mean
-something else.
+A valid input is an argument list and a folder with models, data, and the files of an interrupted
+run. A mutation changes one thing, and returns the expected outcome. REFUSED is a message and a
+status other than 0. SAME is status 0 and the result of the valid input. EITHER is REFUSED or SAME.
+CLEAN is a message or any result, because the changed input may be valid but mean something else.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
 @dataclass
 class Input:
-    """The input of a command: a folder and options. ``what`` describes the change that was made."""
+    """The input of a command: a folder and options. ``what`` describes its change."""
 
     folder: Path
     command: str
@@ -272,7 +271,7 @@ def option(given: Input, random: Random) -> str:
 
 
 def repeated(given: Input, random: Random) -> str:
-    """Give an option twice with the same valid value."""
+    """Repeat an option with the same valid value."""
     name = random.choice(sorted(given.options))
     value = given.options.pop(name)
     wrong = value if isinstance(value, list) else [value]
@@ -353,7 +352,7 @@ def cache_file(given: Input, random: Random) -> str:
 
 
 def cache_manifest(given: Input, random: Random) -> str:
-    """Change values in the manifest of the teacher cache, and update its checksum."""
+    """Change values in the manifest of the teacher cache, and update the manifest's checksum."""
     from lens_kernels.hf.cache.key import digest, json_bytes
 
     given.options["--teacher_cache"] = given.folder / "cache"
@@ -381,10 +380,8 @@ COMMANDS = ("train", "train", "train", "eval", "inspect")
 
 
 def mutated(valid: dict[str, Input], folder: Path, seed: int) -> tuple[Input, str]:
-    """Change a valid input in ``folder`` at random, by ``seed``.
-
-    Return the changed input and the expected outcome.
-    """
+    """Return a valid input in ``folder`` with a random change by ``seed``, and the expected
+    outcome."""
     random = Random(seed)
     command = COMMANDS[seed % len(COMMANDS)]
     model = valid[command]

@@ -1,4 +1,4 @@
-"""Checks of compiled kernels against the float64 oracle. The first argument is the device.
+"""Checks of compiled kernels against the float64 oracle, on any device.
 
 ``test_gpu.py`` runs the checks on a GPU at full size, and on the CPU at tiny sizes.
 ``test_functional.py`` runs some of them at the sizes of its other tests.
@@ -32,21 +32,20 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HALF = DTYPES[1:]
 GIB = 1 << 30
 
-# The vocabulary and the tokens exceed every tile, and no block size divides them.
+# The numbers of tokens and vocabulary entries exceed every tile, and no block size divides them.
 LARGE = Shape((3, 131), 1531, 197, 331, 1)
 # With these large hidden sizes, the kernels use their tiles for wide models.
 WIDE = Shape((150,), 521, 2049, 2600, 1)
 
 
 def on(problem: Problem, device: torch.device) -> Problem:
-    """Return a copy of the problem on a device, including the tensors in its options."""
+    """Return a copy of the problem on a device, with the tensors in its options."""
     there = problem.to(device)
     there.options = moved(problem.options, device)
     return there
 
 
 def moved(options, device):
-    """Return options with their tensors moved to a device."""
     return {k: x.to(device) if isinstance(x, torch.Tensor) else x for k, x in options.items()}
 
 
@@ -60,7 +59,6 @@ def solve_on(device, problem, backend, **options):
 
 
 def agree(first, second, loss_tolerance, tolerance):
-    """Check that two results ``(loss, gradients)`` are close."""
     assert_close(first[0], second[0], loss_tolerance, "loss")
     for name, grad in second[1].items():
         assert_close(first[1][name], grad, tolerance, name)
@@ -81,8 +79,8 @@ def float32(device, backend, shape, feature, divergence, **options):
 def half(device, backend, dtype, shape, feature, divergence, **options):
     """Compare a call in 16 bits with the oracle.
 
-    Without a norm, the logits are exact. With a norm, the norm's result is rounded to the dtype.
-    The limits are then relative to the error of plain torch, which also rounds it.
+    Without a norm, the logits are exact. With a norm, the norm's result is rounded to 16 bits. Then
+    the limits are relative to the error of plain torch, which also rounds the norm's result.
     """
     normed = "norm" in FEATURES[feature]
     problem = make(shape, std=2.0 if normed else 3.0, **FEATURES[feature], divergence=divergence)
@@ -122,8 +120,8 @@ def parity(device, backend, dtype, shape, feature, divergence, **options):
 def large(device, backend, dtype, shape, divergence, mask=False):
     """Compare a call with long sums with the oracle.
 
-    The limit is at least twice the error of plain float32 torch. For tvd, gradients have the limit
-    of 16 bits even in float32, because the slope of tvd jumps where p equals q.
+    The limit is at least twice the error of plain float32 torch. For tvd, gradients have the 16-bit
+    limit even in float32, because the slope of tvd jumps where p equals q.
     """
     problem = make(shape, std=2.0, bias=True, divergence=divergence).to(dtype)
     options = {"mask": torch.rand(shape.leading) < 0.6} if mask else {}
@@ -198,10 +196,9 @@ def peaked(device, backend, divergence, std, shape):
 
     Float32 rounds logits of 30 to 100 by 2e-6 to 4e-6, which is a relative error of every
     probability. The limit is the larger of two numbers: the rounding of a logit of two standard
-    deviations, and twice the error of dense float32 torch. The error of torch alone would give no
-    safe limit, because errors of its rows may cancel by chance. In 40 problems of each kind, the
-    error was at most 3.9 for dense torch and 1.8 for the Triton kernels, in roundings of a logit of
-    one standard deviation.
+    deviations, and twice the error of dense float32 torch. In 40 problems of each kind, the error
+    was at most 3.9 for dense torch and 1.8 for the Triton kernels, in roundings of a logit of one
+    standard deviation.
     """
     problem = related(shape, std, norm="rms", divergence=divergence)
     rounding = torch.finfo(torch.float32).eps * 2 * std
@@ -217,7 +214,7 @@ def peaked(device, backend, divergence, std, shape):
 def agreement(device, dtype, divergence, shape):
     """Compare the backends with each other, at sizes that are too large for the oracle.
 
-    16-bit problems have no norm, because the backends may round the norm's result differently.
+    16-bit problems have no norm, because backends may round the norm's result differently.
     """
     features = FEATURES["everything" if dtype is torch.float32 else "bias"]
     problem = make(shape, std=2.0, **features, divergence=divergence).to(dtype)
@@ -252,7 +249,7 @@ def need(device, size):
 
 
 def random_problem(device, tokens, vocab, widths, dtype, head_grad):
-    """Create a random problem directly on the device, where no second copy of its heads may fit."""
+    """Create a random problem directly on the device, to save memory."""
     torch.manual_seed(0)
 
     def random(*shape, scale=1.0):
@@ -265,7 +262,7 @@ def random_problem(device, tokens, vocab, widths, dtype, head_grad):
 
 
 def same(problem, options, others):
-    """Check that the triton backend agrees with torch, once with each of two sets of options."""
+    """Check that the triton backend agrees with torch, for each of two sets of options."""
     truth = solve(symmetric_lens_loss, problem, backend="torch")
     for each in (options, others):
         result = solve(symmetric_lens_loss, problem, backend="triton", **each)
@@ -273,7 +270,7 @@ def same(problem, options, others):
 
 
 def large_gradient(device, tokens, vocab, width, dtype):
-    """Check a gradient of more than 2^31 logits, computed in one chunk and in many chunks."""
+    """Check a gradient of more than 2^31 logits, in one chunk and in many chunks."""
     everything = tokens * vocab * dtype.itemsize
     need(device, 2 * everything)
     problem = random_problem(device, tokens, vocab, (width, width), dtype, head_grad=True)
@@ -282,7 +279,7 @@ def large_gradient(device, tokens, vocab, width, dtype):
 
 
 def large_head(device, tokens, vocab, width, other_width, dtype):
-    """Check heads of more than 2^31 entries: first the student's, then the teacher's."""
+    """Check heads of more than 2^31 entries: the student's, then the teacher's."""
     need(device, 3 * vocab * width * dtype.itemsize)
     for widths in ((width, other_width), (other_width, width)):
         problem = random_problem(device, tokens, vocab, widths, dtype, head_grad=False)
@@ -290,7 +287,6 @@ def large_head(device, tokens, vocab, width, other_width, dtype):
 
 
 def kernels():
-    """Return all Triton kernels of the triton backend."""
     from lens_kernels.backends.triton.kernels import (
         gradients,
         norm,
@@ -305,7 +301,7 @@ def kernels():
 
 
 def compiled_again(device, calls):
-    """Check that only the first call compiles kernels, and return the number of these kernels."""
+    """Check that only the first call compiles kernels. Return the number of compiled kernels."""
     compiled = []
     for call in calls:
         recompilation.run(device, **call)

@@ -1,8 +1,8 @@
-"""Runs the GPU tests in order of importance, and writes a row to a CSV when a test ends.
+"""Runs the GPU tests in order of importance, and writes a CSV row when a test ends.
 
 Run it with ``python -m tests.support.gpu_report --out DIR``. Arguments for pytest follow ``--``, as
 in ``-- -n 12 -k parity``. A row has the outcome, versions and device. Each process of pytest-xdist
-loads this module as a plugin and orders the tests.
+loads this module as a plugin, and orders the tests.
 """
 
 from __future__ import annotations
@@ -20,15 +20,13 @@ from benchmarks.support import environment, tables
 from tests.support import ROOT
 
 FILE = "tests.csv"
-# The outcomes of a test's phases, from best to worst. A test gets the worst outcome of its phases.
+# The outcomes of a test's phases, from best to worst. The outcome of a test is that of its worst
+# phase.
 ORDER = ("passed", "skipped", "failed")
 
 
 def pytest_collection_modifyitems(items: list[Any]) -> None:
-    """Sort the tests by importance.
-
-    Parity tests of the row kernel and ``torch`` run first, and tests of ``triton`` last.
-    """
+    """Sort the tests by importance: first parity of the row kernel, last tests of ``triton``."""
     items.sort(key=rank)
 
 
@@ -54,14 +52,14 @@ class Recorder:
         row["seconds"] += report.duration
         if ORDER.index(report.outcome) > ORDER.index(row["outcome"]):
             row["outcome"], row["note"] = report.outcome, note(report)
-        # The last phase is "teardown". It has another name if the test ended its process.
+        # The last phase of a test is "teardown", unless the test ended its process.
         if report.when not in ("setup", "call"):
             row["seconds"] = f"{row['seconds']:.2f}"
             tables.append_csv(self.path, row | self.where)
 
 
 def note(report: Any) -> str:
-    """Return the reason, in one line, why a test was skipped or failed."""
+    """Return, in one line, why a test was skipped or failed."""
     if isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
@@ -69,7 +67,6 @@ def note(report: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tests and return the exit status of pytest."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=environment.OUT, metavar="DIR")
     parser.add_argument("--device", default="cuda", help="with cpu, the GPU tests are skipped")

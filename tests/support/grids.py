@@ -1,4 +1,4 @@
-"""The shapes and options of the functional tests, each with a comment on its purpose."""
+"""The shapes and options of the functional tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WITH_SLOW_ROW_KERNEL = [
     *BACKENDS,
     *(pytest.param(name, marks=pytest.mark.slow) for name in (ROW_KERNEL, CLUSTER_KERNEL)),
 ]
-# These backends support float64. The others raise an error.
+# These backends support float64. All other backends raise an error.
 FLOAT64_BACKENDS = ["torch"]
 # Each backend with each dtype in which it can compute.
 PRECISIONS = [
@@ -46,23 +46,22 @@ class Shape:
 
 ODD = Shape((37,), 211, 29, 41, 1)
 BATCH = Shape((5, 7), 97, 33, 17, 2)
-# On a CPU, the torch backend multiplies 768 columns at a time. This vocabulary needs three such
-# GEMMs, and the pointwise pass takes two steps.
+# On a CPU, the torch backend multiplies 768 columns at a time. This vocabulary takes three GEMMs,
+# and two steps of the pointwise pass.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
-    # All sizes are prime numbers, which no chunk, tile or vector divides. The teacher has the
-    # larger hidden size.
+    # All sizes are prime numbers, so that no chunk, tile or vector divides them. The teacher has
+    # the larger hidden size.
     "odd": ODD,
-    # There are two leading dimensions, which differ from the number of pairs. The teacher has the
-    # smaller hidden size.
+    # Two leading dimensions, which differ from the number of pairs. The teacher has the smaller
+    # hidden size.
     "batch": BATCH,
-    # All sizes are powers of two, except for the number of pairs. A chunk could hold many more
-    # tokens.
+    # All sizes except the number of pairs are powers of two. A chunk could hold many more tokens.
     "aligned": Shape((4,), 64, 16, 16, 3),
-    # One token is an edge case of means, sums and chunks.
+    # A single token is an edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
-    # The kernels loop over tiles and merge splits, because this shape takes two blocks of rows and
-    # three splits of two tiles.
+    # This shape takes two blocks of rows, and three splits of two tiles, so that kernels loop and
+    # merge splits.
     "splits": Shape((70,), 680, 24, 40, 1),
     # The vocabulary and the teacher's hidden size are as small as possible.
     "smallest": Shape((4, 3), 2, 2, 1, 2),
@@ -70,7 +69,7 @@ SHAPES = {
     "wide": Shape((3, 2), 5, 130, 70, 1),
 }
 
-# Options of a head or a call: each option alone, then many of them together.
+# Options of a head or a call: first each option alone, then many of them together.
 FEATURES = {
     "plain": {},
     "temperature": {"temperature": 2.5},
@@ -97,6 +96,6 @@ FEATURES = {
 def several_chunks(shape: Shape, rows: int = 5) -> int:
     """Return the ``workspace_bytes`` that make chunks of ``rows`` rows.
 
-    A row holds the fp32 logits of both models.
+    Each row takes the fp32 logits of both models.
     """
     return rows * row_stride(shape.vocab) * 2 * 4

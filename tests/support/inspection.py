@@ -19,7 +19,7 @@ TEXT = [9, 4, 1, 5, 0, 7, 2, 6]
 
 
 class OddTokenizer:
-    """A tokenizer that reads a text of numbers as ids of tokens in the list ``ODD``."""
+    """A tokenizer that reads numbers as ids of tokens in the list ``ODD``."""
 
     def __call__(self, text):
         return {"input_ids": [int(word) for word in text.split()]}
@@ -32,7 +32,7 @@ class OddTokenizer:
 
 
 def inspected(output):
-    """Return an inspection of ``TEXT`` and two models; its files are in ``output``."""
+    """Return an inspection of ``TEXT`` and two models. Its files are in ``output``."""
     from lens_kernels.hf import inspect_lens
 
     student, teacher = tiny.model(layers=3, seed=1), tiny.model(layers=5, width=24, seed=2)

@@ -1,4 +1,4 @@
-"""Functions that measure peak memory, and that fill uninitialised memory with a value."""
+"""Measures peak memory, and fills uninitialised memory with a value."""
 
 import gc
 
@@ -11,7 +11,7 @@ MIB = 2**20
 def peak_bytes(function):
     """Return by how many bytes ``function`` increases memory at its peak.
 
-    The profiler sees every allocation of torch's CPU allocator, including those inside operators.
+    The profiler sees every allocation of torch's CPU allocator, also inside operators.
     """
     # The first run fills caches, which must not be counted.
     function()
@@ -29,8 +29,6 @@ def peak_bytes(function):
 
 
 def fill_new_tensors(monkeypatch, value):
-    """Make ``torch.empty`` and ``new_empty`` fill floating-point tensors with ``value``."""
-
     def filled(function):
         def wrapper(*args, **kwargs):
             x = function(*args, **kwargs)

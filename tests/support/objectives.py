@@ -82,7 +82,7 @@ def terms_of(
 def solve_objective(
     problem: Problem, function: Any = distillation_loss, **options: Any
 ) -> tuple[Any, Gradients]:
-    """Return the objective's output and the gradients of its loss, computed by the library."""
+    """Return the library's output for a problem, and the gradients of its loss."""
     out = objective(problem, function, **options)
     return out, problem.gradients(out.loss)
 

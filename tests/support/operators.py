@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Records the name of each operator, and the size of the largest result of any operator."""
+    """Records the name of each operator, and the size of the largest result."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Watch(TorchDispatchMode):
 class Products(TorchDispatchMode):
     """Counts the floating-point operations of GEMMs and the bytes of their operands.
 
-    Torch's own counter ignores in-place GEMMs and does not count bytes.
+    Torch's own counter ignores in-place GEMMs, and counts no bytes.
     """
 
     flops = bytes = 0

@@ -1,4 +1,4 @@
-"""Random problems, and solutions of a problem by the library, the oracle, or dense torch."""
+"""Random problems, and their solutions by the library, the oracle, or dense torch."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Problem:
         return {**hidden, **self.student_head.tensors()}
 
     def args(self) -> tuple[list[Tensor], list[Tensor], LensHead, LensHead]:
-        """Return the positional arguments for the op."""
+        """Return the positional arguments of ``symmetric_lens_loss``."""
         return self.student_hidden, self.teacher_hidden, self.student_head, self.teacher_head
 
     def map(self, function: Callable[[Tensor], Tensor], *parts: str) -> Problem:
-        """Return a copy of the problem in which ``function`` was applied to every tensor.
+        """Return a copy of the problem with ``function`` applied to every tensor.
 
-        If ``parts`` are given, only tensors of fields whose name contains a part are changed.
+        With ``parts``, only tensors whose field name contains a part are changed.
         """
         fields = {}
         for name in FIELDS:
@@ -76,7 +76,7 @@ class Problem:
         return self
 
     def spoil(self, rows: Tensor, value: float = float("nan")) -> Problem:
-        """Return a copy of the problem with ``value`` in these rows of all hidden states."""
+        """Return a copy of the problem with ``value`` in ``rows`` of all hidden states."""
 
         def spoiled(x: Tensor) -> Tensor:
             y = x.detach().masked_fill(rows[..., None], value)
@@ -85,7 +85,7 @@ class Problem:
         return self.map(spoiled, "hidden")
 
     def gradients(self, loss: Tensor, **backward: Any) -> Gradients:
-        """Return the gradient of ``loss`` for each tensor that requires one, by name."""
+        """Return the gradient of ``loss`` for each tensor that requires a gradient, by name."""
         wanted = {name: x for name, x in self.leaves().items() if x.requires_grad}
         grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, **backward)
         return dict(zip(wanted, grads, strict=True))
@@ -105,7 +105,7 @@ def random_head(
     softcap: float | None = None,
     requires_grad: bool = True,
 ) -> LensHead:
-    """Return a random head. On standard normal rows, its logits have standard deviation ``std``."""
+    """Return a random head. Its logits have standard deviation ``std`` on standard normal rows."""
 
     def leaf(x: Tensor) -> Tensor:
         return x.requires_grad_(requires_grad)
@@ -124,7 +124,7 @@ def random_head(
 
 
 def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
-    """Return a random problem with ``features``, which are options of the heads or of the call."""
+    """Return a random problem. ``features`` are options of the heads or of the call."""
     head = {
         k: features.pop(k)
         for k in ("bias", "norm", "norm_weight", "norm_bias", "offset", "scale", "softcap")
@@ -147,8 +147,8 @@ def make(shape: Shape, std: float = 1.0, **features: Any) -> Problem:
 def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -> Problem:
     """Return a problem whose teacher is the student plus noise.
 
-    For unrelated peaked distributions, every divergence would be close to its maximum, and
-    gradients would be noise.
+    Between unrelated peaked distributions, every divergence is close to its maximum, and gradients
+    are noise.
     """
     problem = make(replace(shape, teacher=shape.student), std, **features)
 
@@ -163,7 +163,7 @@ def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -
 def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Problem:
     """Return a problem whose logits differ by a few 1e-4, so that the jsd is near 1e-7.
 
-    Its head is the identity, so that the logits are not rounded.
+    The head is the identity, so that the logits are not rounded.
     """
     grid = 2.0**-12
     z_t = (torch.randn(tokens, vocab) / grid).round() * grid
@@ -175,7 +175,8 @@ def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Pr
 def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]:
     """Return two problems with equal results.
 
-    In the first, the columns in ``closed`` have a bias of -inf. The second lacks these columns.
+    In the first problem, the columns ``closed`` have a bias of -inf. The second problem lacks these
+    columns.
     """
     shut, reduced = replace(problem), replace(problem)
     for name in ("student_head", "teacher_head"):
@@ -189,16 +190,17 @@ def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]
 
 
 def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:
-    """Return the loss of a problem by ``solver``, a function with the arguments of the op."""
+    """Return the loss of a problem. ``solver`` is a function such as ``symmetric_lens_loss``."""
     return solver(*problem.args(), **{**problem.options, **options})
 
 
 def solve(
     solver: Callable[..., Tensor], problem: Problem, upstream: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Gradients]:
-    """Return ``(loss, gradients)`` of a problem by ``solver``.
+    """Return ``(loss, gradients)`` of a problem.
 
-    ``upstream`` is the gradient of a loss that is not a scalar.
+    ``solver`` is a function such as ``symmetric_lens_loss``. ``upstream`` is the upstream gradient
+    if the loss is not a scalar.
     """
     loss = loss_of(solver, problem, **options)
     return loss, problem.gradients(loss, grad_outputs=upstream)
@@ -207,7 +209,7 @@ def solve(
 def objective(
     problem: Problem, function: Callable[..., Any] = distillation_loss, **options: Any
 ) -> Any:
-    """Return the output of the whole objective. The last pair of states is the final outputs."""
+    """Return the output of the whole objective. The last hidden states are the final outputs."""
     return function(
         problem.student_hidden[:-1],
         problem.teacher_hidden[:-1],
@@ -246,7 +248,7 @@ def check(
 ) -> tuple[Tensor, Gradients]:
     """Compare the library's loss and gradients with the oracle's.
 
-    The oracle solves ``truth`` if it is given, and otherwise the same problem.
+    If ``truth`` is given, the oracle solves ``truth`` instead of the same problem.
     """
     expected, expected_grads = oracle(truth or problem, upstream, **options)
     if upstream is None and expected.dim() > 0:
@@ -264,7 +266,7 @@ def check_beside(
     loss_limit: Callable[[float], float],
     limit: Callable[[float], float],
 ) -> None:
-    """Check that the errors of ``got`` are within limits.
+    """Check that the errors of the solution ``got`` are within limits.
 
     Each limit is a function of the error of ``baseline``, another solution of the same problem.
     """
@@ -325,7 +327,7 @@ def _pointwise(divergence: str, lp: Tensor, lq: Tensor) -> Tensor:
 
 
 def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
-    """Return the sizes of a small call on a device, which this machine need not have."""
+    """Return the sizes of a small call on a device that this machine need not have."""
     dtype = torch.float64 if fp64 else torch.float32
     sizes = {"tokens": 8, "vocab_size": 16, "student_width": 4, "teacher_width": 4}
     needs = {"head_grad": True, "hidden_grad": True, "workspace_bytes": 1 << 20}
@@ -336,7 +338,7 @@ def call_shape(device: torch.device, fp64: bool = False) -> CallShape:
 
 
 def recorded(monkeypatch: Any, owner: Any, name: str) -> list[tuple[tuple[Any, ...], Any]]:
-    """Return a list that receives the arguments and the result of each call of a function."""
+    """Make a function record its calls. Return the list of their arguments and results."""
     calls, function = [], getattr(owner, name)
 
     def recorder(*args: Any) -> Any:
@@ -353,9 +355,9 @@ class _Captured(Exception):
 
 
 def capture_call(monkeypatch: Any, problem: Problem, whole: bool = False, **options: Any) -> Any:
-    """Return the LossCall that the op would pass to its backend.
+    """Return the LossCall that a public function passes to its backend.
 
-    With ``whole``, the op is the whole objective.
+    With ``whole``, the function is ``distillation_loss``.
     """
     calls: list[LossCall] = []
 

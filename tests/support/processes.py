@@ -1,6 +1,6 @@
 """A gloo group of real processes, which run functions of the tests and count their collectives.
 
-A server process imports torch once. Every rank is a fork of it, which starts in milliseconds.
+A server process imports torch once. Every rank is a fork of the server, and starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 30.0  # a collective without progress for this many seconds raises an error
+TIMEOUT = 30.0  # a collective raises an error after this many seconds without progress
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded"])
 
@@ -38,7 +38,7 @@ def _work(rank: int, world: int, file: str, pipe: Any, seconds: float) -> None:
 
 
 class Ranks:
-    """A group of processes, called ranks, that run one function after another."""
+    """A group of processes, called ranks, that run functions one after another."""
 
     def __init__(self, world: int, seconds: float = TIMEOUT) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -52,7 +52,7 @@ class Ranks:
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
             process.start()
-            theirs.close()  # so that the pipe is closed if the rank is killed
+            theirs.close()  # so that the pipe closes if the rank is killed
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
         """Run ``function`` on every rank. Return each rank's ``(result, traceback)``."""
@@ -60,7 +60,7 @@ class Ranks:
             pipe.send((function, arguments))
         received = []
         for rank, pipe in enumerate(self.pipes):
-            # The first job waits for the start of the processes, on a busy machine for a minute.
+            # The first function waits until all processes have started, which takes up to a minute.
             if not pipe.poll(2 * self.seconds + 60):
                 raise TimeoutError(f"rank {rank} still runs after {2 * self.seconds + 60} s")
             try:
@@ -95,7 +95,7 @@ def counted() -> Any:
     seen: list[tuple[str, int]] = []
     names = ["all_reduce", "all_gather"]
     for kind, old in (("all_gather", "into_tensor"), ("reduce_scatter", "tensor")):
-        new = f"{kind}_single"  # the name since torch 2.13
+        new = f"{kind}_single"  # the name from torch 2.13 on
         names.append(new if hasattr(dist, new) else f"{kind}_{old}")
     originals = {name: getattr(dist, name) for name in names}
 

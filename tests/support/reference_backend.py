@@ -1,4 +1,4 @@
-"""The dense float64 oracle as the backend ``reference``, added as CONTRIBUTING.md describes."""
+"""The float64 oracle as a backend called ``reference``, added as CONTRIBUTING.md describes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reference import dense
 
 
 def rows(call: LossCall) -> Tensor:
-    """Return the loss of each pair and token of a call, in float64. Masked tokens have loss 0."""
+    """Return the loss of each lens pair and token, in float64. Masked tokens have loss 0."""
     every = torch.arange(call.row_weight.shape[1])
     kept = every if call.mask is None else every[call.mask]
     values = dense.rows(
@@ -36,7 +36,7 @@ def rows(call: LossCall) -> Tensor:
 def evaluate(call: LossCall) -> LossResult:
     """Return the losses of a call, and their gradients by autograd.
 
-    This runs in another thread, because autograd is off inside a custom operator.
+    Autograd is off inside a custom operator, so another thread computes the gradients.
     """
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(_evaluate, call).result()

@@ -23,7 +23,7 @@ def small_objective(student=(S,), teacher=(T,), student_final=S, teacher_final=T
 
 
 def refused(error, words, function, *args, **kwargs):
-    """Fail unless the call raises exactly this class of error and its message has all ``words``."""
+    """Fail unless the call raises exactly this class of error, with all ``words`` in the text."""
     with pytest.raises(error) as caught:
         function(*args, **kwargs)
     assert type(caught.value) is error

@@ -1,4 +1,4 @@
-"""The backend ``row_kernel``: ``torch`` as it runs on a GPU, with an interpreted row kernel."""
+"""The backend ``row_kernel``: the ``torch`` backend as on a GPU, with an interpreted row kernel."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from lens_kernels.backends.torch import row_chunks
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.dispatch import REGISTRY, Backend
 
-LANES = 16  # a kernel step reads LANES * 8 entries of a row
+LANES = 16  # a step of the kernel reads LANES * 8 entries of a row
 
 
 def evaluate(call: LossCall) -> LossResult:
-    """Return the losses of a call and their gradients."""
     from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
     from lens_kernels.backends.triton import interpreter
     from lens_kernels.backends.triton.kernels import row_pass
 
     interpreter.prepare()
-    # The kernel reads few entries in a step here. So a row of a test problem takes several steps,
-    # and the interpreter is faster.
+    # Read few entries in a step, so that a row of a test problem takes several steps.
     with mock.patch.dict(row_pass.OPTIONS, LANES=LANES):
         return row_chunks.evaluate(call, RowKernelPass)
 

@@ -1,4 +1,4 @@
-"""Calls with ``process_group``, which every rank of a test makes."""
+"""Calls with ``process_group`` that every rank of a test makes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.operators import Watch
 from tests.support.problems import Problem, make, objective
 from tests.support.processes import counted
 
-WIDTH = 61  # a prime number of entries, which no number of ranks divides
+WIDTH = 61  # a prime number, which no number of ranks divides
 HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
 SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)
 SHORT: dict[str, Any] = {"dtype": torch.float32, "norm": "rms"}
@@ -42,20 +42,21 @@ _groups: dict[int, Any] = {}
 
 
 def group_of(size: int) -> Any:
-    """Return the group of the first ranks, or None on other ranks. Every rank must call this."""
+    """Return the group of the first ranks, or None on other ranks. Every rank must call this
+    function."""
     if size not in _groups:
         _groups[size] = dist.new_group(range(size))
     return _groups[size] if dist.get_rank() < size else None
 
 
 def slice_of(vocab: int, rank: int, size: int) -> slice:
-    """Return the vocabulary entries of a rank, divided as torch divides a DTensor."""
+    """Return a rank's vocabulary entries, divided as torch divides a DTensor."""
     width = -(-vocab // size)
     return slice(min(vocab, rank * width), min(vocab, (rank + 1) * width))
 
 
 def cut(head: LensHead, part: slice) -> LensHead:
-    """Return a slice of a head. Its tensors are copies."""
+    """Return a copy of a slice of a head."""
 
     def leaf(x: Tensor) -> Tensor:
         return x.detach().clone().requires_grad_(x.requires_grad)
@@ -67,7 +68,7 @@ def cut(head: LensHead, part: slice) -> LensHead:
 def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
     """Return a case's problem and the options of its call.
 
-    Both depend only on the case, so they are equal on all ranks.
+    The result depends only on the case, so it is equal on all ranks.
     """
     case = dict(case)
     whole, dtype = case.get("whole", False), case.pop("dtype", torch.float64)
@@ -88,7 +89,7 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
 
 
 def statistics_of(problem: Problem) -> Tensor:
-    """Return the log-sum-exps of the teacher's logits, each in two parts."""
+    """Return the log-sum-exps of the teacher's logits, each as a maximum and the log of a sum."""
     head = problem.teacher_head
     rows = []
     for h in problem.teacher_hidden:
@@ -99,7 +100,7 @@ def statistics_of(problem: Problem) -> Tensor:
 
 
 def solve(problem: Problem, options: dict[str, Any], group: Any = None) -> dict[str, Tensor]:
-    """Return the results of a call and its gradients, all by name."""
+    """Return the results and gradients of a call by name."""
     options = dict(options)
     out: dict[str, Any] = {}
     if options.pop("whole", False):
@@ -128,7 +129,7 @@ def solve_sharded(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def count_collectives(size: int, case: dict[str, Any]) -> list[tuple[str, int]]:
-    """Return the collectives that run in a call, with their bytes."""
+    """Return the collectives of a call, with their bytes."""
     group_of(size)
     with counted() as seen:
         solve_sharded(size, case)
@@ -136,7 +137,7 @@ def count_collectives(size: int, case: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def largest_tensor(size: int) -> int:
-    """Return the size of the largest tensor that a call creates, for a large vocabulary."""
+    """Return the size of the largest tensor that a call with a large vocabulary creates."""
     group = group_of(size)
     shape = Shape((40,), 2001, 4, 4, 1)
     room = 7 * row_stride(-(-shape.vocab // size)) * 2 * 4
@@ -166,7 +167,7 @@ def solve_active(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
 
 
 def solve_dtensors(case: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the results of a call whose heads are sharded DTensors, gathered from all ranks."""
+    """Return the results of a call with sharded DTensors as heads, gathered from all ranks."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     problem, options = problem_of(case)
 
@@ -185,7 +186,7 @@ def solve_dtensors(case: dict[str, Any]) -> dict[str, Tensor]:
     return {k: x.full_tensor() if isinstance(x, DTensor) else x for k, x in results.items()}
 
 
-# Teacher probabilities with equal entries where the mass crosses one half.
+# Teacher probabilities with equal entries where their running sum crosses one half.
 TIED = [
     [0.125] * 8 + [0.0],
     [0.05, 0.2, 0.2, 0.1, 0.2, 0.05, 0.0, 0.2, 0.0],
@@ -196,7 +197,7 @@ OTHER = torch.tensor([0.3, 0.05, 0.02, 0.13, 0.1, 0.15, 0.05, 0.08, 0.12])
 
 
 def head_share_of(size: int, p: list[float]) -> Tensor | None:
-    """Return the head share of one row of probabilities, whose entries are spread over ranks."""
+    """Return the adaptive KL's weight of the forward KL for one row, sharded over ranks."""
     group = group_of(size)
     if group is None:
         return None
@@ -242,7 +243,8 @@ def refused(name: str) -> str:
 
 
 def die_within(size: int, victim: int, moment: int) -> str:
-    """Return the error of a call during which one rank is killed, at its reduction ``moment``."""
+    """Kill a rank during reduction number ``moment`` of a call, and return the error of other
+    ranks."""
     group = group_of(size)
     sharding.WAIT = 1.0
     if dist.get_rank() == victim:

@@ -23,13 +23,13 @@ TEACHER = {"layers": 4, "width": 24, "seed": 2}
 
 
 def batch(rows: slice) -> dict[str, Tensor]:
-    """Return some of eight examples, which differ in their number of labels."""
+    """Return some of eight examples. Their numbers of labels differ."""
     ids, labels = batch_of(uneven_data())
     return {"input_ids": ids[rows], "labels": labels[rows]}
 
 
 def tokens() -> int:
-    """Return how many labels of all examples together are not ignored."""
+    """Return the number of labels in all examples together, without ignored labels."""
     return int((batch(slice(None))["labels"][:, 1:] != -100).sum())
 
 
@@ -87,5 +87,4 @@ def step(
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:
-    """Return the result of ``step`` with the arguments of a case."""
     return step(**case)

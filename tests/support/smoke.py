@@ -1,4 +1,4 @@
-"""The smallest use of an installed package, run in an environment without this checkout."""
+"""The smallest use of an installed package, run without this checkout."""
 
 import sys
 

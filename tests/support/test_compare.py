@@ -1,4 +1,4 @@
-"""Tests of the comparison: it accepts rounding errors and rejects wrong values."""
+"""The comparison accepts rounding errors and rejects wrong values."""
 
 import pytest
 import torch

@@ -19,9 +19,9 @@ def model(
     seed: int = 0,
     **options: Any,
 ):
-    """Return a tiny model with random weights.
+    """Return a tiny model with random weights, norms and biases.
 
-    Its norms and biases are random too. ``options`` are entries of its config.
+    ``options`` are entries of its config.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -51,7 +51,6 @@ def model(
 
 
 def _special(kind: str, layers: int, width: int) -> dict[str, Any]:
-    """Return the config entries that only models of this type have."""
     inner = {"intermediate_size": 2 * width}
     heads = {"num_key_value_heads": 1}
     rms = {**inner, **heads, "rms_norm_eps": EPS, "head_dim": width // 2}

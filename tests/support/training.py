@@ -13,7 +13,7 @@ from tests.support import tiny
 STUDENT = {"layers": 3, "seed": 1}
 TEACHER = {"layers": 4, "width": 24, "seed": 2}
 
-# Options of a short run, in which each step changes the weights a lot.
+# Options of a short run in which each step changes the weights a lot.
 RUN: dict[str, Any] = {
     "max_steps": 2,
     "learning_rate": 0.5,
@@ -43,7 +43,7 @@ def tokens(batch: int = 8, length: int = 10, vocab: int = 64) -> torch.Tensor:
 def uneven_data() -> list[dict[str, torch.Tensor]]:
     """Return examples with different numbers of labels.
 
-    The first example has only one label that counts.
+    The loss uses only one label of the first example.
     """
     ids = tokens()
     labels = ids.clone()
@@ -92,7 +92,6 @@ def make_trainer(
 
 
 def trained(folder: Any, **options: Any) -> LensDistillTrainer:
-    """Create a trainer, train, and return the trainer."""
     trainer = make_trainer(folder, **options)
     trainer.train()
     return trainer
@@ -109,7 +108,7 @@ def logged(trainer: LensDistillTrainer, key: str = "loss", having: str = "loss")
 def assert_same_step(start: Any, one: Any, other: Any, relative: float = 1e-5) -> None:
     """Check that two trainings from ``start`` give the same weights, ``one`` and ``other``.
 
-    The error is relative to how far ``one`` moved from ``start``.
+    The error is relative to the distance between ``one`` and ``start``.
     """
     moved = 0.0
     for name, x in one.items():

@@ -29,7 +29,7 @@ from tests.support.problems import (
 
 @pytest.fixture
 def attempting(monkeypatch):
-    """Make every pointwise pass try to compile, whatever the size of the call."""
+    """Make every pointwise pass try to compile, for calls of any size."""
     torch._dynamo.reset()
     monkeypatch.setattr(pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     monkeypatch.setattr(compiled_calls, "_compiler_failed", False)
@@ -48,7 +48,7 @@ def compiling(attempting):
 
 @pytest.fixture
 def tracing(compiling, monkeypatch):
-    """Trace every pointwise pass with dynamo, but run the traced code eagerly, to save time."""
+    """Trace every pointwise pass with dynamo, but run the traced code uncompiled, to save time."""
 
     def trace(function):
         return torch.compile(function, dynamic=True, backend="eager")
@@ -62,9 +62,9 @@ def compiled_graphs():
 
 @pytest.mark.parametrize("capped", [False, True])
 def test_the_compiled_pass_matches_the_oracle(compiling, capped):
-    """The compiled pass matches the oracle, with two compilations: beta 1/2, and any other beta.
+    """Beta 1/2 takes one compilation, and all other betas together take another.
 
-    Another temperature, scale, softcap or chunk size does not recompile it.
+    Another temperature, scale, softcap or chunk size takes no new compilation.
     """
     before = compiled_graphs()
     for temperature, beta, scale, softcap, rows in (
@@ -89,7 +89,6 @@ def test_every_divergence_compiled(compiling, divergence, feature):
 
 
 def test_each_divergence_has_its_own_compiled_code(tracing):
-    """A call with another divergence does not run the compiled code of an earlier call."""
     problem = make(BATCH, std=2.0)
     options = {"labels": torch.randint(BATCH.vocab, BATCH.leading), "kd_ratio": 0.5}
     for final in (*DIVERGENCES, *DIVERGENCES[:2]):
@@ -103,7 +102,7 @@ def test_each_divergence_has_its_own_compiled_code(tracing):
 
 
 def test_every_variant_of_the_pass_is_compiled(tracing):
-    """All 12 variants of the pass are compiled, although torch compiles at most 8 by default."""
+    """torch would compile at most 8 of the 12 variants by default."""
     before = compiled_graphs()
     for divergence in DIVERGENCES:
         problem = make(BATCH, divergence=divergence)
@@ -114,10 +113,7 @@ def test_every_variant_of_the_pass_is_compiled(tracing):
 
 
 def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
-    """The jsd of logits that differ by 1e-3 has a relative error below 1e-3.
-
-    This jsd is near 1e-7. A formula with ``exp(x) - 1`` would give it an error of 10 %.
-    """
+    """The jsd is near 1e-7. A formula with ``exp(x) - 1`` would give it an error of 10 %."""
     student = 3 * torch.randn(4, 5000)
     teacher = student + 1e-3 * torch.randn(4, 5000)
     formula = table.pointwise(Divergence.JSD, 0.5)
@@ -137,10 +133,7 @@ def test_the_compiled_pass_keeps_its_digits_near_convergence(compiling):
 
 
 def test_the_compiled_search_finds_the_same_active_entries(compiling):
-    """The compiled search for active entries finds the same entries as the eager search.
-
-    It is compiled once, although the blocks differ in size and have gaps between rows.
-    """
+    """The search is compiled once for blocks of any size, with gaps between rows."""
     before = compiled_graphs()
     grad = torch.randn(40, 520)[:, :501] * torch.logspace(-3, 0, 501)
     truth, found = ColumnStatistics(), ColumnStatistics(True)
@@ -163,10 +156,7 @@ def test_identical_models_are_exactly_zero_compiled(compiling):
 
 
 def test_the_compiled_pass_with_labels_matches_the_oracle(compiling):
-    """With labels, the compiled pass matches the oracle.
-
-    Another temperature or beta does not recompile it.
-    """
+    """Another temperature or beta takes no new compilation."""
     labels = torch.randint(BATCH.vocab, BATCH.leading)
     labels[0] = -100
     before = compiled_graphs()
@@ -239,7 +229,7 @@ def test_an_error_inside_the_pass_is_not_reported_as_the_compiler_s(attempting, 
 
 
 def outside_and_inside(function):
-    """Return a function and the same function in ``torch.compile``, for a comparison."""
+    """Return a function, and the same function in ``torch.compile``."""
     torch._dynamo.reset()
     return function, torch.compile(function, fullgraph=True, backend="aot_eager")
 
@@ -247,7 +237,6 @@ def outside_and_inside(function):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("heads", ["outside", "inside"])
 def test_fullgraph(heads, reduction):
-    """``fullgraph=True`` compiles the op, with the loss and gradients of an eager call."""
     problem = make(BATCH, std=2.0, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else torch.tensor(1.5)
     options = {"mask": torch.rand(BATCH.leading) < 0.5, "reduction": reduction}
@@ -352,7 +341,7 @@ def test_opcheck_of_scale_gradients():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduction):
-    """Autocast rounds the operands as in a linear layer; the logits stay in float32."""
+    """Autocast rounds the operands as in a linear layer. The logits stay in float32."""
     monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # with AMX, gradients are rounded too
     problem = make(BATCH, std=3.0)
     rounded = problem.to(dtype)
@@ -381,7 +370,7 @@ def test_autocast_accepts_mixed_dtypes():
 
 
 def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
-    """Autocast is off inside the op. Otherwise it would round the results of some GEMMs."""
+    """Autocast inside the op would round the results of some GEMMs."""
     monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # with AMX, gradients are rounded too
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):

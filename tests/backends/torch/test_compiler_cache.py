@@ -24,9 +24,9 @@ print(*(x.message for x in caught if "uncompiled" in str(x.message)), sep="\\n")
 
 @pytest.mark.parametrize("place", ["the variable", "the default"])
 def test_a_file_in_the_place_of_the_cache_leaves_small_calls(tmp_path, monkeypatch, place):
-    """With a file where the cache folder should be, small calls still work.
+    """With a file in place of the compiler's cache folder, small calls still work.
 
-    Torch imports its compiler for every custom operator, also if a call does not compile.
+    Torch imports its compiler for every custom operator, also for calls that do not compile.
     """
     monkeypatch.setenv("LOGNAME", "some/user")
     file = tmp_path / "torchinductor_some_user"

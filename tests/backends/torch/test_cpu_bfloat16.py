@@ -1,7 +1,7 @@
 """GEMMs in bfloat16 on CPUs with AMX: only calls with bfloat16 operands use them.
 
-Operands are rounded if AMX is detected, whether or not the hardware uses it. The tests pretend that
-AMX is detected, so that they run on every CPU.
+The tests pretend that AMX is detected, so that they run on every CPU. Operands are rounded if AMX
+is detected, even if the hardware does not have it.
 """
 
 import os
@@ -56,7 +56,7 @@ class Products(TorchDispatchMode):
 
 @pytest.fixture
 def settings(monkeypatch):
-    """Return a function that runs a call and returns the precision settings during its GEMMs."""
+    """Return a function that runs a call, and returns the precision settings during its GEMMs."""
 
     def run(problem, **options):
         options["workspace_bytes"] = several_chunks(ODD)
@@ -125,7 +125,7 @@ def test_amx_is_detected_from_the_cpu(monkeypatch, case):
 
 
 def test_amx_is_not_used_for_float16():
-    """AMX is not used for float16, because rounding operands to float16 would not be faster."""
+    """Rounding operands to float16 would not be faster."""
     cpu = torch.device("cpu")
     assert matmul.multiplies_natively(torch.bfloat16, torch.float32, cpu)
     assert not matmul.multiplies_natively(torch.float16, torch.float32, cpu)
@@ -142,7 +142,6 @@ def test_adaptive_kl():
 
 @pytest.fixture
 def unset():
-    """Reset oneDNN's precision settings after the test."""
     yield
     torch.backends.mkldnn.set_flags(_fp32_precision="none")
     SETTING.fp32_precision = "none"
@@ -163,17 +162,17 @@ def test_the_users_settings_stay(own, above):
     with pytest.raises(ZeroDivisionError):
         matmul._multiply(torch.bfloat16, gemms)
     assert SETTING.fp32_precision == before
-    # If the setting for GEMMs was unset, it still takes its value from oneDNN's general setting.
+    # If the setting for GEMMs was unset, it takes its value from oneDNN's general setting again.
     if own == "none":
         torch.backends.mkldnn.set_flags(_fp32_precision="bf16")
         assert SETTING.fp32_precision == "bf16"
 
 
 def interrupted(run, number):
-    """Interrupt ``run`` at its ``number``-th event and return the error, or None without an event.
+    """Interrupt ``run`` at its ``number``-th event. Return the error, or None without an event.
 
-    An event is the call of a Python function or the return of a C function. Python handles signals
-    there.
+    An event is the call of a Python function or the return of a C function, because Python handles
+    signals there.
     """
     seen = 0
 
@@ -198,7 +197,7 @@ def interrupted(run, number):
 def test_an_interrupt_at_any_moment_leaves_the_users_setting():
     x, weight, out = (torch.zeros(4, 4, dtype=t) for t in (torch.bfloat16,) * 2 + (torch.float32,))
     before = SETTING.fp32_precision
-    errors = []  # a kept error keeps the frames of its call alive, as in a notebook
+    errors = []  # an error that is kept, as in a notebook, keeps the frames of its call alive
     for number in range(1, 1000):
         errors.append(interrupted(lambda: matmul.project(x, weight, out), number))
         assert SETTING.fp32_precision == before, number
@@ -223,7 +222,7 @@ def test_a_process_forked_during_a_product_can_multiply():
     assert inside.wait(60)
     child = os.fork()
     if child == 0:
-        signal.alarm(20)  # the alarm ends the child if it waits for the lock
+        signal.alarm(20)  # the alarm ends the child process if it waits for the lock
         found = [SETTING.fp32_precision]
         matmul._multiply(torch.bfloat16, lambda: found.append(SETTING.fp32_precision))
         os._exit(found + [SETTING.fp32_precision] != [before, "bf16", before])
@@ -259,8 +258,8 @@ def test_two_threads_restore_the_setting(monkeypatch):
 
     def second():
         second_waits_or_is_in.set()
-        # Without the lock, this thread would end last, and restore bf16, which the first thread has
-        # set.
+        # Without the lock, this thread would end last, and restore the bf16 that the first thread
+        # has set.
         threads[0].join()
 
     def run(gemms):

@@ -26,7 +26,6 @@ glibc = pytest.mark.skipif(
 
 
 def asked_for_huge_pages(address):
-    """Return whether huge pages are requested for the memory region that holds an address."""
     inside = False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
@@ -41,10 +40,9 @@ def asked_for_huge_pages(address):
 
 @linux
 def test_only_whole_huge_pages_of_a_tensor_are_requested():
-    # The tensor is large. Small ones may reuse memory that has huge pages because of an earlier
-    # tensor.
+    # The tensor is large, because small tensors may reuse memory that already has huge pages.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
-    # The last byte of the page in which the tensor starts. The page also holds other memory.
+    # The last byte of the tensor's first page. Other memory also lies in this page.
     edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE
     assert in_huge_pages(x) is x
     assert asked_for_huge_pages(x.data_ptr() + 8 * HUGE_PAGE)
@@ -65,7 +63,7 @@ def test_tensors_without_such_memory_are_left_alone(monkeypatch):
     ):
         assert in_huge_pages(x) is x
     assert asked == []
-    # A float32 tensor of this many elements has the size of four huge pages.
+    # A float32 tensor with this many elements has the size of four huge pages.
     x = in_huge_pages(torch.empty(HUGE_PAGE))
     ((start, length, _),) = asked
     assert start % HUGE_PAGE == 0 and length == (3 if x.data_ptr() % HUGE_PAGE else 4) * HUGE_PAGE
@@ -108,10 +106,7 @@ print(faults())
 
 @glibc
 def test_freed_blocks_are_kept():
-    """glibc keeps freed blocks for later tensors.
-
-    Otherwise five rounds of twelve 4 MiB blocks would cause 60,000 page faults.
-    """
+    """If blocks are not kept, five rounds of twelve 4 MiB blocks cause 60,000 page faults."""
     command = [sys.executable, "-c", FAULTS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2000

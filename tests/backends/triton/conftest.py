@@ -1,4 +1,4 @@
-"""A fixture that gives the tests of tuned tiles a made-up GPU model."""
+"""A made-up GPU model for the tests of tuned tiles."""
 
 import pytest
 

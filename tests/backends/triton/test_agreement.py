@@ -28,7 +28,7 @@ def test_the_kernels_agree_with_the_torch_backend(dtype, monkeypatch):
 
 @pytest.mark.parametrize("wrong", ["rows", 0, "weight", "bias", "norm_weight", "norm_bias"])
 def test_a_wrong_result_is_named(monkeypatch, wrong):
-    # In place of the kernels, the faster torch backend runs here.
+    # The torch backend replaces the kernels here, because it is faster.
     evaluate = agreement.row_chunks.evaluate
 
     def faulty(call):

@@ -24,7 +24,7 @@ from tests.support.problems import capture_call, make, oracle, ours
 
 @pytest.fixture
 def small():
-    """Use clusters of programs with 2 lanes. Rows of 211 entries take 4 programs and 4 blocks."""
+    """Use clusters of programs with 2 lanes, so that 211 entries take 4 programs and 4 blocks."""
     interpreter.prepare()
     with small_clusters(2):
         assert clusters.that_holds(211) == Cluster(4, 4)
@@ -33,7 +33,7 @@ def small():
 
 @kinds
 def test_losses_and_gradients(small, divergence, beta):
-    """Losses and gradients match float64: the divergence, and the cross entropy of labels."""
+    """Losses and gradients match float64, for divergences and for the cross entropy."""
     zs, zt = 3 * torch.randn(2, 211), 3 * torch.randn(2, 211)
     options = {"labels": torch.tensor([210, 70]), "temperature": 1.7}
     losses, grad, _ = run(zs, zt, divergence, beta, **options)
@@ -49,7 +49,7 @@ def test_the_survey_describes_the_written_gradient(small):
 
 @pytest.mark.parametrize("divergence", ["jsd", "tvd"])
 def test_unusual_rows(small, divergence):
-    """A row whose logits are all -inf has a uniform softmax, and a NaN affects only its row."""
+    """A row whose logits are all -inf has a uniform softmax. A NaN affects only its own row."""
     test_row_pass.test_rows_without_a_finite_logit_are_uniform(divergence, 0.5, 300.0)
     test_row_pass.test_a_row_that_is_not_a_number_stays_alone(divergence, 0.5, 1, float("nan"))
 
@@ -81,7 +81,7 @@ def test_the_smallest_cluster_that_holds_a_row():
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Report a GPU with this compute capability and number of multiprocessors."""
+    """Pretend that a GPU has this compute capability and number of multiprocessors."""
 
     def report(major, processors=132, version="3.9.0", hip=None):
         found = SimpleNamespace(major=major, multi_processor_count=processors)

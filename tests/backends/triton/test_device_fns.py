@@ -51,10 +51,7 @@ def table_kernel(
 
 
 def over_blocks(kernel, *inputs, outputs=1, **options):
-    """Run a kernel on float32 numbers and return its results.
-
-    The numbers are padded to full blocks.
-    """
+    """Run a kernel on float32 numbers, padded to full blocks, and return its results."""
     size = inputs[0].numel()
     more = -size % BLOCK
     padded = [torch.cat([x, x[:1].expand(more)]) for x in inputs]
@@ -67,7 +64,7 @@ def over_blocks(kernel, *inputs, outputs=1, **options):
 def magnitudes(largest):
     """Return numbers from 1e-38 to ``largest``.
 
-    Some are at or next to the limits where a function changes its formula.
+    Some of them are at or next to the limits where a function changes its formula.
     """
     spread = torch.logspace(-38, 0, 4001, dtype=torch.float64) * largest
     near = torch.tensor([device_fns.NEAR.value, 0.25, 0.29289, 0.75])
@@ -121,8 +118,7 @@ def test_functions_at_zero_infinity_and_nan():
 def test_minus_does_not_cancel():
     """``minus`` computes p - q without cancellation.
 
-    Its arguments are rounded values of p and q, and ``d``, the exact difference of their
-    logarithms.
+    Its arguments are rounded values of p and q, and the exact difference ``d`` of their logarithms.
     """
     lq = -30 * torch.rand(8000)
     d = torch.cat([magnitudes(5.0), -magnitudes(5.0)])[torch.randperm(16000)[:8000]]
@@ -140,8 +136,8 @@ def test_minus_does_not_cancel():
 def log_probabilities():
     """Return log-probabilities of two models, in two lists.
 
-    They contain all pairs of a grid, nearly equal pairs, and equal pairs. The grid includes values
-    whose exponentials underflow.
+    They contain all pairs of a grid, nearly equal pairs, and equal pairs. The exponentials of some
+    values in the grid underflow.
     """
     torch.manual_seed(0)
     grid = torch.cat([torch.linspace(-12, 0, 25), torch.tensor([-20.0, -40.0, -80.0, -110.0])])
@@ -154,7 +150,7 @@ def log_probabilities():
 
 
 def run_table(divergence, lp, lq, beta):
-    # Round beta to float32, as a GPU does. The interpreter keeps scalars in float64.
+    # Round beta to float32, as a GPU does, because the interpreter keeps scalars in float64.
     scalars = torch.tensor([beta, 1 - beta]).tolist()
     return over_blocks(table_kernel, lp, lq, outputs=2, scalars=scalars, DIVERGENCE=divergence)
 
@@ -164,7 +160,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
     """The kernels' formulas for divergences and their gradients match the library's.
 
     The allowed error is relative to the value and to |p - q|. It grows with the size of the
-    log-probabilities, whose exponentials become less accurate.
+    log-probabilities, because their exponentials become less accurate.
     """
     lp, lq = log_probabilities
     wide = lp.double(), lq.double()
@@ -184,10 +180,7 @@ def test_the_kernels_table_matches_the_library_s(log_probabilities, divergence, 
 
 @pytest.mark.parametrize(("divergence", "beta"), CASES)
 def test_the_tables_agree_on_what_is_infinite(divergence, beta):
-    """Kernels and library give infinity for the same pairs of probabilities.
-
-    The pairs combine 1/2, exp(-300) and 0.
-    """
+    """The pairs of probabilities combine 1/2, exp(-300) and 0."""
     some = torch.tensor([-0.7, -300.0, device_fns.FLOOR.value])
     lp, lq = (x.flatten() for x in torch.meshgrid(some, some, indexing="ij"))
     expected = table.pointwise(Divergence(divergence), beta)(

@@ -1,4 +1,4 @@
-"""Triton's interpreter, with the library's corrections, rounds and multiplies like torch."""
+"""Triton's interpreter, as the library corrects it, rounds and multiplies like torch."""
 
 import pytest
 import torch
@@ -40,7 +40,7 @@ def cast(x, dtype):
 
 
 def specials():
-    """Return float32 numbers at and next to rounding ties, and the smallest and largest ones."""
+    """Return float32 numbers at and next to rounding ties, and the smallest and largest numbers."""
     ties = torch.tensor([0x3F808000, 0x3F818000, 0x00008000, 0x00018000, 0x7F7F8000, 0x7F7F7FFF])
     ties = torch.cat([ties - 1, ties, ties + 1]).to(torch.int32).view(torch.float32)
     info = torch.finfo(torch.float32)

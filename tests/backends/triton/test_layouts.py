@@ -10,7 +10,8 @@ from tests.support.objectives import solve_objective
 from tests.support.problems import check, make, oracle, ours
 
 NAN = float("nan")
-# Matrices of width 32 are read in place. Matrices of width 33 are first copied to padded rows.
+# The kernels read matrices of width 32 in place. They first copy matrices of width 33 to padded
+# rows.
 WIDTHS = [32, 33]
 
 
@@ -20,7 +21,7 @@ def garbage(monkeypatch):
 
 
 def rows_inside(x, before, after):
-    """Return an uninitialised view of ``x``'s shape. The buffer around it is filled with NaN."""
+    """Return an uninitialised view with ``x``'s shape, in a buffer of NaN."""
     tokens, width = x.shape[:-1].numel(), x.shape[-1]
     rows = torch.full((tokens + 2, before + width + after), NAN)
     return rows[1:-1, before : before + width].unflatten(0, x.shape[:-1])
@@ -52,10 +53,8 @@ def offset(x):
 
 
 def laid_out(problem, layout):
-    """Return a copy of the problem.
-
-    The function ``layout`` creates the memory for each tensor of two or more axes.
-    """
+    """Return a copy of the problem. ``layout`` creates the memory of each tensor with two or more
+    axes."""
 
     def move(x):
         if x.dim() == 1:
@@ -73,7 +72,6 @@ def laid_out(problem, layout):
 @pytest.mark.parametrize("feature", ["bias", "everything"])
 @pytest.mark.parametrize("layout", [padded_rows, far_rows, transposed, every_other, offset])
 def test_layouts(garbage, layout, feature, masked, width):
-    """Tensors of any layout give the same loss and gradients, with and without a norm."""
     problem = make(Shape((5, 7), 97, width, 48, 1), std=2.0, **FEATURES[feature])
     options = {"mask": torch.rand(5, 7) < 0.5} if masked else {}
     moved = laid_out(problem, layout)
@@ -121,13 +119,12 @@ SIZES = {
 )
 @pytest.mark.parametrize("size", SIZES)
 def test_sizes(garbage, size, divergence, norm):
-    """Kernels read no uninitialised memory, for sizes below, at and just above one block."""
     problem = make(SIZES[size], bias=True, norm=norm, divergence=divergence)
     if size == "one entry":
         loss, grads = ours(problem, backend="triton")
         assert loss == 0 and not any(g.any() for g in grads.values())
         return
-    # A layer norm of width 1 always gives 0, so it passes no gradient.
+    # A layer norm of width 1 always gives 0, so its input gets no gradient.
     none = ("hidden0", "weight", "norm_weight") if (size, norm) == ("width 1", "layer") else ()
     check(problem, zero=none, backend="triton")
     assert not any(oracle(problem)[1][name].any() for name in none)
@@ -135,11 +132,11 @@ def test_sizes(garbage, size, divergence, norm):
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
 def test_an_upstream_gradient_in_any_layout(divergence):
-    """The gradient of per-token losses may be a transpose or every other entry of a tensor."""
+    """The upstream gradient may be a transpose, or every other entry of a tensor."""
     problem = make(BATCH, divergence=divergence)
     for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)
-        # The op flattens the upstream gradient like this, without a copy.
+        # The op flattens the upstream gradient in this way, without a copy.
         flat = upstream.reshape(BATCH.pairs, -1)
         assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
         check(problem, upstream=upstream, reduction="none", backend="triton")

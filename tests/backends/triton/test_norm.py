@@ -19,8 +19,8 @@ WIDTH = 300
 # The kernels divide rows of this width into blocks of this many rows.
 BLOCK_N = norm.BLOCK // 512
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
-# The tests run with one row; one full block; one block for each program and one more row; and
-# several blocks for each program with a partial last block.
+# The numbers of rows in the tests: one; one full block; a block for each program and one more row;
+# several blocks for each program and a partial block.
 TOKENS = [1, BLOCK_N, BLOCK_N * PROGRAMS + 1, BLOCK_N * 19 + 3]
 
 
@@ -73,7 +73,7 @@ def test_rows_and_their_gradients(name, tokens, masked):
         grad, hidden, index, layer_norm, got["hidden"], got.get("weight"), got.get("bias")
     )
     for key, x in before.items():
-        # The kernel adds to the buffer, so its old values are subtracted here.
+        # The kernel adds to the buffer, so subtract the buffer's old values.
         got[key] = got[key] - x
     if index is not None:
         others = torch.ones(len(hidden), dtype=torch.bool)
@@ -103,6 +103,6 @@ def test_a_16_bit_result_is_rounded_once(dtype):
     got = norm.norm_rows(hidden, None, layer_norm, dtype)
     exact = layer_norm.forward(hidden.double())[0]
     assert got.dtype is dtype
-    # Without the errors of float32 rounding, the result would be the nearest 16-bit number.
+    # Without rounding errors of float32, the result would be the nearest 16-bit number.
     spacing = torch.finfo(dtype).eps * 2.0 ** exact.abs().log2().floor()
     assert bool(((got.double() - exact).abs() <= 0.501 * spacing + 1e-6).all())

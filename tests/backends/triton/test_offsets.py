@@ -1,8 +1,8 @@
 """Tensors with more than 2^31 elements, whose offsets overflow 32-bit integers.
 
 8192 tokens by 262144 entries are 2^31 logits. The tests only reserve address space, because pages
-that are never written take no memory. They reserve 2^31 more elements before each tensor. An offset
-that wraps around then reads zeros instead of crashing.
+that are never written take no memory. Another 2^31 elements are reserved before each tensor, so
+that an offset that overflows reads zeros instead of crashing.
 """
 
 import mmap

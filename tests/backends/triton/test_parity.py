@@ -1,7 +1,7 @@
 """The ``triton`` and ``torch`` backends agree for every option and dtype.
 
-The functional tests compare both with the oracle in float32. These tests compare the two backends
-in 16 bits, under autocast, with an active vocabulary, and over chunks of any size.
+Other tests compare the backends with the oracle in float32. These tests compare the two backends in
+16 bits, under autocast, with an active vocabulary, and over chunks of any size.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.support.problems import make, objective, ours
 
 BACKENDS = ("torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
-# For each dtype, the tolerances of the loss without a norm, of the loss with a norm, and of
+# The tolerances of each dtype: of the loss without a norm, of the loss with a norm, and of
 # gradients. The norm's result and the logits' gradient are rounded to the dtype before a GEMM.
 TOLERANCES = {
     torch.float32: (1e-6, 1e-6, 1e-5),
@@ -27,7 +27,7 @@ TOLERANCES = {
 
 
 def both(problem, **options):
-    """Return ``(loss, gradients)`` of the torch backend and of the triton backend, as a list."""
+    """Return ``(loss, gradients)`` of both backends, as a list."""
     return [ours(problem, backend=backend, **options) for backend in BACKENDS]
 
 
@@ -44,16 +44,13 @@ def compare(problem, dtype, normed, **options):
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize(
     ("feature", "divergence"),
-    # tvd is tested without a norm. Rounding a norm's result would change the sign of p - q at some
-    # entries, where the slope of tvd jumps.
+    # tvd has no norm here. Rounding a norm's result would change the sign of p - q at some entries,
+    # where the slope of tvd jumps.
     [*((feature, "jsd") for feature in FEATURES), *(("bias", d) for d in DIVERGENCES if d != "jsd")]
     + [("everything", "jeffreys")],
 )
 def test_16_bit_with_all_options_of_a_call(feature, divergence, dtype):
-    """In 16 bits, the backends agree on a call that combines many options.
-
-    The call has a mask, a vocabulary prefix, two weighted pairs, two hidden sizes and a sum.
-    """
+    """The call has a mask, a vocabulary prefix, two weighted pairs, two hidden sizes and a sum."""
     problem = make(BATCH, std=2.0, **FEATURES[feature], divergence=divergence).to(dtype)
     options = {
         "mask": torch.rand(BATCH.leading) < 0.5,
@@ -79,7 +76,7 @@ def test_autocast(feature, dtype):
 
 @pytest.mark.parametrize("rounded", ["bias", "norm"])
 def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
-    """The bias or norm of a 16-bit head may be float32, as in some models."""
+    """Some models have a 16-bit head with a float32 bias or norm."""
     problem = make(BATCH, std=2.0, bias=True, norm="layer", norm_bias=True)
     half = problem.to(torch.bfloat16)
     for side in ("student_head", "teacher_head"):
@@ -92,7 +89,8 @@ def test_a_float32_bias_or_norm_on_a_16_bit_head(rounded):
 def active_problem():
     """Return two models whose loss gradient is nearly zero for most vocabulary entries.
 
-    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
+    The mean of the head's rows is not zero, so the replacement of skipped rows by their mean has an
+    effect.
     """
     problem = make(Shape((24,), 400, 16, 16, 1))
     weight = 2.0 * torch.randn(400, 16) + 3.0
@@ -107,10 +105,10 @@ def active_problem():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 1e-5, 1e-4, 1e-3, 1e3])
 def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
-    """With one chunk, both backends skip the same vocabulary entries.
+    """With several chunks, the backends may skip different entries.
 
-    With more chunks they may differ: the torch backend chooses entries for each chunk of tokens,
-    and the triton backend for each chunk of the vocabulary.
+    The torch backend chooses entries for each chunk of tokens, and the triton backend for each
+    chunk of the vocabulary.
     """
     problem = active_problem()
     options = {"final_divergence": "jsd", "grad_threshold": threshold}
@@ -127,7 +125,7 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
         assert_close(got.dropped, expected.dropped, 1e-4, "dropped")
         assert 0 < got.dropped <= 1
     if threshold == 1e3:
-        # Here all entries are skipped, and the mean head row replaces all rows. It adds 0, because
+        # All entries are skipped here, and the mean head row replaces all rows. It adds 0, because
         # each row of the gradient sums to 0.
         assert got.dropped == 1 and not grads["weight"].any()
         assert grads["hidden0"].abs().max() < 1e-6
@@ -138,10 +136,9 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
 
 
 def test_the_threshold_of_float16(always_active):
-    """Both backends skip the same share of the gradient in float16.
+    """The kernels multiply float16 gradients by a constant against underflow.
 
-    The kernels multiply float16 gradients by a constant against underflow. They must multiply the
-    threshold too.
+    They must multiply the threshold by the same constant.
     """
     problem = active_problem().to(torch.float16)
     options = {"final_divergence": "jsd", "grad_threshold": 1e-4}
@@ -166,7 +163,7 @@ def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active
 
 
 def test_chunks_of_any_size():
-    """Chunks of one to four tiles give the same loss and gradients as a single chunk of 7 tiles."""
+    """Chunks of one to four tiles give the same result as a single chunk of seven tiles."""
     problem = make(Shape((20,), 840, 24, 40, 2), **FEATURES["everything"])
     tile = default(Sweep.GRADIENTS, ARCHS["interpreter"], torch.float32, 24)
     assert tile.block_v == 128

@@ -1,7 +1,7 @@
-"""Groups of row blocks: they change how many bytes are read through a cache, but no result.
+"""Groups of row blocks change how many bytes are read through a cache, but no result.
 
 The simulated cache holds the blocks that were read last. Programs run in waves, in the order of
-their launch, and the programs of a wave read at the same pace.
+their launch. The programs of a wave read at the same pace.
 """
 
 from collections import OrderedDict
@@ -29,7 +29,7 @@ from tests.support.problems import check, make, ours
 def bytes_read(programs, at_once, capacity):
     """Return the bytes that a simulated cache reads from memory.
 
-    Each program in ``programs`` is its list of reads, ``(block, bytes)``.
+    Each program in ``programs`` is a list of its reads, ``(block, bytes)``.
     """
     held, moved, size_held = OrderedDict(), 0, 0
     for first in range(0, len(programs), at_once):
@@ -46,9 +46,9 @@ def bytes_read(programs, at_once, capacity):
     return moved
 
 
-# With these sizes there are two groups of two row blocks, and two splits of eight tiles each.
+# These sizes give two groups of two row blocks, and two splits of eight tiles each.
 TOKENS, VOCAB, WIDTHS, TILE = 64, 256, (16, 32), launch.Tile(16, 16, 16, 4, 1)
-AT_ONCE = 4  # programs that run at a time: two row blocks times two splits
+AT_ONCE = 4  # the number of programs that run at a time: two row blocks times two splits
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def small_groups(monkeypatch):
 
 @pytest.fixture
 def read(monkeypatch, small_groups):
-    """Return a function that runs ``function`` and returns each program's reads and its result.
+    """Return a function that runs ``function``, and returns each program's reads and its result.
 
     Only reads from ``tensors`` count.
     """
@@ -86,8 +86,8 @@ def read(monkeypatch, small_groups):
     return run
 
 
-# At a time, the programs read 32 rows and 32 columns of 192 bytes, which are 12 KiB. They fit in
-# the first cache, but not in the second.
+# The programs of a wave read 32 rows and 32 columns of 192 bytes each. These 12 KiB fit in the
+# first cache, but not in the second.
 @pytest.mark.parametrize("capacity", [14 << 10, 10 << 10])
 def test_the_plan_counts_what_the_kernels_read_through_a_cache(monkeypatch, read, capacity):
     monkeypatch.setattr(row_groups, "CACHE_BYTES", capacity)
@@ -156,9 +156,9 @@ def test_every_place_has_one_program(blocks, group, parts):
 def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb, tile, at_once):
     """The planned reads match those of a simulated H100 for Llama-3's vocabulary in 16 bits.
 
-    An H100 has 132 processors and a cache of 50 MiB. Operands of the second pair of widths exceed
-    the cache. Without groups, programs would read 52 GB at the first pair of widths and 105 GB at
-    the second.
+    An H100 has 132 processors and a cache of 50 MiB. The operands of the second pair of hidden
+    sizes exceed the cache. Without groups, programs would read 52 GB for the first pair and 105 GB
+    for the second.
     """
     tokens, vocab, row, steps = 8192, 128256, 2 * sum(widths), 4
     monkeypatch.setattr(launch, "processors", lambda device: 132)
@@ -187,7 +187,7 @@ def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb
 
 @pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
 def test_groups_change_no_bit(monkeypatch, small_groups, divergence):
-    """Groups of any size give the same results, bit for bit. Each split has one tile."""
+    """Results are equal bit for bit, because each split has one tile."""
     problem = make(Shape((150,), 200, 24, 40, 1), **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: 100)
     results = []

@@ -41,7 +41,7 @@ def kernel(request, monkeypatch):
 
 
 def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, survey=False):
-    """Run the kernel on a tile and return losses, gradient and column statistics.
+    """Run the kernel on a tile, and return losses, gradient and column statistics.
 
     The padding of all tiles is NaN.
     """
@@ -71,7 +71,7 @@ def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, s
 
 
 def truth(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0):
-    """Return losses and gradient of a tile in float64, by autograd."""
+    """Return losses and gradient of a tile, computed by autograd in float64."""
     zs = zs.double().requires_grad_()
     lq, lp = (z.clamp(min=table.FLOOR).div(temperature).log_softmax(-1) for z in (zs, zt.double()))
     weight = torch.linspace(0.5, 1.5, zs.shape[0])
@@ -165,7 +165,7 @@ def test_a_row_that_is_not_a_number_stays_alone(divergence, beta, side, value):
 def test_near_convergence(divergence, beta):
     """Losses near 1e-7 are accurate to 1e-4.
 
-    The logits are on a grid, so that their differences are exact.
+    The logits are multiples of a power of two, so that their differences are exact.
     """
     grid = 2.0**-12
     zt = (torch.randn(3, 500) / grid).round() * grid
@@ -255,8 +255,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
 ):
     """The plan's bytes match those that the kernel reads and writes.
 
-    If the teacher's statistics are given, the first sweep does not read the teacher's logits. A
-    cluster reads all logits once.
+    If the caller gives the teacher's log-sum-exps, the first sweep does not read the teacher's
+    logits. A cluster reads all logits once.
     """
     counted = 0
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder

@@ -20,7 +20,7 @@ from tests.support.operators import Watch
 from tests.support.problems import capture_call, make
 
 GIB = 1 << 30
-# The sizes are those of a Llama-3 1B student and a Llama-3 8B teacher.
+# the sizes of a Llama-3 1B student and a Llama-3 8B teacher
 TOKENS, VOCAB, WIDTHS = 8192, 128256, (2048, 4096)
 
 
@@ -35,8 +35,7 @@ class NoKernel:
 def fake(monkeypatch):
     """Use fake tensors, which hold no data, with GEMMs as on a GPU.
 
-    Without CUDA, torch can create fake tensors on a GPU, but cannot index them. These are on the
-    CPU.
+    The fake tensors are on the CPU, because without CUDA torch cannot index fake tensors on a GPU.
     """
     try:
         torch.mm(
@@ -52,7 +51,7 @@ def fake(monkeypatch):
 
 
 def llama_call(fake, pairs, tokens=TOKENS):
-    """Return a call with labels, in which every student tensor needs a gradient."""
+    """Return a call with labels in which every tensor of the student needs a gradient."""
     heads = [LensHead(fake(VOCAB, w), norm=LensNorm("rms", fake(w), eps=1e-5)) for w in WIDTHS]
     hidden = [[fake(tokens, width) for _ in range(pairs)] for width in WIDTHS]
     return LossCall(
@@ -77,8 +76,8 @@ def llama_call(fake, pairs, tokens=TOKENS):
 def test_llama_takes_at_most_1_3_gib_above_inputs_and_gradients(fake, pairs):
     """A call of Llama-3's size stays below the memory limit, with the default workspace.
 
-    It has 8192 bfloat16 tokens. The peak is compared with the bfloat16 gradients that the caller
-    gets. Until the backward pass, they are sums in float32 and take twice the memory.
+    The call has 8192 tokens in bfloat16. The limit is above the bfloat16 gradients that the caller
+    gets. Until the backward pass, gradients are sums in float32, which take twice the memory.
     """
     call = llama_call(fake, pairs, TOKENS // pairs)
     memory = track(lambda: row_chunks.evaluate(call, RowKernelPass))

@@ -1,4 +1,4 @@
-"""The triton backend: what it requires, its errors, and the values that recompile its kernels."""
+"""The triton backend: its requirements, its errors, and the values that recompile its kernels."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ from tests.support.problems import call_shape, loss_of, make, recorded
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 # Statements that set torch's precision, and whether TF32 is then allowed. Each statement needs its
-# own process, because torch cannot read the older switch once the newer one is set.
+# own process, because torch cannot read the older switch after the newer switch was set.
 TF32 = {
     "pass": False,
     "torch.set_float32_matmul_precision('high')": True,
@@ -84,13 +84,13 @@ def test_tf32_is_torch_s_choice_by_either_switch(compiled):
     assert tf32 == [10 + allowed for allowed in TF32.values()]
 
 
-# Kernel parameters that are compile-time constants: they select the formula and the tile.
+# Kernel parameters that are compile-time constants: they select the formula and the block sizes.
 CONSTANT = {"DIVERGENCE", "LAYER", "PRECISION", "BLOCK_N", "BLOCK_V", "BLOCK_K", "BLOCK_D"}
 CONSTANT |= {"GROUP", "LANES", "BLOCKS"}
 # Integer parameters that change between calls. Triton must not compile extra kernels if their value
 # is 1 or a multiple of 16.
 COUNTS = {"tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"}
-# Float parameters, for whose values Triton compiles no extra kernels. An operand contains the
+# Float parameters. Triton compiles no extra kernels for their values. An operand contains the
 # floats slope and cap.
 FLOATS = {"operand", "student", "beta", "one_minus_beta", "temperature", "eps", "offset"}
 
@@ -110,10 +110,7 @@ def test_new_numbers_do_not_recompile_the_kernels(compiled):
 
 
 def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
-    """Options of a call that are given as integers reach the kernels as floats.
-
-    Triton would compile another kernel for an integer, and one more for the integer 1.
-    """
+    """For an integer, Triton would compile another kernel, and one more for the integer 1."""
     package = importlib.import_module("lens_kernels.backends.triton")
     head_of = package.evaluate.__globals__["_Head"]
     calls = recorded(monkeypatch, package, "evaluate")
@@ -130,7 +127,7 @@ def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
 
 
 def test_auto_never_chooses_the_interpreter():
-    """``auto`` never runs interpreted kernels. They work on a CPU, but are 1000 times slower."""
+    """Interpreted kernels work on a CPU, but are 1000 times slower."""
     assert choose("triton", call_shape(CPU)).name == "triton"
     assert choose("auto", call_shape(CPU)).name == "torch"
 

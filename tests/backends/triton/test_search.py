@@ -22,19 +22,19 @@ CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 6)
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
-# By the made-up times, these tiles are the fastest. Tests make their results wrong or raise errors.
+# These tiles have the lowest made-up times. Tests make their results wrong or raise errors.
 BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),
     (Sweep.GRADIENTS, 24),
 ]  # fmt: skip
 COST = {DEFAULT: 2.0, FAST: 1.0, SLOW: 3.0, **dict.fromkeys(BROKEN, 0.1)}
-# The names of the functions that launch the sweeps, in the order of the enum ``Sweep``.
+# The functions that launch the sweeps, in the order of the enum ``Sweep``.
 LAUNCHES = ["row_stats", "online_kl", "row_sums", "gradient_chunk"]
 
 
 def clock(function):
-    """Return the made-up time of the tile that is being measured."""
+    """Return the made-up time of the tile that is being timed."""
     return COST[function.args[-1]]
 
 
@@ -63,7 +63,7 @@ def stored():
 
 
 def instead(monkeypatch, name, replacements):
-    """For the tiles in ``replacements``, replace the function that launches a sweep."""
+    """Replace the function that launches a sweep, for the tiles in ``replacements``."""
     original = getattr(search, name)
 
     def launch(*args):

@@ -67,10 +67,7 @@ def test_the_file_is_read_once_and_never_by_the_interpreter(compiled, monkeypatc
 
 
 def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
-    """A call runs with the tuned tiles.
-
-    A sweep that reads both models looks up a tile by the smaller hidden size.
-    """
+    """A sweep that reads both models looks up a tile by the smaller hidden size."""
     monkeypatch.setattr(store, "lookup", lambda sweep, *key: FAST if sweep is GRADIENTS else None)
     asked = recorded(monkeypatch, store, "lookup")
     used = recorded(monkeypatch, importlib.import_module(evaluate.__module__), "gradient_chunk")
@@ -84,18 +81,17 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 
 @pytest.mark.parametrize("extra", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
-    """Heads with a bias or softcap do not use tuned tiles.
+    """Tuning measures heads without bias and softcap.
 
-    Tuning measures heads without a bias or softcap. These take registers, so a tuned tile may not
-    fit.
+    Bias and softcap take registers, so a tuned tile may not fit.
     """
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)
     heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))
     call = functools.partial(symmetric_lens_loss, student, student.detach(), backend="triton")
     with pytest.raises(TypeError, match="not callable"):
-        # The lookup, which is None here, is called for the teacher's sweep: its head has no bias or
-        # softcap.
+        # The lookup, which returns None here, is called for the teacher's sweep, because its head
+        # has no bias or softcap.
         call(*heads, divergence="jsd")
     call(heads[0], heads[0], divergence="jsd").backward()
 
@@ -136,7 +132,7 @@ def test_invalid_content_is_ignored_with_one_warning_that_names_the_file(compile
         assert look() is None
         assert look() is None
     assert len(caught) == 1 and str(compiled) in str(caught[0].message)
-    # Saving a new tile replaces content that is invalid.
+    # Saving a new tile replaces invalid content.
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         save(SLOW)

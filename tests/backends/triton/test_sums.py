@@ -14,9 +14,9 @@ from tests.support.memory import fill_new_tensors
 from tests.support.problems import check, loss_of, make, oracle, ours, without_columns
 
 # The kernels divide this shape into two row blocks and four splits of the vocabulary. Each split
-# has two tiles, except the last, which has a single partial tile.
+# has two tiles, except that the last split has a partial tile.
 SPLITS = Shape((65,), 840, 24, 40, 1)
-# With jsd, the kernels sweep the vocabulary twice before the gradients; with jeffreys, once.
+# Before the gradients, the kernels sweep the vocabulary twice for jsd, and once for jeffreys.
 PATHS = ["jsd", "jeffreys"]
 INFINITY = float("inf")
 
@@ -36,10 +36,10 @@ def rows(problem, **options):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(layout, divergence):
-    """Near convergence, the sums over the vocabulary lose no digits.
+    """Near convergence, sums over the vocabulary keep their digits.
 
-    All logits are multiples of 2^-16 below 64, which float32 represents exactly. Any error is
-    therefore an error of the sums.
+    All logits are multiples of 2^-16 below 64, which float32 represents exactly. So every error is
+    an error of the sums.
     """
     fine, coarse = 2.0**-12, 2.0**-4
     student = (torch.randn(SPLITS.tokens, 16) / fine).round() * fine
@@ -69,10 +69,7 @@ CLOSED = {
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("where", CLOSED)
 def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
-    """Vocabulary entries at -inf in both models have no effect.
-
-    Removing these entries gives the same result.
-    """
+    """Removing vocabulary entries that are -inf in both models does not change the result."""
     closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
     closed[list(CLOSED[where])] = True
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
@@ -91,9 +88,9 @@ def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, diverg
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl"])
 @pytest.mark.parametrize("where", ["the last tile of a split", "the first and the last split"])
 def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence):
-    """A tile adds nothing to a KL if the first distribution, the KL's weights, is 0 in the tile.
+    """A tile adds nothing to a KL if its first distribution is 0 everywhere in the tile.
 
-    This holds even if the other model gives 0 to an entry of the tile.
+    This also holds if the second distribution is 0 at an entry of the tile.
     """
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
     other, weighing = problem.args()[2:]
@@ -140,10 +137,10 @@ def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergenc
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("blocks", [(16, 32, 64), (32, 16, 32), (128, 128, 16)])
 def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
-    """Kernels with any tile give right results.
+    """Kernels with any block sizes give right results.
 
-    The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 extends beyond both padded
-    sizes, and a step of 32 beyond 48.
+    The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 reads beyond both padded sizes,
+    and a step of 32 beyond 48.
     """
     problem = make(Shape((17,), 50, 33, 17, 1), std=3.0, **FEATURES["everything"])
     module = importlib.import_module("lens_kernels.backends.triton.evaluate")
@@ -187,7 +184,7 @@ def test_nan_stays_in_its_row(divergence, side):
 
 @pytest.mark.parametrize("infinite", [INFINITY, -INFINITY])
 def test_an_infinite_hidden_state_gives_nan_in_its_row_alone(infinite):
-    """An infinite hidden state makes only its own row NaN, because softmax gives NaN for +inf."""
+    """Softmax gives NaN for +inf."""
     problem = make(BATCH)
     with torch.no_grad():
         problem.student_hidden[0][2, 3] = infinite

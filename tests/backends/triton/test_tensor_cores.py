@@ -1,8 +1,8 @@
 """All backends with 16-bit operands, with the GEMMs of CUDA emulated on the CPU.
 
 On CUDA, a GEMM of 16-bit operands can return float32. On a CPU it cannot, so a dispatch mode
-emulates these GEMMs, with the restrictions of CUDA. The gradient of the logits is rounded to 16
-bits before its GEMMs.
+emulates such GEMMs, with the restrictions of CUDA. The logits' gradient is rounded to 16 bits
+before its GEMMs.
 """
 
 import contextlib
@@ -64,7 +64,7 @@ def products_of(backend, chunks):
 def evaluate(monkeypatch, backend):
     """Return a function that evaluates a call as on CUDA.
 
-    It returns ``(loss, gradients)`` and the number of 16-bit GEMMs.
+    The function returns ``(loss, gradients)`` and the number of 16-bit GEMMs.
     """
 
     def natively(dtype, result, device):
@@ -82,7 +82,7 @@ def evaluate(monkeypatch, backend):
         loss = (call.row_weight * result.rows).sum()
         leaves = problem.leaves()
         named = {f"hidden{k}" if isinstance(k, int) else k: g for k, g in result.grads.items()}
-        # The backend works on matrices, so the gradients get their original shapes back here.
+        # The backend works on matrices, so give the gradients their original shapes.
         return (loss, {k: g.view(leaves[k].shape) for k, g in named.items()}), cores.products
 
     return run
@@ -104,8 +104,8 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 ):
     problem = make(BATCH, std=3.0, **FEATURES[feature], divergence=divergence).to(dtype)
     got, products = evaluate(problem, workspace_bytes=several_chunks(BATCH, 12))
-    # The torch backend needs 10 bytes for each logit, so a chunk has 9 rows. The row kernel
-    # processes both pairs together, in 8 chunks of 9 rows. The triton backend needs 2 bytes for
+    # The torch backend takes 10 bytes for each logit, so a chunk has 9 rows. The row kernel
+    # processes both pairs together, in 8 chunks of 9 rows. The triton backend takes 2 bytes for
     # each logit, so one chunk holds the whole vocabulary.
     chunks = 1 if backend == "triton" else 4
     assert products == BATCH.pairs * products_of(backend, chunks)
@@ -116,10 +116,7 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 @pytest.mark.parametrize(("norm", "divergence"), [("rms", "jsd"), ("layer", "reverse_kl")])
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergence):
-    """The norm's result is rounded to 16 bits for the GEMM.
-
-    The loss is then about as accurate as that of plain torch.
-    """
+    """The loss is then about as accurate as that of plain torch."""
     problem = make(BATCH, std=2.0, norm=norm, divergence=divergence).to(dtype)
     ulp = torch.finfo(dtype).eps
     check_beside(
@@ -133,13 +130,14 @@ def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergen
 
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    # For triton, bfloat16 is left out: it cannot underflow, and the interpreter is slow.
+    # bfloat16 is left out for triton, because bfloat16 cannot underflow and the interpreter is
+    # slow.
     [("torch", torch.float16), ("torch", torch.bfloat16), ("triton", torch.float16)],
 )
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
     """Token weights are applied after the GEMMs.
 
-    If weights were applied to the logits' gradient first, its entries would underflow in float16.
+    If they were applied to the logits' gradient first, its entries would underflow in float16.
     """
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))

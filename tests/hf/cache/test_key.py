@@ -1,4 +1,4 @@
-"""Keys of teacher caches change with everything that affects the states. Caches are built once."""
+"""The key of a cache changes with everything that affects its states. A cache is built once."""
 
 import copy
 import threading
@@ -14,7 +14,7 @@ from lens_kernels.hf.cache import store
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-HANG = 120  # a thread that runs for more seconds than this has hung
+HANG = 120  # a thread that runs for more seconds than this hangs
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},
@@ -69,7 +69,7 @@ def test_tokens_may_be_lists_arrays_or_tensors(model):
 def test_boundaries_between_examples_change_the_key(model):
     both = [{k: EXAMPLES[0][k] + EXAMPLES[1][k] for k in EXAMPLES[0]}]
     moved = [{k: x[k][a:b] for k in x} for x, a, b in ((both[0], 0, 3), (both[0], 3, 6))]
-    # ``one`` and ``two`` have the same numbers in the same order, but one and two examples.
+    # ``one`` and ``two`` have the same numbers in the same order, but one example and two examples.
     one, two = [{"input_ids": [1, 2], "labels": [1, 2]}], [{"input_ids": [1], "labels": [2]}] * 2
     cuts = (EXAMPLES, both, moved, EXAMPLES[:1], one, two)
     assert len({key_of(model, examples).data for examples in cuts}) == 6
@@ -209,10 +209,8 @@ def test_build_disables_gradients_and_reports_size_and_summary(tmp_path, model):
 
 
 def test_second_builder_of_a_cache_waits_for_the_first(tmp_path, model, monkeypatch):
-    """A second process that opens a cache waits until the first has built it.
-
-    Threads play the two processes. The first continues only after the second logs that it waits.
-    """
+    """Two threads play the two processes. The first thread continues only after the second logs
+    that it waits."""
     folder, key, makers, said, found = tmp_path / "cache", key_of(model), [], [], []
     begun, waits = threading.Event(), threading.Event()
 

@@ -21,7 +21,7 @@ BATCH, SHARD = 2, 4
 
 
 def make_examples():
-    """Return nine examples of different lengths. In three of them, no token counts in the loss."""
+    """Return nine examples of different lengths. In three of them, the loss counts no token."""
     generator, made = torch.Generator().manual_seed(0), []
     for length, prompt in [(6, 2), (9, 9), (4, 1), (7, 0), (1, 0), (8, 3), (5, 4), (0, 0), (6, 5)]:
         ids = torch.randint(2, 64, (length,), generator=generator).tolist()
@@ -68,7 +68,7 @@ def key(model, examples):
 def built(tmp_path_factory, model, examples, key):
     """Return a folder with a complete cache.
 
-    Tests must not change it. They may change its copy, ``own``.
+    Tests must not change the folder. They may change the copy ``own``.
     """
     folder = tmp_path_factory.mktemp("cache")
     build(folder, key, examples, Teacher(model))
@@ -130,7 +130,8 @@ def test_rows_may_be_read_in_any_order_and_repeatedly(built, key, model, example
     # At most two shards stay mapped. Shard 1 was used longest ago.
     assert list(cache._mapped) == [0, 2]
     assert len(pickle.dumps(cache)) == before
-    # The first list has no ids. The second has only examples in which no token counts.
+    # The first list has no ids. The second list has only examples in which the loss counts no
+    # token.
     for ids in ([], [1, 4, 7]):
         assert {x.shape for x in cache.rows(ids).values()} == {(0, 16)}
 
@@ -164,7 +165,7 @@ def test_unknown_examples_are_refused(built, key):
 def test_two_builds_write_identical_files_and_leave_no_partial_files(
     built, tmp_path, model, examples, key
 ):
-    # A first build that was interrupted leaves a partial manifest.
+    # If the first build is interrupted, it leaves a partial manifest.
     (tmp_path / "manifest.json.partial").write_text("{")
     build(tmp_path, key, examples, Teacher(model), make=TeacherCache.open_or_build)
     assert files(tmp_path) == files(built)

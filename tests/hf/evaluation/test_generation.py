@@ -52,7 +52,7 @@ def test_rouge_l_is_100_times_the_f_measure_of_the_best_reference():
     ("text", "other", "expected"),
     [
         ("été", "été", 100),
-        # Two of the three words are equal.
+        # two of the three words are equal
         ("Été à Paris", "e\u0301te\u0301 à Rome", 200 / 3),
         # In Chinese, each character counts as a word.
         ("猫坐着", "猫坐下", 200 / 3),
@@ -296,7 +296,7 @@ def test_cross_entropy_of_a_low_precision_model_is_summed_in_float32():
 def test_held_out_ce_refuses_unlabelled_data_and_a_batch_size_of_0():
     first_only = [
         {"input_ids": [5, 6], "labels": [5, -100]}
-        # The only label is that of the first token, which is predicted from no position.
+        # The only label is on the first token, which no position predicts.
     ]
     with pytest.raises(ValueError, match="examples must hold a label"):
         held_out_ce(tiny.model(), first_only, Collator(1))

@@ -1,4 +1,4 @@
-"""Lens readings and divergences agree with plain torch, and invalid arguments raise an error."""
+"""Lens readings and divergences agree with plain torch. Invalid arguments raise errors."""
 
 import json
 import sys
@@ -21,7 +21,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-6, "check_dtype": False}
 
 
 def probabilities(model, ids, depth, lens_norm=True):
-    """Return the lens distribution of a Llama at ``depth``, using the model's own norm and head."""
+    """Return the lens distribution of a Llama at ``depth``, with the model's own norm and head."""
     with torch.no_grad():
         out = model(torch.tensor([ids]), output_hidden_states=True)
         if depth == model.config.get_text_config().num_hidden_layers:
@@ -219,7 +219,7 @@ def test_token_text_makes_invisible_characters_visible():
     texts = [inspecting.token_text(tokenizer, i) for i in range(len(ODD))]
     assert texts[:4] == ODD[:4] and texts[4:8] == ["∅", "␣x", "⏎", "\\u0007"]
     tokenizer.convert_ids_to_tokens = lambda token: "▁the"
-    # When they decode a single token, some tokenizers drop its leading space.
+    # Some tokenizers drop the leading space of a single token when they decode it.
     for decoded in ("the", " the"):
         tokenizer.decode = lambda ids, decoded=decoded: decoded
         assert inspecting.token_text(tokenizer, 3) == "␣the"

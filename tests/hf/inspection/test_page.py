@@ -131,7 +131,7 @@ def test_detail_names_the_divergence_against_the_other_model(inspected):
 
 
 def changed(result, name, **values):
-    """Return an inspection with another name of the student and other values of its text."""
+    """Return an inspection with another name of the student and other values in its text."""
     (passage,) = result.passages
     names = {**result.names, "student": name}
     return replace(result, names=names, passages=[replace(passage, **values)])
@@ -198,7 +198,7 @@ def test_pictures_without_values_are_left_out(inspected):
     untrained = replace(passage, comparisons={"student": relative})
     axes = figures.divergence_figure(replace(inspected, passages=[untrained])).axes[0]
     assert len(axes.lines) == 1 and axes.lines[0].get_label().startswith("student (")
-    # A text of one token has no next token, so the figures do not show what is right.
+    # A text of one token has no next token, so the figures cannot show the right token.
     model = tiny.model(layers=2)
     drawn = inspect_lens(model, OddTokenizer(), "3").figures()
     assert list(drawn) == ["lens_by_depth", "lens_model"]

@@ -98,7 +98,8 @@ def test_trainer_takes_the_lens_loss(kind, tmp_path):
     batches = []
 
     def compare(objective, args, outcome):
-        # The first two batches come before the first update, so the student has not changed yet.
+        # The student has not changed yet in the first two batches, which come before the first
+        # update.
         if len(batches) < 2:
             batches.append((args[0]["labels"], outcome.num_tokens, args[1]))
             torch.testing.assert_close(
@@ -131,8 +132,8 @@ def test_only_answers_are_trained_on(tmp_path):
     for batch in seen:
         labelled = batch["labels"] != -100
         assert (batch["labels"][labelled] == batch["input_ids"][labelled]).all()
-        # The padding is to the left of prompts and to the right of answers, so the labels of a row
-        # are contiguous.
+        # Padding is on the left of prompts and on the right of answers, so the labels of a row are
+        # contiguous.
         starts = labelled.int().diff(dim=1).eq(1).sum(1)
         assert (starts == 1).all() and labelled.sum(1).le(4).all()
         assert batch["attention_mask"][labelled].all()

@@ -1,6 +1,6 @@
 """The lens is detected from a model's outputs, and a wrong lens is refused.
 
-Neither detecting nor checking a lens changes the model.
+Neither detection nor checks change the model.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ def with_map(lens, **changes):
     ],
 )
 def test_planted_mistakes_are_refused(kind, change, dtype):
-    # This eps is usual. The check must find a wrong eps although hidden states are far larger.
+    # A usual eps. The check must find a wrong eps although hidden states are far larger.
     eps = {"gpt2": "layer_norm_epsilon", "cohere": "layer_norm_eps"}.get(kind, "rms_norm_eps")
     model = tiny.model(kind, **{eps: 1e-5}).to(dtype)
     lens = detect_lens(model)
@@ -114,7 +114,8 @@ def test_blocks_may_return_lists_and_blocks_that_do_not_run_are_left_out():
 
 
 class Unpacking(nn.ModuleList):
-    """A list of blocks whose slices wrap each block, so that it returns only its first output."""
+    """A list of blocks. Its slices wrap each block, so that the block returns only its first
+    output."""
 
     def __getitem__(self, index):
         if isinstance(index, slice):

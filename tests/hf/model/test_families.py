@@ -35,7 +35,7 @@ LORA = peft.LoraConfig
 
 @pytest.fixture
 def register():
-    """Return a function that registers a changed family. The registration ends with the test."""
+    """Return a function that registers a changed family until the test ends."""
 
     def change(kind, **changes):
         register_family(kind, dataclasses.replace(NAMED[kind], **changes))
@@ -255,7 +255,7 @@ def test_a_family_that_does_not_fit_the_model_is_refused(register, change, error
 def test_a_model_without_final_norm_has_a_lens():
     """A model without a final norm has a lens without a norm.
 
-    OPT-350M has no final norm, but it projects hidden states before the head, so it has no lens.
+    OPT-350M has no lens: it has no final norm, but it projects hidden states before the head.
     """
     model = tiny.model("opt", do_layer_norm_before=False)
     assert fam.final_norm_of(model) is None and lens_head_from(model).norm is None
@@ -325,8 +325,7 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     model = peft.get_peft_model(tiny.model(kind), config, mixed=mixed)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            # A new LoRA adapter has no effect, because some of its weights are zero. Random weights
-            # change this.
+            # Set random weights, because the zeros of a new LoRA adapter have no effect.
             nn.init.normal_(parameter, std=0.3)
     model.eval()
     inner = model.base_model.model

@@ -89,7 +89,8 @@ def test_an_adapter_in_a_relative_path_is_no_name_on_the_hub(files, monkeypatch)
 
 
 def renamed(file, change):
-    """Rename the tensors of a safetensors file by ``change``, and drop those renamed to None."""
+    """Rename the tensors of a safetensors file by ``change``, and drop a tensor if its new name is
+    None."""
     tensors = {change(key): x for key, x in load_file(file).items()}
     tensors.pop(None, None)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -128,7 +129,8 @@ def test_a_config_that_leaves_weights_out_is_refused(saved, change):
 def test_an_adapter_of_a_model_of_another_depth_is_refused(saved, adapter, layers):
     """An adapter for four blocks is refused on a model of three or five blocks.
 
-    Otherwise a part of the adapter would have no effect, or some blocks would have no adapter.
+    On such a model, a part of the adapter would have no effect, or some blocks would have no
+    adapter.
     """
     tiny.model(layers=layers).save_pretrained(saved)
     put_on(adapter, saved)
@@ -297,10 +299,7 @@ def test_no_read_opens_a_connection(files, adapter, hub, connections):
 
 
 def test_a_repository_without_safetensors_is_not_converted(files, saved, hub, connections):
-    """A repository without safetensors files is refused.
-
-    transformers would ask a service on the Hub to convert it.
-    """
+    """transformers would ask a service on the Hub to convert the repository."""
     (saved / "model.safetensors").unlink()
     (saved / "pytorch_model.bin").write_bytes(b"a pickle")
     words = ["model.safetensors", "save_pretrained"]
@@ -359,7 +358,7 @@ def test_above_the_shared_vocabulary_only_tokens_of_the_data_are_compared():
     refused(["for 1 tokens: '(' (student 60"], check_tokenizers, long, short, 61)
     # Equal tokenizers pass with any ids.
     check_tokenizers(long, tiny.tokenizer(), 60, [5, 61])
-    # The message suggests ``vocab_size`` only where this option would help.
+    # The message suggests ``vocab_size`` only if this option would help.
     refused(["with vocab_size 60"], check_tokenizers, long, short)
     with pytest.raises(ValueError) as caught:
         check_tokenizers(long, short, ids=[61])

@@ -106,7 +106,7 @@ def test_a_teacher_with_a_device_map_is_not_moved(files, tmp_path, monkeypatch):
 
 
 def spread(files, folder, *disk):
-    """Return a teacher. accelerate reads its parts named in ``disk`` from disk at each call."""
+    """Return a teacher. At each call, accelerate reads the modules named in ``disk`` from disk."""
     whole = {f"model.layers.{i}": "cpu" for i in range(4)}
     whole |= dict.fromkeys(
         ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"

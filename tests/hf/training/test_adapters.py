@@ -48,7 +48,7 @@ def test_an_adapter_of_some_blocks_is_saved_with_its_base(files, run):
     assert torch.equal(logits(load_model(str(run))), expected)
     saved = AutoModelForCausalLM.from_pretrained(run / "base_model")
     assert saved.config.num_hidden_layers == 2 and torch.equal(logits(saved), before)
-    # Checkpoints have no base model of their own. They use the one in the run's folder.
+    # Checkpoints have no base model of their own. They use the base model in the run's folder.
     assert not (run / "checkpoint-4" / "base_model").exists()
     assert torch.equal(auto(run / "checkpoint-4"), expected)
     assert not torch.equal(auto(run / "checkpoint-2"), expected)
@@ -60,7 +60,8 @@ def test_a_run_may_be_moved(run, tmp_path):
     config = moved / "adapter_config.json"
     recorded = json.loads(config.read_text())
     assert recorded["base_model_name_or_path"] == str(run / "base_model")
-    # The base model beside the adapter is used, although the recorded path has another base model.
+    # The base model beside the adapter is used, although another base model is at the recorded
+    # path.
     recorded["base_model_name_or_path"] = str(tmp_path / "other" / "base_model")
     config.write_text(json.dumps(recorded))
     tiny.model(layers=2, seed=9).save_pretrained(tmp_path / "other" / "base_model")
@@ -102,12 +103,13 @@ def adapted(student, **options):
 def test_the_trainer_saves_a_base_that_no_files_hold(tmp_path, kind, tied, dtype):
     modules = ["c_attn"] if kind == "gpt2" else ["q_proj", "mlp.down_proj"]
     base = tiny.model(kind, **STUDENT, tie_word_embeddings=tied)
-    for x in base.parameters():  # buffers such as rotary frequencies stay float32: no file has them
+    # buffers such as rotary frequencies stay float32, because no file has them
+    for x in base.parameters():
         x.data = x.data.to(dtype)
     student = adapted(base, target_modules=modules)
     trainer = make_trainer(tmp_path / "out", student=student)
     trainer.save_model(str(tmp_path / "elsewhere"))
-    assert not (tmp_path / "out" / "base_model").exists()  # it is in "elsewhere"
+    assert not (tmp_path / "out" / "base_model").exists()  # the folder "elsewhere" has it
     assert torch.equal(auto(tmp_path / "elsewhere"), logits(student))
 
 

@@ -43,7 +43,7 @@ def test_data_that_do_not_fit_are_refused_before_training(tmp_path, options, cha
 
 
 def test_labels_beyond_the_shared_vocabulary_are_refused_before_training(tmp_path):
-    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # the label of the first token is never used
+    inputs, first = [*IDS[1:], 63], [63, *IDS[1:]]  # no loss uses the label of the first token
     given(tmp_path, vocab_size=60, train_dataset=[{"input_ids": inputs, "labels": first}])
     above = [ROW, {**ROW, "labels": inputs}]
     given(tmp_path, False, vocab_size=60, train_dataset=above)
@@ -78,7 +78,7 @@ def test_data_beyond_the_positions_are_refused_before_training(tmp_path, kind):
 
 @pytest.mark.parametrize("options", [{}, TUNE], ids=["distil", "tune"])
 def test_data_without_a_label_are_refused(tmp_path, options):
-    # The only label is that of the first token, which is predicted from no position.
+    # The only label is on the first token, which no position predicts.
     nothing = {**ROW, "labels": [7, *[-100] * 5]}
     with pytest.raises(ValueError, match="no token to train on, because every label"):
         make_trainer(tmp_path, data=[nothing] * 4, **options)

@@ -127,7 +127,8 @@ def test_no_file_or_variable_sets_an_option_unseen(files, tmp_path, monkeypatch,
     monkeypatch.setattr("sys.argv", ["train.py"])
     (tmp_path / "train.args").write_text("--beta 0.25")
     argv = arguments(files, tmp_path)[1:]
-    # accelerate's launcher always sets this variable. Its value NO is accepted: it has no effect.
+    # accelerate's launcher always sets this variable. The value NO is accepted, because it has no
+    # effect.
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "NO")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     _, args, chosen = command.parse(argv)

@@ -109,7 +109,7 @@ def test_every_option_of_eval_reaches_the_function(monkeypatch):
     few = {"student": "m", "data": "d"}
     switches = {name: x for name, x in defaults.items() if isinstance(x, bool)}
     # The command line has no switches in the first round. In the second round it sets every switch
-    # to its default.
+    # to its default value.
     for more in ({}, switches):
         found = received(monkeypatch, target, ["eval", *as_arguments(few | more)], RESULT)
         assert found == defaults | few | SAY

@@ -66,7 +66,7 @@ def write(tmp_path):
 
 
 def halves(tokenizer, example):
-    """Return the text of an example, and a list with the text of each labelled span."""
+    """Return the text of an example, and a list of the texts that have labels."""
     runs, before = [], -100
     for token, label in zip(example["input_ids"], example["labels"], strict=True):
         assert label in (token, -100)
@@ -272,9 +272,10 @@ def test_long_prompts_are_dropped_and_long_examples_are_cut():
     assert data.prompt_ids(row, tokenizer, **options) is None
     assert encoded(row, tokenizer, max_prompt_length=3) is None
     assert encoded(row, tokenizer, max_length=5) == {name: x[:5] for name, x in whole.items()}
-    # In the first four tokens, no token has a label.
+    # The first four tokens have no label.
     assert encoded(row, tokenizer, max_length=4) is None
-    # In a chat with several labelled turns, max_prompt_length limits only the prompt of the first.
+    # In a chat with several labelled turns, max_prompt_length limits only the prompt of the first
+    # turn.
     talk = Row(1, ["two"], messages=TALK)
     whole = encoded(talk, tokenizer)
     first = next(i for i, label in enumerate(whole["labels"]) if label != -100)
@@ -370,7 +371,7 @@ def test_no_space_is_written_before_a_response(kind):
         row = Row(1, [answer], prompt=prompt)
         ids = encoded(row, tokenizer)["input_ids"]
         assert tokenizer.decode(ids).lstrip(" ") == f"{prompt}{answer}</s>"
-        # The prompt is encoded to the same tokens for generation.
+        # Generation encodes the prompt to the same tokens.
         prompt_of(row, tokenizer)
     if kind != "bytes":
         labels = encoded(Row(1, ["Paris"], prompt="Say:\n"), tokenizer)["labels"]
@@ -440,7 +441,7 @@ def test_template_of_smollm2_is_supported(tmp_path):
     assert text.startswith("<|im_start|>system\n") and text.endswith(f"assistant\n{learnt[0]}")
     assert learnt == ["Yes, it is.<|im_end|>"]
     text, learnt = halves(tokenizer, encoded(row, tokenizer, "alpaca"))
-    # Some versions of transformers add BOS if the tokenizer was read from a GGUF file.
+    # Some versions of transformers add BOS if the tokenizer comes from a GGUF file.
     assert text.removeprefix(tokenizer.bos_token).startswith("Below is") and learnt == [
         "Yes, it is.<|im_end|>"
     ]

@@ -20,7 +20,7 @@ TIMING = ("flos", "second", "runtime", "preparation_time", "epoch")
 
 
 def launch(module, ranks, arguments, timeout=HANG):
-    """Run a module on several ranks. Fail if one fails, or if they do not end."""
+    """Run a module on several ranks. Fail if a rank fails or does not end."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.Popen(
         [*command, f"--nproc_per_node={ranks}", "-m", module, *arguments],
@@ -33,7 +33,7 @@ def launch(module, ranks, arguments, timeout=HANG):
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        # terminate() lets the launcher stop its ranks. After kill() they would keep running.
+        # terminate() lets the launcher stop its ranks. After kill() the ranks would keep running.
         process.terminate()
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
@@ -67,7 +67,7 @@ def assert_ranks_equal_one_process(tmp_path, cases, relative=2e-5):
 
     Return the results of the ranks.
 
-    The largest rounding error seen is 1.4e-5, in plain fine-tuning with torch 2.8 and one thread.
+    The largest rounding error so far is 1.4e-5, in plain fine-tuning with torch 2.8 and one thread.
     """
     results = on_ranks(tmp_path / "ranks", cases)
     for name, ranks in results.items():
@@ -84,7 +84,7 @@ EMPTY = {"unlabelled": [2, 3, 4, 5, 6, 7], "logging_steps": 2}
 UNEVEN = {"rows": 6}
 # Each rank has nine labelled tokens, so the mean of the ranks' means is the mean over all tokens.
 LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": False}
-# The optimizer is AdamW. SGD has no state, and FSDP cannot load an empty state.
+# The optimizer is AdamW, because FSDP cannot load an empty state such as that of SGD.
 RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
 RESUMED |= {"learning_rate": 0.02}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
@@ -124,7 +124,7 @@ def test_two_ranks_with_cache_or_adapters_train_like_one_process(tmp_path):
     }
     results = assert_ranks_equal_one_process(tmp_path, cases)
     for name in ("cache", "shared_disk"):
-        # Each of 8 training and 3 evaluation examples is read by the teacher only once.
+        # The teacher reads each of 8 training and 3 evaluation examples only once.
         assert sum(result.teacher_ran for result in results[name]) == 11, name
     assert sum(result.teacher_ran for result in results["lora"]) > 11
 
@@ -142,7 +142,7 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
         "resumed": RESUMED,
         "lora_resumed": RESUMED | {"lora": True},  # with FSDP, checkpoints contain only the adapter
     }
-    # Rounding errors grow in the second step. The largest seen was 5e-5.
+    # Rounding errors grow in the second step. The largest so far was 5e-5.
     assert_ranks_equal_one_process(tmp_path, cases, relative=1e-4)
 
 

@@ -137,7 +137,7 @@ def test_only_the_completion_of_a_conversation_is_trained_on(tmp_path):
 
 def test_plain_text_is_trained_on_as_a_whole(tmp_path):
     tokenizer = bpe(bos=True)
-    # Instruction data often has a column with the whole text. It is ignored.
+    # Instruction data often has a column with the whole text, which is ignored.
     record = {"instruction": "Say it.", "output": "yes", "input": None, "text": "whole"}
     assert written(tmp_path, record) == [Row(1, ["yes"], instruction="Say it.")]
     (row,) = written(tmp_path, {"text": "abcd"})

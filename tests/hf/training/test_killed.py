@@ -21,8 +21,8 @@ CHANGES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 class Writes:
     """Counts the changes of files in a folder, and kills the process at one of them.
 
-    Every second kill also truncates the file that was just written. The process dies at a count and
-    not at a time, because a count is the same on every machine.
+    Every second kill also truncates the last file. The process dies at a count and not at a time,
+    because a count is the same on every machine.
     """
 
     def __init__(self, folder: Path, kill_at: int) -> None:

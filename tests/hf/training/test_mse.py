@@ -1,4 +1,4 @@
-"""The MSE term between hidden states: its value, and how its projections are trained and saved."""
+"""The MSE loss between hidden states: its value, and how its matrices are trained and saved."""
 
 import copy
 
@@ -79,7 +79,7 @@ def test_loading_the_best_checkpoint_restores_its_projections(tmp_path):
 def test_initial_projections_depend_only_on_the_seed(tmp_path):
     def first(noise, seed):
         student = tiny.model(**STUDENT)
-        # The projections must not depend on the global random state.
+        # The matrices must not depend on the global random state.
         torch.manual_seed(noise)
         trainer = make_trainer(tmp_path, mse_coeff=0.5, seed=seed, student=student)
         return trainer.lens_objective.projections[1].weight

@@ -42,7 +42,8 @@ def own_fields(kind):
 
 
 def test_every_option_and_choice_reaches_the_configuration(monkeypatch):
-    monkeypatch.setattr(placement, "find_spec", lambda name: name)  # as if it were installed
+    # as if the package were installed
+    monkeypatch.setattr(placement, "find_spec", lambda name: name)
     found = {x.name: x for kind in (command.RunConfig, LensDistillConfig) for x in own_fields(kind)}
     assert found.keys() == GIVEN.keys()
     for name, option in found.items():

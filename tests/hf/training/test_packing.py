@@ -35,9 +35,10 @@ def test_rows_are_filled_and_no_example_is_lost(monkeypatch):
     sizes = [3, 8, 5, 2, 6, 4, 4]
     rows = list(packed_rows(enumerate(sizes), 8))
     assert sorted(i for row in rows for i in row) == [*range(7)]
-    # The example of 2 tokens is packed with the example of 6, although another row is emptier.
+    # The example of 2 tokens is packed with the example of 6 tokens, although another row is
+    # emptier.
     assert sorted(sorted(sizes[i] for i in row) for row in rows) == [[2, 6], [3, 5], [4, 4], [8]]
-    # If at most two rows may be unfinished, the fullest is yielded when a third row is needed.
+    # If at most two rows may be unfinished, the fullest row is yielded when a third row is needed.
     monkeypatch.setattr("lens_kernels.hf.training.packing.OPEN_ROWS", 2)
     assert list(packed_rows(enumerate([5, 6, 7, 1]), 8)) == [[1], [2, 3], [0]]
     with pytest.raises(ValueError, match="an example has 9 tokens, but packed rows have max_len"):

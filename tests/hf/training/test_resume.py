@@ -1,4 +1,4 @@
-"""If a run's command is called again, it resumes the run, or explains why it cannot."""
+"""A repeated command resumes the run, or explains why it cannot."""
 
 import json
 import os
@@ -48,13 +48,14 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
     assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
     metrics = [json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("whole", "cut")]
-    # A resumed run reports no mean loss: transformers has only the losses since the checkpoint.
+    # A run that resumed reports no mean loss, because transformers has only the losses since the
+    # checkpoint.
     assert "train_loss" in metrics[0] and "train_loss" not in metrics[1]
 
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_run_past_its_last_step_does_not_train(files, tmp_path, monkeypatch, capsys, finished):
-    # An epoch has 4 steps, so step 5, the last one, is in the second epoch.
+    # An epoch has 4 steps, so step 5, the last step, is in the second epoch.
     argv = arguments(files, tmp_path, max_steps=5, eval_data=files / "eval.jsonl")
     assert cli.main(argv) == 0
     end, metrics = weights(tmp_path), (tmp_path / "metrics.json").read_text()
@@ -126,7 +127,7 @@ def test_a_run_that_left_nothing_starts_over_with_other_options(
     assert yaml.safe_load((tmp_path / "run.yaml").read_text())["beta"] == 0.3
 
 
-# Each case has the options of a run, and other options that must not prevent its continuation.
+# Each case has the options of a run, and other options with which the run must still continue.
 SAME = [
     (
         {},

@@ -38,7 +38,7 @@ def test_the_card_describes_the_run_and_holds_no_secret(files, run):
     output, _ = run
     card = ModelCard.load(output / "README.md")
     assert card.data.library_name == "transformers" and "logit-lens" in card.data.tags
-    assert card.data.base_model is None  # only names on the Hub are allowed
+    assert card.data.base_model is None  # a model card may name only models on the Hub
     metrics = json.loads((output / "metrics.json").read_text())
     for expected in (
         f"`{files / 'student'}`, distilled from `{files / 'teacher'}` with lens_kernels",

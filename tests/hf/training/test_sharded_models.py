@@ -67,7 +67,7 @@ def check_collectives(result, world):
     """Check that a step's collective operations send the number of bytes that ``plan`` predicts."""
     planned_bytes = planned(result["parameters"], world, "fsdp2")
     assert sent(result["seen"], "reduce_scatter") == planned_bytes["reduce_scatter"]
-    # Embeddings and norm are in FSDP's root module. It is gathered only once in a step, but the
+    # FSDP's root module contains embeddings and norm. It is gathered only once in a step, but the
     # plan counts two gathers.
     embeddings = 4 * VOCAB * WIDTHS[0]
     norm = 4 * WIDTHS[0]

@@ -42,8 +42,8 @@ def step_peak(rows):
 
 def test_more_tokens_in_a_step_add_no_logits():
     few, more = step_peak(8), step_peak(24)
-    # More tokens need memory for hidden states, but not for full logits. The bound is the size of
-    # the logits that entropies are computed from, one row in ``STRIDE``.
+    # More tokens need memory for hidden states, but not for full logits. The bound is the memory of
+    # the logits of every 16th token, from which entropies are computed.
     assert 0 < more - few < 16 * LENGTH * VOCAB * 4 / entropy.STRIDE
 
 

@@ -23,7 +23,7 @@ SPARSE = {"teacher": False, "num_lens_pairs": 0, "final_divergence": "forward_kl
 
 @pytest.fixture(scope="module")
 def world(files, tmp_path_factory):
-    """Return a namespace with a folder for targets, the data, the tokenizer and the teacher."""
+    """Return a folder for targets, the data, the tokenizer and the teacher, as a namespace."""
     tokenizer = load_tokenizer(str(files / "teacher"), False)
     lengths = {"max_length": 512, "max_prompt_length": 256}
     data = load_examples(str(files / "train.jsonl"), tokenizer, prompt_style="alpaca", **lengths)
@@ -33,7 +33,6 @@ def world(files, tmp_path_factory):
 
 
 def make(files, folder, kind, *options):
-    """Run ``lens-kernels cache``, and return its exit status."""
     paths = ["--data", str(files / "train.jsonl"), "--output", str(folder)]
     return main(["cache", "--kind", kind, *paths, *map(str, options)])
 
@@ -44,7 +43,7 @@ def opened(world, name):
 
 
 def probabilities(world):
-    """Return the teacher's probabilities at the counted positions of all examples."""
+    """Return the teacher's probabilities at the positions that the loss counts, of all examples."""
     rows = []
     for i in range(len(world.data)):
         example = world.data[i]
@@ -82,7 +81,8 @@ def test_importance_weights_restore_the_teachers_distribution():
     t = torch.zeros(4000, 30).index_put((rows, made["ids"].long()), p, accumulate=True)
     exact = logits.softmax(-1)[0]
     assert (t.mean(0) - exact).abs().max() < 5 * t.std(0).max() / 4000**0.5
-    assert (t.sum(-1) - 1).abs().max() > 1e-3  # a position's sum is 1 only on average
+    # at a single position, the weighted draws sum to 1 only on average
+    assert (t.sum(-1) - 1).abs().max() > 1e-3
 
 
 def test_the_most_probable_tokens(files, world):
@@ -108,7 +108,7 @@ def test_a_build_is_checked_and_repeatable(files, world, sampled, capsys):
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="is damaged: its checksum differs"):
         opened(world, "again")
-    # If the same command is run again, it replaces the damaged shard.
+    # The same command, run again, replaces the damaged shard.
     assert make(files, world.folder / "again", "sampled", *options) == 0
     opened(world, "again")
 

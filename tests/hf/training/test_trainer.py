@@ -46,7 +46,7 @@ def test_the_logged_loss_is_the_weighted_sum_of_the_logged_parts(tmp_path):
 
 
 def expected_loss(data, lens_norm=True, **options):
-    """Return the loss of the first step, computed by the op from the models' hidden states."""
+    """Return the loss of the first step, computed by the library from the models' hidden states."""
     models = tiny.model(**STUDENT), tiny.model(**TEACHER)
     ids, labels = batch_of(data)
     with torch.no_grad():
@@ -142,10 +142,7 @@ def test_logged_entropies_match_the_models_distributions(tmp_path, monkeypatch):
 
 
 def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
-    """The logged speed counts only training steps.
-
-    On the fake clock, a step takes one second, and everything else takes an hour.
-    """
+    """On the fake clock, a step takes one second, and everything else takes an hour."""
     now = [0.0]
     monkeypatch.setattr(meter, "perf_counter", lambda: now[0])
 
@@ -284,7 +281,7 @@ def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
 
 
 def test_fine_tuning_stores_no_logits(tmp_path, monkeypatch):
-    """Training and evaluation do not run the model's head, unless the model computes the loss."""
+    """Training and evaluation run the model's head only if the model computes the loss."""
     trainer = make_trainer(tmp_path, teacher=False, kd_ratio=0.0)
     heads = []
     trainer.model.lm_head.register_forward_hook(lambda *args: heads.append(args))

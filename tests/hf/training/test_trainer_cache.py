@@ -10,7 +10,7 @@ from tests.support.training import logged, make_trainer, trained, uneven_data
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_cached_training_equals_plain_training_without_the_teacher(tmp_path, accumulate):
     options = {"max_steps": -1, "num_train_epochs": 2, "batch": 2, "accumulate": accumulate}
-    # Unlike the tests' default trainer, LensDistillTrainer shuffles its data.
+    # The tests' default trainer does not shuffle its data, but LensDistillTrainer does.
     options |= {"learning_rate": 0.05, "kind": LensDistillTrainer}
     plain = trained(tmp_path / "a", **options)
     options["teacher_cache"] = str(tmp_path / "cache")
