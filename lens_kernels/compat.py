@@ -20,7 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # Type checkers need this base class. At run time, subclasses add it themselves.
+else:  # Type checkers need a base class. At run time, subclasses name their own base class.
     Trainer = object
 
 
@@ -115,7 +115,7 @@ def compiler_cache() -> Path:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # a user without a name has a number in the path
+    except (KeyError, ImportError, OSError):  # the path contains a number if the user has no name
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
@@ -184,7 +184,7 @@ def class_before_sharding(module: object) -> type:
     In torch 2.8 to 2.13, the new class has the bases ``(FSDPModule, class)``. No public function
     returns the old class. With other bases, a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # imported here, because it is slow
+    from torch.distributed.fsdp import FSDPModule  # imported here, because the import is slow
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind

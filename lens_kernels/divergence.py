@@ -27,11 +27,11 @@ Pointwise = tuple[Tensor, Tensor]
 Mixture = tuple[float | Tensor, float | Tensor]
 # Computes a divergence's (f, h) from log p, log q, p, q and the weights of the mixture.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-# If |log p - log q| is below this number, p - q is computed by expm1.
+# For |log p - log q| up to NEAR, p - q is computed by expm1.
 NEAR = 0.5
-# Logits of -inf are replaced by this number, because a difference of infinities is NaN.
+# The number that replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = -1e30
-# A larger log-ratio means that one of the two probabilities is 0.
+# A log-ratio above this number means that one of the two probabilities is 0.
 NO_MASS = -FLOOR / 2
 
 

@@ -356,7 +356,7 @@ def distillation_loss(
     if standardize is True and any(slope for _, slope in finals.values()):
         raise ValueError("akl is not available with standardize=True: use standardize='lens'")
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # These are weights within a term. ``row_weight`` has the weights within the whole loss.
+    # A token's weights within each loss term. ``row_weight`` has its weights within the whole loss.
     factor = options.factor
     lens_rows = (counted * factor).expand(pairs, -1)
     final_rows = [

@@ -28,7 +28,7 @@ from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
 from lens_kernels.targets import TargetRows
 
-Rows = Tensor | slice  # tokens, as a slice or as the indices of unmasked tokens
+Rows = Tensor | slice  # a slice of tokens, or the indices of unmasked tokens
 MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 
 

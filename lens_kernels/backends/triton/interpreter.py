@@ -19,7 +19,7 @@ from lens_kernels import compat
 # imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-# imported here because numpy may not be installed: neither Triton nor torch needs it
+# imported here because numpy may be missing: neither Triton nor torch needs it
 if INTERPRETING:
     import numpy as np
 

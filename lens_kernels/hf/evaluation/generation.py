@@ -93,7 +93,7 @@ def evaluate_rouge(
         options: Other arguments of ``generate``.
     """
     check_seeds(seeds)
-    # raises an error before the slow generation if rouge-score is missing
+    # fails before the slow generation if rouge-score is missing
     load_scorer(rouge_tokenizer)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
     answers: dict[int, list[str]] = {}
@@ -267,12 +267,12 @@ def evaluate_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # raises an error if the device does not exist
+    torch.empty(1, device=device)  # fails if the device does not exist
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass  # raises an error if the folder cannot be written
+            pass  # fails if the folder cannot be written
     check_download(data, allow_download)
     rows = read_rows(data)
     tokenizer = load_tokenizer(str(student), allow_download)

@@ -70,8 +70,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
                 " the first blocks"
             )
         target[name] = found.clone()
-    # assign=True keeps the dtype of each weight. Casting the whole model would also round buffers
-    # that checkpoints do not contain, such as rotary frequencies.
+    # load_state_dict with assign=True keeps the dtype of each weight. Casting the whole model would
+    # also round buffers that checkpoints do not contain, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
     student.to(inner.device)

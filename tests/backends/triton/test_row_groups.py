@@ -46,9 +46,9 @@ def bytes_read(programs, at_once, capacity):
     return moved
 
 
-# These sizes give two groups of two row blocks, and two splits of eight tiles each.
+# Sizes that give two groups of two row blocks, and two splits of eight tiles each.
 TOKENS, VOCAB, WIDTHS, TILE = 64, 256, (16, 32), launch.Tile(16, 16, 16, 4, 1)
-AT_ONCE = 4  # the number of programs that run at a time: two row blocks times two splits
+AT_ONCE = 4  # The number of programs that run at a time: two row blocks times two splits.
 
 
 @pytest.fixture
