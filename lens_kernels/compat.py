@@ -48,8 +48,8 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Check a 0-dim condition without making the host wait for the device.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without this one, an AttributeError
-    is raised.
+    Present in torch 2.8 to 2.13. No public function does this. Without this private function, an
+    AttributeError is raised.
     """
     torch._assert_async(condition, message)
 
@@ -88,8 +88,8 @@ def recompile_limit(variants: int) -> AbstractContextManager[None]:
 def vary_first_size(x: Tensor) -> None:
     """Make ``torch.compile`` generate code in which the first size of ``x`` may vary.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without this one, an AttributeError
-    is raised.
+    Present in torch 2.8 to 2.13. No public function does this. Without this private function, an
+    AttributeError is raised.
     """
     torch._dynamo.maybe_mark_dynamic(x, 0)
 

@@ -57,7 +57,10 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """The time of arithmetic or traffic on a GPU, in units of one 16-bit operation."""
+        """The time of the step on a GPU, in units of one 16-bit operation.
+
+        The time is that of the arithmetic or of the memory traffic, whichever is longer.
+        """
         arithmetic = self.flops * RELATIVE_TIME[self.factor_bytes] * self.product_time
         return max(arithmetic, self.bytes_moved * OPERATIONS_PER_BYTE)
 
@@ -154,7 +157,7 @@ class CallShape:
 
     @property
     def factor(self) -> torch.dtype:
-        """Return the dtype of GEMM factors: ``dtype``, or float32 without such a GEMM."""
+        """Return the dtype of GEMM factors: ``dtype``, or float32 if the device needs it."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
 

@@ -86,10 +86,10 @@ def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwi
 
 
 def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
-    """Return ``_jsd`` for beta 1/2, which needs only one logarithm.
+    """Return the jsd for beta 1/2, which needs only one logarithm.
 
-    Let ``d = log p - log q`` and ``l = log1p(expm1(-|d|) / 2)``. Then
-    ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Neither sum cancels.
+    Let ``m = (p + q) / 2``, ``d = log p - log q`` and ``l = log1p(expm1(-|d|) / 2)``. Then ``log(m
+    / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Both sums keep their digits.
     """
     d = lp - lq
     # ``far`` equals expm1(-|d|) without an exponential. Where p and q are 0, the result is 0 for

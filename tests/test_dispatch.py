@@ -34,7 +34,7 @@ def test_auto_finds_a_backend_everywhere_that_is_not_the_reference(device):
 
 
 def tuned_for(monkeypatch, *keys):
-    """Pretend that these sweeps are tuned for the GPU. The tests create no tensor on a GPU."""
+    """Pretend that the sweeps ``keys`` are tuned for a GPU, on which no tensor is created."""
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "tiles", lambda device: dict.fromkeys(keys))
 

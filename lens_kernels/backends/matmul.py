@@ -125,10 +125,6 @@ def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of a matrix's rows, each with its rows in ``dtype``.
-
-    Converted slices share one buffer.
-    """
     rows = matrix.shape[0]
     step = max(1, min(rows, CPU_VOCAB_TILE) if matrix.device.type == "cpu" else rows)
     # Memory that is allocated anew for each tile can take several times as long as the copy.
@@ -140,7 +136,7 @@ def _tiles(matrix: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]
 
 
 def _has_out_dtype(factor: Tensor) -> bool:
-    """Return whether ``torch.mm`` can multiply matrices like this one with a float32 result."""
+    """Return whether ``torch.mm`` can multiply this 16-bit matrix with a float32 result."""
     return factor.dtype in HALF and factor.device.type == "cuda"
 
 

@@ -212,9 +212,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate a saved model on a file of instructions. Defaults are the paper's settings.
 
-    Arguments, data and ``output`` are checked before the model is loaded. Both files are written
-    again after each seed. If they cannot be written, the evaluation still finishes, and ``say``
-    reports the scores before the error is raised.
+    Arguments, data and ``output`` are checked before the model is loaded. The two files in
+    ``output`` are written again after each seed. If a file cannot be written, the evaluation still
+    finishes, and ``say`` reports the scores before the error is raised.
 
     Args:
         student: Folder or Hub name of the model, in safetensors with its tokenizer, or of a peft

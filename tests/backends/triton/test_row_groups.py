@@ -187,7 +187,7 @@ def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb
 
 @pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
 def test_groups_change_no_bit(monkeypatch, small_groups, divergence):
-    """Results are equal bit for bit, because each split has one tile."""
+    """Groups of any size give equal bits, because each split has one tile."""
     problem = make(Shape((150,), 200, 24, 40, 1), **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: 100)
     results = []

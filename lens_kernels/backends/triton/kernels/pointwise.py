@@ -31,7 +31,7 @@ from lens_kernels.options import Divergence
 
 
 def name_of(divergence: Divergence | None, beta: float) -> str | None:
-    """Return the name of a divergence as ``pointwise`` takes it, or None for None."""
+    """Return the name that ``pointwise`` has for a divergence, or None without a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return "jsd_half"
     return None if divergence is None else divergence.value

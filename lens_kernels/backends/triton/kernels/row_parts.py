@@ -173,7 +173,8 @@ def write_gradient(
 
     ``further`` is that of ``further_gradient``, or None.
 
-    Return each lane's ``mass`` and ``squares``. With a survey, this adds ``|G|`` and ``G^2``.
+    Return each thread's sums ``mass`` and ``squares``. With a survey, they grow by ``|G|`` and
+    ``G^2`` of the entries.
     """
     first, columns = entries(start, LANES, GROUP)
     grad = gradient_of(

@@ -98,7 +98,7 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
 
 
 def save(device: str, key: Key, tile: Tile) -> None:
-    """Save a tile in place of one with the same GPU model, version of Triton and key.
+    """Save a tile. It replaces a tile with the same GPU model, version of Triton and key.
 
     The file is replaced as a whole. A lock prevents processes from writing at the same time.
     """
