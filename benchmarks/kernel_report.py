@@ -28,7 +28,7 @@ from benchmarks.support.shapes import MODELS, Model
 from lens_kernels import Plan, plan
 from lens_kernels.cost import Step
 
-# With these hidden sizes, every default block size of the sweeps and of the norm occurs.
+# Hidden sizes with which every default block size of the sweeps and of the norm occurs.
 WIDTHS = (576, 1024, 2048, 4096, 8192)
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 DTYPES = {
@@ -139,7 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables.rewrite(PAGE, PREDICTED, END, prediction.table())
     if args.costs_only:
         return 0
-    # The imports below read this variable. Without it, kernels are compiled and not interpreted.
+    # Triton reads TRITON_INTERPRET when the modules below are imported. Without it, kernels are
+    # compiled and not interpreted.
     os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks.support import offline
 

@@ -35,8 +35,8 @@ from benchmarks.support.shapes import Job
 AGREEMENT = 0.05
 # The share of the available memory that a run and its inputs may take.
 SHARE_OF_MEMORY = 0.5
-# The time limit of compiled code is multiplied by this number, because compiled code cannot run
-# over fake tensors.
+# The factor by which the time limit is larger for compiled code, which cannot run over fake
+# tensors.
 PATIENCE_WITHOUT_FAKES = 3
 # ``dense_kl_div`` is left out: it is a variant of ``dense`` that takes more memory.
 DEFAULT = [key for key in CONTENDERS if key != "dense_kl_div"]

@@ -62,8 +62,8 @@ SHOWN = (
     "shape part contender tokens pairs median_ms ratio_to_floor predicted_ms tflop_per_s"
     " peak_with_gradients_mib note"
 )
-# A step has three parts. These patterns recognise the part of a kernel by its name. Names of CPU
-# kernels are for tests.
+# A step has three parts. Patterns recognise the part of a kernel by its name. Names of CPU kernels
+# are for tests.
 PART_NAMES = {
     "products": re.compile("gemm|nvjet|cutlass|xmma|splitk|aten::(add)?mm", re.IGNORECASE),
     "pass": re.compile("(row|cluster)_pass_kernel|triton_"),
@@ -181,7 +181,7 @@ class Measured:
             for part in (self.kernels, self.gemms):
                 try:
                     part(job, inputs, calls["torch"], parts_ms)
-                except Exception as error:  # a failure from here on does not lose the times above
+                except Exception as error:  # after a failure here, earlier times are kept
                     self.add(part.__name__, job, note=first_line(error))
 
     def kernels(

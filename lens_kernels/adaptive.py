@@ -17,10 +17,11 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 from lens_kernels.sharding import Reduction
 
-# The paper calls the teacher's most probable entries the head. They sum to at most this.
+# The head of the vocabulary is the teacher's most probable entries. The limit for the sum of their
+# probabilities:
 MASS = 0.5
-# The computation's peak memory, as a multiple of one model's logits. The sort needs the most:
-# indices of 8 bytes each, and as much temporary memory.
+# The peak memory of the adaptive KL's weight, as a multiple of one model's logits. The sort needs
+# the most: indices of 8 bytes each, and as much temporary memory.
 TILES = 8
 
 

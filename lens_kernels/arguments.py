@@ -27,7 +27,7 @@ def boolean(text: str | bool) -> bool:
 
 
 SWITCH: dict[str, Any] = {"nargs": "?", "const": True, "type": boolean}
-# Words that look like an option. argparse must not take such a word for the value of an option.
+# Words that look like an option, so that argparse does not take them for values of options.
 OPTION = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
@@ -61,13 +61,13 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an option. A switch ``--name`` also gets a negative form, ``--no_name``."""
         names = tuple(x for x in names if x not in self.known and "-" not in x.strip("-"))
-        if not names:  # This switch has a negative form already.
+        if not names:  # the switch has a negative form already
             return self.known[f"--no_{options['dest']}"]
         name = options.get("dest") or names[0].lstrip("-")
         if name in self._hidden:
             options["help"] = argparse.SUPPRESS
-        # Create the groups when the first option is added. __init__ would be too late, because base
-        # classes add options inside it.
+        # Create the groups of options here and not in __init__, because base classes add options
+        # inside it.
         self._groups = self._groups or {x: self.add_argument_group(x) for x in self._sections}
         groups = [self._groups[x] for x, names_in in self._sections.items() if name in names_in]
         add = groups[0].add_argument if groups else super().add_argument

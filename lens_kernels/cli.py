@@ -72,7 +72,8 @@ def _parser() -> Parser:
 def _run(name: str, words: list[str]) -> int:
     prog, target = f"lens-kernels {name}", COMMANDS[name][1]
     if not target.startswith("machine"):
-        # transformers reads this setting at import, so the setting is parsed before that.
+        # transformers reads HF_HUB_OFFLINE at import, so the option for downloads is parsed before
+        # that.
         _prepare(early(prog, words).allow_download)
     if name == "train":
         from lens_kernels.hf.training import command
@@ -98,8 +99,8 @@ def _prepare(download: bool) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
-        # torch loads compiled code from this folder as pickles, which can run code. Its default is
-        # a folder under /tmp that another user could create first.
+        # torch loads compiled code from a cache folder as pickles, which can run code. The default
+        # is a folder under /tmp that another user could create first.
         folder = cache.folder() / "inductor"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)

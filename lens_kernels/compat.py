@@ -20,7 +20,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from transformers import Trainer
-else:  # Type checkers need this base class. At run time, subclasses add it themselves.
+else:  # Type checkers need a base class. At run time, subclasses name their own base class.
     Trainer = object
 
 
@@ -48,8 +48,8 @@ def constant_in_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
 def assert_on_device(condition: Tensor, message: str) -> None:
     """Check a 0-dim condition without making the host wait for the device.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without this one, an AttributeError
-    is raised.
+    Present in torch 2.8 to 2.13. No public function does this. Without this private function, an
+    AttributeError is raised.
     """
     torch._assert_async(condition, message)
 
@@ -88,8 +88,8 @@ def recompile_limit(variants: int) -> AbstractContextManager[None]:
 def vary_first_size(x: Tensor) -> None:
     """Make ``torch.compile`` generate code in which the first size of ``x`` may vary.
 
-    Present in torch 2.8 to 2.13. No public function does this. Without this one, an AttributeError
-    is raised.
+    Present in torch 2.8 to 2.13. No public function does this. Without this private function, an
+    AttributeError is raised.
     """
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
@@ -115,7 +115,7 @@ def compiler_cache() -> Path:
         return Path(given)
     try:
         user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
-    except (KeyError, ImportError, OSError):  # a user without a name has a number in the path
+    except (KeyError, ImportError, OSError):  # the path contains a number if the user has no name
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
@@ -184,7 +184,7 @@ def class_before_sharding(module: object) -> type:
     In torch 2.8 to 2.13, the new class has the bases ``(FSDPModule, class)``. No public function
     returns the old class. With other bases, a sharded head is rejected as an unsupported class.
     """
-    from torch.distributed.fsdp import FSDPModule  # imported here, because it is slow
+    from torch.distributed.fsdp import FSDPModule  # imported here, because the import is slow
 
     kind = type(module)
     return kind.__bases__[1] if issubclass(kind, FSDPModule) else kind

@@ -32,12 +32,12 @@ OPERATIONS_PER_BYTE = 200
 # The time of an operation on elements of 2, 4 or 8 bytes, in units of a 16-bit operation. For
 # float32, data sheets give 15 (H100 SXM), 16 (A100 80GB), 2 (RTX 4090) and 8 (MI300X).
 RELATIVE_TIME = {2: 1, 4: 10, 8: 20}
-# How much longer a GEMM inside a sweep takes than a GEMM of a library. This number is estimated
-# from the bytes that the sweep reads, and not measured.
+# How much longer a GEMM takes inside a sweep than in a library, estimated from the bytes that the
+# sweep reads.
 SWEEP_TIME = 2
-# The smallest chunk of the ``triton`` backend has this many vocabulary entries.
+# The smallest number of vocabulary entries in a chunk of the ``triton`` backend.
 COLUMNS = 128
-# The row kernel reads the entries of a row in groups of this size.
+# The number of entries that the row kernel reads at a time.
 GROUP = 8
 
 
@@ -57,7 +57,10 @@ class Step:
 
     @property
     def cost(self) -> int:
-        """The time of arithmetic or traffic on a GPU, in units of one 16-bit operation."""
+        """The time of the step on a GPU, in units of one 16-bit operation.
+
+        The time is that of the arithmetic or of the memory traffic, whichever is longer.
+        """
         arithmetic = self.flops * RELATIVE_TIME[self.factor_bytes] * self.product_time
         return max(arithmetic, self.bytes_moved * OPERATIONS_PER_BYTE)
 
@@ -154,7 +157,7 @@ class CallShape:
 
     @property
     def factor(self) -> torch.dtype:
-        """Return the dtype of GEMM factors: ``dtype``, or float32 without such a GEMM."""
+        """Return the dtype of GEMM factors: ``dtype``, or float32 if the device needs it."""
         native = multiplies_natively(self.dtype, self.compute_dtype, self.device)
         return self.dtype if native else self.compute_dtype
 
@@ -188,7 +191,7 @@ class CallShape:
         reads = sweeps * models
         if self.one_read:
             reads = self.pairs * models
-        elif self.teacher_statistics:  # the first sweep then reads only the student's logits
+        elif self.teacher_statistics:  # the first sweep reads only the student's logits
             reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
         return entries * (reads * self.compute_dtype.itemsize + gradients)
 

@@ -27,11 +27,11 @@ Pointwise = tuple[Tensor, Tensor]
 Mixture = tuple[float | Tensor, float | Tensor]
 # Computes a divergence's (f, h) from log p, log q, p, q and the weights of the mixture.
 Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
-# If |log p - log q| is below this number, p - q is computed by expm1.
+# For |log p - log q| up to NEAR, p - q is computed by expm1.
 NEAR = 0.5
-# Logits of -inf are replaced by this number, because a difference of infinities is NaN.
+# The number that replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = -1e30
-# A larger log-ratio means that one of the two probabilities is 0.
+# A log-ratio above this number means that one of the two probabilities is 0.
 NO_MASS = -FLOOR / 2
 
 
@@ -86,10 +86,10 @@ def _jsd(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwi
 
 
 def _jsd_half(lp: Tensor, lq: Tensor, p: Tensor, q: Tensor, beta: Mixture) -> Pointwise:
-    """Return ``_jsd`` for beta 1/2, which needs only one logarithm.
+    """Return the jsd for beta 1/2, which needs only one logarithm.
 
-    Let ``d = log p - log q`` and ``l = log1p(expm1(-|d|) / 2)``. Then
-    ``log(m / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Neither sum cancels.
+    Let ``m = (p + q) / 2``, ``d = log p - log q`` and ``l = log1p(expm1(-|d|) / 2)``. Then ``log(m
+    / q) = max(d, 0) + l`` and ``log(m / p) = max(-d, 0) + l``. Both sums keep their digits.
     """
     d = lp - lq
     # ``far`` equals expm1(-|d|) without an exponential. Where p and q are 0, the result is 0 for

@@ -245,7 +245,7 @@ def distillation_loss(
         akl         share KL(p, q) + (1 - share) KL(q, p),  share = gap_head / (gap_head + gap_tail)
 
     A gap is ``sum |p - q|`` over the head or the tail of the vocabulary. The gradient treats the
-    share as a constant. It is 1/2 where ``p == q``. With entries sorted by the teacher's
+    share as a constant. The share is 1/2 where ``p == q``. With entries sorted by the teacher's
     probability, the head is the longest leading part that holds at most half of the mass. The entry
     that crosses one half belongs to the tail, unless it is the first. The published code of the
     paper and of DistillLens has the same rule. The adaptive KL costs as much as both KLs. The share
@@ -356,7 +356,7 @@ def distillation_loss(
     if standardize is True and any(slope for _, slope in finals.values()):
         raise ValueError("akl is not available with standardize=True: use standardize='lens'")
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
-    # These are weights within a term. ``row_weight`` has the weights within the whole loss.
+    # A token's weights within each loss term. ``row_weight`` has its weights within the whole loss.
     factor = options.factor
     lens_rows = (counted * factor).expand(pairs, -1)
     final_rows = [

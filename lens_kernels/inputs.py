@@ -354,4 +354,6 @@ def check_values(name: str, valid: Tensor, requirement: str) -> None:
         compat.assert_on_device(valid.all(), f"{name} {requirement}")
     elif not bool(valid.all()):
         wrong = int((~valid).sum())
-        raise ValueError(f"{name} {requirement}, but {wrong} of {valid.numel()} entries do not")
+        raise ValueError(
+            f"{name} {requirement}, but {wrong} of {valid.numel()} entries are invalid"
+        )

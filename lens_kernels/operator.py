@@ -77,7 +77,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     packed = Packed(*inputs)
     call = packed.unpack()
     ctx.deferred = call.deferred
-    # Autograd saves these tensors, and frees them after the backward pass.
+    # Autograd saves the call's tensors, and frees them after the backward pass.
     ctx.without_tensors = packed._replace(**packed.map_tensors(lambda x: ...))
     ctx.set_materialize_grads(False)
     saved: list[Tensor] = []
@@ -118,10 +118,11 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
     if compat.backward_keeps_graph() or torch.is_grad_enabled():
         scaled = scale_gradients(grads, upstream, like)
     else:
-        # No later backward pass needs these gradients, so scale them in place. This saves a copy of
+        # No later backward pass needs the gradients, so scale them in place, which saves a copy of
         # the head gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
-    # Flags exist only for the student's tensors, which come first. The teacher gets no gradient.
+    # ``needs_grad`` has flags only for the student's tensors, which come first, because the teacher
+    # gets no gradient.
     flags, each = iter(packed.needs_grad), iter(scaled)
     for name in ("student_hidden", "heads"):
         result[name] = [next(each) if next(flags, False) else None for _ in result[name]]

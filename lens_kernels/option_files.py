@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-# This key is no option. In the record of a run, it holds versions and hashes.
+# The key under which the record of a run holds versions and hashes. It is no option.
 MADE_WITH = "made_with"
 
 

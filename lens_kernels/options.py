@@ -26,7 +26,7 @@ class Divergence(str, Enum):
     HELLINGER = "hellinger"
 
 
-# These divergences are sums of relative entropies (KL). They have no upper bound, and the Triton
+# Divergences that are sums of relative entropies (KL). They have no upper bound, and the Triton
 # kernels need only one sweep over the vocabulary for them.
 RELATIVE_ENTROPIES = (Divergence.FORWARD_KL, Divergence.REVERSE_KL, Divergence.JEFFREYS)
 ADAPTIVE = "akl"  # the adaptive KL, which compares only final hidden states
@@ -40,8 +40,8 @@ class Reduction(str, Enum):
     NONE = "none"
 
 
-# A named threshold is this multiple of the root mean square of a chunk's logit gradients. The
-# 2-norm of the skipped entries is at most the same multiple of the chunk's 2-norm. 2^-9 is half of
+# Names of thresholds, as multiples of the root mean square of a chunk's logit gradients. The 2-norm
+# of the skipped entries is at most the same multiple of the chunk's 2-norm. 2^-9 is half of
 # bfloat16's unit roundoff.
 GRAD_THRESHOLDS = {"bf16": 2.0**-9}
 
@@ -273,6 +273,6 @@ def workspace_or_default(workspace_bytes: int | None, device: torch.device) -> i
     """Return the maximum bytes of all tiles of logits on a device."""
     if workspace_bytes is not None:
         return workspace_bytes
-    # On a CPU this is enough for 640 rows of a vocabulary of 50k, so that GEMMs run at full speed.
-    # On a GPU it is enough for 1024 rows of a vocabulary of 128k.
+    # The default on a CPU is enough for 640 rows of a vocabulary of 50k, so that GEMMs run at full
+    # speed. The default on a GPU is enough for 1024 rows of a vocabulary of 128k.
     return (256 if device.type == "cpu" else 1024) * 2**20

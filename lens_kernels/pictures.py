@@ -21,7 +21,7 @@ TICKS = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 2, 5)]
 # Hollow markers show values that were counted and not measured.
 HOLLOW: dict[str, Any] = {"markerfacecolor": "white", "markeredgewidth": 1.4}
 STYLE: Any = {
-    # matplotlib includes this font, so pictures look the same everywhere.
+    # DejaVu Sans comes with matplotlib, so pictures look the same everywhere.
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "figure.titlesize": 11.0,
@@ -39,7 +39,8 @@ STYLE: Any = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "savefig.dpi": 144,
-    "svg.hashsalt": "lens_kernels",  # without this, each run would write a different SVG file
+    # without a fixed salt, each run would write a different SVG file
+    "svg.hashsalt": "lens_kernels",
 }
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lens_kernels.sharding import Reduction
 
-# Each reduction over ranks divides the interval of the search by this number.
+# The number of parts into which each reduction over ranks divides the interval of the search.
 PARTS = 16
 
 

@@ -17,8 +17,7 @@ from lens_kernels import compat
 from lens_kernels.lens import LensHead
 from lens_kernels.options import check_int
 
-# After a failed reduction, a rank waits up to this many seconds for the other ranks to report a
-# failure.
+# After a failed reduction, a rank waits up to 5 seconds for the other ranks to report a failure.
 WAIT = 5.0
 
 

@@ -72,7 +72,7 @@ class TargetRows(NamedTuple):
     """Sparse targets of ``N`` tokens, as ``backends/torch/targets.py`` defines them.
 
     ``mass`` is the attribute ``rest`` if ``ghost`` is true, and otherwise ``smoothing``. It is None
-    without both.
+    if there is neither.
     """
 
     ids: Tensor
@@ -144,7 +144,7 @@ def check_alone(
 ) -> None:
     """Raise an error if sparse targets have a teacher, or a divergence that does not support them.
 
-    ``name`` is the option of the ``divergences``.
+    The error message calls the option of ``divergences`` ``name``.
     """
     given = {
         "teacher_head": teacher_head,

@@ -40,7 +40,7 @@ def pair_weights(value: Any, pairs: int, inputs: Inputs) -> Tensor:
 def given_statistics(value: Any, inputs: Inputs) -> Tensor | None:
     """Check the teacher's log-sum-exps of each state and token, and return them, ``(S, N, 2)``.
 
-    Return None if the caller gives none.
+    Return None if there are none.
     """
     if value is None or inputs.teacher is None:
         return None

@@ -110,7 +110,7 @@ def test_more_chunks_move_more_and_hold_less():
 def test_tiles_have_a_16_bit_copy_if_gemms_read_16_bits():
     options = {"device": "cpu", "workspace_bytes": 10**12}
     narrow = plan(*SIZES, dtype=torch.float32, **options)["torch"]
-    row = 4096 + 16  # each row has a cache line of 16 logits as padding
+    row = 4096 + 16  # Each row has a cache line of 16 logits as padding.
     assert narrow.workspace_bytes == 1536 * row * 8
     wide = CallShape(
         *SIZES, (Divergence.JSD,), torch.bfloat16, torch.float32, True, True, CUDA, 10**12

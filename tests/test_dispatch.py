@@ -34,7 +34,7 @@ def test_auto_finds_a_backend_everywhere_that_is_not_the_reference(device):
 
 
 def tuned_for(monkeypatch, *keys):
-    """Pretend that these sweeps are tuned for the GPU. The tests create no tensor on a GPU."""
+    """Pretend that the sweeps ``keys`` are tuned for a GPU, on which no tensor is created."""
     monkeypatch.setattr(store, "INTERPRETING", False)
     monkeypatch.setattr(store, "tiles", lambda device: dict.fromkeys(keys))
 
@@ -43,7 +43,7 @@ def test_auto_uses_the_kernels_only_after_tuning_has_finished(monkeypatch):
     bf16, fp32 = torch.bfloat16, torch.float32
     for done, operand, names in (
         ([], bf16, ["torch"]),
-        # This tuning stopped before the last sweep.
+        # The tuning stopped before the last sweep.
         ([(Sweep.ROW_STATS, bf16, 64), (Sweep.ROW_SUMS, bf16, 64)], bf16, ["torch"]),
         ([(Sweep.GRADIENTS, bf16, 64)], bf16, ["torch", "triton"]),
         ([(Sweep.GRADIENTS, bf16, 64)], None, ["torch", "triton"]),

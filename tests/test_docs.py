@@ -23,8 +23,8 @@ README = ROOT / "README.md"
 CPU = ROOT / "benchmarks" / "data" / "cpu"
 PYTHON = documents.blocks("python")
 COMMANDS = list(documents.commands())
-# These options in the documents belong to other programs, such as pip, torchrun, pytest and git,
-# and to the published code of DistillLens.
+# Options in the documents that belong to other programs, such as pip, torchrun, pytest and git, and
+# to the published code of DistillLens.
 FOREIGN = {"--index-url", "--no-deps", "--nproc_per_node", "--help", "--only"}
 FOREIGN |= {"--type", "--fkl-coeff", "--rkl-coeff", "--kd-ratio", "--lens-coeff", "--mse-coeff"}
 FOREIGN |= {"--student-logit-lens", "--teacher-logit-lens", "--max-length"}
@@ -60,7 +60,7 @@ def test_every_link_leads_somewhere(page):
     for link in documents.links(page):
         if link.startswith(("https://", "http://")):
             continue
-        # On GitHub, this relative link leads from the project's main page to its workflows.
+        # On GitHub, the link ../../actions leads from the project's main page to its workflows.
         if link.startswith("../../actions/workflows/"):
             workflow = link.removeprefix("../../actions/").removesuffix("/badge.svg")
             assert (ROOT / ".github" / workflow).is_file(), link

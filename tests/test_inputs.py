@@ -110,8 +110,7 @@ def test_heads(case):
     value, error, words = HEADS[case]
     words = [w if not w.startswith(".") else f"student_head{w}" for w in words]
     refused(error, ["student_head", *words], op, student_head=value)
-    # This value is invalid as the teacher's head, too. Here the teacher has the student's hidden
-    # size.
+    # The value is also invalid as the teacher's head. The teacher has the student's hidden size.
     swapped = [w.replace("student", "teacher") for w in words]
     refused(error, ["teacher_head", *swapped], op, teacher=S, teacher_head=value)
 
@@ -163,7 +162,7 @@ def unknown(*known):
 
 NO_NUMBERS = number(True, None, "1", torch.tensor(0.5), [0.5])
 DIVERGENCES = ["jsd", "jeffreys", "forward_kl", "reverse_kl", "tvd", "hellinger"]
-# These values are invalid in any call.
+# Values that are invalid in any call.
 ARGUMENTS = {
     "mask": {
         "list": ([1, 1, 1], TypeError, ["tensor", "list"]),
@@ -263,7 +262,7 @@ def test_arguments(argument, case):
 
 
 BIGGER = {"teacher_head": torch.randn(9, 5)}
-# These combinations of arguments are invalid, although each argument is valid alone.
+# Combinations of arguments that are invalid, although each argument is valid alone.
 TOGETHER = [
     (objective, {"student": []}, ["pair up", "0 and 1"]),
     (objective, {"student_final": torch.randn(4, 4)}, ["student_final has (4,)"]),

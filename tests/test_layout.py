@@ -43,7 +43,7 @@ def imported(name: str) -> set[str]:
 def test_imports_form_no_circle():
     arrows = {name: imported(name) for name in SOURCES}
     assert sum(map(len, arrows.values())) > len(SOURCES)
-    # This raises CycleError if the imports form a cycle.
+    # prepare() raises CycleError if the imports form a cycle.
     TopologicalSorter(arrows).prepare()
 
 
@@ -61,7 +61,7 @@ def test_the_folders_of_hf_import_one_way():
         assert targets <= BELOW[folder] | {folder}, name
 
 
-# These methods of NamedTuple are public, although their names begin with an underscore.
+# Methods of NamedTuple that are public, although their names begin with an underscore.
 DOCUMENTED = {"_replace", "_asdict", "_fields"}
 
 

@@ -14,9 +14,9 @@ from tests.support.grids import DIVERGENCES, FEATURES, Shape
 from tests.support.processes import Ranks
 from tests.support.sharded import SHAPE, WIDTH, problem_of, solve
 
-# Each rank has only its own rows of these tensors and of their gradients.
+# Each rank has only its own rows of the head's weight and bias, and of their gradients.
 HEAD = ("weight", "bias")
-# With this workspace, a pair takes several chunks.
+# With this small workspace, a lens pair takes several chunks.
 SMALL = {"workspace_bytes": 18 * row_stride(16) * 2 * 8}
 FEATURE = {**FEATURES["everything"], **SMALL, "masked": True}
 OBJECTIVE = {**FEATURE, "whole": True, "labelled": True, "kd_ratio": 0.5}

@@ -57,7 +57,7 @@ def documented(path: str):
 
 
 def unnamed(function: Any, *texts: str) -> set[str]:
-    """Return a function's parameters that none of the texts has as ````name```` or ``name: ``."""
+    """Return the names of a function's parameters that no text describes."""
     pattern = re.compile(r"``\*{0,2}(\w+)|^ *\*{0,2}(\w+): ", re.MULTILINE)
     named = {name for text in texts for pair in pattern.findall(text) for name in pair}
     return {*inspect.signature(function).parameters} - named - {"self", "cls"}

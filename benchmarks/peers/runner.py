@@ -73,7 +73,7 @@ class Runner:
         print(f"{self.point.key()}: {key}: {reason}", flush=True)
         if (
             self.results.row(self.point, key).get("note") != reason
-        ):  # if the note is unchanged, keep the row with its date
+        ):  # an unchanged note keeps its row with its date
             self.results.put(self.point, key, title, note=reason)
 
     def _keys(self, number: int) -> list[str]:

@@ -60,8 +60,8 @@ def load(settings: TeacherSettings, folder: Path) -> Text:
 def _django(folder: Path) -> list[str]:
     path = folder / DJANGO_FILE
     if not path.exists():
-        # This option makes pip read the metadata with the installed setuptools, and download
-        # nothing else.
+        # --no-build-isolation makes pip read the metadata with the installed setuptools, and
+        # download nothing else.
         flags = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "-q", "-d"]
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
         subprocess.run([*pip, *flags, str(folder), DJANGO], check=True)

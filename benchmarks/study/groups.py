@@ -185,7 +185,7 @@ def _pretrained() -> Group:
         batch=4,
         teacher=TeacherSettings(pretrained=True),
     )
-    # The uniform rule for two pairs.
+    # Two evenly spaced lens pairs.
     pairs = tuple(zip(uniform_layers(2, 20), uniform_layers(2, 30), strict=True))
     arms = [Arm("forward KL", student)]
     for name in ("jsd", "forward_kl"):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The models process this many rows at a time.
+# The number of rows that the models process at a time.
 CHUNK = 8
 # The numbers of tokens of a prompt and of its continuation, and the number of prompts.
 PROMPT, CONTINUED, PROMPTS = 64, 32, 128

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# The base class of modes that intercept every operator. torch documents this name. Present in torch
+# The base class of modes that intercept every operator. torch documents its name. Present in torch
 # 2.8 to 2.13. Without this class, memory cannot be counted over fake tensors, and some results are
 # missing.
 DispatchMode = TorchDispatchMode

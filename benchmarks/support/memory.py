@@ -29,7 +29,7 @@ from benchmarks.support import compat
 
 MIB = 1 << 20
 
-# Without this, the profiler writes a message to stderr at every use.
+# Without KINETO_LOG_LEVEL, the profiler writes a message to stderr at every use.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 

@@ -248,14 +248,14 @@ PEERS = _by_key(
 )
 CONTENDERS = {OURS.key: OURS, **PEERS}
 
-# These contenders appear only in the comparison of speed.
+# Contenders that appear only in the comparison of speed.
 SPEED_CONTENDERS = _by_key(
     Contender("dense_compiled", "dense PyTorch, torch.compile", _dense_compiled, on_fakes=None),
     Contender(
         "published", "DistillLens as published", lambda: published, epsilon=PUBLISHED_EPSILON
     ),
 )
-# These contenders run only on a GPU.
+# Contenders that run only on a GPU.
 GPU_PEERS = _by_key(
     _fused("liger_fused", "Triton", "nvidia-triton"),
     _fused("liger_hopper", "CuTe", "nvidia-cutedsl"),

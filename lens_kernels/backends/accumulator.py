@@ -15,7 +15,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
 from lens_kernels.sharding import Reduction
 
-# The logit gradients of these divergences have no upper bound: they grow with the log-ratio of the
+# Divergences whose logit gradients have no upper bound, because they grow with the log-ratio of the
 # two probabilities. The logit gradients of the z-loss have no bound either.
 UNBOUNDED = (Divergence.REVERSE_KL, Divergence.JEFFREYS)
 
@@ -64,7 +64,7 @@ class Accumulator:
         set_rows = call.vocab_size if self.tokens and self.threshold is None else 0
         for key, grad in self.grads.items():
             (grad[set_rows:] if key == "weight" else grad).zero_()
-        # The head's gradient is initialised up to this row.
+        # The number of rows of the head's gradient that are initialised.
         self.begun = call.vocab_size - set_rows
         # Two sums of absolute logit gradients: over all entries, and over the entries that the
         # threshold skipped.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 HUGE_PAGE = 1 << 21
-# glibc's malloc returns freed blocks above this size to the system, and never keeps them.
+# The largest block that glibc's malloc keeps for reuse. It returns larger blocks to the system.
 LARGEST_KEPT = 31 << 20
 
 
@@ -32,7 +32,7 @@ def _madvise() -> Callable[..., Any] | None:
 def in_huge_pages(x: Tensor) -> Tensor:
     """Ask Linux for pages of 2 MiB for the new tensor ``x``, and return ``x``."""
     madvise = _madvise()
-    # fake tensors and some other subclasses have no memory
+    # some subclasses of Tensor, such as fake tensors, have no memory
     if madvise is None or x.device.type != "cpu" or type(x) is not Tensor:
         return x
     start = -(-x.data_ptr() // HUGE_PAGE) * HUGE_PAGE

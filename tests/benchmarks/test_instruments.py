@@ -9,7 +9,7 @@ from benchmarks.support import environment, memory, timing
 from benchmarks.support.environment import CPU
 from benchmarks.support.memory import MIB
 
-# The measured memory may differ by this much, because of scalars and one-time allocations of torch.
+# The allowed error of measured memory, for scalars and one-time allocations of torch.
 SLACK = MIB // 32
 
 

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
 )
 
-# This program compiles each kernel once with each of its tiles. The norm kernels have the same
-# tiles on all architectures. The name "large" means sm_80 with a tile of 128 x 256 for 4 warps,
-# whose accumulator exceeds the registers.
+# The script compiles each kernel once with each of its tiles. The norm kernels have the same tiles
+# on all architectures. The name "large" means sm_80 with a tile of 128 x 256 for 4 warps, whose
+# accumulator exceeds the registers.
 SCRIPT = """
 import sys, torch
 from benchmarks.support import offline

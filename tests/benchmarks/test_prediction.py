@@ -76,6 +76,6 @@ def test_the_readme_has_what_was_counted_and_predicted():
         size, instructions = float(row["bytes_a_pair"]), prediction.instructions(held)
         counted = f"{size:.0f} bytes and {instructions:.0f} instructions"
         assert counted + ("." if held else " a pair of") in text
-    # The README says this only while the data folder has no GPU results.
+    # The README says that nothing was timed on a GPU only while the data folder has no GPU results.
     assert "Nothing has run or been timed on a GPU yet" in text
     assert not [*environment.DATA.glob("gpu*")]

@@ -15,7 +15,7 @@ from tests.coverage.checks import CHECKS, send
 from tests.coverage.page import PAGE, made_with, page
 
 FIELDS = ("group", "type", "lens", "step", "copy", "padding", "checkpointing", "why")
-# The fork server loads these modules once, so that the process of each type starts fast.
+# The modules that the fork server loads once, so that the process of each type starts fast.
 PRELOADED = [
     "tests.coverage.checks",
     "transformers.models.gemma3.modeling_gemma3",
@@ -23,7 +23,8 @@ PRELOADED = [
     "transformers.models.mamba2.modeling_mamba2",
 ]
 TABLE = Path(__file__).parent / "table.csv"
-VERSIONS = Path(__file__).parent / "versions.csv"  # model types that have a lens in older versions
+# The table of model types that have a lens in older versions.
+VERSIONS = Path(__file__).parent / "versions.csv"
 
 
 def types() -> list[tuple[str, str]]:

@@ -68,7 +68,7 @@ def check_lens(model: Any) -> None:
         except (RuntimeError, NotImplementedError) as error:
             if "lens" in str(error):
                 raise
-            continue  # some types do not run in this dtype on a CPU
+            continue  # some model types do not run in this dtype on a CPU
         detect_lens(rounded)
 
 

@@ -47,7 +47,7 @@ SIZES = (
     (r".*(sliding_window|attention_chunk_size|window_size|local_window.*|chunk_size)", 8),
     (r".*(pattern|interval)", 2),
 )
-# These entries get the tiny size even if the default config has a smaller number.
+# Entries that get the tiny size even if the default config has a smaller number.
 FIXED = r"num_hidden_layers|n_layer|num_layers|n_layers"
 
 
@@ -71,13 +71,13 @@ def _sections(*sizes: int) -> dict[str, Any]:
 
 MIXED = ["sliding_attention", "full_attention"] * 2
 COMPASS = {"layer_types": MIXED, "rope_parameters": dict.fromkeys(MIXED, ROPE)}
-SHARED = {  # config entries for blocks that share the weights of their attention
+SHARED = {  # The config entries of model types whose blocks share the weights of their attention.
     "layers_block_type": ["linear_attention", "hybrid"] * 2,
     "attention_hidden_size": 2 * WIDTH,
     "attention_head_dim": 16,
 }
 
-# Further config changes, for types that do not work with the sizes above alone.
+# Further config changes, for types that do not work with the tiny sizes alone.
 CHANGES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
@@ -148,7 +148,7 @@ def config_of(kind: str, changes: dict[str, Any] | None = None) -> Any:
         raise ValueError(f"no default config: {error}") from error
     made = cls(**_merged(_shrunk(whole.to_dict()), {**CHANGES.get(kind, {}), **(changes or {})}))
     for config in (made, made.get_text_config()):
-        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read this entry
+        if not hasattr(config, "pad_token_id"):  # some models of transformers 5.0 read pad_token_id
             config.pad_token_id = None
     return made
 
@@ -163,7 +163,7 @@ def _shrunk(values: dict[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name not in ("transformers_version", "architectures", "dtype", "per_layer_config"):
             small[name] = _entry(name, value, layers)
-    if "kv_lora_rank" in small:  # latent attention has no grouped key-value heads
+    if "kv_lora_rank" in small:  # Latent attention has no grouped key-value heads.
         small["num_key_value_heads"] = small.get("num_attention_heads", 4)
     if {"qk_head_dim", "qk_nope_head_dim", "qk_rope_head_dim"} <= small.keys():
         small["qk_head_dim"] = small["qk_nope_head_dim"] + small["qk_rope_head_dim"]

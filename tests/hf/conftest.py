@@ -85,7 +85,7 @@ def hub(tmp_path, monkeypatch):
     cache = str(tmp_path / "hub")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", cache)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    # Before version 5, transformers keeps a copy of this setting.
+    # Before version 5, transformers keeps a copy of the folder of the Hub's cache.
     monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", cache, raising=False)
 
     def put(folder, name):
@@ -111,11 +111,11 @@ def connections(hub, monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
     monkeypatch.setattr(socket.socket, "connect", lambda _, host: refuse(host))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # From version 1 on, huggingface_hub requests this registry once in each process.
+    # From version 1 on, huggingface_hub requests a registry of agents once in each process.
     registry = sys.modules.get("huggingface_hub.utils._detect_agent")
     if registry is not None:
         monkeypatch.setattr(registry, "_registry", None)
         monkeypatch.setattr(constants, "AGENT_HARNESSES_PATH", "none")
-    # Before version 5, transformers keeps a copy of this setting.
+    # Before version 5, transformers keeps a copy of the setting HF_HUB_OFFLINE.
     monkeypatch.setattr("transformers.utils.hub._is_offline_mode", False, raising=False)
     return asked

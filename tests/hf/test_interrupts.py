@@ -72,7 +72,7 @@ CALLS = {
 }
 
 
-# These calls draw random weights, so they may change torch's random state.
+# Calls that draw random weights, so they may change torch's random state.
 DRAWS = ("shallow_copy", "projections")
 
 

@@ -27,7 +27,7 @@ LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "out", "dem
 # If the code cannot be imported, the tests have not caught the fault.
 NOT_LOADED = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|NameError")
 FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+::.*?)(?: - (.*))?$", re.MULTILINE)
-SECONDS = 600  # the time limit for the tests of one fault
+SECONDS = 600  # time limit in seconds for the tests of one fault
 
 
 def plant(fault: Fault, root: Path) -> tuple[str, str]:

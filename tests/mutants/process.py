@@ -13,7 +13,8 @@ LOADED = ["pytest", "torch._dynamo", "triton.language", "transformers.trainer", 
 
 def run_pytest(root: Path, arguments: list[str], timeout: float | None) -> tuple[int, str]:
     """Run pytest in the folder ``root`` and return its exit status and output."""
-    # The fork server loads the libraries, so it needs these variables when it starts.
+    # The fork server needs the environment variables when it starts, because it loads the
+    # libraries.
     os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
     PROCESSES.set_forkserver_preload(LOADED)
     log = root.with_suffix(".log")

@@ -12,7 +12,7 @@ from lens_kernels.backends.torch import clusters
 from lens_kernels.call import LossCall, LossResult
 from tests.support import row_kernel_backend
 
-LANES = 4  # lanes of each program: so few that small rows take several programs
+LANES = 4  # the lanes of each program are so few that small rows take several programs
 
 
 @contextmanager

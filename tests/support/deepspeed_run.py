@@ -29,7 +29,7 @@ def use_gloo() -> None:
 
     kind = accelerate.DistributedType.MULTI_CPU
     accelerate.PartialState._prepare_backend = lambda self, *_: ("gloo", kind)
-    # Without this, DeepSpeed would compile a communication library for CPUs.
+    # Without build_shm_op, DeepSpeed would compile a communication library for CPUs.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 

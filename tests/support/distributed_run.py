@@ -25,7 +25,7 @@ from lens_kernels.hf.training import entropy, objective
 from tests.support import tiny
 from tests.support.training import make_trainer, uneven_data
 
-HANG = 1200  # a rank that runs for more seconds than this hangs
+HANG = 1200  # a rank hangs if it runs for more seconds
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 
 
@@ -96,7 +96,7 @@ def train_case(
             patch.setenv("LOCAL_RANK", "0")
         if processes > 1 and fsdp:
             options |= {"fsdp": True, "fsdp_config": FSDP}
-            # transformers sets these variables only from version 5 on.
+            # transformers sets these environment variables only from version 5 on.
             patch.setenv("FSDP_VERSION", "2")
             kind = "SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT"
             patch.setenv("FSDP_STATE_DICT_TYPE", kind)

@@ -34,7 +34,7 @@ GIB = 1 << 30
 
 # The numbers of tokens and vocabulary entries exceed every tile, and no block size divides them.
 LARGE = Shape((3, 131), 1531, 197, 331, 1)
-# With these large hidden sizes, the kernels use their tiles for wide models.
+# Large hidden sizes, with which the kernels use their tiles for wide models.
 WIDE = Shape((150,), 521, 2049, 2600, 1)
 
 

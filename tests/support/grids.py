@@ -18,7 +18,7 @@ WITH_SLOW_ROW_KERNEL = [
     *BACKENDS,
     *(pytest.param(name, marks=pytest.mark.slow) for name in (ROW_KERNEL, CLUSTER_KERNEL)),
 ]
-# These backends support float64. All other backends raise an error.
+# Backends that support float64. All other backends raise an error.
 FLOAT64_BACKENDS = ["torch"]
 # Each backend with each dtype in which it can compute.
 PRECISIONS = [
@@ -46,8 +46,8 @@ class Shape:
 
 ODD = Shape((37,), 211, 29, 41, 1)
 BATCH = Shape((5, 7), 97, 33, 17, 2)
-# On a CPU, the torch backend multiplies 768 columns at a time. This vocabulary takes three GEMMs,
-# and two steps of the pointwise pass.
+# On a CPU, the torch backend multiplies 768 columns at a time. A vocabulary of 1601 takes three
+# GEMMs, and two steps of the pointwise pass.
 TWO_TILES = Shape((2, 167), 1601, 24, 40, 1)
 SHAPES = {
     # All sizes are prime numbers, so that no chunk, tile or vector divides them. The teacher has
@@ -60,7 +60,7 @@ SHAPES = {
     "aligned": Shape((4,), 64, 16, 16, 3),
     # A single token is an edge case of means, sums and chunks.
     "one_row": Shape((1,), 53, 8, 9, 1),
-    # This shape takes two blocks of rows, and three splits of two tiles, so that kernels loop and
+    # The shape takes two blocks of rows, and three splits of two tiles, so that kernels loop and
     # merge splits.
     "splits": Shape((70,), 680, 24, 40, 1),
     # The vocabulary and the teacher's hidden size are as small as possible.

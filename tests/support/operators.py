@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Watch(TorchDispatchMode):
-    """Records each operator's name, the devices of results, and the size of the largest result."""
+    """Records the name of each operator, and the size of the largest result."""
 
     def __init__(self):
         super().__init__()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 30.0  # a collective raises an error after this many seconds without progress
+TIMEOUT = 30.0  # a collective raises an error after 30 seconds without progress
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded"])
 
@@ -52,7 +52,7 @@ class Ranks:
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
             process.start()
-            theirs.close()  # so that the pipe closes if the rank is killed
+            theirs.close()  # the pipe then closes if the rank is killed
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any) -> list[tuple[Any, Any]]:
         """Run ``function`` on every rank. Return each rank's ``(result, traceback)``."""
@@ -95,7 +95,7 @@ def counted() -> Any:
     seen: list[tuple[str, int]] = []
     names = ["all_reduce", "all_gather"]
     for kind, old in (("all_gather", "into_tensor"), ("reduce_scatter", "tensor")):
-        new = f"{kind}_single"  # the name from torch 2.13 on
+        new = f"{kind}_single"  # torch 2.13 and later use this name
         names.append(new if hasattr(dist, new) else f"{kind}_{old}")
     originals = {name: getattr(dist, name) for name in names}
 

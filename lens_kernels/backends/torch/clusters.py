@@ -11,9 +11,10 @@ import torch
 from lens_kernels import compat
 from lens_kernels.call import LossCall
 
-# A program has 8 warps. Each thread holds up to 5 groups of 8 logits of each model. With at most
-# 128 registers per thread, two programs fit on a multiprocessor. On Blackwell (10), this limit
-# would make threads spill registers.
+# A GPU program has 8 warps. Each thread holds up to 5 groups of 8 logits of each model.  REGISTERS
+# limits the registers of a thread, by the GPU's compute capability. With 128 registers on Hopper
+# (9), two programs fit on a multiprocessor. On Blackwell (10), the limit would make threads spill
+# registers.
 WARPS, GROUP, BLOCKS = 8, 8, 5
 LANES = 32 * WARPS
 REGISTERS = {9: 128, 10: None}
@@ -23,8 +24,8 @@ MOST = PROGRAMS * BLOCKS * LANES * GROUP
 # Older versions of Triton cannot compile reductions over a cluster, or fail if a row has several
 # blocks.
 TRITON = (3, 9)
-# Data-centre GPUs of the Hopper and Blackwell generations have at least this many multiprocessors.
-# Smaller GPUs may not have room for a cluster of 16 programs.
+# The minimum number of multiprocessors, which data-centre GPUs of the Hopper and Blackwell
+# generations have. A smaller GPU may not have room for a cluster of 16 programs.
 PROCESSORS = 100
 
 

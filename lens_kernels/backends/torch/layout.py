@@ -12,24 +12,25 @@ import torch
 
 from lens_kernels import compat
 
-# A row of logits begins at a cache line of the CPU, which holds this many logits. With a vocabulary
-# of 50257 this saves 7 % of the time of the projections (2 cores). The number of cache lines per
-# row is odd, because an even number would make the entries of a column compete for a few places in
-# the CPU's cache.
+# The number of fp32 logits in a cache line of the CPU. Each row of logits begins at a cache line,
+# which saves 7 % of the time of the projections (vocabulary of 50257, 2 cores). A row takes an odd
+# number of cache lines. With an even number, the entries of a column would compete for a few places
+# in the CPU's cache.
 LINE = 16
-# GEMMs on a GPU process blocks of this many rows. Any other number of rows wastes a part of the
-# last block.
+# The number of rows in a block of a GEMM on a GPU. If the rows do not fill the last block, a part
+# of its work is wasted.
 BLOCK = 128
 # On a GPU, the numbers of rows in a tile of logits and in a buffer of gradients. The head's GEMM
 # also reads and writes the fp32 head gradient, which takes as long as multiplying 1050 rows. So its
 # buffer has more rows.
 TILE_ROWS, GRAD_ROWS = 512, 2048
-# A smaller buffer for 16-bit heads. Their float32 head gradient takes twice the memory of the final
-# head gradient. With 8192 tokens of Llama-3, this buffer keeps the peak within 1.3 GiB above the
-# 16-bit gradients. GEMMs over this many rows are predicted to take the same time.
+# The rows of a smaller buffer of gradients, for 16-bit heads. Their float32 head gradient takes
+# twice the memory of the final gradient. With 8192 tokens of Llama-3, the smaller buffer keeps the
+# peak within 1.3 GiB above the 16-bit gradients. GEMMs over 1024 rows are predicted to take the
+# same time.
 NARROW_GRAD_ROWS = 1024
-# On a GPU, each row of gradients begins at a multiple of this many entries. Otherwise GEMMs are
-# slow.
+# On a GPU, the row stride of gradients is a multiple of this number of entries, because GEMMs would
+# be slow with other strides.
 GRAD_LINE = 64
 # The row kernel has these features of a call. On a GPU, Inductor compiles the pass of a call with
 # any other feature: label smoothing and ghost entries need more sums over a row.

@@ -22,9 +22,9 @@ from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR, Formula, Mixture
 from lens_kernels.lens import LensHead, LogitMap
 
-# On a CPU, the pass is compiled if a call has at least this many logits per model. Compiling takes
-# 6 to 10 s once per process, or 24 s without Inductor's disk cache. It pays off after about 120
-# calls of this size (2 cores). On other devices the pass is always compiled.
+# On a CPU, a call with at least 8 million logits per model compiles the pass. Compiling takes 6 to
+# 10 s once per process, or 24 s without Inductor's disk cache. It pays off after about 120 such
+# calls (2 cores). On other devices the pass is always compiled.
 CPU_COMPILE_LOGITS = 1 << 23
 # The number of logits that the uncompiled and the compiled pass process at once on a CPU. Their
 # temporaries then stay in the cache.
@@ -188,7 +188,7 @@ class TorchPass:
             for target, part in zip(targets, at_ids, strict=False):
                 zs.scatter_add_(-1, target.ids, part)
             if survey is not None:
-                survey.add(zs)  # zs holds the gradient now
+                survey.add(zs)  # zs now holds the gradient
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
 
     def arguments(

@@ -28,7 +28,7 @@ from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
 from lens_kernels.targets import TargetRows
 
-Rows = Tensor | slice  # tokens, as a slice or as the indices of unmasked tokens
+Rows = Tensor | slice  # a slice of tokens, or the indices of unmasked tokens
 MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 
 
@@ -153,7 +153,7 @@ class _RowChunks:
     def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
         """Run the pass over a tile, and store the losses of its rows.
 
-        Pieces that follow each other and have the same terms share one run of the pass.
+        Consecutive pieces of the tile with the same loss terms share one run of the pass.
         """
         sums = self.sums
         start = 0

@@ -86,7 +86,8 @@ class RowKernelPass:
             targets = (*map(_aligned, parts), sparse.ids.shape[-1])
         elif divergence is not None:
             teacher = (zt[0], *self.model(True, own))
-            # For relative entropies, the kernel's first sweep computes these statistics anyway.
+            # For relative entropies, the kernel's first sweep computes the teacher's log-sum-exps
+            # anyway.
             given = None if own else terms.teacher_statistics
             if given is not None and divergence not in RELATIVE_ENTROPIES:
                 statistics = _aligned(given)

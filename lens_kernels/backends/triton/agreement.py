@@ -13,7 +13,7 @@ from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead, LensNorm
 from lens_kernels.options import Divergence
 
-TOKENS = 256  # The check uses at most this many tokens, which make several blocks of rows.
+TOKENS = 256  # The check uses at most 256 tokens, which fill several blocks of rows.
 TF32_EPS = 2.0**-10
 
 

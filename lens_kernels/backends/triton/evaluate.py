@@ -183,7 +183,7 @@ def tile_for(sweep: Sweep, *operands: Operand, labels: bool = False) -> Tile:
     """Return the block sizes with which a sweep processes these operands."""
     x = min((operand.x for operand in operands), key=lambda x: x.shape[1])
     extras = labels or any(o.bias is not None or o.softcap is not None for o in operands)
-    # Tuning runs without bias, softcap and labels. All of these take registers, so they may not fit
-    # with a tuned tile.
+    # Tuning runs without bias, softcap and labels. With any of these, a tuned tile may take more
+    # registers than a thread has.
     tuned = None if extras else store.lookup(sweep, x.dtype, x.shape[1], x.device)
     return tuned or sizes.default(sweep, sizes.arch_of(x.device), x.dtype, x.shape[1], extras)

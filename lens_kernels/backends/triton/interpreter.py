@@ -19,7 +19,7 @@ from lens_kernels import compat
 # imported.
 INTERPRETING = bool(triton.knobs.runtime.interpret)
 
-# imported here because numpy may not be installed: neither Triton nor torch needs it
+# imported here because numpy may be missing: neither Triton nor torch needs it
 if INTERPRETING:
     import numpy as np
 
@@ -36,7 +36,7 @@ def _to_bfloat16(data: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def prepare() -> None:
-    """Mend the interpreter's bfloat16, and save a third of its time. Later calls do nothing."""
+    """Mend the interpreter's bfloat16, and make the interpreter faster. Later calls do nothing."""
     interpreter = compat.triton_interpreter()
     builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
     dot, cast = builder.create_dot, builder.cast_impl

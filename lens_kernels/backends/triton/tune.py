@@ -68,7 +68,7 @@ def tune(
         return aligned(x.mul_(scale).to(dtype))
 
     def operand(width: int) -> Operand:
-        # This scale gives distributions that are neither flat nor one-hot.
+        # Scale the head so that distributions are neither flat nor one-hot.
         head = random(vocab_size, width, 1.5 / math.sqrt(width))
         return Operand(random(tokens, width, 1.0), head, None, 1.0, None, 1.0)
 

@@ -20,7 +20,7 @@ STATES = "states"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
 FIELDS = ("input_ids", "labels")
-# If the data has these columns, they are part of the digest.
+# Columns of examples that are part of the digest if the data has them.
 OPTIONAL_FIELDS = ("attention_mask", "position_ids")
 # Config entries about a model's origin. They do not change the model's outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
@@ -172,7 +172,7 @@ def _computing(config: Any) -> dict[str, Any]:
 def _tokenizer_part(tokenizer: Any) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
-        # Calling a tokenizer changes these two entries, so the key leaves them out.
+        # Leave out truncation and padding, because calling a tokenizer changes both entries.
         inner |= {"truncation": None, "padding": None}
     else:
         inner = tokenizer.get_vocab()

@@ -31,7 +31,7 @@ from lens_kernels.hf.cache.shards import (
 
 __all__ = ["CacheKey", "TeacherCache", "counted_positions"]
 
-# The name of the tensor with the number of rows of each example. Each shard has one.
+# The name of a tensor in each shard: the number of rows of each example.
 COUNTS = "counts"
 # The maximum number of shards that are memory-mapped at the same time.
 MAPPED_SHARDS = 64

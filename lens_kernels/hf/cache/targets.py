@@ -31,8 +31,8 @@ from lens_kernels.hf.cache.shards import (
 )
 from lens_kernels.targets import RESTS, SparseTargets
 
-# The expected data of a position, in units of four bytes. It only decides how many examples a shard
-# has.
+# The expected data of a position, in units of four bytes. Only the number of examples in a shard
+# depends on it.
 POSITION_WIDTH = 16
 SHARD_EXAMPLES, SHARD_BYTES = 4096, 256 << 20
 # Fields of the key that are not compared, because training does not know how targets were made.

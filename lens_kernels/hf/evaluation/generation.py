@@ -93,7 +93,7 @@ def evaluate_rouge(
         options: Other arguments of ``generate``.
     """
     check_seeds(seeds)
-    # raises an error before the slow generation if rouge-score is missing
+    # fails before the slow generation if rouge-score is missing
     load_scorer(rouge_tokenizer)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
     answers: dict[int, list[str]] = {}
@@ -212,9 +212,9 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Evaluate a saved model on a file of instructions. Defaults are the paper's settings.
 
-    Arguments, data and ``output`` are checked before the model is loaded. Both files are written
-    again after each seed. If they cannot be written, the evaluation still finishes, and ``say``
-    reports the scores before the error is raised.
+    Arguments, data and ``output`` are checked before the model is loaded. The two files in
+    ``output`` are written again after each seed. If a file cannot be written, the evaluation still
+    finishes, and ``say`` reports the scores before the error is raised.
 
     Args:
         student: Folder or Hub name of the model, in safetensors with its tokenizer, or of a peft
@@ -267,12 +267,12 @@ def evaluate_model(
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # raises an error if the device does not exist
+    torch.empty(1, device=device)  # fails if the device does not exist
     folder = None if output is None else Path(output)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass  # raises an error if the folder cannot be written
+            pass  # fails if the folder cannot be written
     check_download(data, allow_download)
     rows = read_rows(data)
     tokenizer = load_tokenizer(str(student), allow_download)

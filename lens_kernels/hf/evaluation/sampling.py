@@ -127,8 +127,8 @@ class _RowSampler(LogitsProcessor):
 
 @contextmanager
 def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    # If generate() got this config as an argument, it would add the model's saved settings, such as
-    # a repetition penalty.
+    # generate() must not get the settings as a config: it would add the model's saved settings,
+    # such as a repetition penalty.
     holder = model.get_base_model() if hasattr(model, "get_base_model") else model
     kept = holder.generation_config
     try:

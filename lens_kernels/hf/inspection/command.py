@@ -64,14 +64,14 @@ def inspect_models(
         ValueError: An argument, the data or a model is invalid.
         RuntimeError: matplotlib or the device is missing.
     """
-    figures.check_matplotlib()  # raises an error now, before the slow work
+    figures.check_matplotlib()  # fails before the slow work if matplotlib is missing
     pairs = layer_pairs(layers)
     if (text is None) == (data is None):
         raise ValueError("give either text or data")
     check_count("max_texts", max_texts, 1)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.empty(1, device=device)  # raises an error if the device does not exist
+    torch.empty(1, device=device)  # fails if the device does not exist
     names = [*student, *([] if teacher is None else [teacher])]
     tokenizers = [load_tokenizer(name, allow_download) for name in names]
     texts: Sequence[Any] = text or ()

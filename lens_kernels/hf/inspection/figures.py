@@ -20,12 +20,12 @@ MODELS = (
 TRAINED = {"color": pictures.VERMILION, "linestyle": "", "marker": "D", "zorder": 3}
 TRAINED["label"] = "lens pairs of training"
 COLD, HOT = "#F1F5F8", pictures.BLUE
-# Beyond this fraction of the colour scale, white text is easier to read than black text.
+# Above this fraction of the colour scale, text is white, because black text would be hard to read.
 HOT_FROM = 0.85
 MAX_LAYERS, MAX_POSITIONS = 32, 24
 # The size of a cell in inches, and of its font in points.
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5
-# Without this option, matplotlib would read a token with two dollar signs as a formula.
+# Without parse_math=False, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
 CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
 
@@ -145,7 +145,7 @@ def lens_figure(result: Inspection, label: str) -> Any:
         vmax=high,
         aspect="auto",
         origin="lower",
-        interpolation="none",  # otherwise SVG viewers blur the edges between cells
+        interpolation="none",  # with interpolation, SVG viewers blur the edges between cells
     )
     hot = result.heat(entropy) > HOT_FROM
     for y, depth in enumerate(depths):

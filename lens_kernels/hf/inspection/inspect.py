@@ -113,7 +113,7 @@ def inspect_lens(
             for label in models
             if teacher is not None and label != TEACHER
         }
-        # Drop this text's hidden states now, to save memory.
+        # Drop the hidden states of each text after its readings, to save memory.
         kept = {label: replace(reading, hidden=[]) for label, reading in readings.items()}
         tokens = [token_text(tokenizer, i) for i in ids]
         shown = text if isinstance(text, str) else tokenizer.decode(ids)

@@ -15,12 +15,12 @@ from lens_kernels.hf.inspection.figures import HOT_FROM, first_of, unit
 from lens_kernels.hf.inspection.results import TEACHER, Inspection, Passage
 from lens_kernels.visible import visible
 
-SHOWN = 4  # the page shows tables for at most this many texts
+SHOWN = 4  # maximum number of texts with tables on the page
 TEMPLATE, SCRIPT = (
     Path(__file__).with_suffix(kind).read_text(encoding="utf-8") for kind in (".html", ".js")
 )
-# This content security policy allows only SCRIPT to run, and forbids loading files. So texts and
-# model names on the page cannot run code.
+# The page's content security policy allows only SCRIPT to run, and forbids loading files. So texts
+# and model names on the page cannot run code.
 DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
 POLICY = (
     "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:;"

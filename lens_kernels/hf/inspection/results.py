@@ -11,8 +11,8 @@ from lens_kernels.hf.inspection.reading import Comparison, Reading
 
 TEACHER = "teacher"  # the label of the teacher
 QUARTILES = (0.25, 0.5, 0.75)
-# The colour scale runs between these quantiles of the entropies, because a few entropies, such as
-# those of the first token, lie far outside.
+# The quantiles of the entropies at the ends of the colour scale. A few entropies, such as those of
+# the first token, lie far outside.
 SCALE = (0.05, 0.95)
 # Attributes of ``Reading`` that figures draw against depth, each with its axis label.
 QUANTITIES = {

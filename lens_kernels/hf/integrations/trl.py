@@ -34,7 +34,7 @@ class LensLoss:
     def __init__(self, *args: Any, lens: dict[str, Any] | None = None, **trainer: Any) -> None:
         super().__init__(*args, **trainer)
         models = (self.accelerator.unwrap_model(x) for x in (self.model, self.teacher_model))
-        self._meters = {True: Meter(), False: Meter()}  # separately for training and evaluation
+        self._meters = {True: Meter(), False: Meter()}  # one Meter for training, one for evaluation
         self.lens_objective = LensObjective.from_models(*models, **(lens or {}))
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:

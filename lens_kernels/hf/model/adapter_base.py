@@ -31,7 +31,8 @@ def is_saved(model: Any) -> bool:
     try:
         found = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
     except (OSError, ValueError):
-        return not Path(name).is_absolute()  # the Hub has files of a model with this name
+        # a relative name is a model on the Hub, which has its files
+        return not Path(name).is_absolute()
     own = model.get_base_model().config.get_text_config()
     return bool(found.num_hidden_layers == own.num_hidden_layers)
 
@@ -44,7 +45,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     """
     base = model.get_base_model()
     config = copy.deepcopy(base.config)
-    # used only for the names of its weights and for its method that saves
+    # the copy is used only for the names of its weights and for its method that saves
     with torch.device("meta"):
         plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config

@@ -80,7 +80,7 @@ def _remembered(inner: Any) -> ModelLens | None:
     parts, found = _FOUND[inner]
     try:
         return found if parts == _depends_on(inner, found) else None
-    except ValueError:  # a part of the lens was removed from the model
+    except ValueError:  # the model no longer has a part of the lens
         return None
 
 

@@ -21,7 +21,7 @@ from lens_kernels.hf.model.fitting import (
 from lens_kernels.hf.model.parts import ModelLens, plain_head, plain_norm
 from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens, trace
 
-ROUNDED = 1e-2  # the largest relative difference between 16-bit states that count as equal
+ROUNDED = 1e-2  # the largest relative difference between equal states in 16 bits
 
 
 def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> Trace:
@@ -31,7 +31,7 @@ def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> 
         ValueError: Weights are on the meta device.
         TypeError: The head is quantised, sharded or wrapped by an adapter.
     """
-    # accelerate loads such weights when they are needed
+    # accelerate loads offloaded weights when they are needed
     offloaded = getattr(inner, "hf_device_map", None) is not None
     if not offloaded and any(parameter.is_meta for parameter in inner.parameters()):
         raise ValueError(
@@ -100,7 +100,8 @@ def tolerance_of(run: Trace, head: Any) -> float:
 
 def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None, float]]:
     yield None, 1.0
-    for call in reversed(run.calls):  # a wrapper is called before the module inside it
+    # in reversed order, a wrapper comes before the module inside it
+    for call in reversed(run.calls):
         if call.module is head or call.given is None or call.returned is None:
             continue
         if call.given.shape == call.returned.shape == x.shape:

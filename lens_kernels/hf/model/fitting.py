@@ -16,7 +16,7 @@ from lens_kernels.lens import NORM_KINDS, LensNorm
 
 # The largest relative difference between float32 results that count as equal.
 EXACT = 1e-4
-# The smallest test rows are as large as the square root of this eps.
+# The smallest eps that can be measured. The smallest test rows have the size of its square root.
 SMALLEST_EPS = 1e-12
 USUAL_EPS = (1e-5, 1e-6, 1e-8, SMALLEST_EPS, 0.0)
 
@@ -106,7 +106,7 @@ def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
 def _candidates(norm: Any, settings: Mapping[str, Any]) -> Iterator[float]:
     own = [x for x in vars(norm).values() if type(x) is float]
     named = [x for name, x in settings.items() if "eps" in name and type(x) is float]
-    finest = torch.finfo(torch.float32).eps  # the default of nn.RMSNorm if its eps is None
+    finest = torch.finfo(torch.float32).eps  # nn.RMSNorm uses this eps if its eps is None
     return (x for x in dict.fromkeys((*own, *named, finest, *USUAL_EPS)) if 0 <= x < 0.5)
 
 

@@ -78,7 +78,7 @@ def load_model(
         adapter = find_adapter_config_file(place, **local)
         if adapter is None:
             return _load_plain(path, options)
-        # Without this check, peft would load a pickle.
+        # An adapter without safetensors is refused, because peft would load a pickle.
         if not _has(place, ["adapter_model.safetensors"], local):
             raise ValueError(
                 "the adapter has no adapter_model.safetensors; save it again with save_pretrained"
@@ -99,8 +99,8 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     found, _ = PretrainedConfig.get_config_dict(place, **source)
     _check_config(found)
     arguments = placed(options, found)
-    # Without this check, transformers would ask a service on the Hub to convert the model's
-    # pickles.
+    # A model without safetensors is refused, because transformers would ask a service on the Hub to
+    # convert its pickles.
     if not _has(place, (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), source):
         raise ValueError(
             f"the model has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained"
@@ -117,8 +117,8 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
     _check_keys("hold weights that the model does not use", path, others)
     _check_numbers(path, model)
     if "device_map" in arguments and not hasattr(model, "hf_device_map"):
-        # transformers sets this attribute only for models on several devices, which are never
-        # moved.
+        # Mark the model as placed, so that no code moves it. transformers does so only for several
+        # devices.
         model.hf_device_map = {"": str(model.device)}
     return model
 
@@ -233,7 +233,7 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
             named = json.loads(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
             source = _place(base_of(Path(adapter).parent.absolute(), named), download)
         tokenizer = AutoTokenizer.from_pretrained(source, **local, trust_remote_code=False)
-        tokenizer("a")  # only now do damaged configs raise some errors
+        tokenizer("a")  # some damaged configs raise an error only at a call
         return tokenizer
     except Exception as error:
         raise ValueError(_unreadable("tokenizer", path, error, download)) from error

@@ -11,7 +11,7 @@ import torch
 from lens_kernels.failures import install
 
 QUANTIZATIONS = ("4bit", "8bit")
-# With these names, accelerate spreads a model's blocks over all devices.
+# The names with which accelerate spreads a model's blocks over all devices.
 SPREADS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
@@ -38,7 +38,8 @@ def check_placement(quantization: str | None, device_map: str | None, prefix: st
         if not torch.empty(0, device=device_map).is_meta:
             return
         reason = "the meta device holds no weights"
-    except (RuntimeError, AssertionError) as error:  # for a missing device
+    # torch raises these errors for a missing device
+    except (RuntimeError, AssertionError) as error:
         reason = str(error).split("\n")[0]
     raise ValueError(
         f"{prefix}device_map must be a device of this machine, such as cpu or cuda:0, or one of"
@@ -64,7 +65,7 @@ def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
             f"the model's files are quantised already, by {kind}: leave {quantization}"
             " quantisation out"
         )
-    # Import this only when needed: the import is slow, and most models are not quantised.
+    # imported here because the import is slow, and most models are not quantised
     from transformers import BitsAndBytesConfig
 
     dtype = options["dtype"]
@@ -76,6 +77,6 @@ def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
         load_in_4bit=quantization == "4bit",
         load_in_8bit=quantization == "8bit",
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=dtype,  # the default, float32, is slow
+        bnb_4bit_compute_dtype=dtype,  # float32, the default, is slow
     )
     return arguments

@@ -46,7 +46,7 @@ def _convert(source: str, folder: Path) -> None:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
-        # some versions of transformers read another token from the file
+        # some versions of transformers read another end token from the file
         tokenizer.eos_token = "<|im_end|>"
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype="float32")
     except ImportError as error:

@@ -39,7 +39,7 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
     Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
     code that uses the parameters must run inside a call of the module.
     """
-    # accelerate sets a forward on the instance for autocast. It must be restored afterwards.
+    # accelerate sets a forward on the module for autocast, which must be restored afterwards.
     before = vars(module).get("forward")
     try:
         module.forward = forward

@@ -70,8 +70,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
                 " the first blocks"
             )
         target[name] = found.clone()
-    # assign=True keeps the dtype of each weight. Casting the whole model would also round buffers
-    # that checkpoints do not contain, such as rotary frequencies.
+    # load_state_dict with assign=True keeps the dtype of each weight. Casting the whole model would
+    # also round buffers that checkpoints do not contain, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
     student.to(inner.device)
@@ -84,7 +84,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
-    """Compare the copy's logits with those of the teacher while it skips the other blocks."""
+    """Compare the copy's logits with the teacher's, while the teacher skips its other blocks."""
 
     def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         hidden = hidden_in(args, kwargs)

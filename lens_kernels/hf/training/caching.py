@@ -72,8 +72,8 @@ def fill_caches(
             args.teacher_cache_dtype,
             trainer.accelerator.mixed_precision,
         )
-        # Rank 0 builds the cache first. Then the first process of each other node opens this cache
-        # if the nodes share a disk, or builds another. All other processes open a cache last.
+        # Rank 0 builds the cache first. Then the first process of each other node opens the cache
+        # if the nodes share a disk, or builds another cache. All other processes open a cache last.
         first, desc = args.main_process_first, f"caching the teacher's states, {name}"
         with first(local=False, desc=desc), first(desc=desc):
             caches[name] = TeacherCache.open_or_build(

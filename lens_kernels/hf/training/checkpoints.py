@@ -26,7 +26,7 @@ KEYS = {STATE: "global_step", INDEX: "weight_map"}
 # DeepSpeed write folders.
 WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-OPTIONAL = ("config.json", "scaler.pt")  # checked only if the files exist
+OPTIONAL = ("config.json", "scaler.pt")  # files that are checked only if they exist
 
 
 def last_whole(
@@ -88,10 +88,10 @@ def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
     for names in (WEIGHTS, OPTIMIZER):
         found = [file for name in names for file in sorted(folder.glob(name))]
         if names is WEIGHTS:
-            # adapters with names have subfolders
+            # each named adapter has a subfolder
             found += sorted(folder.glob("*/adapter_model.safetensors"))
         yield from found or [folder / names[0]]
-    if (folder / INDEX).exists():  # this file was read before
+    if (folder / INDEX).exists():  # the index was read before
         shards: Mapping[str, str] = json.loads(read_text(folder / INDEX))["weight_map"]
         yield from (folder / name for name in sorted(set(shards.values())))
     if (folder / "adapter_config.json").exists():
@@ -129,7 +129,7 @@ def _read(file: Path) -> None:
         if not isinstance(content, dict) or KEYS.get(file.name, "") not in {"", *content}:
             raise ValueError("it holds something else")
     elif file.suffix == ".safetensors":
-        with safe_open(file, framework="pt"):  # this compares the file's size with its header
+        with safe_open(file, framework="pt"):  # safe_open compares the file's size with its header
             pass
     else:  # torch.save writes a ZIP archive, whose list of contents is at its end
         with zipfile.ZipFile(file) as archive:

@@ -19,7 +19,7 @@ from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.inputs import IGNORE_INDEX
 
-# Arguments of other trainers, each with advice for users who know it from there.
+# Arguments of other trainers, each with advice for users of those trainers.
 ELSEWHERE = {
     "peft_config": "wrap the model with peft.get_peft_model first",
     "teacher_model": "pass it as teacher",

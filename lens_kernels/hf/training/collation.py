@@ -185,7 +185,7 @@ def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     labels = batch["labels"].clone()
     labels[rows:] = IGNORE_INDEX
     kept = {**batch, "labels": labels}
-    # other rows have no labels, so the cache must return nothing for them
+    # the cache must return nothing for rows without labels
     if "example_id" in batch:
         kept["example_id"] = batch["example_id"][:rows]
     return kept

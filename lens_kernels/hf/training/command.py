@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
             f"--resume_from_checkpoint {args.resume_from_checkpoint} is not supported: the same"
             " command resumes from the last complete checkpoint in its output_dir"
         )
-    return config, args, json.loads(json.dumps(chosen))  # turn Enum members into strings
+    return config, args, json.loads(json.dumps(chosen))  # JSON turns Enum members into strings
 
 
 def _check_environment(parser: Parser, values: Mapping[str, Any]) -> None:

@@ -215,7 +215,8 @@ class LensDistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Check the options before any model is loaded."""
-        # Check this first, because super() sets environment variables in some versions.
+        # Check torch_compile first, because super() sets environment variables for it in some
+        # versions.
         if self.torch_compile or self.torch_compile_backend or self.torch_compile_mode:
             raise ValueError(
                 "torch_compile=True is not supported, because the loss runs inside the student's"

@@ -62,7 +62,7 @@ REPLACED = {PrinterCallback: Lines, ProgressCallback: Progress}
 def shorten(trainer: Any) -> None:
     """Replace a trainer's callbacks that print whole logs to the terminal."""
     for whole, short in REPLACED.items():
-        # Keep subclasses of these callbacks, such as the callback for notebooks.
+        # Replace only these exact classes, and keep subclasses such as the callback for notebooks.
         if any(type(x) is whole for x in trainer.callback_handler.callbacks):
             trainer.remove_callback(whole)
             trainer.add_callback(short)

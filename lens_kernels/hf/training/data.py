@@ -170,7 +170,8 @@ def _alpaca(row: Row) -> str:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    # verbose=False silences a warning about long texts, which this class handles itself.
+    # verbose=False silences the tokenizer's warning about long texts, which are cut or dropped
+    # later.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
@@ -292,7 +293,7 @@ class Examples(Dataset[dict[str, Any]]):
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        position = range(len(self))[index]  # indices may be negative
+        position = range(len(self))[index]  # the index may be negative
         return {**self.examples[position], "example_id": position}
 
     def summary(self) -> str:

@@ -34,5 +34,5 @@ def _entropies(x: Tensor, head: LensHead, temperature: float) -> Tensor:
         x = head.norm.forward(x.float())[0]
     products = x.to(head.weight.dtype) @ head.weight.T
     log_p = head.logits(products.float(), temperature)[0].log_softmax(-1)
-    del products  # frees memory before the next line, which needs the most
+    del products  # frees memory before the step that needs the most
     return -(log_p.exp() * log_p).sum(-1)

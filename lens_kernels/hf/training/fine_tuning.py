@@ -194,7 +194,7 @@ def _of_final_states(
 
     def run(states: Tensor) -> Tensor:
         whole = lens_head_from(student)
-        # The final states are already normed, so this head has no norm.
+        # The final states are already normed, so the head is copied without its norm.
         head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
         return compare(states, head, labels.to(states.device))
 

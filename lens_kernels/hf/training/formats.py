@@ -17,7 +17,7 @@ SPEAKERS |= {"observation": "tool", "system": "system", "user": "user", "assista
 FOR_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content")
 # The data formats. Each is named after the keys that its records must have.
 FORMATS = ("instruction and output", "prompt and completion", "messages", "conversations")
-# A record with this key is plain text, unless it also has the keys of another format.
+# The key of plain text. Records that also have the keys of another format are not plain text.
 TEXT = "text"
 # The maximum number of bad lines that an error message lists.
 SHOWN = 10

@@ -31,5 +31,6 @@ def load(projections: nn.Module, folder: Path) -> None:
         learnt = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
-    # FSDP may have sharded the matrices. This call gives each process its part of them.
+    # FSDP may have sharded the matrices, so set_model_state_dict gives each process its part of
+    # them.
     set_model_state_dict(projections, dict(learnt), options=StateDictOptions(full_state_dict=True))

@@ -219,7 +219,7 @@ class LensObjective(nn.Module):
             self.teacher.to(device)
         # The devices of a teacher with a device map may differ from the student's device.
         own = self.teacher.get_input_embeddings().weight.device
-        if own.type != "meta":  # for offloaded embeddings, accelerate moves the inputs
+        if own.type != "meta":  # accelerate moves the inputs of offloaded embeddings
             inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         hidden, final = inside_call(self.teacher, self.teacher_layers, inputs)
         return [_select(x, counted).to(device) for x in [*hidden, final]]

@@ -53,6 +53,6 @@ def model_digest(model: str) -> str | None:
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
     try:
         config = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:  # loading will raise a clearer error
+    except HFValidationError:  # loading the model raises a clearer error
         return None
     return f"commit {Path(config).parent.name}" if isinstance(config, str) else None

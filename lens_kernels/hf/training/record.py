@@ -20,9 +20,9 @@ from lens_kernels.option_files import MADE_WITH
 # run is complete.
 RECORD, METRICS = "run.yaml", "metrics.json"
 
-# A run can resume with other values of these options, because they do not change the trained
-# weights. An entry also matches longer names that begin with it, such as options of later
-# transformers versions.
+# Options that a run may change when it resumes, because they do not change the trained weights. An
+# entry also matches longer names that begin with it, such as options of later transformers
+# versions.
 UNTRAINED = (
     "output_dir",
     "allow_download",
@@ -35,7 +35,7 @@ UNTRAINED = (
 # Options of evaluation and saving. They change the final weights only with load_best_model_at_end,
 # because they decide which checkpoint is the best.
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
-# Increasing one of these options continues a complete run.
+# Options that decide the length of a run. Increasing one of them continues a complete run.
 LENGTHS = ("max_steps", "num_train_epochs")
 # Learning-rate schedules that do not depend on a run's number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")

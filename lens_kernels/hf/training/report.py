@@ -10,9 +10,9 @@ from typing import Any
 from lens_kernels import pictures
 
 PAIR = re.compile(r"lens_\d+")
-# An axis is logarithmic if its largest value exceeds this multiple of its smallest value.
+# An axis is logarithmic if its largest value is more than 5 times its smallest value.
 WIDE = 5
-# Lines with at most this many points get markers.
+# Lines with at most 20 points get markers.
 FEW = 20
 HELD: Any = {"marker": "D", **pictures.HOLLOW}
 BEFORE, AFTER = pictures.LIGHT_GREY, pictures.BLUE

@@ -234,7 +234,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
         with self.accelerator.autocast():
             if self.args.on_policy and model.training and random.random() < self.args.on_policy:
-                pad = getattr(self.data_collator, "pad_token_id", 0)  # padding is masked
+                # padding tokens are masked, so any id works
+                pad = getattr(self.data_collator, "pad_token_id", 0)
                 inputs = answered(self.model, inputs, pad, self.args.max_length)
             outcome = self.lens_objective(
                 inputs,
@@ -304,8 +305,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         check_batch(inputs)
         state, remainder = self.accelerator.gradient_state, 0
         if state.end_of_dataloader:
-            # After a resume within an epoch, accelerate does not know the number of rows. Compute
-            # it here.
+            # After a resume within an epoch, accelerate does not know the number of rows in the
+            # last step.
             own = rows_of_last_step(self.train_dataset, self.args) if training else None
             remainder = state.remainder if own is None else own
         if remainder <= 0:

@@ -72,7 +72,8 @@ def partition(teacher: Any) -> Any:
     """Partition a teacher's parameters with DeepSpeed ZeRO-3, and return DeepSpeed's engine."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(teacher.dtype)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed requires this, but it has no effect here
+        # DeepSpeed requires a batch size, which has no effect here
+        "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3},
     }
     if precision is not None:

@@ -342,7 +342,8 @@ def test_opcheck_of_scale_gradients():
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast_rounds_the_operands_and_nothing_else(monkeypatch, dtype, reduction):
     """Autocast rounds the operands as in a linear layer. The logits stay in float32."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # with AMX, gradients are rounded too
+    # with AMX, gradients would be rounded too
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)
     problem = make(BATCH, std=3.0)
     rounded = problem.to(dtype)
     expected, expected_grads = oracle(rounded, reduction=reduction)
@@ -371,7 +372,8 @@ def test_autocast_accepts_mixed_dtypes():
 
 def test_autocast_inside_a_custom_operator_is_switched_off(always_active, monkeypatch):
     """Autocast inside the op would round the results of some GEMMs."""
-    monkeypatch.setattr(matmul, "_has_amx", lambda: False)  # with AMX, gradients are rounded too
+    # with AMX, gradients would be rounded too
+    monkeypatch.setattr(matmul, "_has_amx", lambda: False)
     problem = make(ODD, std=3.0)
     with torch.autocast("cpu", torch.bfloat16):
         check(problem, 1e-5, truth=problem.to(torch.bfloat16), grad_threshold=0.0)

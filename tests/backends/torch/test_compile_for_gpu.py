@@ -49,7 +49,8 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
 
         return recorded
 
-    monkeypatch.setattr(compiled, "_compile", None)  # a call on a GPU must not use this function
+    # calls on a GPU must not use the compiled function for CPUs
+    monkeypatch.setattr(compiled, "_compile", None)
     monkeypatch.setattr(compiled, "_compile_for_gpu", compile)
     made = pointwise_pass.TorchPass(call, torch.float32, 700)
     made.device, made.compiled = torch.device("cuda"), True

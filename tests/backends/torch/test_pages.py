@@ -42,7 +42,7 @@ def asked_for_huge_pages(address):
 def test_only_whole_huge_pages_of_a_tensor_are_requested():
     # The tensor is large, because small tensors may reuse memory that already has huge pages.
     x = torch.empty(40 * HUGE_PAGE, dtype=torch.uint8)
-    # The last byte of the tensor's first page. Other memory also lies in this page.
+    # Other memory also lies in the page with the first byte of the tensor.
     edge = x.data_ptr() - 1 - x.data_ptr() % HUGE_PAGE + HUGE_PAGE
     assert in_huge_pages(x) is x
     assert asked_for_huge_pages(x.data_ptr() + 8 * HUGE_PAGE)
@@ -63,7 +63,7 @@ def test_tensors_without_such_memory_are_left_alone(monkeypatch):
     ):
         assert in_huge_pages(x) is x
     assert asked == []
-    # A float32 tensor with this many elements has the size of four huge pages.
+    # This float32 tensor has the size of four huge pages.
     x = in_huge_pages(torch.empty(HUGE_PAGE))
     ((start, length, _),) = asked
     assert start % HUGE_PAGE == 0 and length == (3 if x.data_ptr() % HUGE_PAGE else 4) * HUGE_PAGE

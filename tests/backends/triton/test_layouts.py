@@ -136,7 +136,7 @@ def test_an_upstream_gradient_in_any_layout(divergence):
     problem = make(BATCH, divergence=divergence)
     for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)
-        # The op flattens the upstream gradient in this way, without a copy.
+        # The op flattens the upstream gradient without a copy.
         flat = upstream.reshape(BATCH.pairs, -1)
         assert flat.stride(1) != 1 and flat.data_ptr() == upstream.data_ptr()
         check(problem, upstream=upstream, reduction="none", backend="triton")

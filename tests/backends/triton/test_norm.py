@@ -16,7 +16,7 @@ KINDS = {
     "layer": {"kind": "layer", "weight": True, "bias": True, "offset": 0.5},
 }
 WIDTH = 300
-# The kernels divide rows of this width into blocks of this many rows.
+# The number of rows of width 512 in a block of the kernels.
 BLOCK_N = norm.BLOCK // 512
 PROGRAMS = 2 * launch.processors(torch.device("cpu"))
 # The numbers of rows in the tests: one; one full block; a block for each program and one more row;

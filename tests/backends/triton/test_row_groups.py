@@ -46,9 +46,9 @@ def bytes_read(programs, at_once, capacity):
     return moved
 
 
-# These sizes give two groups of two row blocks, and two splits of eight tiles each.
+# Sizes that give two groups of two row blocks, and two splits of eight tiles each.
 TOKENS, VOCAB, WIDTHS, TILE = 64, 256, (16, 32), launch.Tile(16, 16, 16, 4, 1)
-AT_ONCE = 4  # the number of programs that run at a time: two row blocks times two splits
+AT_ONCE = 4  # The number of programs that run at a time: two row blocks times two splits.
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_at_8192_tokens_few_tiles_read_the_hidden_states(monkeypatch, widths, gb
 
 @pytest.mark.parametrize("divergence", ["jsd", "jeffreys"])
 def test_groups_change_no_bit(monkeypatch, small_groups, divergence):
-    """Results are equal bit for bit, because each split has one tile."""
+    """Groups of any size give equal bits, because each split has one tile."""
     problem = make(Shape((150,), 200, 24, 40, 1), **FEATURES["everything"], divergence=divergence)
     monkeypatch.setattr(launch, "processors", lambda device: 100)
     results = []

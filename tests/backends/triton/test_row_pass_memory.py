@@ -20,7 +20,7 @@ from tests.support.operators import Watch
 from tests.support.problems import capture_call, make
 
 GIB = 1 << 30
-# the sizes of a Llama-3 1B student and a Llama-3 8B teacher
+# The sizes of a Llama-3 1B student and a Llama-3 8B teacher.
 TOKENS, VOCAB, WIDTHS = 8192, 128256, (2048, 4096)
 
 

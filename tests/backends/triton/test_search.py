@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 SIZES = (24, 40, 90, 6)
 DEFAULT = sizes.default(Sweep.ROW_STATS, ARCHS["interpreter"], torch.float32, 24)
 FAST, SLOW = Tile(16, 64, 32, 4, 2), Tile(32, 64, 32, 4, 3)
-# These tiles have the lowest made-up times. Tests make their results wrong or raise errors.
+# The tiles with the lowest made-up times. Tests make their results wrong or raise errors.
 BROKEN = [Tile(16, 128, 64, 8, stages) for stages in range(1, 6)]
 KEYS = [
     (Sweep.ROW_STATS, 24), (Sweep.ROW_STATS, 40), (Sweep.ONLINE_KL, 24), (Sweep.ROW_SUMS, 24),

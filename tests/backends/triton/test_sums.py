@@ -119,7 +119,7 @@ def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
 
     peak(6.0, 7.0)
     check(problem, backend="triton")
-    # With peaks of this height, gradients underflow, so only the loss is compared.
+    # Logits of 30 to 35 make gradients underflow, so only the loss is compared.
     peak(30.0, 35.0)
     expected, _ = oracle(problem)
     assert_close(loss_of(symmetric_lens_loss, problem, backend="triton"), expected, 3e-6)
@@ -151,7 +151,7 @@ def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
 @pytest.mark.parametrize("divergence", PATHS)
 def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, divergence):
     problem = make(SPLITS, **FEATURES["everything"], divergence=divergence)
-    # This workspace gives three chunks: of 3, 3 and 1 tiles.
+    # The workspace has room for three tiles, so the seven tiles make chunks of 3, 3 and 1.
     options = {"backend": "triton", "workspace_bytes": 65 * 128 * 4 * 3}
     loss, grads = ours(problem, **options)
     for garbage in (1e30, float("nan")):

@@ -82,7 +82,7 @@ def evaluate(monkeypatch, backend):
         loss = (call.row_weight * result.rows).sum()
         leaves = problem.leaves()
         named = {f"hidden{k}" if isinstance(k, int) else k: g for k, g in result.grads.items()}
-        # The backend works on matrices, so give the gradients their original shapes.
+        # The backend returns gradients of matrices, so give them the shapes of the hidden states.
         return (loss, {k: g.view(leaves[k].shape) for k, g in named.items()}), cores.products
 
     return run

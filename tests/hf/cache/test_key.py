@@ -14,7 +14,7 @@ from lens_kernels.hf.cache import store
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
 from tests.support import tiny
 
-HANG = 120  # a thread that runs for more seconds than this hangs
+HANG = 120  # a thread hangs if it runs for more seconds
 EXAMPLES = [
     {"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]},
     {"input_ids": [7, 8], "labels": [7, 8]},

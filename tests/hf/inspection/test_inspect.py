@@ -107,7 +107,7 @@ def test_compare_gives_the_divergences_of_the_lens_distributions(student, teache
         truth = true_divergence(name, p, q, 0.3)
         torch.testing.assert_close(c.divergence, truth, **CLOSE)
         assert c.mean == pytest.approx(truth.mean().item(), rel=1e-4)
-    # This teacher has one block, fewer than the student.
+    # The teacher has one block, fewer than the student.
     shallow = ins.read(tiny.model(layers=1), TEXT, lens_norm, 1)
     found = ins.compare(readings[0], shallow)
     assert [(c.student_depth, c.teacher_depth) for c in found] == [(1, 1), (2, 1), (3, 1)]

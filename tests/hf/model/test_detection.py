@@ -255,7 +255,7 @@ def test_a_lens_is_found_once_until_a_part_or_the_config_changes(monkeypatch):
     del model.model.layers[3]
     model.config.num_hidden_layers = 3
     assert len(anatomy.blocks_of(model)) == 3 and len(found) == 4
-    model.config.pad_token_id = 7  # must not cause a new detection
+    model.config.pad_token_id = 7  # a change that must not cause a new detection
     lens_head_from(model)
     assert len(found) == 4
 
@@ -264,7 +264,7 @@ def test_the_blocks_run_twice_in_a_detection_and_once_in_a_check():
     model, calls = tiny.model("gemma2"), []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     detect_lens(model)
-    assert len(calls) == 2  # once in the model, once in the decoder alone
+    assert len(calls) == 2  # the model runs once, and its decoder once alone
     verify_lens(model)
     assert len(calls) == 3
 

@@ -106,7 +106,7 @@ def test_lens_head_reads_scale_and_softcap_from_the_current_config():
         ("granite", {"logit_divisor": None}),
         ("granite", {"logit_divisor": None, "logit_scale": "logits_scaling"}),
         ("gemma2", {"softcap": None}),
-        # Gemma 3 models ignore this entry of their config, so their logits have no soft cap.
+        # Gemma 3 models ignore the soft cap in their config, so their logits have none.
         ("gemma3", {"softcap": "final_logit_softcapping"}),
         ("gpt2", {"norm_kind": "rms"}),
     ],
@@ -136,7 +136,7 @@ def test_a_wrong_family_is_refused_and_a_right_one_gives_the_detected_lens(
 
 
 def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
-    model = tiny.model(vocab=3)  # fewer than the tokens of the check
+    model = tiny.model(vocab=3)  # the check has more tokens than this vocabulary
     verify_lens(model)
     nn.init.zeros_(model.lm_head.weight)
     verify_lens(model)

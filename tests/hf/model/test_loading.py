@@ -235,7 +235,8 @@ def test_weights_are_read_only_from_safetensors(saved, adapter, monkeypatch):
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", recording)
     put_on(adapter, saved)
     load_model(str(adapter))
-    assert [x["use_safetensors"] for x in given] == [True]  # makes transformers refuse pickles
+    # use_safetensors=True makes transformers refuse pickles
+    assert [x["use_safetensors"] for x in given] == [True]
     torch.save(tiny.model().state_dict(), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     refused([repr(str(saved)), "model.safetensors", "folder"], load_model, str(saved))

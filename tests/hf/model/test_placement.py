@@ -133,7 +133,7 @@ def test_the_head_of_a_teacher_elsewhere_is_copied_once(monkeypatch, files):
     student, teacher = [load_model(str(files / x), "auto", False, None, "cpu") for x in PAIR]
     objective = LensObjective(student, teacher, [1], [2])
 
-    def elsewhere(model):  # put only the student on another device
+    def elsewhere(model):  # moves only the student to another device
         head = lens_head_from(model)
         return head.map(lambda x: x.to("meta")) if model is student else head
 

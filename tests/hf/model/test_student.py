@@ -83,7 +83,7 @@ def test_shallow_copy_can_be_saved_and_loaded(tmp_path):
 
 
 def test_blocks_that_depend_on_their_depth_are_refused():
-    # In transformers 4.56, only eager attention supports this option.
+    # In transformers 4.56, only eager attention supports scale_attn_by_inverse_layer_idx.
     options = {"scale_attn_by_inverse_layer_idx": True, "attn_implementation": "eager"}
     teacher = tiny.model("gpt2", layers=5, **options)
     with pytest.raises(ValueError, match=r"blocks \[2, 4\] of GPT2.*logits differ.*depth"):
@@ -150,7 +150,7 @@ def test_shallow_copy_refuses_bad_blocks_and_quantized_weights():
     weight.data = weight.data.to(torch.int8)
     with pytest.raises(TypeError, match=r"'model.layers.1.mlp.up_proj.weight' is not one: merge"):
         shallow_copy(teacher, [1, 2])
-    weight.data = torch.zeros(3)  # a packed weight, as some quantization libraries make
+    weight.data = torch.zeros(3)  # some quantization libraries store packed weights like this
     with pytest.raises(TypeError, match="plain floating-point weights.*dequantise"):
         shallow_copy(teacher, [1, 2])
 

@@ -103,13 +103,14 @@ def adapted(student, **options):
 def test_the_trainer_saves_a_base_that_no_files_hold(tmp_path, kind, tied, dtype):
     modules = ["c_attn"] if kind == "gpt2" else ["q_proj", "mlp.down_proj"]
     base = tiny.model(kind, **STUDENT, tie_word_embeddings=tied)
-    # buffers such as rotary frequencies stay float32, because no file has them
+    # Buffers such as rotary frequencies stay float32, because no file has them.
     for x in base.parameters():
         x.data = x.data.to(dtype)
     student = adapted(base, target_modules=modules)
     trainer = make_trainer(tmp_path / "out", student=student)
     trainer.save_model(str(tmp_path / "elsewhere"))
-    assert not (tmp_path / "out" / "base_model").exists()  # the folder "elsewhere" has it
+    # the base model is in the folder "elsewhere"
+    assert not (tmp_path / "out" / "base_model").exists()
     assert torch.equal(auto(tmp_path / "elsewhere"), logits(student))
 
 
@@ -120,6 +121,6 @@ def test_a_base_of_other_files_is_saved_and_one_on_disk_is_not(files, tmp_path):
     assert torch.equal(auto(tmp_path / "whole"), logits(load_model(str(tmp_path / "whole"))))
     cut = AutoModelForCausalLM.from_pretrained(files / "student")
     cut.model.layers, cut.config.num_hidden_layers = cut.model.layers[:2], 2
-    student = adapted(cut)  # the files with this name have all blocks
+    student = adapted(cut)  # the files with this name hold the model with all blocks
     make_trainer(tmp_path / "cut", student=student, num_lens_pairs=1).save_model()
     assert torch.equal(auto(tmp_path / "cut"), logits(student))

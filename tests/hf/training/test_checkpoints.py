@@ -117,7 +117,7 @@ def test_the_trainer_resumes_from_the_last_whole_checkpoint(output, caplog):
     trainer = make_trainer(output, **EVERY)
     trainer.train(resume_from_checkpoint=True)
     assert "checkpoint-2 is skipped: model.safetensors cannot be read" in caplog.text
-    assert len(trainer.state.log_history) == 3  # two steps and the summary
+    assert len(trainer.state.log_history) == 3  # the logs of two steps and the summary
     with pytest.raises(ValueError, match="nothing holds no checkpoint to resume from"):
         make_trainer(output / "nothing").train(resume_from_checkpoint=True)
 
@@ -145,7 +145,7 @@ def test_without_a_whole_checkpoint_only_an_unfinished_one_is_written_over(outpu
         ValueError, match=r"no checkpoint in .* can be resumed \(checkpoint-2: model"
     ):
         last_whole(output, 1, True)
-    for step in (1, 2):  # a killed run may not have written this file
+    for step in (1, 2):  # a killed run may not have written all files
         (output / f"checkpoint-{step}" / "trainer_state.json").unlink()
     found, skipped = last_whole(output, 1, True)
     assert found is None and set(skipped.values()) == {"trainer_state.json is missing"}

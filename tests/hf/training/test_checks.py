@@ -101,7 +101,8 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     trainer = make_trainer(tmp_path, max_steps=3, **options)
-    trainer.args.learning_rate = float("inf")  # the config would refuse it earlier
+    # the config would refuse an infinite learning rate earlier
+    trainer.args.learning_rate = float("inf")
     with pytest.raises(ValueError, match=r"loss is nan at step 2|weights are not finite"):
         trainer.train()
     quiet = make_trainer(tmp_path, max_steps=1, **options)

@@ -166,7 +166,7 @@ def test_inspect_reads_several_models_and_texts_from_a_file(files, tmp_path, und
         texts = [x["text"] for x in numbers["texts"]]
         if source.suffix == ".txt":
             assert texts == ["a cat", "the dog ran"]
-        else:  # the text of a training example, with its EOS
+        else:  # the text is that of a training example, with its EOS
             assert texts[0].replace(" ", "") == "acatsattastaca</s>" and len(texts) == 2
         assert numbers["texts"][0]["comparisons"] == {}
 

@@ -27,7 +27,8 @@ class Writes:
 
     def __init__(self, folder: Path, kill_at: int) -> None:
         self.folder, self.kill_at, self.seen = str(folder), kill_at, 0
-        # These two functions write files without Python's ``open``, so they are counted separately.
+        # torch.save and serialize_file write files without Python's ``open``, so they are counted
+        # separately.
         for module, name in ((torch, "save"), (safetensors.torch, "serialize_file")):
             setattr(module, name, self.watched(getattr(module, name)))
         sys.addaudithook(self.audit)

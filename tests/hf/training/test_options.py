@@ -42,7 +42,7 @@ def own_fields(kind):
 
 
 def test_every_option_and_choice_reaches_the_configuration(monkeypatch):
-    # as if the package were installed
+    # pretend that the package is installed
     monkeypatch.setattr(placement, "find_spec", lambda name: name)
     found = {x.name: x for kind in (command.RunConfig, LensDistillConfig) for x in own_fields(kind)}
     assert found.keys() == GIVEN.keys()

@@ -57,7 +57,7 @@ def test_a_sharded_step_equals_that_of_one_process(ranks, case):
     for result in ranks.run(sharded_models.run, case):
         errors = result["errors"]
         if "mixed" in case:
-            # The gradients of these random blocks amplify the rounding of bfloat16.
+            # The gradients of the random blocks amplify the rounding of bfloat16.
             assert 0 < result["loss"] < 0.01 and 0 < errors["lm_head.weight"] < 0.1
         else:
             assert result["loss"] < 1e-6 and max(errors.values()) < 1e-5

@@ -274,7 +274,8 @@ def test_logged_speed_excludes_padding(tmp_path, monkeypatch):
 
 def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
     trainer = make_trainer(tmp_path)
-    # transformers' hyperparameter search stores the score of a trial in this attribute.
+    # transformers' hyperparameter search stores the score of a trial in the attribute
+    # ``objective``.
     trainer.objective = 0.5
     trainer.train()
     assert trainer.lens_objective is not None and trainer.state.log_history[0]["lens"] > 0

@@ -92,7 +92,7 @@ def test_the_command_trains_lenses_that_predict_better(files, tmp_path, capsys):
 def test_files_of_both_layouts(tmp_path):
     made = dict(zip((2, 5), translators(), strict=True))
     save_translators(tmp_path / "own.safetensors", made)
-    # The package tuned-lens saves a state dict of the translators, with these names.
+    # The package tuned-lens saves a state dict of the translators, with names such as ``0.weight``.
     state = {f"{i}.{part}": getattr(x, part).detach() for i, x in made.items() for part in PARTS}
     torch.save(state, tmp_path / "params.pt")
     for path in (tmp_path / "own.safetensors", tmp_path):

@@ -106,7 +106,8 @@ def cluster_pass_kernel(
             lq = log_probability(held_s[i], statistics_s)
             lp = log_probability(held_t[i], statistics_t)
             f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-            # For these divergences, the sum of h is the reverse KL, because the sum of q - p is 0.
+            # For jeffreys and reverse_kl, the sum of h is the reverse KL, because the sum of q - p
+            # is 0.
             if DIVERGENCE == "jeffreys" or DIVERGENCE == "reverse_kl":
                 h_entry, _ = pointwise(lp, lq, beta, one_minus_beta, "reverse_kl")
             f += tl.sum(f_entry, 1)

@@ -11,10 +11,10 @@ import triton.language as tl
 
 from lens_kernels import divergence
 
-# Kernels replace logits of -inf by this number, because a difference of infinities is NaN.
+# The number that replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = tl.constexpr(divergence.FLOOR)
 NO_MASS = tl.constexpr(divergence.NO_MASS)
-# If |d| = |log p - log q| is below this number, p - q is computed by a series.
+# For |d| = |log p - log q| up to NEAR, p - q is computed by a series.
 NEAR = tl.constexpr(0.5)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lens_kernels.backends import row_groups
 
-# Triton must not compile special kernels for values of these arguments, because the values change
-# from call to call.
+# Arguments whose values change from call to call. Triton must not compile special kernels for some
+# of the values.
 COUNTS = ["tokens", "vocab_size", "tiles_per_split", "group_blocks", "first_column"]
 
 
@@ -36,7 +36,7 @@ class Tile:
 
     def options(self) -> dict[str, Any]:
         """Return the compiler options as keyword arguments of a launch."""
-        # Since Triton 3.10, multiplications and additions are fused only if this option is set.
+        # From Triton 3.10 on, multiplications and additions are fused only with enable_fp_fusion.
         return {"num_warps": self.warps, "num_stages": self.stages, "enable_fp_fusion": True}
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from lens_kernels.lens import LensHead
 
-# Triton can vectorise loads if widths and strides are multiples of this many elements.
+# Widths and strides are multiples of 16 elements, so that Triton can vectorise loads.
 ALIGNMENT = 16
 
 

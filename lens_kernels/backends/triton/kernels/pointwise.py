@@ -31,7 +31,7 @@ from lens_kernels.options import Divergence
 
 
 def name_of(divergence: Divergence | None, beta: float) -> str | None:
-    """Return the name of a divergence as ``pointwise`` takes it, or None for None."""
+    """Return the name that ``pointwise`` has for a divergence, or None without a divergence."""
     if divergence is Divergence.JSD and beta == 0.5:
         return "jsd_half"
     return None if divergence is None else divergence.value
@@ -64,7 +64,7 @@ def pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
         f = 0.5 * tl.where(near, (p + q) * symmetric_near(square), far)
         h = 0.5 * (q * log_ratio)
     elif DIVERGENCE == "jsd":
-        # Beyond these limits of d, the smaller of p and q does not change the result.
+        # If |d| is so large, the smaller of p and q does not change the result.
         d = tl.maximum(d, -80.0, propagate_nan=tl.PropagateNan.ALL)
         d = tl.minimum(d, 80.0, propagate_nan=tl.PropagateNan.ALL)
         # ``log(m / q) - d`` equals log(m / p) too, but loses digits for large d.

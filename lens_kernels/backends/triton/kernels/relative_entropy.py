@@ -31,7 +31,7 @@ def conditional(y, factor):
 
 @triton.jit
 def union(maximum, total, other_maximum, other_total, factor):
-    """Return the maximum and total of a union, and the log-probabilities of its two parts."""
+    """Return the maximum and total of two parts, and each part's log-probability in their union."""
     higher = tl.maximum(maximum, other_maximum)
     here = (maximum - higher) * factor
     there = (other_maximum - higher) * factor

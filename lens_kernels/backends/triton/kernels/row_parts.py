@@ -76,7 +76,8 @@ def given_statistics(statistics_ptr, row, factor):
     """Return the ``statistics`` of a row whose maximum logit and log of sum the caller knows."""
     maximum = tl.load(statistics_ptr + 2 * row)
     highest = maximum / factor
-    # Dividing the maximum by the factor rounds it. This adds the rounding error back.
+    # Dividing the maximum by the factor rounds it, so the rounding error is added to the log of the
+    # sum.
     log_sum = tl.load(statistics_ptr + 2 * row + 1) + (maximum - highest * factor)
     return highest, factor, log_sum
 

@@ -1,1 +1,1 @@
-"""The block sizes (tiles) of kernels: defaults and limits in ``sizes``, tuning, and saved tiles."""
+"""The block sizes (tiles) of the Triton kernels: defaults, tuning, and a file of tuned tiles."""

@@ -37,8 +37,8 @@ FEWEST_ACCUMULATORS = 64
 TOLERANCE = 1e-4
 # The bytes of logit gradients that a launch of sweep 3 writes.
 WORKSPACE_BYTES = 1 << 28
-# The compiler and the driver raise RuntimeErrors without a class of their own. These texts identify
-# such errors.
+# Texts that identify errors of the compiler and the driver, which are RuntimeErrors without a class
+# of their own.
 REJECTIONS = ("PassManager::run failed", "too many resources requested")
 
 Timer = Callable[[Callable[[], object]], float]

@@ -40,7 +40,7 @@ ARCHS = {
     arch.name: arch
     for arch in (
         Arch("sm_80", 166912),
-        Arch("sm_89", 101376),  # sm_86 and sm_120 have the same limits
+        Arch("sm_89", 101376),  # the limits of sm_89 also hold for sm_86 and sm_120
         Arch("sm_90", 232448),
         Arch("sm_100", 232448),
         Arch("gfx942", 65536, threads_per_warp=64),
@@ -48,7 +48,7 @@ ARCHS = {
     )
 }
 
-# From this hidden size on, GEMMs take most of the time, even with one program per multiprocessor.
+# From hidden size 2048 on, GEMMs take most of the time, even with one program per multiprocessor.
 WIDE = 2048
 
 

@@ -22,7 +22,7 @@ from lens_kernels.backends.triton.tiles.sizes import Arch, Sweep, arch_of, inval
 
 FORMAT = 1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# These fields identify a tile in the file.
+# The fields that identify a tile in the file.
 NAME = ("device", "triton", "sweep", "dtype", "width")
 
 # The key of a tile: the sweep, the operands' dtype, and the smaller hidden size.
@@ -98,7 +98,7 @@ def load(device: str, arch: Arch) -> dict[Key, Tile]:
 
 
 def save(device: str, key: Key, tile: Tile) -> None:
-    """Save a tile in place of one with the same GPU model, version of Triton and key.
+    """Save a tile. It replaces a tile with the same GPU model, version of Triton and key.
 
     The file is replaced as a whole. A lock prevents processes from writing at the same time.
     """
