@@ -9,19 +9,16 @@ from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import head_products
 from lens_kernels.backends.torch import pointwise_pass
 from lens_kernels.backends.torch.layout import row_stride
+from tests.support.grids import Shape
+from tests.support.problems import with_few_active_entries
 
 N, V, D = 24, 600, 16
 
 
 def problem():
-    """Return two models whose loss gradient is nearly zero for most vocabulary entries.
-
-    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
-    """
-    student = torch.randn(N, D, requires_grad=True)
-    teacher = student.detach() + 0.3 * torch.randn(N, D)
-    head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
-    return student, teacher, head, head.detach().clone()
+    made = with_few_active_entries(Shape((N,), V, D, D, 1))
+    heads = made.student_head.weight, made.teacher_head.weight
+    return made.student_hidden[0], made.teacher_hidden[0], *heads
 
 
 def gradients(threshold, student, teacher, head, teacher_head, **options):
@@ -92,10 +89,7 @@ def test_columns_above_the_threshold_are_used_at_any_token_weight(
 def test_the_threshold_applies_to_the_logits_gradient_at_any_scale(
     always_active, backend, scale, temperature
 ):
-    """The threshold is compared with the gradient of the logits, at any scale and temperature.
-
-    At scale 1/64 and temperature 10, the gradients of the GEMM's result are 640 times smaller.
-    """
+    """Here the gradients of the GEMM's result are 640 times smaller than those of the logits."""
     student, teacher, weight, teacher_weight = problem()
     with torch.no_grad():
         weight *= temperature / scale
@@ -203,10 +197,7 @@ def test_all_entries_are_used_if_most_are_active(share, above):
 @pytest.mark.parametrize("gap", [0.3, 1e-2])
 @pytest.mark.parametrize("rows", [N, 7])
 def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
-    """A preset such as "bf16" sets a threshold relative to the size of the gradient.
-
-    Near convergence, gradients are small, and a fixed threshold would skip every entry.
-    """
+    """Near convergence, gradients are small, and a fixed threshold would skip every entry."""
     student, _, head, teacher_head = problem()
     teacher = student.detach() + gap * torch.randn(N, D)
     inputs = student, teacher, head, teacher_head
@@ -228,10 +219,7 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
 def test_an_infinite_norm_keeps_every_entry(large):
-    """A relative threshold skips no entry if the gradient's norm is infinite.
-
-    In float32, the square of 1e25 is infinite.
-    """
+    """In float32, the square of 1e25 is infinite."""
     survey = head_products.ColumnStatistics()
     survey.add(torch.tensor([[large, 1.0, 0.0]]))
     assert survey.active(2.0**-9, relative=True).tolist() == [0, 1, 2]

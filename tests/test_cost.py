@@ -42,10 +42,7 @@ def test_planned_operations_and_operands_match_the_counts(monkeypatch, workspace
 
 
 def test_chunks_of_the_vocabulary_cost_more_memory_traffic():
-    """A smaller workspace holds smaller chunks of the vocabulary, and more chunks read more memory.
-
-    The smallest chunk has 128 entries: 2 MiB for 8192 tokens in 16 bits.
-    """
+    """The smallest chunk has 128 entries: 2 MiB for 8192 tokens in 16 bits."""
     sizes = (8192, 128 * 250, 64, 32)
     whole, parts = (plan(*sizes, workspace_bytes=n)["triton"] for n in (10**9, 4 * MIB + 1))
     assert whole.workspace_bytes == 8192 * 128 * 250 * 2

@@ -90,11 +90,7 @@ def test_a_compiled_graph_does_not_read_the_tile_file(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("how", ["eager", "fullgraph"])
 def test_auto_uses_the_backend_that_the_plan_estimates_to_be_cheaper(monkeypatch, how):
-    """``auto`` uses ``torch`` in a large workspace and ``triton`` in a small one.
-
-    With small chunks, ``torch`` reads the head and writes the head gradient again for every few
-    tokens.
-    """
+    """With small chunks, ``torch`` reads and writes the head gradient for every few tokens."""
     entry = dispatch.REGISTRY["triton"]
     anywhere = dataclasses.replace(entry, auto_excluded_reason=lambda *args: None)
     monkeypatch.setitem(dispatch.REGISTRY, "triton", anywhere)

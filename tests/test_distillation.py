@@ -32,10 +32,7 @@ NO_LENS = Shape((5, 7), 97, 33, 17, 0)
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("kd_ratio", [0.3, 1.0])
 def test_terms_and_gradients(backend, feature, kd_ratio):
-    """All terms and gradients match the oracle's.
-
-    The temperature applies to the divergences, but not to the cross entropy.
-    """
+    """The temperature applies to the divergences, but not to the cross entropy."""
     problem = make_objective(**FEATURES[feature])
     options = {"labels": some_labels(), "kd_ratio": kd_ratio}
     check_objective(problem, backend=backend, room=several_chunks(BATCH), **options)

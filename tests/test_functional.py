@@ -51,7 +51,7 @@ def test_every_shape(backend, shape, divergence):
 
 @pytest.mark.parametrize("rows", [0, 1, 4, 36, 37, 38])
 def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
-    """Chunks of any size give the same result: less than one row, one row, or up to all 37 rows.
+    """Chunks have less than one row, one row, or up to all 37 rows.
 
     With 4 and 36 rows, the last chunk has one row.
     """
@@ -61,18 +61,13 @@ def test_chunks_of_any_size_give_the_same_numbers(backend, rows):
 
 @pytest.mark.parametrize("beta", [1e-6, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3, 1 - 1e-6])
 def test_beta_is_the_weight_of_the_teacher(backend, beta):
-    """``beta`` is the teacher's weight in the jsd's mixture.
-
-    At the extremes, the mixture differs from one distribution by 1e-6, and the jsd is still
-    accurate.
-    """
+    """At extreme values of beta, the mixture differs from one distribution by 1e-6."""
     check(make(ODD, std=2.0), backend=backend, beta=beta)
     check(related(ODD, 2.0), 1e-5, backend=backend, beta=beta)
 
 
 @pytest.mark.parametrize("narrow", ["hidden", "head"])
 def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
-    """A float32 head may read 16-bit hidden states, and a 16-bit head may read float32 states."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
     # The Triton kernels round hidden states to the head's dtype.
@@ -95,10 +90,7 @@ INFINITE = {
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("side", INFINITE)
 def test_divergences_are_infinite_only_where_the_formula_is(backend, side, divergence):
-    """A divergence is infinite only if its formula gives infinity.
-
-    One entry of the kernel's first tile and all entries of its last tile have no mass.
-    """
+    """One entry of the kernel's first tile and all entries of its last tile have no mass."""
     vocab = 211
     problem = make(Shape((9,), vocab, 8, 12, 1), bias=True, divergence=divergence)
     gone = torch.zeros(vocab, dtype=torch.bool)
@@ -200,10 +192,9 @@ def test_masked_rows_have_no_effect(backend, garbage, reduction):
 
 
 def test_masked_rows_have_no_effect_under_an_infinite_upstream_gradient(backend):
-    """Masked rows get no gradient, even where the upstream gradient is infinite.
+    """The test takes square roots of losses.
 
-    The test takes square roots of losses. A masked row has loss 0, where the root has an infinite
-    slope.
+    A masked row has loss 0, where the root has an infinite slope.
     """
     problem = make(BATCH)
     mask = torch.rand(BATCH.leading) < 0.6
@@ -252,10 +243,7 @@ def test_layer_weights(backend, reduction, kind):
 
 @pytest.mark.parametrize("make_denominator", [float, int, lambda n: torch.tensor([n])])
 def test_micro_batches_accumulate_to_the_whole_batch(backend, make_denominator):
-    """The losses of micro-batches add up to that of the whole batch, if they share its denominator.
-
-    They have unequal numbers of tokens, and one micro-batch has none.
-    """
+    """The micro-batches have unequal numbers of tokens, and one has none."""
     problem = make(BATCH, norm="rms", bias=True)
     mask = torch.rand(BATCH.leading) < 0.5
     mask[3] = False
@@ -279,7 +267,6 @@ def test_a_denominator_below_one_is_not_clamped(backend, denominator):
 @pytest.mark.parametrize("vocab", [(97, 97), (97, 120), (120, 97)])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_vocabulary_prefix(backend, feature, vocab):
-    """Both softmaxes use only the prefix of the vocabulary, and later entries get no gradient."""
     prefix, shape = 90, Shape(BATCH.leading, 120, BATCH.student, BATCH.teacher, BATCH.pairs)
     problem = make(shape, **FEATURES[feature])
     problem.student_head, problem.teacher_head = (
@@ -319,10 +306,7 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
-    """Results are right if both models give an entry the probability e^-120.
-
-    In float32 this probability is 0, and 0 log 0 would be NaN.
-    """
+    """In float32 the probability e^-120 is 0, and 0 log 0 would be NaN."""
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
     z_s[..., 7], z_t[..., 7] = 0.0, 0.0
@@ -337,7 +321,7 @@ def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergen
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergence):
-    """Columns at -inf in both models have no effect: removing them gives the same result."""
+    """Removing these columns gives the same result."""
     features = {"bias": True, "norm": "layer", "temperature": 1.5, "divergence": divergence}
     closed = torch.zeros(BATCH.vocab, dtype=torch.bool)
     closed[[0, 13, 14, BATCH.vocab - 1]] = True
@@ -353,17 +337,14 @@ def test_columns_at_minus_infinity_in_both_models_are_ignored(backend, divergenc
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, divergence):
-    """Near convergence, the loss is accurate and not negative.
-
-    A formula with cancellation would lose all digits in float32.
-    """
+    """A formula with cancellation would lose all digits in float32."""
     gpu_checks.near_convergence(CPU, backend, divergence)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_row_is_negative(backend, divergence, dtype):
-    """The loss of a token is never negative, for models from almost equal to unrelated."""
+    """The models are almost equal, unrelated, or between these cases."""
     problem = make(ODD, std=3.0, divergence=divergence)
     problem.teacher_head = LensHead(problem.student_head.weight.detach())
     for distance in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):

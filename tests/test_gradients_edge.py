@@ -20,10 +20,6 @@ SUBSETS = [set(s) for n in (1, 2, 5, 6) for s in itertools.combinations(LEAVES, 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_frozen_sides_in_every_combination(backend, reduction):
-    """Freezing some tensors does not change the gradients of the others.
-
-    Frozen tensors get no gradient.
-    """
     # The test makes 56 calls, so the shape is small enough for one tile.
     shape = Shape((3, 4), 61, 33, 17, 2)
     problem = make(shape, **FEATURES["everything"])
@@ -176,10 +172,7 @@ def test_double_backward_is_refused_clearly(of, reduction, keep):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_teacher_made_in_inference_mode(reduction):
-    """A teacher's tensors may come from ``torch.inference_mode``.
-
-    The deferred backward pass needs them, although autograd refuses to save them.
-    """
+    """The deferred backward pass needs the teacher's tensors, which autograd refuses to save."""
     problem = make(BATCH, norm="rms", bias=True)
     upstream = torch.rand(2, *BATCH.leading) if reduction == "none" else None
     options = {"upstream": upstream, "reduction": reduction}
@@ -216,7 +209,6 @@ def test_inputs_that_are_not_contiguous(backend, reduction):
 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 def test_leaves_that_are_views_and_shared(backend):
-    """A tensor and slices of it may be used in several pairs, and their gradients add up."""
     base = torch.randn(6, 9, requires_grad=True)
     teacher = torch.randn(5, 9)
     head, other = torch.randn(2, 17, 9)
@@ -227,10 +219,7 @@ def test_leaves_that_are_views_and_shared(backend):
 
 
 def test_float16_gradients_do_not_underflow_in_a_long_batch():
-    """Float16 gradients of a mean over 4000 tokens do not underflow.
-
-    The division by 4000 is applied after the GEMMs.
-    """
+    """The division by 4000 is applied after the GEMMs."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0).to(torch.float16)
     _, expected = oracle(problem)
     _, grads = ours(problem)
@@ -240,10 +229,9 @@ def test_float16_gradients_do_not_underflow_in_a_long_batch():
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize("divergence", ["jsd", "reverse_kl", "forward_kl"])
 def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence):
-    """Float16 gradients are accurate near convergence.
+    """Heads that differ by 0.3 % have logit gradients near 1e-7.
 
-    Heads that differ by 0.3 % have logit gradients near 1e-7. Float16 would keep only one digit of
-    such numbers.
+    Float16 would keep only one digit of such numbers.
     """
     torch.manual_seed(0)
     hidden = torch.randn(64, 32).half().requires_grad_()
@@ -264,10 +252,9 @@ def test_float16_gradients_do_not_underflow_near_convergence(backend, divergence
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 @pytest.mark.parametrize(("divergence", "size"), [("reverse_kl", 100.0), ("jeffreys", 100.5)])
 def test_float16_gradients_of_large_log_ratios_do_not_overflow(backend, divergence, size):
-    """Float16 gradients do not overflow if the models' log-probabilities differ much.
+    """The student gives both entries the probability 1/2.
 
-    The student gives both entries the probability 1/2, and the teacher gives the second entry
-    exp(-400).
+    The teacher gives the second entry the probability exp(-400).
     """
     student = torch.zeros(1, 2, dtype=torch.float16, requires_grad=True)
     teacher, head = torch.tensor([[0.0, -400.0]]).half(), torch.eye(2).half()

@@ -153,10 +153,7 @@ L = math.log(2)
 
 
 def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
-    """Logits are divided by the temperature, and the loss is not multiplied by its square.
-
-    At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22.
-    """
+    """At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22."""
     value = (16 * 4 * L + 4 * 2 * L - 2 * L - 4 * L) / 22
     assert value == pytest.approx(2.0794415416798357, rel=1e-12)
     assert agrees(forward_kl(logits(Q), logits(P), temperature=0.5), value)
@@ -206,10 +203,9 @@ def test_norms(forward_kl, norm, first, second):
 
 
 def test_reductions_and_weights(forward_kl):
-    """Reductions use the mask, the denominator and the layer weights.
+    """One pair has a loss of 7/8 ln 2 for each token, and the other pair 0.
 
-    One pair has a loss of 7/8 ln 2 for each token, and the other pair 0. One of three tokens is
-    masked.
+    One of three tokens is masked.
     """
     student, teacher = logits(Q).expand(3, 4), logits(P).expand(3, 4)
     pairs = ([student, teacher], [teacher, teacher])
@@ -226,10 +222,7 @@ def test_reductions_and_weights(forward_kl):
 
 @pytest.mark.parametrize(("backend", "dtype"), PRECISIONS)
 def test_the_whole_objective(backend, dtype):
-    """The objective is the weighted sum of its terms.
-
-    The terms are one lens pair of jsd, a final reverse KL of 7/8 ln 2, and a cross entropy of ln 8.
-    """
+    """The terms are one lens pair of jsd, a final reverse KL and a cross entropy of ln 8."""
     eye = torch.eye(4, dtype=dtype)
     out = distillation_loss(
         [logits(Q, dtype)],

@@ -84,7 +84,6 @@ def test_write_tables_replaces_the_tables_of_the_page(tmp_path):
 
 
 def test_page_agrees_with_the_csv(tmp_path):
-    """The committed page has the tables that the committed CSV gives."""
     copy, text = tmp_path / "page.md", speed_vs_peers.PAGE.read_text()
     copy.write_text(text)
     bars.write_tables(copy, tables.read_csv(environment.DATA / "cpu" / "speed_vs_peers.csv"))

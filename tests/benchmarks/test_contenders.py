@@ -107,10 +107,7 @@ def test_fake_tensors_predict_the_memory_of_a_real_run(contender, pairs):
 
 
 def test_fake_tensors_predict_the_memory_of_the_compiled_pass(monkeypatch):
-    """Fake tensors predict the memory of a large call, which compiles its pass.
-
-    With fake tensors, a substitute for the compiled pass allocates the same memory.
-    """
+    """With fake tensors, a substitute for the compiled pass allocates the same memory."""
     monkeypatch.setattr(providers.pointwise_pass, "CPU_COMPILE_LOGITS", 0)
     job = Job(tokens=256, vocab=20000, student_width=16, teacher_width=24)
     assert_fakes_are_right(CONTENDERS["lens_kernels"], job, kept=False)

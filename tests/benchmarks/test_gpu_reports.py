@@ -64,10 +64,7 @@ def test_fatal(backend): os._exit(3)
 
 
 def test_the_report_has_a_row_for_every_test_in_order(tmp_path):
-    """The report has one row for each test, in order.
-
-    If a test ends its process, the rows of earlier tests are kept.
-    """
+    """If a test ends its process, the rows of earlier tests are kept."""
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_gpu.py").write_text(PROBE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
@@ -241,10 +238,7 @@ def test_the_steps_are_in_the_order_of_their_worth(tmp_path):
 
 
 def test_a_step_that_hangs_or_fails_is_recorded_and_the_others_run(tmp_path, monkeypatch, capsys):
-    """A step that hangs or fails is recorded, and the other steps run.
-
-    The steps that must end have long limits, so that the test passes on a slow machine.
-    """
+    """The steps that must end have long limits, so that the test passes on a slow machine."""
     real = gpu_day.steps
 
     def steps(args):

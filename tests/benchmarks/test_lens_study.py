@@ -254,10 +254,7 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
 
 @pytest.mark.slow
 def test_distillation_improves_on_fine_tuning_and_the_lens_on_distillation(tmp_path, capsys):
-    """Distillation lowers KL, and the lens lowers it further.
-
-    The test's KL shares no code with the loss, so it would reveal a lens without effect.
-    """
+    """The test's KL shares no code with the loss, so it would reveal a lens without effect."""
     lens_study.main(["--quick", "--jobs", "1", "--out", str(tmp_path)])
     found = runs.read(tmp_path / "runs.csv")
     kd, lens, sft = (found[run.key] for run in groups.quick().runs())

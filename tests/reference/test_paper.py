@@ -103,10 +103,7 @@ def test_epsilon_makes_the_divergence_of_identical_models_negative(vocab, value)
 
 
 def test_without_the_final_norm_lenses_are_nearly_one_hot(problem, mask):
-    """Without the final norm, lens distributions are nearly one-hot.
-
-    Hidden states grow with depth, and the norm scales them to the size that the head expects.
-    """
+    """Hidden states grow with depth. The norm scales them to the size that the head expects."""
     raw = published(problem, mask, Quirks(final_norm=False))
     assert raw.item() == pytest.approx(pair_by_pair(problem, mask, final_norm=False), rel=1e-12)
     assert abs(raw / published(problem, mask, OURS) - 1) > 0.01

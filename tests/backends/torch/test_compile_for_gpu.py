@@ -39,10 +39,7 @@ def test_only_the_number_of_rows_varies(monkeypatch):
 
 
 def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
-    """The compiled pass for GPUs gets each tile in one block.
-
-    Meta tensors, which hold no data, replace the tensors on a GPU.
-    """
+    """Meta tensors, which hold no data, replace the tensors on a GPU."""
     call, calls = capture_call(monkeypatch, make(ODD)), []
 
     def compile(function):
@@ -63,8 +60,5 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
 
 
 def test_an_uncompiled_pass_takes_small_blocks_on_a_gpu():
-    """An uncompiled pass on a GPU gets a tile in small blocks.
-
-    Its temporary tensors are as large as a block.
-    """
+    """The pass's temporary tensors are as large as a block."""
     assert pointwise_pass.block_rows(torch.device("cuda"), False, 700, 50000) == 43

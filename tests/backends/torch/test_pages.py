@@ -108,10 +108,7 @@ print(faults())
 
 @glibc
 def test_freed_blocks_are_kept():
-    """glibc keeps freed blocks for later tensors.
-
-    Otherwise five rounds of twelve 4 MiB blocks would cause 60,000 page faults.
-    """
+    """If all blocks were freed, these rounds would cause 60,000 page faults."""
     command = [sys.executable, "-c", FAULTS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2000

@@ -73,7 +73,6 @@ def laid_out(problem, layout):
 @pytest.mark.parametrize("feature", ["bias", "everything"])
 @pytest.mark.parametrize("layout", [padded_rows, far_rows, transposed, every_other, offset])
 def test_layouts(garbage, layout, feature, masked, width):
-    """Tensors of any layout give the same loss and gradients, with and without a norm."""
     problem = make(Shape((5, 7), 97, width, 48, 1), std=2.0, **FEATURES[feature])
     options = {"mask": torch.rand(5, 7) < 0.5} if masked else {}
     moved = laid_out(problem, layout)
@@ -135,7 +134,6 @@ def test_sizes(garbage, size, divergence, norm):
 
 @pytest.mark.parametrize("divergence", ["jsd", "forward_kl"])
 def test_an_upstream_gradient_in_any_layout(divergence):
-    """The gradient of per-token losses may be a transpose or every other entry of a tensor."""
     problem = make(BATCH, divergence=divergence)
     for upstream in (torch.randn(5, 7, 2).permute(2, 0, 1), torch.randn(2, 5, 14)[..., ::2]):
         assert upstream.shape == (BATCH.pairs, *BATCH.leading)

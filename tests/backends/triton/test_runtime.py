@@ -110,10 +110,7 @@ def test_new_numbers_do_not_recompile_the_kernels(compiled):
 
 
 def test_the_numbers_of_a_call_reach_the_kernels_as_floats(monkeypatch):
-    """Options of a call that are given as integers reach the kernels as floats.
-
-    Triton would compile another kernel for an integer, and one more for the integer 1.
-    """
+    """Triton would compile another kernel for an integer, and one more for the integer 1."""
     package = importlib.import_module("lens_kernels.backends.triton")
     head_of = package.evaluate.__globals__["_Head"]
     calls = recorded(monkeypatch, package, "evaluate")

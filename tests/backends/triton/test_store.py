@@ -67,10 +67,7 @@ def test_the_file_is_read_once_and_never_by_the_interpreter(compiled, monkeypatc
 
 
 def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
-    """A call runs with the tuned tiles.
-
-    A sweep that reads both models looks up a tile by the smaller hidden size.
-    """
+    """A sweep that reads both models looks up a tile by the smaller hidden size."""
     monkeypatch.setattr(store, "lookup", lambda sweep, *key: FAST if sweep is GRADIENTS else None)
     asked = recorded(monkeypatch, store, "lookup")
     used = recorded(monkeypatch, importlib.import_module(evaluate.__module__), "gradient_chunk")
@@ -84,11 +81,7 @@ def test_a_call_uses_the_tuned_tiles(compiled, monkeypatch):
 
 @pytest.mark.parametrize("extra", [{"bias": torch.zeros(70)}, {"softcap": 3.0}])
 def test_tiles_tuned_without_bias_and_softcap_are_not_used_with_them(monkeypatch, extra):
-    """Heads with a bias or softcap do not use tuned tiles.
-
-    Tuning measures heads without a bias or softcap. These take registers, so a tuned tile may not
-    fit.
-    """
+    """A bias or softcap takes registers, so a tuned tile may not fit."""
     monkeypatch.setattr(store, "lookup", None)
     student = torch.randn(5, 24, requires_grad=True)
     heads = LensHead(torch.randn(70, 24), **extra), LensHead(torch.randn(70, 24))

@@ -36,10 +36,9 @@ def rows(problem, **options):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_near_convergence(layout, divergence):
-    """Near convergence, the sums over the vocabulary lose no digits.
+    """All logits are multiples of 2^-16 below 64, which float32 represents exactly.
 
-    All logits are multiples of 2^-16 below 64, which float32 represents exactly. Any error is
-    therefore an error of the sums.
+    Any error is therefore an error of the sums.
     """
     fine, coarse = 2.0**-12, 2.0**-4
     student = (torch.randn(SPLITS.tokens, 16) / fine).round() * fine
@@ -69,10 +68,7 @@ CLOSED = {
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("where", CLOSED)
 def test_tiles_and_splits_at_minus_infinity_in_both_models(layout, where, divergence):
-    """Vocabulary entries at -inf in both models have no effect.
-
-    Removing these entries gives the same result.
-    """
+    """Removing these vocabulary entries gives the same result."""
     closed = torch.zeros(SPLITS.vocab, dtype=torch.bool)
     closed[list(CLOSED[where])] = True
     problem = make(SPLITS, std=3.0, bias=True, divergence=divergence)
@@ -111,7 +107,6 @@ def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence)
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("peaks", [(5, 839), (839, 5), (280, 500), (127, 128)])
 def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
-    """The two models may have their largest logits in different tiles and splits."""
     problem = make(SPLITS, std=1.0, bias=True, divergence=divergence)
     heads = problem.student_head, problem.teacher_head
 
@@ -140,10 +135,9 @@ def test_the_number_of_splits_does_not_matter(monkeypatch, processors, divergenc
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("blocks", [(16, 32, 64), (32, 16, 32), (128, 128, 16)])
 def test_the_tile_does_not_matter(monkeypatch, blocks, divergence):
-    """Kernels with any tile give right results.
+    """The hidden sizes 33 and 17 are padded to 48 and 32.
 
-    The hidden sizes 33 and 17 are padded to 48 and 32. A step of 64 extends beyond both padded
-    sizes, and a step of 32 beyond 48.
+    A step of 64 extends beyond both padded sizes, and a step of 32 beyond 48.
     """
     problem = make(Shape((17,), 50, 33, 17, 1), std=3.0, **FEATURES["everything"])
     module = importlib.import_module("lens_kernels.backends.triton.evaluate")
@@ -169,7 +163,6 @@ def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, div
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_stays_in_its_row(divergence, side):
-    """A NaN in a hidden state makes the loss of its row NaN, and no other loss."""
     problem = make(Shape((40,), 97, 33, 17, 1), **FEATURES["everything"], divergence=divergence)
     clean = rows(problem).detach()
     bad = torch.zeros(40, dtype=torch.bool)

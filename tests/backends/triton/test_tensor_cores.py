@@ -116,10 +116,7 @@ def test_the_loss_is_exact_and_gradients_are_rounded_once(
 @pytest.mark.parametrize(("norm", "divergence"), [("rms", "jsd"), ("layer", "reverse_kl")])
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergence):
-    """The norm's result is rounded to 16 bits for the GEMM.
-
-    The loss is then about as accurate as that of plain torch.
-    """
+    """The loss is about as accurate as that of plain torch."""
     problem = make(BATCH, std=2.0, norm=norm, divergence=divergence).to(dtype)
     ulp = torch.finfo(dtype).eps
     check_beside(
@@ -137,10 +134,7 @@ def test_the_norm_s_result_is_rounded_to_16_bits(evaluate, dtype, norm, divergen
     [("torch", torch.float16), ("torch", torch.bfloat16), ("triton", torch.float16)],
 )
 def test_gradients_of_a_long_batch_do_not_underflow(evaluate, dtype):
-    """Token weights are applied after the GEMMs.
-
-    If weights were applied to the logits' gradient first, its entries would underflow in float16.
-    """
+    """Token weights before the GEMMs would make the logits' gradient underflow in float16."""
     problem = make(Shape((4000,), 31, 8, 8, 1), std=2.0, layer_weights=[1e-8]).to(dtype)
     check(evaluate(problem)[0], oracle(problem))
 

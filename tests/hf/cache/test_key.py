@@ -209,9 +209,9 @@ def test_build_disables_gradients_and_reports_size_and_summary(tmp_path, model):
 
 
 def test_second_builder_of_a_cache_waits_for_the_first(tmp_path, model, monkeypatch):
-    """A second process that opens a cache waits until the first has built it.
+    """Threads play the two processes.
 
-    Threads play the two processes. The first continues only after the second logs that it waits.
+    The first continues only after the second logs that it waits.
     """
     folder, key, makers, said, found = tmp_path / "cache", key_of(model), [], [], []
     begun, waits = threading.Event(), threading.Event()

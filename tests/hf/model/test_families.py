@@ -144,10 +144,9 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_padding_row_of_zeros_is_no_difference(kind):
-    """An embedding of zeros passes the check.
+    """New models have a padding row of zeros if their config sets a padding token.
 
-    A new model has such an embedding if its config sets a padding token, which is the default for
-    gemma2, gemma3 and cohere.
+    Configs of gemma2, gemma3 and cohere do so by default.
     """
     model = tiny.model(kind, pad_token_id=0)
     model.get_input_embeddings().weight.data[0] = 0.0
@@ -253,10 +252,7 @@ def test_a_family_that_does_not_fit_the_model_is_refused(register, change, error
 
 
 def test_a_model_without_final_norm_has_a_lens():
-    """A model without a final norm has a lens without a norm.
-
-    OPT-350M has no final norm, but it projects hidden states before the head, so it has no lens.
-    """
+    """OPT-350M has no lens: it has no final norm, but projects hidden states before the head."""
     model = tiny.model("opt", do_layer_norm_before=False)
     assert fam.final_norm_of(model) is None and lens_head_from(model).norm is None
     ids = IDS[:, :7]

@@ -58,10 +58,7 @@ def skipping(model, blocks, ids):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("kind", [x for x in tiny.KINDS if x != "phi"])
 def test_shallow_copy_equals_the_teacher_without_the_other_blocks(kind, tied):
-    """A copy of some blocks computes the same as the teacher without the other blocks.
-
-    Each block keeps its attention type: blocks 1, 3 and 5 may use a sliding window.
-    """
+    """Each block keeps its attention type: blocks 1, 3 and 5 may use a sliding window."""
     teacher = tiny.model(kind, layers=5, tie_word_embeddings=tied)
     ids = torch.arange(2, 26).view(2, 12)
     student = shallow_copy(teacher, [2, 3, 5]).eval()
@@ -107,10 +104,7 @@ def test_lists_by_layer_are_cut_and_lists_of_ids_are_not():
 
 
 def test_a_shallow_copy_does_not_keep_the_teachers_name(tmp_path):
-    """A shallow copy has no name, although its teacher has one.
-
-    Otherwise an adapter of the copy would record the teacher as its base model.
-    """
+    """With this name, an adapter of the copy would record the teacher as its base model."""
     tiny.model().save_pretrained(tmp_path)
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path)
     student = peft.get_peft_model(shallow_copy(teacher, [1, 3]), peft.LoraConfig())
@@ -130,10 +124,7 @@ def test_a_shallow_copy_shares_nothing_can_be_trained_and_generates_alike():
 
 
 def test_shallow_copy_has_the_teachers_dtypes_and_device():
-    """A shallow copy has the teacher's dtypes and device.
-
-    Rotary frequencies stay float32, although no checkpoint contains them.
-    """
+    """Rotary frequencies stay float32, although no checkpoint contains them."""
     teacher = tiny.model().to(torch.bfloat16)
     teacher.model.norm.float()
     teacher.model.rotary_emb.float()

@@ -142,10 +142,7 @@ def test_logged_entropies_match_the_models_distributions(tmp_path, monkeypatch):
 
 
 def test_logged_speed_excludes_evaluation(tmp_path, monkeypatch):
-    """The logged speed counts only training steps.
-
-    On the fake clock, a step takes one second, and everything else takes an hour.
-    """
+    """On the fake clock, a step takes one second, and everything else takes an hour."""
     now = [0.0]
     monkeypatch.setattr(meter, "perf_counter", lambda: now[0])
 
@@ -283,7 +280,7 @@ def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
     assert trainer.lens_objective is not None and trainer.state.log_history[0]["lens"] > 0
 
 
-def test_fine_tuning_stores_no_logits(tmp_path, monkeypatch):
+def test_fine_tuning_stores_no_logits(tmp_path):
     """Training and evaluation do not run the model's head, unless the model computes the loss."""
     trainer = make_trainer(tmp_path, teacher=False, kd_ratio=0.0)
     heads = []
