@@ -281,7 +281,7 @@ def test_a_hyperparameter_search_leaves_the_lens_objective(tmp_path):
     assert trainer.lens_objective is not None and trainer.state.log_history[0]["lens"] > 0
 
 
-def test_fine_tuning_stores_no_logits(tmp_path, monkeypatch):
+def test_fine_tuning_stores_no_logits(tmp_path):
     """Training and evaluation run the model's head only if the model computes the loss."""
     trainer = make_trainer(tmp_path, teacher=False, kd_ratio=0.0)
     heads = []
