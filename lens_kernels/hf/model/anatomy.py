@@ -7,12 +7,11 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from lens_kernels.hf.model.detection import find_decoder, find_lens, traced
+from lens_kernels.hf.model.detection import find_decoder, find_lens
 from lens_kernels.hf.model.families import REGISTERED, Family, causal_lm_of, class_name
-from lens_kernels.hf.model.fitting import MapFit, NormFit, settings_of
-from lens_kernels.hf.model.parts import ModelLens, block_list, plain_norm, submodule
+from lens_kernels.hf.model.parts import ModelLens, NormFit
 from lens_kernels.hf.model.state import measured
-from lens_kernels.hf.model.tracing import Trace
+from lens_kernels.hf.model.tracing import Trace, settings_of, trace
 from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
@@ -35,7 +34,7 @@ def detect_lens(model: Any) -> ModelLens:
     """
     inner = causal_lm_of(model)
     known = _remembered(inner)
-    return _find(model, inner) if known is None else known
+    return _checked(inner, None) if known is None else known
 
 
 def verify_lens(model: Any) -> None:
@@ -45,111 +44,89 @@ def verify_lens(model: Any) -> None:
         ValueError: The lens's logits differ from the model's, or its norm from the model's norm.
     """
     inner = causal_lm_of(model)
-    known = _remembered(inner)
-    if known is None:
-        _find(model, inner)
-    else:
-        measured(inner, lambda: _check_known(model, inner, known))
+    _checked(inner, _remembered(inner))
 
 
-def _check_known(model: Any, inner: Any, lens: ModelLens) -> None:
-    parts = lens.blocks_in(inner)[-1], lens.decoder_in(inner)
-    check_lens(model, inner, lens, traced(model, inner, parts))
-
-
-def _find(model: Any, inner: Any) -> ModelLens:
+def _checked(inner: Any, known: ModelLens | None) -> ModelLens:
+    """Return a lens that was compared with the model's logits: the known one, or a detected one."""
     family = REGISTERED.get(inner.config.model_type)
 
-    def search() -> ModelLens:
-        run = traced(model, inner)
-        if family is None:
-            found = find_lens(model, inner, run)
-        else:
-            found = _named_lens(inner, family, run)
-        check_lens(model, inner, found, run)
+    def check() -> ModelLens:
+        run = trace(inner)
+        found = known or (find_lens(run) if family is None else _named_lens(family, run))
+        check_lens(found, run)
         return found
 
-    found = measured(inner, search)
+    found = measured(inner, check)
     _FOUND[inner] = _depends_on(inner, found), found
     return found
 
 
 def _remembered(inner: Any) -> ModelLens | None:
-    if inner not in _FOUND:
-        return None
-    parts, found = _FOUND[inner]
+    parts, found = _FOUND.get(inner, ([], None))
     try:
-        return found if parts == _depends_on(inner, found) else None
-    except ValueError:  # the model no longer has a part of the lens
+        return found if found and parts == _depends_on(inner, found) else None
+    except AttributeError:  # the model no longer has a part of the lens
         return None
 
 
 def _depends_on(inner: Any, lens: ModelLens) -> list[object]:
     """Return the modules and numbers that a lens depends on. Modules are compared by identity."""
     norm = lens.norm_in(inner)
-    settings = settings_of(inner).items()
     return [
         REGISTERED.get(inner.config.model_type),
         inner.get_output_embeddings(),
         norm,
-        *submodule(inner, lens.blocks, "blocks").children(),
+        *inner.get_submodule(lens.blocks).children(),
         *(x for x in (() if norm is None else vars(norm).values()) if type(x) is float),
-        *(x for x in settings if type(x[1]) in (int, float) and "token" not in x[0]),
+        *(
+            (name, x)
+            for name, x in settings_of(inner).items()
+            if type(x) in (int, float) and "token" not in name
+        ),
     ]
 
 
-def _named_lens(inner: Any, family: Family, run: Trace) -> ModelLens:
-    blocks = block_list(inner, family.blocks)
-    norm = submodule(inner, family.norm, "norm")
-    plain_norm(norm)
-    names = [name for name in ("variance_epsilon", "eps") if hasattr(norm, name)]
-    if not names:
+def _named_lens(family: Family, run: Trace) -> ModelLens:
+    config = run.model.config.get_text_config()
+
+    def entry(name: str | None, default: Any) -> Any:
+        return default if name is None else getattr(config, name)
+
+    try:
+        blocks, norm = map(run.model.get_submodule, (family.blocks, family.norm))
+        eps = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+        scale = entry(family.logit_scale, 1.0) / entry(family.logit_divisor, 1.0)
+        softcap = entry(family.softcap, None)
+    except AttributeError as error:
+        raise ValueError(
+            f"{class_name(run.model)} does not fit its {family}: {error}. Correct the Family and"
+            " call register_family again, or pass a causal language model with its head"
+        ) from error
+    if not isinstance(blocks, nn.ModuleList):
         raise TypeError(
-            f"the model's final norm, a {type(norm).__name__}, has neither variance_epsilon nor"
-            " eps: build a LensHead by hand"
+            f"{family.blocks!r} of {class_name(run.model)} must be the nn.ModuleList of its blocks,"
+            f" got {type(blocks).__name__}: correct its Family.blocks"
         )
     called = run.last(norm)
     if called is None or called.returned is None:
         raise ValueError(
-            f"{class_name(inner)} does not call {family.norm!r}, which its Family.norm names"
+            f"{class_name(run.model)} does not call {family.norm!r}, which its Family.norm names"
         )
-    scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
-    softcap = _setting(inner, family.softcap, None)
-    return ModelLens(
-        family.blocks,
-        tuple(range(len(blocks))),
-        family.norm,
-        find_decoder(inner, run, family.blocks, called.returned),
-        NormFit(family.norm_kind, getattr(norm, names[0]), family.norm_offset),
-        MapFit(scale, softcap, run.logits.shape[-1]),
-    )
-
-
-def _setting(model: Any, name: str | None, default: Any) -> Any:
-    if name is None:
-        return default
-    config = model.config.get_text_config()
-    if not hasattr(config, name):
-        raise ValueError(
-            f"the config of {class_name(model)} has no entry {name!r}, as its Family says: correct"
-            " the Family and call register_family again"
-        )
-    return getattr(config, name)
+    decoder = find_decoder(run, family.blocks, called.returned)
+    fit = NormFit(family.norm_kind, eps, family.norm_offset)
+    ran, vocab_size = tuple(range(len(blocks))), run.logits.shape[-1]
+    return ModelLens(family.blocks, ran, family.norm, decoder, fit, 1.0, scale, softcap, vocab_size)
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
     """Return the blocks of the model that run, in their order."""
-    return detect_lens(model).blocks_in(causal_lm_of(model))
+    return detect_lens(model).blocks_in(model)
 
 
 def final_norm_of(model: Any) -> nn.Module | None:
     """Return the norm between the last block and the head, or None if there is none."""
-    return detect_lens(model).norm_in(causal_lm_of(model))
-
-
-def decoder_of(model: Any) -> nn.Module:
-    """Return the part of the model that returns the normed final hidden state."""
-    return detect_lens(model).decoder_in(causal_lm_of(model))
+    return detect_lens(model).norm_in(model)
 
 
 def lens_head_from(model: Any) -> LensHead:
@@ -161,4 +138,4 @@ def lens_head_from(model: Any) -> LensHead:
         ValueError: The model has no lens; the message says why.
         TypeError: The head or the final norm is quantised, sharded or wrapped by an adapter.
     """
-    return detect_lens(model).head_in(causal_lm_of(model))
+    return detect_lens(model).head_in(model)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from lens_kernels.hf.model.anatomy import blocks_of, decoder_of
-from lens_kernels.hf.model.detection import decode
-from lens_kernels.hf.model.tracing import hidden_of, hooked
+from lens_kernels.hf.model.anatomy import blocks_of, detect_lens
+from lens_kernels.hf.model.tracing import hidden_of, hooked, states_of
 
 
 @contextmanager
@@ -27,16 +27,13 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     captured: dict[int, Tensor] = {}
     blocks = blocks_of(model)
 
-    def keep(depth: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            states = hidden_of(output)
-            # A block returns its hidden states alone or first, as detection has checked.
-            assert states is not None
-            captured[depth] = states
+    def keep(depth: int, module: nn.Module, args: Any, output: Any) -> None:
+        states = hidden_of(output)
+        # A block returns its hidden states alone or first, as detection has checked.
+        assert states is not None
+        captured[depth] = states
 
-        return hook
-
-    with hooked(blocks[depth - 1].register_forward_hook(keep(depth)) for depth in layers):
+    with hooked(blocks[depth - 1].register_forward_hook(partial(keep, depth)) for depth in layers):
         yield captured
 
 
@@ -48,6 +45,6 @@ def hidden_states(
     The model's head does not run.
     """
     with capture(model, layers) as captured:
-        final = hidden_of(decode(decoder_of(model), inputs))
+        final = states_of(detect_lens(model).decoder_in(model), inputs)
     assert final is not None  # the decoder returns the normed final hidden state
     return [captured[depth] for depth in layers], final

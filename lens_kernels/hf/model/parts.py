@@ -1,4 +1,4 @@
-"""The paths of the modules that make up a model's lens, and the modules at these paths."""
+"""The parts of a model that make up its lens: their paths, numbers, and requirements."""
 
 from __future__ import annotations
 
@@ -9,9 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from lens_kernels import compat
-from lens_kernels.hf.model.families import class_name
-from lens_kernels.hf.model.fitting import MapFit, NormFit
+from lens_kernels.hf.model.families import causal_lm_of, class_name
 from lens_kernels.lens import LensHead, LensNorm
+
+
+@dataclass(frozen=True)
+class NormFit:
+    """How a norm computes: the arguments of ``LensNorm`` that are not tensors."""
+
+    kind: str
+    eps: float
+    offset: float
+
+    def lens_norm(self, norm: Any) -> LensNorm:
+        """Return the norm of a lens, with the parameters of ``norm``."""
+        weight, bias = plain_norm(norm)
+        return LensNorm(self.kind, weight, bias, eps=self.eps, offset=self.offset)
 
 
 @dataclass(frozen=True)
@@ -19,7 +32,7 @@ class ModelLens:
     """The paths and numbers of a model's lens. Paths start at the causal language model.
 
     ``logits = softcap * tanh(s / softcap)``, or ``s`` without a soft cap, where
-    ``s = scale * head(norm(h))`` and ``h`` is the last block's output.
+    ``s = scale * head(multiple * norm(h))`` and ``h`` is the last block's output.
 
     Attributes:
         blocks: Path of the ``nn.ModuleList`` of blocks.
@@ -27,8 +40,10 @@ class ModelLens:
         norm: Path of the final norm, or None if there is none.
         decoder: Path of the module that returns the normed final states without running the head.
         norm_fit: Kind, eps and offset of the norm.
-        map: How the head's products become logits: scale, soft cap, and number of logits.
-        multiple: The number that multiplies the normed states before the head; part of ``scale``.
+        multiple: The number that multiplies the normed states before the head; part of ``s``.
+        scale: The number that multiplies the head's products.
+        softcap: The soft cap, or None.
+        vocab_size: Number of logits; fewer than the head's rows if the model leaves some out.
     """
 
     blocks: str
@@ -36,56 +51,32 @@ class ModelLens:
     norm: str | None
     decoder: str
     norm_fit: NormFit | None
-    map: MapFit
-    multiple: float = 1.0
+    multiple: float
+    scale: float
+    softcap: float | None
+    vocab_size: int
 
     def blocks_in(self, model: Any) -> list[nn.Module]:
         """Return the blocks that run, in order."""
-        blocks = block_list(model, self.blocks)
+        blocks = causal_lm_of(model).get_submodule(self.blocks)
         return [blocks[i] for i in self.indices]
 
     def norm_in(self, model: Any) -> nn.Module | None:
         """Return the norm between the last block and the head."""
-        return None if self.norm is None else submodule(model, self.norm, "norm")
+        return None if self.norm is None else causal_lm_of(model).get_submodule(self.norm)
 
     def decoder_in(self, model: Any) -> nn.Module:
         """Return the part of the model that returns the normed final hidden state."""
-        return submodule(model, self.decoder, "blocks")
+        part: nn.Module = causal_lm_of(model).get_submodule(self.decoder)
+        return part
 
     def head_in(self, model: Any) -> LensHead:
         """Return the lens head, which shares the model's parameters."""
         head, norm = plain_head(model), self.norm_in(model)
-        lens_norm = None
-        if self.norm_fit is not None:
-            fit = self.norm_fit
-            weight, bias = plain_norm(norm)
-            lens_norm = LensNorm(fit.kind, weight, bias, eps=fit.eps, offset=fit.offset)
-        scale = self.map.scale * self.multiple
-        lens = LensHead(head.weight, head.bias, lens_norm, scale, self.map.softcap)
-        return lens.prefix(self.map.vocab_size)
-
-
-def submodule(model: Any, path: str, field: str) -> nn.Module:
-    """Return the module at a path. Error messages call the path ``Family.<field>``."""
-    try:
-        part: nn.Module = model.get_submodule(path)
-    except AttributeError as error:
-        raise ValueError(
-            f"{class_name(model)} has no module {path!r}, as Family.{field} says: pass a causal"
-            " language model with its head, or correct the family with register_family"
-        ) from error
-    return part
-
-
-def block_list(model: Any, path: str) -> nn.ModuleList:
-    """Return the list of blocks at a path."""
-    blocks = submodule(model, path, "blocks")
-    if not isinstance(blocks, nn.ModuleList):
-        raise TypeError(
-            f"{path!r} of {class_name(model)} must be the nn.ModuleList of its blocks, got"
-            f" {type(blocks).__name__}: correct its Family.blocks"
-        )
-    return blocks
+        lens_norm = None if self.norm_fit is None else self.norm_fit.lens_norm(norm)
+        scale = self.scale * self.multiple
+        lens = LensHead(head.weight, head.bias, lens_norm, scale, self.softcap)
+        return lens.prefix(self.vocab_size)
 
 
 def plain_head(model: Any) -> Any:

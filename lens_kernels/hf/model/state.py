@@ -73,12 +73,10 @@ def measured(model: Any, work: Callable[[], T]) -> T:
 def _measuring(model: Any, autocast: bool) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as contexts:
-        contexts.enter_context(torch.random.fork_rng([]))
         for kind in {device.type for device in devices} - {"meta"}:
             contexts.enter_context(torch.autocast(kind, torch.bfloat16, enabled=autocast))
-            if kind != "cpu":
-                indices = sorted(device.index or 0 for device in devices if device.type == kind)
-                contexts.enter_context(torch.random.fork_rng(indices, device_type=kind))
+            indices = {device.index or 0 for device in devices if device.type == kind != "cpu"}
+            contexts.enter_context(torch.random.fork_rng(indices, device_type=kind))
         contexts.enter_context(evaluating(model))
         contexts.enter_context(torch.no_grad())
         yield

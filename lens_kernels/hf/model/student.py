@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from lens_kernels.hf.model.anatomy import blocks_of, detect_lens
 from lens_kernels.hf.model.families import causal_lm_of, class_name
-from lens_kernels.hf.model.state import evaluating
+from lens_kernels.hf.model.state import evaluating, measured
 from lens_kernels.hf.model.tracing import hidden_in, hooked, logits_of, sample_tokens
 
 # The names that configs use for the number of blocks. Some of them belong to encoder-decoders.
@@ -82,7 +80,6 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     return student
 
 
-@torch.no_grad()
 def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
     """Compare the copy's logits with the teacher's, while the teacher skips its other blocks."""
 
@@ -92,19 +89,17 @@ def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
             return type(output)([hidden, *output[1:]])
         return hidden
 
-    embedding = teacher.get_input_embeddings().weight
-    tokens = sample_tokens(teacher, len(embedding), embedding.device)
+    tokens = sample_tokens(teacher)
     dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
-    # A model whose weights have several dtypes runs only under autocast.
-    mixed = len({parameter.dtype for parameter in teacher.parameters()}) > 1
-    cast = torch.autocast(embedding.device.type, torch.bfloat16, enabled=mixed)
     skipped = (block.register_forward_hook(skip, with_kwargs=True) for block in dropped)
-    with hooked(skipped), evaluating(teacher), evaluating(student), cast:
-        own, expected = (logits_of(model, tokens).float() for model in (student, teacher))
+    with hooked(skipped), evaluating(student):
+        own, expected = measured(
+            teacher, lambda: [logits_of(model, tokens).float() for model in (student, teacher)]
+        )
     error, largest = (own - expected).abs().max(), expected.abs().max()
     # A teacher that was cast to 16 bits has rounded rotary frequencies, but the copy has exact
     # frequencies. So a larger difference is allowed.
-    exact = embedding.dtype in (torch.float32, torch.float64) and not mixed
+    exact = all(x.itemsize >= 4 for x in teacher.parameters() if x.is_floating_point())
     if not error <= (1e-3 if exact else 5e-2) * largest:
         raise ValueError(
             f"blocks {list(blocks)} of {class_name(teacher)} make no student: its logits differ by"

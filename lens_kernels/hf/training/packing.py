@@ -107,7 +107,7 @@ def check_packing(name: str, model: Any, collator: Collator) -> None:
         ValueError: The model does not take positions, or the examples affect each other.
     """
     embedding = model.get_input_embeddings().weight
-    tokens = sample_tokens(causal_lm_of(model), len(embedding), embedding.device)[0]
+    tokens = sample_tokens(causal_lm_of(model))[0]
     ids = [tokens[:3], tokens[3:], tokens[2:4], tokens[1:]]
     examples = [{"input_ids": x, "labels": x} for x in ids]
     batch = {x: y.to(embedding.device) for x, y in collator([examples[:2], examples[2:]]).items()}

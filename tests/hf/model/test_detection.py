@@ -12,10 +12,10 @@ from torch import nn
 from lens_kernels.hf.model import anatomy
 from lens_kernels.hf.model.anatomy import detect_lens, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
-from lens_kernels.hf.model.detection import traced
-from lens_kernels.hf.model.fitting import NormFit
+from lens_kernels.hf.model.parts import NormFit
+from lens_kernels.hf.model.tracing import trace
 from lens_kernels.hf.model.verification import check_lens
-from tests.coverage import tiny_models
+from tests.coverage import checks, tiny_models
 from tests.support import tiny
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -23,10 +23,6 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def with_norm(lens, **changes):
     return dataclasses.replace(lens, norm_fit=dataclasses.replace(lens.norm_fit, **changes))
-
-
-def with_map(lens, **changes):
-    return dataclasses.replace(lens, map=dataclasses.replace(lens.map, **changes))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -39,9 +35,9 @@ def with_map(lens, **changes):
         ("gpt2", lambda lens: with_norm(lens, eps=10 * lens.norm_fit.eps)),
         ("gemma2", lambda lens: with_norm(lens, eps=lens.norm_fit.eps / 10)),
         ("gpt2", lambda lens: with_norm(lens, kind="rms")),
-        ("gemma2", lambda lens: with_map(lens, softcap=None)),
-        ("granite", lambda lens: with_map(lens, scale=1 / lens.map.scale)),
-        ("cohere", lambda lens: with_map(lens, scale=1 / lens.map.scale)),
+        ("gemma2", lambda lens: dataclasses.replace(lens, softcap=None)),
+        ("granite", lambda lens: dataclasses.replace(lens, scale=1 / lens.scale)),
+        ("cohere", lambda lens: dataclasses.replace(lens, scale=1 / lens.scale)),
         ("llama", lambda lens: dataclasses.replace(lens, norm="model.layers.3.input_layernorm")),
         ("llama", lambda lens: dataclasses.replace(lens, indices=lens.indices[:-1])),
     ],
@@ -65,10 +61,10 @@ def test_planted_mistakes_are_refused(kind, change, dtype):
     model = tiny.model(kind, **{eps: 1e-5}).to(dtype)
     lens = detect_lens(model)
     with torch.no_grad():
-        run = traced(model, model)
-        check_lens(model, model, lens, run)
+        run = trace(model)
+        check_lens(lens, run)
         with pytest.raises(ValueError, match="does not reproduce the model's (logits|norm)"):
-            check_lens(model, model, change(lens), run)
+            check_lens(change(lens), run)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,19 +72,19 @@ def test_numbers_come_from_the_config_where_they_match(dtype):
     cohere = detect_lens(tiny.model("cohere", logit_scale=0.0625).to(dtype))
     granite = detect_lens(tiny.model("granite", logits_scaling=7.3).to(dtype))
     gemma = detect_lens(tiny.model("gemma2", final_logit_softcapping=31.7).to(dtype))
-    assert (cohere.map.scale, granite.map.scale, gemma.map.softcap) == (0.0625, 1 / 7.3, 31.7)
+    assert (cohere.scale, granite.scale, gemma.softcap) == (0.0625, 1 / 7.3, 31.7)
     assert gemma.norm_fit == NormFit("rms", tiny.EPS, 1.0)
 
 
 def test_a_small_cap_does_not_change_the_measured_scale():
     lens = detect_lens(tiny.model("gemma2", final_logit_softcapping=2.0))
-    assert (lens.map.scale, lens.map.softcap) == (1.0, 2.0)
+    assert (lens.scale, lens.softcap) == (1.0, 2.0)
 
 
 def test_what_no_config_says_is_measured():
     model = tiny.model("llama")
     model.lm_head.register_forward_hook(lambda module, args, out: 5 * torch.tanh(0.123 * out / 5))
-    found = detect_lens(model).map
+    found = detect_lens(model)
     assert found.scale == pytest.approx(0.123, rel=1e-4)
     assert found.softcap == pytest.approx(5, rel=1e-4)
 
@@ -137,6 +133,14 @@ def test_a_float32_residual_stream_in_a_16_bit_model_is_served():
     with torch.no_grad():
         states, final = hidden_states(model, [1, 3], {"input_ids": torch.arange(40, 46)[None]})
     assert [x.dtype for x in (*states, final)] == 3 * [torch.float32]
+
+
+def test_images_of_a_batch_reach_both_models():
+    model = tiny_models.model_of("llava", "image-text")
+    image = model.config.image_token_id
+    ids = torch.tensor([[40, 41, *(16 * [image]), 42, 43, 44]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    checks.check_step(model, {**batch, "pixel_values": torch.randn(1, 3, 32, 32)})
 
 
 class Transform(nn.Module):

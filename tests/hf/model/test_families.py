@@ -80,7 +80,7 @@ def test_lens_of_the_last_block_reproduces_the_models_logits(kind):
     model = tiny.model(kind)
     hidden, final, out = assert_reproduced(model)
     with torch.no_grad():
-        decoded = fam.decoder_of(model)(IDS).last_hidden_state
+        decoded = fam.detect_lens(model).decoder_in(model)(IDS).last_hidden_state
     assert len(hidden) == 4 and len(out.hidden_states) == 5
     for found, state in zip([*hidden[:3], final, decoded], [1, 2, 3, 4, 4], strict=True):
         torch.testing.assert_close(found, out.hidden_states[state])
@@ -239,9 +239,17 @@ def test_invalid_families_are_refused(field, value, error, message):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"blocks": "model.h"}, ValueError, r"no module 'model\.h', as Family\.blocks says"),
+        (
+            {"blocks": "model.h"},
+            ValueError,
+            "does not fit its Family.blocks='model.h'.*LlamaModel has no attribute `h`",
+        ),
         ({"blocks": "model"}, TypeError, r"'model' of Llama.* must be the nn\.ModuleList .*LlamaM"),
-        ({"softcap": "cap"}, ValueError, "config of LlamaForCausalLM has no entry 'cap'"),
+        (
+            {"softcap": "cap"},
+            ValueError,
+            "LlamaForCausalLM does not fit its Family.*no attribute 'cap'",
+        ),
     ],
     ids=["no_module", "no_list", "no_entry"],
 )
@@ -330,7 +338,8 @@ def test_lens_reproduces_a_peft_model(kind, mixed):
     inner = model.base_model.model
     assert causal_lm_of(model) is inner and causal_lm_of(inner) is inner
     assert fam.blocks_of(model) == fam.blocks_of(inner)
-    assert fam.decoder_of(model) is fam.decoder_of(inner)
+    lens = fam.detect_lens(model)
+    assert lens.decoder_in(model) is lens.decoder_in(inner)
     _, _, out = assert_reproduced(model)
     assert (out.logits - plain).abs().max() > 0.01 * plain.abs().max()
     assert lens_head_from(model).weight is inner.lm_head.weight
