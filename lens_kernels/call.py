@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -84,8 +84,8 @@ class LossCall:
     reports: bool = False
     targets: TargetRows | None = None
     standardized: tuple[bool, ...] = ()
-    token_clip: float = math.inf
-    teacher_temperature: float = math.nan
+    token_clip: float | None = None
+    teacher_temperature: float | None = None
 
     @staticmethod
     def of(
@@ -100,17 +100,15 @@ class LossCall:
         ``statistics`` ``(S, N, 2)`` are the log-sum-exps of the teacher's logits.
         """
         student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
-        labels = inputs.labels
+        labels, standardize = inputs.labels, options.standardize
         if shard is not None and labels is not None:
             labels = labels - shard.start
-        student_temperature = float(options.temperature)
-        theirs = options.teacher_temperature
-        standardize = options.standardize
         # Without terms, the cross entropy still needs the last hidden state.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
         teacher_hidden = [] if teacher is None else teacher.hidden
+        normed = tuple(0 <= i < student.lenses for i in states)
         grad_mode = torch.is_grad_enabled()
         reached = [*hidden, *student.head.tensors().values()]
         threshold, relative = parse_grad_threshold("grad_threshold", options.grad_threshold)
@@ -123,20 +121,18 @@ class LossCall:
             labels=labels,
             row_weight=row_weight,
             divergences=tuple(term.divergence for term in terms),
-            normed=tuple(0 <= i < student.lenses for i in states),
+            normed=normed,
             needs_grad=[grad_mode and x.requires_grad for x in reached],
             operand_dtype=inputs.operand_dtype,
-            beta=float(options.beta),
-            temperature=student_temperature,
-            teacher_temperature=student_temperature if theirs is None else float(theirs),
+            beta=options.beta,
+            temperature=options.temperature,
+            teacher_temperature=options.teacher_temperature,
             targets=inputs.targets if terms else None,
             standardized=tuple(
-                standardize is True or (standardize == "lens" and 0 <= term.state < student.lenses)
-                for term in terms
-            )
-            if standardize
-            else (),
-            token_clip=math.inf if options.token_clip is None else float(options.token_clip),
+                standardize is True or (standardize == "lens" and lens)
+                for lens in normed[: len(terms)]
+            ),
+            token_clip=options.token_clip,
             vocab_size=inputs.vocab_size if shard is None else shard.columns,
             workspace_bytes=workspace_or_default(options.workspace_bytes, inputs.device),
             grad_threshold=threshold,
@@ -155,7 +151,7 @@ class LossCall:
     def temperatures(self) -> tuple[float, float]:
         """Return the temperatures of student and teacher."""
         theirs = self.teacher_temperature
-        return self.temperature, self.temperature if math.isnan(theirs) else theirs
+        return self.temperature, self.temperature if theirs is None else theirs
 
     @property
     def label_row(self) -> int:
@@ -171,7 +167,7 @@ class LossCall:
             "SparseTargets": self.targets is not None,
             "SparseTargets.rest": self.targets is not None and self.targets.mass is not None,
             "standardize": any(self.standardized),
-            "token_clip": self.token_clip < math.inf,
+            "token_clip": self.token_clip is not None,
         }
         return tuple([name for name in used if used[name]])
 
@@ -189,48 +185,38 @@ class LossCall:
     def pack(self) -> Packed:
         """Return the call in the form of operator arguments."""
         heads = [self.student_head] + ([self.teacher_head] if self.teacher_head else [])
-        parts = [_pack_head(head) for head in heads]
-        names = [
-            self.backend,
-            self.group,
-            "deferred" if self.deferred else "at once",
-            ",".join(d.value for d in self.divergences),
-            ",".join("normed" if normed else "" for normed in self.normed),
-            str(self.operand_dtype).removeprefix("torch."),
-            "relative" if self.threshold_is_relative else "absolute",
-            "reports" if self.reports else "",
-            "" if self.targets is None else "ghost" if self.targets.ghost else "targets",
-            ",".join("standardized" if x else "" for x in self.standardized),
-            *(",".join(head.tensors()) for head in heads),
-        ]
-        threshold = math.nan if self.grad_threshold is None else self.grad_threshold
+        optional = [(name, getattr(self, name)) for name in OPTIONAL]
+        if self.targets is not None:
+            optional += [*zip(TargetRows._fields, self.targets, strict=True)]
+        given = [(name, x) for name, x in optional if x is not None]
+        numbers = [getattr(self, name) for name in NUMBERS]
+        lists = [[name for name, _ in given], *(head.tensors() for head in heads)]
+        texts = [write(getattr(self, name)) for name, write, _ in TEXTS]
         return Packed(
             student_hidden=self.student_hidden,
-            teacher_hidden=self.teacher_hidden,
             heads=[x for head in heads for x in head.tensors().values()],
-            mask=self.mask,
-            labels=self.labels,
             row_weight=self.row_weight,
-            teacher_statistics=self.teacher_statistics,
-            targets=[] if self.targets is None else [x for x in self.targets[:-1] if x is not None],
-            numbers=[threshold, *(getattr(self, name) for name in NUMBERS), *chain(*parts)],
-            sizes=[self.vocab_size, self.workspace_bytes, self.widest],
-            names=";".join(names),
+            constants=[*self.teacher_hidden, *(x for _, x in given)],
+            numbers=[
+                *(math.nan if x is None else float(x) for x in numbers),
+                *chain(*(_pack_head(head) for head in heads)),
+            ],
+            sizes=[getattr(self, name) for name in SIZES],
+            names=";".join([*texts, *(",".join(names) for names in lists)]),
             needs_grad=self.needs_grad,
         )
 
 
 class Packed(NamedTuple):
-    """The fields of a ``LossCall`` in the form and the order of operator arguments."""
+    """The fields of a ``LossCall`` in the form and the order of operator arguments.
+
+    ``constants`` are the tensors that never get a gradient: the teacher's hidden states first.
+    """
 
     student_hidden: list[Tensor]
-    teacher_hidden: list[Tensor]
     heads: list[Tensor]
-    mask: Tensor | None
-    labels: Tensor | None
     row_weight: Tensor
-    teacher_statistics: Tensor | None
-    targets: list[Tensor]
+    constants: list[Tensor]
     numbers: list[float]
     sizes: list[int]
     names: str
@@ -238,61 +224,44 @@ class Packed(NamedTuple):
 
     def map_tensors(self, function: Callable[[Any], Any]) -> dict[str, Any]:
         """Apply ``function`` to each tensor, and return the fields that hold tensors."""
-
-        def apply(x: Any) -> Any:
-            if isinstance(x, list):
-                return [function(each) for each in x]
-            return None if x is None else function(x)
-
-        names = [name for name, kind in _KINDS.items() if "Tensor" in kind]
-        return {name: apply(getattr(self, name)) for name in names}
+        values = {name: getattr(self, name) for name, kind in _KINDS.items() if "Tensor" in kind}
+        return {
+            name: [function(each) for each in x] if isinstance(x, list) else function(x)
+            for name, x in values.items()
+        }
 
     def unpack(self) -> LossCall:
         """Return the call from which ``pack`` made these arguments."""
-        backend, group, when, divergences, normed, operand_dtype, *rest = self.names.split(";")
-        threshold_kind, reports, target_kind, standardized, *head_names = rest
-        threshold, *numbers_left = self.numbers
-        own = dict(zip(NUMBERS, numbers_left, strict=False))
-        vocab_size, workspace_bytes, widest = self.sizes
-        tensors, numbers = iter(self.heads), iter(numbers_left[len(NUMBERS) :])
+        texts = self.names.split(";")
+        given, *head_names = ([x for x in text.split(",") if x] for text in texts[len(TEXTS) :])
+        teacher_states = len(self.constants) - len(given)
+        optional = dict(zip(given, self.constants[teacher_states:], strict=True))
+        rows = {name: optional.pop(name) for name in TargetRows._fields if name in optional}
+        tensors, numbers = iter(self.heads), iter(self.numbers)
+        fields: dict[str, Any] = dict.fromkeys(OPTIONAL) | optional
+        fields |= zip(SIZES, self.sizes, strict=True)
+        fields |= {name: read(text) for (name, _, read), text in zip(TEXTS, texts, strict=False)}
+        fields |= {
+            name: None if math.isnan(x) else x for name, x in zip(NUMBERS, numbers, strict=False)
+        }
         heads = [
-            _unpack_head(
-                {name: next(tensors) for name in names.split(",")},
-                [next(numbers) for _ in range(HEAD_NUMBERS)],
-            )
+            _unpack_head({name: next(tensors) for name in names}, [*islice(numbers, HEAD_NUMBERS)])
             for names in head_names
         ]
         return LossCall(
             student_hidden=self.student_hidden,
-            teacher_hidden=self.teacher_hidden,
+            teacher_hidden=self.constants[:teacher_states],
             student_head=heads[0],
             teacher_head=heads[1] if len(heads) > 1 else None,
-            mask=self.mask,
-            labels=self.labels,
             row_weight=self.row_weight,
-            divergences=tuple(Divergence(x) for x in divergences.split(",") if x),
-            normed=tuple(x == "normed" for x in normed.split(",")),
             needs_grad=self.needs_grad,
-            operand_dtype=None if operand_dtype == "None" else getattr(torch, operand_dtype),
-            vocab_size=vocab_size,
-            workspace_bytes=workspace_bytes,
-            grad_threshold=None if math.isnan(threshold) else threshold,
-            threshold_is_relative=threshold_kind == "relative",
-            backend=backend,
-            deferred=when == "deferred",
-            teacher_statistics=self.teacher_statistics,
-            group=group,
-            widest=widest,
-            reports=bool(reports),
-            targets=_unpack_targets(self.targets, target_kind == "ghost"),
-            standardized=tuple(bool(x) for x in standardized.split(",")) if standardized else (),
-            **own,
+            targets=TargetRows(**rows) if rows else None,
+            **fields,
         )
 
 
 _SCHEMA_NAMES = {
     list[Tensor]: "Tensor[]",
-    Tensor | None: "Tensor?",
     Tensor: "Tensor",
     list[float]: "float[]",
     list[int]: "SymInt[]",
@@ -303,18 +272,37 @@ _KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).ite
 # The fields of ``Packed`` in the language of torch's operator schemas.
 SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
 
+
+def _fields(*kinds: Any) -> tuple[str, ...]:
+    """Return the names of the fields of ``LossCall`` that have one of these types."""
+    return tuple(name for name, kind in get_type_hints(LossCall).items() if kind in kinds)
+
+
+OPTIONAL = _fields(Tensor | None)
+NUMBERS = _fields(float, float | None)
+SIZES = _fields(int)
+# How fields are written in ``Packed.names``, and how they are read.
+_CODECS: tuple[tuple[Any, Callable[[Any], str], Callable[[str], Any]], ...] = (
+    (str, lambda x: x, lambda text: text),
+    (bool, lambda x: "1" if x else "", bool),
+    (
+        tuple[bool, ...],
+        lambda flags: "".join(["1" if x else "0" for x in flags]),
+        lambda text: tuple(x == "1" for x in text),
+    ),
+    (
+        tuple[Divergence, ...],
+        lambda divergences: ",".join([x.value for x in divergences]),
+        lambda text: tuple(Divergence(x) for x in text.split(",") if x),
+    ),
+    (
+        torch.dtype | None,
+        lambda dtype: "" if dtype is None else str(dtype).removeprefix("torch."),
+        lambda text: getattr(torch, text) if text else None,
+    ),
+)
+TEXTS = tuple((name, write, read) for kind, write, read in _CODECS for name in _fields(kind))
 HEAD_NUMBERS = 5
-# The numeric fields of a call that operators accept without a conversion.
-NUMBERS = (
-    "beta", "temperature", "teacher_temperature", "label_smoothing", "z_loss", "token_clip",
-)  # fmt: skip
-
-
-def _unpack_targets(tensors: list[Tensor], ghost: bool) -> TargetRows | None:
-    if not tensors:
-        return None
-    ids, values, constant, *mass = tensors
-    return TargetRows(ids, values, constant, mass[0] if mass else None, ghost)
 
 
 def _pack_head(head: LensHead) -> list[float]:

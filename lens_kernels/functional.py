@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lens_kernels import adaptive, dispatch, operator, sharding
+from lens_kernels import adaptive, dispatch, operator
 from lens_kernels.call import LossCall, Term
-from lens_kernels.inputs import (
-    Head,
-    Hidden,
-    check_inputs,
-    model_inputs,
-)
+from lens_kernels.inputs import Head, Hidden, check_inputs, model_inputs
 from lens_kernels.options import (
     DistillationOptions,
     Divergence,
@@ -175,24 +171,21 @@ def symmetric_lens_loss(
         grad_threshold=grad_threshold,
     )
     options.check_denominator(denominator)
-    if process_group is not None:
-        student_head = sharding.local_head("student_head", student_head, process_group)
-        teacher_head = sharding.local_head("teacher_head", teacher_head, process_group)
-    student = model_inputs("student", student_hidden, student_head)
+    model = partial(model_inputs, process_group=process_group)
+    student = model("student", student_hidden, student_head)
     teacher = targets = None
     if isinstance(teacher_hidden, SparseTargets):
         targets = teacher_hidden
         check_alone(targets, "divergence", [divergence], teacher_head, options, teacher_statistics)
     else:
-        teacher = model_inputs("teacher", teacher_hidden, teacher_head)
+        teacher = model("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(
         student, teacher, mask=mask, vocab_size=vocab_size, targets=targets,
         process_group=process_group, options=options,
     )  # fmt: skip
     counted = inputs.counted()
     statistics = given_statistics(teacher_statistics, inputs)
-    weights = pair_weights(layer_weights, student.lenses, inputs)
-    weights = weights * options.factor
+    weights = pair_weights(layer_weights, student.lenses, inputs) * options.factor
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
     terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
@@ -317,10 +310,8 @@ def distillation_loss(
     )
     if labels is None and kd_ratio < 1.0:
         raise ValueError(f"kd_ratio={kd_ratio} is below 1 and needs cross entropy: pass labels")
-    if process_group is not None:
-        student_head = sharding.local_head("student_head", student_head, process_group)
-        teacher_head = sharding.local_head("teacher_head", teacher_head, process_group)
-    student = model_inputs("student", student_hidden, student_head, student_final, has_final=True)
+    model = partial(model_inputs, process_group=process_group)
+    student = model("student", student_hidden, student_head, student_final)
     teacher, targets, pairs = None, None, 0
     terms: list[Term] = []
     finals: dict[Divergence, tuple[float, float]] = {}
@@ -338,9 +329,7 @@ def distillation_loss(
                     " student_hidden=[] and teacher_hidden=[]"
                 )
         else:
-            teacher = model_inputs(
-                "teacher", teacher_hidden, teacher_head, teacher_final, has_final=True
-            )
+            teacher = model("teacher", teacher_hidden, teacher_head, teacher_final)
         terms = [Term(Divergence(divergence), i) for i in range(pairs)]
         terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(
@@ -353,7 +342,8 @@ def distillation_loss(
     layer = pair_weights(layer_weights, student.lenses, inputs)[:pairs]
     call = LossCall.of(inputs, terms, options, counted, statistics)
     call = dispatch.with_backend(call, options.backend)
-    if standardize is True and any(slope for _, slope in finals.values()):
+    is_adaptive = any(slope for _, slope in finals.values())
+    if is_adaptive and standardize is True:
         raise ValueError("akl is not available with standardize=True: use standardize='lens'")
     share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
     # A token's weights within each loss term. ``row_weight`` has its weights within the whole loss.

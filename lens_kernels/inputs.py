@@ -86,12 +86,12 @@ class Inputs:
 
 
 def model_inputs(
-    side: str, hidden: Any, head: Any, final: Any = None, has_final: bool = False
+    side: str, hidden: Any, head: Any, *finals: Any, process_group: Any = None
 ) -> ModelInputs:
     """Check one model's tensors.
 
     Error messages prefix the arguments with ``side``, as in ``student_hidden``, unless ``side`` is
-    empty. With ``has_final``, ``final`` is required, and ``hidden`` may be empty.
+    empty. With a final state in ``finals``, ``hidden`` may be empty.
     """
     prefix = f"{side}_" if side else ""
     name, head_name = f"{prefix}hidden", f"{prefix}head"
@@ -99,12 +99,11 @@ def model_inputs(
     if not isinstance(values, (list, tuple)):
         kind = type(values).__name__
         raise TypeError(f"{name} must be a tensor or a list of tensors, got {kind}")
-    if not values and not has_final:
+    if not values and not finals:
         raise ValueError(f"{name} is empty: pass one hidden state for each lens pair")
     single = isinstance(hidden, Tensor)
     named = [(name if single else f"{name}[{i}]", x) for i, x in enumerate(values)]
-    if has_final:
-        named.append((f"{prefix}final", final))
+    named += [(f"{prefix}final", final) for final in finals]
     for name, x in named:
         check_float(name, x)
         if x.dim() < 2:
@@ -112,6 +111,8 @@ def model_inputs(
                 f"{name} must have shape (..., D) with at least one leading dimension,"
                 f" got {tuple(x.shape)}"
             )
+    if process_group is not None:
+        head = sharding.local_head(head_name, head, process_group)
     checked = _check_head(head_name, head)
     if checked.translator is not None:
         lenses = checked.translated([x for _, x in named[: len(values)]])
@@ -137,10 +138,9 @@ def check_inputs(
 ) -> Inputs:
     """Check that the tensors of a call fit together, and return them.
 
-    ``ignore_index`` is the label of positions without a label.
-
-    Without ``mask``, tokens with a label count. Without ``mask`` and ``labels``, all tokens count.
-    With a ``process_group``, the ``options`` must be the same on all ranks.
+    ``ignore_index`` is the label of positions without a label. Without ``mask``, tokens with a
+    label count. Without ``mask`` and ``labels``, all tokens count. With a ``process_group``, the
+    ``options`` must be the same on all ranks.
     """
     device = student.head.weight.device
     named = list(student.named_hidden)

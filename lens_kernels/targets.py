@@ -78,23 +78,20 @@ class TargetRows(NamedTuple):
     ids: Tensor
     values: Tensor
     constant: Tensor
-    mass: Tensor | None
-    ghost: bool
-
-    @property
-    def smoothing(self) -> Tensor | None:
-        """Return the probability that is spread over the vocabulary, ``(N,)``."""
-        return None if self.ghost else self.mass
-
-    @property
-    def rest(self) -> Tensor | None:
-        """Return the probability of all tokens that are not listed, as one entry, ``(N,)``."""
-        return self.mass if self.ghost else None
+    smoothing: Tensor | None = None
+    rest: Tensor | None = None
 
     def at(self, rows: Tensor | slice) -> TargetRows:
         """Return the targets of some tokens."""
-        mass = None if self.mass is None else self.mass[rows]
-        return TargetRows(self.ids[rows], self.values[rows], self.constant[rows], mass, self.ghost)
+        return TargetRows._make(None if x is None else x[rows] for x in self)
+
+    @staticmethod
+    def joined(parts: list[TargetRows]) -> TargetRows:
+        """Return the targets of the tokens of all parts."""
+        if len(parts) == 1:
+            return parts[0]
+        fields = zip(*parts, strict=True)
+        return TargetRows._make(None if x[0] is None else torch.cat(x) for x in fields)
 
 
 def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> TargetRows:
@@ -107,21 +104,21 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
     if targets.rest == "renormalize":
         p = p / total[:, None].clamp(min=torch.finfo(dtype).tiny)
     constant = torch.special.xlogy(p, p).sum(-1)
-    mass = None
-    if targets.rest in ("ghost", "uniform"):
-        mass = (1 - total).clamp(min=0)
-        constant = constant + torch.special.xlogy(mass, mass)
-    if targets.rest == "uniform":
-        assert mass is not None
-        share = mass / vocab_size
+    smoothing = rest = None
+    if targets.rest == "ghost":
+        rest = (1 - total).clamp(min=0)
+        constant = constant + torch.special.xlogy(rest, rest)
+    elif targets.rest == "uniform":
+        smoothing = (1 - total).clamp(min=0)
+        share = smoothing / vocab_size
         whole = p + share[:, None]
         # Listed entries with a positive probability get ``p + share``. All others get ``share``.
         listed = p > 0
         inside = torch.where(listed, torch.special.xlogy(whole, whole), 0.0).sum(-1)
         others = vocab_size - listed.sum(-1)
         constant = inside + others * torch.special.xlogy(share, share)
-    mass = None if mass is None else mass.to(dtype)
-    return TargetRows(ids, p.to(dtype), constant.to(dtype), mass, targets.rest == "ghost")
+    rows = TargetRows(ids, p, constant, smoothing, rest)
+    return TargetRows._make([ids, *(None if x is None else x.to(dtype) for x in rows[1:])])
 
 
 def _merged(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -167,7 +167,7 @@ class _RowChunks:
                 if (given := self.call.teacher_statistics) is not None:
                     statistics = _joined([given[pair][at] for pair, at in rows])
                 if self.call.targets is not None:
-                    targets = _joined_targets([self.call.targets.at(at) for _, at in rows])
+                    targets = TargetRows.joined([self.call.targets.at(at) for _, at in rows])
             if labelled:
                 assert self.call.labels is not None
                 labels = _joined([self.call.labels[at] for _, at in rows])
@@ -192,8 +192,7 @@ class _RowChunks:
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
         divergence = call.divergences[piece.pair] if call.divergences else None
-        standardized = bool(call.standardized) and call.standardized[piece.pair]
-        return divergence, labelled, standardized
+        return divergence, labelled, bool(call.standardized) and call.standardized[piece.pair]
 
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None
@@ -210,19 +209,6 @@ class _RowChunks:
             grad = norm.backward(grad, x_hat, rstd)
         if piece.pair in grads:
             grads[piece.pair][self.rows(piece)] = grad
-
-
-def _joined_targets(parts: list[TargetRows]) -> TargetRows:
-    if len(parts) == 1:
-        return parts[0]
-    mass = [part.mass for part in parts if part.mass is not None]
-    return TargetRows(
-        torch.cat([part.ids for part in parts]),
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.constant for part in parts]),
-        torch.cat(mass) if mass else None,
-        parts[0].ghost,
-    )
 
 
 def _joined(parts: list[Tensor]) -> Tensor:
