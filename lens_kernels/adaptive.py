@@ -6,6 +6,7 @@ The adaptive KL of a token is a weighted mean of its forward KL and reverse KL. 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -40,43 +41,44 @@ def _head_share(*packed: Any) -> Tensor:
     call = Packed(*packed).unpack()
     assert call.teacher_head is not None
     ours, theirs = call.temperatures
-    student = _Model(call.student_head, call, ours)
-    teacher = _Model(call.teacher_head, call, theirs)
-    h_student, h_teacher = call.student_hidden[-1], call.teacher_hidden[-1]
-    share = h_student.new_zeros(h_student.shape[0], dtype=call.compute_dtype)
+    models = (
+        (call.teacher_hidden[-1], _logits(call.teacher_head, call, theirs)),
+        (call.student_hidden[-1], _logits(call.student_head, call, ours)),
+    )
+    share = call.row_weight.new_zeros(call.row_weight.shape[-1], dtype=call.compute_dtype)
     every = torch.arange(share.shape[0], device=share.device)
     kept = every if call.mask is None else every[call.mask]
     reduce = Reduction(call.group) if call.group else None
     columns = call.widest or call.vocab_size  # all ranks must run the same number of steps
     step = call.workspace_bytes // (TILES * columns * call.compute_dtype.itemsize)
     for rows in kept.split(max(1, step)):
-        sides = (teacher, h_teacher[rows]), (student, h_student[rows])
+        logits = (logits(hidden[rows]) for hidden, logits in models)
         if reduce is None:
-            share[rows] = _share(*(model.logits(h).softmax(-1) for model, h in sides))
+            share[rows] = _share(*(z.softmax(-1) for z in logits))
         else:
-            p, q = sharded_share.softmax([model.logits(h) for model, h in sides], reduce)
-            share[rows] = sharded_share.share(p, q, MASS, reduce)
+            share[rows] = sharded_share.share(
+                *sharded_share.softmax([*logits], reduce), MASS, reduce
+            )
     return share
 
 
 @_head_share.register_fake
 def _(*packed: Any) -> Tensor:
     call = Packed(*packed).unpack()
-    hidden = call.student_hidden[-1]
-    return hidden.new_empty(hidden.shape[0], dtype=call.compute_dtype)
+    return call.row_weight.new_empty(call.row_weight.shape[-1], dtype=call.compute_dtype)
 
 
-class _Model:
-    def __init__(self, head: LensHead, call: LossCall, temperature: float) -> None:
-        self.head, self.temperature = head.prefix(call.vocab_size), temperature
-        self.compute_dtype = call.compute_dtype
-        self.factors = matmul.Factors(self.head.weight, call.operand_dtype, self.compute_dtype)
+def _logits(head: LensHead, call: LossCall, temperature: float) -> Callable[[Tensor], Tensor]:
+    """Return a function from final hidden states to logits ``(R, V)``, rounded as in backends."""
+    head = head.prefix(call.vocab_size)
+    factors = matmul.Factors(head.weight, call.operand_dtype, call.compute_dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        x, weight = self.factors.rows(hidden), self.factors.weight
-        z = x.new_empty(x.shape[0], weight.shape[0], dtype=self.compute_dtype)
-        matmul.project(x, weight, z)
-        return self.head.logits(z, self.temperature)[0]
+    def logits(hidden: Tensor) -> Tensor:
+        z = hidden.new_empty(hidden.shape[0], call.vocab_size, dtype=call.compute_dtype)
+        matmul.project(factors.rows(hidden), factors.weight, z)
+        return head.logits(z, temperature)[0]
+
+    return logits
 
 
 def _share(p: Tensor, q: Tensor) -> Tensor:

@@ -176,7 +176,7 @@ def symmetric_lens_loss(
     teacher = targets = None
     if isinstance(teacher_hidden, SparseTargets):
         targets = teacher_hidden
-        check_alone(targets, "divergence", [divergence], teacher_head, options, teacher_statistics)
+        check_alone("divergence", [divergence], teacher_head, options, teacher_statistics)
     else:
         teacher = model("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(
@@ -312,26 +312,23 @@ def distillation_loss(
         raise ValueError(f"kd_ratio={kd_ratio} is below 1 and needs cross entropy: pass labels")
     model = partial(model_inputs, process_group=process_group)
     student = model("student", student_hidden, student_head, student_final)
-    teacher, targets, pairs = None, None, 0
-    terms: list[Term] = []
     finals: dict[Divergence, tuple[float, float]] = {}
     if kd_ratio > 0.0:
         finals = parse_final_divergence("final_divergence", final_divergence)
-        pairs = student.lenses
-        if isinstance(teacher_final, SparseTargets):
-            targets = teacher_final
-            check_alone(
-                targets, "final_divergence", finals, teacher_head, options, teacher_statistics
+    pairs = student.lenses if finals else 0
+    teacher = targets = None
+    if finals and isinstance(teacher_final, SparseTargets):
+        targets = teacher_final
+        check_alone("final_divergence", finals, teacher_head, options, teacher_statistics)
+        if pairs or teacher_hidden:
+            raise ValueError(
+                "teacher_final is SparseTargets, which have no intermediate hidden states: pass"
+                " student_hidden=[] and teacher_hidden=[]"
             )
-            if pairs or teacher_hidden:
-                raise ValueError(
-                    "teacher_final is SparseTargets, which have no intermediate hidden states: pass"
-                    " student_hidden=[] and teacher_hidden=[]"
-                )
-        else:
-            teacher = model("teacher", teacher_hidden, teacher_head, teacher_final)
-        terms = [Term(Divergence(divergence), i) for i in range(pairs)]
-        terms += [Term(kind, -1) for kind in finals]
+    elif finals:
+        teacher = model("teacher", teacher_hidden, teacher_head, teacher_final)
+    terms = [Term(Divergence(divergence), i) for i in range(pairs)]
+    terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(
         student, teacher, mask=mask, labels=labels, vocab_size=vocab_size, targets=targets,
         process_group=process_group, options=options,

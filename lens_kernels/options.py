@@ -175,7 +175,7 @@ CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "beta": _check_beta,
     "temperature": lambda name, value: check_number(name, value, 0.0),
     "teacher_temperature": lambda name, value: value is None or check_number(name, value, 0.0),
-    "temperature_squared": lambda name, value: _check_flag(name, value),
+    "temperature_squared": _check_flag,
     "standardize": lambda name, value: _check_flag(name, value, "lens"),
     "token_clip": lambda name, value: value is None or check_number(name, value, 0.0),
     "kd_ratio": lambda name, value: check_number(name, value, 0.0, 1.0, inclusive=True),

@@ -132,7 +132,6 @@ def _merged(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_alone(
-    targets: SparseTargets,
     name: str,
     divergences: Iterable[str],
     teacher_head: object,

@@ -62,7 +62,7 @@ def shared_plans(
     student = head if student_parameters is None else student_parameters
     teacher = teacher_head if teacher_parameters is None else teacher_parameters
     wide, narrow = 4, shape.dtype.itemsize
-    whole, part = row_chunks(shape), _part(shape, world)
+    whole, part = row_chunks(shape), row_chunks(_shape(shape, world))
 
     def gradients(columns: int) -> int:
         """Return the bytes of the float32 gradients that the loss computes."""
@@ -125,7 +125,3 @@ def reductions(shape: CallShape, world: int) -> list[Collective]:
 def _shape(shape: CallShape, world: int) -> CallShape:
     """Return the shape of the call on the rank with the most vocabulary entries."""
     return replace(shape, vocab_size=-(-shape.vocab_size // world), sharded=True)
-
-
-def _part(shape: CallShape, world: int) -> Plan:
-    return row_chunks(_shape(shape, world))

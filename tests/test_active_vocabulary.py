@@ -9,6 +9,8 @@ from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
 from lens_kernels.backends import head_products
 from lens_kernels.backends.torch import pointwise_pass
 from lens_kernels.backends.torch.layout import row_stride
+from tests.support.grids import Shape
+from tests.support.problems import with_few_active_entries
 
 N, V, D = 24, 600, 16
 

@@ -71,7 +71,6 @@ def test_beta_is_the_weight_of_the_teacher(backend, beta):
 
 @pytest.mark.parametrize("narrow", ["hidden", "head"])
 def test_hidden_states_and_heads_of_different_dtypes(backend, narrow):
-    """A float32 head may read 16-bit hidden states, and a 16-bit head may read float32 states."""
     problem = make(ODD, std=2.0).to(torch.bfloat16, narrow)
     rounded = problem
     # The Triton kernels round hidden states to the head's dtype.
@@ -196,10 +195,9 @@ def test_masked_rows_have_no_effect(backend, garbage, reduction):
 
 
 def test_masked_rows_have_no_effect_under_an_infinite_upstream_gradient(backend):
-    """Masked rows get no gradient, even where the upstream gradient is infinite.
+    """The test takes square roots of losses.
 
-    The test takes square roots of losses. A masked row has loss 0, where the root has an infinite
-    slope.
+    A masked row has loss 0, where the root has an infinite slope.
     """
     problem = make(BATCH)
     mask = torch.rand(BATCH.leading) < 0.6
@@ -276,7 +274,6 @@ def test_a_denominator_below_one_is_not_clamped(backend, denominator):
 @pytest.mark.parametrize("vocab", [(97, 97), (97, 120), (120, 97)])
 @pytest.mark.parametrize("feature", ["plain", "everything"])
 def test_vocabulary_prefix(backend, feature, vocab):
-    """Both softmaxes use only the prefix of the vocabulary, and later entries get no gradient."""
     prefix, shape = 90, Shape(BATCH.leading, 120, BATCH.student, BATCH.teacher, BATCH.pairs)
     problem = make(shape, **FEATURES[feature])
     problem.student_head, problem.teacher_head = (
@@ -316,10 +313,7 @@ def test_disjoint_models_reach_the_upper_bound(backend, divergence, value):
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_log_probabilities_near_minus_120_are_finite_and_right(backend, divergence):
-    """Results are right if both models give an entry the probability e^-120.
-
-    In float32 this probability is 0, and 0 log 0 would be NaN.
-    """
+    """In float32 the probability e^-120 is 0, and 0 log 0 would be NaN."""
     vocab = 531
     z_s, z_t = torch.randn(2, 2, 5, vocab) - 120
     z_s[..., 7], z_t[..., 7] = 0.0, 0.0
@@ -357,7 +351,7 @@ def test_near_convergence_the_loss_keeps_its_digits_and_its_sign(backend, diverg
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_row_is_negative(backend, divergence, dtype):
-    """The loss of a token is never negative, for models from almost equal to unrelated."""
+    """The models are almost equal, unrelated, or between these cases."""
     problem = make(ODD, std=3.0, divergence=divergence)
     problem.teacher_head = LensHead(problem.student_head.weight.detach())
     for distance in (1e-7, 1e-5, 1e-3, 1e-1, 10.0):

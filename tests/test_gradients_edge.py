@@ -211,7 +211,6 @@ def test_inputs_that_are_not_contiguous(backend, reduction):
 
 @pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
 def test_leaves_that_are_views_and_shared(backend):
-    """A tensor and slices of it may be used in several pairs, and their gradients add up."""
     base = torch.randn(6, 9, requires_grad=True)
     teacher = torch.randn(5, 9)
     head, other = torch.randn(2, 17, 9)

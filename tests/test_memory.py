@@ -150,10 +150,7 @@ def test_a_frozen_head_and_no_gradient_need_no_buffers(monkeypatch):
 
 
 def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
-    """Active vocabulary entries and their head rows are copied in small tiles.
-
-    Copying all of them at once would take 15 MiB more.
-    """
+    """Copying all active entries and their head rows at once would take 15 MiB more."""
     shape, entries = Shape((64,), 20011, 96, 96, 1), head_products.CPU_ACTIVE_TILE
     exact, active = (
         peak_of(monkeypatch, make(shape), grad_threshold=threshold) for threshold in (None, 0.0)

@@ -153,10 +153,7 @@ L = math.log(2)
 
 
 def test_temperature_divides_the_logits_and_multiplies_nothing(forward_kl):
-    """Logits are divided by the temperature, and the loss is not multiplied by its square.
-
-    At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22.
-    """
+    """At temperature 1/2 the probabilities are squared: (16, 4, 1, 1)/22 and (1, 1, 4, 16)/22."""
     value = (16 * 4 * L + 4 * 2 * L - 2 * L - 4 * L) / 22
     assert value == pytest.approx(2.0794415416798357, rel=1e-12)
     assert agrees(forward_kl(logits(Q), logits(P), temperature=0.5), value)

@@ -7,11 +7,19 @@ import torch
 
 from lens_kernels import cost, symmetric_lens_loss
 from lens_kernels.cost import CallShape
-from reference import dense
 from tests.support.compare import GRADIENT, LOSS, assert_close
 from tests.support.grids import BACKENDS, DIVERGENCES, FEATURES, ROW_KERNEL, Shape, several_chunks
 from tests.support.objectives import make_objective, some_labels
-from tests.support.problems import capture_call, loss_of, make, objective, oracle, ours, recorded
+from tests.support.problems import (
+    capture_call,
+    loss_of,
+    make,
+    objective,
+    oracle,
+    ours,
+    recorded,
+    teacher_statistics,
+)
 from tests.support.refusals import NAN, refused
 from tests.support.refusals import small_op as op
 
@@ -40,7 +48,7 @@ def test_right_statistics_give_the_same_loss_and_gradients(backend, divergence):
     problem = make(SHAPE, std=3.0, **FEATURES["everything"], divergence=divergence)
     options = {"temperature": TEMPERATURE, "mask": torch.rand(3, 5) < 0.7}
     expected, expected_grads = oracle(problem, **options)
-    given = statistics(problem)
+    given = teacher_statistics(problem, TEMPERATURE)
     given[:, ~options["mask"]] = NAN  # the values of masked tokens do not matter
     options |= {"backend": backend, "workspace_bytes": several_chunks(SHAPE, 4)}
     loss, grads = ours(problem, **options, teacher_statistics=given)
@@ -53,7 +61,7 @@ def test_right_statistics_give_the_same_loss_and_gradients(backend, divergence):
 def test_the_deferred_backward_pass_uses_them_too(backend):
     problem = make(SHAPE)
     options = {"backend": backend, "temperature": TEMPERATURE, "reduction": "none"}
-    given = statistics(problem)
+    given = teacher_statistics(problem, TEMPERATURE)
     expected, right, wrong = (
         problem.gradients(loss_of(symmetric_lens_loss, problem, **options, **more).sum())
         for more in ({}, {"teacher_statistics": given}, {"teacher_statistics": given + 0.2})
@@ -67,7 +75,7 @@ def test_the_deferred_backward_pass_uses_them_too(backend):
 @pytest.mark.parametrize("divergence", USED_BY_ALL)
 def test_wrong_statistics_change_the_result(backend, divergence):
     problem = make(SHAPE, std=2.0, divergence=divergence)
-    given = statistics(problem)
+    given = teacher_statistics(problem, TEMPERATURE)
     options = {"temperature": TEMPERATURE, "backend": backend, "reduction": "none"}
 
     def rows(values):
@@ -88,7 +96,7 @@ def test_the_whole_objective_takes_those_of_the_final_state_last(backend):
     labels = some_labels(SHAPE)
     options = {"labels": labels, "kd_ratio": 0.5, "final_divergence": "tvd"}
     options |= {"temperature": TEMPERATURE, "backend": backend}
-    given = statistics(problem, has_final=True)
+    given = teacher_statistics(problem, TEMPERATURE, has_final=True)
     expected = objective(problem, **options)
     got = objective(problem, **options, teacher_statistics=given)
     for name in ("loss", "ce", "kd", "lens", "per_layer"):
@@ -102,7 +110,7 @@ def test_the_sweeps_project_the_teacher_once_less(monkeypatch, given, launches):
     problem = make(Shape((5,), 97, 12, 20, 1), divergence="jsd")
     options = {"backend": "triton", "temperature": TEMPERATURE}
     if given:
-        options["teacher_statistics"] = statistics(problem)
+        options["teacher_statistics"] = teacher_statistics(problem, TEMPERATURE)
     call = capture_call(monkeypatch, problem, **options)
     module = importlib.import_module("lens_kernels.backends.triton.evaluate")
     calls = recorded(monkeypatch, module, "row_stats")
@@ -133,6 +141,6 @@ def test_invalid_statistics_are_refused(value, error, words):
 
 def test_the_teacher_s_statistics_get_no_gradient():
     problem = make(SHAPE)
-    given = statistics(problem).requires_grad_()
+    given = teacher_statistics(problem, TEMPERATURE).requires_grad_()
     symmetric_lens_loss(*problem.args(), teacher_statistics=given).backward()
     assert given.grad is None

@@ -12,10 +12,12 @@ pytest.importorskip("transformers")
 from benchmarks import active_vocabulary as bench
 from benchmarks.support import plot, tables, timing
 from benchmarks.support.shapes import Inputs
-from lens_kernels import LensHead, LensNorm, cli
+from lens_kernels import LensNorm, cli
 from lens_kernels.hf.model.loading import load_model
 from reference.dense import divergence, lens_logits, softmax
 from tests.support import commands, tiny
+from tests.support.grids import Shape
+from tests.support.problems import with_few_active_entries
 
 pytestmark = pytest.mark.hf
 # In each response, the letters and an EOS token have labels.
@@ -112,9 +114,10 @@ def problem(group="lens"):
     teachers = [x.detach() + 0.3 * torch.randn(N, D) for x in students]
     head = (2.0 * torch.randn(V, D) + 3.0).requires_grad_()
     norm = LensNorm("rms", 1 + 0.2 * torch.randn(D), eps=0.1) if group == "lens" else None
-    heads = LensHead(head, norm=norm), LensHead(head.detach().clone(), norm=norm)
-    inputs = Inputs(students, teachers, head, heads[1].weight)
-    return bench.Group(inputs, heads, bench.GROUPS[group])
+    made = with_few_active_entries(Shape((N,), V, D, D, pairs), norm)
+    weights = made.student_head.weight, made.teacher_head.weight
+    inputs = Inputs(made.student_hidden, made.teacher_hidden, *weights)
+    return bench.Group(inputs, (made.student_head, made.teacher_head), bench.GROUPS[group])
 
 
 def relative(found, exact):

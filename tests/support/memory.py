@@ -3,7 +3,8 @@
 import gc
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.support.memory import measure
 
 MIB = 2**20
 
@@ -16,16 +17,7 @@ def peak_bytes(function):
     # The first run fills caches, which must not be counted.
     function()
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = function()
-    held = peak = 0
-    events = profiler.profiler.kineto_results.events()
-    sizes = [e for e in events if e.name() == "[memory]"]
-    for event in sorted(sizes, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    del result
-    return peak
+    return measure(function, torch.device("cpu")).peak
 
 
 def fill_new_tensors(monkeypatch, value):

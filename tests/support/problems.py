@@ -160,6 +160,18 @@ def related(shape: Shape, std: float, distance: float = 0.05, **features: Any) -
     return problem
 
 
+def with_few_active_entries(shape: Shape, norm: LensNorm | None = None) -> Problem:
+    """Return two models whose loss gradient is nearly zero for most vocabulary entries.
+
+    The mean of the head's rows is not zero, so replacing skipped rows by their mean has an effect.
+    """
+    hidden = [torch.randn(*shape.leading, shape.student) for _ in range(shape.pairs)]
+    teacher = [h + 0.3 * torch.randn_like(h) for h in hidden]
+    weight = 2.0 * torch.randn(shape.vocab, shape.student) + 3.0
+    heads = [LensHead(weight.clone().requires_grad_(grad), norm=norm) for grad in (True, False)]
+    return Problem([h.requires_grad_() for h in hidden], teacher, *heads, {})
+
+
 def nearly_converged(divergence: str, tokens: int = 64, vocab: int = 1024) -> Problem:
     """Return a problem whose logits differ by a few 1e-4, so that the jsd is near 1e-7.
 
@@ -187,6 +199,22 @@ def without_columns(problem: Problem, closed: Tensor) -> tuple[Problem, Problem]
         setattr(shut, name, replace(head, bias=bias.requires_grad_(grad)))
         setattr(reduced, name, replace(head, weight=kept[0], bias=kept[1]))
     return shut, reduced
+
+
+def teacher_statistics(
+    problem: Problem, temperature: float = 1.0, has_final: bool = False
+) -> Tensor:
+    """Return the maximum of the teacher's logits, and log-sum-exp minus maximum, for each token.
+
+    With ``has_final``, the last hidden state is final, so the norm was already applied to it.
+    """
+    lenses = len(problem.teacher_hidden) - has_final
+    states = []
+    for i, h in enumerate(problem.teacher_hidden):
+        z = dense.lens_logits(h, problem.teacher_head, i < lenses, None) / temperature
+        highest = z.amax(-1)
+        states.append(torch.stack([highest, z.logsumexp(-1) - highest], -1))
+    return torch.stack(states).detach()
 
 
 def loss_of(solver: Callable[..., Tensor], problem: Problem, **options: Any) -> Tensor:

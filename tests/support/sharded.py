@@ -7,21 +7,14 @@ import signal
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lens_kernels import (
-    LensHead,
-    adaptive,
-    distillation_loss,
-    functional,
-    sharded_share,
-    sharding,
-    symmetric_lens_loss,
-)
+from lens_kernels import LensHead, adaptive, sharded_share, sharding, symmetric_lens_loss
 from lens_kernels.backends import head_products
 from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.torch.layout import row_stride
@@ -29,11 +22,12 @@ from lens_kernels.sharding import Reduction
 from tests.support.grids import Shape
 from tests.support.objectives import make_objective, some_labels
 from tests.support.operators import Watch
-from tests.support.problems import Problem, make, objective
+from tests.support.problems import Problem, capture_call, make, objective, teacher_statistics
 from tests.support.processes import counted
 
 WIDTH = 61  # a prime number, which no number of ranks divides
 HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
+SIDES = ("student", "teacher")
 SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)
 SHORT: dict[str, Any] = {"dtype": torch.float32, "norm": "rms"}
 SEQUENCE: dict[str, Any] = {"whole": True, "labelled": True, "kd_ratio": 0.5, "bias": True}
@@ -53,6 +47,13 @@ def slice_of(vocab: int, rank: int, size: int) -> slice:
     """Return a rank's vocabulary entries, divided as torch divides a DTensor."""
     width = -(-vocab // size)
     return slice(min(vocab, rank * width), min(vocab, (rank + 1) * width))
+
+
+def part_of_rank(problem: Problem, size: int) -> Problem:
+    """Return the problem with this rank's slices of both heads."""
+    part = slice_of(len(problem.student_head.weight), dist.get_rank(), size)
+    heads = {f"{side}_head": cut(getattr(problem, f"{side}_head"), part) for side in SIDES}
+    return replace(problem, **heads)
 
 
 def cut(head: LensHead, part: slice) -> LensHead:
@@ -84,7 +85,7 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
     if case.pop("frozen_head", False):
         problem.freeze("hidden0")
     if case.pop("statistics", False):
-        case["teacher_statistics"] = statistics_of(problem)
+        case["teacher_statistics"] = teacher_statistics(problem)
     return problem, case
 
 
@@ -104,7 +105,7 @@ def solve(problem: Problem, options: dict[str, Any], group: Any = None) -> dict[
     options = dict(options)
     out: dict[str, Any] = {}
     if options.pop("whole", False):
-        result = objective(problem, distillation_loss, process_group=group, **options)
+        result = objective(problem, process_group=group, **options)
         out = {k: v for k, v in result._asdict().items() if v is not None}
         loss = result.loss
     else:
@@ -122,10 +123,7 @@ def solve_sharded(size: int, case: dict[str, Any]) -> dict[str, Tensor] | None:
     if group is None:
         return None
     problem, options = problem_of(case)
-    part = slice_of(len(problem.student_head.weight), dist.get_rank(), size)
-    problem.student_head = cut(problem.student_head, part)
-    problem.teacher_head = cut(problem.teacher_head, part)
-    return solve(problem, options, group)
+    return solve(part_of_rank(problem, size), options, group)
 
 
 def count_collectives(size: int, case: dict[str, Any]) -> list[tuple[str, int]]:
@@ -142,21 +140,10 @@ def largest_tensor(size: int) -> int:
     shape = Shape((40,), 2001, 4, 4, 1)
     room = 7 * row_stride(-(-shape.vocab // size)) * 2 * 4
     problem, options = problem_of({"shape": shape, "dtype": torch.float32, "workspace_bytes": room})
-    part = slice_of(shape.vocab, dist.get_rank(), size)
-    heads = cut(problem.student_head, part), cut(problem.teacher_head, part)
-    models = problem.student_hidden, problem.teacher_hidden
-    calls: list[Any] = []
-
-    def keep(call: Any) -> Any:
-        calls.append(call)
-        return apply(call)
-
-    apply = functional.operator.apply
-    functional.operator.apply = keep
-    symmetric_lens_loss(*models, *heads, process_group=group, **options)
-    functional.operator.apply = apply
+    part = part_of_rank(problem, size)
+    call = capture_call(pytest.MonkeyPatch(), part, process_group=group, **options)
     with Watch() as watch, torch.no_grad():
-        row_chunks.evaluate(calls[0])
+        row_chunks.evaluate(call)
     return watch.largest
 
 
@@ -258,11 +245,8 @@ def die_within(size: int, victim: int, moment: int) -> str:
 
         dist.all_reduce = fatal
     problem, options = problem_of(SHORT)
-    part = slice_of(WIDTH, dist.get_rank(), size)
-    heads = cut(problem.student_head, part), cut(problem.teacher_head, part)
-    models = problem.student_hidden, problem.teacher_hidden
     try:
-        symmetric_lens_loss(*models, *heads, process_group=group, **options)
+        solve(part_of_rank(problem, size), options, group)
     except RuntimeError as error:
         return str(error)
     return "no error"

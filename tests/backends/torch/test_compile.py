@@ -212,7 +212,6 @@ def test_an_unusable_compiler_warns_once_and_changes_no_result(attempting, monke
 
 
 def test_a_machine_without_a_compiler(attempting):
-    """Without a C++ compiler, the op warns and gives the same loss and gradients."""
     import torch._inductor.config
 
     problem = make(BATCH, norm="rms", divergence="hellinger")

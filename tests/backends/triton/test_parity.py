@@ -13,7 +13,7 @@ from lens_kernels.backends.triton.tiles.sizes import ARCHS, Sweep, default
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape
 from tests.support.objectives import solve_objective
-from tests.support.problems import make, objective, ours
+from tests.support.problems import make, objective, ours, with_few_active_entries
 
 BACKENDS = ("torch", "triton")
 HALF = (torch.float16, torch.bfloat16)
@@ -68,7 +68,7 @@ def test_autocast(feature, dtype):
     problem = make(BATCH, std=2.0, **FEATURES[feature])
     with torch.autocast("cpu", dtype):
         compare(problem, dtype, "norm" in FEATURES[feature])
-    (_, plain), (loss, grads) = both(problem)
+    _, (loss, grads) = both(problem)
     with torch.autocast("cpu", dtype):
         cast, cast_grads = ours(problem, backend="triton")
     assert loss != cast and not torch.equal(grads["weight"], cast_grads["weight"])
@@ -110,7 +110,7 @@ def test_the_active_vocabulary_of_one_chunk(always_active, threshold, masked):
     The torch backend chooses entries for each chunk of tokens, and the triton backend for each
     chunk of the vocabulary.
     """
-    problem = active_problem()
+    problem = with_few_active_entries(ACTIVE)
     options = {"final_divergence": "jsd", "grad_threshold": threshold}
     options["mask"] = torch.rand(24) < 0.7 if masked else None
     (expected, expected_grads), (got, grads) = (
@@ -140,7 +140,7 @@ def test_the_threshold_of_float16(always_active):
 
     They must multiply the threshold by the same constant.
     """
-    problem = active_problem().to(torch.float16)
+    problem = with_few_active_entries(ACTIVE).to(torch.float16)
     options = {"final_divergence": "jsd", "grad_threshold": 1e-4}
     expected, dropped = (objective(problem, **options, backend=x).dropped for x in BACKENDS)
     assert 0 < expected < 1
@@ -148,11 +148,8 @@ def test_the_threshold_of_float16(always_active):
 
 
 def test_several_chunks_of_active_vocabulary_give_a_close_gradient(always_active):
-    """With one chunk for each tile, skipping entries changes the gradient by at most 0.1 %.
-
-    Each chunk replaces the head rows that it skips by their mean.
-    """
-    problem = active_problem()
+    """Each chunk replaces the head rows that it skips by their mean."""
+    problem = with_few_active_entries(ACTIVE)
     _, exact = ours(problem, backend="triton")
     one_tile = {"backend": "triton", "workspace_bytes": 1}
     loss, grads = ours(problem, grad_threshold=1e-5, **one_tile)

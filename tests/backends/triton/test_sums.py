@@ -108,7 +108,6 @@ def test_an_infinite_tile_without_mass_does_not_count(layout, where, divergence)
 @pytest.mark.parametrize("divergence", PATHS)
 @pytest.mark.parametrize("peaks", [(5, 839), (839, 5), (280, 500), (127, 128)])
 def test_models_that_peak_in_different_tiles(layout, peaks, divergence):
-    """The two models may have their largest logits in different tiles and splits."""
     problem = make(SPLITS, std=1.0, bias=True, divergence=divergence)
     heads = problem.student_head, problem.teacher_head
 
@@ -166,7 +165,6 @@ def test_results_repeat_bit_for_bit_on_any_uninitialised_memory(monkeypatch, div
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_nan_stays_in_its_row(divergence, side):
-    """A NaN in a hidden state makes the loss of its row NaN, and no other loss."""
     problem = make(Shape((40,), 97, 33, 17, 1), **FEATURES["everything"], divergence=divergence)
     clean = rows(problem).detach()
     bad = torch.zeros(40, dtype=torch.bool)

@@ -144,10 +144,9 @@ def test_verify_lens_accepts_a_small_vocabulary_and_a_zero_head():
 
 @pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_padding_row_of_zeros_is_no_difference(kind):
-    """An embedding of zeros passes the check.
+    """New models have a padding row of zeros if their config sets a padding token.
 
-    A new model has such an embedding if its config sets a padding token, which is the default for
-    gemma2, gemma3 and cohere.
+    Configs of gemma2, gemma3 and cohere do so by default.
     """
     model = tiny.model(kind, pad_token_id=0)
     model.get_input_embeddings().weight.data[0] = 0.0

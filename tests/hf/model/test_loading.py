@@ -194,10 +194,7 @@ def test_a_tokenizer_that_cannot_be_called_is_refused(saved, value):
 @pytest.mark.parametrize("kernel", ["some-one/kernels", "flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
 def test_kernels_that_a_config_names_are_not_fetched(saved, key, kernel):
-    """A config that names a kernel is refused.
-
-    If no installed package has the kernel, transformers would download it from the Hub.
-    """
+    """If no installed package has the kernel, transformers would download it from the Hub."""
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {key: kernel}))
     refused([f"{key}={kernel!r}", "is not run", "remove"], load_model, str(saved))

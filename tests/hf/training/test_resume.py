@@ -117,9 +117,7 @@ def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
         assert change in shown
 
 
-def test_a_run_that_left_nothing_starts_over_with_other_options(
-    files, tmp_path, monkeypatch, capsys
-):
+def test_a_run_that_left_nothing_starts_over_with_other_options(files, tmp_path, monkeypatch):
     interrupt(monkeypatch, arguments(files, tmp_path, max_steps=2), before_step=1)
     assert {x.name for x in tmp_path.iterdir()} == {"run.yaml"}
     options = {"max_steps": 1, "beta": 0.3, "data": files / "eval.jsonl"}

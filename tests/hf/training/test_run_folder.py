@@ -150,7 +150,7 @@ def test_the_commit_of_the_users_folder_is_recorded(tmp_path, monkeypatch):
     assert provenance.commit() is None
 
 
-def test_models_are_hashed_by_content_or_named_by_their_commit(files, hub, tmp_path):
+def test_models_are_hashed_by_content_or_named_by_their_commit(files, hub):
     assert provenance.model_digest("owner/absent") is None
     name = hub(files / "student", "owner/name")
     assert provenance.model_digest(name) == f"commit {'0' * 40}"
