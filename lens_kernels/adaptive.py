@@ -56,9 +56,8 @@ def _head_share(*packed: Any) -> Tensor:
         if reduce is None:
             share[rows] = _share(*(z.softmax(-1) for z in logits))
         else:
-            share[rows] = sharded_share.share(
-                *sharded_share.softmax([*logits], reduce), MASS, reduce
-            )
+            p, q = sharded_share.softmax([*logits], reduce)
+            share[rows] = sharded_share.share(p, q, MASS, reduce)
     return share
 
 

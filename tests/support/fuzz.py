@@ -77,25 +77,23 @@ def other_model_file(given: Input, random: Random) -> str:
     return CLEAN
 
 
+def change_value(path: Path, random: Random, *more: str) -> str:
+    """Change the value of a random key of a JSON file or of ``more``, and describe the change."""
+    record = json.loads(path.read_text())
+    key = random.choice([*sorted(record), *more])
+    record[key] = random.choice(ODD_VALUES)
+    path.write_text(json.dumps(record))
+    return f"{path.name}: {key}={record[key]!r:.40}"
+
+
 def model_config(given: Input, random: Random) -> str:
-    """Change a random value in a model's config."""
-    path = given.folder / "student" / "config.json"
-    config = json.loads(path.read_text())
-    key = random.choice(sorted(config))
-    config[key] = random.choice(ODD_VALUES)
-    given.what = f"config.json: {key}={config[key]!r:.40}"
-    path.write_text(json.dumps(config))
+    given.what = change_value(given.folder / "student" / "config.json", random)
     return CLEAN
 
 
 def tokenizer_value(given: Input, random: Random) -> str:
-    """Change a random value in a tokenizer's config."""
     path = given.folder / "student" / "tokenizer_config.json"
-    config = json.loads(path.read_text())
-    key = random.choice([*sorted(config), "chat_template", "tokenizer_class", "auto_map"])
-    config[key] = random.choice(ODD_VALUES)
-    given.what = f"tokenizer_config.json: {key}={config[key]!r:.40}"
-    path.write_text(json.dumps(config))
+    given.what = change_value(path, random, "chat_template", "tokenizer_class", "auto_map")
     return CLEAN
 
 
@@ -334,11 +332,7 @@ def checkpoint_value(given: Input, random: Random) -> str:
     shutil.copytree(given.folder / "interrupted", given.folder / "out")
     names = ["checkpoint-1/trainer_state.json", "checkpoint-2/trainer_state.json"]
     path = given.folder / "out" / random.choice(names)
-    record = json.loads(path.read_text())
-    key = random.choice(sorted(record))
-    record[key] = random.choice(ODD_VALUES)
-    path.write_text(json.dumps(record))
-    given.what = f"{path.parent.name}/{path.name}: {key}={record[key]!r:.40}"
+    given.what = f"{path.parent.name}/{change_value(path, random)}"
     return CLEAN
 
 
