@@ -84,7 +84,7 @@ class LossCall:
     reports: bool = False
     targets: TargetRows | None = None
     standardized: tuple[bool, ...] = ()
-    token_clip: float | None = None
+    token_clip: float = math.inf
     teacher_temperature: float | None = None
 
     @staticmethod
@@ -132,7 +132,7 @@ class LossCall:
                 standardize is True or (standardize == "lens" and lens)
                 for lens in normed[: len(terms)]
             ),
-            token_clip=options.token_clip,
+            token_clip=math.inf if options.token_clip is None else options.token_clip,
             vocab_size=inputs.vocab_size if shard is None else shard.columns,
             workspace_bytes=workspace_or_default(options.workspace_bytes, inputs.device),
             grad_threshold=threshold,
@@ -165,9 +165,9 @@ class LossCall:
             "z_loss": self.z_loss > 0,
             "return_lse or return_entropy": self.reports,
             "SparseTargets": self.targets is not None,
-            "SparseTargets.rest": self.targets is not None and self.targets.mass is not None,
+            "SparseTargets.rest": self.targets is not None and self.targets.has_rest,
             "standardize": any(self.standardized),
-            "token_clip": self.token_clip is not None,
+            "token_clip": self.token_clip < math.inf,
         }
         return tuple([name for name in used if used[name]])
 

@@ -81,6 +81,11 @@ class TargetRows(NamedTuple):
     smoothing: Tensor | None = None
     rest: Tensor | None = None
 
+    @property
+    def has_rest(self) -> bool:
+        """Return whether tokens that are not listed have a probability."""
+        return self.smoothing is not None or self.rest is not None
+
     def at(self, rows: Tensor | slice) -> TargetRows:
         """Return the targets of some tokens."""
         return TargetRows._make(None if x is None else x[rows] for x in self)

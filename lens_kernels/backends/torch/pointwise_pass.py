@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -145,7 +146,7 @@ class TorchPass:
             for x in (call.label_smoothing, call.z_loss)
         )
         self.clip = None
-        if call.token_clip is not None:
+        if call.token_clip < math.inf:
             self.clip = torch.tensor(call.token_clip, dtype=compute)
         ours, theirs = call.temperatures
         inverse_ours, inverse_theirs = (torch.tensor(1 / x, dtype=compute) for x in (ours, theirs))
