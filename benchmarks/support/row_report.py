@@ -125,9 +125,7 @@ def record(
         if variant == "statistics":
             terms = terms._replace(teacher_statistics=torch.zeros(TOKENS, 2))
         if variant == "targets":
-            sparse = TargetRows(
-                torch.zeros(TOKENS, 9).long(), torch.ones(TOKENS, 9), row, None, False
-            )
+            sparse = TargetRows(torch.zeros(TOKENS, 9).long(), torch.ones(TOKENS, 9), row)
             terms = terms._replace(targets=sparse, standardized=True)
         made.run(tiles, terms, grad, survey)
     (launch,) = launches
