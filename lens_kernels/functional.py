@@ -342,7 +342,7 @@ def distillation_loss(
     is_adaptive = any(slope for _, slope in finals.values())
     if is_adaptive and standardize is True:
         raise ValueError("akl is not available with standardize=True: use standardize='lens'")
-    share = adaptive.head_share(call) if any(slope for _, slope in finals.values()) else 0.0
+    share = adaptive.head_share(call) if is_adaptive else 0.0
     # A token's weights within each loss term. ``row_weight`` has its weights within the whole loss.
     factor = options.factor
     lens_rows = (counted * factor).expand(pairs, -1)

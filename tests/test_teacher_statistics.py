@@ -30,18 +30,6 @@ USED_BY_ALL = ["jsd", "tvd", "hellinger"]
 backends = pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 
 
-def statistics(problem, has_final=False):
-    """Return each token's maximum of the teacher's logits, and log-sum-exp minus maximum."""
-    hidden, head = problem.teacher_hidden, problem.teacher_head
-    states = []
-    for i, h in enumerate(hidden):
-        normed = not (has_final and i == len(hidden) - 1)
-        z = dense.lens_logits(h, head, normed, None) / TEMPERATURE
-        highest = z.amax(-1)
-        states.append(torch.stack([highest, z.logsumexp(-1) - highest], -1))
-    return torch.stack(states).detach()
-
-
 @backends
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_right_statistics_give_the_same_loss_and_gradients(backend, divergence):
