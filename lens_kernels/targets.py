@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class TargetRows(NamedTuple):
 
     def at(self, rows: Tensor | slice) -> TargetRows:
         """Return the targets of some tokens."""
-        return TargetRows._make(None if x is None else x[rows] for x in self)
+        return _with_fields(None if x is None else x[rows] for x in self)
 
     @staticmethod
     def joined(parts: list[TargetRows]) -> TargetRows:
@@ -92,7 +92,11 @@ class TargetRows(NamedTuple):
         if len(parts) == 1:
             return parts[0]
         fields = zip(*parts, strict=True)
-        return TargetRows._make(None if x[0] is None else torch.cat(x) for x in fields)
+        return _with_fields(None if x[0] is None else torch.cat(x) for x in fields)
+
+
+def _with_fields(fields: Iterable[Any]) -> TargetRows:
+    return TargetRows(*fields)
 
 
 def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> TargetRows:
@@ -119,7 +123,7 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
         others = vocab_size - listed.sum(-1)
         constant = inside + others * torch.special.xlogy(share, share)
     rows = TargetRows(ids, p, constant, smoothing, rest)
-    return TargetRows._make([ids, *(None if x is None else x.to(dtype) for x in rows[1:])])
+    return _with_fields([ids, *(None if x is None else x.to(dtype) for x in rows[1:])])
 
 
 def _merged(ids: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
