@@ -18,8 +18,8 @@ from lens_kernels.call import SCHEMA, LossCall, Packed
 from lens_kernels.lens import LensHead
 from lens_kernels.sharding import Reduction
 
-# The head of the vocabulary is the teacher's most probable entries. The limit for the sum of their
-# probabilities:
+# The head of the vocabulary is the teacher's most probable entries. Their probabilities sum to at
+# most one half.
 MASS = 0.5
 # The peak memory of the adaptive KL's weight, as a multiple of one model's logits. The sort needs
 # the most: indices of 8 bytes each, and as much temporary memory.

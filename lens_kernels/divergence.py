@@ -31,7 +31,7 @@ Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Mixture], Pointwise]
 NEAR = 0.5
 # The number that replaces logits of -inf, because a difference of infinities is NaN.
 FLOOR = -1e30
-# A log-ratio above this number means that one of the two probabilities is 0.
+# The largest log-ratio of two positive probabilities. Above it, the smaller probability is 0.
 NO_MASS = -FLOOR / 2
 
 

@@ -86,7 +86,7 @@ def _onednn() -> Any:
 
 
 def _start_in_child() -> None:
-    """Create a new lock and restore the setting in a forked process.
+    """Create a new lock and restore oneDNN's precision in a forked process.
 
     The child process has no copy of the thread that held the lock.
     """

@@ -29,8 +29,8 @@ TILE_ROWS, GRAD_ROWS = 512, 2048
 # peak within 1.3 GiB above the 16-bit gradients. GEMMs over 1024 rows are predicted to take the
 # same time.
 NARROW_GRAD_ROWS = 1024
-# On a GPU, the row stride of gradients is a multiple of this number of entries, because GEMMs would
-# be slow with other strides.
+# On a GPU, the row stride of gradients is a multiple of 64 entries, because GEMMs would be slow
+# with other strides.
 GRAD_LINE = 64
 # The row kernel has these features of a call. On a GPU, Inductor compiles the pass of a call with
 # any other feature: label smoothing and ghost entries need more sums over a row.

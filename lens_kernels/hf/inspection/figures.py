@@ -20,7 +20,7 @@ MODELS = (
 TRAINED = {"color": pictures.VERMILION, "linestyle": "", "marker": "D", "zorder": 3}
 TRAINED["label"] = "lens pairs of training"
 COLD, HOT = "#F1F5F8", pictures.BLUE
-# Above this fraction of the colour scale, text is white, because black text would be hard to read.
+# Text is white on cells above 85 % of the colour scale, because black text would be hard to read.
 HOT_FROM = 0.85
 MAX_LAYERS, MAX_POSITIONS = 32, 24
 # The size of a cell in inches, and of its font in points.

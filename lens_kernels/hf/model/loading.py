@@ -289,7 +289,7 @@ def _place(path: str, download: bool, revision: str | None = None) -> str:
         found = try_to_load_from_cache(path, name, revision=revision)
         if isinstance(found, str):
             return str(Path(found).parent)
-    raise OSError("no folder has this name, and no model in the Hub's cache")
+    raise OSError("neither a folder nor a model in the Hub's cache has this name")
 
 
 def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:

@@ -20,9 +20,10 @@ def normalised_rows(
     x_ptr, index_ptr, x_stride, first, tokens, width, eps,
     LAYER: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Return ``(x_hat, rstd, source, valid)`` of a block of rows.
+    """Normalise a block of rows. Return ``(x_hat, rstd, source, valid)``.
 
-    ``x_hat`` is 0 beyond the width.
+    ``x_hat`` are the normalised rows, with 0 beyond their width, and ``rstd`` is their inverse
+    scale. ``source`` are the indices of the rows, and ``valid`` is False beyond the last row.
     """
     rows = first + tl.arange(0, BLOCK_N)
     valid = rows < tokens
