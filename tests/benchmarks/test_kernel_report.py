@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from benchmarks import kernel_report
-from benchmarks.support import tables
+from benchmarks.support import environment, tables
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -67,6 +67,13 @@ def test_report_finds_no_spills_in_any_variant(tmp_path):
     rows = tables.read_csv(tmp_path / "kernel_report_bfloat16.csv")
     assert {row["arch"] for row in rows} == {*kernel_report.ARCHS}
     assert all(row["spilled_bytes"] == "0" for row in rows)
+
+
+def test_no_kernel_of_the_committed_reports_spills():
+    for path in (environment.DATA / "offline").glob("kernel_report_*.csv"):
+        rows = tables.read_csv(path)
+        assert {row["kernel"] for row in rows} >= {"row_stats", "row_sums", "gradients"}
+        assert [row for row in rows if row["spilled_bytes"] != "0"] == [], path.name
 
 
 def test_costs_count_the_gemms():
