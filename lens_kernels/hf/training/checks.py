@@ -253,10 +253,10 @@ def check_distribution(args: LensDistillConfig) -> None:
             f"one process has {args.n_gpu} GPUs, but nn.DataParallel is not supported: start one"
             " process per GPU with torchrun or accelerate launch"
         )
-    if is_deepspeed_zero3_enabled() and args.mse_coeff:
+    if is_deepspeed_zero3_enabled() and args.trains_matrices:
         raise RuntimeError(
-            f"mse_coeff={args.mse_coeff} is not supported with DeepSpeed ZeRO-3, which would"
-            " partition the MSE matrices: use ZeRO-2, or leave mse_coeff out"
+            f"{_matrices_of(args)} is not supported with DeepSpeed ZeRO-3, which would partition"
+            " its matrices: use ZeRO-2, or leave the option out"
         )
     parallel = getattr(args, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
@@ -267,11 +267,15 @@ def check_distribution(args: LensDistillConfig) -> None:
             )
 
 
+def _matrices_of(args: LensDistillConfig) -> str:
+    return f"mse_coeff={args.mse_coeff}" if args.mse_coeff else "train_student_lens=True"
+
+
 def check_shards(state: Any, args: LensDistillConfig) -> None:
     """Raise if the run needs MSE matrices in sharded checkpoints, which is not supported."""
     plugin = getattr(state, "fsdp_plugin", None)
-    if args.mse_coeff and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
+    if args.trains_matrices and plugin is not None and "SHARDED" in str(plugin.state_dict_type):
         raise RuntimeError(
-            f"mse_coeff={args.mse_coeff} needs full checkpoints to save the MSE matrices:"
+            f"{_matrices_of(args)} needs full checkpoints to save its matrices:"
             " set state_dict_type FULL_STATE_DICT in fsdp_config"
         )

@@ -228,7 +228,7 @@ def train(
         file = output / record.METRICS
         say(f"the run in {output} is already complete: delete {file} to repeat it")
         return done
-    projections = config.teacher is not None and args.mse_coeff > 0
+    projections = config.teacher is not None and args.trains_matrices
     checkpoint: Path | None = None
     skipped: dict[Path, str] = {}
     # A run with save_only_model stores no optimizer state. It cannot resume exactly, so it starts

@@ -155,6 +155,18 @@ class LensDistillConfig(TrainingArguments):
         "Weight of the mean squared error between the student's hidden states and a learnt linear"
         " map of the teacher's hidden states, at the lens layers. A baseline to compare with.",
     )
+    student_lens: str | None = option(
+        None,
+        "File of translators for the student's lens layers, as lens-kernels tune-lens writes it.",
+    )
+    teacher_lens: str | None = option(
+        None, "File of translators for the teacher's lens layers. They stay as they are."
+    )
+    train_student_lens: bool = option(
+        False,
+        "Train the student's translators along. Without --student_lens they start as zeros, which"
+        " change nothing.",
+    )
     vocab_size: int | None = option(
         None, "Number of leading vocabulary entries that both models share, if their sizes differ."
     )
@@ -282,4 +294,10 @@ class LensDistillConfig(TrainingArguments):
 
     def objective_options(self) -> Mapping[str, Any]:
         """Return the keyword arguments for ``LensObjective``."""
-        return {**self.loss_options(), "lens_norm": self.lens_norm, "mse_coeff": self.mse_coeff}
+        own = "lens_norm", "mse_coeff", "student_lens", "teacher_lens", "train_student_lens"
+        return {**self.loss_options(), **{name: getattr(self, name) for name in own}}
+
+    @property
+    def trains_matrices(self) -> bool:
+        """Whether matrices beside the student are trained: for the MSE term, or translators."""
+        return self.mse_coeff > 0 or self.train_student_lens

@@ -19,6 +19,7 @@ from lens_kernels.hf.model.layers import check_layers, lens_layers
 from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.hf.training.entropy import entropy_sum
+from lens_kernels.hf.training.translators import of_layers, trainable, translated
 from lens_kernels.hf.training.whole_heads import (
     inside_call,
     where_head_is_whole,
@@ -79,6 +80,11 @@ class LensObjective(nn.Module):
         lens_norm: Apply each model's final norm to intermediate hidden states.
         mse_coeff: Weight of the mean square of ``P h_teacher - h_student``, with a learnt matrix
             ``P`` in ``projections`` for each pair.
+        student_lens: File of translators of the student's layers, as ``tune-lens`` writes it, or
+            None. Translators move hidden states before the lens reads them.
+        teacher_lens: The same for the teacher. Its translators are never trained.
+        train_student_lens: Train the student's translators along. Without a file they start as
+            zeros, which leave hidden states as they are. They are in ``projections`` too.
         **options: Options of ``distillation_loss``.
 
     Raises:
@@ -94,6 +100,9 @@ class LensObjective(nn.Module):
         *,
         lens_norm: bool = True,
         mse_coeff: float = 0.0,
+        student_lens: str | None = None,
+        teacher_lens: str | None = None,
+        train_student_lens: bool = False,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -123,6 +132,16 @@ class LensObjective(nn.Module):
             names = "student_head", "teacher_head"
             shared_vocabulary(self.options.vocab_size, dict(zip(names, sizes, strict=True)))
             self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
+            (head, _), layers = self.heads(), self.student_layers
+            ours = of_layers("student_lens", student_lens, layers, head)
+            self._teacher_lens = of_layers(
+                "teacher_lens", teacher_lens, self.teacher_layers, self.heads()[1]
+            )
+            if train_student_lens:
+                ours = trainable(ours, len(layers), head)
+                self.projections.extend(ours)
+            # In a tuple, so that trained translators are registered only once.
+            self._student_lens = (ours,)
 
     @classmethod
     def from_models(
@@ -229,7 +248,7 @@ class LensObjective(nn.Module):
         """Make the MSE loss's matrices a part of the student, so that optimizers find them."""
         holder = causal_lm_of(self.student)
         try:
-            if self.mse_coeff:
+            if len(self.projections):
                 holder.add_module(PROJECTIONS, self.projections)
             yield
         finally:
@@ -272,6 +291,9 @@ class LensObjective(nn.Module):
     ) -> Outcome:
         # Skip the lens pairs if their weight is 0.
         weight = self.options.kd_ratio * self.options.lens_coeff
+        untranslated = student_rows[:-1], teacher_rows[:-1]
+        student_rows = translated(self._student_lens[0], student_rows)
+        teacher_rows = translated(self._teacher_lens, teacher_rows)
         lenses = len(self.student_layers) if weight else 0
         output = distillation_loss(
             student_rows[:lenses],
@@ -287,7 +309,7 @@ class LensObjective(nn.Module):
         tokens = torch.where(tokens == 0, 1, tokens)  # prevents 0 / 0
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
-            mse = self._mse(student_rows[:-1], teacher_rows[:-1]) / tokens
+            mse = self._mse(*untranslated) / tokens
             loss = loss + self.options.kd_ratio * self.mse_coeff * mse
             parts["mse"] = mse
         parts["loss"] = loss
@@ -345,11 +367,11 @@ class LensObjective(nn.Module):
         return matrices.to(student.device, dtype)
 
     def _mse(self, student_rows: list[Tensor], teacher_rows: list[Tensor]) -> Tensor:
+        # Translators may follow the matrices.
+        matrices = [*self.projections.parameters()][: len(student_rows)]
         sums = [
             (nn.functional.linear(t.to(p.dtype), p) - s).float().square().mean(-1).sum()
-            for p, s, t in zip(
-                self.projections.parameters(), student_rows, teacher_rows, strict=True
-            )
+            for p, s, t in zip(matrices, student_rows, teacher_rows, strict=True)
         ]
         return torch.stack(sums).mean()
 

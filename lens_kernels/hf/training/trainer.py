@@ -178,7 +178,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
         """Check the files of the checkpoint to resume from, and return its folder."""
-        projections = self.lens_objective is not None and self.args.mse_coeff > 0
+        projections = self.lens_objective is not None and self.args.trains_matrices
         if not checkpoint:
             return None
         if checkpoint is not True:
@@ -203,7 +203,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         held = {id(x) for group in optimizer.param_groups for x in group["params"]}
         if any(id(x) not in held for x in self.lens_objective.projections.parameters()):
             raise ValueError(
-                "the optimizer lacks the matrices of mse_coeff, which would stay random: call"
+                "the optimizer lacks the matrices of mse_coeff or train_student_lens: call"
                 " trainer.optimizer.add_param_group({'params':"
                 " list(trainer.lens_objective.projections.parameters())}) before train()"
             )
@@ -398,5 +398,5 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
     def after_loading(self, checkpoint: str) -> None:
         """Load the MSE loss's matrices of a checkpoint whose weights were just loaded."""
-        if self.lens_objective is not None and self.lens_objective.mse_coeff:
+        if self.lens_objective is not None and len(self.lens_objective.projections):
             matrices.load(self.lens_objective.projections, Path(checkpoint))

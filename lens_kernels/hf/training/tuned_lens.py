@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lens_kernels.functional import symmetric_lens_loss
@@ -24,56 +22,10 @@ from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.training.collation import Collator, padding_id
 from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download
+from lens_kernels.hf.training.translators import save_translators
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead, LensTranslator
 from lens_kernels.options import check_count, check_number
-
-PUBLISHED = "params.pt"
-
-
-def save_translators(path: Path, translators: Mapping[int, LensTranslator]) -> None:
-    """Write ``translators``, whose keys are depths, to a safetensors file."""
-    tensors = {
-        f"layer_{depth}.{part}": getattr(x, part).detach().float().cpu().contiguous()
-        for depth, x in translators.items()
-        for part in ("weight", "bias")
-    }
-    partial = path.with_name(f"{path.name}.partial")
-    save_file(tensors, partial)
-    partial.replace(path)
-
-
-def load_translators(path: str | Path, device: Any = "cpu") -> dict[int, LensTranslator]:
-    """Read translators by depth from a file of ``save_translators``, or from a published lens.
-
-    A published lens is a folder with ``params.pt``, whose keys are ``<depth>.weight`` and
-    ``<depth>.bias``. Depth 0 is the output of the embeddings. Pickled code is never run.
-
-    Raises:
-        ValueError: The file has neither format, or lacks the weight or the bias of a translator.
-    """
-    path = Path(path)
-    if path.is_dir():
-        file = path / PUBLISHED
-        if not file.is_file():
-            raise ValueError(f"{path} has no {PUBLISHED}: give a tuned lens, or a safetensors file")
-        held = torch.load(file, map_location="cpu", weights_only=True)
-        tensors = {f"layer_{name}": x for name, x in held.items() if isinstance(x, Tensor)}
-    else:
-        try:
-            tensors = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{path} is no safetensors file of translators: {error}") from None
-    parts: dict[int, dict[str, Tensor]] = {}
-    for name, x in tensors.items():
-        layer, _, part = name.partition(".")
-        depth = layer.removeprefix("layer_")
-        if not depth.isdecimal() or part not in ("weight", "bias"):
-            raise ValueError(f"{path} holds {name!r}, which is no part of a translator")
-        parts.setdefault(int(depth), {})[part] = x.float().to(device)
-    if not parts or any(len(x) != 2 for x in parts.values()):
-        raise ValueError(f"{path} lacks a weight or a bias of a translator")
-    return {depth: LensTranslator(**parts[depth]) for depth in sorted(parts)}
 
 
 def train_translators(

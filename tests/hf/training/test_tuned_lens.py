@@ -7,10 +7,11 @@ import torch
 
 from lens_kernels import LensHead, LensTranslator, symmetric_lens_loss
 from lens_kernels.cli import main
-from lens_kernels.hf.training.tuned_lens import load_translators, save_translators
+from lens_kernels.hf.training.translators import load_translators, save_translators
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH
 from tests.support.problems import make, ours
+from tests.support.training import make_trainer, trained
 
 WIDTH = BATCH.student
 
@@ -121,3 +122,55 @@ def test_a_head_alone_may_have_one_translator_for_all_pairs():
     rest = problem.student_hidden, problem.teacher_hidden
     losses = [symmetric_lens_loss(*rest, x, problem.teacher_head) for x in (both, one)]
     assert torch.equal(*losses)
+
+
+@pytest.fixture(scope="module")
+def lens_files(tmp_path_factory):
+    """Return files of random translators for the layers of the tiny student and teacher."""
+    torch.manual_seed(0)  # module fixtures are made before the seed of a test is set
+    folder, made = tmp_path_factory.mktemp("lens"), {}
+    for side, layers, width in (("student", (1, 2), 16), ("teacher", (1, 3), 24)):
+        pairs = zip(layers, translators(2, width), strict=True)
+        save_translators(folder / side, dict(pairs))
+        made[f"{side}_lens"] = str(folder / side)
+    return made
+
+
+def test_the_trainer_reads_layers_through_translators(tmp_path, lens_files):
+    plain, moved = (trained(tmp_path, max_steps=1, **more) for more in ({}, lens_files))
+    one, other = (x.state.log_history[0] for x in (plain, moved))
+    assert one["kd"] == other["kd"]
+    assert one["lens"] != pytest.approx(other["lens"], rel=1e-4)
+    assert one["entropy_teacher_3"] != other["entropy_teacher_3"]
+    zeros = trained(tmp_path, max_steps=1, train_student_lens=True)
+    assert zeros.state.log_history[0]["lens"] == pytest.approx(one["lens"], rel=1e-6)
+    assert all(x.abs().max() > 0 for x in zeros.lens_objective.projections.parameters())
+    held = load_translators(lens_files["student_lens"])
+    along = trained(tmp_path, max_steps=1, train_student_lens=True, **lens_files)
+    assert along.state.log_history[0]["lens"] == pytest.approx(other["lens"], rel=1e-6)
+    for module, start in zip(along.lens_objective.projections, held.values(), strict=True):
+        assert (module.weight - start.weight).abs().max() > 1e-6
+
+
+def test_a_resumed_run_continues_with_its_translators(tmp_path):
+    options = {"train_student_lens": True, "mse_coeff": 0.1, "learning_rate": 0.05}
+    options |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    whole = trained(tmp_path / "a", **options)
+    resumed = make_trainer(tmp_path / "b", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-1"))
+    for one, other in zip(
+        whole.lens_objective.projections.parameters(),
+        resumed.lens_objective.projections.parameters(),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+def test_files_of_other_layers_or_models_are_refused(tmp_path, lens_files):
+    with pytest.raises(ValueError, match=r"for layers \[1, 3\], but not for \[2\]"):
+        make_trainer(tmp_path, student_lens=lens_files["teacher_lens"])
+    with pytest.raises(ValueError, match="has width 24 in layer 1, but the hidden states have"):
+        make_trainer(
+            tmp_path, student_lens=lens_files["teacher_lens"], num_lens_pairs=None,
+            student_layers=[1], teacher_layers=[1],
+        )  # fmt: skip
