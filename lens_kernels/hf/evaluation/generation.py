@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from lens_kernels.hf.evaluation.sampling import (
     generate,
 )
 from lens_kernels.hf.model.loading import DTYPES, load_model, load_tokenizer
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import (
     Collator,
@@ -37,6 +38,9 @@ from lens_kernels.hf.training.data import (
 from lens_kernels.hf.training.files import check_download
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEEDS = (10, 20, 30, 40, 50)
 CHECKED = frozenset(inspect.signature(check_sampling).parameters)
@@ -58,13 +62,13 @@ class RougeResult:
     """Number of rows that were answered."""
     skipped: int
     """Number of rows skipped because their prompt was too long."""
-    answers: list[dict[str, Any]]
+    answers: list[dict[str, object]]
     """For each answered row: ``line``, ``prompt``, ``references``, and ``answers`` by seed."""
 
 
 def evaluate_rouge(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
     seeds: Sequence[int] = SEEDS,
@@ -133,11 +137,13 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def asked_rows(
-    rows: Sequence[Row], tokenizer: Any, prompt_style: str, max_prompt_length: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_style: str,
+    max_prompt_length: int,
 ) -> list[tuple[Row, list[int]]]:
     """Return the rows whose prompts are short enough, and the token ids of these prompts."""
-    lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
-    prompts = ((row, prompt_ids(row, tokenizer, **lengths)) for row in rows)
+    prompts = ((x, prompt_ids(x, tokenizer, prompt_style, max_prompt_length)) for x in rows)
     asked = [(row, ids) for row, ids in prompts if ids is not None]
     if not asked:
         raise ValueError(
@@ -149,9 +155,9 @@ def asked_rows(
 
 @torch.no_grad()
 def held_out_ce(
-    model: Any,
+    model: PreTrainedModel,
     examples: Any,
-    collator: Any,
+    collator: Collator,
     batch_size: int = 8,
     *,
     progress: bool = False,
@@ -247,8 +253,9 @@ def evaluate_model(
         RuntimeError: A package or the device is missing.
         OSError: ``output`` cannot be written.
     """
-    lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
     sampling: dict[str, Any] = {
+        "prompt_style": prompt_style,
+        "max_prompt_length": max_prompt_length,
         "seeds": list(seeds),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
@@ -277,8 +284,15 @@ def evaluate_model(
     rows = read_rows(data)
     tokenizer = load_tokenizer(str(student), allow_download)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
-    examples = load_examples(data, tokenizer, max_length=max_length, progress=progress, **lengths)
-    model = load_model(str(student), dtype, allow_download).to(device)
+    examples = load_examples(
+        data,
+        tokenizer,
+        prompt_style=prompt_style,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        progress=progress,
+    )
+    model = moved(load_model(str(student), dtype, allow_download), device)
     check_lengths(model, [ids for _, ids in asked], max_new_tokens)
     collator = Collator(padding_id(tokenizer))
     cross_entropy = held_out_ce(model, examples, collator, batch_size, progress=progress)
@@ -288,7 +302,6 @@ def evaluate_model(
         "max_length": max_length,
         "dtype": dtype,
         "device": device,
-        **lengths,
         **sampling,
     }
     result: dict[str, Any] = {}
@@ -311,15 +324,13 @@ def evaluate_model(
 
     if say is not None:
         say(f"cross entropy: {cross_entropy:.4f} nats per token")
-    evaluate_rouge(
-        model, tokenizer, rows, progress=progress, after_seed=after_seed, **lengths, **sampling
-    )
+    evaluate_rouge(model, tokenizer, rows, progress=progress, after_seed=after_seed, **sampling)
     return result
 
 
 def _summary(
-    cross_entropy: float, rouge: RougeResult, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+    cross_entropy: float, rouge: RougeResult, settings: Mapping[str, object]
+) -> dict[str, object]:
     return {
         "cross_entropy": cross_entropy,
         "rouge_l": rouge.mean,
@@ -332,7 +343,7 @@ def _summary(
     }
 
 
-def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]]) -> None:
+def _write(folder: Path, result: Mapping[str, object], answers: list[dict[str, object]]) -> None:
     """Write each result to a temporary file and rename it, so that no file is ever incomplete."""
     lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answers)
     texts = {"answers.jsonl": lines, "eval.json": json.dumps(result, indent=1) + "\n"}

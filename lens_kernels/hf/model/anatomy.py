@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -16,11 +16,14 @@ from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.hf.model.verification import check_lens
 from lens_kernels.lens import LensHead
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # Maps each model to its lens, and to the numbers and modules on which the lens depends.
 _FOUND: WeakKeyDictionary[nn.Module, tuple[list[object], ModelLens]] = WeakKeyDictionary()
 
 
-def detect_lens(model: Any) -> ModelLens:
+def detect_lens(model: PreTrainedModel) -> ModelLens:
     """Return the lens of a causal language model: its blocks, norm and head, scale and soft cap.
 
     The model reads a few tokens, in evaluation mode and without gradients, and is unchanged
@@ -38,7 +41,7 @@ def detect_lens(model: Any) -> ModelLens:
     return _find(model, inner) if known is None else known
 
 
-def verify_lens(model: Any) -> None:
+def verify_lens(model: PreTrainedModel) -> None:
     """Compare a model's lens with the model's own logits, even if they were compared before.
 
     Raises:
@@ -52,12 +55,12 @@ def verify_lens(model: Any) -> None:
         measured(inner, lambda: _check_known(model, inner, known))
 
 
-def _check_known(model: Any, inner: Any, lens: ModelLens) -> None:
+def _check_known(model: PreTrainedModel, inner: PreTrainedModel, lens: ModelLens) -> None:
     parts = lens.blocks_in(inner)[-1], lens.decoder_in(inner)
     check_lens(model, inner, lens, traced(model, inner, parts))
 
 
-def _find(model: Any, inner: Any) -> ModelLens:
+def _find(model: PreTrainedModel, inner: PreTrainedModel) -> ModelLens:
     family = REGISTERED.get(inner.config.model_type)
 
     def search() -> ModelLens:
@@ -74,7 +77,7 @@ def _find(model: Any, inner: Any) -> ModelLens:
     return found
 
 
-def _remembered(inner: Any) -> ModelLens | None:
+def _remembered(inner: PreTrainedModel) -> ModelLens | None:
     if inner not in _FOUND:
         return None
     parts, found = _FOUND[inner]
@@ -84,7 +87,7 @@ def _remembered(inner: Any) -> ModelLens | None:
         return None
 
 
-def _depends_on(inner: Any, lens: ModelLens) -> list[object]:
+def _depends_on(inner: PreTrainedModel, lens: ModelLens) -> list[object]:
     """Return the modules and numbers that a lens depends on. Modules are compared by identity."""
     norm = lens.norm_in(inner)
     settings = settings_of(inner).items()
@@ -98,7 +101,7 @@ def _depends_on(inner: Any, lens: ModelLens) -> list[object]:
     ]
 
 
-def _named_lens(inner: Any, family: Family, run: Trace) -> ModelLens:
+def _named_lens(inner: PreTrainedModel, family: Family, run: Trace) -> ModelLens:
     blocks = block_list(inner, family.blocks)
     norm = submodule(inner, family.norm, "norm")
     plain_norm(norm)
@@ -114,7 +117,7 @@ def _named_lens(inner: Any, family: Family, run: Trace) -> ModelLens:
             f"{class_name(inner)} does not call {family.norm!r}, which its Family.norm names"
         )
     scale = _setting(inner, family.logit_scale, 1.0) / _setting(inner, family.logit_divisor, 1.0)
-    softcap = _setting(inner, family.softcap, None)
+    softcap = None if family.softcap is None else _setting(inner, family.softcap, 0.0)
     return ModelLens(
         family.blocks,
         tuple(range(len(blocks))),
@@ -125,7 +128,7 @@ def _named_lens(inner: Any, family: Family, run: Trace) -> ModelLens:
     )
 
 
-def _setting(model: Any, name: str | None, default: Any) -> Any:
+def _setting(model: PreTrainedModel, name: str | None, default: float) -> float:
     if name is None:
         return default
     config = model.config.get_text_config()
@@ -134,25 +137,26 @@ def _setting(model: Any, name: str | None, default: Any) -> Any:
             f"the config of {class_name(model)} has no entry {name!r}, as its Family says: correct"
             " the Family and call register_family again"
         )
-    return getattr(config, name)
+    value: float = getattr(config, name)
+    return value
 
 
-def blocks_of(model: Any) -> list[nn.Module]:
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
     """Return the blocks of the model that run, in their order."""
     return detect_lens(model).blocks_in(causal_lm_of(model))
 
 
-def final_norm_of(model: Any) -> nn.Module | None:
+def final_norm_of(model: PreTrainedModel) -> nn.Module | None:
     """Return the norm between the last block and the head, or None if there is none."""
     return detect_lens(model).norm_in(causal_lm_of(model))
 
 
-def decoder_of(model: Any) -> nn.Module:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
     """Return the part of the model that returns the normed final hidden state."""
     return detect_lens(model).decoder_in(causal_lm_of(model))
 
 
-def lens_head_from(model: Any) -> LensHead:
+def lens_head_from(model: PreTrainedModel) -> LensHead:
     """Return the lens head of a Hugging Face causal language model; it shares the parameters.
 
     ``model`` may be a peft model.

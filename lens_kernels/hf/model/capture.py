@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
@@ -12,9 +12,12 @@ from lens_kernels.hf.model.anatomy import blocks_of, decoder_of
 from lens_kernels.hf.model.detection import decode
 from lens_kernels.hf.model.tracing import hidden_of, hooked
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextmanager
-def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+def capture(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     """Collect the outputs of the blocks ``layers`` (1 is the first) in a dict, by depth.
 
     Forward hooks on ``model`` collect the outputs, and are removed on exit. Unlike
@@ -28,7 +31,7 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
     blocks = blocks_of(model)
 
     def keep(depth: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: tuple[object], output: object) -> None:
             states = hidden_of(output)
             # A block returns its hidden states alone or first, as detection has checked.
             assert states is not None
@@ -41,7 +44,7 @@ def capture(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
 
 
 def hidden_states(
-    model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
+    model: PreTrainedModel, layers: Sequence[int], inputs: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """Return the outputs of ``layers``, and the normed final hidden state.
 

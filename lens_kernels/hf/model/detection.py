@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +21,15 @@ from lens_kernels.hf.model.fitting import (
 from lens_kernels.hf.model.parts import ModelLens, plain_head, plain_norm
 from lens_kernels.hf.model.tracing import Call, Trace, hidden_of, sample_tokens, trace
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ROUNDED = 1e-2  # the largest relative difference between equal states in 16 bits
 
 
-def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> Trace:
+def traced(
+    model: PreTrainedModel, inner: PreTrainedModel, parts: Iterable[nn.Module] | None = None
+) -> Trace:
     """Run a model on a few tokens of its own vocabulary, without peft's wrapper in the paths.
 
     Raises:
@@ -42,7 +47,7 @@ def traced(model: Any, inner: Any, parts: Iterable[nn.Module] | None = None) -> 
     return trace(model, inner, sample_tokens(inner, len(weight), weight.device), parts)
 
 
-def find_lens(model: Any, inner: Any, run: Trace) -> ModelLens:
+def find_lens(model: PreTrainedModel, inner: PreTrainedModel, run: Trace) -> ModelLens:
     """Return the lens between the last block and the logits of a model that ran once.
 
     The model must call its head once. The norm is the module whose output, perhaps times a
@@ -59,7 +64,7 @@ def find_lens(model: Any, inner: Any, run: Trace) -> ModelLens:
         raise ValueError(f"{class_name(model)} has no lens: {error}. {_advice(inner)}") from error
 
 
-def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
+def _found(model: PreTrainedModel, inner: PreTrainedModel, run: Trace) -> ModelLens:
     head, settings = plain_head(inner), settings_of(inner)
     fed = [call for call in run.calls if call.module is head]
     if len(fed) != 1 or fed[0].given is None:
@@ -82,7 +87,7 @@ def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
             plain_norm(call.module)
             fit = fit_norm(call.module, h.shape[-1], settings)
             path, normed = call.path, call.returned
-        multiple = exact_number(measured, settings, tolerance_of(run, head) / 5)
+        multiple = exact_number(measured, settings, tolerance_of(run, head.weight) / 5)
         if head.bias is not None and multiple != 1:
             raise ValueError("the model scales its final states before a head with a bias")
         decoder = find_decoder(inner, run, blocks, normed)
@@ -91,14 +96,14 @@ def _found(model: Any, inner: Any, run: Trace) -> ModelLens:
     raise ValueError(_obstacle(run, inner, head, x))
 
 
-def tolerance_of(run: Trace, head: Any) -> float:
+def tolerance_of(run: Trace, weight: Tensor) -> float:
     """Return the relative rounding error that is allowed for a model's states."""
     # A model may return float32 logits but compute them in 16 bits.
-    rounded = run.autocast is not None or head.weight.dtype.itemsize < 4
+    rounded = run.autocast is not None or weight.dtype.itemsize < 4
     return ROUNDED if rounded else EXACT
 
 
-def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None, float]]:
+def _norms(run: Trace, head: nn.Linear, x: Tensor) -> Iterator[tuple[Call | None, float]]:
     yield None, 1.0
     # in reversed order, a wrapper comes before the module inside it
     for call in reversed(run.calls):
@@ -107,7 +112,9 @@ def _norms(run: Trace, head: nn.Module, x: Tensor) -> Iterator[tuple[Call | None
         if call.given.shape == call.returned.shape == x.shape:
             same = _same(call.returned, x)
             multiple = 1.0 if same else factor(x, call.returned)
-            if same or difference(multiple * call.returned.double(), x) <= tolerance_of(run, head):
+            if same or difference(multiple * call.returned.double(), x) <= tolerance_of(
+                run, head.weight
+            ):
                 yield call, multiple
 
 
@@ -126,7 +133,9 @@ def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return torch.equal(a.to(b), b)
 
 
-def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, ...]] | None:
+def _blocks_before(
+    run: Trace, inner: PreTrainedModel, h: Tensor
+) -> tuple[str, tuple[int, ...]] | None:
     ended = {id(call.module): i for i, call in enumerate(run.calls)}
     found = []
     for path, blocks in inner.named_modules():
@@ -151,7 +160,7 @@ def _blocks_before(run: Trace, inner: Any, h: Tensor) -> tuple[str, tuple[int, .
     return path, ran
 
 
-def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
+def find_decoder(inner: PreTrainedModel, run: Trace, blocks: str, normed: Tensor) -> str:
     """Return the path of the outermost module that returns ``normed`` from tokens alone.
 
     Raises:
@@ -178,7 +187,7 @@ def find_decoder(inner: Any, run: Trace, blocks: str, normed: Tensor) -> str:
     )
 
 
-def decode(decoder: Any, inputs: Any) -> Any:
+def decode(decoder: nn.Module, inputs: Mapping[str, object]) -> object:
     """Run a decoder without storing keys and values."""
     return decoder(**inputs, use_cache=False)
 
@@ -187,7 +196,7 @@ def _close(a: Tensor | None, b: Tensor) -> bool:
     return a is not None and a.shape == b.shape and difference(a, b) <= ROUNDED
 
 
-def _obstacle(run: Trace, inner: Any, head: nn.Module, x: Tensor) -> str:
+def _obstacle(run: Trace, inner: PreTrainedModel, head: nn.Linear, x: Tensor) -> str:
     """Return a text that describes the module between blocks and head that prevents a lens."""
     streams = _streams(run, inner, x)
     if streams is not None:
@@ -217,7 +226,7 @@ def _source(run: Trace, x: Tensor, before: Call | None = None) -> Call | None:
     return next((c for c in run.calls if c is not before and _same(c.returned, x)), None)
 
 
-def _streams(run: Trace, inner: Any, x: Tensor) -> str | None:
+def _streams(run: Trace, inner: PreTrainedModel, x: Tensor) -> str | None:
     """Return a text if the blocks pass on several streams of the head's hidden size, else None."""
     for path, blocks in inner.named_modules():
         if not isinstance(blocks, nn.ModuleList) or len(blocks) < 2:
@@ -233,7 +242,7 @@ def _streams(run: Trace, inner: Any, x: Tensor) -> str | None:
     return None
 
 
-def _advice(inner: Any) -> str:
+def _advice(inner: PreTrainedModel) -> str:
     return (
         "If the logits are a head of a norm of a block's output all the same, name the parts:"
         f" lens_kernels.hf.register_family({inner.config.model_type!r}, Family(...)); or build a"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.model.tracing import Trace, logits_of
 from lens_kernels.lens import NORM_KINDS, LensNorm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The largest relative difference between float32 results that count as equal.
 EXACT = 1e-4
@@ -43,14 +46,16 @@ def factor(a: Tensor, b: Tensor) -> float:
     return ((a * b).sum() / b.square().sum().clamp(min=1e-300)).item()
 
 
-def settings_of(model: Any) -> Mapping[str, Any]:
+def settings_of(model: PreTrainedModel) -> Mapping[str, object]:
     """Return the entries of a model's text config."""
     return vars(model.config.get_text_config())
 
 
-def exact_number(measured: float, settings: Mapping[str, Any], tolerance: float = EXACT) -> float:
+def exact_number(
+    measured: float, settings: Mapping[str, object], tolerance: float = EXACT
+) -> float:
     """Return 1, a config's number or an inverse of one, if near ``measured``, else ``measured``."""
-    own = [float(x) for x in settings.values() if type(x) in (int, float) and x > 0]
+    own = [float(x) for x in settings.values() if isinstance(x, (int, float)) and x > 0]
     known = [1.0, *own, *(1 / x for x in own)]
     nearest = min(known, key=lambda x: abs(x / measured - 1) if measured else abs(x))
     return nearest if abs(nearest - measured) <= tolerance * abs(measured) else measured
@@ -75,7 +80,7 @@ def in_float32(norm: nn.Module) -> nn.Module:
     return copy.deepcopy(norm).float()
 
 
-def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
+def fit_norm(norm: nn.Module, width: int, settings: Mapping[str, object]) -> NormFit:
     """Return the kind, eps and offset for which ``LensNorm`` gives the same results as ``norm``.
 
     Raises:
@@ -103,7 +108,7 @@ def fit_norm(norm: Any, width: int, settings: Mapping[str, Any]) -> NormFit:
     )
 
 
-def _candidates(norm: Any, settings: Mapping[str, Any]) -> Iterator[float]:
+def _candidates(norm: nn.Module, settings: Mapping[str, object]) -> Iterator[float]:
     own = [x for x in vars(norm).values() if type(x) is float]
     named = [x for name, x in settings.items() if "eps" in name and type(x) is float]
     finest = torch.finfo(torch.float32).eps  # nn.RMSNorm uses this eps if its eps is None
@@ -111,7 +116,7 @@ def _candidates(norm: Any, settings: Mapping[str, Any]) -> Iterator[float]:
 
 
 def logits_of_products(
-    model: Any, inner: Any, run: Trace, decoder: str, products: Tensor
+    model: PreTrainedModel, inner: PreTrainedModel, run: Trace, decoder: str, products: Tensor
 ) -> Tensor:
     """Return the logits that the model computes if its head returns ``products``.
 
@@ -143,7 +148,7 @@ class MapFit:
     vocab_size: int
 
 
-def fit_map(model: Any, inner: Any, run: Trace, decoder: str) -> MapFit:
+def fit_map(model: PreTrainedModel, inner: PreTrainedModel, run: Trace, decoder: str) -> MapFit:
     """Return how a model turns its head's products into logits: scale, cap and number of logits."""
     weight, settings = inner.get_output_embeddings().weight, settings_of(inner)
     ramp = torch.linspace(-60, 60, len(weight), device=weight.device)

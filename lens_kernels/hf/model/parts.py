@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from lens_kernels import compat
 from lens_kernels.hf.model.families import class_name
 from lens_kernels.hf.model.fitting import MapFit, NormFit
 from lens_kernels.lens import LensHead, LensNorm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,25 @@ class ModelLens:
     map: MapFit
     multiple: float = 1.0
 
-    def blocks_in(self, model: Any) -> list[nn.Module]:
+    def blocks_in(self, model: PreTrainedModel) -> list[nn.Module]:
         """Return the blocks that run, in order."""
         blocks = block_list(model, self.blocks)
         return [blocks[i] for i in self.indices]
 
-    def norm_in(self, model: Any) -> nn.Module | None:
+    def norm_in(self, model: PreTrainedModel) -> nn.Module | None:
         """Return the norm between the last block and the head."""
         return None if self.norm is None else submodule(model, self.norm, "norm")
 
-    def decoder_in(self, model: Any) -> nn.Module:
+    def decoder_in(self, model: PreTrainedModel) -> nn.Module:
         """Return the part of the model that returns the normed final hidden state."""
         return submodule(model, self.decoder, "blocks")
 
-    def head_in(self, model: Any) -> LensHead:
+    def head_in(self, model: PreTrainedModel) -> LensHead:
         """Return the lens head, which shares the model's parameters."""
         head, norm = plain_head(model), self.norm_in(model)
         lens_norm = None
-        if self.norm_fit is not None:
-            fit = self.norm_fit
+        fit = self.norm_fit
+        if fit is not None and norm is not None:
             weight, bias = plain_norm(norm)
             lens_norm = LensNorm(fit.kind, weight, bias, eps=fit.eps, offset=fit.offset)
         scale = self.map.scale * self.multiple
@@ -65,7 +68,7 @@ class ModelLens:
         return lens.prefix(self.map.vocab_size)
 
 
-def submodule(model: Any, path: str, field: str) -> nn.Module:
+def submodule(model: PreTrainedModel, path: str, field: str) -> nn.Module:
     """Return the module at a path. Error messages call the path ``Family.<field>``."""
     try:
         part: nn.Module = model.get_submodule(path)
@@ -77,7 +80,7 @@ def submodule(model: Any, path: str, field: str) -> nn.Module:
     return part
 
 
-def block_list(model: Any, path: str) -> nn.ModuleList:
+def block_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
     """Return the list of blocks at a path."""
     blocks = submodule(model, path, "blocks")
     if not isinstance(blocks, nn.ModuleList):
@@ -88,7 +91,7 @@ def block_list(model: Any, path: str) -> nn.ModuleList:
     return blocks
 
 
-def plain_head(model: Any) -> Any:
+def plain_head(model: PreTrainedModel) -> nn.Linear:
     """Return the model's head. It must be one ``nn.Linear`` with a plain weight."""
     head = model.get_output_embeddings()
     if isinstance(head, nn.ModuleList):
@@ -106,7 +109,7 @@ def plain_head(model: Any) -> Any:
     return head
 
 
-def plain_norm(norm: Any) -> tuple[Tensor | None, Tensor | None]:
+def plain_norm(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Return the weight and the bias of a norm. Each may be None."""
     # A wrapper, such as an adapter or a parametrisation, has the norm as a child. The wrapper's own
     # weight attribute may not be the weight that is used.

@@ -5,20 +5,26 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from lens_kernels.hf.model.anatomy import blocks_of, detect_lens
-from lens_kernels.hf.model.families import causal_lm_of, class_name
+from lens_kernels.hf.model.families import causal_lm_of, class_name, input_embeddings
+from lens_kernels.hf.model.parts import block_list
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.model.tracing import hidden_in, hooked, logits_of, sample_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The names that configs use for the number of blocks. Some of them belong to encoder-decoders.
 LAYER_COUNTS = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "num_layers")
 
 
-def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
+def shallow_copy(teacher: PreTrainedModel, blocks: Sequence[int]) -> PreTrainedModel:
     """Return a copy of ``teacher`` that has only its blocks ``blocks`` (1 is the first).
 
     The copy has the teacher's dtypes and device, and is compared with the teacher on a few tokens.
@@ -31,7 +37,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     """
     lens = detect_lens(teacher)
     total = len(lens.indices)
-    if lens.indices != tuple(range(len(causal_lm_of(teacher).get_submodule(lens.blocks)))):
+    if lens.indices != tuple(range(len(block_list(causal_lm_of(teacher), lens.blocks)))):
         raise ValueError(f"some blocks in {lens.blocks!r} of {class_name(teacher)} do not run")
     for i in blocks:
         if not 1 <= i <= total:
@@ -61,8 +67,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
             index, _, rest = name.removeprefix(prefix).partition(".")
             origin = f"{prefix}{blocks[int(index)] - 1}.{rest}"
         found = source.get(origin)
-        alike = found is not None and found.shape == fresh.shape
-        if not alike or found.is_floating_point() != fresh.is_floating_point():
+        kinds = [(x.shape, x.is_floating_point()) for x in (found, fresh) if x is not None]
+        if found is None or kinds[0] != kinds[1]:
             raise TypeError(
                 f"teacher must hold plain floating-point weights, but {origin!r} is not one:"
                 " merge its adapters (merge_and_unload) and dequantise it first. If it has neither,"
@@ -74,7 +80,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     # also round buffers that checkpoints do not contain, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
-    student.to(inner.device)
+    moved(student, inner.device)
     if inner.generation_config is not None:
         student.generation_config = copy.deepcopy(inner.generation_config)
     if inner.device.type != "meta":
@@ -83,16 +89,18 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
 
 
 @torch.no_grad()
-def _verify_copy(student: Any, teacher: Any, blocks: Sequence[int]) -> None:
+def _verify_copy(student: PreTrainedModel, teacher: PreTrainedModel, blocks: Sequence[int]) -> None:
     """Compare the copy's logits with the teacher's, while the teacher skips its other blocks."""
 
-    def skip(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    def skip(
+        module: nn.Module, args: tuple[object], kwargs: dict[str, object], output: object
+    ) -> object:
         hidden = hidden_in(args, kwargs)
         if isinstance(output, (tuple, list)):
             return type(output)([hidden, *output[1:]])
         return hidden
 
-    embedding = teacher.get_input_embeddings().weight
+    embedding = input_embeddings(teacher)
     tokens = sample_tokens(teacher, len(embedding), embedding.device)
     dropped = [x for depth, x in enumerate(blocks_of(teacher), start=1) if depth not in blocks]
     # A model whose weights have several dtypes runs only under autocast.

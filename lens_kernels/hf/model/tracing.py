@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # the number of tokens in a trace: 5, because 5 is rarely the size of anything else in a model
 LENGTH = 5
@@ -22,7 +26,7 @@ class Call:
     module: nn.Module
     given: Tensor | None
     returned: Tensor | None
-    output: Any
+    output: object
 
 
 @dataclass(frozen=True)
@@ -42,24 +46,25 @@ class Trace:
         return next((call for call in reversed(self.calls) if call.module is module), None)
 
 
-def hidden_of(value: Any) -> Tensor | None:
+def hidden_of(value: object) -> Tensor | None:
     """Return the hidden states from a module's result: a tensor, a sequence or a model output."""
     value = getattr(value, "last_hidden_state", value)
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, (tuple, list)) and value:
         value = value[0]
-    states = isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1
-    return value if states else None
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dim() > 1:
+        return value
+    return None
 
 
-def hidden_in(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+def hidden_in(args: Iterable[object], kwargs: Mapping[str, object]) -> Tensor | None:
     """Return the first argument of a module that may be hidden states."""
     named = [kwargs["hidden_states"]] if "hidden_states" in kwargs else list(kwargs.values())
     return next((x for x in map(hidden_of, [*args, *named]) if x is not None), None)
 
 
-def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
+def sample_tokens(model: PreTrainedModel, vocab_size: int, device: torch.device) -> Tensor:
     """Return a row of token ids.
 
     Token ids that occur in the config are avoided, because such a token may represent an image.
@@ -76,9 +81,9 @@ def sample_tokens(model: Any, vocab_size: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def hooked(hooks: Iterable[Any]) -> Iterator[None]:
+def hooked(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """Register the forward hooks that ``hooks`` yields, and remove them on exit."""
-    handles: list[Any] = []
+    handles: list[RemovableHandle] = []
     try:
         handles.extend(hooks)
         yield
@@ -87,14 +92,14 @@ def hooked(hooks: Iterable[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def logits_of(model: Any, ids: Tensor) -> Tensor:
+def logits_of(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return the logits from a model's result."""
     logits: Tensor = model(input_ids=ids, use_cache=False, return_dict=True).logits
     return logits
 
 
 def trace(
-    model: Any, inner: nn.Module, ids: Tensor, parts: Iterable[nn.Module] | None = None
+    model: PreTrainedModel, inner: nn.Module, ids: Tensor, parts: Iterable[nn.Module] | None = None
 ) -> Trace:
     """Run ``model`` on tokens, and record the calls of the modules ``parts`` or of all modules.
 
@@ -104,7 +109,9 @@ def trace(
     autocast: set[torch.dtype] = set()
 
     def keep(path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        def hook(
+            module: nn.Module, args: tuple[object], kwargs: dict[str, object], output: object
+        ) -> None:
             given, returned = hidden_in(args, kwargs), hidden_of(output)
             calls.append(Call(path, module, given, returned, output))
             # accelerate can wrap a model's forward in autocast, which no context around the call

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from lens_kernels.hf.model.parts import ModelLens
 from lens_kernels.hf.model.tracing import Trace
 from lens_kernels.lens import LensHead
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 # The largest product of the head in each run. Only large products reveal a soft cap, but a scale
 # shows in all of them.
 PROBES = (1.0, 60.0, 1000.0)
 
 
-def check_lens(model: Any, inner: Any, lens: ModelLens, run: Trace) -> None:
+def check_lens(model: PreTrainedModel, inner: PreTrainedModel, lens: ModelLens, run: Trace) -> None:
     """Check that the lens of the last block's output gives the model's logits in ``run``.
 
     There are three checks. The first check applies the whole lens to the model's own hidden states.
@@ -47,7 +50,7 @@ def check_lens(model: Any, inner: Any, lens: ModelLens, run: Trace) -> None:
     _check_map(model, inner, lens, replace(head, scale=lens.map.scale), run)
 
 
-def _read(inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> Tensor:
+def _read(inner: PreTrainedModel, lens: ModelLens, head: LensHead, run: Trace) -> Tensor:
     call = run.last(lens.blocks_in(inner)[-1])
     if call is None or call.returned is None:
         raise ValueError(
@@ -71,7 +74,9 @@ def _exact(head: LensHead, run: Trace) -> bool:
     return run.autocast is None and min(run.logits.itemsize, head.weight.itemsize) >= 4
 
 
-def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Trace) -> None:
+def _check_map(
+    model: PreTrainedModel, inner: PreTrainedModel, lens: ModelLens, head: LensHead, run: Trace
+) -> None:
     """Compare how the lens and the model turn chosen products of the head into logits."""
     module = inner.get_output_embeddings()
     ramp = torch.linspace(-1, 1, len(module.weight), device=head.weight.device)
@@ -84,7 +89,7 @@ def _check_map(model: Any, inner: Any, lens: ModelLens, head: LensHead, run: Tra
         _accept(inner, "logits", difference(read, own), own.dtype.itemsize >= 4)
 
 
-def _accept(inner: Any, what: str, error: float, exact: bool) -> None:
+def _accept(inner: PreTrainedModel, what: str, error: float, exact: bool) -> None:
     """Raise if an error, relative to the largest value, exceeds what rounding can explain."""
     if not error <= (1e-3 if exact else 5e-2):
         hint = (
