@@ -115,8 +115,8 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     model.config.name_or_path = model.name_or_path = path
     # transformers gives random values to missing weights, and only warns.
     _check_keys("lack weights of the model", path, info["missing_keys"])
-    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. Every other
-    # unexpected key is a trained weight that the config leaves out.
+    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. The others
+    # are trained weights that the config leaves out.
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
