@@ -115,7 +115,7 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     model.config.name_or_path = model.name_or_path = path
     # transformers gives random values to missing weights, and only warns.
     _check_keys("lack weights of the model", path, info["missing_keys"])
-    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. The others
+    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. Others
     # are trained weights that the config leaves out.
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
