@@ -18,7 +18,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FORMAT = 3
+FORMAT = 4
 STATES = "states"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
@@ -127,9 +127,12 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, which is read in chunks to save memory."""
+    """Return the SHA-256 of a file, as ``sha256sum`` shows it. Read it in chunks to save memory."""
+    state = hashlib.sha256()
     with path.open("rb") as file:
-        return digest(iter(lambda: file.read(CHUNK), b""))
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
 
 
 def json_bytes(value: object) -> bytes:

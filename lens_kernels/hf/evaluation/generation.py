@@ -36,6 +36,7 @@ from lens_kernels.hf.training.data import (
     read_rows,
 )
 from lens_kernels.hf.training.files import check_download
+from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.version import __version__
 
@@ -316,7 +317,9 @@ def evaluate_model(
         if folder is None:
             return
         try:
-            _write(folder, result, rouge.answers)
+            lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in rouge.answers]
+            write_text(folder / "answers.jsonl", "".join(lines))
+            write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
         except OSError as error:
             if last:
                 raise
@@ -341,16 +344,6 @@ def _summary(
         "settings": dict(settings),
         "versions": {"lens-kernels": __version__} | {name: _version(name) for name in PACKAGES},
     }
-
-
-def _write(folder: Path, result: Mapping[str, object], answers: list[dict[str, object]]) -> None:
-    """Write each result to a temporary file and rename it, so that no file is ever incomplete."""
-    lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answers)
-    texts = {"answers.jsonl": lines, "eval.json": json.dumps(result, indent=1) + "\n"}
-    for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -25,7 +25,6 @@ __all__ = [
     "Examples",
     "Row",
     "check_count",
-    "encode",
     "load_examples",
     "padding_id",
     "prompt_ids",
@@ -131,13 +130,6 @@ class Encoder:
 
 def _labelled(labels: list[int]) -> int:
     return len(labels) - labels.count(IGNORE_INDEX)
-
-
-def encode(
-    row: Row, tokenizer: PreTrainedTokenizerBase, **options: Unpack[EncoderOptions]
-) -> Example | None:
-    """Return ``input_ids`` and ``labels`` of a row, or None if ``Encoder`` drops the row."""
-    return Encoder(tokenizer, **options)(row)
 
 
 def prompt_ids(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import BinaryIO, cast
 
-from lens_kernels.hf.cache.key import CHUNK
+from lens_kernels.hf.cache.key import file_digest
 
 HUB = "hub:"  # the prefix of datasets on the Hub: hub:NAME or hub:NAME:SPLIT
 
@@ -75,17 +75,8 @@ def source_digest(source: str | Path, streaming: bool = False) -> str:
         return hashlib.sha256(json.dumps(records, default=str).encode()).hexdigest()
     found = matching(source)
     files = [x for path in found for x in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    each = [sha256_of(x) for x in files if not x.is_dir()]
+    each = [file_digest(x) for x in files if not x.is_dir()]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as ``sha256sum`` shows it."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def matching(source: str | Path) -> list[Path]:
