@@ -163,10 +163,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 label was trained on, or trained weights are not finite.
         """
         checkpoint = self._checked(resume_from_checkpoint)
-        self._meter = Meter()
+        self._meter, self._labelled = Meter(), None
         self._speed.restart()
         compat.forget_preparation(self.model)
-        self._labelled = None
         self._check_optimizer()
         objective = self.lens_objective
         with nullcontext() if objective is None else objective.student_with_projections():
