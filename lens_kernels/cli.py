@@ -26,7 +26,7 @@ COMMANDS = {
         "hf.training.cache_command:make_cache",
     ),
     "tune-lens": (
-        "train a learned lens for layers of a model, on its own output",
+        "train a tuned lens for layers of a model, on its own output",
         "hf.training.tuned_lens:tune_lens",
     ),
     "eval": (

@@ -57,9 +57,14 @@ def documented(path: str):
 
 
 def unnamed(function: Any, *texts: str) -> set[str]:
-    """Return the names of a function's parameters that no text describes."""
+    """Return the names of a function's parameters that no text describes.
+
+    The lists of errors do not count, because they do not explain arguments.
+    """
     pattern = re.compile(r"``\*{0,2}(\w+)|^ *\*{0,2}(\w+): ", re.MULTILINE)
-    named = {name for text in texts for pair in pattern.findall(text) for name in pair}
+    named = {
+        name for x in texts for pair in pattern.findall(x.split("Raises:")[0]) for name in pair
+    }
     return {*inspect.signature(function).parameters} - named - {"self", "cls"}
 
 

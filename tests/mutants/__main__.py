@@ -39,7 +39,8 @@ def plant(fault: Fault, root: Path) -> tuple[str, str]:
         path, arguments = fault.target(root), fault.arguments(root)
         whole = path.read_text()
         planted = whole.replace(fault.text("-"), fault.text("+"))
-        compile(planted, path, "exec")
+        if path.suffix == ".py":
+            compile(planted, path, "exec")
         path.write_text(planted)
         try:
             status, output = run_pytest(root, ["-x", *arguments], SECONDS)

@@ -3,8 +3,9 @@
 A paragraph has these lines::
 
     name: what is broken
-    @ file.py                      only if the code below occurs in several files
-    - the code to replace, which occurs once in the package or in reference/
+    @ file.py                      only if the code below occurs in several files; another file
+                                   than one of the package or of reference/ needs its whole path
+    - the text to replace, which occurs once in these files
     + the new code; without this line, the old code is deleted
     > test_file.py -k expression   arguments for pytest, which name a test file without its folder
 """
@@ -29,13 +30,18 @@ class Fault:
         return "\n".join(self.lines.get(mark, []))
 
     def target(self, root: Path) -> Path:
-        """Return the file that contains the code to replace, or raise LookupError."""
-        found = []
-        for folder in ("lens_kernels", "reference"):
-            for path in (root / folder).rglob(self.text("@") or "*.py"):
-                found += [path] * path.read_text().count(self.text("-"))
+        """Return the file that contains the text to replace, or raise LookupError."""
+        name, found = self.text("@") or "*.py", []
+        if (root / name).is_file():
+            paths = [root / name]
+        else:
+            paths = [
+                x for folder in ("lens_kernels", "reference") for x in (root / folder).rglob(name)
+            ]
+        for path in paths:
+            found += [path] * path.read_text().count(self.text("-"))
         if len(found) != 1:
-            raise LookupError(f"the code to replace occurs {len(found)} times, expected once")
+            raise LookupError(f"the text to replace occurs {len(found)} times, expected once")
         return found[0]
 
     def objection(self, root: Path) -> str:

@@ -8,14 +8,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lens_kernels.inputs import IGNORE_INDEX
 
-FORMAT = 3
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+FORMAT = 4
 STATES = "states"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CHUNK = 1 << 24
@@ -25,10 +28,19 @@ OPTIONAL_FIELDS = ("attention_mask", "position_ids")
 # Config entries about a model's origin. They do not change the model's outputs.
 ORIGINS = ("_name_or_path", "base_model_name_or_path", "transformers_version", "peft_version")
 
+# The columns of an example by name: lists or tensors of numbers, and its number.
 Example = Mapping[str, Any]
 
 
-def counted_positions(labels: Any) -> Tensor:
+class Indexed(Protocol):
+    """Examples by position, such as a list or a dataset."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+def counted_positions(labels: Tensor | Sequence[int]) -> Tensor:
     """Return an example's positions at which the next token has a label other than -100."""
     labels = torch.as_tensor(labels)
     if labels.dim() != 1:
@@ -70,10 +82,10 @@ class CacheKey:
     @classmethod
     def of(
         cls,
-        model: Any,
-        examples: Sequence[Example],
+        model: PreTrainedModel | None,
+        examples: Indexed,
         layers: Iterable[int],
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         dtype: torch.dtype | str = "bfloat16",
         precision: str = "no",
         kind: str = STATES,
@@ -115,24 +127,27 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, which is read in chunks to save memory."""
+    """Return the SHA-256 of a file, as ``sha256sum`` shows it. Read it in chunks to save memory."""
+    state = hashlib.sha256()
     with path.open("rb") as file:
-        return digest(iter(lambda: file.read(CHUNK), b""))
+        while chunk := file.read(CHUNK):
+            state.update(chunk)
+    return state.hexdigest()
 
 
-def json_bytes(value: Any) -> bytes:
+def json_bytes(value: object) -> bytes:
     """Return a value as JSON with sorted keys, so that equal values give equal bytes."""
     return json.dumps(
         value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x)
     ).encode()
 
 
-def data_digest(examples: Sequence[Example]) -> str:
+def data_digest(examples: Indexed) -> str:
     """Return a digest of all examples, in their order."""
     return digest(_data_parts(examples))
 
 
-def _data_parts(examples: Sequence[Example]) -> Iterator[bytes]:
+def _data_parts(examples: Indexed) -> Iterator[bytes]:
     for i in range(len(examples)):
         example = examples[i]
         for field in (*FIELDS, *(f for f in OPTIONAL_FIELDS if f in example)):
@@ -141,7 +156,7 @@ def _data_parts(examples: Sequence[Example]) -> Iterator[bytes]:
             yield values.numpy().tobytes()
 
 
-def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
+def _model_parts(model: PreTrainedModel) -> Iterator[bytes | memoryview]:
     yield json_bytes([_computing(model.config), _adapters(model)])
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
@@ -154,7 +169,7 @@ def _model_parts(model: Any) -> Iterator[bytes | memoryview]:
             yield piece.cpu().numpy().data
 
 
-def _adapters(model: Any) -> Any:
+def _adapters(model: PreTrainedModel) -> list[object] | None:
     """Return the configs of a peft model's adapters, and the names of active or merged ones."""
     if not hasattr(model, "peft_config"):
         return None
@@ -165,11 +180,11 @@ def _adapters(model: Any) -> Any:
     return [configs, status.enabled, status.active_adapters, status.merged_adapters]
 
 
-def _computing(config: Any) -> dict[str, Any]:
+def _computing(config: Any) -> dict[str, object]:
     return {k: v for k, v in config.to_dict().items() if k not in ORIGINS}
 
 
-def _tokenizer_part(tokenizer: Any) -> bytes:
+def _tokenizer_part(tokenizer: PreTrainedTokenizerBase) -> bytes:
     if tokenizer.is_fast:
         inner = json.loads(tokenizer.backend_tokenizer.to_str())
         # Leave out truncation and padding, because calling a tokenizer changes both entries.

@@ -70,7 +70,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
                 raise ValueError(f"{path}, line {line}: is not JSON: {error}") from None
 
 
-def from_vllm(answer: Mapping[str, Any], example: int, where: str) -> list[dict[str, Any]]:
+def from_vllm(answer: Mapping[str, object], example: int, where: str) -> list[dict[str, Any]]:
     """Convert one answer of vLLM to records, one for each position.
 
     Entry ``i`` of the answer predicts token ``i``, so it becomes the record of position ``i - 1``.

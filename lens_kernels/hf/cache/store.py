@@ -1,7 +1,7 @@
 """The cache of the teacher's hidden states. The teacher runs only once, to build the cache.
 
 A cache is a folder of safetensors shards and ``manifest.json``, which holds the cache key and the
-checksums of the shards. One process builds a cache while others wait. Any number of processes can
+checksums of the shards. One process builds a cache while others wait. Several processes can
 read it.
 """
 
@@ -13,14 +13,21 @@ import operator
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_kernels.hf.cache.key import DTYPES, CacheKey, Example, counted_positions, data_digest
+from lens_kernels.hf.cache.key import (
+    DTYPES,
+    CacheKey,
+    Example,
+    Indexed,
+    counted_positions,
+    data_digest,
+)
 from lens_kernels.hf.cache.shards import (
     Manifest,
     is_free,
@@ -38,7 +45,7 @@ MAPPED_SHARDS = 64
 
 _log = logging.getLogger(__name__)
 
-RunTeacher = Callable[[list[Any]], Sequence[Mapping[str, Tensor]]]
+RunTeacher = Callable[[list[Example]], Sequence[Mapping[str, Tensor]]]
 
 
 class TeacherCache:
@@ -81,7 +88,7 @@ class TeacherCache:
         cls,
         folder: str | Path,
         key: CacheKey,
-        examples: Sequence[Example],
+        examples: Indexed,
         run_teacher: RunTeacher,
         *,
         batch_size: int,
@@ -164,7 +171,7 @@ class TeacherCache:
         cls,
         folder: str | Path,
         key: CacheKey,
-        examples: Sequence[Example],
+        examples: Indexed,
         run_teacher: RunTeacher,
         **options: Any,
     ) -> TeacherCache:
@@ -223,11 +230,11 @@ class TeacherCache:
             f" {self.nbytes / 2**20:.1f} MiB, {self.key.dtype}, {self.folder}"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # Pickling a mapped tensor would copy the shard's data.
         return {**self.__dict__, "_mapped": {}}
 
-    def _checked_id(self, value: Any) -> int:
+    def _checked_id(self, value: SupportsIndex) -> int:
         try:
             i = operator.index(value)
         except TypeError:
@@ -288,7 +295,7 @@ class _Store:
 
 @torch.no_grad()
 def _call(
-    run_teacher: RunTeacher, batch: list[Any], key: CacheKey
+    run_teacher: RunTeacher, batch: list[Example], key: CacheKey
 ) -> Sequence[Mapping[str, Tensor]]:
     results = run_teacher(batch)
     if len(results) != len(batch):

@@ -13,14 +13,14 @@ import bisect
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import SupportsIndex
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from lens_kernels.hf.cache.key import CacheKey, Example, counted_positions, data_digest
+from lens_kernels.hf.cache.key import CacheKey, Example, Indexed, counted_positions, data_digest
 from lens_kernels.hf.cache.shards import (
     Manifest,
     is_free,
@@ -78,7 +78,7 @@ class TargetCache:
         cls,
         folder: str | Path,
         key: CacheKey,
-        examples: Sequence[Example],
+        examples: Indexed,
         make: MakeTargets,
         *,
         batch_size: int,
@@ -145,7 +145,7 @@ class TargetCache:
             f" {size / max(1, rows):.0f} bytes a position, {self.folder}"
         )
 
-    def _checked_id(self, value: Any) -> int:
+    def _checked_id(self, value: SupportsIndex) -> int:
         i = operator.index(value)
         if not 0 <= i < len(self):
             raise IndexError(f"example_ids must lie in [0, {len(self) - 1}], got {i}")
@@ -170,5 +170,5 @@ class TargetCache:
                 p = p * shard[name][part].float()
         return shard["sizes"][first:last].long(), shard["ids"][part], p / self._samples
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_read": None}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional as F
@@ -24,6 +24,7 @@ from lens_kernels.hf.evaluation.sampling import (
     generate,
 )
 from lens_kernels.hf.model.loading import DTYPES, load_model, load_tokenizer
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import (
     Collator,
@@ -35,8 +36,12 @@ from lens_kernels.hf.training.data import (
     read_rows,
 )
 from lens_kernels.hf.training.files import check_download
+from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SEEDS = (10, 20, 30, 40, 50)
 CHECKED = frozenset(inspect.signature(check_sampling).parameters)
@@ -58,13 +63,13 @@ class RougeResult:
     """Number of rows that were answered."""
     skipped: int
     """Number of rows skipped because their prompt was too long."""
-    answers: list[dict[str, Any]]
+    answers: list[dict[str, object]]
     """For each answered row: ``line``, ``prompt``, ``references``, and ``answers`` by seed."""
 
 
 def evaluate_rouge(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     *,
     seeds: Sequence[int] = SEEDS,
@@ -133,11 +138,13 @@ def check_seeds(seeds: Sequence[int]) -> None:
 
 
 def asked_rows(
-    rows: Sequence[Row], tokenizer: Any, prompt_style: str, max_prompt_length: int
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_style: str,
+    max_prompt_length: int,
 ) -> list[tuple[Row, list[int]]]:
     """Return the rows whose prompts are short enough, and the token ids of these prompts."""
-    lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
-    prompts = ((row, prompt_ids(row, tokenizer, **lengths)) for row in rows)
+    prompts = ((x, prompt_ids(x, tokenizer, prompt_style, max_prompt_length)) for x in rows)
     asked = [(row, ids) for row, ids in prompts if ids is not None]
     if not asked:
         raise ValueError(
@@ -149,9 +156,9 @@ def asked_rows(
 
 @torch.no_grad()
 def held_out_ce(
-    model: Any,
+    model: PreTrainedModel,
     examples: Any,
-    collator: Any,
+    collator: Collator,
     batch_size: int = 8,
     *,
     progress: bool = False,
@@ -247,8 +254,9 @@ def evaluate_model(
         RuntimeError: A package or the device is missing.
         OSError: ``output`` cannot be written.
     """
-    lengths: dict[str, Any] = {"prompt_style": prompt_style, "max_prompt_length": max_prompt_length}
     sampling: dict[str, Any] = {
+        "prompt_style": prompt_style,
+        "max_prompt_length": max_prompt_length,
         "seeds": list(seeds),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
@@ -277,8 +285,15 @@ def evaluate_model(
     rows = read_rows(data)
     tokenizer = load_tokenizer(str(student), allow_download)
     asked = asked_rows(rows, tokenizer, prompt_style, max_prompt_length)
-    examples = load_examples(data, tokenizer, max_length=max_length, progress=progress, **lengths)
-    model = load_model(str(student), dtype, allow_download).to(device)
+    examples = load_examples(
+        data,
+        tokenizer,
+        prompt_style=prompt_style,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
+        progress=progress,
+    )
+    model = moved(load_model(str(student), dtype, allow_download), device)
     check_lengths(model, [ids for _, ids in asked], max_new_tokens)
     collator = Collator(padding_id(tokenizer))
     cross_entropy = held_out_ce(model, examples, collator, batch_size, progress=progress)
@@ -288,7 +303,6 @@ def evaluate_model(
         "max_length": max_length,
         "dtype": dtype,
         "device": device,
-        **lengths,
         **sampling,
     }
     result: dict[str, Any] = {}
@@ -303,7 +317,9 @@ def evaluate_model(
         if folder is None:
             return
         try:
-            _write(folder, result, rouge.answers)
+            lines = [json.dumps(x, ensure_ascii=False) + "\n" for x in rouge.answers]
+            write_text(folder / "answers.jsonl", "".join(lines))
+            write_text(folder / "eval.json", json.dumps(result, indent=1) + "\n")
         except OSError as error:
             if last:
                 raise
@@ -311,15 +327,13 @@ def evaluate_model(
 
     if say is not None:
         say(f"cross entropy: {cross_entropy:.4f} nats per token")
-    evaluate_rouge(
-        model, tokenizer, rows, progress=progress, after_seed=after_seed, **lengths, **sampling
-    )
+    evaluate_rouge(model, tokenizer, rows, progress=progress, after_seed=after_seed, **sampling)
     return result
 
 
 def _summary(
-    cross_entropy: float, rouge: RougeResult, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+    cross_entropy: float, rouge: RougeResult, settings: Mapping[str, object]
+) -> dict[str, object]:
     return {
         "cross_entropy": cross_entropy,
         "rouge_l": rouge.mean,
@@ -330,16 +344,6 @@ def _summary(
         "settings": dict(settings),
         "versions": {"lens-kernels": __version__} | {name: _version(name) for name in PACKAGES},
     }
-
-
-def _write(folder: Path, result: Mapping[str, Any], answers: list[dict[str, Any]]) -> None:
-    """Write each result to a temporary file and rename it, so that no file is ever incomplete."""
-    lines = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answers)
-    texts = {"answers.jsonl": lines, "eval.json": json.dumps(result, indent=1) + "\n"}
-    for name, text in texts.items():
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(folder / name)
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -6,9 +6,12 @@ import unicodedata
 import warnings
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lens_kernels.failures import install
+
+if TYPE_CHECKING:
+    from rouge_score.rouge_scorer import RougeScorer
 
 TOKENIZERS = ("english", "unicode")
 # Words that begin the Unicode names of letters in scripts without spaces between words.
@@ -86,7 +89,7 @@ class _Words:
     tokenize = staticmethod(words)
 
 
-def load_scorer(tokenizer: str = "english") -> Any:
+def load_scorer(tokenizer: str = "english") -> RougeScorer:
     """Return the scorer of the package rouge-score for a tokenizer."""
     if tokenizer not in TOKENIZERS:
         raise ValueError(f"tokenizer must be one of {', '.join(TOKENIZERS)}, got {tokenizer!r}")

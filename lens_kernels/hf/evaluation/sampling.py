@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from transformers import (
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.data import check_count, padding_id
 from lens_kernels.options import check_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def generate(
@@ -138,7 +141,7 @@ def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
         holder.generation_config = kept
 
 
-def _stop_ids(model: Any, tokenizer: Any) -> list[int]:
+def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ids = model.generation_config.eos_token_id
     found = set(ids if isinstance(ids, list) else [ids]) | {tokenizer.eos_token_id}
     return sorted(i for i in found if i is not None)
@@ -180,7 +183,7 @@ def check_sampling(
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}; 1 samples from all tokens")
 
 
-def check_lengths(model: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> None:
     """Raise if the longest prompt and ``new`` more tokens exceed the model's positions."""
     for i, prompt in enumerate(prompts):
         if len(prompt) == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,8 +13,12 @@ from lens_kernels.hf.inspection import figures
 from lens_kernels.hf.inspection.inspect import inspect_lens
 from lens_kernels.hf.inspection.reading import Pairs
 from lens_kernels.hf.model.loading import check_tokenizers, load_model, load_tokenizer
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.training.data import check_count, load_examples
 from lens_kernels.hf.training.files import check_download
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def inspect_models(
@@ -74,14 +78,14 @@ def inspect_models(
     torch.empty(1, device=device)  # fails if the device does not exist
     names = [*student, *([] if teacher is None else [teacher])]
     tokenizers = [load_tokenizer(name, allow_download) for name in names]
-    texts: Sequence[Any] = text or ()
+    texts: Sequence[str | Sequence[int]] = text or ()
     if data is not None:
         check_download(data, allow_download)
         texts = texts_of(data, tokenizers[0], prompt_style)[:max_texts]
     ids = {i for x in texts for i in (tokenizers[0](x)["input_ids"] if isinstance(x, str) else x)}
     for other in tokenizers[1:]:
         check_tokenizers(tokenizers[0], other, vocab_size, ids)
-    models = [load_model(name, dtype, allow_download).to(device) for name in names]
+    models = [moved(load_model(name, dtype, allow_download), device) for name in names]
     result = inspect_lens(
         models[: len(student)],
         tokenizers[0],
@@ -99,7 +103,9 @@ def inspect_models(
     say(f"pictures, numbers and page: {output / 'inspect.html'}")
 
 
-def texts_of(data: str, tokenizer: Any, prompt_style: str) -> list[str] | list[list[int]]:
+def texts_of(
+    data: str, tokenizer: PreTrainedTokenizerBase, prompt_style: str
+) -> list[str] | list[list[int]]:
     """Return the lines of a ``.txt`` file, or the token ids of the examples of other data."""
     if data.endswith(".txt"):
         lines = Path(data).read_text(encoding="utf-8").splitlines()

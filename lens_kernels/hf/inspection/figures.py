@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lens_kernels import pictures
 from lens_kernels.failures import install
 from lens_kernels.hf.inspection.results import QUANTITIES, TEACHER, Inspection
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.ft2font import FT2Font
 
 FONT = pictures.STYLE["font.family"]
 # Colours and markers of all models except the teacher.
@@ -27,7 +31,7 @@ MAX_LAYERS, MAX_POSITIONS = 32, 24
 CELL_WIDTH, CELL_HEIGHT, FONT_SIZE = 0.66, 0.27, 7.5
 # Without parse_math=False, matplotlib would read a token with two dollar signs as a formula.
 TEXT: dict[str, Any] = {"fontfamily": FONT, "fontsize": FONT_SIZE, "parse_math": False}
-CENTRED: dict[str, Any] = {"ha": "center", "va": "center"}
+CENTRED = {"ha": "center", "va": "center"}
 
 
 def check_matplotlib() -> None:
@@ -40,7 +44,7 @@ def check_matplotlib() -> None:
         ) from error
 
 
-def draw(result: Inspection) -> dict[str, Any]:
+def draw(result: Inspection) -> dict[str, Figure]:
     """Return the pictures of an inspection as matplotlib figures, by name."""
     drawn = {"lens_by_depth": depth_figure(result)}
     if result.passages[0].comparisons:
@@ -61,7 +65,7 @@ def style_of(result: Inspection, label: str) -> dict[str, Any]:
 
 
 @pictures.styled
-def depth_figure(result: Inspection) -> Any:
+def depth_figure(result: Inspection) -> Figure:
     """Draw entropy, KL, and probability and rank of the right token against relative depth."""
     shown = [x for x in QUANTITIES if result.values(next(iter(result.names)), x).shape[1]]
     rows = (len(shown) + 1) // 2
@@ -90,7 +94,7 @@ def depth_figure(result: Inspection) -> Any:
 
 
 @pictures.styled
-def divergence_figure(result: Inspection) -> Any:
+def divergence_figure(result: Inspection) -> Figure:
     """Draw the divergence of each model from the teacher against relative depth."""
     figure = pictures.canvas(6.4, 4.0)
     axes = figure.subplots()
@@ -125,7 +129,7 @@ def first_of(count: int, total: int) -> str:
 
 
 @pictures.styled
-def lens_figure(result: Inspection, label: str) -> Any:
+def lens_figure(result: Inspection, label: str) -> Figure:
     """Draw the predictions for the first text by depth and position, coloured by entropy."""
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -187,6 +191,6 @@ def fit(token: str) -> str:
     return cut
 
 
-def _points(font: Any, text: str) -> float:
+def _points(font: FT2Font, text: str) -> float:
     font.set_text(text)
     return font.get_width_height()[0] / 64  # FreeType's unit is 1/64 of a point

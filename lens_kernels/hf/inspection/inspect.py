@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,6 +22,10 @@ from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.sharding import shared_vocabulary
 from lens_kernels.visible import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MARKS = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 
@@ -37,11 +41,11 @@ class LensInspection(Inspection):
         top_tokens: The text of each token id that a reading holds.
     """
 
-    def figures(self) -> dict[str, Any]:
+    def figures(self) -> dict[str, Figure]:
         """Return the pictures as matplotlib figures, by name."""
         return figures.draw(self)
 
-    def page(self, drawn: Mapping[str, Any] | None = None) -> str:
+    def page(self, drawn: Mapping[str, Figure] | None = None) -> str:
         """Return the HTML page with the figures ``drawn``, or by default those of ``figures()``."""
         return page(self, {name: _svg(x) for name, x in (drawn or self.figures()).items()})
 
@@ -60,11 +64,11 @@ class LensInspection(Inspection):
 
 
 def inspect_lens(
-    student: Any,
-    tokenizer: Any,
+    student: PreTrainedModel | Sequence[PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
     texts: str | Sequence[str | Sequence[int]],
     *,
-    teacher: Any = None,
+    teacher: PreTrainedModel | None = None,
     pairs: Pairs | None = None,
     divergence: str = "jsd",
     beta: float = 0.5,
@@ -116,7 +120,7 @@ def inspect_lens(
         # Drop the hidden states of each text after its readings, to save memory.
         kept = {label: replace(reading, hidden=[]) for label, reading in readings.items()}
         tokens = [token_text(tokenizer, i) for i in ids]
-        shown = text if isinstance(text, str) else tokenizer.decode(ids)
+        shown = text if isinstance(text, str) else str(tokenizer.decode(ids))
         passages.append(Passage(shown, ids, tokens, total, kept, comparisons))
     if not passages:
         raise ValueError("texts must hold at least one text")
@@ -126,7 +130,9 @@ def inspect_lens(
     return LensInspection(divergence, names, passages, top_tokens)
 
 
-def labelled(student: Any, teacher: Any) -> dict[str, Any]:
+def labelled(
+    student: PreTrainedModel | Sequence[PreTrainedModel], teacher: PreTrainedModel | None
+) -> dict[str, PreTrainedModel]:
     """Return the models by the labels that pictures and files use for them."""
     students = student if isinstance(student, (list, tuple)) else [student]
     if not students:
@@ -138,7 +144,7 @@ def labelled(student: Any, teacher: Any) -> dict[str, Any]:
 
 
 def encode(
-    tokenizer: Any, text: str | Sequence[int], max_tokens: int, vocab_size: int
+    tokenizer: PreTrainedTokenizerBase, text: str | Sequence[int], max_tokens: int, vocab_size: int
 ) -> tuple[list[int], int]:
     """Return a text's first ``max_tokens`` token ids, and the number of all its token ids."""
     check_count("max_tokens", max_tokens, 1)
@@ -158,7 +164,7 @@ def encode(
     return ids[:max_tokens], len(ids)
 
 
-def numbers(result: Inspection) -> dict[str, Any]:
+def numbers(result: Inspection) -> dict[str, object]:
     """Return all numbers of an inspection as plain Python values, for JSON."""
     summary = {
         label: {
@@ -172,7 +178,7 @@ def numbers(result: Inspection) -> dict[str, Any]:
     return {**shared, "texts": [_numbers(result, passage) for passage in result.passages]}
 
 
-def _numbers(result: Inspection, passage: Passage) -> dict[str, Any]:
+def _numbers(result: Inspection, passage: Passage) -> dict[str, object]:
     models = {}
     for label, reading in passage.readings.items():
         keys = ("top_ids", "top_probs", *QUANTITIES)
@@ -188,19 +194,19 @@ def _numbers(result: Inspection, passage: Passage) -> dict[str, Any]:
     return {**given, "models": models, "comparisons": compared}
 
 
-def _plain(comparison: Comparison) -> dict[str, Any]:
+def _plain(comparison: Comparison) -> dict[str, object]:
     values = {x.name: getattr(comparison, x.name) for x in fields(comparison)}
     return values | {"divergence": comparison.divergence.tolist(), "mean": comparison.mean}
 
 
 @pictures.styled
-def _svg(figure: Any) -> bytes:
+def _svg(figure: Figure) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
 
 
-def model_name(model: Any) -> str:
+def model_name(model: PreTrainedModel) -> str:
     """Return the repository or folder that a model was loaded from, or the name of its class."""
     inner = causal_lm_of(model)
     origin = inner.config.name_or_path
@@ -209,9 +215,9 @@ def model_name(model: Any) -> str:
     return Path(origin).name if Path(origin).is_dir() else origin
 
 
-def token_text(tokenizer: Any, token: int) -> str:
+def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """Return the text of a token. Spaces and control characters are made visible."""
-    text = tokenizer.decode([token])
+    text = str(tokenizer.decode([token]))
     # SentencePiece drops a leading space when it decodes a single token.
     if str(tokenizer.convert_ids_to_tokens(token)).startswith("▁") and not text.startswith(" "):
         text = f" {text}"

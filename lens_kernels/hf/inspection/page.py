@@ -6,7 +6,6 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
@@ -51,7 +50,7 @@ def page(result: Inspection, pictures: Mapping[str, bytes]) -> str:
 
 def _rows(
     result: Inspection, passage: Passage, label: str
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+) -> Iterator[tuple[int, list[dict[str, str]]]]:
     heat = result.heat(passage.readings[label].entropy).tolist()
     for depth in range(result.depths(label), 0, -1):
         cells = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.state import evaluating, without_autocast
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.lens import LensHead
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Pairs = tuple[Sequence[int], Sequence[int]]
 
@@ -84,7 +87,11 @@ class Comparison:
 
 @torch.no_grad()
 def read(
-    model: Any, ids: Sequence[int], lens_norm: bool, top_k: int, vocab_size: int | None = None
+    model: PreTrainedModel,
+    ids: Sequence[int],
+    lens_norm: bool,
+    top_k: int,
+    vocab_size: int | None = None,
 ) -> Reading:
     """Apply a model's lens to token ids at every depth.
 

@@ -7,16 +7,21 @@ logits of student and teacher are never stored.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import TrainingArguments
 from trl import DistillationTrainer, SFTTrainer
 from trl.experimental.gkd import GKDTrainer
 
 from lens_kernels.hf.training.meter import Meter
 from lens_kernels.hf.training.objective import LensObjective
 from lens_kernels.inputs import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class LensLoss:
@@ -25,10 +30,10 @@ class LensLoss:
     The terms of the objective are logged in nats per token, over all processes.
     """
 
-    accelerator: Any
-    args: Any
+    accelerator: Accelerator
+    args: TrainingArguments
     model: Any
-    teacher_model: Any
+    teacher_model: PreTrainedModel
     lens_objective: LensObjective
 
     def __init__(self, *args: Any, lens: dict[str, Any] | None = None, **trainer: Any) -> None:
@@ -37,18 +42,18 @@ class LensLoss:
         self._meters = {True: Meter(), False: Meter()}  # one Meter for training, one for evaluation
         self.lens_objective = LensObjective.from_models(*models, **(lens or {}))
 
-    def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def batch(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the model inputs and labels of a batch from TRL."""
         extra = {"prompts", "prompt_attention_mask", "num_items_in_batch"}
         return {name: x for name, x in inputs.items() if name not in extra}
 
     def compute_loss(
         self,
-        model: Any,
-        inputs: dict[str, Any],
+        model: nn.Module,
+        inputs: dict[str, Tensor],
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the objective, divided by TRL's count of tokens, or by the batch's labels."""
         items = inputs.get("num_items_in_batch", num_items_in_batch)
         # Processes average their gradients, so each process divides by its share of the tokens.
@@ -79,7 +84,9 @@ class LensSFTTrainer(LensLoss, SFTTrainer):
         ValueError: A model has no lens, or an entry of ``lens`` is out of range.
     """
 
-    def __init__(self, model: Any, teacher_model: Any, *args: Any, **trainer: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, teacher_model: PreTrainedModel, *args: Any, **trainer: Any
+    ) -> None:
         self.teacher_model = teacher_model
         super().__init__(model, *args, **trainer)
 
@@ -111,7 +118,7 @@ class LensDistillationTrainer(LensLoss, DistillationTrainer):
         ValueError: A model has no lens, or an entry of ``lens`` is out of range.
     """
 
-    def batch(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def batch(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Join prompts and answers. Only answers have labels, except for outputs of tools."""
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)

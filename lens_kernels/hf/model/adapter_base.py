@@ -47,7 +47,7 @@ def save_base(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     config = copy.deepcopy(base.config)
     # the copy is used only for the names of its weights and for its method that saves
     with torch.device("meta"):
-        plain: Any = compat.class_before_sharding(base)(config).to(base.dtype)
+        plain = compat.class_before_sharding(base)(config).to(base.dtype)
     plain.generation_config = base.generation_config
     names = plain.state_dict().keys()
     weights = {}

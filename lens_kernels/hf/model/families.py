@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from lens_kernels.lens import NORM_KINDS
 from lens_kernels.options import check_number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ REGISTERED: dict[str, Family] = {}
 
 
 def register_family(model_type: str, family: Family) -> None:
-    """Register a family for all models with this ``config.model_type``.
+    """Register ``family`` for the models whose ``config.model_type`` is ``model_type``.
 
     The new family replaces an earlier one. It is needed only if ``detect_lens`` finds no lens.
 
@@ -78,7 +83,7 @@ def register_family(model_type: str, family: Family) -> None:
     REGISTERED[model_type] = family
 
 
-def causal_lm_of(model: Any) -> Any:
+def causal_lm_of(model: PreTrainedModel) -> PreTrainedModel:
     """Return the model inside a peft model, or the model itself.
 
     Raises:
@@ -86,7 +91,7 @@ def causal_lm_of(model: Any) -> Any:
             positions than the labels and the other model's hidden states.
     """
     # Importing peft takes seconds. If it has not been imported, no model is a peft model.
-    peft: Any = sys.modules.get("peft")
+    peft = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return model
     for name, config in model.peft_config.items():
@@ -99,6 +104,13 @@ def causal_lm_of(model: Any) -> Any:
     return model.base_model.model
 
 
-def class_name(model: Any) -> str:
+def input_embeddings(model: PreTrainedModel) -> Tensor:
+    """Return the weight of a model's token embeddings."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def class_name(model: PreTrainedModel) -> str:
     """Return the name of a model's class, for error messages."""
     return type(causal_lm_of(model)).__name__

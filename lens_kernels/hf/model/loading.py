@@ -7,10 +7,11 @@ import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -33,7 +34,11 @@ from transformers.utils import (
 
 from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
+from lens_kernels.hf.model.families import input_embeddings
 from lens_kernels.hf.model.placement import check_placement, placed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # The maximum number of blocks. transformers creates all blocks before it reads any weight.
@@ -47,7 +52,7 @@ def load_model(
     download: bool = False,
     quantization: str | None = None,
     device_map: str | None = None,
-) -> Any:
+) -> PreTrainedModel:
     """Return a causal language model, with its adapter if ``path`` holds one.
 
     Only safetensors files are read, and code in the model's repository is not run. Files, including
@@ -93,7 +98,7 @@ def load_model(
         raise ValueError(_unreadable("model", path, error, download)) from error
 
 
-def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
+def _load_plain(path: str, options: Mapping[str, Any]) -> PreTrainedModel:
     source = {name: options[name] for name in ("local_files_only", "revision") if name in options}
     place = _place(path, not options["local_files_only"], source.get("revision"))
     found, _ = PretrainedConfig.get_config_dict(place, **source)
@@ -105,13 +110,13 @@ def _load_plain(path: str, options: Mapping[str, Any]) -> Any:
         raise ValueError(
             f"the model has no {SAFE_WEIGHTS_NAME}: save it again with save_pretrained"
         )
-    load: Any = _auto_class(found.get("model_type")).from_pretrained
+    load = _auto_class(found.get("model_type")).from_pretrained
     model, info = load(place, **arguments, output_loading_info=True)
     model.config.name_or_path = model.name_or_path = path
     # transformers gives random values to missing weights, and only warns.
     _check_keys("lack weights of the model", path, info["missing_keys"])
-    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. Any other
-    # unexpected key is a trained weight that the config leaves out.
+    # Unexpected keys of a part that the model lacks, such as a reward head, are harmless. Others
+    # are trained weights that the config leaves out.
     parts = tuple(f"{name}." for name, _ in model.named_children())
     others = [x for x in info["unexpected_keys"] if x.startswith(parts)]
     _check_keys("hold weights that the model does not use", path, others)
@@ -149,7 +154,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     tokens = 0
     if (folder / "tokenizer_config.json").is_file():
         tokens = len(load_tokenizer(str(folder)))
-    added = tokens > len(model.get_input_embeddings().weight)
+    added = tokens > len(input_embeddings(model))
     if added:
         model.resize_token_embeddings(tokens)
     # Load the adapter for training, because peft freezes it by default. Then set eval mode, as for
@@ -171,7 +176,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     return adapted
 
 
-def _check_numbers(path: str, model: Any) -> None:
+def _check_numbers(path: str, model: nn.Module) -> None:
     """Raise if a weight is NaN, because every result of the model would be NaN."""
     for name, x in model.named_parameters():
         wide = (
@@ -193,7 +198,7 @@ def _check_keys(what: str, path: str, keys: Iterable[str]) -> None:
     )
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(config: Mapping[str, object]) -> None:
     """Refuse configs with too many blocks, and configs that name kernels on the Hub.
 
     transformers would run such a kernel's code.
@@ -219,7 +224,7 @@ def _is_absent(kernel: str) -> bool:
     return importlib.util.find_spec(package) is None
 
 
-def load_tokenizer(path: str, download: bool = False) -> Any:
+def load_tokenizer(path: str, download: bool = False) -> PreTrainedTokenizerBase:
     """Return the tokenizer of a model, or of its base model if an adapter has none.
 
     Raises:
@@ -240,7 +245,10 @@ def load_tokenizer(path: str, download: bool = False) -> Any:
 
 
 def check_tokenizers(
-    student: Any, teacher: Any, vocab_size: int | None = None, ids: Iterable[int] = ()
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    ids: Iterable[int] = (),
 ) -> None:
     """Check that both tokenizers give every token the same id.
 
@@ -292,7 +300,7 @@ def _place(path: str, download: bool, revision: str | None = None) -> str:
     raise OSError("neither a folder nor a model in the Hub's cache has this name")
 
 
-def _has(path: str, names: Iterable[str], source: Mapping[str, Any]) -> bool:
+def _has(path: str, names: Iterable[str], source: Mapping[str, object]) -> bool:
     """Return whether a model has at least one of the files."""
     for name in names:
         with contextlib.suppress(OSError):

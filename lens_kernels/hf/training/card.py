@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,28 +63,30 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
         rows = {f"{k}: {_code(sources[k])}": x for k, x in hashes.items()}
         text += ["## Data and models", "", *_table("source", rows, "SHA-256 or commit")]
     text += [f"## Metrics after {trainer.state.global_step} steps", ""]
-    text += ["Means over tokens, in nats per token.", "", *_table("metric", _metrics(trainer))]
+    text += [
+        "Means over tokens, in nats per token.",
+        "",
+        *_table("metric", _metrics(trainer.state.log_history)),
+    ]
     if "command" in facts:
         text += ["## Command", "", "```sh", visible(facts["command"]), "```", ""]
-    versions: dict[str, Any] = provenance.versions()
+    versions = provenance.versions()
     if commit := provenance.commit():
         versions["commit of the user's folder"] = commit
     text += ["## Versions", "", *_table("package", versions, "version")]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
 
 
-def _metrics(trainer: Any) -> dict[str, float]:
+def _metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the last training means and the last evaluation means that the trainer logged."""
     found: dict[str, float] = {}
     for kind in ("loss", "eval_loss"):
-        last: dict[str, float] = next(
-            (x for x in reversed(trainer.state.log_history) if kind in x), {}
-        )
+        last: Mapping[str, float] = next((x for x in reversed(history) if kind in x), {})
         found |= {k: x for k, x in last.items() if k not in ("step", "epoch", "learning_rate")}
     return {k: x for k, x in found.items() if not k.endswith(("_runtime", "_per_second"))}
 
 
-def _table(heading: str, values: Mapping[str, Any], second: str = "value") -> list[str]:
+def _table(heading: str, values: Mapping[str, object], second: str = "value") -> list[str]:
     rows = [f"| {heading} | {second} |", "|---|---|"]
     for name, value in values.items():
         shown = f"{value:.6g}" if isinstance(value, float) else str(getattr(value, "value", value))
@@ -92,7 +94,7 @@ def _table(heading: str, values: Mapping[str, Any], second: str = "value") -> li
     return [*rows, ""]
 
 
-def _code(value: Any) -> str:
+def _code(value: object) -> str:
     """Return ``value`` as Markdown code, without characters that end the code or a table cell."""
     return "`" + re.sub(r"[`|\n]", "_", visible(str(value))) + "`"
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,15 @@ from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from lens_kernels import compat
+from lens_kernels.hf.cache.key import Example
+from lens_kernels.hf.model.families import input_embeddings
 from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.inputs import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from accelerate.state import AcceleratorState
+    from transformers import PreTrainedModel
 
 # Arguments of other trainers, each with advice for users of those trainers.
 ELSEWHERE = {
@@ -35,7 +41,7 @@ SPLIT = dict.fromkeys(
 OF_LOGITS = ("compute_metrics", "preprocess_logits_for_metrics", "compute_loss_func")
 
 
-def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
+def check_arguments(given: Mapping[str, object], teacher: object) -> None:
     """Raise if an argument in ``given`` is unknown, or is not supported with a teacher."""
     known = inspect.signature(Trainer.__init__).parameters
     for name in given:
@@ -52,7 +58,7 @@ def check_arguments(given: Mapping[str, Any], teacher: Any) -> None:
             )
 
 
-def check_model(name: str, model: Any) -> None:
+def check_model(name: str, model: object) -> None:
     """Raise if ``model`` is a string that names no folder, or a compiled module."""
     if isinstance(model, str):
         if not Path(model).is_dir():
@@ -76,13 +82,13 @@ class Limits:
     vocab_size: int | None
 
     @classmethod
-    def of(cls, models: Sequence[Any], vocab_size: int | None) -> Limits:
+    def of(cls, models: Sequence[PreTrainedModel], vocab_size: int | None) -> Limits:
         """Return the limits that hold for all ``models``."""
         ids = min(map(_embeddings, models))
         positions = [x for x in map(_learnt_positions, models) if x is not None]
         return cls(ids, min(positions, default=None), vocab_size)
 
-    def check(self, where: str, example: Mapping[str, Any]) -> None:
+    def check(self, where: str, example: Example) -> None:
         """Raise if an example is empty or too long, or if an id or a label is out of range."""
         for column in ("input_ids", "labels", "position_ids"):
             if column in example:
@@ -94,7 +100,7 @@ class Limits:
             _check_labels(where, labels, self.vocab_size)
 
 
-def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
+def check_data(name: str, dataset: object, limits: Limits, collator: object) -> None:
     """Check every example of a dataset. Datasets that cannot be indexed are not checked.
 
     Raises:
@@ -115,7 +121,7 @@ def check_data(name: str, dataset: Any, limits: Limits, collator: Any) -> None:
         )
 
 
-def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
+def check_example(where: str, example: Example, limits: Limits, ours: bool) -> int:
     """Check an example, and return the number of its tokens that are trained on.
 
     ``ours`` is False if the user passed a collator. Then only columns that this package knows are
@@ -133,7 +139,7 @@ def check_example(where: str, example: Any, limits: Limits, ours: bool) -> int:
     return labelled
 
 
-def model_columns(example: Any) -> Any:
+def model_columns(example: object) -> Example:
     """Return an example without unknown columns, which the Trainer also removes for collation."""
     if not isinstance(example, Mapping):
         raise TypeError(
@@ -174,13 +180,12 @@ def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
         )
 
 
-def _embeddings(model: Any) -> int:
-    table = model.get_input_embeddings()
+def _embeddings(model: PreTrainedModel) -> int:
     # ``num_embeddings`` comes first, because a weight that DeepSpeed partitions has no rows.
-    return getattr(table, "num_embeddings", len(table.weight))
+    return getattr(model.get_input_embeddings(), "num_embeddings", len(input_embeddings(model)))
 
 
-def _learnt_positions(model: Any) -> int | None:
+def _learnt_positions(model: PreTrainedModel) -> int | None:
     """Return the number of learnt position embeddings, or None if a model learns none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
@@ -200,7 +205,7 @@ def check_weights(names: Mapping[str, Tensor], trained: Sequence[str]) -> None:
         )
 
 
-def check_dtype(student: Any) -> None:
+def check_dtype(student: PreTrainedModel) -> None:
     """Raise if trainable weights of the student are in float16."""
     parameters = student.named_parameters()
     half = [name for name, x in parameters if x.requires_grad and x.dtype == torch.float16]
@@ -212,7 +217,9 @@ def check_dtype(student: Any) -> None:
         )
 
 
-def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
+def check_teacher(
+    student: PreTrainedModel, teacher: PreTrainedModel, args: LensDistillConfig
+) -> None:
     """Raise if training would change the teacher, or if an option has no effect with a teacher."""
     held = {id(x) for x in teacher.parameters()}
     shared = [name for name, x in student.named_parameters() if x.requires_grad and id(x) in held]
@@ -228,7 +235,7 @@ def check_teacher(student: Any, teacher: Any, args: LensDistillConfig) -> None:
         )
 
 
-def check_targets(teacher: Any, args: LensDistillConfig) -> None:
+def check_targets(teacher: object, args: LensDistillConfig) -> None:
     """Raise if distillation has neither teacher nor targets, or an option does not suit targets."""
     if teacher is None and args.kd_ratio > 0 and not args.teacher_targets:
         raise ValueError(
@@ -271,7 +278,7 @@ def _matrices_of(args: LensDistillConfig) -> str:
     return f"mse_coeff={args.mse_coeff}" if args.mse_coeff else "train_student_lens=True"
 
 
-def check_shards(state: Any, args: LensDistillConfig) -> None:
+def check_shards(state: AcceleratorState, args: LensDistillConfig) -> None:
     """Raise if the run needs MSE matrices in sharded checkpoints, which is not supported."""
     plugin = getattr(state, "fsdp_plugin", None)
     if args.trains_matrices and plugin is not None and "SHARDED" in str(plugin.state_dict_type):

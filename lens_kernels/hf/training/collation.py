@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from lens_kernels.hf.cache.key import Example
 from lens_kernels.inputs import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-def check_count(name: str, value: Any, least: int) -> None:
+
+def check_count(name: str, value: object, least: int) -> None:
     """Raise unless the option ``name`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
@@ -23,10 +27,10 @@ def check_count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}")
 
 
-def padding_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the tokenizer's padding id, or its EOS id if it has no padding id.
 
-    Any id would work, because padding tokens are masked.
+    The id does not matter, because padding tokens are masked.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
@@ -37,6 +41,9 @@ def padding_id(tokenizer: Any) -> int:
 # Columns with one number per token, and the number at padding tokens. Padding tokens are masked, so
 # their positions and token types may be any valid numbers.
 PER_TOKEN = {"labels": IGNORE_INDEX, "attention_mask": 0, "position_ids": 0, "token_type_ids": 0}
+
+
+Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -70,13 +77,13 @@ class Collator:
         """Return the names of the columns that can be batched."""
         return {"input_ids", "example_id", *PER_TOKEN}
 
-    def __call__(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+    def __call__(self, examples: Sequence[Example | Sequence[Example]]) -> Batch:
         """Return a batch of ``input_ids``, ``labels``, ``attention_mask`` and other given columns.
 
         Packed batches have ``position_ids`` instead of ``attention_mask``.
         """
         packed = isinstance(examples[0], list)
-        groups: list[list[Any]] = list(examples) if packed else [[x] for x in examples]
+        groups = [list(x) if isinstance(x, Sequence) else [x] for x in examples]
         if packed and self.one_row:
             groups = [[x for group in groups for x in group]]
         number = count()
@@ -128,7 +135,7 @@ def tokens_in(batch: Mapping[str, Tensor]) -> Tensor:
     return (positions > 0).sum() + (positions == 1).sum()
 
 
-def columns_of(where: str, example: Mapping[str, Any]) -> dict[str, Tensor]:
+def columns_of(where: str, example: Example) -> dict[str, Tensor]:
     """Return the columns of an example as tensors, with an ``attention_mask``."""
     known = Collator.columns()
     if missing := sorted({"input_ids", "labels"} - example.keys()):
@@ -153,7 +160,7 @@ def columns_of(where: str, example: Mapping[str, Any]) -> dict[str, Tensor]:
     return columns
 
 
-def check_batch(batch: Mapping[str, Any]) -> None:
+def check_batch(batch: Mapping[str, Tensor]) -> None:
     """Check that a batch has ``input_ids`` and ``labels`` of equal shape.
 
     Raises:
@@ -173,14 +180,14 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         )
 
 
-def rows_of_last_step(dataset: Any, args: Any) -> int:
+def rows_of_last_step(dataset: object, args: TrainingArguments) -> int:
     """Return the rows of all processes in an epoch's last step, or 0 if that step is full."""
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return 0
     return int(len(dataset) % (args.train_batch_size * args.world_size))
 
 
-def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
+def first_rows(batch: Mapping[str, Tensor], rows: int) -> Batch:
     """Return a copy of the batch in which only the first ``rows`` rows have labels."""
     labels = batch["labels"].clone()
     labels[rows:] = IGNORE_INDEX
@@ -191,7 +198,7 @@ def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return kept
 
 
-def without_first_label(batch: Any) -> Any:
+def without_first_label(batch: Batch) -> Batch:
     """Return a copy of the batch in which each row's first label is -100: no loss uses it."""
     if "labels" not in batch:
         return batch

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import HfArgumentParser, set_seed
@@ -27,6 +27,9 @@ from lens_kernels.hf.training.preparation import Rows, Stream
 from lens_kernels.hf.training.provenance import model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 from lens_kernels.option_files import as_words, read_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALL_LINEAR = "all-linear"  # peft's name for all linear layers
 
@@ -142,7 +145,7 @@ def build_parser(everything: bool = False) -> Parser:
     return parser
 
 
-def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, Any]]:
+def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, object]]:
     """Return the parsed options, and a dictionary of those that differ from their defaults."""
     parser = build_parser("--help_all" in map(underscored, argv))
     values = vars(parser.parse_args(argv))
@@ -166,7 +169,7 @@ def parse(argv: Sequence[str]) -> tuple[RunConfig, LensDistillConfig, dict[str, 
     return config, args, json.loads(json.dumps(chosen))  # JSON turns Enum members into strings
 
 
-def _check_environment(parser: Parser, values: Mapping[str, Any]) -> None:
+def _check_environment(parser: Parser, values: Mapping[str, object]) -> None:
     """Refuse settings of accelerate's launcher, because run.yaml would not record them."""
     for name, options in (
         ("ACCELERATE_MIXED_PRECISION", ("bf16", "fp16")),
@@ -184,7 +187,7 @@ def _check_environment(parser: Parser, values: Mapping[str, Any]) -> None:
 def train(
     config: RunConfig,
     args: LensDistillConfig,
-    chosen: Mapping[str, Any],
+    chosen: Mapping[str, object],
     say: Callable[[str], None],
 ) -> dict[str, float]:
     """Distil, save the student in ``output_dir``, and return the last metrics.
@@ -299,7 +302,7 @@ def train(
     return metrics
 
 
-def command_line(chosen: Mapping[str, Any]) -> str:
+def command_line(chosen: Mapping[str, object]) -> str:
     """Return the ``lens-kernels train`` command with the options in ``chosen``."""
     words = ["lens-kernels", "train"]
     for name, value in chosen.items():
@@ -333,11 +336,11 @@ def load_student(config: RunConfig) -> Any:
             # Inside a list, peft takes all-linear for a module's name.
             target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         )
-        student = get_peft_model(student, adapter)
+        return get_peft_model(student, adapter)
     return student
 
 
-def load_teacher(config: RunConfig, device: torch.device) -> Any:
+def load_teacher(config: RunConfig, device: torch.device) -> PreTrainedModel | None:
     """Load the teacher, or return None if the options name no teacher.
 
     A quantised teacher is loaded on ``device``, because it cannot be moved later.
@@ -351,7 +354,7 @@ def load_teacher(config: RunConfig, device: torch.device) -> Any:
     return load_model(config.teacher, dtype, download, quantization, place)
 
 
-def _defaults() -> dict[str, Any]:
+def _defaults() -> dict[str, object]:
     """Return the default of every option as a value that JSON has."""
     found = {}
     for kind in KINDS:

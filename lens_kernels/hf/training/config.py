@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import TrainingArguments
 
@@ -14,7 +13,7 @@ from lens_kernels import dispatch
 from lens_kernels.hf.cache.store import DTYPES
 from lens_kernels.hf.model.anatomy import blocks_of
 from lens_kernels.hf.model.layers import DEFAULT_PAIRS, check_choice, lens_layers
-from lens_kernels.hf.training.data import PROMPT_STYLES, TRUNCATIONS
+from lens_kernels.hf.training.data import PROMPT_STYLES, TRUNCATIONS, EncoderOptions
 from lens_kernels.options import (
     ADAPTIVE,
     CHECKS,
@@ -24,6 +23,9 @@ from lens_kernels.options import (
     check_number,
     check_option,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FINAL_NAMES = (*(x.value for x in Divergence), ADAPTIVE)
 # Maps the choices of ``standardize`` to the values that ``distillation_loss`` takes.
@@ -256,8 +258,8 @@ class LensDistillConfig(TrainingArguments):
                 " teacher_cache and packing out, and set a positive kd_ratio"
             )
         check_choice(self.num_lens_pairs, self.student_layers, self.teacher_layers)
-        checkpointing: Any = self.gradient_checkpointing_kwargs or {}
-        if checkpointing.get("use_reentrant"):
+        checkpointing = self.gradient_checkpointing_kwargs
+        if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "gradient_checkpointing_kwargs={'use_reentrant': True} would block the gradients of"
                 " the lenses to the student's blocks: use the default, False"
@@ -268,10 +270,12 @@ class LensDistillConfig(TrainingArguments):
                 " is positive: set it to 0, or set kd_ratio=0 to fine-tune without distillation"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: None if is_secret(name) else value for name, value in vars(self).items()}
 
-    def layers(self, student: Any, teacher: Any) -> tuple[list[int], list[int]]:
+    def layers(
+        self, student: PreTrainedModel, teacher: PreTrainedModel
+    ) -> tuple[list[int], list[int]]:
         """Return the blocks of ``student`` and ``teacher`` whose outputs are compared."""
         student_blocks, teacher_blocks = len(blocks_of(student)), len(blocks_of(teacher))
         given = self.num_lens_pairs, self.student_layers, self.teacher_layers
@@ -287,12 +291,16 @@ class LensDistillConfig(TrainingArguments):
         values["grad_threshold"] = grad_threshold(self.grad_threshold)
         return values
 
-    def encoder_options(self) -> dict[str, Any]:
+    def encoder_options(self) -> EncoderOptions:
         """Return the keyword arguments for ``Encoder``."""
-        names = ("prompt_style", "max_length", "max_prompt_length", "truncation")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "prompt_style": self.prompt_style,
+            "max_length": self.max_length,
+            "max_prompt_length": self.max_prompt_length,
+            "truncation": self.truncation,
+        }
 
-    def objective_options(self) -> Mapping[str, Any]:
+    def objective_options(self) -> dict[str, Any]:
         """Return the keyword arguments for ``LensObjective``."""
         own = "lens_norm", "mse_coeff", "student_lens", "teacher_lens", "train_student_lens"
         return {**self.loss_options(), **{name: getattr(self, name) for name in own}}

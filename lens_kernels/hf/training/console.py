@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import (
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 COLUMNS = 100
@@ -23,7 +28,7 @@ SHOWN = {
 }
 
 
-def line(step: int, last: int, logs: Mapping[str, Any]) -> str:
+def line(step: int, last: int, logs: Mapping[str, float]) -> str:
     """Return the terminal line of a log. Entries beyond ``COLUMNS`` columns are left out.
 
     Return an empty text for logs without a loss, such as the log of the run time.
@@ -44,7 +49,14 @@ def line(step: int, last: int, logs: Mapping[str, Any]) -> str:
 class Lines(TrainerCallback):
     """Writes one line to the terminal for each log of the Trainer."""
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Write the line of the log ``logs``, on rank 0 only."""
         text = line(state.global_step, state.max_steps, logs or {})
         if state.is_world_process_zero and text:
@@ -59,7 +71,7 @@ class Progress(Lines, ProgressCallback):
 REPLACED = {PrinterCallback: Lines, ProgressCallback: Progress}
 
 
-def shorten(trainer: Any) -> None:
+def shorten(trainer: Trainer) -> None:
     """Replace a trainer's callbacks that print whole logs to the terminal."""
     for whole, short in REPLACED.items():
         # Replace only these exact classes, and keep subclasses such as the callback for notebooks.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 from jinja2 import TemplateError
 from torch.utils.data import Dataset
@@ -15,13 +15,16 @@ from lens_kernels.hf.training.collation import Collator, check_count, padding_id
 from lens_kernels.hf.training.formats import Messages, Row, read_rows
 from lens_kernels.inputs import IGNORE_INDEX
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from typing_extensions import Unpack
+
 __all__ = [
     "Collator",
     "Encoder",
     "Examples",
     "Row",
     "check_count",
-    "encode",
     "load_examples",
     "padding_id",
     "prompt_ids",
@@ -33,6 +36,15 @@ PROMPT_STYLES = ("alpaca", "chat")
 TRUNCATIONS = ("end", "drop", "error")
 
 Example = dict[str, list[int]]
+
+
+class EncoderOptions(TypedDict, total=False):
+    """The options of ``Encoder``."""
+
+    prompt_style: str
+    max_length: int
+    max_prompt_length: int
+    truncation: str
 
 
 @dataclass
@@ -63,7 +75,7 @@ class Encoder:
             missing or rejects the messages. Or a row is too long, with ``truncation="error"``.
     """
 
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     prompt_style: str = "alpaca"
     max_length: int = 512
     max_prompt_length: int = 256
@@ -120,13 +132,8 @@ def _labelled(labels: list[int]) -> int:
     return len(labels) - labels.count(IGNORE_INDEX)
 
 
-def encode(row: Row, tokenizer: Any, **options: Any) -> Example | None:
-    """Return ``input_ids`` and ``labels`` of a row, or None if ``Encoder`` drops the row."""
-    return Encoder(tokenizer, **options)(row)
-
-
 def prompt_ids(
-    row: Row, tokenizer: Any, *, prompt_style: str, max_prompt_length: int
+    row: Row, tokenizer: PreTrainedTokenizerBase, prompt_style: str, max_prompt_length: int
 ) -> list[int] | None:
     """Return the tokens before the last response, or None if they exceed ``max_prompt_length``."""
     _check_prompt(prompt_style, max_prompt_length)
@@ -137,7 +144,9 @@ def prompt_ids(
     return ids if len(ids) <= max_prompt_length else None
 
 
-def _turns(row: Row, tokenizer: Any, prompt_style: str) -> list[tuple[list[int], list[int]]]:
+def _turns(
+    row: Row, tokenizer: PreTrainedTokenizerBase, prompt_style: str
+) -> list[tuple[list[int], list[int]]]:
     """Return the token ids of each prompt in a row, and of the response to each prompt."""
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no eos_token to end responses: set tokenizer.eos_token")
@@ -169,13 +178,13 @@ def _alpaca(row: Row) -> str:
     )
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     # verbose=False silences the tokenizer's warning about long texts, which are cut or dropped
     # later.
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _further_ids(tokenizer: Any, text: str) -> list[int]:
+def _further_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Return the tokens of a text that follows other text.
 
     SentencePiece tokenizers put a space before a text that is tokenised alone. To avoid the space,
@@ -192,27 +201,29 @@ def _further_ids(tokenizer: Any, text: str) -> list[int]:
     )
 
 
-def _behind(tokenizer: Any, text: str) -> Iterator[list[int] | None]:
+def _behind(tokenizer: PreTrainedTokenizerBase, text: str) -> Iterator[list[int] | None]:
     """Yield ``text``'s tokens after each of two characters, or None if a token spans both."""
     for character in ("\n", "."):
         before, whole = _ids(tokenizer, character), _ids(tokenizer, character + text)
         yield whole[len(before) :] if whole[: len(before)] == before else None
 
 
-def _begin(tokenizer: Any, ids: list[int]) -> list[int]:
+def _begin(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Prepend the BOS token to ``ids`` if the tokenizer begins texts with BOS."""
     bos, letter = tokenizer.bos_token_id, _ids(tokenizer, "a")
     writes = bos is not None and tokenizer("a")["input_ids"][: 1 + len(letter)] == [bos, *letter]
     return [bos, *ids] if writes and ids[:1] != [bos] else ids
 
 
-def _end(tokenizer: Any, response: str, *ends: str) -> list[int]:
+def _end(tokenizer: PreTrainedTokenizerBase, response: str, *ends: str) -> list[int]:
     """Return a response's tokens. Append EOS unless the response ends with one of ``ends``."""
     ids = _further_ids(tokenizer, response)
     return ids + [tokenizer.eos_token_id] * (not response.endswith(ends))
 
 
-def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
+def _chat_turns(
+    row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[int]]]:
     """Render a conversation, and return the tokens of each prompt and of the assistant's answer.
 
     If the template writes white space after an answer, the white space belongs to the next prompt.
@@ -240,7 +251,9 @@ def _chat_turns(row: Row, messages: Messages, tokenizer: Any) -> list[tuple[list
     return turns
 
 
-def _render(row: Row, messages: Messages, tokenizer: Any, add_generation_prompt: bool) -> str:
+def _render(
+    row: Row, messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool
+) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"line {row.line}: the tokenizer has no chat template: use another tokenizer"
@@ -271,7 +284,7 @@ def _check_prompt(prompt_style: str, max_prompt_length: int) -> None:
     check_count("max_prompt_length", max_prompt_length, 1)
 
 
-class Examples(Dataset[dict[str, Any]]):
+class Examples(Dataset[dict[str, list[int] | int]]):
     """A dataset of encoded rows. The ``example_id`` of an example is its position.
 
     Args:
@@ -292,7 +305,7 @@ class Examples(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, list[int] | int]:
         position = range(len(self))[index]  # the index may be negative
         return {**self.examples[position], "example_id": position}
 
@@ -304,7 +317,11 @@ class Examples(Dataset[dict[str, Any]]):
 
 
 def load_examples(
-    path: str | Path, tokenizer: Any, *, progress: bool = True, **options: Any
+    path: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    progress: bool = True,
+    **options: Unpack[EncoderOptions],
 ) -> Examples:
     """Read and encode all rows of a source. Rows that ``Encoder`` drops are left out.
 

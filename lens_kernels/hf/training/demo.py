@@ -7,13 +7,21 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, ProgressCallback, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ProgressCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 
 from lens_kernels import cache as user_cache
 from lens_kernels.hf.model.smollm2 import smollm2
@@ -24,6 +32,9 @@ from lens_kernels.hf.training.data import check_count
 from lens_kernels.hf.training.meter import evaluate
 from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.hf.training.trainer import LensDistillTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # The number of tokens in an example.
 BLOCK = 128
@@ -38,7 +49,14 @@ PROMPT = "The import statement is used to"
 
 
 class _QuietProgress(ProgressCallback):
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
         if self.training_bar is not None and logs and "kd" in logs:
             self.training_bar.set_postfix(loss=f"{logs['loss']:.3f}")
 
@@ -59,7 +77,7 @@ def texts() -> tuple[str, str]:
     return train, "\n\n".join(p for p in held.split("\n\n") if p not in train)
 
 
-def examples(tokenizer: Any, text: str) -> list[dict[str, Tensor]]:
+def examples(tokenizer: PreTrainedTokenizerBase, text: str) -> list[dict[str, Tensor]]:
     """Split a text into examples of ``BLOCK`` tokens. All tokens are trained on."""
     ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
     return [{"input_ids": x, "labels": x} for x in ids[: len(ids) // BLOCK * BLOCK].split(BLOCK)]
@@ -175,7 +193,7 @@ def distil(
 
 def sample(folder: Path) -> str:
     """Return the greedy continuation of ``PROMPT`` by the model saved in ``folder``."""
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         folder, local_files_only=True, use_safetensors=True
     )
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

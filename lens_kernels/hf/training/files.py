@@ -9,17 +9,18 @@ import json
 from collections.abc import Iterator
 from glob import glob, has_magic
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from types import ModuleType
+from typing import BinaryIO, cast
 
-from lens_kernels.hf.cache.key import CHUNK
+from lens_kernels.hf.cache.key import file_digest
 
 HUB = "hub:"  # the prefix of datasets on the Hub: hub:NAME or hub:NAME:SPLIT
 
 # A record's number in its file, and the record. A line that is not JSON gives its error instead.
-Read = tuple[int, Any]
+Read = tuple[int, object]
 
 
-def read_records(source: str | Path, streaming: bool = False) -> Iterator[tuple[str, int, Any]]:
+def read_records(source: str | Path, streaming: bool = False) -> Iterator[tuple[str, int, object]]:
     """Yield ``(file, number, record)`` for every record of a source.
 
     With ``streaming``, a dataset on the Hub is downloaded while it is read. The formats are:
@@ -28,7 +29,7 @@ def read_records(source: str | Path, streaming: bool = False) -> Iterator[tuple[
     - ``.parquet``, and a folder saved by ``datasets``: needs the package ``datasets``.
     - ``hub:NAME`` and ``hub:NAME:SPLIT``: a dataset on the Hugging Face Hub; by default its split
       ``train``. This needs ``datasets`` and a download.
-    - Any other name: JSON lines, where ``number`` is the line. For a line that is not valid JSON,
+    - Other names: JSON lines, where ``number`` is the line. For a line that is not valid JSON,
       a ``ValueError`` is yielded as the record.
 
     JSON files ending in ``.gz`` are decompressed. A pattern such as ``data/*.jsonl`` means all
@@ -74,17 +75,8 @@ def source_digest(source: str | Path, streaming: bool = False) -> str:
         return hashlib.sha256(json.dumps(records, default=str).encode()).hexdigest()
     found = matching(source)
     files = [x for path in found for x in (sorted(path.rglob("*")) if path.is_dir() else [path])]
-    each = [sha256_of(x) for x in files if not x.is_dir()]
+    each = [file_digest(x) for x in files if not x.is_dir()]
     return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
-
-
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file, as ``sha256sum`` shows it."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
-    return found.hexdigest()
 
 
 def matching(source: str | Path) -> list[Path]:
@@ -131,7 +123,7 @@ def _parquet(path: Path) -> Iterator[Read]:
         raise ValueError(f"{path} is not a readable Parquet file: {error}") from error
 
 
-def _package(name: str, source: str | Path) -> Any:
+def _package(name: str, source: str | Path) -> ModuleType:
     from importlib import import_module
 
     try:
@@ -166,6 +158,7 @@ def _array(path: Path, file: BinaryIO) -> Iterator[Read]:
         records = _decoded(file.read().removeprefix(codecs.BOM_UTF8))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    assert isinstance(records, list)  # the text begins with a bracket
     return enumerate(records, 1)
 
 
@@ -180,7 +173,7 @@ def _lines(file: BinaryIO) -> Iterator[Read]:
                 yield number, error
 
 
-def _decoded(text: bytes) -> Any:
+def _decoded(text: bytes) -> object:
     try:
         return json.loads(text.decode(), object_pairs_hook=_unique)
     except UnicodeDecodeError as error:
@@ -194,7 +187,7 @@ def _decoded(text: bytes) -> Any:
         raise ValueError("not JSON that can be read: it is nested too deeply") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     record = dict(pairs)
     if len(record) < len(pairs):
         names = [name for name, _ in pairs]

@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lens_kernels.cross_entropy import linear_cross_entropy
 from lens_kernels.functional import DistillationOutput, distillation_loss
-from lens_kernels.hf.cache.key import CacheKey
+from lens_kernels.hf.cache.key import CacheKey, Indexed
 from lens_kernels.hf.cache.targets import TargetCache
 from lens_kernels.hf.model.anatomy import lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
@@ -27,11 +27,18 @@ from lens_kernels.hf.training.whole_heads import where_head_is_whole
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 _log = logging.getLogger(__name__)
 
 
 def without_teacher(
-    trainer: Any, teacher: Any, examples: Mapping[str, Any]
+    student: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    args: LensDistillConfig,
+    examples: Mapping[str, Indexed | None],
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> tuple[bool, dict[str, TargetCache]]:
     """Return whether the model must compute its own loss, and the stored sparse targets.
 
@@ -44,9 +51,9 @@ def without_teacher(
     targets: dict[str, TargetCache] = {}
     if teacher is not None:
         return False, targets
-    if trainer.args.teacher_targets:
-        targets = open_targets(trainer, examples)
-    reason = unsupported_reason(trainer.model)
+    if args.teacher_targets:
+        targets = open_targets(Path(args.teacher_targets), examples, tokenizer)
+    reason = unsupported_reason(student)
     if reason is not None and targets:
         raise ValueError(f"teacher_targets needs the model's lens: {reason}")
     if reason is not None:
@@ -54,7 +61,7 @@ def without_teacher(
     return reason is not None, targets
 
 
-def unsupported_reason(student: Any) -> str | None:
+def unsupported_reason(student: PreTrainedModel) -> str | None:
     """Return the reason why the student must compute its own loss, or None if there is none."""
     try:
         check_own_loss(student)
@@ -65,7 +72,7 @@ def unsupported_reason(student: Any) -> str | None:
 
 
 def final_loss(
-    student: Any,
+    student: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     denominator: Tensor | float | None,
     student_call: nn.Module,
@@ -80,7 +87,7 @@ def final_loss(
 
 
 def cross_entropy(
-    student: Any,
+    student: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     denominator: Tensor | float | None,
     student_call: nn.Module,
@@ -108,7 +115,7 @@ def cross_entropy(
 
 
 def from_targets(
-    student: Any,
+    student: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     denominator: Tensor | float | None,
     student_call: nn.Module,
@@ -160,9 +167,10 @@ def from_targets(
     return Outcome(loss, sums, count)
 
 
-def open_targets(trainer: Any, examples: Mapping[str, Any]) -> dict[str, TargetCache]:
-    """Open the stored targets of a trainer's datasets, in the subfolders ``train`` and ``eval``."""
-    folder, tokenizer = Path(trainer.args.teacher_targets), trainer.processing_class
+def open_targets(
+    folder: Path, examples: Mapping[str, Indexed | None], tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, TargetCache]:
+    """Open the stored targets of datasets, in the subfolders ``train`` and ``eval``."""
     datasets = {name: examples[f"{name}_dataset"] for name in ("train", "eval")}
     return {
         name: TargetCache.read(folder / name, CacheKey.of(None, dataset, (), tokenizer))
@@ -179,7 +187,7 @@ def _tokens(inputs: Mapping[str, Tensor], denominator: Tensor | float | None) ->
 
 
 def _of_final_states(
-    student: Any,
+    student: PreTrainedModel,
     inputs: Mapping[str, Tensor],
     student_call: nn.Module,
     compare: Callable[[Tensor, LensHead, Tensor], Tensor],
@@ -198,7 +206,7 @@ def _of_final_states(
         head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
         return compare(states, head, labels.to(states.device))
 
-    def forward(**received: Any) -> dict[str, Tensor]:
+    def forward(**received: Tensor) -> dict[str, Tensor]:
         given = {name: received[name] for name in inputs}
         _, final = hidden_states(student, [], given)
         states = final[..., :-1, :].flatten(0, -2)

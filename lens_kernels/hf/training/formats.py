@@ -69,7 +69,7 @@ def read_rows(source: str | Path) -> list[Row]:
     return rows_of(source, read_records(source))
 
 
-def rows_of(source: Any, records: Iterable[tuple[str, int, Any]]) -> list[Row]:
+def rows_of(source: str | Path, records: Iterable[tuple[str, int, object]]) -> list[Row]:
     """Convert the results ``(file, number, record)`` of ``read_records`` to rows."""
     rows: list[Row] = []
     bad: list[str] = []
@@ -98,13 +98,15 @@ def iterate_rows(source: str | Path) -> Iterator[Row]:
         yield row
 
 
-def _rows(records: Iterable[tuple[str, int, Any]]) -> Iterator[Row | ValueError]:
+def _rows(records: Iterable[tuple[str, int, object]]) -> Iterator[Row | ValueError]:
     """Yield the row of each record, or for a bad record an error with its file and number."""
     first_format = ""
     for file, number, record in records:
         try:
             if isinstance(record, ValueError):
                 raise record
+            if not isinstance(record, dict):
+                raise ValueError(f"got a {type(record).__name__}: expected a JSON object")
             found = _format(record)
             first_format = first_format or found
             if found != first_format:
@@ -117,17 +119,15 @@ def _rows(records: Iterable[tuple[str, int, Any]]) -> Iterator[Row | ValueError]
             yield ValueError(f"{file}:{number}: {error}")
 
 
-def is_raw(record: Any) -> bool:
+def is_raw(record: object) -> bool:
     """Return whether a record has a format of ``read_rows``, and is not tokenised yet."""
     try:
-        return isinstance(record, Mapping) and "input_ids" not in record and bool(_format(record))
+        return isinstance(record, dict) and "input_ids" not in record and bool(_format(record))
     except ValueError:
         return False
 
 
-def _format(record: Any) -> str:
-    if not isinstance(record, dict):
-        raise ValueError(f"got a {type(record).__name__}: expected a JSON object")
+def _format(record: Mapping[str, object]) -> str:
     # In tables, every row has every column, and empty cells are None.
     keys = {key for key, value in record.items() if value is not None}
     found = [names for names in FORMATS if keys >= set(names.split(" and "))]
@@ -139,7 +139,7 @@ def _format(record: Any) -> str:
     return found[0]
 
 
-def _row(line: int, record: Any, found: str) -> Row:
+def _row(line: int, record: Mapping[str, object], found: str) -> Row:
     if found == TEXT:
         return Row(line, [_text(TEXT, record[TEXT])])
     if found == "conversations":
@@ -170,11 +170,11 @@ def _conversation(line: int, messages: Messages, trained_from: int = 0) -> Row:
     return Row(line, answers[-1:], messages=messages, trained_from=trained_from)
 
 
-def _is_conversation(value: Any) -> bool:
+def _is_conversation(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _from_sharegpt(value: Any) -> Any:
+def _from_sharegpt(value: object) -> Messages:
     """Convert ShareGPT's turns to messages, which ``_messages`` checks afterwards."""
     if not isinstance(value, list):
         raise ValueError(f"conversations is a {type(value).__name__}: expected a list of turns")
@@ -193,7 +193,7 @@ def _from_sharegpt(value: Any) -> Any:
     return messages
 
 
-def _messages(key: str, value: Any, trained: bool = True, first: bool = True) -> Messages:
+def _messages(key: str, value: object, trained: bool = True, first: bool = True) -> Messages:
     """Check a list of messages, and return it. Errors name the ``key``.
 
     With ``trained``, the list must have an assistant turn. With ``first``, the list begins a
@@ -222,7 +222,7 @@ def _messages(key: str, value: Any, trained: bool = True, first: bool = True) ->
     return messages
 
 
-def _text(name: str, value: Any, may_be_blank: bool = False) -> str:
+def _text(name: str, value: object, may_be_blank: bool = False) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{name} is a {type(value).__name__}: expected a string")
     if not may_be_blank and not value.strip():

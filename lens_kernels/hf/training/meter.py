@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.objective import LensObjective, Outcome
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def _unreduced(sums: Tensor) -> Tensor:
@@ -75,7 +78,7 @@ class Speed:
 @torch.no_grad()
 def evaluate(objective: LensObjective, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
     """Evaluate an objective, and return the means of ``Outcome.sums`` in nats per token."""
-    student: Any = objective.student
+    student: PreTrainedModel = objective.student
     meter = Meter()
     with evaluating(student):
         for batch in batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
-from lens_kernels.hf.model.families import causal_lm_of
+from lens_kernels.hf.model.families import causal_lm_of, input_embeddings
 from lens_kernels.hf.model.layers import check_layers, lens_layers
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.hf.training.entropy import entropy_sum
@@ -30,6 +31,9 @@ from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions, workspace_or_default
 from lens_kernels.sharding import shared_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # the name of the submodule that holds the MSE loss's matrices in the student
 PROJECTIONS = "mse_projections"
@@ -93,8 +97,8 @@ class LensObjective(nn.Module):
 
     def __init__(
         self,
-        student: Any,
-        teacher: Any,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
         student_layers: Sequence[int],
         teacher_layers: Sequence[int],
         *,
@@ -114,7 +118,8 @@ class LensObjective(nn.Module):
         self.student = student
         teacher.requires_grad_(False)
         teacher.eval()
-        self._teacher = (teacher,)  # inside a tuple, the teacher is not a submodule
+        # Inside a tuple, the teacher is not a submodule.
+        self._teacher: tuple[PreTrainedModel | None] = (teacher,)
         self._teacher_head: LensHead | None = None
         self.lens_norm, self.mse_coeff = lens_norm, mse_coeff
         self.options = DistillationOptions(**options)
@@ -146,8 +151,8 @@ class LensObjective(nn.Module):
     @classmethod
     def from_models(
         cls,
-        student: Any,
-        teacher: Any,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
         num_lens_pairs: int | None = None,
         *,
         student_layers: list[int] | None = None,
@@ -170,7 +175,7 @@ class LensObjective(nn.Module):
         return cls(student, teacher, *layers, **options)
 
     @property
-    def teacher(self) -> Any:
+    def teacher(self) -> PreTrainedModel | None:
         """The teacher, or None after ``release_teacher``."""
         return self._teacher[0]
 
@@ -212,7 +217,7 @@ class LensObjective(nn.Module):
             outcomes.append(outcome)
             return outcome.loss
 
-        def forward(**received: Any) -> dict[str, Tensor]:
+        def forward(**received: Tensor) -> dict[str, Tensor]:
             given = {name: received[name] for name in inputs}
             hidden, final = hidden_states(self.student, self.student_layers, given)
             student_rows = [_select(x, counted) for x in [*hidden, final]]
@@ -235,9 +240,9 @@ class LensObjective(nn.Module):
         assert self.teacher is not None
         device = inputs["input_ids"].device
         if getattr(self.teacher, "hf_device_map", None) is None and self.teacher.device != device:
-            self.teacher.to(device)
+            moved(self.teacher, device)
         # The devices of a teacher with a device map may differ from the student's device.
-        own = self.teacher.get_input_embeddings().weight.device
+        own = input_embeddings(self.teacher).device
         if own.type != "meta":  # accelerate moves the inputs of offloaded embeddings
             inputs = {k: x.to(own) if isinstance(x, Tensor) else x for k, x in inputs.items()}
         hidden, final = inside_call(self.teacher, self.teacher_layers, inputs)
@@ -257,6 +262,7 @@ class LensObjective(nn.Module):
 
     def release_teacher(self) -> None:
         """Drop the teacher except its head. Call this once all teacher states are cached."""
+        assert self.teacher is not None
         with whole_head(self.teacher) as sharded:
             head = self._whole_teacher_head()
             self._teacher_head = head.map(torch.clone) if sharded else head
@@ -358,6 +364,7 @@ class LensObjective(nn.Module):
     def _new_projections(self) -> nn.ModuleList:
         if not self.student_layers:
             raise ValueError("mse_coeff needs at least one pair of layers, got none")
+        assert self.teacher is not None
         student, teacher = (lens_head_from(x).weight for x in (self.student, self.teacher))
         matrices = nn.ModuleList(
             nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
@@ -376,7 +383,7 @@ class LensObjective(nn.Module):
         return torch.stack(sums).mean()
 
 
-def check_own_loss(student: Any) -> None:
+def check_own_loss(student: PreTrainedModel) -> None:
     """Raise if the student's own loss has a router term, which distillation would ignore."""
     config = student.config.get_text_config()
     if getattr(config, "output_router_logits", False):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lens_kernels import compat
+from lens_kernels.hf.cache.key import Example, Indexed
 from lens_kernels.hf.model.capture import hidden_states
-from lens_kernels.hf.model.families import causal_lm_of, class_name
+from lens_kernels.hf.model.families import causal_lm_of, class_name, input_embeddings
 from lens_kernels.hf.model.state import measured
 from lens_kernels.hf.model.tracing import sample_tokens
 from lens_kernels.hf.training.checks import model_columns
 from lens_kernels.hf.training.collation import Collator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # The number of rows that are filled at the same time. With a single row, an eighth of each row
 # would stay empty.
@@ -61,10 +65,10 @@ def packed_rows(sized: Iterable[tuple[T, int]], max_length: int) -> Iterator[lis
     yield from rows
 
 
-class Packed(Dataset[list[Any]]):
+class Packed(Dataset[list[Example]]):
     """A dataset of packed rows. Each is a list of examples with at most ``max_length`` tokens."""
 
-    def __init__(self, dataset: Any, max_length: int) -> None:
+    def __init__(self, dataset: Indexed, max_length: int) -> None:
         self.dataset = dataset
         sized = ((i, packable_size(dataset[i])) for i in range(len(dataset)))
         self.rows = list(packed_rows(sized, max_length))
@@ -72,11 +76,11 @@ class Packed(Dataset[list[Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> list[Any]:
+    def __getitem__(self, index: int) -> list[Example]:
         return [model_columns(self.dataset[i]) for i in self.rows[index]]
 
 
-def packable_size(example: Mapping[str, Any]) -> int:
+def packable_size(example: Example) -> int:
     """Return the number of tokens of an example.
 
     Raises:
@@ -93,12 +97,12 @@ def packable_size(example: Mapping[str, Any]) -> int:
     return len(example["input_ids"])
 
 
-def needs_one_row(model: Any) -> bool:
+def needs_one_row(model: PreTrainedModel) -> bool:
     """Return whether the model's attention separates examples only if the batch has one row."""
     return any("flash" in name for name in compat.attention_of(model))
 
 
-def check_packing(name: str, model: Any, collator: Collator) -> None:
+def check_packing(name: str, model: PreTrainedModel, collator: Collator) -> None:
     """Check that ``model`` computes the same hidden states for packed and for single examples.
 
     The model runs on two packed rows of a few tokens. Error messages call the model ``name``.
@@ -106,7 +110,7 @@ def check_packing(name: str, model: Any, collator: Collator) -> None:
     Raises:
         ValueError: The model does not take positions, or the examples affect each other.
     """
-    embedding = model.get_input_embeddings().weight
+    embedding = input_embeddings(model)
     tokens = sample_tokens(causal_lm_of(model))[0]
     ids = [tokens[:3], tokens[3:], tokens[2:4], tokens[1:]]
     examples = [{"input_ids": x, "labels": x} for x in ids]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lens_kernels.hf.training.caching import numbered
 from lens_kernels.hf.training.checks import Limits, check_data, check_example, model_columns
@@ -19,6 +20,9 @@ from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.data import Encoder, encode_rows
 from lens_kernels.hf.training.formats import Row, is_raw, iterate_rows, rows_of
 from lens_kernels.hf.training.packing import Packed, check_packing, packable_size, packed_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger(__name__)
 
@@ -32,7 +36,7 @@ class Preparation:
     """
 
     limits: Limits
-    collator: Any
+    collator: object
     encoder: Encoder | None
     number: bool
     progress: bool
@@ -74,29 +78,31 @@ class Preparation:
         return replace(self.encoder)
 
 
-class Stream(IterableDataset[Any]):
+class Stream(IterableDataset[object]):
     """A dataset that reads, encodes and checks one example after the other, during training.
 
     With ``repeat``, the stream starts again at its end. A run that resumes then skips the examples
     of earlier epochs too. If ``max_length`` is set, the examples are packed.
     """
 
-    def __init__(self, name: str, dataset: Any, how: Preparation, repeat: bool) -> None:
+    def __init__(
+        self, name: str, dataset: Iterable[object], how: Preparation, repeat: bool
+    ) -> None:
         self.name, self.dataset, self.how, self.repeat = name, dataset, how, repeat
         self.max_length: int | None = None
         self.encoder: Encoder | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         if self.max_length is None:
             return self._examples()
-        sized = ((x, packable_size(x)) for x in self._examples())
+        sized = ((x, packable_size(x)) for x in self._examples() if isinstance(x, Mapping))
         return packed_rows(sized, self.max_length)
 
     def summary(self) -> str:
         """Return a text with the numbers of rows that were read, dropped and cut so far."""
         return "no row was encoded" if self.encoder is None else self.encoder.summary()
 
-    def _examples(self) -> Iterator[Any]:
+    def _examples(self) -> Iterator[object]:
         for epoch in count():
             if hasattr(self.dataset, "set_epoch"):
                 self.dataset.set_epoch(epoch)
@@ -114,11 +120,12 @@ class Stream(IterableDataset[Any]):
                     " again, with rows that are not too long"
                 )
 
-    def _example(self, number: int, record: Any) -> Any:
+    def _example(self, number: int, record: object) -> object:
         """Encode and check a record. Return its example, or None if the record is dropped."""
         ours = isinstance(self.how.collator, Collator)
         where = f"example {number} of {self.name}"
-        row = example = record
+        row = record
+        example: Any = record
         if ours and is_raw(record):
             (row,) = rows_of(self.name, [(self.name, number, record)])
         if ours and isinstance(row, Row):
@@ -157,7 +164,7 @@ class Rows(IterableDataset[Row]):
 
 
 def prepare(
-    trainer: dict[str, Any], models: Mapping[str, Any], args: LensDistillConfig
+    trainer: dict[str, Any], models: Mapping[str, PreTrainedModel | None], args: LensDistillConfig
 ) -> dict[str, Any]:
     """Prepare the datasets in a trainer's arguments. Return the datasets before packing.
 
@@ -173,7 +180,7 @@ def prepare(
     number = bool(args.teacher_cache or args.teacher_targets)
     how = Preparation(limits, collator, encoder, number, not args.disable_tqdm)
     names = ("train_dataset", "eval_dataset")
-    found: dict[str, Any] = {
+    found = {
         name: None if trainer.get(name) is None else how.examples(name, trainer[name])
         for name in names
     }
@@ -202,7 +209,8 @@ def _let_each_process_read(args: LensDistillConfig) -> None:
     By default, rank 0 would concatenate the batches of all processes. This fails, because the rows
     of different batches differ in length.
     """
-    config: Any = args.accelerator_config
+    config = args.accelerator_config
+    assert isinstance(config, AcceleratorConfig)  # the Trainer's arguments convert it
     if config.dispatch_batches is None:
         config.dispatch_batches = False
 

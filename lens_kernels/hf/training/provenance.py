@@ -11,7 +11,7 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
-from lens_kernels.hf.training.files import sha256_of
+from lens_kernels.hf.cache.key import file_digest
 from lens_kernels.version import __version__
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "triton")
@@ -49,7 +49,7 @@ def model_digest(model: str) -> str | None:
     folder = Path(model)
     if folder.is_dir():
         files = [*folder.glob("*config.json"), *folder.glob("*.safetensors")]
-        each = [f"{file.name} {sha256_of(file)}" for file in sorted(files)]
+        each = [f"{file.name} {file_digest(file)}" for file in sorted(files)]
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
     try:
         config = try_to_load_from_cache(model, "config.json")

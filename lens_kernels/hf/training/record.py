@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -41,7 +40,7 @@ LENGTHS = ("max_steps", "num_train_epochs")
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
 
-def check_options(output: Path, now: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def check_options(output: Path, now: Mapping[str, object], defaults: Mapping[str, object]) -> str:
     """Compare a command's options ``now`` with the options that the run was started with.
 
     Different paths to the same file or folder count as equal. Options that do not change weights
@@ -113,11 +112,11 @@ def metrics_of(output: Path) -> dict[str, float] | None:
 
 
 def write_start(
-    output: Path, options: Mapping[str, Any], digests: Mapping[str, str | None]
+    output: Path, options: Mapping[str, object], digests: Mapping[str, str | None]
 ) -> None:
     """Write the run's options, versions and digests, to compare later commands with them."""
     output.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Any] = {"versions": provenance.versions(), "commit": provenance.commit()}
+    made = {"versions": provenance.versions(), "commit": provenance.commit()}
     parts = (dict(options), {MADE_WITH: {**made, "hashes": dict(digests)}})
     write_text(output / RECORD, "".join(yaml.safe_dump(x, sort_keys=True) for x in parts if x))
 
@@ -133,7 +132,7 @@ def _has_trained(output: Path) -> bool:
     return any(file for name in names for file in output.glob(name))
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, object]:
     try:
         content = yaml.safe_load(read_text(file))
         if not isinstance(content, dict):
@@ -147,18 +146,18 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _meaning(name: str, value: Any) -> Any:
+def _meaning(name: str, value: object) -> object:
     return MEANINGS.get(name, lambda x: x)(value)
 
 
-def _place(path: str | None) -> str | None:
+def _place(path: object) -> object:
     """Return the absolute path of an existing file or folder. Return other names unchanged."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    return str(Path(path).resolve()) if isinstance(path, str) and Path(path).exists() else path
 
 
 # Maps options to functions. Two values of the option count as equal if the function gives equal
 # results. Only the presence of data is compared: ``check_digests`` compares its contents.
-MEANINGS: dict[str, Callable[[Any], Any]] = {
+MEANINGS: dict[str, Callable[[object], object]] = {
     "student": _place,
     "teacher": _place,
     "data": lambda path: path is not None,
@@ -167,5 +166,5 @@ MEANINGS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _is_longer(was: Any, now: Any) -> bool:
-    return all(isinstance(x, (int, float)) and x > 0 for x in (was, now)) and now > was
+def _is_longer(was: object, now: object) -> bool:
+    return isinstance(was, (int, float)) and isinstance(now, (int, float)) and now > was > 0

@@ -5,16 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lens_kernels import pictures
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PAIR = re.compile(r"lens_\d+")
 # An axis is logarithmic if its largest value is more than 5 times its smallest value.
 WIDE = 5
 # Lines with at most 20 points get markers.
 FEW = 20
-HELD: Any = {"marker": "D", **pictures.HOLLOW}
+HELD = {"marker": "D", **pictures.HOLLOW}
 BEFORE, AFTER = pictures.LIGHT_GREY, pictures.BLUE
 
 
@@ -50,7 +53,7 @@ def depth_figure(
 
 
 @pictures.styled
-def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergence: str) -> None:
+def loss_figure(path: Path, history: Sequence[Mapping[str, float]], final_divergence: str) -> None:
     """Draw the loss, its terms and the lens pairs against the step, in training and evaluation.
 
     Terms that were not logged are left out. The lens pairs have their own panel. Without logs of a
@@ -92,7 +95,7 @@ def loss_figure(path: Path, history: Sequence[Mapping[str, Any]], final_divergen
 
 
 def _line(
-    axes: Any, history: Sequence[Mapping[str, Any]], key: str, having: str, **style: Any
+    axes: Axes, history: Sequence[Mapping[str, float]], key: str, having: str, **style: Any
 ) -> None:
     """Draw a line of the logs. Short lines get markers, because a single point has no line."""
     points = [(x["step"], x[key]) for x in history if key in x and having in x]
@@ -102,7 +105,7 @@ def _line(
         axes.plot(*zip(*points, strict=True), **style)
 
 
-def _log_scale(axes: Any) -> None:
+def _log_scale(axes: Axes) -> None:
     # A logarithmic axis needs positive values, but all losses are 0 if the student equals its
     # teacher. For nearly equal values, it would also have too few ticks.
     if axes.dataLim.ymax > WIDE * axes.dataLim.minposy:

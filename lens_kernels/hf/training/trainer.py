@@ -6,20 +6,22 @@ import logging
 import math
 import random
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from lens_kernels import compat
 from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.training import matrices
 from lens_kernels.hf.training.caching import fill_caches
 from lens_kernels.hf.training.card import model_card
@@ -35,6 +37,7 @@ from lens_kernels.hf.training.checks import (
     check_weights,
 )
 from lens_kernels.hf.training.collation import (
+    Batch,
     Collator,
     check_batch,
     first_rows,
@@ -78,10 +81,15 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
     """
 
     args: LensDistillConfig
+    model: PreTrainedModel
     extra_columns = ("example_id",)
 
     def __init__(
-        self, model: Any, teacher: Any | None, args: LensDistillConfig, **trainer: Any
+        self,
+        model: PreTrainedModel | str,
+        teacher: PreTrainedModel | str | None,
+        args: LensDistillConfig,
+        **trainer: Any,
     ) -> None:
         check_targets(teacher, args)
         check_arguments(trainer, teacher)
@@ -97,13 +105,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             check_teacher(model, teacher, args)
         tokenizer = trainer.get("processing_class")
         if trainer.get("data_collator") is None:
-            # Without a tokenizer, the padding id is 0. Any id works, because padding tokens are
-            # masked.
+            # Without a tokenizer, the padding id is 0. Padding tokens are masked, so any id works.
             pad = 0 if tokenizer is None else padding_id(tokenizer)
-            models = [x for x in (model, teacher) if x is not None]
-            one_row = args.packing and any(map(needs_one_row, models))
+            present = [x for x in (model, teacher) if x is not None]
+            one_row = args.packing and any(map(needs_one_row, present))
             trainer["data_collator"] = Collator(pad, one_row=one_row)
-        examples = prepare(trainer, {"student": model, "teacher": teacher}, args)
+        models = {"student": model, "teacher": teacher}
+        examples = prepare(trainer, models, args)
         super().__init__(model=model, args=args, **trainer)
         # If True, the Trainer passes num_items_in_batch, the number of labels in all accumulated
         # batches. For on-policy answers, which are sampled later, that number is not known.
@@ -114,29 +122,25 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             )
         # The number of processes whose labels num_items_in_batch counts.
         self._sharing = self.accelerator.num_processes if args.average_tokens_across_devices else 1
-        self._meter, self._eval_meter = Meter(), Meter()
-        self._speed = Speed()
-        self._caches: dict[str, TeacherCache] = {}
+        self._meter, self._eval_meter, self._speed = Meter(), Meter(), Speed()
         self._labelled: Tensor | None = None
         self._base_is_new = hasattr(model, "peft_config") and not is_saved(model)
         self._saved_bases: set[Path] = set()
         self._optimizer_given = (trainer.get("optimizers") or (None,))[0] is not None
         shorten(self)
         # Facts for the model card. The command ``train`` adds its data and its command line.
-        named = {"student": model, "teacher": teacher}
         self.facts: dict[str, Any] = {
-            name: getattr(x.config, "name_or_path", "")
-            for name, x in named.items()
-            if x is not None
+            k: getattr(x.config, "name_or_path", "") for k, x in models.items() if x is not None
         }
         self.lens_objective: LensObjective | None = None
+        self._caches: dict[str, TeacherCache] = {}
         self._loss_only = False
-        self._own_loss, self._targets = without_teacher(self, teacher, examples)
+        self._own_loss, self._targets = without_teacher(model, teacher, args, examples, tokenizer)
         if teacher is not None:
             check_shards(self.accelerator.state, args)
             # Under FSDP, accelerate does not move the teacher to the device.
             if getattr(teacher, "hf_device_map", None) is None:
-                teacher.to(args.device)
+                moved(teacher, args.device)
             # The MSE loss's matrices are random, so create them after super() has set the seed.
             self.lens_objective = LensObjective(
                 model, teacher, *args.layers(model, teacher), **args.objective_options()
@@ -144,12 +148,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if is_deepspeed_zero3_enabled():
                 self._teacher_engine = partition(teacher)
             if args.teacher_cache:
-                datasets = {"train": examples["train_dataset"], "eval": examples["eval_dataset"]}
-                self._caches = fill_caches(self, self.lens_objective, datasets)
+                self._caches = fill_caches(self, self.lens_objective, examples)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    ) -> TrainOutput:
         """Train as the Trainer does, with checks of the checkpoint and of the trained weights.
 
         ``resume_from_checkpoint`` is the folder of a checkpoint, or True for the last complete
@@ -160,20 +163,19 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 label was trained on, or trained weights are not finite.
         """
         checkpoint = self._checked(resume_from_checkpoint)
-        self._meter = Meter()
+        self._meter, self._labelled = Meter(), None
         self._speed.restart()
         compat.forget_preparation(self.model)
-        self._labelled = None
         self._check_optimizer()
-        with self._student_with_projections():
+        objective = self.lens_objective
+        with nullcontext() if objective is None else objective.student_with_projections():
             result = super().train(checkpoint, *args, **kwargs)
         if self._labelled is not None and not self._sum_over_processes(self._labelled):
             raise ValueError(
                 "no step had a token with a label, so nothing was learnt: set the labels of the"
                 f" response tokens to their ids, and all other labels to {IGNORE_INDEX}"
             )
-        model: Any = self.model
-        check_weights(dict(model.named_parameters()), self._trained())
+        check_weights(dict(self.model.named_parameters()), self._trained())
         return result
 
     def _checked(self, checkpoint: str | bool | None) -> str | None:
@@ -193,14 +195,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return str(found)
 
     def _trained(self) -> list[str]:
-        model: Any = self.model
-        return [name for name, x in model.named_parameters() if x.requires_grad]
+        return [name for name, x in self.model.named_parameters() if x.requires_grad]
 
     def _check_optimizer(self) -> None:
         if self.lens_objective is None or not self._optimizer_given:
             return
-        optimizer: Any = self.optimizer
-        held = {id(x) for group in optimizer.param_groups for x in group["params"]}
+        assert self.optimizer is not None
+        held = {id(x) for group in self.optimizer.param_groups for x in group["params"]}
         if any(id(x) not in held for x in self.lens_objective.projections.parameters()):
             raise ValueError(
                 "the optimizer lacks the matrices of mse_coeff or train_student_lens: call"
@@ -209,8 +210,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             )
 
     def get_batch_samples(
-        self, epoch_iterator: Iterator[Any], num_batches: int, *args: Any, **kwargs: Any
-    ) -> Any:
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Tensor | int | None]:
         """Return the batches of a step, and the number of labels in them."""
         # The Trainer checks only after a step whether training ends. So a run that resumes after
         # its last step, within an epoch, would take one more step.
@@ -220,15 +221,15 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         # To fill batches, accelerate repeats rows, which must not be trained on or counted twice.
         # No loss uses the first label of a row, but some versions of transformers count it.
         batches = (without_first_label(self._without_repeats(x, True)) for x in epoch_iterator)
-        return super().get_batch_samples(batches, num_batches, *args, **kwargs)
+        return super().get_batch_samples(batches, num_batches, device)
 
     def compute_loss(
         self,
-        model: Any,
-        inputs: dict[str, Any],
+        model: nn.Module,
+        inputs: Batch,
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Return the objective, divided by ``num_items_in_batch`` or by the batch's labels."""
         if self.lens_objective is None:
             return self._fine_tune(model, inputs, return_outputs, num_items_in_batch)
@@ -249,7 +250,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             loss = loss * self._sharing  # because processes average their gradients
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log ``logs``, the objective's mean terms since the last training log, and the speed."""
         if "loss" in logs:
             means = self._meter.means(self._sum_over_processes)
@@ -262,7 +263,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 )
             # Keep the entry "loss", which the Trainer computes as a mean over steps.
             logs |= means | {"tokens_per_second": self._speed.read(self._sum_over_processes)}
-        super().log(logs, *args, **kwargs)
+        super().log(logs, start_time)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Evaluate as the Trainer does, and add the means of the loss terms over all tokens."""
@@ -275,19 +276,23 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return output._replace(metrics={**(output.metrics or {}), **parts})
 
     def prediction_step(
-        self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, *args: Any, **kw: Any
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Evaluate a batch without the rows that accelerate repeats to fill the batch."""
         self._loss_only = prediction_loss_only
         inputs = self._without_repeats(inputs)
-        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kw)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate the objective on ``eval_dataset``, by default the trainer's own dataset."""
         self._check_cached(eval_dataset is None or eval_dataset is self.eval_dataset)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
-    def get_test_dataloader(self, test_dataset: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
         """Return the data loader for ``predict``. Raise if no teacher cache has these examples."""
         self._check_cached(test_dataset is self.eval_dataset)
         return super().get_test_dataloader(test_dataset)
@@ -299,7 +304,7 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 " pass the data as eval_dataset when you create the trainer"
             )
 
-    def _without_repeats(self, inputs: dict[str, Any], training: bool = False) -> dict[str, Any]:
+    def _without_repeats(self, inputs: Batch, training: bool = False) -> Batch:
         # To fill batches, accelerate repeats rows. ``remainder`` is the number of other rows in the
         # last batches of all processes, in rank order.
         check_batch(inputs)
@@ -315,8 +320,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         return first_rows(inputs, max(0, remainder - before))
 
     def _fine_tune(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool, items: Tensor | int | None
-    ) -> Any:
+        self, model: nn.Module, inputs: Batch, return_outputs: bool, items: Tensor | int | None
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         check_batch(inputs)
         if not self._own_loss and (self._loss_only or not return_outputs):
             cache = self._targets.get("train" if model.training else "eval")
@@ -329,18 +334,18 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             items = torch.as_tensor(items).clamp(min=1)  # prevents 0 / 0
 
         # Copy the inputs, because label smoothing removes the labels from them.
-        given: dict[str, Any] = dict(inputs)
+        given: dict[str, Tensor | bool] = dict(inputs)
         if self.args.packing:
             given["use_cache"] = False  # with a cache, models would mix packed examples
-        result: Any = super().compute_loss(model, given, return_outputs, items)
-        loss = (result[0] if return_outputs else result).detach()
+        result = super().compute_loss(model, given, return_outputs, items)
+        loss = (result[0] if isinstance(result, tuple) else result).detach()
         count = (inputs["labels"][..., 1:] != -100).sum()
         total = loss * (count if items is None else items / self._sharing)
         total = torch.where(count == 0, 0.0, total)  # transformers may have divided by 0
         self._record(model, inputs, Outcome(loss, {"loss": total, "ce": total}, count))
         return result
 
-    def _record(self, model: nn.Module, inputs: dict[str, Any], outcome: Outcome) -> None:
+    def _record(self, model: nn.Module, inputs: Batch, outcome: Outcome) -> None:
         if not model.training:
             self._eval_meter.add(outcome)
             return
@@ -350,15 +355,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         self._speed.add(tokens_in(inputs))
 
     def _sum_over_processes(self, values: Tensor) -> Tensor:
-        reduced = self.accelerator.reduce(values.to(self.args.device), "sum")
-        assert isinstance(reduced, Tensor)
-        return reduced
+        return self.accelerator.reduce(values.to(self.args.device), "sum")
 
-    def _student_with_projections(self) -> AbstractContextManager[None]:
-        objective = self.lens_objective
-        return nullcontext() if objective is None else objective.student_with_projections()
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Write the model card ``README.md`` to ``output_dir``. All arguments are ignored."""
         if self.is_world_process_zero():
             folder = Path(str(self.args.output_dir))
@@ -367,17 +366,16 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
 
     def write_model(self, output_dir: str | None, state_dict: dict[str, Tensor] | None) -> None:
         """Write the student, and in a separate file the MSE loss's matrices, to ``output_dir``."""
-        model: Any = self.model
-        held = model.state_dict() if state_dict is None else state_dict
+        held = self.model.state_dict() if state_dict is None else state_dict
         check_weights(held, self._trained())
-        self._save_base(Path(output_dir or str(self.args.output_dir)), held)
+        folder = Path(output_dir or str(self.args.output_dir))
+        self._save_base(folder, held)
         learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
         if not learnt:
             super().write_model(output_dir, state_dict)
             return
         super().write_model(output_dir, {name: x for name, x in held.items() if name not in learnt})
         if self.args.should_save:
-            folder = Path(output_dir or str(self.args.output_dir))
             own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
             matrices.save(own, folder)
 
@@ -388,12 +386,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         output = Path(str(self.args.output_dir))
         of_run = folder.parent.absolute() == output.absolute()
         place = ((output if of_run else folder) / FOLDER).absolute()
-        model: Any = self.model
         if self.args.should_save and place not in self._saved_bases:
             place.parent.mkdir(parents=True, exist_ok=True)
-            save_base(model, held, place)
+            save_base(self.model, held, place)
             self._saved_bases.add(place)
-        for config in model.peft_config.values():
+        for config in self.model.peft_config.values():
             config.base_model_name_or_path = str(place)
 
     def after_loading(self, checkpoint: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
+from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.training.collation import Collator, padding_id
 from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download
@@ -27,9 +28,12 @@ from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead, LensTranslator
 from lens_kernels.options import check_count, check_number
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def train_translators(
-    model: Any,
+    model: PreTrainedModel,
     batches: Sequence[Mapping[str, Tensor]],
     layers: Sequence[int],
     steps: int,
@@ -123,7 +127,7 @@ def tune_lens(
     check_number("learning_rate", learning_rate, 0.0)
     check_download(data, allow_download)
     tokenizer = load_tokenizer(model, allow_download)
-    examples: Any = load_examples(
+    examples = load_examples(
         data,
         tokenizer,
         prompt_style=prompt_style,
@@ -131,7 +135,7 @@ def tune_lens(
         max_prompt_length=max_prompt_length,
     )
     loaded = load_model(model, dtype, allow_download)
-    loaded.to("cuda" if torch.cuda.is_available() else "cpu")
+    moved(loaded, "cuda" if torch.cuda.is_available() else "cpu")
     blocks = len(blocks_of(loaded))
     depths = check_layers("layers", [*(layers or range(1, blocks))], blocks)
     collate = Collator(padding_id(tokenizer))

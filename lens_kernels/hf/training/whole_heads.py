@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,15 +21,20 @@ from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.state import replaced_forward
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def is_partitioned(module: nn.Module) -> bool:
     """Return whether DeepSpeed ZeRO-3 partitions the parameters of a module."""
     return any(hasattr(x, "ds_id") for x in module.parameters())
 
 
-def where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def where_head_is_whole(
+    student: PreTrainedModel, compare: Callable[..., Tensor]
+) -> Callable[..., Tensor]:
     """Make ``compare`` run inside the call of the student's head, if that head is sharded."""
-    head: Any = causal_lm_of(student).get_output_embeddings()
+    head = causal_lm_of(student).get_output_embeddings()
     if is_partitioned(head):
         norm = final_norm_of(student)
         for x in [] if norm is None else norm.parameters():
@@ -38,7 +43,7 @@ def where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callabl
     elif not isinstance(head, FSDPModule):
         return compare
 
-    def call(*rows: Tensor) -> Any:
+    def call(*rows: Tensor) -> Tensor:
         with replaced_forward(head, compare):
             return head(*rows)
 
@@ -46,7 +51,7 @@ def where_head_is_whole(student: Any, compare: Callable[..., Tensor]) -> Callabl
 
 
 def inside_call(
-    model: Any, layers: Sequence[int], inputs: Mapping[str, Any]
+    model: PreTrainedModel, layers: Sequence[int], inputs: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], Tensor]:
     """Return the result of ``hidden_states``, computed inside a call of the model if it is sharded.
 
@@ -58,7 +63,7 @@ def inside_call(
         return hidden_states(model, layers, inputs)
     found: list[tuple[list[Tensor], Tensor]] = []
 
-    def forward(**received: Any) -> dict[str, Any]:
+    def forward(**received: Tensor) -> dict[str, Tensor]:
         given = {name: received[name] for name in inputs}
         found.append(hidden_states(model, layers, given))
         return {}
@@ -68,10 +73,10 @@ def inside_call(
     return found[0]
 
 
-def partition(teacher: Any) -> Any:
+def partition(teacher: PreTrainedModel) -> nn.Module:
     """Partition a teacher's parameters with DeepSpeed ZeRO-3, and return DeepSpeed's engine."""
     precision = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(teacher.dtype)
-    config: dict[str, Any] = {
+    config: dict[str, object] = {
         # DeepSpeed requires a batch size, which has no effect here
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3},
@@ -84,7 +89,7 @@ def partition(teacher: Any) -> Any:
 
 
 @contextmanager
-def whole_head(model: Any) -> Iterator[bool]:
+def whole_head(model: PreTrainedModel) -> Iterator[bool]:
     """Gather a frozen model's head and final norm inside the context, if they are sharded.
 
     The context yields whether head and norm are sharded.
@@ -105,7 +110,7 @@ def whole_head(model: Any) -> Iterator[bool]:
 
 
 @contextmanager
-def whole_model(model: Any) -> Iterator[None]:
+def whole_model(model: PreTrainedModel | None) -> Iterator[None]:
     """Gather all parameters inside the context if DeepSpeed ZeRO-3 partitions the model."""
     if model is None or not is_partitioned(model):
         yield

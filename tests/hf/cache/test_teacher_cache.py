@@ -372,8 +372,8 @@ def test_error_names_every_difference_or_only_the_format(built, key):
     other = CacheKey("", key.data, (2,), key.tokenizer, key.dtype)
     with pytest.raises(ValueError, match="another model: .*; made for other layers: .*; de"):
         TeacherCache.open(built, other)
-    with pytest.raises(ValueError, match="refused: .* another format: found 3, expected 4; d"):
-        TeacherCache.open(built, replace(other, format=4))
+    with pytest.raises(ValueError, match="refused: .* another format: found 4, expected 3; d"):
+        TeacherCache.open(built, replace(other, format=3))
 
 
 def test_folder_without_a_cache_is_refused_and_unchanged(tmp_path, examples, key):

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lens_kernels.hf.model import smollm2
 from lens_kernels.hf.training import data
-from lens_kernels.hf.training.data import Collator, Row, encode, load_examples, read_rows
+from lens_kernels.hf.training.data import Collator, Encoder, Row, load_examples, read_rows
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -78,7 +78,7 @@ def halves(tokenizer, example):
 
 
 def encoded(row, tokenizer, style="chat", **limits):
-    return encode(row, tokenizer, prompt_style=style, **{**LIMITS, **limits})
+    return Encoder(tokenizer, prompt_style=style, **{**LIMITS, **limits})(row)
 
 
 def prompt_of(row, tokenizer, style="chat"):

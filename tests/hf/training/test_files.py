@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from lens_kernels.hf.training.data import Row, encode, prompt_ids, read_rows
+from lens_kernels.hf.training.data import Encoder, Row, prompt_ids, read_rows
 from lens_kernels.hf.training.files import check_download, source_digest
 from tests.hf.training.test_data import CHAT, TALK, bpe, halves
 
@@ -128,9 +128,9 @@ def test_sharegpt_conversations_equal_messages(tmp_path):
 def test_only_the_completion_of_a_conversation_is_trained_on(tmp_path):
     tokenizer = bpe()
     (row,) = written(tmp_path, {"prompt": TALK[:3], "completion": TALK[3:]})
-    text, learnt = halves(tokenizer, encode(row, tokenizer, **LIMITS))
+    text, learnt = halves(tokenizer, Encoder(tokenizer, **LIMITS)(row))
     (every,) = written(tmp_path, {"messages": TALK})
-    text_of_all, learnt_of_all = halves(tokenizer, encode(every, tokenizer, **LIMITS))
+    text_of_all, learnt_of_all = halves(tokenizer, Encoder(tokenizer, **LIMITS)(every))
     assert text == text_of_all
     assert learnt == ["two<|im_end|>"] and learnt_of_all == [" one <|im_end|>", *learnt]
 
@@ -141,7 +141,7 @@ def test_plain_text_is_trained_on_as_a_whole(tmp_path):
     record = {"instruction": "Say it.", "output": "yes", "input": None, "text": "whole"}
     assert written(tmp_path, record) == [Row(1, ["yes"], instruction="Say it.")]
     (row,) = written(tmp_path, {"text": "abcd"})
-    example = encode(row, tokenizer, **LIMITS)
+    example = Encoder(tokenizer, **LIMITS)(row)
     assert tokenizer.decode(example["input_ids"]) == "<s>abcd</s>"
     assert example["labels"] == example["input_ids"]
     with pytest.raises(ValueError, match="line 1 is plain text: an answer needs a prompt"):
@@ -162,7 +162,7 @@ def test_templates_receive_the_calls_of_tools(tmp_path):
         "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}{% endif %}",
     )
     tokenizer = bpe(template)
-    text, learnt = halves(tokenizer, encode(row, tokenizer, **LIMITS))
+    text, learnt = halves(tokenizer, Encoder(tokenizer, **LIMITS)(row))
     assert "tool\n2<|im_end|>" in text
     assert learnt == ["f<|im_end|>", "two<|im_end|>"]
 

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attention_utils
 
 from lens_kernels.hf import LensObjective
 from lens_kernels.hf.model.capture import hidden_states
@@ -13,6 +14,7 @@ from lens_kernels.hf.training.packing import Packed, check_packing, packed_rows
 from tests.support import tiny
 from tests.support.training import (
     STUDENT,
+    TEACHER,
     assert_same_step,
     logged,
     make_trainer,
@@ -165,8 +167,56 @@ def test_columns_that_packing_would_replace_are_refused(tmp_path, column, value,
         )
 
 
-def test_flash_attention_gets_all_examples_in_one_row(tmp_path, monkeypatch):
-    asked = {"packing": True, "max_length": 12, "data": examples()}
-    assert not make_trainer(tmp_path, **asked).data_collator.one_row
-    monkeypatch.setattr("lens_kernels.compat.attention_of", lambda _: {"flash_attention_2"})
-    assert make_trainer(tmp_path, **asked).data_collator.one_row
+def attended(q, k, v, softmax_scale=None, causal=False, window_size=(-1, -1), **_):
+    """Return the causal attention of heads ``(..., tokens, heads, width)``, as flash-attn does."""
+    assert causal and window_size == (-1, -1)
+    q, k, v = (x.transpose(-3, -2) for x in (q, k, v))
+    options = {"is_causal": True, "scale": softmax_scale, "enable_gqa": True}
+    return F.scaled_dot_product_attention(q, k, v, **options).transpose(-3, -2)
+
+
+@pytest.fixture
+def segments(monkeypatch):
+    """Replace the functions of flash-attn, which needs a GPU. Return the lengths they were given.
+
+    transformers' own code still computes the lengths from the batch.
+    """
+    found = []
+
+    def attended_by_segment(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **how):
+        sizes = cu_seqlens_q.diff().tolist()
+        assert cu_seqlens_q.tolist() == cu_seqlens_k.tolist() and sum(sizes) == len(q)
+        assert max_seqlen_q == max_seqlen_k == max(sizes)
+        found.append(sizes)
+        how = {x: how[x] for x in ("softmax_scale", "causal", "window_size") if x in how}
+        parts = zip(*(x.split(sizes) for x in (q, k, v)), strict=True)
+        return torch.cat([attended(*part, **how) for part in parts])
+
+    utils = modeling_flash_attention_utils
+    cached = [None] * hasattr(utils, "_flash_with_kvcache_fn")  # absent before transformers 5
+    functions = (attended, attended_by_segment, *cached, utils._pad_input, utils._unpad_input)
+    for name in ("_loaded_implementation", "_flash_fn", "_process_flash_kwargs_fn"):
+        monkeypatch.setattr(utils, name, None, raising=False)
+    monkeypatch.setattr(utils, "_lazy_imports", lambda *_, **__: functions)
+    return found
+
+
+def test_flash_attention_separates_the_examples_of_packed_batches(tmp_path, segments):
+    sizes = {"student": STUDENT, "teacher": TEACHER}
+    models = {name: tiny.model(**x, initializer_range=0.2) for name, x in sizes.items()}
+    start = copy.deepcopy(models["student"].state_dict())
+    options = {"data": examples(), "kd_ratio": 0.5, "max_steps": 1}
+    plain = trained(tmp_path / "a", batch=8, **copy.deepcopy(models), **options)
+    for model in models.values():
+        model.config._attn_implementation = "flash_attention_2"
+    trainer = make_trainer(
+        tmp_path / "b", batch=2, accumulate=2, packing=True, max_length=12, **models, **options
+    )
+    assert trainer.data_collator.one_row
+    segments.clear()
+    trainer.train()
+    # Each block of student and teacher got the length of every example, and no padding.
+    assert sorted(size for sizes in segments for size in sizes) == sorted(SIZES * 7)
+    assert_same_step(start, weights(plain), weights(trainer))
+    for key in ("loss", "ce", "kd", "lens_1"):
+        assert logged(trainer, key) == pytest.approx(logged(plain, key), rel=1e-5), key
