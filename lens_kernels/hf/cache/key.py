@@ -115,9 +115,14 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the digest of a file, which is read in chunks to save memory."""
+    """Return the digest of a file."""
+    return digest(chunks_of(path))
+
+
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file in chunks, to save memory."""
     with path.open("rb") as file:
-        return digest(iter(lambda: file.read(CHUNK), b""))
+        yield from iter(lambda: file.read(CHUNK), b"")
 
 
 def json_bytes(value: Any) -> bytes:

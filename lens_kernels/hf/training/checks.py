@@ -253,6 +253,11 @@ def check_distribution(args: LensDistillConfig) -> None:
             f"one process has {args.n_gpu} GPUs, but nn.DataParallel is not supported: start one"
             " process per GPU with torchrun or accelerate launch"
         )
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise RuntimeError(
+            "accelerator_config has even_batches=False, but a process without a batch would"
+            " block the others: leave it out, because no row is trained on twice"
+        )
     if is_deepspeed_zero3_enabled() and args.mse_coeff:
         raise RuntimeError(
             f"mse_coeff={args.mse_coeff} is not supported with DeepSpeed ZeRO-3, which would"

@@ -173,11 +173,16 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         )
 
 
-def rows_of_last_step(dataset: Any, args: Any) -> int:
-    """Return the rows of all processes in an epoch's last step, or 0 if that step is full."""
+def rows_of_last_step(dataset: Any, args: Any, batch: int) -> int:
+    """Return the rows of all processes in an epoch's last step, or 0 if that step is full.
+
+    ``batch`` is the batch size of training.
+    """
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return 0
-    return int(len(dataset) % (args.train_batch_size * args.world_size))
+    # With split_batches, the processes share one batch.
+    batches = 1 if args.accelerator_config.split_batches else args.world_size
+    return int(len(dataset) % (batch * batches))
 
 
 def first_rows(batch: Mapping[str, Any], rows: int) -> dict[str, Any]:

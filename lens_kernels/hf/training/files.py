@@ -11,7 +11,7 @@ from glob import glob, has_magic
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from lens_kernels.hf.cache.key import CHUNK
+from lens_kernels.hf.cache.key import chunks_of
 
 HUB = "hub:"  # the prefix of datasets on the Hub: hub:NAME or hub:NAME:SPLIT
 
@@ -81,9 +81,8 @@ def source_digest(source: str | Path, streaming: bool = False) -> str:
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file, as ``sha256sum`` shows it."""
     found = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            found.update(chunk)
+    for chunk in chunks_of(path):
+        found.update(chunk)
     return found.hexdigest()
 
 
