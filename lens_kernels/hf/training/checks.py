@@ -253,7 +253,8 @@ def check_distribution(args: LensDistillConfig) -> None:
             f"one process has {args.n_gpu} GPUs, but nn.DataParallel is not supported: start one"
             " process per GPU with torchrun or accelerate launch"
         )
-    if args.world_size > 1 and not args.accelerator_config.even_batches:
+    accelerator: Any = args.accelerator_config  # the Trainer's arguments convert it
+    if args.world_size > 1 and not accelerator.even_batches:
         raise RuntimeError(
             "accelerator_config has even_batches=False, but a process without a batch would"
             " block the others: leave it out, because no row is trained on twice"
