@@ -229,12 +229,40 @@ class TrainerHooks(Trainer):
         """
         super()._save(output_dir, state_dict)
 
+    @property
+    def batch_size(self) -> int:
+        """Batch size of training, which ``auto_find_batch_size`` can reduce.
+
+        Without the interface an AttributeError is raised.
+        """
+        return int(self._train_batch_size)
+
     def after_loading(self, checkpoint: str) -> None:
         """Load further parts of a checkpoint whose weights were just loaded.
 
         Without the hook, the MSE loss's matrices are random after a run resumes, and after the best
         model is loaded.
         """
+
+    def after_saving(self, checkpoint: Path) -> None:
+        """Write further files of a checkpoint. Called after all processes have written theirs.
+
+        Without the hook, checkpoints lack checksums, so nothing detects damage within a file.
+        """
+
+    def _save_checkpoint(self, model: Any, trial: Any = None, *args: Any, **kwargs: Any) -> None:
+        super()._save_checkpoint(model, trial, *args, **kwargs)
+        self.accelerator.wait_for_everyone()
+        name = f"checkpoint-{self.state.global_step}"
+        self.after_saving(Path(self._get_output_dir(trial=trial)) / name)
+
+    def _inner_training_loop(self, batch_size: Any = None, *args: Any, **kwargs: Any) -> Any:
+        # transformers 4.56 passes the batch size of the checkpoint instead of that of the options.
+        # A run that resumes on another number of processes would then train on other rows. Without
+        # this hook it would do so.
+        if not self.args.auto_find_batch_size:
+            batch_size = self.args.train_batch_size
+        return super()._inner_training_loop(batch_size, *args, **kwargs)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

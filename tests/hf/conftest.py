@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import os
 import shutil
 import socket
 import sys
@@ -33,6 +34,16 @@ def _frozen():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _own_precision():
+    """Undo the mixed precision of a test's trainer.
+
+    transformers 4 stores it in the environment, so all later runs of the process would use it.
+    """
+    yield
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
 
 
 @pytest.fixture

@@ -70,6 +70,7 @@ def train_case(
     resumed: bool = False,
     evaluate_first: bool = False,
     sharded: bool = False,
+    split: bool = False,
     resume_from: str | None = None,
     **options: Any,
 ) -> Result:
@@ -102,13 +103,15 @@ def train_case(
             patch.setenv("FSDP_STATE_DICT_TYPE", kind)
             options["fsdp_config"] = FSDP | {"state_dict_type": kind}
             _let_accelerate_shard(patch)
+        if split:  # the batch size is then that of all ranks
+            options["accelerator_config"] = {"split_batches": True}
         if resumed:
             options |= {"save_strategy": "steps", "save_steps": 1}
 
         def make() -> LensDistillTrainer:
             return make_trainer(
                 folder,
-                batch=rows // accumulate // processes,
+                batch=rows // accumulate // (1 if split else processes),
                 accumulate=accumulate,
                 data=data,
                 student=_student({"layers": 3, **(student or {})}, lora),

@@ -127,12 +127,17 @@ def digest(parts: Iterable[bytes | memoryview]) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, as ``sha256sum`` shows it. Read it in chunks to save memory."""
+    """Return the SHA-256 of a file, as ``sha256sum`` shows it."""
     state = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            state.update(chunk)
+    for chunk in chunks_of(path):
+        state.update(chunk)
     return state.hexdigest()
+
+
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a file in chunks, to save memory."""
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read(CHUNK), b"")
 
 
 def json_bytes(value: object) -> bytes:

@@ -1,32 +1,40 @@
 """Finds the checkpoints from which a run can resume: all their files exist and can be read.
 
 The Trainer writes the files of a checkpoint one after the other, and ``trainer_state.json`` last. A
-killed run or a full disk can leave files missing or cut off.
+killed run or a full disk can leave files missing or cut off. Checksums, which this package writes
+after all other files, show damage within a file. They do not show tampering.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 
 from safetensors import safe_open
 
+from lens_kernels.hf.cache.key import chunks_of
 from lens_kernels.hf.training.objective import PROJECTIONS
-from lens_kernels.hf.training.text_files import read_text
+from lens_kernels.hf.training.text_files import read_text, write_text
+
+_log = logging.getLogger(__name__)
 
 STATE = "trainer_state.json"
 INDEX = "model.safetensors.index.json"
-# Each JSON file must have the key that it is mapped to.
-KEYS = {STATE: "global_step", INDEX: "weight_map"}
+CHECKSUMS = "checksums.json"  # Checkpoints of other tools lack this file.
+# Each JSON file must have this key, with a value of this type.
+KEYS = {STATE: ("global_step", int), INDEX: ("weight_map", dict)}
 
 # A checkpoint needs a file or folder for one pattern of WEIGHTS and for one of OPTIMIZER. FSDP and
 # DeepSpeed write folders.
 WEIGHTS = ("model.safetensors", INDEX, "adapter_model.safetensors", "pytorch_model*")
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
-OPTIONAL = ("config.json", "scaler.pt")  # files that are checked only if they exist
+OPTIONAL = (CHECKSUMS, "config.json", "scaler.pt")  # files that are checked only if they exist
 
 
 def last_whole(
@@ -63,6 +71,29 @@ def check_whole(folder: Path, processes: int, projections: bool) -> None:
         raise ValueError(f"cannot resume from {folder}: {reason}; give another checkpoint")
 
 
+def folder_to_resume(
+    given: str | bool | None, output: Path, processes: int, projections: bool
+) -> str | None:
+    """Return the folder of a run's ``resume_from_checkpoint``, after checking its files.
+
+    True means the last whole checkpoint in ``output``.
+
+    Raises:
+        ValueError: A file is missing or damaged, or ``output`` has no whole checkpoint.
+    """
+    if not given:
+        return None
+    if given is not True:
+        check_whole(Path(given), processes, projections)
+        return str(given)
+    found, skipped = last_whole(output, processes, projections)
+    for folder, reason in skipped.items():
+        _log.warning("%s is skipped: %s", folder, reason)
+    if found is None:
+        raise ValueError(f"{output} holds no checkpoint to resume from: train without it")
+    return str(found)
+
+
 def damage(folder: Path, processes: int, projections: bool) -> str | None:
     """Return the name and the fault of the first missing or unreadable file, or None.
 
@@ -72,7 +103,9 @@ def damage(folder: Path, processes: int, projections: bool) -> str | None:
             random number generators' states.
         projections: Whether the run trains matrices for the MSE term, which have a file too.
     """
+    files = []
     for file in _needed(folder, processes, projections):
+        files.append(file)
         try:
             _read(file)
         except FileNotFoundError:
@@ -80,7 +113,34 @@ def damage(folder: Path, processes: int, projections: bool) -> str | None:
         except Exception as error:  # each library raises its own errors for broken files
             reason = str(error).strip().split("\n")[0]
             return f"{file.name} cannot be read ({reason or type(error).__name__})"
+    return _changed(folder, files)
+
+
+def _changed(folder: Path, files: Iterable[Path]) -> str | None:
+    """Return the name and the fault of the first file that differs from its checksum, or None."""
+    if not (folder / CHECKSUMS).exists():
+        return None
+    written = json.loads(read_text(folder / CHECKSUMS))  # ``damage`` has already read this file
+    sums = {folder / name: checksum for name, checksum in written.items()}
+    for file in chain.from_iterable(sorted(x.rglob("*")) if x.is_dir() else [x] for x in files):
+        if file in sums and sums[file] != _checksum(file):
+            return f"{file.name} was changed: its checksum is not that in {CHECKSUMS}"
     return None
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the checksums of all files in a checkpoint, after the last of them is written."""
+    files = [x for x in sorted(folder.rglob("*")) if x.is_file() and x.name != CHECKSUMS]
+    sums = {x.relative_to(folder).as_posix(): _checksum(x) for x in files}
+    write_text(folder / CHECKSUMS, json.dumps(sums, indent=1))
+
+
+def _checksum(file: Path) -> str:
+    """Return the CRC-32 of a file. Training waits for it, and other digests are slower."""
+    crc = 0
+    for chunk in chunks_of(file):
+        crc = zlib.crc32(chunk, crc)
+    return f"{crc:08x}"
 
 
 def _needed(folder: Path, processes: int, projections: bool) -> Iterator[Path]:
@@ -126,7 +186,10 @@ def _read(file: Path) -> None:
             raise ValueError("the folder is empty")
     elif file.suffix == ".json":
         content = json.loads(read_text(file))
-        if not isinstance(content, dict) or KEYS.get(file.name, "") not in {"", *content}:
+        key, kind = KEYS.get(file.name, ("", object))
+        if not isinstance(content, dict) or not isinstance(content.get(key), kind):
+            raise ValueError("it holds something else")
+        if file.name == INDEX and not all(isinstance(x, str) for x in content[key].values()):
             raise ValueError("it holds something else")
     elif file.suffix == ".safetensors":
         with safe_open(file, framework="pt"):  # safe_open compares the file's size with its header

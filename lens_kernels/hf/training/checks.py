@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lens_kernels import compat
 from lens_kernels.hf.cache.key import Example
@@ -259,6 +260,13 @@ def check_distribution(args: LensDistillConfig) -> None:
         raise RuntimeError(
             f"one process has {args.n_gpu} GPUs, but nn.DataParallel is not supported: start one"
             " process per GPU with torchrun or accelerate launch"
+        )
+    accelerator = args.accelerator_config
+    assert isinstance(accelerator, AcceleratorConfig)  # TrainingArguments converts it
+    if args.world_size > 1 and not accelerator.even_batches:
+        raise RuntimeError(
+            "accelerator_config has even_batches=False, but a process without a batch would"
+            " block the others: leave it out, because no row is trained on twice"
         )
     if is_deepspeed_zero3_enabled() and args.trains_matrices:
         raise RuntimeError(

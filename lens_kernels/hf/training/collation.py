@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -180,11 +180,17 @@ def check_batch(batch: Mapping[str, Tensor]) -> None:
         )
 
 
-def rows_of_last_step(dataset: object, args: TrainingArguments) -> int:
-    """Return the rows of all processes in an epoch's last step, or 0 if that step is full."""
+def rows_of_last_step(dataset: object, args: TrainingArguments, batch: int) -> int:
+    """Return the rows of all processes in an epoch's last step, or 0 if that step is full.
+
+    ``batch`` is the batch size of training.
+    """
     if args.dataloader_drop_last or not hasattr(dataset, "__len__"):
         return 0
-    return int(len(dataset) % (args.train_batch_size * args.world_size))
+    # With split_batches, the processes share one batch.
+    accelerator: Any = args.accelerator_config  # TrainingArguments converts it
+    batches = 1 if accelerator.split_batches else args.world_size
+    return int(len(dataset) % (batch * batches))
 
 
 def first_rows(batch: Mapping[str, Tensor], rows: int) -> Batch:

@@ -23,14 +23,23 @@ def answered(
 ) -> dict[str, Tensor]:
     """Return a batch with the same prompts, and with answers that the student samples.
 
-    A row's prompt is everything before its first label, and at least its first token. Only the
-    answer's tokens have labels. An answer ends with the first end token of the student's generation
+    A row's prompt is everything before its first label, and at least its first token, without
+    tokens that ``attention_mask`` hides. Only the answer's tokens have labels. A row without labels
+    stays without labels. An answer ends with the first end token of the student's generation
     config, or when prompt and answer have ``max_length`` tokens. Answers are sampled at temperature
     1. ``pad`` is the padding id.
     """
-    first = (batch["labels"] != IGNORE_INDEX).int().argmax(-1).clamp(min=1).tolist()
-    prompts = [ids[:n] for ids, n in zip(batch["input_ids"], first, strict=True)]
-    width = max(first)
+    if "position_ids" in batch:
+        raise ValueError(
+            "on_policy does not support position_ids, because sampled answers have none: remove"
+            " this column from the data"
+        )
+    labelled = batch["labels"] != IGNORE_INDEX
+    first = labelled.int().argmax(-1).clamp(min=1).tolist()
+    seen = batch.get("attention_mask", torch.ones_like(labelled)).bool()
+    rows = zip(batch["input_ids"], seen, first, strict=True)
+    prompts = [ids[:n][shown[:n]] for ids, shown, n in rows]
+    width = max(map(len, prompts))
     ones = [torch.ones_like(x) for x in prompts]
     left = {
         "input_ids": pad_sequence(prompts, True, pad, padding_side="left"),
@@ -43,10 +52,11 @@ def answered(
     ends = student.generation_config.eos_token_id
     ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=whole.device)
     examples = []
-    for prompt, answer in zip(prompts, whole[:, width:], strict=True):
+    for prompt, answer, counts in zip(prompts, whole[:, width:], labelled.any(-1), strict=True):
         found = torch.isin(answer, ends).nonzero()
         answer = answer[: int(found[0]) + 1] if len(found) else answer
-        labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), answer])
+        targets = answer if counts else torch.full_like(answer, IGNORE_INDEX)
+        labels = torch.cat([torch.full_like(prompt, IGNORE_INDEX), targets])
         examples.append({"input_ids": torch.cat([prompt, answer]), "labels": labels})
     batch = Collator(pad)(examples)
     return {name: x.to(whole.device) for name, x in batch.items()}

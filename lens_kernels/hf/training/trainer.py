@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.training import matrices
 from lens_kernels.hf.training.caching import fill_caches
 from lens_kernels.hf.training.card import model_card
-from lens_kernels.hf.training.checkpoints import check_whole, last_whole
+from lens_kernels.hf.training.checkpoints import folder_to_resume, write_checksums
 from lens_kernels.hf.training.checks import (
     check_arguments,
     check_distribution,
@@ -57,8 +56,6 @@ from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.hf.training.whole_heads import partition
 from lens_kernels.inputs import IGNORE_INDEX
-
-_log = logging.getLogger(__name__)
 
 
 class LensDistillTrainer(compat.TrainerHooks, Trainer):
@@ -162,7 +159,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             ValueError: There is no checkpoint, one of its files is missing or cannot be read, no
                 label was trained on, or trained weights are not finite.
         """
-        checkpoint = self._checked(resume_from_checkpoint)
+        projections = self.lens_objective is not None and self.args.trains_matrices
+        output = Path(str(self.args.output_dir))
+        checkpoint = folder_to_resume(
+            resume_from_checkpoint, output, self.args.world_size, projections
+        )
         self._meter, self._labelled = Meter(), None
         self._speed.restart()
         compat.forget_preparation(self.model)
@@ -177,22 +178,6 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             )
         check_weights(dict(self.model.named_parameters()), self._trained())
         return result
-
-    def _checked(self, checkpoint: str | bool | None) -> str | None:
-        """Check the files of the checkpoint to resume from, and return its folder."""
-        projections = self.lens_objective is not None and self.args.trains_matrices
-        if not checkpoint:
-            return None
-        if checkpoint is not True:
-            check_whole(Path(checkpoint), self.args.world_size, projections)
-            return str(checkpoint)
-        output = Path(str(self.args.output_dir))
-        found, skipped = last_whole(output, self.args.world_size, projections)
-        for folder, reason in skipped.items():
-            _log.warning("%s is skipped: %s", folder, reason)
-        if found is None:
-            raise ValueError(f"{output} holds no checkpoint to resume from: train without it")
-        return str(found)
 
     def _trained(self) -> list[str]:
         return [name for name, x in self.model.named_parameters() if x.requires_grad]
@@ -312,8 +297,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         if state.end_of_dataloader:
             # After a resume within an epoch, accelerate does not know the number of rows in the
             # last step.
-            own = rows_of_last_step(self.train_dataset, self.args) if training else None
-            remainder = state.remainder if own is None else own
+            own = (self.train_dataset, self.args, self.batch_size)
+            remainder = rows_of_last_step(*own) if training else state.remainder
         if remainder <= 0:
             return inputs
         before = self.accelerator.process_index * len(inputs["labels"])
@@ -392,6 +377,11 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             self._saved_bases.add(place)
         for config in self.model.peft_config.values():
             config.base_model_name_or_path = str(place)
+
+    def after_saving(self, checkpoint: Path) -> None:
+        """Write the checksums of a checkpoint's files, by which a resume finds damage."""
+        if self.args.should_save:
+            write_checksums(checkpoint)
 
     def after_loading(self, checkpoint: str) -> None:
         """Load the MSE loss's matrices of a checkpoint whose weights were just loaded."""

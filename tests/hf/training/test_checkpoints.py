@@ -7,10 +7,10 @@ import peft
 import pytest
 
 from lens_kernels import cli
-from lens_kernels.hf.training.checkpoints import damage, last_whole
+from lens_kernels.hf.training.checkpoints import damage, last_whole, write_checksums
 from tests.support import tiny
 from tests.support.commands import arguments, weights
-from tests.support.training import STUDENT, make_trainer
+from tests.support.training import STUDENT, logged, make_trainer
 
 EVERY = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "mse_coeff": 0.01}
 NEEDED = ["trainer_state.json", "config.json", "model.safetensors", "optimizer.pt", "scheduler.pt"]
@@ -60,7 +60,43 @@ def test_a_checkpoint_without_a_whole_file_is_skipped(output, name):
             make_trainer(output, **EVERY).train(resume_from_checkpoint=str(last))
 
 
+def flip(file):
+    """Change one bit in the middle of a file, as a failing disk does."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_checkpoint_with_a_changed_bit_is_skipped(output, name):
+    last = output / "checkpoint-2"
+    flip(last / name)
+    found, skipped = last_whole(output, 1, True)
+    assert found == output / "checkpoint-1"
+    if name == "model.safetensors":
+        cut(last / "checksums.json")
+        assert damage(last, 1, True).startswith("checksums.json cannot be read")
+        (last / "checksums.json").unlink()
+        assert damage(last, 1, True) is None, "safetensors files have no checksum"
+        expected = "model.safetensors was changed: its checksum is not that in checksums.json"
+        assert skipped == {last: expected}
+
+
+def test_files_in_folders_of_a_checkpoint_have_checksums(output):
+    last = output / "checkpoint-2"
+    (last / "model.safetensors").unlink()
+    shard = last / "pytorch_model_fsdp_0" / "__0_0.distcp"
+    shard.parent.mkdir()
+    shard.write_bytes(b"weights")
+    write_checksums(last)
+    assert damage(last, 1, True) is None
+    flip(shard)
+    assert damage(last, 1, True).startswith("__0_0.distcp was changed")
+
+
 def test_files_that_a_resume_does_not_read_may_be_missing(output):
+    (output / "checkpoint-2" / "training_args.bin").write_bytes(b"")
+    assert damage(output / "checkpoint-2", 1, projections=True) is None
     (output / "checkpoint-2" / "training_args.bin").unlink()
     (output / "checkpoint-2" / "mse_projections.safetensors").unlink()
     assert damage(output / "checkpoint-2", 1, projections=False) is None
@@ -83,6 +119,7 @@ def test_shards_of_weights_are_read(output):
     last = output / "checkpoint-2"
     (last / "model.safetensors").unlink()
     tiny.model(**STUDENT).save_pretrained(last, max_shard_size="8KB")
+    write_checksums(last)
     shards = sorted(last.glob("model-*.safetensors"))
     assert len(shards) > 2 and damage(last, 1, True) is None
     whole = shards[1].read_bytes()
@@ -91,7 +128,7 @@ def test_shards_of_weights_are_read(output):
     shards[1].unlink()
     assert damage(last, 1, True) == f"{shards[1].name} is missing"
     shards[1].write_bytes(whole)
-    for text in ("{", "[]", "{}"):
+    for text in ("{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'):
         (last / "model.safetensors.index.json").write_text(text)
         assert damage(last, 1, True).startswith("model.safetensors.index.json cannot be read")
 
@@ -120,6 +157,14 @@ def test_the_trainer_resumes_from_the_last_whole_checkpoint(output, caplog):
     assert len(trainer.state.log_history) == 3  # the logs of two steps and the summary
     with pytest.raises(ValueError, match="nothing holds no checkpoint to resume from"):
         make_trainer(output / "nothing").train(resume_from_checkpoint=True)
+
+
+def test_the_batch_size_of_a_resumed_run_is_its_own(output):
+    before = json.loads((output / "checkpoint-2" / "trainer_state.json").read_text())
+    trainer = make_trainer(output, batch=2, accumulate=2, **EVERY)
+    trainer.train(resume_from_checkpoint=str(output / "checkpoint-1"))
+    # The second step has the same four rows, but in two batches.
+    assert logged(trainer)[1] == pytest.approx(before["log_history"][1]["loss"], rel=1e-4)
 
 
 def test_the_command_says_which_checkpoint_it_skips(files, tmp_path, capsys):

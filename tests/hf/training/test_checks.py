@@ -203,3 +203,11 @@ def test_zero_3_with_learnt_matrices_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(RuntimeError, match="mse_coeff=0.1 is not supported with DeepSpeed ZeRO-3"):
         check_distribution(trainer.args)
+
+
+def test_uneven_numbers_of_batches_are_refused(tmp_path, monkeypatch):
+    args = make_trainer(tmp_path, accelerator_config={"even_batches": False}).args
+    check_distribution(args)
+    monkeypatch.setattr("transformers.TrainingArguments.world_size", 2)
+    with pytest.raises(RuntimeError, match="even_batches=False, but a process without a batch"):
+        check_distribution(args)

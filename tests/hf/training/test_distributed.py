@@ -97,6 +97,7 @@ def test_two_ranks_train_like_one_process(tmp_path):
         "uneven": UNEVEN,
         "uneven_resumed": UNEVEN | {"resumed": True},
         "uneven_accumulated": UNEVEN | {"rows": 12, "accumulate": 2},
+        "uneven_split": UNEVEN | {"split": True},
         "empty": EMPTY,
         "local": LOCAL,
         "checkpointing": {"gradient_checkpointing": True},

@@ -52,6 +52,19 @@ def test_answers_are_sampled_after_the_prompts_and_end_with_the_end_token(monkey
     assert out["input_ids"][0, lengths[0] - 1] == 1
 
 
+def test_hidden_tokens_are_no_prompt_and_rows_without_labels_get_none():
+    # The first row is padded on the left. The second is a repeat that fills the last batch.
+    ids = torch.tensor([[9, 9, 2, 3, 4], [5, 6, 7, 8, 9]])
+    labels = torch.tensor([[-100, -100, -100, -100, 4], [-100] * 5])
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1] * 5])
+    given = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+    out = answered(tiny.model(**STUDENT), given, 1, max_length=6)
+    assert out["input_ids"][0, :2].tolist() == [2, 3]
+    assert (out["labels"][0] != -100).any() and (out["labels"][1] == -100).all()
+    with pytest.raises(ValueError, match="on_policy does not support position_ids"):
+        answered(tiny.model(**STUDENT), {**given, "position_ids": mask}, 1, max_length=6)
+
+
 def test_samples_follow_the_students_own_distribution():
     student = tiny.model(**STUDENT)
     ids = torch.tensor([[2, 3, 4, 5]]).expand(4000, -1)

@@ -37,6 +37,21 @@ def test_four_accumulated_batches_of_one_equal_one_batch_of_four(tmp_path):
         assert logged(one, key) == pytest.approx(logged(four, key), rel=1e-4), key
 
 
+def test_a_batch_size_that_memory_reduced_trains_on_every_row(tmp_path, monkeypatch):
+    step, batches = LensDistillTrainer.training_step, []
+
+    def out_of_memory(self, model, inputs, *args, **kwargs):
+        batches.append(len(inputs["labels"]))
+        if len(batches) == 1:
+            raise RuntimeError("CUDA out of memory.")
+        return step(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LensDistillTrainer, "training_step", out_of_memory)
+    found = trained(tmp_path, batch=5, auto_find_batch_size=True)
+    assert batches == [5, 4, 4]
+    assert logged(found) == pytest.approx(logged(trained(tmp_path, batch=4)), rel=1e-4)
+
+
 def test_the_logged_loss_is_the_weighted_sum_of_the_logged_parts(tmp_path):
     trainer = trained(tmp_path, kd_ratio=0.25, lens_coeff=3.0, mse_coeff=0.01)
     for entry in trainer.state.log_history[:2]:

@@ -63,5 +63,6 @@ def test_teacher_cache_dtype_sets_the_storage_dtype(tmp_path, dtype):
     (shard,) = folder.glob("train/*.safetensors")
     with safe_open(shard, "pt") as file:
         assert str(file.get_tensor("final").dtype) == f"torch.{dtype}"
-    error = abs(logged(cached)[0] / logged(plain)[0] - 1)
+    # transformers 4 rounds the loss to four decimals, but not its parts.
+    error = abs(logged(cached, "kd")[0] / logged(plain, "kd")[0] - 1)
     assert error < 1e-5 if dtype == "float32" else 1e-7 < error < 2e-2
