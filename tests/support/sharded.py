@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from lens_kernels import (
     LensHead,
     adaptive,
+    dispatch,
     distillation_loss,
     functional,
     sharded_share,
@@ -31,8 +32,10 @@ from tests.support.objectives import make_objective, some_labels
 from tests.support.operators import Watch
 from tests.support.problems import Problem, make, objective
 from tests.support.processes import counted
+from tests.support.row_kernel_backend import ROW_KERNEL
 
-WIDTH = 61  # a prime number, which no number of ranks divides
+dispatch.REGISTRY[ROW_KERNEL.name] = ROW_KERNEL  # also on ranks, which run no conftest.py
+WIDTH = 61  # a prime number of entries, which no number of ranks divides
 HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
 SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)
 SHORT: dict[str, Any] = {"dtype": torch.float32, "norm": "rms"}

@@ -52,7 +52,7 @@ from lens_kernels.hf.training.on_policy import answered
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
-from lens_kernels.hf.training.whole_heads import partition
+from lens_kernels.hf.training.whole_heads import partition, whole_model
 from lens_kernels.inputs import IGNORE_INDEX
 
 _log = logging.getLogger(__name__)
@@ -103,7 +103,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             models = [x for x in (model, teacher) if x is not None]
             one_row = args.packing and any(map(needs_one_row, models))
             trainer["data_collator"] = Collator(pad, one_row=one_row)
-        examples = prepare(trainer, {"student": model, "teacher": teacher}, args)
+        with whole_model(model), whole_model(teacher):  # ZeRO-3 partitions models as they load
+            examples = prepare(trainer, {"student": model, "teacher": teacher}, args)
         super().__init__(model=model, args=args, **trainer)
         # If True, the Trainer passes num_items_in_batch, the number of labels in all accumulated
         # batches. For on-policy answers, which are sampled later, that number is not known.
@@ -138,14 +139,15 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if getattr(teacher, "hf_device_map", None) is None:
                 teacher.to(args.device)
             # The MSE loss's matrices are random, so create them after super() has set the seed.
-            self.lens_objective = LensObjective(
-                model, teacher, *args.layers(model, teacher), **args.objective_options()
-            )
-            if is_deepspeed_zero3_enabled():
-                self._teacher_engine = partition(teacher)
+            with whole_model(model), whole_model(teacher):
+                self.lens_objective = LensObjective(
+                    model, teacher, *args.layers(model, teacher), **args.objective_options()
+                )
             if args.teacher_cache:
                 datasets = {"train": examples["train_dataset"], "eval": examples["eval_dataset"]}
                 self._caches = fill_caches(self, self.lens_objective, datasets)
+            elif is_deepspeed_zero3_enabled():
+                self._teacher_engine = partition(teacher)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
