@@ -136,7 +136,7 @@ def gradient_kernel(
             yt = read_row(teacher, row * stride, floor_t, start, vocab_size, LANES, GROUP, False)
         mass, squares = write_gradient(
             ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
-            grad_ptr + row * grad_stride, survey, mass, squares, start, vocab_size,
+            (grad_ptr, row, grad_stride), survey, mass, squares, start, vocab_size,
             beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
         )  # fmt: skip
     if survey is not None:
