@@ -183,15 +183,18 @@ class CallShape:
 
     def row_kernel_bytes(self, models: int) -> int:
         """Return the bytes that the row kernel moves: each sweep's logits, and the gradients."""
-        # The row kernel skips its second sweep for relative entropies and for labels.
-        online = sum(d in RELATIVE_ENTROPIES for d in self.divergences) + (not self.divergences)
+        # The row kernel skips its second sweep for relative entropies and for labels. Over several
+        # ranks, relative entropies need it.
+        online = 0 if self.sharded else sum(d in RELATIVE_ENTROPIES for d in self.divergences)
+        online += not self.divergences
         sweeps = self.pairs * (2 + self.with_grad) - online
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
         reads = sweeps * models
         if self.one_read:
             reads = self.pairs * models
-        elif self.teacher_statistics:  # the first sweep reads only the student's logits
+        elif self.teacher_statistics and not self.sharded:
+            # The first sweep then reads only the student's logits.
             reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
         return entries * (reads * self.compute_dtype.itemsize + gradients)
 
@@ -257,19 +260,23 @@ def dense(shape: CallShape) -> Plan:
 
 def row_chunks(shape: CallShape) -> Plan:
     """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary."""
-    row_kernel = has_row_kernel(shape.device, shape.compute_dtype, shape.features)
-    if shape.sharded or not row_kernel:
-        layout = in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
+    layout = layout_of(shape)
+    if layout.grad_stride is None:
         return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
-    rows = shape.pairs * shape.tokens
-    operand, head_grad = shape.factor, shape.head_grad_dtype
-    layout = apart(rows, shape.vocab_size, operand, shape.workspace_bytes, head_grad)
     tile = layout.tile_rows * row_stride(shape.vocab_size)
     workspace = tile * (1 + bool(shape.teacher_width)) * shape.compute_dtype.itemsize
     if shape.with_grad:
-        assert layout.grad_stride is not None
         workspace += layout.grad_rows * layout.grad_stride * shape.factor.itemsize
     return _row_chunks("torch", shape, layout, workspace)
+
+
+def layout_of(shape: CallShape) -> Layout:
+    """Return the layout of tiles in the ``torch`` backend."""
+    if has_row_kernel(shape.device, shape.compute_dtype, shape.features):
+        rows = shape.pairs * shape.tokens
+        operand, head_grad = shape.factor, shape.head_grad_dtype
+        return apart(rows, shape.vocab_size, operand, shape.workspace_bytes, head_grad)
+    return in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
 
 
 def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> Plan:

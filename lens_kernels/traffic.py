@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lens_kernels.backends.torch.layout import in_place
-from lens_kernels.cost import CallShape, Plan, row_chunks
+from lens_kernels.cost import CallShape, Plan, layout_of, row_chunks
 
 # Bytes per trained parameter: float32 weight, its gradient, and two moments of Adam.
 TRAINED = 16
@@ -109,8 +108,7 @@ def shared_plans(
 def reductions(shape: CallShape, world: int) -> list[Collective]:
     """Return the reductions of a call with ``process_group``, without labels or adaptive KL."""
     part = _shape(shape, world)
-    layout = in_place(shape.tokens, part.bytes_per_row(), shape.workspace_bytes)
-    _, tiles = layout.counts(shape.pairs, shape.tokens)
+    _, tiles = layout_of(part).counts(shape.pairs, shape.tokens)
     size, models = shape.compute_dtype.itemsize, 1 + bool(shape.teacher_width)
     rows = shape.pairs * shape.tokens * size
     hidden = rows * shape.student_width * shape.hidden_grad
@@ -124,4 +122,5 @@ def reductions(shape: CallShape, world: int) -> list[Collective]:
 
 def _shape(shape: CallShape, world: int) -> CallShape:
     """Return the shape of the call on the rank with the most vocabulary entries."""
-    return replace(shape, vocab_size=-(-shape.vocab_size // world), sharded=True)
+    columns = -(-shape.vocab_size // world)
+    return replace(shape, vocab_size=columns, sharded=True, one_read=False)

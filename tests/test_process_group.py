@@ -82,6 +82,31 @@ def test_narrow_dtypes_are_as_accurate_as_in_one_process(ranks, dtype):
             assert error <= 2 * relative_error(alone[key], expected) + 1e-6, key
 
 
+# Each of the interpreted kernels takes milliseconds for each row.
+KERNEL = {"dtype": torch.float32, "backend": "row_kernel"}
+KERNEL_CASES = {
+    "objective": OBJECTIVE | {"shape": Shape((5,), WIDTH, 12, 10, 2)},
+    "far": {"scale": 60.0, "divergence": "forward_kl", "shape": Shape((3,), WIDTH, 12, 10, 1)},
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        (2, KERNEL_CASES),
+        *(pytest.param(size, [*KERNEL_CASES, *CASES], marks=pytest.mark.slow) for size in (3, 4)),
+    ],
+)
+def test_the_row_kernel_computes_the_loss_and_gradients_of_one_process(ranks, size, names):
+    for name in names:
+        case = {**CASES, **KERNEL_CASES}[name]
+        problem, options = problem_of(case | KERNEL)
+        truth = solve(problem.to(torch.float64), options | {"backend": "torch"})
+        results = ranks.run(sharded.solve_sharded, size, case | KERNEL)[:size]
+        for key, expected in truth.items():
+            assert_close(joined(results, key, WIDTH), expected, 1e-6, f"{name}: {key}")
+
+
 def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
     case = {**FEATURES["everything"], "dtype": torch.float32, **SMALL}
     row = 2 * 4 * row_stride(-(-WIDTH // 3))

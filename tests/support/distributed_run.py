@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -72,14 +74,21 @@ def train_case(
     sharded: bool = False,
     split: bool = False,
     resume_from: str | None = None,
+    kill: tuple[int, int] | None = None,
     **options: Any,
 ) -> Result:
-    """Train a tiny student. In each step, all ranks together process ``rows`` examples."""
-    processes = accelerate.PartialState(cpu=True).num_processes
+    """Train a tiny student. In each step, all ranks together process ``rows`` examples.
+
+    ``kill`` is the rank that is killed, and at which batch of its teacher.
+    """
+    state = accelerate.PartialState(cpu=True)
+    processes, self_rank = state.num_processes, state.process_index
     ran = []
 
     def counting(self: Any, inputs: Any, counted: torch.Tensor) -> list[torch.Tensor]:
         ran.append(len(inputs["input_ids"]))
+        if kill is not None and [*kill] == [self_rank, len(ran)]:
+            os.kill(os.getpid(), signal.SIGKILL)
         return teacher_rows(self, inputs, counted)
 
     teacher_rows = objective.LensObjective.teacher_rows

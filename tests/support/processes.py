@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 30.0  # a collective raises an error after 30 seconds without progress
+TIMEOUT = 30.0  # a collective without progress for this many seconds raises an error
+# The second module imports Triton.
+PRELOADED = "tests.support.sharded", "lens_kernels.backends.torch.sharded_row_kernel_pass"
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded"])
+_context.set_forkserver_preload(["torch._dynamo", *PRELOADED])
 
 
 def _work(rank: int, world: int, file: str, pipe: Any, seconds: float) -> None:

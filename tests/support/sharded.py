@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lens_kernels import LensHead, adaptive, sharded_share, sharding, symmetric_lens_loss
+from lens_kernels import LensHead, adaptive, dispatch, sharded_share, sharding, symmetric_lens_loss
 from lens_kernels.backends import head_products
 from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.torch.layout import row_stride
@@ -24,8 +24,10 @@ from tests.support.objectives import make_objective, some_labels
 from tests.support.operators import Watch
 from tests.support.problems import Problem, capture_call, make, objective, teacher_statistics
 from tests.support.processes import counted
+from tests.support.row_kernel_backend import ROW_KERNEL
 
-WIDTH = 61  # a prime number, which no number of ranks divides
+dispatch.REGISTRY[ROW_KERNEL.name] = ROW_KERNEL  # also on ranks, which run no conftest.py
+WIDTH = 61  # a prime number of entries, which no number of ranks divides
 HEAD = ("bias", "norm", "norm_bias", "offset", "softcap", "scale")
 SIDES = ("student", "teacher")
 SHAPE = Shape((5, 7), WIDTH, 12, 10, 2)

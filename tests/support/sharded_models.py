@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -65,6 +66,7 @@ def step(
             spread(model, precision, whole_root)
     else:
         called = DistributedDataParallel(student)
+        called.register_comm_hook(None, default_hooks.allreduce_hook)  # seen by counted()
     rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
     with counted() as seen:
         outcome = objective(batch(rows), tokens(), student_call=called)

@@ -87,9 +87,10 @@ def for_call(call: LossCall) -> Cluster | None:
     """Return the smallest cluster that can hold a row of the call, or None if no cluster can.
 
     The result is None for a call with both a ``grad_threshold`` and a softcap. The kernel for both
-    would need more registers than a thread has.
+    would need more registers than a thread has. It is None with a process group too, because the
+    ranks combine results between the sweeps over a row.
     """
-    if call.grad_threshold is not None and has_cap(call):
+    if call.group or (call.grad_threshold is not None and has_cap(call)):
         return None
     return for_rows(call.row_weight.device, call.vocab_size)
 

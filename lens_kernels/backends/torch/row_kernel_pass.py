@@ -34,7 +34,8 @@ class RowKernelPass:
         # Count masked tokens too, so that buffers have the same size for every mask.
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         head = call.student_head.weight.dtype if "weight" in call.needing_grad() else None
-        self.layout = apart(rows, call.vocab_size, factor, call.workspace_bytes, head)
+        columns = call.widest or call.vocab_size  # all ranks must have the same layout
+        self.layout = apart(rows, columns, factor, call.workspace_bytes, head)
         self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
         self.clip = call.token_clip if call.token_clip < math.inf else None
         self.biases = [
@@ -78,22 +79,22 @@ class RowKernelPass:
         divergence = terms.divergence
         if divergence is not None:
             assert terms.weight is not None
-            weight, loss = _aligned(terms.weight), one()
+            weight, loss = aligned(terms.weight), one()
             losses.append(loss)
         if terms.targets is not None:
             divergence, sparse = None, terms.targets
             parts = sparse.ids, sparse.values, sparse.constant
-            targets = (*map(_aligned, parts), sparse.ids.shape[-1])
+            targets = (*map(aligned, parts), sparse.ids.shape[-1])
         elif divergence is not None:
             teacher = (zt[0], *self.model(True, own))
             # For relative entropies, the kernel's first sweep computes the teacher's log-sum-exps
             # anyway.
             given = None if own else terms.teacher_statistics
             if given is not None and divergence not in RELATIVE_ENTROPIES:
-                statistics = _aligned(given)
+                statistics = aligned(given)
         if terms.labels is not None:
             assert terms.label_weight is not None
-            labels = _aligned(terms.labels), _aligned(terms.label_weight), one()
+            labels = aligned(terms.labels), aligned(terms.label_weight), one()
             losses.append(labels[-1])
         name = name_of(divergence, call.beta)
         further = {"targets": targets, "temperatures": call.temperatures if own else None}
@@ -116,6 +117,6 @@ class RowKernelPass:
         return losses
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """Return a copy of a slice, because Triton would compile a kernel for each alignment."""
     return x.clone(memory_format=torch.contiguous_format)

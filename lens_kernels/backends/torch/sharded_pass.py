@@ -2,7 +2,7 @@
 
 Every rank has the same tokens, and its own vocabulary entries. Each tile needs three reductions
 over ranks: the maxima of the logits, the sums of their exponentials, and the sums of the
-divergence's ``f`` and ``h``.
+divergence's ``f`` and ``h``. ``over_ranks`` is their order, also for kernels.
 """
 
 from __future__ import annotations
@@ -137,19 +137,46 @@ class ShardedPass(TorchPass):
                 known = () if whole is None else (_part(whole, block),)
                 yield compiled.call(self.compiled, function, zs, comparison, labels, *known)
 
-        maxima, sums = (torch.cat(x, 1) for x in zip(*each(local_statistics), strict=True))
-        highest = self.reduce.maximum(maxima.clone())
-        sums = self.reduce.sum(sums * (maxima - highest).exp())
-        statistics = zip(highest[..., None], sums.log()[..., None], strict=True)
-        whole = Whole([*statistics])
-        totals = [*self.reduce.sum(torch.cat([*each(local_sums, whole)], 1))]
-        if terms.divergence is not None:
-            whole = whole._replace(h_sum=totals.pop(1)[:, None])
-        if grad is not None:
+        def statistics() -> tuple[Tensor, Tensor]:
+            maxima, sums = zip(*each(local_statistics), strict=True)
+            return torch.cat(maxima, 1), torch.cat(sums, 1)
+
+        def gradient(whole: Whole) -> None:
             for block, _ in zip(blocks, each(write_gradient, whole), strict=True):
                 if survey is not None:
                     survey.add(tiles[0][block].data)
-        return totals
+
+        return over_ranks(
+            self.reduce, statistics, lambda whole: torch.cat([*each(local_sums, whole)], 1),
+            None if grad is None else gradient, has_h=terms.divergence is not None,
+        )  # fmt: skip
+
+
+def over_ranks(
+    reduce: Reduction,
+    statistics: Callable[[], tuple[Tensor, Tensor]],
+    sums: Callable[[Whole], Tensor],
+    gradient: Callable[[Whole], None] | None,
+    has_h: bool,
+    factors: Tensor | float = 1.0,
+) -> list[Tensor]:
+    """Run the parts of the pass over a tile, and return the losses of its rows.
+
+    ``statistics`` returns maxima and sums of exponentials of this rank's logits, ``(S, R)`` each.
+    The logits are ``factors`` times the values whose maxima it returns. ``sums`` returns this
+    rank's part of the sums of ``f``, of ``h`` if ``has_h``, and of the cross entropy. ``gradient``
+    writes gradients.
+    """
+    maxima, totals = statistics()
+    highest = reduce.maximum(maxima.clone())
+    totals = reduce.sum(totals * ((maxima - highest) * factors).exp())
+    whole = Whole([*zip(highest[..., None], totals.log()[..., None], strict=True)])
+    losses = [*reduce.sum(sums(whole))]
+    if has_h:
+        whole = whole._replace(h_sum=losses.pop(1)[:, None])
+    if gradient is not None:
+        gradient(whole)
+    return losses
 
 
 def _part(whole: Whole, block: slice) -> Whole:

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from lens_kernels.hf.cache.key import chunks_of
-from lens_kernels.hf.training.objective import PROJECTIONS
+from lens_kernels.hf.training.matrices import PROJECTIONS
 from lens_kernels.hf.training.text_files import read_text, write_text
 
 _log = logging.getLogger(__name__)

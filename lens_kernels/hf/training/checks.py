@@ -273,6 +273,12 @@ def check_distribution(args: LensDistillConfig) -> None:
             f"{_matrices_of(args)} is not supported with DeepSpeed ZeRO-3, which would partition"
             " its matrices: use ZeRO-2, or leave the option out"
         )
+    if is_deepspeed_zero3_enabled() and args.teacher_cache:
+        raise RuntimeError(
+            "teacher_cache is not supported with DeepSpeed ZeRO-3: one rank fills the cache while"
+            " the others wait, and would wait for their parts of the teacher. Use ZeRO-2, or leave"
+            " teacher_cache out"
+        )
     parallel = getattr(args, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
         if (size := getattr(parallel, name, 1) or 1) > 1:

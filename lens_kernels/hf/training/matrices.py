@@ -1,16 +1,42 @@
-"""Reads and writes the file of the MSE loss's trained matrices, beside the student's weights."""
+"""The trained matrices of the MSE loss, and their file beside the student's weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-from lens_kernels.hf.training.objective import PROJECTIONS
+# The name of the student's submodule with the matrices.
+PROJECTIONS = "mse_projections"
+
+
+def new_matrices(student: Tensor, teacher: Tensor, pairs: int) -> nn.ModuleList:
+    """Return a random matrix for each lens pair, with the hidden sizes of two heads' weights."""
+    if not pairs:
+        raise ValueError("mse_coeff needs at least one pair of layers, got none")
+    sizes = teacher.shape[1], student.shape[1]
+    matrices = nn.ModuleList(nn.Linear(*sizes, bias=False) for _ in range(pairs))
+    # The matrices are never in float16, because Adam cannot train float16 weights.
+    dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
+    return matrices.to(student.device, dtype)
+
+
+def mean_squares(
+    matrices: nn.ModuleList, student_rows: list[Tensor], teacher_rows: list[Tensor]
+) -> Tensor:
+    """Return the mean over the pairs of ``sum_tokens mean (P h_teacher - h_student)^2``."""
+    # Translators may follow the matrices.
+    of_pairs = [*matrices.parameters()][: len(student_rows)]
+    sums = [
+        (nn.functional.linear(t.to(p.dtype), p) - s).float().square().mean(-1).sum()
+        for p, s, t in zip(of_pairs, student_rows, teacher_rows, strict=True)
+    ]
+    return torch.stack(sums).mean()
 
 
 def save(matrices: Mapping[str, Tensor], folder: Path) -> None:

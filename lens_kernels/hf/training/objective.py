@@ -20,6 +20,7 @@ from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import replaced_forward
 from lens_kernels.hf.training.collation import check_batch
 from lens_kernels.hf.training.entropy import entropy_sum
+from lens_kernels.hf.training.matrices import PROJECTIONS, mean_squares, new_matrices
 from lens_kernels.hf.training.translators import of_layers, trainable, translated
 from lens_kernels.hf.training.whole_heads import (
     inside_call,
@@ -136,7 +137,10 @@ class LensObjective(nn.Module):
             sizes = [len(head.weight) for head in self.heads()]
             names = "student_head", "teacher_head"
             shared_vocabulary(self.options.vocab_size, dict(zip(names, sizes, strict=True)))
-            self.projections = self._new_projections() if mse_coeff else nn.ModuleList()
+            self.projections = nn.ModuleList()
+            if mse_coeff:
+                weights = lens_head_from(student).weight, lens_head_from(teacher).weight
+                self.projections = new_matrices(*weights, len(self.student_layers))
             (head, _), layers = self.heads(), self.student_layers
             ours = of_layers("student_lens", student_lens, layers, head)
             self._teacher_lens = of_layers(
@@ -315,7 +319,7 @@ class LensObjective(nn.Module):
         tokens = torch.where(tokens == 0, 1, tokens)  # prevents 0 / 0
         loss, parts = output.loss, _parts(output, self.student_layers[:lenses])
         if self.mse_coeff:
-            mse = self._mse(*untranslated) / tokens
+            mse = mean_squares(self.projections, *untranslated) / tokens
             loss = loss + self.options.kd_ratio * self.mse_coeff * mse
             parts["mse"] = mse
         parts["loss"] = loss
@@ -360,27 +364,6 @@ class LensObjective(nn.Module):
             )
         weight = self._whole_teacher_head().weight
         return [rows[name].to(weight.device, weight.dtype) for name in names]
-
-    def _new_projections(self) -> nn.ModuleList:
-        if not self.student_layers:
-            raise ValueError("mse_coeff needs at least one pair of layers, got none")
-        assert self.teacher is not None
-        student, teacher = (lens_head_from(x).weight for x in (self.student, self.teacher))
-        matrices = nn.ModuleList(
-            nn.Linear(teacher.shape[1], student.shape[1], bias=False) for _ in self.student_layers
-        )
-        # The matrices are never in float16, because Adam cannot train float16 weights.
-        dtype = torch.float32 if student.dtype == torch.float16 else student.dtype
-        return matrices.to(student.device, dtype)
-
-    def _mse(self, student_rows: list[Tensor], teacher_rows: list[Tensor]) -> Tensor:
-        # Translators may follow the matrices.
-        matrices = [*self.projections.parameters()][: len(student_rows)]
-        sums = [
-            (nn.functional.linear(t.to(p.dtype), p) - s).float().square().mean(-1).sum()
-            for p, s, t in zip(matrices, student_rows, teacher_rows, strict=True)
-        ]
-        return torch.stack(sums).mean()
 
 
 def check_own_loss(student: PreTrainedModel) -> None:

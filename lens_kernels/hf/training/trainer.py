@@ -49,12 +49,12 @@ from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.console import shorten
 from lens_kernels.hf.training.fine_tuning import final_loss, without_teacher
 from lens_kernels.hf.training.meter import Meter, Speed
-from lens_kernels.hf.training.objective import PROJECTIONS, LensObjective, Outcome
+from lens_kernels.hf.training.objective import LensObjective, Outcome
 from lens_kernels.hf.training.on_policy import answered
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
-from lens_kernels.hf.training.whole_heads import partition
+from lens_kernels.hf.training.whole_heads import partition, whole_model
 from lens_kernels.inputs import IGNORE_INDEX
 
 
@@ -108,7 +108,8 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             one_row = args.packing and any(map(needs_one_row, present))
             trainer["data_collator"] = Collator(pad, one_row=one_row)
         models = {"student": model, "teacher": teacher}
-        examples = prepare(trainer, models, args)
+        with whole_model(model), whole_model(teacher):  # ZeRO-3 partitions models as they load
+            examples = prepare(trainer, models, args)
         super().__init__(model=model, args=args, **trainer)
         # If True, the Trainer passes num_items_in_batch, the number of labels in all accumulated
         # batches. For on-policy answers, which are sampled later, that number is not known.
@@ -139,13 +140,14 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if getattr(teacher, "hf_device_map", None) is None:
                 moved(teacher, args.device)
             # The MSE loss's matrices are random, so create them after super() has set the seed.
-            self.lens_objective = LensObjective(
-                model, teacher, *args.layers(model, teacher), **args.objective_options()
-            )
-            if is_deepspeed_zero3_enabled():
-                self._teacher_engine = partition(teacher)
+            with whole_model(model), whole_model(teacher):
+                self.lens_objective = LensObjective(
+                    model, teacher, *args.layers(model, teacher), **args.objective_options()
+                )
             if args.teacher_cache:
                 self._caches = fill_caches(self, self.lens_objective, examples)
+            elif is_deepspeed_zero3_enabled():
+                self._teacher_engine = partition(teacher)
 
     def train(
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any
@@ -355,13 +357,13 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
         check_weights(held, self._trained())
         folder = Path(output_dir or str(self.args.output_dir))
         self._save_base(folder, held)
-        learnt = {name: x for name, x in held.items() if f"{PROJECTIONS}." in name}
+        learnt = {name: x for name, x in held.items() if f"{matrices.PROJECTIONS}." in name}
         if not learnt:
             super().write_model(output_dir, state_dict)
             return
         super().write_model(output_dir, {name: x for name, x in held.items() if name not in learnt})
         if self.args.should_save:
-            own = {name.rpartition(f"{PROJECTIONS}.")[2]: x for name, x in learnt.items()}
+            own = {name.rpartition(f"{matrices.PROJECTIONS}.")[2]: x for name, x in learnt.items()}
             matrices.save(own, folder)
 
     def _save_base(self, folder: Path, held: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ has no backward pass. It is gathered before the loss and released afterwards.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -98,7 +98,7 @@ def whole_head(model: PreTrainedModel) -> Iterator[bool]:
     norm = final_norm_of(model)
     parts = [inner.get_output_embeddings(), *([] if norm is None else [norm])]
     with ExitStack() as stack:
-        partitioned = [x for part in parts if is_partitioned(part) for x in part.parameters()]
+        partitioned = _scattered(x for part in parts for x in part.parameters())
         if partitioned:
             zero = importlib.import_module("deepspeed").zero
             stack.enter_context(zero.GatheredParameters(partitioned))
@@ -111,12 +111,21 @@ def whole_head(model: PreTrainedModel) -> Iterator[bool]:
 
 @contextmanager
 def whole_model(model: PreTrainedModel | None) -> Iterator[None]:
-    """Gather all parameters inside the context if DeepSpeed ZeRO-3 partitions the model."""
-    if model is None or not is_partitioned(model):
+    """Gather the parameters inside the context that DeepSpeed ZeRO-3 partitions.
+
+    Parameters that an outer context has gathered stay gathered.
+    """
+    held = [] if model is None else _scattered(model.parameters())
+    if not held:
         yield
         return
-    with importlib.import_module("deepspeed").zero.GatheredParameters(list(model.parameters())):
+    with importlib.import_module("deepspeed").zero.GatheredParameters(held):
         yield
+
+
+def _scattered(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that are not whole on this rank. DeepSpeed refuses nested gathers."""
+    return [x for x in parameters if x.numel() != getattr(x, "ds_numel", x.numel())]
 
 
 def _owners(inner: nn.Module, parts: list[nn.Module]) -> list[FSDPModule]:

@@ -1,16 +1,19 @@
 """The row kernels, which compute losses and gradients of whole rows of logits, match float64."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from lens_kernels import LensHead, cost
 from lens_kernels import divergence as table
 from lens_kernels.backends.torch import layout
 from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
+from lens_kernels.backends.torch.sharded_row_kernel_pass import ShardedRowKernelPass
 from lens_kernels.backends.triton import interpreter
 from lens_kernels.backends.triton.kernels import row_pass
 from lens_kernels.call import LossCall
@@ -28,15 +31,32 @@ KINDS = [(name, 0.5) for name in DIVERGENCES] + [("jsd", 0.3)]
 kinds = pytest.mark.parametrize(("divergence", "beta"), KINDS)
 
 
-@pytest.fixture(autouse=True, params=["row", pytest.param("cluster", marks=pytest.mark.slow)])
+@contextmanager
+def over_one_rank():
+    """Run the kernels of a vocabulary that is spread over ranks, on a group of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    with mock.patch.dict(PASS, {"class": ShardedRowKernelPass, "group": dist.group.WORLD}):
+        yield
+    dist.destroy_process_group()
+
+
+PASS = {"class": RowKernelPass, "group": None}
+KERNELS = {"row": nullcontext, "cluster": lambda: small_clusters(2), "split": over_one_rank}
+
+
+@pytest.fixture(
+    autouse=True,
+    params=["row", *(pytest.param(name, marks=pytest.mark.slow) for name in ("cluster", "split"))],
+)
 def kernel(request, monkeypatch):
     """Make the kernel read 64 entries at a time, so that a row takes several steps.
 
-    In a cluster, each program has 2 lanes. ``test_cluster_pass.py`` has faster tests of clusters.
+    In a cluster, each program has 2 lanes. ``test_cluster_pass.py`` has faster tests of clusters,
+    and ``test_split_row_pass.py`` of the kernels for several ranks.
     """
     interpreter.prepare()
     monkeypatch.setitem(row_pass.OPTIONS, "LANES", 8)
-    with small_clusters(2) if request.param == "cluster" else nullcontext():
+    with KERNELS[request.param]():
         yield request.param
 
 
@@ -54,8 +74,9 @@ def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, s
         mask=None, labels=labels, row_weight=torch.ones(1, rows),
         divergences=(divergence,), normed=(False,), needs_grad=[True, True], beta=beta,
         temperature=temperature, vocab_size=vocab, workspace_bytes=1 << 20,
+        group=PASS["group"].group_name if PASS["group"] else "",
     )  # fmt: skip
-    kernel = RowKernelPass(call, torch.float32, rows)
+    kernel = PASS["class"](call, torch.float32, rows)
 
     def padded(z):
         tile = torch.full((rows, layout.row_stride(vocab)), float("nan"))
@@ -211,6 +232,7 @@ def test_rows_of_all_pairs_share_tiles_and_products(monkeypatch, feature, rows):
     options = {"layer_weights": [0.2, 1.5, 0.7], "mask": torch.rand(11) < 0.8}
     expected, expected_grads = oracle(problem, **options)
     options |= {"backend": "row_kernel", "workspace_bytes": several_chunks(shape, rows)}
+    options |= {"process_group": PASS["group"]}
     loss, grads = ours(problem, **options)
     assert_close(loss, expected, LOSS)
     for name, grad in expected_grads.items():
@@ -255,8 +277,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
 ):
     """The plan's bytes match those that the kernel reads and writes.
 
-    If the caller gives the teacher's log-sum-exps, the first sweep does not read the teacher's
-    logits. A cluster reads all logits once.
+    If the teacher's statistics are given, the first sweep does not read the teacher's logits. A
+    cluster reads all logits once. The kernels for several ranks always take three sweeps.
     """
     counted = 0
     builder = interpreter.compat.triton_interpreter().InterpreterBuilder
@@ -282,7 +304,7 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     monkeypatch.setattr(builder, "create_masked_store", counting_store)
     problem = make(Shape((5,), 211, 8, 8, 2), divergence=divergence, beta=beta)
     options = {"teacher_statistics": torch.zeros(2, 5, 2)} if given else {}
-    call = capture_call(monkeypatch, problem, **options)
+    call = capture_call(monkeypatch, problem, process_group=PASS["group"], **options)
     if not with_grad:
         call.needs_grad[:] = [False] * len(call.needs_grad)
     with torch.no_grad():
@@ -292,7 +314,8 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     assert counted == step.bytes_moved
     # The kernel reads 8 entries at a time, so a row of 211 entries counts as 216. A sweep reads 8
     # bytes for an entry of both models, and a gradient entry takes 4 bytes.
-    online = divergence in ("jeffreys", "forward_kl", "reverse_kl")
+    online = kernel == "row" and divergence in ("jeffreys", "forward_kl", "reverse_kl")
+    given = given and kernel != "split"
     each = 8 * (3 - online - (not with_grad)) + 4 * with_grad - 4 * (given and not online)
     if kernel == "cluster":
         each = 8 + 4 * with_grad

@@ -5,8 +5,11 @@ import json
 import pytest
 from safetensors.torch import load_file
 
+from lens_kernels import cli
 from tests.hf.training.test_distributed import launch
 from tests.support import tiny
+from tests.support.commands import arguments, weights
+from tests.support.deepspeed_run import config_of
 from tests.support.training import STUDENT, assert_same_step, make_trainer
 
 pytestmark = pytest.mark.slow
@@ -30,3 +33,19 @@ def test_zero_trains_like_one_process(tmp_path, stage, tied, ranks):
     loss = whole.evaluate()["eval_loss"]
     for rank in range(ranks):
         assert float((tmp_path / f"loss-{rank}").read_text()) == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_command_trains_models_that_are_partitioned_while_they_load(files, tmp_path):
+    """With ZeRO-3, the command gives the student of one process. The second batch is uneven."""
+    pytest.importorskip("deepspeed")
+    config = tmp_path / "zero3.json"
+    config.write_text(json.dumps(config_of(3)))
+    whole, shared = (tmp_path / name for name in ("whole", "shared"))
+    given = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
+    given |= {"lr_scheduler_type": "constant", "kd_ratio": 0.5}
+    assert cli.main(arguments(files, whole, per_device_train_batch_size=4, **given)) == 0
+    start, one = weights(files / "student"), weights(whole)
+    # DeepSpeed's config chooses the device.
+    given |= {"use_cpu": None, "deepspeed": config, "save_steps": 1}
+    launch("tests.support.deepspeed_command", 2, arguments(files, shared, **given))
+    assert_same_step(start, one, weights(shared), 1e-4)

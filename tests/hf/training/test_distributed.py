@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 
 import pytest
 import torch.distributed as dist
@@ -19,8 +21,11 @@ from tests.support.training import STUDENT, TEACHER, assert_same_step, uneven_da
 TIMING = ("flos", "second", "runtime", "preparation_time", "epoch")
 
 
-def launch(module, ranks, arguments, timeout=HANG):
-    """Run a module on several ranks. Fail if a rank fails or does not end."""
+def launch(module, ranks, arguments, timeout=HANG, killed=False):
+    """Run a module on several ranks. Fail if one fails, or if they do not end.
+
+    With ``killed``, one rank must be killed. Return the output.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     process = subprocess.Popen(
         [*command, f"--nproc_per_node={ranks}", "-m", module, *arguments],
@@ -37,7 +42,8 @@ def launch(module, ranks, arguments, timeout=HANG):
         process.terminate()
         output, _ = process.communicate()
         pytest.fail(f"still running after {timeout} s:\n{output[-4000:]}")
-    assert process.returncode == 0, output[-6000:]
+    assert (process.returncode != 0) == killed, output[-6000:]
+    return output
 
 
 def on_ranks(folder, cases, timeout=HANG, ranks=2):
@@ -87,6 +93,18 @@ LOCAL = {"unlabelled": [0, 2], "max_steps": 1, "average_tokens_across_devices": 
 # The optimizer is AdamW, because FSDP cannot load an empty state such as that of SGD.
 RESUMED = {"fsdp": True, "resumed": True, "optim": "adamw_torch", "adam_epsilon": 0.01}
 RESUMED |= {"learning_rate": 0.02}
+# One step over all eight examples of 10 tokens. A packed row has two of them.
+GRID = {
+    f"{'packed' if packing else 'padded'}_{accumulate}": {
+        "rows": 4 if packing else 8,
+        "accumulate": accumulate,
+        "packing": packing,
+        "max_length": 20,
+        "max_steps": 1,
+    }
+    for packing in (False, True)
+    for accumulate in (1, 2)
+}
 FINE_TUNING = {"kd_ratio": 0.0, "teacher": False, "mse_coeff": 0.0}
 
 
@@ -105,11 +123,16 @@ def test_two_ranks_train_like_one_process(tmp_path):
         "evaluated": {"evaluate_first": True},
         "fine_tuning": FINE_TUNING,
         "fine_tuning_local": FINE_TUNING | LOCAL,
+        **GRID,
     }
     results = assert_ranks_equal_one_process(tmp_path, cases)
     # Training with gradient accumulation gives the same step as training without it.
     plain, accumulated = results["plain"][0], results["accumulated"][0]
     assert_same_step(plain.start, plain.end, accumulated.end, 2e-5)
+    # So does training with packing. Each case was compared with one process above.
+    one, *others = (results[name][0] for name in GRID)
+    for other in others:
+        assert_same_step(one.start, one.end, other.end, 2e-5)
     checkpoint = str(tmp_path / "ranks" / "resumed" / "checkpoint-1")
     alone = train_case(tmp_path / "alone", resume_from=checkpoint)
     assert_same_step(plain.start, plain.end, alone.end, 2e-5)
@@ -155,6 +178,40 @@ def test_sharded_checkpoints_resume_on_another_number_of_ranks(tmp_path):
     again = case | {"resumed": False, "resume_from": checkpoint}
     for result in on_ranks(tmp_path / "four", {"run": again}, ranks=4)["run"]:
         assert_same_step(of_two.start, of_two.end, result.end, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cached", [False, True], ids=["step", "cache"])
+def test_a_rank_killed_while_it_trains_ends_the_others_and_the_run_resumes(tmp_path, cached):
+    """Rank 1 dies in the second step, or rank 0 while it fills the teacher's cache.
+
+    The run then goes on with the same number of ranks, or with one.
+    """
+    case = {"max_steps": 3, "cache": cached, "save_strategy": "steps", "save_steps": 1}
+    case |= {"per_device_eval_batch_size": 2}
+    truth = train_case(tmp_path / "whole", **case)
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    file = shared / "cases.json"
+    victim = 0 if cached else 1
+    file.write_text(json.dumps({"run": case | {"kill": [victim, 2]}}))
+    begun = time.monotonic()
+    output = launch("tests.support.distributed_run", 2, [str(file), str(shared)], killed=True)
+    assert time.monotonic() - begun < 300, "far below the timeout of the process group"
+    assert re.search(rf"exitcode: -9\) local_rank: {victim}", output), output[-3000:]
+    checkpoint = shared / "run" / "checkpoint-1"
+    assert checkpoint.is_dir() != cached
+    if cached:
+        assert any((shared / "run" / "cache").rglob("*"))
+    else:
+        case["resume_from"] = str(checkpoint)
+        alone = train_case(tmp_path / "alone", **case)
+        assert_same_step(truth.start, truth.end, alone.end, 1e-4)
+    file.write_text(json.dumps({"run": case}))
+    launch("tests.support.distributed_run", 2, [str(file), str(shared)])
+    for rank in range(2):
+        result = Result.load(shared / f"run-{rank}")
+        assert_same_step(truth.start, truth.end, result.end, 1e-4)
 
 
 @pytest.fixture

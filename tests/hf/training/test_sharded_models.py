@@ -5,7 +5,7 @@ import torch
 
 from lens_kernels import plan
 from tests.support import sharded_models
-from tests.support.processes import Ranks
+from tests.support.processes import KINDS, Ranks
 
 VOCAB, WIDTHS = 64, (16, 24)
 
@@ -63,8 +63,14 @@ def test_a_sharded_step_equals_that_of_one_process(ranks, case):
             assert result["loss"] < 1e-6 and max(errors.values()) < 1e-5
 
 
-def check_collectives(result, world):
+def check_collectives(result, world, kind="fsdp2"):
     """Check that a step's collective operations send the number of bytes that ``plan`` predicts."""
+    if kind == "ddp":
+        for name in KINDS:
+            assert sent(result["seen"], name) == planned(result["parameters"], world, kind).get(
+                name, 0
+            )
+        return
     planned_bytes = planned(result["parameters"], world, "fsdp2")
     assert sent(result["seen"], "reduce_scatter") == planned_bytes["reduce_scatter"]
     # FSDP's root module contains embeddings and norm. It is gathered only once in a step, but the
@@ -75,14 +81,16 @@ def check_collectives(result, world):
     assert sent(result["seen"], "all_gather") == expected
 
 
-def test_a_step_sends_what_the_plan_counts(ranks):
-    for result in ranks.run(sharded_models.run, {}):
-        check_collectives(result, 2)
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+def test_a_step_sends_what_the_plan_counts(ranks, kind):
+    for result in ranks.run(sharded_models.run, {"kind": kind}):
+        check_collectives(result, 2, kind)
 
 
 @pytest.mark.slow
 def test_four_ranks_send_what_the_plan_counts():
     group = Ranks(4)
-    for result in group.run(sharded_models.run, {}):
-        check_collectives(result, 4)
+    for kind in ("fsdp2", "ddp"):
+        for result in group.run(sharded_models.run, {"kind": kind}):
+            check_collectives(result, 4, kind)
     group.close()

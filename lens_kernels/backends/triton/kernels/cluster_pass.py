@@ -15,7 +15,6 @@ import triton
 import triton.language as tl
 
 from lens_kernels.backends.triton.kernels.device_fns import LOG2_E
-from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.backends.triton.kernels.row_parts import (
     divergence_terms,
     given_statistics,
@@ -23,6 +22,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     log_probability,
     maps_of,
     read_row,
+    summands,
     write_gradient,
 )
 
@@ -105,14 +105,9 @@ def cluster_pass_kernel(
         for i in tl.static_range(BLOCKS):
             lq = log_probability(held_s[i], statistics_s)
             lp = log_probability(held_t[i], statistics_t)
-            f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-            # For jeffreys and reverse_kl, the sum of h is the reverse KL, because the sum of q - p
-            # is 0.
-            if DIVERGENCE == "jeffreys" or DIVERGENCE == "reverse_kl":
-                h_entry, _ = pointwise(lp, lq, beta, one_minus_beta, "reverse_kl")
+            f_entry, h_entry = summands(lp, lq, beta, one_minus_beta, DIVERGENCE)
             f += tl.sum(f_entry, 1)
-            if DIVERGENCE != "forward_kl":
-                h += tl.sum(h_entry, 1)
+            h += tl.sum(h_entry, 1)
         loss, h_sum = both(f, h, False)
         h_sum, weight = divergence_terms(h_sum, loss, weight_ptr, loss_ptr, row, clip)
     label = None

@@ -72,6 +72,18 @@ def log_probability(y, statistics):
 
 
 @triton.jit
+def summands(lp, lq, beta, one_minus_beta, DIVERGENCE: tl.constexpr):
+    """Return ``f``, and values whose sum over the vocabulary is that of ``h``, of entries."""
+    f, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+    # q - p sums to 0. So for these divergences, the sum of h is the reverse KL, or 0.
+    if DIVERGENCE == "jeffreys" or DIVERGENCE == "reverse_kl":
+        h, _ = pointwise(lp, lq, beta, one_minus_beta, "reverse_kl")
+    if DIVERGENCE == "forward_kl":
+        h = tl.zeros(h.shape, tl.float32)
+    return f, h
+
+
+@triton.jit
 def given_statistics(statistics_ptr, row, factor):
     """Return the ``statistics`` of a row whose maximum logit and log of sum the caller knows."""
     maximum = tl.load(statistics_ptr + 2 * row)
@@ -105,14 +117,27 @@ def label_terms(labels, student, row, offset, floor, statistics, temperature):
     ``statistics`` belong to the student's logits at temperature 1, and are returned unchanged.
     """
     labels_ptr, label_weight_ptr, cross_entropy_ptr = labels
-    z_ptr, bias_ptr, slope, cap = student
     label = tl.load(labels_ptr + row)
-    weight = tl.load(label_weight_ptr + row)
-    z = tl.load(z_ptr + offset + label)
+    value = cross_entropy(label, student, offset, floor, statistics, True)
+    tl.store(cross_entropy_ptr + row, value)
+    return label_gradient(label, label_weight_ptr + row, statistics, temperature)
+
+
+@triton.jit
+def cross_entropy(label, student, offset, floor, statistics, own):
+    """Return the cross entropy of a label, or 0 unless the label is this rank's ``own``."""
+    z_ptr, bias_ptr, slope, cap = student
+    z = tl.load(z_ptr + offset + label, mask=own, other=0.0)
     if bias_ptr is not None:
-        z += tl.load(bias_ptr + label)
+        z += tl.load(bias_ptr + label, mask=own, other=0.0)
     y = tl.maximum(capped(z, slope, cap), floor, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(cross_entropy_ptr + row, -log_probability(y, statistics))
+    return tl.where(own, -log_probability(y, statistics), 0.0)
+
+
+@triton.jit
+def label_gradient(label, weight_ptr, statistics, temperature):
+    """Return a row's label, its weight, and ``statistics``, as ``gradient_of`` takes them."""
+    weight = tl.load(weight_ptr)
     if temperature is not None:
         weight *= temperature
     return label.to(tl.int32), weight, statistics

@@ -55,11 +55,18 @@ def with_group(maximum, total, y, factor):
 
 
 @triton.jit
+def of_row(maximum, total, factor):
+    """Return the maximum and the sum of exponentials of a row, from those of its threads."""
+    highest = tl.max(maximum, 0)
+    return highest, tl.sum(total * exp((maximum - highest) * factor), 0)
+
+
+@triton.jit
 def over_lanes(maximum, total, factor):
     """Return the ``statistics`` of a row, and the log-probability of each thread's entries."""
-    highest = tl.max(maximum, 0)
+    highest, row_total = of_row(maximum, total, factor)
     below = (maximum - highest) * factor
-    log_sum = tl.log(tl.sum(total * exp(below), 0))
+    log_sum = tl.log(row_total)
     has_mass = total > 0
     log_total = tl.log(tl.where(has_mass, total, 1.0))
     lanes = tl.where(has_mass, below + (log_total - log_sum), FLOOR)
