@@ -36,9 +36,6 @@ from lens_kernels.sharding import shared_vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# the name of the submodule that holds the MSE loss's matrices in the student
-PROJECTIONS = "mse_projections"
-
 
 @dataclass(frozen=True)
 class Outcome:
