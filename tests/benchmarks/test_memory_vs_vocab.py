@@ -73,7 +73,7 @@ def test_scripts_run_by_their_path_and_use_their_own_checkout(tmp_path):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("raise ImportError('another one')")
     scripts = [x for x in (ROOT / "benchmarks").glob("*.py") if "__main__" in x.read_text()]
-    assert len(scripts) == 10
+    assert len(scripts) == 12
     way = "\n\nif not __package__:\n    import checkout  # noqa: F401\n\nfrom "
     assert [x.name for x in scripts if way not in x.read_text()] == []
     command = [sys.executable, ROOT / "benchmarks" / "memory_vs_vocab.py", "--help"]
