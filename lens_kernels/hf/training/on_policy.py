@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,6 @@ from torch.nn.utils.rnn import pad_sequence
 from lens_kernels.hf.model.state import evaluating
 from lens_kernels.hf.training.collation import Collator
 from lens_kernels.inputs import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    pass
 
 
 @torch.no_grad()
