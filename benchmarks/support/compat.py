@@ -53,8 +53,8 @@ def body_of(operator: Any) -> Callable[..., Any] | None:
 def allocations(profiler: torch.profiler.profile) -> list[int]:
     """Return the bytes of every allocation in order. Releases are negative.
 
-    The profiler's public results have only sums. Present in torch 2.8 to 2.13. Without this
-    interface, no memory can be measured on a CPU.
+    The profiler's public results have only sums. Its private events are present in torch 2.8 to
+    2.13. Without these events, no memory can be measured on a CPU.
     """
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     records: list[Any] = [event for event in events if event.name() == "[memory]"]

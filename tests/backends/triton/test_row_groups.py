@@ -86,8 +86,8 @@ def read(monkeypatch, small_groups):
     return run
 
 
-# The programs of a wave read 32 rows and 32 columns of 192 bytes each. These 12 KiB fit in the
-# first cache, but not in the second.
+# The programs of a wave read 32 rows and 32 columns of 192 bytes each. These 12 KiB fit in a
+# cache of 14 KiB, but not in one of 10 KiB.
 @pytest.mark.parametrize("capacity", [14 << 10, 10 << 10])
 def test_the_plan_counts_what_the_kernels_read_through_a_cache(monkeypatch, read, capacity):
     monkeypatch.setattr(row_groups, "CACHE_BYTES", capacity)
