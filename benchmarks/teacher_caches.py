@@ -1,13 +1,15 @@
 """Size on disk of each kind of teacher cache, and CPU time of a training epoch from it.
 
 The teacher is SmolLM2-135M-Instruct. The student has some of its blocks. All runs train on the same
-examples with one thread. CPU time is reported, because it hardly depends on other programs.
+examples with one thread. CPU time is reported, because it depends less on other programs. The load
+average of the machine shows how many of these ran.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +32,7 @@ from lens_kernels.hf.training.data import load_examples
 
 COLUMNS = (
     "teacher lens_pairs examples tokens mib bytes_a_token build_cpu_s epoch_cpu_s"
-    " device threads torch python commit date_utc"
+    " load_average device threads torch python commit date_utc"
 )
 TOP = 20
 # The options of training from sparse targets, and of each run without lens pairs.
@@ -77,7 +79,7 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
     at = environment.environment(environment.CPU)
     rows: list[dict[str, Any]] = []
 
-    def train(teacher: Any, steps: int = -1, **options: Any) -> float:
+    def train(teacher: Any, steps: int, options: dict[str, Any]) -> float:
         """Return the CPU time of training, without the time of building a cache of states."""
         config = LensDistillConfig(
             str(work / "run"), num_train_epochs=1, max_steps=steps, use_cpu=True, report_to="none",
@@ -91,26 +93,31 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         made.train()
         return time.process_time() - start
 
-    def add(name: str, epoch: float, folder: Path | None, build: float, pairs: int = 0) -> None:
+    def add(
+        name: str, teacher: Any, options: dict[str, Any], folder: Path | None = None,
+        build: float | None = None,
+    ) -> None:  # fmt: skip
+        """Add the row of a kind of teacher. A cache without the time of its build is built here."""
+        start = time.process_time()
+        first = train(teacher, 1, options)  # compiles the pass, and builds a cache of hidden states
+        if build is None:
+            build = time.process_time() - start - first if folder else 0.0
+        epoch, pairs = train(teacher, -1, options), options.get("num_lens_pairs", 0)
         size = folder_size(folder) if folder else 0
         found = {"teacher": name, "lens_pairs": pairs, "examples": len(examples), "tokens": tokens}
         found |= {"mib": round(size / 2**20, 3), "bytes_a_token": round(size / tokens)}
         found |= {"build_cpu_s": round(build, 1), "epoch_cpu_s": round(epoch, 1)}
+        found |= {"load_average": round(os.getloadavg()[0], 1)}
         rows.append(tables.row(COLUMNS, found, at))
         print(rows[-1], flush=True)  # noqa: T201  progress
 
-    train(None, steps=1, kd_ratio=0.0)  # the first step allocates memory
-    add("none", train(None, kd_ratio=0.0), None, 0.0)
-    add("in memory", train(teacher, **FINAL_ONLY), None, 0.0)
-    add("in memory", train(teacher, num_lens_pairs=args.pairs), None, 0.0, args.pairs)
-    for pairs in (0, args.pairs):
-        folder = work / f"states{pairs}"
-        options = FINAL_ONLY if not pairs else {"num_lens_pairs": pairs}
-        options = {**options, "teacher_cache": str(folder)}
-        start = time.process_time()
-        epoch = train(teacher, **options)  # its result leaves out the time of building the cache
-        build = time.process_time() - start - epoch
-        add("hidden states", epoch, folder, build, pairs)
+    compared = FINAL_ONLY, {"num_lens_pairs": args.pairs}
+    add("none", None, {"kd_ratio": 0.0})
+    for options in compared:
+        add("in memory", teacher, options)
+    for options in compared:
+        folder = work / f"states{options['num_lens_pairs']}"
+        add("hidden states", teacher, {**options, "teacher_cache": str(folder)}, folder)
     given = {
         "teacher": str(user_cache.folder() / "SmolLM2-135M-Instruct"),
         "batch_size": args.batch,
@@ -126,8 +133,8 @@ def measure(args: argparse.Namespace, work: Path) -> list[dict[str, Any]]:
         start = time.process_time()
         make_cache(kind, str(data), folder, top_k=TOP, **more)
         build = time.process_time() - start
-        epoch = train(None, teacher_targets=str(folder), **FINAL_ONLY)
-        add({"sampled": "50 samples", "topk": f"top {TOP}"}.get(kind, kind), epoch, folder, build)
+        name = {"sampled": "50 samples", "topk": f"top {TOP}"}.get(kind, kind)
+        add(name, None, {"teacher_targets": str(folder), **FINAL_ONLY}, folder, build)
     return rows
 
 
