@@ -39,10 +39,10 @@ def head_share(call: LossCall) -> Tensor:
 )
 def _head_share(*packed: Any) -> Tensor:
     call = Packed(*packed).unpack()
-    assert call.teacher_head is not None
     ours, theirs = call.temperatures
+    teacher_head = call.teacher_heads[call.teacher_index(-1)]
     models = (
-        (call.teacher_hidden[-1], _logits(call.teacher_head, call, theirs)),
+        (call.teacher_hidden[-1], _logits(teacher_head, call, theirs)),
         (call.student_hidden[-1], _logits(call.student_head, call, ours)),
     )
     share = call.row_weight.new_zeros(call.row_weight.shape[-1], dtype=call.compute_dtype)

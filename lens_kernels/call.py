@@ -47,9 +47,10 @@ class LossCall:
     maximum)`` of the teacher's logits ``z``. ``linear_cross_entropy`` documents ``label_smoothing``
     and ``z_loss``.
 
-    With ``targets`` there is no teacher: every pair compares the student with the targets.
-    ``standardized`` has a flag for each pair, or is empty. Divergences above ``token_clip`` become
-    ``token_clip``, and have no gradient.
+    ``teacher_of`` holds the index of each pair's head in ``teacher_heads``, or is empty if all
+    pairs have the same head. With ``targets`` there is no teacher head: every pair compares the
+    student with the targets. ``standardized`` has a flag for each pair, or is empty. Divergences
+    above ``token_clip`` become ``token_clip``, and have no gradient.
 
     ``group`` is the name of a process group, or empty. With a group, this rank holds ``vocab_size``
     entries of a larger vocabulary. ``labels`` count from the first entry of this rank, so labels of
@@ -60,7 +61,7 @@ class LossCall:
     student_hidden: list[Tensor]
     teacher_hidden: list[Tensor]
     student_head: LensHead
-    teacher_head: LensHead | None
+    teacher_heads: tuple[LensHead, ...]
     mask: Tensor | None
     labels: Tensor | None
     row_weight: Tensor
@@ -86,6 +87,7 @@ class LossCall:
     standardized: tuple[bool, ...] = ()
     token_clip: float = math.inf
     teacher_temperature: float | None = None
+    teacher_of: tuple[int, ...] = ()
 
     @staticmethod
     def of(
@@ -108,6 +110,11 @@ class LossCall:
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
         teacher_hidden = [] if teacher is None else teacher.hidden
+        teacher_heads = () if teacher is None else tuple(teacher.heads.values())
+        teacher_of: tuple[int, ...] = ()
+        if teacher is not None and len(teacher_heads) > 1:
+            names = [name for name, _ in teacher.named_heads]
+            teacher_of = tuple([[*teacher.heads].index(names[i]) for i in states])
         normed = tuple(0 <= i < student.lenses for i in states)
         grad_mode = torch.is_grad_enabled()
         reached = [*hidden, *student.head.tensors().values()]
@@ -116,7 +123,8 @@ class LossCall:
             student_hidden=hidden,
             teacher_hidden=[teacher_hidden[term.state] for term in terms] if teacher else [],
             student_head=student.head,
-            teacher_head=None if teacher is None else teacher.head,
+            teacher_heads=teacher_heads,
+            teacher_of=teacher_of,
             mask=inputs.mask,
             labels=labels,
             row_weight=row_weight,
@@ -145,7 +153,11 @@ class LossCall:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype of logits, losses and gradients."""
-        return compute_dtype(self.student_head, self.teacher_head)
+        return compute_dtype(self.student_head, *self.teacher_heads)
+
+    def teacher_index(self, pair: int) -> int:
+        """Return the index of a pair's head in ``teacher_heads``."""
+        return self.teacher_of[pair] if self.teacher_of else 0
 
     @property
     def temperatures(self) -> tuple[float, float]:
@@ -184,7 +196,7 @@ class LossCall:
 
     def pack(self) -> Packed:
         """Return the call in the form of operator arguments."""
-        heads = [self.student_head] + ([self.teacher_head] if self.teacher_head else [])
+        heads = [self.student_head, *self.teacher_heads]
         optional = [(name, getattr(self, name)) for name in OPTIONAL]
         if self.targets is not None:
             optional += [*zip(TargetRows._fields, self.targets, strict=True)]
@@ -252,7 +264,7 @@ class Packed(NamedTuple):
             student_hidden=self.student_hidden,
             teacher_hidden=self.constants[:teacher_states],
             student_head=heads[0],
-            teacher_head=heads[1] if len(heads) > 1 else None,
+            teacher_heads=tuple(heads[1:]),
             row_weight=self.row_weight,
             needs_grad=self.needs_grad,
             targets=TargetRows(**rows) if rows else None,
@@ -290,6 +302,11 @@ _CODECS: tuple[tuple[Any, Callable[[Any], str], Callable[[str], Any]], ...] = (
         tuple[bool, ...],
         lambda flags: "".join(["1" if x else "0" for x in flags]),
         lambda text: tuple(x == "1" for x in text),
+    ),
+    (
+        tuple[int, ...],
+        lambda numbers: ",".join([str(x) for x in numbers]),
+        lambda text: tuple(int(x) for x in text.split(",") if x),
     ),
     (
         tuple[Divergence, ...],

@@ -104,10 +104,11 @@ class CallShape:
     """The sizes and properties of a call that decide its cost.
 
     ``divergences`` has one entry for each lens pair. ``dtype`` is the dtype of heads and hidden
-    states in GEMMs. ``teacher_width`` is 0 without a teacher. ``sharded`` is true if this rank
-    holds only a slice of the vocabulary. ``one_read`` is true if a cluster of GPU programs can hold
-    a row of logits. ``features`` are those of ``LossCall``. ``head_dtype`` is the dtype of the
-    student's head and its gradient, if it is not ``dtype``.
+    states in GEMMs. ``teacher_width`` is 0 without a teacher, and the largest width of
+    several teachers. ``sharded`` is true if this rank holds only a slice of the vocabulary.
+    ``one_read`` is true if a cluster of GPU programs can hold a row of logits. ``features`` are
+    those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient, if it
+    is not ``dtype``.
     """
 
     tokens: int
@@ -135,7 +136,7 @@ class CallShape:
             tokens=call.row_weight.shape[-1],
             vocab_size=call.vocab_size,
             student_width=head.shape[1],
-            teacher_width=0 if call.teacher_head is None else call.teacher_head.weight.shape[1],
+            teacher_width=max([head.weight.shape[1] for head in call.teacher_heads], default=0),
             divergences=call.divergences,
             dtype=call.operand_dtype or head.dtype,
             compute_dtype=call.compute_dtype,

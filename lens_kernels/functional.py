@@ -29,7 +29,7 @@ def symmetric_lens_loss(
     student_hidden: Hidden,
     teacher_hidden: Hidden | SparseTargets,
     student_head: Head,
-    teacher_head: Head | None,
+    teacher_head: Head | Sequence[Head] | None,
     *,
     mask: Tensor | None = None,
     divergence: str = LensOptions.divergence,
@@ -75,7 +75,8 @@ def symmetric_lens_loss(
             ``SparseTargets``, for ``forward_kl`` only: then every pair is compared with these
             probabilities, at the cost of three GEMMs instead of four.
         student_head: A ``LensHead``, or a ``(V, D_s)`` weight, which has no norm and no bias.
-        teacher_head: The same with ``D_t``, or None with ``SparseTargets``.
+        teacher_head: The same with ``D_t``, or None with ``SparseTargets``. Or a list with a head
+            for each pair, for several teachers, whose ``D_t`` may differ.
         mask: ``(...)``, bool or 0/1, shared by all pairs. Tokens with True count. The others are
             not computed, and may hold any value. On a GPU a mask costs one synchronisation.
         divergence: One of the names above.
@@ -201,7 +202,7 @@ def distillation_loss(
     student_hidden: Hidden,
     teacher_hidden: Hidden | None,
     student_head: Head,
-    teacher_head: Head | None,
+    teacher_head: Head | Sequence[Head] | None,
     *,
     student_final: Tensor,
     teacher_final: Tensor | SparseTargets | None,
@@ -249,7 +250,8 @@ def distillation_loss(
             applied to them. Pass empty lists for both models to compute no lens term.
         teacher_hidden: The same for the teacher.
         student_head: The student's head.
-        teacher_head: The teacher's head.
+        teacher_head: The teacher's head. Or a list with a head for each pair and, at the end, one
+            for ``teacher_final``.
         student_final: ``(..., D_s)``, the final hidden state. The norm is not applied to it,
             because Hugging Face returns it already normed.
         teacher_final: The same with ``(..., D_t)``. Or ``SparseTargets``, for ``forward_kl`` only:

@@ -21,16 +21,25 @@ Head = LensHead | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The head and the hidden states of a model. Each state has a name for error messages.
+    """The hidden states of a model, and the head of each. All have names for error messages.
 
-    The head's norm applies to the first ``lenses`` states. Any other state is final, and is already
-    normed.
+    The norm of a head applies to the first ``lenses`` states. Any other state is final, and is
+    already normed. The states may have different heads if there are several teachers.
     """
 
     named_hidden: list[tuple[str, Tensor]]
-    head_name: str
-    head: LensHead
+    named_heads: list[tuple[str, LensHead]]
     lenses: int
+
+    @property
+    def head(self) -> LensHead:
+        """Return the head of the first state."""
+        return self.named_heads[0][1]
+
+    @property
+    def heads(self) -> dict[str, LensHead]:
+        """Return each head once, by its name."""
+        return dict(self.named_heads)
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -66,7 +75,8 @@ class Inputs:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Return the dtype of logits and losses."""
-        return compute_dtype(self.student.head, self.teacher.head if self.teacher else None)
+        theirs = self.teacher.heads if self.teacher else {}
+        return compute_dtype(self.student.head, *theirs.values())
 
     @property
     def result_dtype(self) -> torch.dtype:
@@ -111,17 +121,40 @@ def model_inputs(
                 f"{name} must have shape (..., D) with at least one leading dimension,"
                 f" got {tuple(x.shape)}"
             )
-    if process_group is not None:
-        head = sharding.local_head(head_name, head, process_group)
-    checked = _check_head(head_name, head)
-    if checked.translator is not None:
-        lenses = checked.translated([x for _, x in named[: len(values)]])
-        named[: len(values)] = [(name, x) for (name, _), x in zip(named, lenses, strict=False)]
-        checked = replace(checked, translator=None)
+    given, names = [head] * len(named), [head_name] * len(named)
+    if side == "teacher" and isinstance(head, (list, tuple)):
+        if len(head) != len(named):
+            raise ValueError(
+                f"{head_name} has {len(head)} heads for {len(named)} hidden states: pass one head"
+                " for each"
+            )
+        # The same head at several states has one name, so that its tensors are read once.
+        firsts = [next(i for i, x in enumerate(head) if x is each) for each in head]
+        given, names = [*head], [f"{head_name}[{i}]" for i in firsts]
+    heads: dict[str, LensHead] = {}
+    for name, each in zip(names, given, strict=True):
+        if name not in heads:
+            own = [i for i in range(len(values)) if names[i] == name]
+            heads[name] = _head_of(name, each, named, own, process_group)
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
-        checked = checked.map(torch.Tensor.detach)
-    return ModelInputs(named, head_name, checked, len(values))
+        heads = {name: each.map(torch.Tensor.detach) for name, each in heads.items()}
+    return ModelInputs(named, [(name, heads[name]) for name in names], len(values))
+
+
+def _head_of(
+    name: str, head: Any, named: list[tuple[str, Tensor]], lenses: list[int], process_group: Any
+) -> LensHead:
+    """Check a head, and apply its translators to the states ``named`` with indices ``lenses``."""
+    if process_group is not None:
+        head = sharding.local_head(name, head, process_group)
+    checked = _check_head(name, head)
+    if checked.translator is None:
+        return checked
+    translated = checked.translated([named[i][1] for i in lenses])
+    for i, x in zip(lenses, translated, strict=True):
+        named[i] = named[i][0], x
+    return replace(checked, translator=None)
 
 
 def check_inputs(
@@ -150,14 +183,15 @@ def check_inputs(
                 "student_hidden and teacher_hidden must pair up:"
                 f" got {student.lenses} and {teacher.lenses} hidden states"
             )
-        check_device("teacher_head.weight", teacher.head.weight, device)
+        for name, head in teacher.heads.items():
+            check_device(f"{name}.weight", head.weight, device)
         named += teacher.named_hidden
     autocast = torch.is_autocast_enabled(device.type)
     models = [student] if teacher is None else [student, teacher]
     for model in models:
         _check_widths_and_dtypes(model, autocast)
     shape = _leading_shape(named)
-    sizes = {model.head_name: model.head.weight.shape[0] for model in models}
+    sizes = {name: head.weight.shape[0] for model in models for name, head in model.heads.items()}
     flat_mask = _token_mask(mask, shape, device)
     flat_labels = has_label = shard = None
     if process_group is None:
@@ -286,8 +320,8 @@ def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     Their dtypes may differ. But without autocast, hidden states are float64 if and only if the head
     is float64.
     """
-    weight, head_name = model.head.weight, model.head_name
-    for name, x in model.named_hidden:
+    for (name, x), (head_name, head) in zip(model.named_hidden, model.named_heads, strict=True):
+        weight = head.weight
         check_device(name, x, weight.device)
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(

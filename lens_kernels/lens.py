@@ -230,7 +230,7 @@ class LensHead:
         return self.logit_map(temperature)(z)
 
 
-def compute_dtype(*heads: LensHead | None) -> torch.dtype:
+def compute_dtype(*heads: LensHead) -> torch.dtype:
     """Return the dtype of logits: float64 if a head is float64, else float32."""
-    dtypes = [head.weight.dtype for head in heads if head is not None]
+    dtypes = [head.weight.dtype for head in heads]
     return torch.float64 if torch.float64 in dtypes else torch.float32

@@ -18,7 +18,7 @@ def full_call():
         student_hidden=[x, x],
         teacher_hidden=[x, x],
         student_head=LensHead(x, x, norm, scale=3.0, softcap=4.0),
-        teacher_head=LensHead(x),
+        teacher_heads=(LensHead(x), LensHead(x, softcap=13.0)),
         mask=x,
         labels=x,
         row_weight=x,
@@ -44,6 +44,7 @@ def full_call():
         standardized=(False, True),
         token_clip=11.0,
         teacher_temperature=12.0,
+        teacher_of=(1, 0),
     )
 
 
@@ -68,9 +69,7 @@ def test_every_field_survives_packing():
 def test_fields_without_a_value_survive_packing():
     x = torch.ones(1)
     head = LensHead(x)
-    call = LossCall(
-        [x], [], head, None, None, None, x, (), (False,), [False, False], 0.5, 1.0, 1, 1
-    )
+    call = LossCall([x], [], head, (), None, None, x, (), (False,), [False, False], 0.5, 1.0, 1, 1)
     unpacked = call.pack().unpack()
     for field in dataclasses.fields(LossCall):
         before, after = (getattr(x, field.name) for x in (call, unpacked))

@@ -30,6 +30,7 @@ CASES = {
     "weights": {"layer_weights": [0.3, 2.0], "denominator": 11.0, "beta": 0.2},
     "frozen head": {"frozen_head": True, **FEATURE},
     "statistics": {"statistics": True, "temperature": 1.0},
+    "teachers": {"teachers": True, "norm": "rms", **SMALL},
     "no tokens": {"shape": Shape((0,), WIDTH, 12, 10, 1)},
 }
 

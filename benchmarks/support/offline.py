@@ -162,7 +162,7 @@ def loss_call(
         student_hidden=hidden[:1],
         teacher_hidden=hidden[1:],
         student_head=student,
-        teacher_head=teacher,
+        teacher_heads=(teacher,),
         mask=torch.ones(tokens, dtype=torch.bool) if "mask" in features else None,
         labels=labels,
         row_weight=torch.ones(1 if labels is None else 2, tokens),

@@ -50,8 +50,11 @@ class Problem:
         for name in FIELDS:
             value = getattr(self, name)
             if not parts or any(part in name for part in parts):
-                is_head = isinstance(value, LensHead)
-                value = value.map(function) if is_head else [function(h) for h in value]
+                values = value if isinstance(value, list) else [value]
+                mapped = [
+                    x.map(function) if isinstance(x, LensHead) else function(x) for x in values
+                ]
+                value = mapped if isinstance(value, list) else mapped[0]
             fields[name] = value
         return replace(self, **fields, options=dict(self.options))
 

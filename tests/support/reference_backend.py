@@ -22,7 +22,7 @@ def rows(call: LossCall) -> Tensor:
         [h[kept] for h in call.student_hidden],
         [h[kept] for h in call.teacher_hidden],
         call.student_head,
-        call.teacher_head,
+        call.teacher_heads[0] if call.teacher_heads else None,
         divergences=[d.value for d in call.divergences],
         normed=call.normed,
         beta=call.beta,

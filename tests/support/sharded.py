@@ -22,7 +22,14 @@ from lens_kernels.sharding import Reduction
 from tests.support.grids import Shape
 from tests.support.objectives import make_objective, some_labels
 from tests.support.operators import Watch
-from tests.support.problems import Problem, capture_call, make, objective, teacher_statistics
+from tests.support.problems import (
+    Problem,
+    capture_call,
+    make,
+    objective,
+    random_head,
+    teacher_statistics,
+)
 from tests.support.processes import counted
 from tests.support.row_kernel_backend import ROW_KERNEL
 
@@ -54,8 +61,13 @@ def slice_of(vocab: int, rank: int, size: int) -> slice:
 def part_of_rank(problem: Problem, size: int) -> Problem:
     """Return the problem with this rank's slices of both heads."""
     part = slice_of(len(problem.student_head.weight), dist.get_rank(), size)
-    heads = {f"{side}_head": cut(getattr(problem, f"{side}_head"), part) for side in SIDES}
+    heads = {f"{side}_head": cuts(getattr(problem, f"{side}_head"), part) for side in SIDES}
     return replace(problem, **heads)
+
+
+def cuts(head: Any, part: slice) -> Any:
+    """Return a slice of a head, or of each of several heads."""
+    return [cut(each, part) for each in head] if isinstance(head, list) else cut(head, part)
 
 
 def cut(head: LensHead, part: slice) -> LensHead:
@@ -84,6 +96,9 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
     if case.pop("labelled", False):
         labels = some_labels(shape)
         case["labels"] = labels.where(labels < case.get("vocab_size", shape.vocab), -100)
+    if case.pop("teachers", False):
+        other = random_head(shape.vocab, shape.teacher, norm="layer", softcap=3.0)
+        problem.teacher_head = [other.map(lambda x: x.detach().to(dtype)), problem.teacher_head]
     if case.pop("frozen_head", False):
         problem.freeze("hidden0")
     if case.pop("statistics", False):

@@ -96,6 +96,5 @@ def for_call(call: LossCall) -> Cluster | None:
 
 
 def has_cap(call: LossCall) -> bool:
-    """Return whether the head of student or teacher has a softcap."""
-    heads = call.student_head, call.teacher_head
-    return any(head is not None and head.softcap is not None for head in heads)
+    """Return whether the head of the student or of a teacher has a softcap."""
+    return any(head.softcap is not None for head in (call.student_head, *call.teacher_heads))

@@ -30,6 +30,8 @@ class Terms(NamedTuple):
     # The sparse targets that replace the teacher's logits, or None.
     targets: TargetRows | None = None
     standardized: bool = False
+    # The index of the teacher's head in the call.
+    teacher: int = 0
 
 
 class Pass(Protocol):

@@ -152,7 +152,7 @@ class TorchPass:
         inverse_ours, inverse_theirs = (torch.tensor(1 / x, dtype=compute) for x in (ours, theirs))
         self.inverse_temperatures = inverse_ours, inverse_theirs
         self.student = self.maps(call.student_head, ours)
-        self.teacher = None if call.teacher_head is None else self.maps(call.teacher_head, theirs)
+        self.teachers = [self.maps(head, theirs) for head in call.teacher_heads]
 
     def maps(self, head: LensHead, temperature: float) -> tuple[LogitMap, LogitMap]:
         """Return two maps from a head's products to logits: at ``temperature``, and at 1.
@@ -204,13 +204,14 @@ class TorchPass:
     def comparison(self, terms: Terms, block: slice, zt: Tensor) -> Comparison:
         """Return the inputs of a block's divergence from the teacher's products ``zt``."""
         assert terms.divergence is not None and terms.weight is not None
-        assert self.teacher is not None
         formula = table.pointwise(terms.divergence, self.call.beta)
         given = terms.teacher_statistics
         given = None if given is None else given[block]
-        at = int(terms.standardized)
+        student, teacher = (
+            maps[int(terms.standardized)] for maps in (self.student, self.teachers[terms.teacher])
+        )
         return Comparison(
-            zt, terms.weight[block], self.student[at], self.teacher[at], formula, self.beta, given,
+            zt, terms.weight[block], student, teacher, formula, self.beta, given,
             self.inverse_temperatures if terms.standardized else None, self.clip,
         )  # fmt: skip
 

@@ -85,7 +85,7 @@ class _RowChunks:
         self.call = call
         compute = call.compute_dtype
         self.student = _Model(call.student_head, call)
-        self.teacher = None if call.teacher_head is None else _Model(call.teacher_head, call)
+        self.teachers = [_Model(head, call) for head in call.teacher_heads]
         factor = self.student.factors.dtype
         self.sums = Accumulator(call, factor)
         self.weight_sum: Tensor | None = None
@@ -100,8 +100,7 @@ class _RowChunks:
 
         self.tiles = [
             buffer(self.layout.tile_rows, row_stride(call.vocab_size), compute)
-            for model in (self.student, self.teacher)
-            if model is not None
+            for _ in range(2 if self.teachers else 1)
         ]
         self.grad = self.tiles[0]
         if self.layout.grad_stride is not None and call.needing_grad():
@@ -142,17 +141,23 @@ class _RowChunks:
                 self.sums.finish(piece.pair)
 
     def project(self, tile: list[Piece]) -> list[_Read]:
-        call = self.call
-        reads = []
-        sides = (self.student, call.student_hidden), (self.teacher, call.teacher_hidden)
-        for (model, hidden), logits in zip(sides, self.tiles, strict=False):
-            assert model is not None
-            reads.append(
-                [model.read(hidden[p.pair], self.rows(p), call.normed[p.pair]) for p in tile]
-            )
-            x = _joined([read.x for read in reads[-1]])
-            matmul.project(x, model.weight, logits[: x.shape[0]])
-        return reads[0]
+        """Compute a tile's logits, and return what the student's backward pass needs."""
+        call, start = self.call, 0
+        if self.teachers:
+            for teacher, run in groupby(tile, lambda piece: call.teacher_index(piece.pair)):
+                logits = self.tiles[1][start:]
+                reads = self.logits(self.teachers[teacher], call.teacher_hidden, [*run], logits)
+                start += sum(read.x.shape[0] for read in reads)
+        return self.logits(self.student, call.student_hidden, tile, self.tiles[0])
+
+    def logits(
+        self, model: _Model, hidden: list[Tensor], pieces: list[Piece], out: Tensor
+    ) -> list[_Read]:
+        normed = self.call.normed
+        reads = [model.read(hidden[p.pair], self.rows(p), normed[p.pair]) for p in pieces]
+        x = _joined([read.x for read in reads])
+        matmul.project(x, model.weight, out[: x.shape[0]])
+        return reads
 
     def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
         """Run the pass over a tile, and store the losses of its rows.
@@ -161,7 +166,7 @@ class _RowChunks:
         """
         sums = self.sums
         start = 0
-        for (divergence, labelled, standardized), run in groupby(tile, self.kind):
+        for (divergence, labelled, standardized, teacher), run in groupby(tile, self.kind):
             pieces = [*run]
             stop = start + sum(piece.stop - piece.start for piece in pieces)
             rows = [(piece.pair, self.rows(piece)) for piece in pieces]
@@ -179,7 +184,16 @@ class _RowChunks:
                 label_weight = _joined([label_row[at] for _, at in rows])
             losses = self.compare.run(
                 [logits[start:stop] for logits in self.tiles],
-                Terms(divergence, weight, labels, label_weight, statistics, targets, standardized),
+                Terms(
+                    divergence,
+                    weight,
+                    labels,
+                    label_weight,
+                    statistics,
+                    targets,
+                    standardized,
+                    teacher,
+                ),  # fmt: skip
                 None if grad is None else grad[start:stop],
                 survey,
             )
@@ -192,11 +206,12 @@ class _RowChunks:
                     sums.rows[row, at] = part
             start = stop
 
-    def kind(self, piece: Piece) -> tuple[Divergence | None, bool, bool]:
+    def kind(self, piece: Piece) -> tuple[Divergence | None, bool, bool, int]:
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
         divergence = call.divergences[piece.pair] if call.divergences else None
-        return divergence, labelled, bool(call.standardized) and call.standardized[piece.pair]
+        standardized = bool(call.standardized) and call.standardized[piece.pair]
+        return divergence, labelled, standardized, call.teacher_index(piece.pair)
 
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None

@@ -38,10 +38,7 @@ class RowKernelPass:
         self.layout = apart(rows, columns, factor, call.workspace_bytes, head)
         self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
         self.clip = call.token_clip if call.token_clip < math.inf else None
-        self.biases = [
-            None if head is None else self.bias(head)
-            for head in (call.student_head, call.teacher_head)
-        ]
+        self.biases = [self.bias(head) for head in (call.student_head, *call.teacher_heads)]
 
     def bias(self, head: LensHead) -> Tensor | None:
         """Return a head's bias with the padding of a row."""
@@ -50,12 +47,15 @@ class RowKernelPass:
             return None
         return F.pad(bias[:vocab_size].float(), (0, row_stride(vocab_size) - vocab_size))
 
-    def model(self, teacher: bool, standardized: bool) -> tuple[Any, ...]:
-        """Return a head's bias, slope and softcap, as arguments of the kernel."""
-        head = self.call.teacher_head if teacher else self.call.student_head
-        assert head is not None
-        logits = head.logit_map(1.0 if standardized else self.call.temperatures[teacher])
-        return self.biases[teacher], logits.slope, logits.cap
+    def model(self, teacher: int | None, standardized: bool) -> tuple[Any, ...]:
+        """Return a head's bias, slope and softcap, as arguments of the kernel.
+
+        ``teacher`` is the index of the teacher's head, or None for the student's head.
+        """
+        call, at = self.call, 0 if teacher is None else teacher + 1
+        head = (call.student_head, *call.teacher_heads)[at]
+        logits = head.logit_map(1.0 if standardized else call.temperatures[at > 0])
+        return self.biases[at], logits.slope, logits.cap
 
     def survey(self) -> RowStatistics:
         """Return empty statistics of logit gradients."""
@@ -74,7 +74,7 @@ class RowKernelPass:
 
         losses: list[Tensor] = []
         own = terms.standardized
-        student, teacher = (zs, *self.model(False, own)), None
+        student, teacher = (zs, *self.model(None, own)), None
         weight = loss = labels = statistics = targets = None
         divergence = terms.divergence
         if divergence is not None:
@@ -86,7 +86,7 @@ class RowKernelPass:
             parts = sparse.ids, sparse.values, sparse.constant
             targets = (*map(aligned, parts), sparse.ids.shape[-1])
         elif divergence is not None:
-            teacher = (zt[0], *self.model(True, own))
+            teacher = (zt[0], *self.model(terms.teacher, own))
             # For relative entropies, the kernel's first sweep computes the teacher's log-sum-exps
             # anyway.
             given = None if own else terms.teacher_statistics

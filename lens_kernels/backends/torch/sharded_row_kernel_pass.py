@@ -37,14 +37,14 @@ class ShardedRowKernelPass(RowKernelPass):
         """Launch one kernel for each part of the pass, with one program for each row."""
         call, (zs, *zt) = self.call, tiles
         grid = (zs.shape[0],)
-        student, teacher, weight = (zs, *self.model(False, False)), None, None
+        student, teacher, weight = (zs, *self.model(None, False)), None, None
         labels = label_weight = temperature = None
         factors = []  # of the sets of logits
         # The teacher's statistics are computed even if they are given. This costs one read of its
         # logits, and saves a second form of the kernels.
         if terms.divergence is not None:
             assert terms.weight is not None
-            teacher, weight = (zt[0], *self.model(True, False)), aligned(terms.weight)
+            teacher, weight = (zt[0], *self.model(terms.teacher, False)), aligned(terms.weight)
             factors += [_factor(student), _factor(teacher)]
         if terms.labels is not None:
             assert terms.label_weight is not None

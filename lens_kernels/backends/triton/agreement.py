@@ -81,7 +81,7 @@ def _call(
         student_hidden=student,
         teacher_hidden=teacher,
         student_head=heads[0],
-        teacher_head=heads[1],
+        teacher_heads=(heads[1],),
         mask=None,
         labels=labels,
         row_weight=weight,

@@ -61,7 +61,7 @@ class _Sweeps:
         self.call = call
         ours, theirs = call.temperatures
         self.student = _Head(call.student_head, call, ours)
-        self.teacher = None if call.teacher_head is None else _Head(call.teacher_head, call, theirs)
+        self.teachers = [_Head(head, call, theirs) for head in call.teacher_heads]
         self.sums = Accumulator(call, self.student.dtype)
         self.rows = slice(None) if self.sums.index is None else self.sums.index
         # GEMMs of gradients take 16-bit factors if the device accumulates them in fp32.
@@ -75,9 +75,10 @@ class _Sweeps:
         norm = self.student.head.norm if normed else None
         student = self.student.operand(hidden, index, norm)
         teacher = sums = labels = None
-        if self.teacher is not None:
-            teacher_norm = self.teacher.head.norm if normed else None
-            teacher = self.teacher.operand(call.teacher_hidden[pair], index, teacher_norm)
+        if self.teachers:
+            theirs = self.teachers[call.teacher_index(pair)]
+            teacher_norm = theirs.head.norm if normed else None
+            teacher = theirs.operand(call.teacher_hidden[pair], index, teacher_norm)
             given = None
             if call.teacher_statistics is not None:
                 columns = call.teacher_statistics[pair, self.rows].unbind(-1)

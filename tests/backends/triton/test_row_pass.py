@@ -70,7 +70,7 @@ def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, s
     divergence = None if divergence is None else Divergence(divergence)
     hidden = [torch.zeros(rows, 1)]
     call = LossCall(
-        student_hidden=hidden, teacher_hidden=hidden, student_head=head, teacher_head=head,
+        student_hidden=hidden, teacher_hidden=hidden, student_head=head, teacher_heads=(head,),
         mask=None, labels=labels, row_weight=torch.ones(1, rows),
         divergences=(divergence,), normed=(False,), needs_grad=[True, True], beta=beta,
         temperature=temperature, vocab_size=vocab, workspace_bytes=1 << 20,

@@ -58,7 +58,7 @@ def llama_call(fake, pairs, tokens=TOKENS):
         student_hidden=hidden[0],
         teacher_hidden=hidden[1],
         student_head=heads[0],
-        teacher_head=heads[1],
+        teacher_heads=(heads[1],),
         mask=None,
         labels=fake(tokens, dtype=torch.int64),
         row_weight=fake(pairs + 1, tokens, dtype=torch.float32),
