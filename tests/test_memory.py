@@ -87,11 +87,14 @@ def test_peak_memory_is_bounded(monkeypatch, feature, divergence):
 
 
 @pytest.mark.usefixtures("eager")
-@pytest.mark.parametrize("kind", ["standardize", "ghost", "uniform"])
+@pytest.mark.parametrize("kind", ["standardize", "ghost", "uniform", "teachers"])
 def test_peak_memory_of_variants_is_bounded(monkeypatch, kind):
     workspace, options = 4 * MIB, {"standardize": kind == "standardize"}
     problem = make(LARGE, divergence="forward_kl")
-    if kind != "standardize":
+    if kind == "teachers":
+        head = problem.teacher_head
+        problem.teacher_head = [head, head.map(torch.clone)]
+    elif kind != "standardize":
         p, ids = torch.rand(LARGE.tokens, 50).softmax(-1), torch.arange(50).expand(2048, -1)
         problem.teacher_hidden, problem.teacher_head = SparseTargets(ids, p / 2, kind), None
     peak = peak_of(monkeypatch, problem, workspace_bytes=workspace, **options)

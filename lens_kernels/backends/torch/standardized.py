@@ -28,7 +28,9 @@ class Standardized(NamedTuple):
         """Standardise rows of logits, which must be finite."""
         centred = logits - logits.mean(-1, keepdim=True)
         variance = centred.square().sum(-1, keepdim=True) / max(1, logits.shape[-1] - 1)
-        inverse = torch.where(variance > 0, variance.rsqrt(), 0.0)
+        # The mean of equal logits is rounded, so their variance may be above 0.
+        varies = logits.amax(-1, keepdim=True) > logits.amin(-1, keepdim=True)
+        inverse = torch.where(varies & (variance > 0), variance.rsqrt(), 0.0)
         z = centred * inverse
         return Standardized(z, z * inverse_temperature, inverse * inverse_temperature)
 

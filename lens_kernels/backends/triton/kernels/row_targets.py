@@ -38,6 +38,8 @@ def standardized(
     count = tl.zeros((LANES,), tl.float32)
     mean = tl.zeros((LANES,), tl.float32)
     squares = tl.zeros((LANES,), tl.float32)
+    lowest = tl.full((LANES,), float("inf"), tl.float32)
+    highest = -lowest
     # Each lane merges the mean and the squared deviations of its groups. A sum of squares of the
     # logits themselves would lose digits where their mean is large.
     for start in range(0, vocab_size, LANES * GROUP):
@@ -52,11 +54,14 @@ def standardized(
         squares += tl.sum(inside * inside, 1) + shift * shift * count * share
         mean += shift * share
         count += number
+        lowest = tl.minimum(lowest, tl.min(tl.where(valid, y, float("inf")), 1))
+        highest = tl.maximum(highest, tl.max(tl.where(valid, y, float("-inf")), 1))
     centre = tl.sum(mean * count, 0) / vocab_size
     shift = mean - centre
     total = tl.sum(squares + shift * shift * count, 0)
     spread = factor * tl.sqrt(total / tl.maximum(vocab_size - 1, 1))
-    varies = spread > 0
+    # The mean of equal logits is rounded, so ``spread`` may be above 0.
+    varies = (tl.max(highest, 0) > tl.min(lowest, 0)) & (spread > 0)
     own = tl.where(varies, spread * temperature, 1.0)
     if cap is not None:
         cap = cap / own
