@@ -87,6 +87,7 @@ def test_narrow_dtypes_are_as_accurate_as_in_one_process(ranks, dtype):
 KERNEL = {"dtype": torch.float32, "backend": "row_kernel"}
 KERNEL_CASES = {
     "objective": OBJECTIVE | {"shape": Shape((5,), WIDTH, 12, 10, 2)},
+    "two teachers": {"teachers": True, "shape": Shape((2,), WIDTH, 12, 10, 2)},
     "far": {"scale": 60.0, "divergence": "forward_kl", "shape": Shape((3,), WIDTH, 12, 10, 1)},
 }
 
