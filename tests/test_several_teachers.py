@@ -108,11 +108,11 @@ def test_the_output_may_have_a_teacher_of_its_own():
     first, other, _ = problem.teacher_head
     final = torch.randn(*SHAPE.leading, 13)
 
-    def output(pairs, teacher_head, **options):
+    def output(pairs, teacher_head):
         return distillation_loss(
             problem.student_hidden[:pairs], [problem.teacher_hidden[0]] * pairs,
             problem.student_head, teacher_head, student_final=problem.student_hidden[-1],
-            teacher_final=final, final_divergence={"akl": 1.0, "forward_kl": 0.5}, **options,
+            teacher_final=final, final_divergence={"akl": 1.0, "forward_kl": 0.5},
         )  # fmt: skip
 
     out, alone = output(2, [first, first, other]), output(0, other)
