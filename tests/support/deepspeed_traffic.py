@@ -1,7 +1,7 @@
 """The program that counts ZeRO-3's collectives for test_deepspeed.py, on each rank.
 
 The command is ``python -m torch.distributed.run ... -m tests.support.deepspeed_traffic FILE``. Rank
-0 writes FILE: the bytes of the whole tensors in each kind of collective of a step.
+0 writes FILE: for each of three steps, the bytes of the whole tensors by kind of collective.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from typing import Any
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.comm.torch import TorchBackend
 
 from lens_kernels.hf.training.objective import LensObjective
 from lens_kernels.hf.training.whole_heads import partition
@@ -29,46 +27,55 @@ from tests.support.sharded_models import STUDENT, TEACHER, batch, tokens
 COUNTED = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    use_gloo()
-    sent: Counter[str] = Counter()
+def count(sent: Counter[str]) -> None:
+    """Make DeepSpeed add the bytes of each collective to ``sent``."""
+    backend = sys.modules["deepspeed.comm.torch"].TorchBackend
 
     def counting(kind: str, call: Any) -> Any:
         def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-            sent[kind] += max(x.numel() * x.element_size() for x in tensors)
-            if kind == "all_gather" and dist.get_rank() == 0: print("GATHER", max(x.numel() for x in tensors), flush=True)
+            sent[kind] += max(x.nbytes for x in tensors)
             return call(self, *args, **kwargs)
 
         return counted
 
     for name, kind in COUNTED.items():
-        setattr(TorchBackend, name, counting(kind, getattr(TorchBackend, name)))
+        setattr(backend, name, counting(kind, getattr(backend, name)))
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    use_gloo()
+    import deepspeed
+
+    sent: Counter[str] = Counter()
+    count(sent)
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     student, teacher = tiny.model(**STUDENT), tiny.model(**TEACHER)
-    config = config_of(3) | {"train_micro_batch_size_per_gpu": 8 // world, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
-    config["gradient_accumulation_steps"] = 1; del config["train_batch_size"]
-    if len(sys.argv) > 2: config["zero_optimization"] |= json.loads(sys.argv[2])
     objective = LensObjective(student, teacher, [1, 2], [1, 3], kd_ratio=0.5)
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 8 // world,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
+        "zero_optimization": config_of(3)["zero_optimization"],
+    }
+    # With these settings, DeepSpeed releases the student's weights after each use.
+    config["zero_optimization"] |= {
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+    }
     engine, *_ = deepspeed.initialize(model=student, config=config)
     partition(teacher)
     seen = []
     for _ in range(3):
         sent.clear()
-        if rank==0: print("STEP", flush=True)
         rows = slice(rank * 8 // world, (rank + 1) * 8 // world)
-        outcome = objective(batch(rows), tokens(), student_call=engine)
-        if rank==0: print("BACK", flush=True)
-        engine.backward(world * outcome.loss)
-        if rank==0: print("OPT", flush=True)
+        engine.backward(objective(batch(rows), tokens(), student_call=engine).loss)
         engine.step()
         seen.append(dict(sent))
     if rank == 0:
         sizes = [sum(x.ds_numel for x in model.parameters()) for model in (student, teacher)]
-        for n,x in student.named_parameters(): print(n,x.ds_numel)
-        Path(sys.argv[1]).write_text(json.dumps({"sent": seen, "parameters": sizes}))
+        Path(sys.argv[1]).write_text(json.dumps({"seen": seen, "parameters": sizes}))
 
 
 if __name__ == "__main__":

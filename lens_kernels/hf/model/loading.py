@@ -34,7 +34,7 @@ from transformers.utils import (
 
 from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
-from lens_kernels.hf.model.families import input_embeddings
+from lens_kernels.hf.model.families import embedded_ids
 from lens_kernels.hf.model.placement import check_placement, placed
 from lens_kernels.hf.model.state import gathered
 
@@ -155,7 +155,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     tokens = 0
     if (folder / "tokenizer_config.json").is_file():
         tokens = len(load_tokenizer(str(folder)))
-    added = tokens > len(input_embeddings(model))
+    added = tokens > embedded_ids(model)
     if added:
         model.resize_token_embeddings(tokens)
     # Load the adapter for training, because peft freezes it by default. Then set eval mode, as for

@@ -17,7 +17,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lens_kernels import compat
 from lens_kernels.hf.cache.key import Example
-from lens_kernels.hf.model.families import input_embeddings
+from lens_kernels.hf.model.families import embedded_ids
 from lens_kernels.hf.model.state import gathered
 from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
@@ -86,7 +86,7 @@ class Limits:
     @classmethod
     def of(cls, models: Sequence[PreTrainedModel], vocab_size: int | None) -> Limits:
         """Return the limits that hold for all ``models``."""
-        ids = min(map(_embeddings, models))
+        ids = min(map(embedded_ids, models))
         positions = [x for x in map(_learnt_positions, models) if x is not None]
         return cls(ids, min(positions, default=None), vocab_size)
 
@@ -180,11 +180,6 @@ def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
             f"labels of {where} hold {beyond[0].item()}, but vocab_size={vocab_size} leaves out ids"
             f" from {vocab_size} on: leave the example out, or set a larger vocab_size"
         )
-
-
-def _embeddings(model: PreTrainedModel) -> int:
-    # ``num_embeddings`` comes first, because a weight that DeepSpeed partitions has no rows.
-    return getattr(model.get_input_embeddings(), "num_embeddings", len(input_embeddings(model)))
 
 
 def _learnt_positions(model: PreTrainedModel) -> int | None:

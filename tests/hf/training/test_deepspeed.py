@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from lens_kernels import cli
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from tests.hf.training.test_distributed import launch
+from tests.hf.training.test_sharded_models import VOCAB, WIDTHS
+from tests.hf.training.test_sharded_models import planned as planned_bytes
 from tests.support import tiny
 from tests.support.commands import arguments, weights
 from tests.support.deepspeed_run import config_of
@@ -46,13 +48,19 @@ def config(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "option", [{}, {"student_blocks": [1, 3]}, {"lora_r": 2}], ids=["whole", "blocks", "lora"]
+    "option",
+    [{}, {"student_blocks": [1, 3]}, {"student": "adapter"}],
+    ids=["whole", "blocks", "adapter"],
 )
 def test_the_command_trains_models_that_are_partitioned_while_they_load(
     files, tmp_path, config, option
 ):
     """With ZeRO-3, the command gives the student of one process. The second batch is uneven."""
     whole, shared = (tmp_path / name for name in ("whole", "shared"))
+    if "student" in option:
+        # The adapter is saved first, because models that are partitioned draw other random numbers.
+        option = {"student": tmp_path / "adapter"}
+        assert cli.main(arguments(files, option["student"], lora_r=2, max_steps=1)) == 0
     given = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
     given |= {"lr_scheduler_type": "constant", "kd_ratio": 0.5, "save_steps": 1}
     given |= {"num_lens_pairs": 1, **option}
@@ -62,6 +70,27 @@ def test_the_command_trains_models_that_are_partitioned_while_they_load(
     launch("tests.support.deepspeed_command", 2, arguments(files, shared, **given))
     start, one = weights(whole / "checkpoint-1"), weights(whole)
     assert_same_step(start, one, weights(shared), 1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_sends_what_the_plan_counts(tmp_path, ranks):
+    pytest.importorskip("deepspeed")
+    file = tmp_path / "traffic.json"
+    launch("tests.support.deepspeed_traffic", ranks, [str(file)])
+    found = json.loads(file.read_text())
+    planned = planned_bytes(found["parameters"], ranks, "zero3")
+    first, *others = found["seen"]
+    # The plan leaves out that norms are gathered again together with their head: the student's in
+    # forward and backward, and the teacher's once.
+    student, teacher = WIDTHS
+    norms = 4 * (2 * student + teacher)
+    assert first["all_gather"] == planned["all_gather"] + norms
+    assert first["reduce_scatter"] == planned["reduce_scatter"]
+    # After the first step, DeepSpeed keeps up to 1e9 of the teacher's parameters between steps.
+    kept = 4 * (found["parameters"][1] - VOCAB * teacher)
+    for step in others:
+        assert planned["all_gather"] - kept <= step["all_gather"] <= first["all_gather"]
+        assert step["reduce_scatter"] == planned["reduce_scatter"]
 
 
 def test_partitioned_weights_that_are_nan_are_refused(files, tmp_path, config):
