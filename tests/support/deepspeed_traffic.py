@@ -55,9 +55,11 @@ def main() -> None:
     student, teacher = tiny.model(**STUDENT), tiny.model(**TEACHER)
     objective = LensObjective(student, teacher, [1, 2], [1, 3], kd_ratio=0.5)
     config: dict[str, Any] = {
+        **config_of(3),
         "train_micro_batch_size_per_gpu": 8 // world,
+        "gradient_accumulation_steps": 1,
+        "train_batch_size": 8,
         "optimizer": {"type": "SGD", "params": {"lr": 0.1}},
-        "zero_optimization": config_of(3)["zero_optimization"],
     }
     # With these settings, DeepSpeed releases the student's weights after each use.
     config["zero_optimization"] |= {
