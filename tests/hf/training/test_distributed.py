@@ -144,7 +144,6 @@ def test_three_ranks_train_like_one_process(tmp_path):
     cases = {
         "one_each": {"rows": 3},
         "uneven": UNEVEN,
-        "accumulated": UNEVEN | {"accumulate": 2},
         "not_divisible": {"rows": 9, "max_steps": 1},
     }
     # Rounding errors grow with each step. With float64 models, the largest is 1e-13.
