@@ -47,23 +47,12 @@ def config(tmp_path):
     return file
 
 
-@pytest.mark.parametrize(
-    "option",
-    [{}, {"student_blocks": [1, 3]}, {"student": "adapter"}],
-    ids=["whole", "blocks", "adapter"],
-)
+@pytest.mark.parametrize("option", [{}, {"student_blocks": [1, 3]}], ids=["whole", "blocks"])
 def test_the_command_trains_models_that_are_partitioned_while_they_load(
     files, tmp_path, config, option
 ):
     """With ZeRO-3, the command gives the student of one process. The second batch is uneven."""
     whole, shared = (tmp_path / name for name in ("whole", "shared"))
-    if "student" in option:
-        # The random numbers of a new adapter, and of dropout, would differ.
-        option = {"student": tmp_path / "adapter"}
-        # With a learning rate of 0.5, the loss of an adapter grows, and rounding errors with it.
-        option["learning_rate"] = 0.05
-        adapter = {"lora_r": 2, "lora_dropout": 0.0, "max_steps": 1}
-        assert cli.main(arguments(files, option["student"], **adapter)) == 0
     given = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0}
     given |= {"lr_scheduler_type": "constant", "kd_ratio": 0.5, "save_steps": 1}
     given |= {"num_lens_pairs": 1, **option}
@@ -75,13 +64,12 @@ def test_the_command_trains_models_that_are_partitioned_while_they_load(
     assert_same_step(start, one, weights(shared), 1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_step_sends_what_the_plan_counts(tmp_path, ranks):
+def test_a_step_sends_what_the_plan_counts(tmp_path):
     pytest.importorskip("deepspeed")
     file = tmp_path / "traffic.json"
-    launch("tests.support.deepspeed_traffic", ranks, [str(file)])
+    launch("tests.support.deepspeed_traffic", 2, [str(file)])
     found = json.loads(file.read_text())
-    planned = planned_bytes(found["parameters"], ranks, "zero3")
+    planned = planned_bytes(found["parameters"], 2, "zero3")
     first, *others = found["seen"]
     # The plan leaves out that norms are gathered again together with their head: the student's in
     # forward and backward, and the teacher's once.
