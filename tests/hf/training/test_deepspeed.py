@@ -64,12 +64,13 @@ def test_the_command_trains_models_that_are_partitioned_while_they_load(
     assert_same_step(start, one, weights(shared), 1e-4)
 
 
-def test_a_step_sends_what_the_plan_counts(tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_step_sends_what_the_plan_counts(tmp_path, ranks):
     pytest.importorskip("deepspeed")
     file = tmp_path / "traffic.json"
-    launch("tests.support.deepspeed_traffic", 2, [str(file)])
+    launch("tests.support.deepspeed_traffic", ranks, [str(file)])
     found = json.loads(file.read_text())
-    planned = planned_bytes(found["parameters"], 2, "zero3")
+    planned = planned_bytes(found["parameters"], ranks, "zero3")
     first, *others = found["seen"]
     # The plan leaves out that norms are gathered again together with their head: the student's in
     # forward and backward, and the teacher's once.
