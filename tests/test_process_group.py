@@ -89,6 +89,8 @@ KERNEL_CASES = {
     "objective": OBJECTIVE | {"shape": Shape((5,), WIDTH, 12, 10, 2)},
     "two teachers": {"teachers": True, "shape": Shape((2,), WIDTH, 12, 10, 2)},
     "far": {"scale": 60.0, "divergence": "forward_kl", "shape": Shape((3,), WIDTH, 12, 10, 1)},
+    # With its own layout, the first of two ranks would have two chunks, and the second rank one.
+    "unlike": {"shape": Shape((3,), 97, 12, 10, 1), "workspace_bytes": 2250},
 }
 
 

@@ -5,7 +5,7 @@ import torch
 
 from lens_kernels import plan
 from lens_kernels.traffic import Collective
-from tests.support import sharded
+from tests.support import ROOT, sharded
 from tests.support.grids import Shape
 from tests.support.processes import Ranks
 
@@ -45,6 +45,14 @@ def llama(world, tokens=8192):
         tokens, 128_256, 4096, 8192, pairs=5, world=world,
         student_parameters=8_030_000_000, teacher_parameters=70_554_000_000,
     )  # fmt: skip
+
+
+def test_the_documented_table_is_that_of_the_plan():
+    text = (ROOT / "docs" / "scale.md").read_text()
+    for world in (8, 64, 512):
+        plans = [llama(world)[name] for name in ("ddp", "fsdp2", "zero3", "vocabulary")]
+        sizes = [f"{x.held_bytes / 2**30:.0f}, {x.sent_bytes / 2**30:.0f}" for x in plans]
+        assert f"| {world} | {' | '.join(sizes)} |" in text
 
 
 def test_what_a_rank_holds_shrinks_with_the_number_of_ranks():

@@ -16,9 +16,11 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import accelerate
+import pytest
 import torch
 
 from lens_kernels.hf import LensDistillConfig
+from lens_kernels.hf.training.checks import check_weights
 from tests.support import tiny
 from tests.support.training import RUN, STUDENT, TEACHER, InOrder, uneven_data
 
@@ -51,6 +53,24 @@ def config_of(stage: int) -> dict[str, Any]:
     }
 
 
+def refuse_a_weight_that_is_nan(model: Any) -> None:
+    """Make the last entry of a partitioned weight NaN, check that it is found, and restore it."""
+    import deepspeed
+
+    name, weight = next((name, x) for name, x in model.named_parameters() if "down_proj" in name)
+
+    def replace(value: float) -> float:
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+            last, weight[-1, -1] = float(weight[-1, -1]), value
+        return last
+
+    last = replace(float("nan"))
+    with pytest.raises(ValueError, match=f"1 trained weights are not finite, such as {name}"):
+        check_weights(dict(model.named_parameters()), [name])
+    replace(last)
+    check_weights(dict(model.named_parameters()), [name])
+
+
 def main() -> None:
     torch.set_num_threads(1)
     folder, case = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -77,6 +97,7 @@ def main() -> None:
     if case["stage"] == 3:
         models = trainer.model, trainer.lens_objective.teacher
         assert all(x.numel() == 0 for model in models for x in model.parameters())
+        refuse_a_weight_that_is_nan(trainer.model)
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(folder / "student"))
     (folder / f"loss-{trainer.args.process_index}").write_text(str(loss))

@@ -111,6 +111,12 @@ def input_embeddings(model: PreTrainedModel) -> Tensor:
     return weight
 
 
+def embedded_ids(model: PreTrainedModel) -> int:
+    """Return the number of token ids that have an embedding."""
+    # ``num_embeddings`` comes first, because a weight that DeepSpeed partitions has no rows.
+    return getattr(model.get_input_embeddings(), "num_embeddings", len(input_embeddings(model)))
+
+
 def class_name(model: PreTrainedModel) -> str:
     """Return the name of a model's class, for error messages."""
     return type(causal_lm_of(model)).__name__

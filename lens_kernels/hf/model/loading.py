@@ -34,8 +34,9 @@ from transformers.utils import (
 
 from lens_kernels.failures import install
 from lens_kernels.hf.model.adapter_base import base_of
-from lens_kernels.hf.model.families import input_embeddings
+from lens_kernels.hf.model.families import embedded_ids
 from lens_kernels.hf.model.placement import check_placement, placed
+from lens_kernels.hf.model.state import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -154,7 +155,7 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
     tokens = 0
     if (folder / "tokenizer_config.json").is_file():
         tokens = len(load_tokenizer(str(folder)))
-    added = tokens > len(input_embeddings(model))
+    added = tokens > embedded_ids(model)
     if added:
         model.resize_token_embeddings(tokens)
     # Load the adapter for training, because peft freezes it by default. Then set eval mode, as for
@@ -179,10 +180,11 @@ def _load_adapted(folder: Path, options: Mapping[str, Any]) -> Any:
 def _check_numbers(path: str, model: nn.Module) -> None:
     """Raise if a weight is NaN, because every result of the model would be NaN."""
     for name, x in model.named_parameters():
-        wide = (
-            x.is_floating_point() and x.element_size() > 1
-        )  # torch cannot compute the maximum of 8-bit floats
-        if wide and x.numel() and x.detach().amax().isnan():
+        # torch cannot compute the maximum of 8-bit floats
+        wide = x.is_floating_point() and x.element_size() > 1
+        with gathered([x] if wide else []):
+            broken = bool(wide and x.numel() and x.detach().amax().isnan())
+        if broken:
             raise ValueError(f"the files in {path!r} hold NaN in {name}: save the model again")
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +54,22 @@ def replaced_forward(module: nn.Module, forward: Callable[..., object]) -> Itera
             vars(module).pop("forward", None)
         else:
             module.forward = before
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
+    """Gather parameters inside the context, if DeepSpeed ZeRO-3 partitions them.
+
+    All ranks must enter the context with the same parameters. Outside it, a partitioned parameter
+    is an empty tensor. The context yields whether it gathers any.
+    """
+    # DeepSpeed refuses to gather a parameter twice.
+    held = [x for x in tensors if x.numel() != getattr(x, "ds_numel", x.numel())]
+    if not held:
+        yield False
+        return
+    with importlib.import_module("deepspeed").zero.GatheredParameters(held):
+        yield True
 
 
 def measured(model: PreTrainedModel, work: Callable[[], T]) -> T:

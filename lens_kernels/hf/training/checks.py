@@ -17,7 +17,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from lens_kernels import compat
 from lens_kernels.hf.cache.key import Example
-from lens_kernels.hf.model.families import input_embeddings
+from lens_kernels.hf.model.families import embedded_ids
+from lens_kernels.hf.model.state import gathered
 from lens_kernels.hf.training.collation import Collator, columns_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.inputs import IGNORE_INDEX
@@ -85,7 +86,7 @@ class Limits:
     @classmethod
     def of(cls, models: Sequence[PreTrainedModel], vocab_size: int | None) -> Limits:
         """Return the limits that hold for all ``models``."""
-        ids = min(map(_embeddings, models))
+        ids = min(map(embedded_ids, models))
         positions = [x for x in map(_learnt_positions, models) if x is not None]
         return cls(ids, min(positions, default=None), vocab_size)
 
@@ -181,11 +182,6 @@ def _check_labels(where: str, labels: Tensor, vocab_size: int) -> None:
         )
 
 
-def _embeddings(model: PreTrainedModel) -> int:
-    # ``num_embeddings`` comes first, because a weight that DeepSpeed partitions has no rows.
-    return getattr(model.get_input_embeddings(), "num_embeddings", len(input_embeddings(model)))
-
-
 def _learnt_positions(model: PreTrainedModel) -> int | None:
     """Return the number of learnt position embeddings, or None if a model learns none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -198,12 +194,17 @@ def _learnt_positions(model: PreTrainedModel) -> int | None:
 
 def check_weights(names: Mapping[str, Tensor], trained: Sequence[str]) -> None:
     """Raise if one of the weights in ``trained`` is not finite."""
-    bad = [x for x in trained if x in names and not names[x].isfinite().all()]
+    bad = [x for x in trained if x in names and not _is_finite(names[x])]
     if bad:
         raise ValueError(
             f"{len(bad)} trained weights are not finite, such as {bad[0]}, so the model is not"
             " saved: lower learning_rate, or set max_grad_norm"
         )
+
+
+def _is_finite(weight: Tensor) -> bool:
+    with gathered([weight]):  # one weight at a time, because all together may need too much memory
+        return bool(weight.isfinite().all())
 
 
 def check_dtype(student: PreTrainedModel) -> None:
@@ -268,17 +269,8 @@ def check_distribution(args: LensDistillConfig) -> None:
             "accelerator_config has even_batches=False, but a process without a batch would"
             " block the others: leave it out, because no row is trained on twice"
         )
-    if is_deepspeed_zero3_enabled() and args.trains_matrices:
-        raise RuntimeError(
-            f"{_matrices_of(args)} is not supported with DeepSpeed ZeRO-3, which would partition"
-            " its matrices: use ZeRO-2, or leave the option out"
-        )
-    if is_deepspeed_zero3_enabled() and args.teacher_cache:
-        raise RuntimeError(
-            "teacher_cache is not supported with DeepSpeed ZeRO-3: one rank fills the cache while"
-            " the others wait, and would wait for their parts of the teacher. Use ZeRO-2, or leave"
-            " teacher_cache out"
-        )
+    if is_deepspeed_zero3_enabled():
+        _check_zero_3(args)
     parallel = getattr(args, "parallelism_config", None)
     for name in ("cp_size", "sp_size", "tp_size"):
         if (size := getattr(parallel, name, 1) or 1) > 1:
@@ -286,6 +278,23 @@ def check_distribution(args: LensDistillConfig) -> None:
                 f"parallelism_config has {name}={size}, but {SPLIT[name]}: use data parallelism"
                 " (DDP, FSDP2 or DeepSpeed)"
             )
+
+
+def _check_zero_3(args: LensDistillConfig) -> None:
+    reason = None
+    if args.trains_matrices:
+        name, reason = _matrices_of(args), "DeepSpeed would partition its matrices"
+    elif args.teacher_cache:
+        name = "teacher_cache"
+        reason = "one rank fills the cache, and would wait for the others' weights"
+    elif args.on_policy:
+        name = f"on_policy={args.on_policy}"
+        reason = "each rank decides when it samples, and would wait for the others' weights"
+    if reason is not None:
+        raise RuntimeError(
+            f"{name} is not supported with DeepSpeed ZeRO-3, because {reason}: use ZeRO-2, or leave"
+            " the option out"
+        )
 
 
 def _matrices_of(args: LensDistillConfig) -> str:

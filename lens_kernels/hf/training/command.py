@@ -26,6 +26,7 @@ from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.preparation import Rows, Stream
 from lens_kernels.hf.training.provenance import model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
+from lens_kernels.hf.training.whole_heads import whole_model
 from lens_kernels.option_files import as_words, read_options
 
 if TYPE_CHECKING:
@@ -318,7 +319,8 @@ def load_student(config: RunConfig) -> Any:
     """Load the student. If options say so, keep some of its blocks and add a LoRA adapter."""
     student = load_model(config.student, config.student_dtype, config.allow_download)
     if config.student_blocks is not None:
-        student = shallow_copy(student, config.student_blocks)
+        with whole_model(student):
+            student = shallow_copy(student, config.student_blocks)
     if config.lora_r:
         if hasattr(student, "peft_config"):
             raise ValueError(

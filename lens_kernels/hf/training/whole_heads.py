@@ -8,7 +8,7 @@ has no backward pass. It is gathered before the loss and released afterwards.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from lens_kernels.hf.model.anatomy import final_norm_of
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.families import causal_lm_of
-from lens_kernels.hf.model.state import replaced_forward
+from lens_kernels.hf.model.state import gathered, replaced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,34 +98,19 @@ def whole_head(model: PreTrainedModel) -> Iterator[bool]:
     norm = final_norm_of(model)
     parts = [inner.get_output_embeddings(), *([] if norm is None else [norm])]
     with ExitStack() as stack:
-        partitioned = _scattered(x for part in parts for x in part.parameters())
-        if partitioned:
-            zero = importlib.import_module("deepspeed").zero
-            stack.enter_context(zero.GatheredParameters(partitioned))
+        partitioned = stack.enter_context(gathered(x for part in parts for x in part.parameters()))
         owners = _owners(inner, parts)
         for owner in owners:
             owner.unshard()
             stack.callback(owner.reshard)
-        yield bool(partitioned or owners)
+        yield partitioned or bool(owners)
 
 
 @contextmanager
 def whole_model(model: PreTrainedModel | None) -> Iterator[None]:
-    """Gather the parameters inside the context that DeepSpeed ZeRO-3 partitions.
-
-    Parameters that an outer context has gathered stay gathered.
-    """
-    held = [] if model is None else _scattered(model.parameters())
-    if not held:
+    """Gather a model's parameters inside the context, if DeepSpeed ZeRO-3 partitions them."""
+    with gathered([] if model is None else model.parameters()):
         yield
-        return
-    with importlib.import_module("deepspeed").zero.GatheredParameters(held):
-        yield
-
-
-def _scattered(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return the parameters that are not whole on this rank. DeepSpeed refuses nested gathers."""
-    return [x for x in parameters if x.numel() != getattr(x, "ds_numel", x.numel())]
 
 
 def _owners(inner: nn.Module, parts: list[nn.Module]) -> list[FSDPModule]:

@@ -1,10 +1,15 @@
 """The trainer checks data, models and options before training, and weights before saving."""
 
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
+from lens_kernels.hf.model import loading
 from lens_kernels.hf.training import checks
 from lens_kernels.hf.training.checks import check_distribution
 from tests.support import tiny
@@ -198,11 +203,48 @@ def test_parallelism_within_a_sequence_or_layer_is_refused(tmp_path, name):
     check_distribution(trainer.args)
 
 
-def test_zero_3_with_learnt_matrices_is_refused(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, mse_coeff=0.1)
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        ({"mse_coeff": 0.1}, "mse_coeff=0.1"),
+        ({"train_student_lens": True}, "train_student_lens=True"),
+        ({"teacher_cache": "cache"}, "teacher_cache"),
+        ({"on_policy": 0.5}, "on_policy=0.5"),
+    ],
+)
+def test_what_zero_3_does_not_support_is_refused(tmp_path, monkeypatch, option, name):
+    args = LensDistillConfig(output_dir=str(tmp_path), use_cpu=True, **option)
+    check_distribution(args)
     monkeypatch.setattr(checks, "is_deepspeed_zero3_enabled", lambda: True)
-    with pytest.raises(RuntimeError, match="mse_coeff=0.1 is not supported with DeepSpeed ZeRO-3"):
-        check_distribution(trainer.args)
+    with pytest.raises(RuntimeError, match=f"^{name} is not supported with DeepSpeed ZeRO-3"):
+        check_distribution(args)
+
+
+def test_weights_that_zero_3_partitions_are_gathered_before_they_are_checked(monkeypatch):
+    """A stand-in for DeepSpeed holds the whole weight, whose last entry is NaN."""
+    whole = torch.tensor([1.0, 2.0, float("nan")])
+    weight = torch.nn.Parameter(torch.empty(0))
+    weight.ds_numel = 3
+
+    @contextmanager
+    def gather(held):
+        (x,) = held
+        x.data = whole
+        yield
+        x.data = torch.empty(0)
+
+    zero = SimpleNamespace(GatheredParameters=gather)
+    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=zero))
+    with pytest.raises(ValueError, match="1 trained weights are not finite, such as a"):
+        checks.check_weights({"a": weight}, ["a"])
+    model = torch.nn.Module()
+    model.a = weight
+    with pytest.raises(ValueError, match="'folder' hold NaN in a"):
+        loading._check_numbers("folder", model)
+    whole[2] = 3.0
+    checks.check_weights({"a": weight}, ["a"])
+    loading._check_numbers("folder", model)
+    assert not weight.numel()
 
 
 def test_uneven_numbers_of_batches_are_refused(tmp_path, monkeypatch):
