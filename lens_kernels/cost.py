@@ -39,6 +39,10 @@ SWEEP_TIME = 2
 COLUMNS = 128
 # The number of entries that the row kernel reads at a time.
 GROUP = 8
+# How many values Inductor's kernels move on a GPU for each logit of a model: two for the losses,
+# and two more for the gradient. Counted in their code, in
+# benchmarks/data/offline/inductor_pass.csv.
+INDUCTOR_VALUES = 2
 
 
 @dataclass(frozen=True)
@@ -305,9 +309,11 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
     flops = shape.pairs * shape.projections
     made = [Step("projections", flops, reads, shape.factor.itemsize)]
     if layout.grad_stride is None:
-        # On a CPU, a block of logits stays in the cache. The kernels that TorchInductor generates
-        # for a GPU read logits several times. This count leaves that out.
-        moved = (models + shape.with_grad) * logits
+        # On a CPU, a block of logits stays in the cache.
+        values = models + shape.with_grad
+        if name == "torch" and shape.device.type == "cuda":
+            values = INDUCTOR_VALUES * models * (1 + shape.with_grad)
+        moved = values * logits
         made_in = shape.compute_dtype
     else:
         moved, made_in = shape.row_kernel_bytes(models), shape.factor
