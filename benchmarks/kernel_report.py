@@ -5,6 +5,7 @@
     python benchmarks/kernel_report.py --costs-only     counts, and the time predicted from them
     python benchmarks/kernel_report.py --row-pass-only  the kernel of the torch backend on GPUs
     python benchmarks/kernel_report.py --sweeps-only    the kernels of the triton backend
+    python benchmarks/kernel_report.py --inductor-only  the kernels that Inductor makes for GPUs
 
 Registers, spilled bytes, shared memory and matrix instructions are read from the machine code. They
 determine how many programs fit on a multiprocessor. Costs are calculated. Nothing is timed.
@@ -123,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--row-pass-only", action="store_true", help="compile only the row kernel")
     only.add_argument("--sweeps-only", action="store_true", help="leave out the row kernel")
+    only.add_argument("--inductor-only", action="store_true", help="compile Inductor's kernels")
     parser.add_argument(
         "--docs",
         action="store_true",
@@ -144,6 +146,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.pop("TRITON_INTERPRET", None)
     from benchmarks.support import offline
 
+    if args.inductor_only:
+        from benchmarks.support import inductor_report
+
+        passes = inductor_report.measure_all(DTYPES[args.dtype])
+        rows = [each.columns() | {"triton": environment.version_of("triton")} for each in passes]
+        tables.print_rows(rows)
+        tables.write_csv(args.out / "inductor_pass.csv", rows)
+        return int(any(each.spilled_bytes for each in passes))
     # Only GPUs of NVIDIA have TF32.
     archs = args.arch or [a for a in ARCHS if args.dtype != "tf32" or a != "gfx942"]
     versions = {"dtype": args.dtype, "triton": environment.version_of("triton")}

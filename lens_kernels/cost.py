@@ -39,6 +39,10 @@ SWEEP_TIME = 2
 COLUMNS = 128
 # The number of entries that the row kernel reads at a time.
 GROUP = 8
+# How many values Inductor's kernels move on a GPU for each logit of a model: two for the losses,
+# and two more for the gradient. Counted in their code, in
+# benchmarks/data/offline/inductor_pass.csv.
+INDUCTOR_VALUES = 2
 
 
 @dataclass(frozen=True)
@@ -104,11 +108,11 @@ class CallShape:
     """The sizes and properties of a call that decide its cost.
 
     ``divergences`` has one entry for each lens pair. ``dtype`` is the dtype of heads and hidden
-    states in GEMMs. ``teacher_width`` is 0 without a teacher, and the largest width of
-    several teachers. ``sharded`` is true if this rank holds only a slice of the vocabulary.
-    ``one_read`` is true if a cluster of GPU programs can hold a row of logits. ``features`` are
-    those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient, if it
-    is not ``dtype``.
+    states in GEMMs. ``teacher_width`` is 0 without a teacher, and the largest width of several
+    teachers. ``sharded`` is true if this rank holds only a slice of the vocabulary. ``one_read`` is
+    true if a cluster of GPU programs can hold a row of logits. ``features`` and ``standardized``
+    are those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient,
+    if it is not ``dtype``. ``listed`` is the number of sparse targets of a token.
     """
 
     tokens: int
@@ -127,6 +131,8 @@ class CallShape:
     one_read: bool = False
     features: tuple[str, ...] = ()
     head_dtype: torch.dtype | None = None
+    standardized: tuple[bool, ...] = ()
+    listed: int = 0
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -149,6 +155,8 @@ class CallShape:
             one_read=clusters.for_call(call) is not None,
             features=call.features(),
             head_dtype=head.dtype,
+            standardized=call.standardized,
+            listed=0 if call.targets is None else call.targets.ids.shape[-1],
         )
 
     @property
@@ -184,20 +192,32 @@ class CallShape:
 
     def row_kernel_bytes(self, models: int) -> int:
         """Return the bytes that the row kernel moves: each sweep's logits, and the gradients."""
-        # The row kernel skips its second sweep for relative entropies and for labels. Over several
-        # ranks, relative entropies need it.
-        online = 0 if self.sharded else sum(d in RELATIVE_ENTROPIES for d in self.divergences)
-        online += not self.divergences
-        sweeps = self.pairs * (2 + self.with_grad) - online
+        standardized = self.standardized or (False,) * self.pairs
+        terms = zip(self.divergences or (None,), standardized, strict=True)
+        reads = sum(self._reads_of_row(divergence, own, models) for divergence, own in terms)
         entries = self.tokens * math.ceil(self.vocab_size / GROUP) * GROUP
         gradients = self.pairs * self.factor.itemsize if self.with_grad else 0
-        reads = sweeps * models
-        if self.one_read:
-            reads = self.pairs * models
-        elif self.teacher_statistics and not self.sharded:
-            # The first sweep then reads only the student's logits.
-            reads -= sum(d not in RELATIVE_ENTROPIES for d in self.divergences)
-        return entries * (reads * self.compute_dtype.itemsize + gradients)
+        moved = entries * (reads * self.compute_dtype.itemsize + gradients)
+        # A sparse target is an id, a probability and a logit. With gradients, the kernel reads it
+        # once more, and writes the gradient there again.
+        target = torch.int64.itemsize + 2 * self.compute_dtype.itemsize
+        target = 2 * target + self.factor.itemsize if self.with_grad else target
+        return moved + self.pairs * self.tokens * self.listed * target
+
+    def _reads_of_row(self, divergence: Divergence | None, standardized: bool, models: int) -> int:
+        """Return how many rows of logits the row kernel reads for a row of a pair."""
+        if self.one_read and not standardized and not self.listed:
+            return models
+        # The row kernel skips its second sweep for relative entropies and for labels. Over several
+        # ranks, relative entropies need it.
+        online = divergence is None or (divergence in RELATIVE_ENTROPIES and not self.sharded)
+        sweeps = 2 - online + self.with_grad
+        if standardized:
+            # One more sweep computes means and deviations, and another one a sum for the gradient.
+            return models * (sweeps + 1 + self.with_grad)
+        # With the teacher's statistics, the first sweep reads only the student's logits.
+        given = self.teacher_statistics and not self.sharded and not online
+        return models * sweeps - given
 
     def bytes_per_row(self) -> int:
         """Return how many bytes the tiles of the ``torch`` backend need for each token."""
@@ -289,9 +309,11 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
     flops = shape.pairs * shape.projections
     made = [Step("projections", flops, reads, shape.factor.itemsize)]
     if layout.grad_stride is None:
-        # On a CPU, a block of logits stays in the cache. The kernels that TorchInductor generates
-        # for a GPU read logits several times. This count leaves that out.
-        moved = (models + shape.with_grad) * logits
+        # On a CPU, a block of logits stays in the cache.
+        values = models + shape.with_grad
+        if name == "torch" and shape.device.type == "cuda":
+            values = INDUCTOR_VALUES * models * (1 + shape.with_grad)
+        moved = values * logits
         made_in = shape.compute_dtype
     else:
         moved, made_in = shape.row_kernel_bytes(models), shape.factor

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lens_kernels import plan
+from lens_kernels import cost, plan
 from lens_kernels.backends import matmul
 from lens_kernels.backends.torch import pointwise_pass, row_chunks
 from lens_kernels.cost import CallShape
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
+from tests.support import ROOT
 from tests.support.grids import Shape
 from tests.support.memory import MIB
 from tests.support.operators import Products
-from tests.support.problems import capture_call, make
+from tests.support.problems import call_shape, capture_call, make
 from tests.test_memory import peak_of
 
 SHAPE = Shape((1536,), 4096, 48, 64, 2)
@@ -138,6 +142,28 @@ def test_on_a_gpu_gradients_have_a_buffer_of_their_own(monkeypatch):
     assert plan(*SIZES, workspace_bytes=1)["torch"].workspace_bytes == row * 8 + 4096 * 2
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert plan(8192, *SIZES[1:])["torch"].workspace_bytes > whole, "without Triton"
+
+
+def test_the_plan_counts_the_values_that_inductor_s_kernels_move():
+    """On a GPU, the committed counts of Inductor's kernels are those of the plan."""
+    with (ROOT / "benchmarks/data/offline/inductor_pass.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    shape = replace(call_shape(CUDA), features=("label_smoothing",))
+    seen = set()
+    for row in rows:
+        grads = dict.fromkeys(("head_grad", "hidden_grad"), row["gradient"] == "True")
+        each = replace(shape, teacher_width=int(row["divergence"] != ""), **grads)
+        (step,) = [s for s in cost.row_chunks(each).steps if s.name == "pointwise pass"]
+        planned = step.bytes_moved / (each.pairs * each.logits)
+        counted = int(row["bytes_moved"])
+        if row["features"] in ("label smoothing", "reports", "all three"):
+            assert counted == planned, row
+            seen.add(counted)
+    assert seen == {8, 16, 32}
+    (step,) = [s for s in cost.row_chunks(shape).steps if s.name == "pointwise pass"]
+    on_cpu = cost.row_chunks(replace(shape, device=torch.device("cpu")))
+    (less,) = [s for s in on_cpu.steps if s.name == "pointwise pass"]
+    assert 8 * less.bytes_moved == 3 * step.bytes_moved
 
 
 def test_pairs_multiply_work_but_not_the_workspace_or_the_head_gradient():

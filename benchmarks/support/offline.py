@@ -223,6 +223,11 @@ def machine_code(arch: str, launch: Launch) -> tuple[str, int, int, int, int]:
         attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
     )
     compiled = triton.compile(source, target=TARGETS[arch][0], options=dict(launch.options))
+    return read_machine_code(arch, compiled)
+
+
+def read_machine_code(arch: str, compiled: Any) -> tuple[str, int, int, int, int]:
+    """Return what ``machine_code`` returns, for a kernel that Triton has compiled."""
     shared = compiled.metadata.shared
     read = _read_amd if arch.startswith("gfx") else _read_nvidia
     code, registers, spilled, programs = read(compiled, shared)

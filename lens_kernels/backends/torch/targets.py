@@ -82,7 +82,7 @@ def target_rows(
         loss, total = -(values * picked).sum(-1), values.sum(-1, keepdim=True)
         if row.smoothing is not None:
             loss = loss - row.smoothing * lq.mean(-1)
-            total = total + row.smoothing.view(-1, 1)
+            total = total + _beside_rows(row.smoothing)
         if row.rest is not None:
             total = total + row.rest[:, None]
     if row.constant is not None:
@@ -109,7 +109,7 @@ def target_rows(
     if not with_grad:
         return losses, None, []
     if row.smoothing is not None:
-        grad = grad - row.smoothing.view(-1, 1) / zs.shape[-1]
+        grad = grad - _beside_rows(row.smoothing) / zs.shape[-1]
     scale = weight[:, None] * slope
     if standardized is not None:
         at_ids = picked.new_ones(()) if values is None else values
@@ -118,3 +118,11 @@ def target_rows(
     if values is not None:
         at_ids = at_ids * values
     return losses, grad * scale, [-at_ids]
+
+
+def _beside_rows(numbers: Tensor) -> Tensor:
+    """Return one number, or one for each row, in a shape that broadcasts over the vocabulary.
+
+    A number stays a 0-dim tensor, because only those may be on the CPU if the rows are on a GPU.
+    """
+    return numbers[:, None] if numbers.dim() else numbers

@@ -1,6 +1,10 @@
 """The compiled pass for GPUs without the row kernel: any number of rows takes one compilation."""
 
+from dataclasses import replace
+
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lens_kernels import divergence as table
 from lens_kernels.backends import compiled
@@ -58,6 +62,27 @@ def test_a_gpu_takes_a_tile_in_one_block_with_its_own_settings(monkeypatch):
     terms = Terms(Divergence.JSD, torch.empty(700, device="meta"), None, None)
     (losses,) = made.run(tiles, terms, tiles[0], None)
     assert losses.shape == (700,) and calls == [(pointwise_pass.tile_pass, 700)]
+
+
+@pytest.mark.parametrize("features", ["label smoothing", "z-loss", "token_clip", "standardize"])
+def test_numbers_on_the_cpu_meet_rows_on_a_gpu(monkeypatch, features):
+    """Numbers of a call stay on the CPU, and only 0-dim tensors may. Fake tensors check this."""
+    options = {
+        "label smoothing": {"label_smoothing": 0.1},
+        "z-loss": {"z_loss": 0.1, "reports": True},
+        "token_clip": {"token_clip": 1.0},
+        "standardize": {"standardized": (True,)},
+    }
+    call = replace(capture_call(monkeypatch, make(ODD)), **options[features])
+    made = pointwise_pass.TorchPass(call, torch.float32, 4)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        row = torch.empty(4, device="meta")
+        tiles = [torch.empty(4, call.vocab_size, device="meta") for _ in range(2)]
+        own = features == "standardize"
+        terms = Terms(Divergence.JSD, row, row.long(), row, standardized=own)
+        losses, at_ids = pointwise_pass.tile_pass(*made.arguments(tiles, terms, slice(0, 4)), True)
+    assert [x.shape for x in losses] == [(4,)] * (2 + 2 * call.reports)
+    assert [x.shape for x in at_ids] == [(4, 1)]
 
 
 def test_an_uncompiled_pass_takes_small_blocks_on_a_gpu():

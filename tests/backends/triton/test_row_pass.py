@@ -19,6 +19,7 @@ from lens_kernels.backends.triton.kernels import row_pass
 from lens_kernels.call import LossCall
 from lens_kernels.cost import CallShape
 from lens_kernels.options import Divergence
+from lens_kernels.targets import TargetRows
 from tests.backends.triton.test_device_fns import run_table
 from tests.support import row_kernel_backend
 from tests.support.cluster_kernel_backend import small_clusters
@@ -269,6 +270,43 @@ def test_buffers_fit_the_workspace(room, dtype):
     assert made.tile_rows % layout.BLOCK == 0 or held < 2**28
 
 
+@contextmanager
+def counted_bytes():
+    """Count the bytes of the kernels' loads and stores in a list with one number."""
+    counted = [0]
+    builder = interpreter.compat.triton_interpreter().InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def count(mask, pointer):
+        # The plan leaves out single values, such as the weight of a row.
+        if mask.data.size > 1:
+            bits = pointer.dtype.scalar.element_ty.primitive_bitwidth
+            counted[0] += int(mask.data.sum()) * bits // 8
+
+    def counting_load(self, ptrs, mask, *args):
+        count(mask, ptrs)
+        return load(self, ptrs, mask, *args)
+
+    def counting_store(self, ptrs, value, mask, *args):
+        count(mask, ptrs)
+        return store(self, ptrs, value, mask, *args)
+
+    with (
+        mock.patch.object(builder, "create_masked_load", counting_load),
+        mock.patch.object(builder, "create_masked_store", counting_store),
+    ):
+        yield counted
+
+
+def planned_and_counted(call):
+    """Return the bytes of the plan's pointwise pass, and those that the kernel moves."""
+    with torch.no_grad(), counted_bytes() as counted:
+        row_kernel_backend.evaluate(call)
+    shape = replace(CallShape.of(call), device=torch.device("cuda"))
+    (step,) = [s for s in cost.row_chunks(shape).steps if s.name == "pointwise pass"]
+    return step.bytes_moved, counted[0]
+
+
 @kinds
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("with_grad", [True, False])
@@ -280,38 +318,13 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     If the teacher's statistics are given, the first sweep does not read the teacher's logits. A
     cluster reads all logits once. The kernels for several ranks always take three sweeps.
     """
-    counted = 0
-    builder = interpreter.compat.triton_interpreter().InterpreterBuilder
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def count(mask, pointer):
-        nonlocal counted
-        # The plan leaves out single values, such as the weight of a row.
-        if mask.data.size > 1:
-            counted += (
-                int(mask.data.sum()) * pointer.dtype.scalar.element_ty.primitive_bitwidth // 8
-            )
-
-    def counting_load(self, ptrs, mask, *args):
-        count(mask, ptrs)
-        return load(self, ptrs, mask, *args)
-
-    def counting_store(self, ptrs, value, mask, *args):
-        count(mask, ptrs)
-        return store(self, ptrs, value, mask, *args)
-
-    monkeypatch.setattr(builder, "create_masked_load", counting_load)
-    monkeypatch.setattr(builder, "create_masked_store", counting_store)
     problem = make(Shape((5,), 211, 8, 8, 2), divergence=divergence, beta=beta)
     options = {"teacher_statistics": torch.zeros(2, 5, 2)} if given else {}
     call = capture_call(monkeypatch, problem, process_group=PASS["group"], **options)
     if not with_grad:
         call.needs_grad[:] = [False] * len(call.needs_grad)
-    with torch.no_grad():
-        row_kernel_backend.evaluate(call)
-    shape = replace(CallShape.of(call), device=torch.device("cuda"))
-    (step,) = [s for s in cost.row_chunks(shape).steps if s.name == "pointwise pass"]
-    assert counted == step.bytes_moved
+    planned, counted = planned_and_counted(call)
+    assert counted == planned
     # The kernel reads 8 entries at a time, so a row of 211 entries counts as 216. A sweep reads 8
     # bytes for an entry of both models, and a gradient entry takes 4 bytes.
     online = kernel == "row" and divergence in ("jeffreys", "forward_kl", "reverse_kl")
@@ -320,3 +333,42 @@ def test_the_plan_counts_the_bytes_that_the_kernel_moves(
     if kernel == "cluster":
         each = 8 + 4 * with_grad
     assert counted == 2 * 5 * 216 * each
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+@pytest.mark.parametrize("divergence", ["jsd", "forward_kl", "sparse"])
+def test_the_plan_counts_the_bytes_of_standardised_logits_and_sparse_targets(
+    monkeypatch, kernel, divergence, with_grad
+):
+    """Standardised logits take up to two more sweeps, and sparse targets a few more values.
+
+    Only the first of two pairs is standardised. Given statistics of the teacher are then unused. A
+    row has as many targets as the kernel reads at a time.
+    """
+    if kernel == "split":
+        pytest.skip("not supported over several ranks")
+    sparse = divergence == "sparse"
+    problem = make(Shape((5,), 211, 8, 8, 2), divergence="jsd" if sparse else divergence)
+    options = {} if sparse else {"teacher_statistics": torch.zeros(2, 5, 2)}
+    call = capture_call(monkeypatch, problem, **options)
+    call = replace(call, standardized=(True, False))
+    if sparse:
+        ids = torch.rand(5, 211).argsort(-1)[:, : row_kernel_backend.LANES]
+        targets = TargetRows(ids, torch.full(ids.shape, 1 / 16), torch.zeros(5))
+        kinds = (Divergence.FORWARD_KL,) * 2
+        call = replace(
+            call, teacher_hidden=[], teacher_head=None, targets=targets, divergences=kinds
+        )
+    if not with_grad:
+        call.needs_grad[:] = [False] * len(call.needs_grad)
+    planned, counted = planned_and_counted(call)
+    assert counted == planned
+    plain = 2 - (divergence != "jsd") + with_grad
+    own, row = plain + 1 + with_grad, 5 * 216 * 4
+    gradients = 2 * row * with_grad
+    if sparse:
+        more = 2 * 5 * 16 * (16 + 20 * with_grad)
+        assert counted == row * (own + plain) + gradients + more
+        return
+    reads = 2 if kernel == "cluster" else 2 * plain - (divergence == "jsd")
+    assert counted == row * (2 * own + reads) + gradients
