@@ -357,7 +357,7 @@ def test_the_plan_counts_the_bytes_of_standardised_logits_and_sparse_targets(
         targets = TargetRows(ids, torch.full(ids.shape, 1 / 16), torch.zeros(5))
         kinds = (Divergence.FORWARD_KL,) * 2
         call = replace(
-            call, teacher_hidden=[], teacher_head=None, targets=targets, divergences=kinds
+            call, teacher_hidden=[], teacher_heads=(), targets=targets, divergences=kinds
         )
     if not with_grad:
         call.needs_grad[:] = [False] * len(call.needs_grad)
