@@ -22,7 +22,9 @@ def map_of(model):
     """
     _, _, slope, cap = model
     factor = factor_of(slope, cap)
-    return factor, tl.maximum(FLOOR / factor, -1e38)
+    # The interpreter of Triton 3.7 cannot divide a constexpr by a tensor.
+    floor = tl.full((), FLOOR, tl.float32)
+    return factor, tl.maximum(floor / factor, -1e38)
 
 
 @triton.jit
