@@ -180,7 +180,7 @@ def _entry(name: str, value: Any, layers: set[int]) -> Any:
             key: _entry(key, x, layers) if key == "mrope_section" else x for key, x in value.items()
         }
     if isinstance(value, dict):
-        return _shrunk(value) if "config" in name else value
+        return _shrunk(value) if "config" in name or "model_type" in value else value
     if isinstance(value, (list, tuple)) and len(value) in layers and len(value) > LAYERS:
         return _cut(list(value))
     if isinstance(value, bool) or value is None:
