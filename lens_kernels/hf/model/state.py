@@ -77,11 +77,11 @@ def whole_state(model: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
 
     All ranks must call this function. Ranks without ``keep`` get an empty dict.
     """
-    copies: dict[int, Tensor] = {}
+    copies: dict[int, Tensor] = {}  # tied weights have one copy
     named = model.state_dict(keep_vars=True)
     for x in named.values():
         with gathered([x]):
-            if keep and id(x) not in copies:  # tied weights have one copy
+            if keep:
                 copies[id(x)] = x.detach().to("cpu", copy=True)
     return {name: copies[id(x)] for name, x in named.items() if keep}
 
