@@ -270,7 +270,14 @@ class TrainerHooks(Trainer):
         columns.extend(name for name in self.extra_columns if name not in columns)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        self.write_model(output_dir, state_dict)
+        try:
+            self.write_model(output_dir, state_dict)
+        except ValueError as error:
+            if not self.is_deepspeed_enabled:
+                raise
+            # With DeepSpeed, the Trainer handles any ValueError as a missing setting. It would then
+            # write an empty model.
+            raise RuntimeError(str(error)) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -133,6 +133,23 @@ def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
     assert len(frozen) == 1 + SHAPE.pairs * 3 * chunks + 1, "only hidden0 needs a gradient"
 
 
+def test_labels_and_the_adaptive_kl_take_more_reductions(ranks):
+    def sizes(**case):
+        seen = ranks.run(sharded.count_collectives, 3, {"whole": True, "kd_ratio": 1.0, **case})[0]
+        return [size for kind, size in seen if kind == "all_reduce"]
+
+    found = sizes(dtype=torch.float32, labelled=True, kd_ratio=0.5)
+    one = found[0] // 2  # the bytes of one number for each counted token
+    hidden = 4 * SHAPE.student * SHAPE.tokens
+    assert 0 < one < 4 * SHAPE.tokens
+    # The final states, which have labels, come last.
+    assert found == 2 * [2 * one, 2 * one, 2 * one, hidden] + [3 * one, 3 * one, 3 * one, hidden]
+    for dtype, weights in ((torch.float32, 12), (torch.float64, 20)):
+        # The adaptive KL is two pairs. A pair takes four reductions.
+        akl = len(sizes(dtype=dtype, final_divergence="akl"))
+        assert akl == len(sizes(dtype=dtype)) + 4 + weights
+
+
 def test_no_rank_holds_more_logits_than_its_share(ranks):
     for result in ranks.run(sharded.largest_tensor, 4):
         assert result == 7 * row_stride(-(-2001 // 4))
@@ -203,7 +220,7 @@ def test_calls_that_do_not_match_are_refused_on_every_rank(ranks):
 
 @pytest.mark.parametrize("victim", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_killed_rank_ends_the_others_with_a_message(victim):
-    group = Ranks(3, seconds=10)
+    group = Ranks(3)
     try:
         outcomes = group.outcomes(sharded.die_within, 3, victim, 3)
         for rank, (message, failure) in enumerate(outcomes):
@@ -221,7 +238,7 @@ def test_no_random_kill_hangs():
     chance = random.Random(0)
     for _ in range(50):
         victim = chance.randrange(3)
-        group = Ranks(3, seconds=10)
+        group = Ranks(3)
         outcomes = group.outcomes(sharded.die_within, 3, victim, chance.randrange(1, 8))
         group.close()
         for rank, (message, failure) in enumerate(outcomes):

@@ -8,6 +8,7 @@ writes its results into FOLDER.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -23,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from lens_kernels.hf import LensDistillTrainer
+from lens_kernels.hf.cache import store
 from lens_kernels.hf.training import entropy, objective
 from tests.support import tiny
-from tests.support.training import make_trainer, uneven_data
+from tests.support.training import make_trainer, uneven_data, with_lora
 
 HANG = 1200  # a rank hangs if it runs for more seconds
 FSDP = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
@@ -79,7 +81,8 @@ def train_case(
 ) -> Result:
     """Train a tiny student. In each step, all ranks together process ``rows`` examples.
 
-    ``kill`` is the rank that is killed, and at which batch of its teacher.
+    ``kill`` is the rank that is killed, and at which batch of its teacher. A shard of the teacher's
+    cache has two examples.
     """
     state = accelerate.PartialState(cpu=True)
     processes, self_rank = state.num_processes, state.process_index
@@ -97,8 +100,10 @@ def train_case(
         data[row]["labels"] = torch.full_like(data[row]["labels"], -100)
     if cache:
         options["teacher_cache"] = str(folder / "cache")
+    build = functools.partial(store.TeacherCache.build, shard_examples=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objective.LensObjective, "teacher_rows", counting)
+        patch.setattr(store.TeacherCache, "build", build)
         # Compute the entropies of all tokens, because a sample of tokens would depend on the batch.
         patch.setattr(entropy, "STRIDE", 1)
         # Make each rank believe that it is alone on its machine. The machines share a disk.
@@ -118,12 +123,13 @@ def train_case(
             options |= {"save_strategy": "steps", "save_steps": 1}
 
         def make() -> LensDistillTrainer:
+            model = tiny.model(**{"layers": 3, "seed": 7, **(student or {})})
             return make_trainer(
                 folder,
                 batch=rows // accumulate // (1 if split else processes),
                 accumulate=accumulate,
                 data=data,
-                student=_student({"layers": 3, **(student or {})}, lora),
+                student=with_lora(model) if lora else model,
                 **{"kd_ratio": 0.5, "mse_coeff": 0.01, **options},
                 ddp_timeout=HANG,
             )
@@ -151,16 +157,6 @@ def _let_accelerate_shard(patch: pytest.MonkeyPatch) -> None:
         make(self)
 
     patch.setattr(LensDistillTrainer, "create_accelerator_and_postprocess", make_sharding)
-
-
-def _student(options: dict[str, Any], lora: bool) -> Any:
-    student = tiny.model(seed=7, **options)
-    if not lora:
-        return student
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    return get_peft_model(student, config)
 
 
 def _whole(trainer: Any) -> dict[str, torch.Tensor]:

@@ -17,17 +17,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 30.0  # a collective without progress for this many seconds raises an error
+TIMEOUT = 120.0  # a collective without progress for this many seconds raises an error
 # The second module imports Triton.
 PRELOADED = "tests.support.sharded", "lens_kernels.backends.torch.sharded_row_kernel_pass"
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["torch._dynamo", *PRELOADED])
 
 
-def _work(rank: int, world: int, file: str, pipe: Any, seconds: float) -> None:
+def _work(rank: int, world: int, file: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(file, world)
-    limit = timedelta(seconds=seconds)
+    limit = timedelta(seconds=TIMEOUT)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=limit)
     while (job := pipe.recv()) is not None:
         function, arguments = job
@@ -42,14 +42,13 @@ def _work(rank: int, world: int, file: str, pipe: Any, seconds: float) -> None:
 class Ranks:
     """A group of processes, called ranks, that run functions one after another."""
 
-    def __init__(self, world: int, seconds: float = TIMEOUT) -> None:
+    def __init__(self, world: int) -> None:
         self.folder = tempfile.TemporaryDirectory()
-        self.seconds = seconds
         pipes = [_context.Pipe() for _ in range(world)]
         self.pipes = [ours for ours, _ in pipes]
         file = os.path.join(self.folder.name, "store")
         self.processes = [
-            _context.Process(target=_work, args=(rank, world, file, theirs, seconds), daemon=True)
+            _context.Process(target=_work, args=(rank, world, file, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process, (_, theirs) in zip(self.processes, pipes, strict=True):
@@ -63,8 +62,8 @@ class Ranks:
         received = []
         for rank, pipe in enumerate(self.pipes):
             # The first function waits until all processes have started, which takes up to a minute.
-            if not pipe.poll(2 * self.seconds + 60):
-                raise TimeoutError(f"rank {rank} still runs after {2 * self.seconds + 60} s")
+            if not pipe.poll(2 * TIMEOUT + 60):
+                raise TimeoutError(f"rank {rank} still runs after {2 * TIMEOUT + 60} s")
             try:
                 received.append(pipe.recv())
             except EOFError:

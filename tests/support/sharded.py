@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lens_kernels import LensHead, adaptive, dispatch, sharded_share, sharding, symmetric_lens_loss
+from lens_kernels import (
+    LensHead,
+    adaptive,
+    compat,
+    dispatch,
+    sharded_share,
+    sharding,
+    symmetric_lens_loss,
+)
 from lens_kernels.backends import head_products
 from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.torch.layout import row_stride
@@ -235,11 +244,27 @@ def refused(name: str) -> str:
     return "no error"
 
 
+class Patience:
+    """A clock that stands until all ``survivors`` have reported an error.
+
+    With a real clock, the ranks that an error names would depend on the speed of the machine.
+    """
+
+    def __init__(self, group: str, survivors: list[int]) -> None:
+        self.names = [f"lens_kernels/failed/{group}/{rank}" for rank in survivors]
+        self.now, self.sleep = 0.0, time.sleep
+
+    def monotonic(self) -> float:
+        self.now += 2 * sharding.WAIT * compat.default_store().check(self.names)
+        return self.now
+
+
 def die_within(size: int, victim: int, moment: int) -> str:
     """Kill a rank during reduction number ``moment`` of a call, and return the error of other
     ranks."""
     group = group_of(size)
-    sharding.WAIT = 1.0
+    survivors = [rank for rank in range(size) if rank != victim]
+    sharding.time = Patience(group.group_name, survivors)
     if dist.get_rank() == victim:
         reduce, seen = dist.all_reduce, []
 

@@ -97,6 +97,15 @@ def trained(folder: Any, **options: Any) -> LensDistillTrainer:
     return trainer
 
 
+def with_lora(student: Any) -> Any:
+    """Return a student with a LoRA adapter, all of whose weights are random."""
+    from peft import LoraConfig, get_peft_model
+
+    modules = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    config = LoraConfig(r=2, init_lora_weights=False, **modules)
+    return get_peft_model(student, config)
+
+
 def weights(trainer: LensDistillTrainer) -> dict[str, torch.Tensor]:
     return {name: x.detach().clone() for name, x in trainer.model.state_dict().items()}
 

@@ -72,6 +72,20 @@ def gathered(tensors: Iterable[Tensor]) -> Iterator[bool]:
         yield True
 
 
+def whole_state(model: PreTrainedModel, keep: bool) -> dict[str, Tensor]:
+    """Return a model's state dict on the CPU, with the parameters that ZeRO-3 partitions.
+
+    All ranks must call this function. Ranks without ``keep`` get an empty dict.
+    """
+    copies: dict[int, Tensor] = {}  # tied weights have one copy
+    named = model.state_dict(keep_vars=True)
+    for x in named.values():
+        with gathered([x]):
+            if keep:
+                copies[id(x)] = x.detach().to("cpu", copy=True)
+    return {name: copies[id(x)] for name, x in named.items() if keep}
+
+
 def measured(model: PreTrainedModel, work: Callable[[], T]) -> T:
     """Run ``work`` on a model, return the result, and restore the state of the model.
 

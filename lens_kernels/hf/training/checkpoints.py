@@ -113,7 +113,22 @@ def damage(folder: Path, processes: int, projections: bool) -> str | None:
         except Exception as error:  # each library raises its own errors for broken files
             reason = str(error).strip().split("\n")[0]
             return f"{file.name} cannot be read ({reason or type(error).__name__})"
-    return _changed(folder, files)
+    return _changed(folder, files) or _of_other_ranks(folder, processes)
+
+
+def _of_other_ranks(folder: Path, processes: int) -> str | None:
+    """Return a text if DeepSpeed cannot divide the optimizer's state over this many processes.
+
+    DeepSpeed's program ``ds_to_universal`` converts a checkpoint for any number of processes.
+    """
+    files = [x.name for x in folder.glob("global_step*/*zero_pp_rank_*_optim_states.pt")]
+    ranks = {name.partition("zero_pp_rank_")[2].partition("_")[0] for name in files}
+    if not ranks or len(ranks) == processes or (folder / "latest_universal").exists():
+        return None
+    return (
+        f"DeepSpeed wrote it with {len(ranks)} processes, and can read it only with as many, but"
+        f" this run has {processes}"
+    )
 
 
 def _changed(folder: Path, files: Iterable[Path]) -> str | None:

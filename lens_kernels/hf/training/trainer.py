@@ -21,6 +21,7 @@ from lens_kernels.hf.cache.store import TeacherCache
 from lens_kernels.hf.model.adapter_base import FOLDER, is_saved, save_base
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.model.placement import moved
+from lens_kernels.hf.model.state import whole_state
 from lens_kernels.hf.training import matrices
 from lens_kernels.hf.training.caching import fill_caches
 from lens_kernels.hf.training.card import model_card
@@ -54,7 +55,7 @@ from lens_kernels.hf.training.on_policy import answered
 from lens_kernels.hf.training.packing import needs_one_row
 from lens_kernels.hf.training.preparation import prepare
 from lens_kernels.hf.training.text_files import write_text
-from lens_kernels.hf.training.whole_heads import partition, whole_model
+from lens_kernels.hf.training.whole_heads import is_partitioned, partition, whole_model
 from lens_kernels.inputs import IGNORE_INDEX
 
 
@@ -140,10 +141,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if getattr(teacher, "hf_device_map", None) is None:
                 moved(teacher, args.device)
             # The MSE loss's matrices are random, so create them after super() has set the seed.
+            layers, options = args.layers(model, teacher), args.objective_options()
             with whole_model(model), whole_model(teacher):
-                self.lens_objective = LensObjective(
-                    model, teacher, *args.layers(model, teacher), **args.objective_options()
-                )
+                self.lens_objective = LensObjective(model, teacher, *layers, **options)
             if args.teacher_cache:
                 self._caches = fill_caches(self, self.lens_objective, examples)
             elif is_deepspeed_zero3_enabled():
@@ -366,17 +366,24 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             own = {name.rpartition(f"{matrices.PROJECTIONS}.")[2]: x for name, x in learnt.items()}
             matrices.save(own, folder)
 
-    def _save_base(self, folder: Path, held: dict[str, Tensor]) -> None:
-        """Save an adapter's base model if no files hold it, only once for all checkpoints."""
+    def save_model(self, output_dir: str | None = None, *args: Any, **kwargs: Any) -> None:
+        """Save the student as the Trainer does, and an adapter's base model if no files hold it."""
+        if is_partitioned(self.model):  # all ranks gather weights, but only rank 0 writes files
+            self._save_base(Path(output_dir or str(self.args.output_dir)), None)
+        super().save_model(output_dir, *args, **kwargs)
+
+    def _save_base(self, folder: Path, held: dict[str, Tensor] | None) -> None:
+        """Save an adapter's base model once. Without a state dict, all ranks gather its weights."""
         if not self._base_is_new:
             return
-        output = Path(str(self.args.output_dir))
-        of_run = folder.parent.absolute() == output.absolute()
-        place = ((output if of_run else folder) / FOLDER).absolute()
-        if self.args.should_save and place not in self._saved_bases:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            save_base(self.model, held, place)
+        output, folder = Path(str(self.args.output_dir)).absolute(), folder.absolute()
+        place = (output if folder.parent == output else folder) / FOLDER
+        if place not in self._saved_bases:
             self._saved_bases.add(place)
+            held = held or whole_state(self.model, keep=self.args.should_save)
+            if self.args.should_save:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                save_base(self.model, held, place)
         for config in self.model.peft_config.values():
             config.base_model_name_or_path = str(place)
 

@@ -6,6 +6,7 @@ import shutil
 import peft
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 
 from lens_kernels import cli
@@ -13,7 +14,7 @@ from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.model.student import shallow_copy
 from tests.support import tiny
 from tests.support.commands import arguments
-from tests.support.training import STUDENT, make_trainer, tokens
+from tests.support.training import STUDENT, make_trainer, tokens, with_lora
 
 IDS = tokens(batch=2, length=6)
 LORA = {"lora_r": 2, "lora_target_modules": ["q_proj", "up_proj"], "num_lens_pairs": 1}
@@ -124,3 +125,13 @@ def test_a_base_of_other_files_is_saved_and_one_on_disk_is_not(files, tmp_path):
     student = adapted(cut)  # the files with this name hold the model with all blocks
     make_trainer(tmp_path / "cut", student=student, num_lens_pairs=1).save_model()
     assert torch.equal(auto(tmp_path / "cut"), logits(student))
+
+
+def test_zero_3_saves_only_an_adapter_but_the_base_is_whole(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, student=with_lora(tiny.model(**STUDENT)))
+    model = trainer.model.eval()
+    held = {name: x.detach() for name, x in model.named_parameters() if x.requires_grad}
+    monkeypatch.setattr(transformers.Trainer, "save_model", lambda self, x: self._save(x, held))
+    monkeypatch.setattr("lens_kernels.hf.training.trainer.is_partitioned", lambda _: True)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert torch.equal(logits(load_model(str(tmp_path / "adapter"))), logits(model))

@@ -1,6 +1,7 @@
 """A run resumes from its last complete and readable checkpoint."""
 
 import json
+import re
 import shutil
 
 import peft
@@ -113,6 +114,21 @@ def test_every_process_that_wrote_a_checkpoint_needs_its_random_state(output):
         assert damage(last, processes, True) is None
     cut(last / "rng_state_1.pth")
     assert damage(last, 2, True).startswith("rng_state_1.pth cannot be read")
+
+
+def test_states_that_deepspeed_divided_over_other_ranks_are_refused(output):
+    last = output / "checkpoint-2"
+    (last / "global_step2").mkdir()
+    for rank in range(2):
+        (last / f"rng_state_{rank}.pth").write_bytes((last / "rng_state.pth").read_bytes())
+        name = f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        (last / "global_step2" / name).touch()
+    assert damage(last, 2, True) is None
+    found, skipped = last_whole(output, 3, True)
+    assert found == output / "checkpoint-1"
+    assert re.search("DeepSpeed wrote it with 2 processes.* this run has 3", skipped[last])
+    (last / "latest_universal").touch()
+    assert damage(last, 3, True) is None
 
 
 def test_shards_of_weights_are_read(output):

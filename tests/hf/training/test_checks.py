@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
 from lens_kernels.hf.model import loading
+from lens_kernels.hf.model.state import whole_state
 from lens_kernels.hf.training import checks
 from lens_kernels.hf.training.checks import check_distribution
 from tests.support import tiny
@@ -103,6 +104,10 @@ def test_weights_that_are_not_numbers_are_not_saved(tmp_path, options):
     message = r"1 trained weights are not finite, such as model\.layers\.1\.mlp\.up_proj\.weight,"
     with pytest.raises(ValueError, match=message):
         trainer.save_model()
+    # With DeepSpeed, the Trainer would handle a ValueError by writing an empty model.
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(RuntimeError, match=message):
+        trainer._save(str(tmp_path), trainer.model.state_dict())
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())
     trainer = make_trainer(tmp_path, max_steps=3, **options)
@@ -244,6 +249,10 @@ def test_weights_that_zero_3_partitions_are_gathered_before_they_are_checked(mon
     whole[2] = 3.0
     checks.check_weights({"a": weight}, ["a"])
     loading._check_numbers("folder", model)
+    model.tied = weight
+    state = whole_state(model, keep=True)
+    assert state["a"] is state["tied"] and torch.equal(state["a"], whole)
+    assert whole_state(model, keep=False) == {}
     assert not weight.numel()
 
 

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 import torch.distributed as dist
@@ -183,47 +182,79 @@ def test_two_ranks_with_fsdp_train_like_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_sharded_checkpoints_resume_on_another_number_of_ranks(tmp_path):
-    case = RESUMED | {"sharded": True, "mse_coeff": 0.0}
-    of_two = on_ranks(tmp_path / "two", {"run": case})["run"][0]
-    checkpoint = str(tmp_path / "two" / "run" / "checkpoint-1")
-    again = case | {"resumed": False, "resume_from": checkpoint}
-    for result in on_ranks(tmp_path / "four", {"run": again}, ranks=4)["run"]:
-        assert_same_step(of_two.start, of_two.end, result.end, 1e-4)
+def test_checkpoints_of_sharded_models_resume_on_another_number_of_ranks(tmp_path):
+    cases = {name: RESUMED | {"sharded": name == "sharded"} for name in ("sharded", "whole")}
+    cases["sharded"]["mse_coeff"] = 0.0
+    of_two = on_ranks(tmp_path / "two", cases)
+    for name, case in cases.items():
+        case["resumed"] = False
+        case["resume_from"] = str(tmp_path / "two" / name / "checkpoint-1")
+    for name, results in on_ranks(tmp_path / "four", cases, ranks=4).items():
+        one = of_two[name][0]
+        for result in results:
+            assert_same_step(one.start, one.end, result.end, 1e-4)
+
+
+KILLED = {"max_steps": 3, "per_device_eval_batch_size": 2}
+KILLED |= {"save_strategy": "steps", "save_steps": 1}
+
+
+def kill_and_restart(folder, case, victim, batch, during):
+    """Kill rank ``victim`` of two at a batch of its teacher, then run the same case again.
+
+    ``during`` is called between the two runs. Return the results of the second run.
+    """
+    folder.mkdir()
+    file = folder / "cases.json"
+    file.write_text(json.dumps({"run": case | {"kill": [victim, batch]}}))
+    # The ranks' timeout is as long as that of the launch. So the launch ends only if the other rank
+    # does not wait for its timeout.
+    output = launch("tests.support.distributed_run", 2, [str(file), str(folder)], fails=True)
+    assert re.search(rf"exitcode: -9\) local_rank: {victim}", output), output[-3000:]
+    case = case | during(folder / "run")
+    file.write_text(json.dumps({"run": case}))
+    launch("tests.support.distributed_run", 2, [str(file), str(folder)])
+    return [Result.load(folder / f"run-{rank}") for rank in range(2)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cached", [False, True], ids=["step", "cache"])
-def test_a_rank_killed_while_it_trains_ends_the_others_and_the_run_resumes(tmp_path, cached):
-    """Rank 1 dies in the second step, or rank 0 while it fills the teacher's cache.
+def test_a_rank_killed_while_it_trains_ends_the_others_and_the_run_resumes(tmp_path):
+    """The run resumes with two ranks, and with one."""
+    truth = train_case(tmp_path / "whole", **KILLED)
 
-    The run then goes on with the same number of ranks, or with one.
-    """
-    case = {"max_steps": 3, "cache": cached, "save_strategy": "steps", "save_steps": 1}
-    case |= {"per_device_eval_batch_size": 2}
-    truth = train_case(tmp_path / "whole", **case)
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    file = shared / "cases.json"
-    victim = 0 if cached else 1
-    file.write_text(json.dumps({"run": case | {"kill": [victim, 2]}}))
-    begun = time.monotonic()
-    output = launch("tests.support.distributed_run", 2, [str(file), str(shared)], fails=True)
-    assert time.monotonic() - begun < 300, "far below the timeout of the process group"
-    assert re.search(rf"exitcode: -9\) local_rank: {victim}", output), output[-3000:]
-    checkpoint = shared / "run" / "checkpoint-1"
-    assert checkpoint.is_dir() != cached
-    if cached:
-        assert any((shared / "run" / "cache").rglob("*"))
-    else:
-        case["resume_from"] = str(checkpoint)
-        alone = train_case(tmp_path / "alone", **case)
+    def resumed_alone(run):
+        case = {"resume_from": str(run / "checkpoint-1")}
+        alone = train_case(tmp_path / "alone", **KILLED, **case)
         assert_same_step(truth.start, truth.end, alone.end, 1e-4)
-    file.write_text(json.dumps({"run": case}))
-    launch("tests.support.distributed_run", 2, [str(file), str(shared)])
-    for rank in range(2):
-        result = Result.load(shared / f"run-{rank}")
+        return case
+
+    for result in kill_and_restart(tmp_path / "ranks", KILLED, 1, 2, resumed_alone):
         assert_same_step(truth.start, truth.end, result.end, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_teacher_cache_survives_a_rank_that_is_killed_while_it_fills_it(tmp_path):
+    """Rank 0 dies in the third of four batches, while rank 1 waits for the cache."""
+    case = KILLED | {"cache": True}
+    truth = train_case(tmp_path / "whole", **case)
+    before = {}
+
+    def two_shards_are_written(run):
+        files = (run / "cache" / "train").glob("*.safetensors")
+        before.update({x: (x.stat().st_mtime_ns, x.stat().st_ino) for x in files})
+        assert sorted(x.name for x in before) == [
+            "shard-00000.safetensors",
+            "shard-00001.safetensors",
+        ]
+        assert not (run / "cache" / "eval").exists() and not [*run.glob("checkpoint-*")]
+        return {}
+
+    results = kill_and_restart(tmp_path / "ranks", case, 0, 3, two_shards_are_written)
+    for result in results:
+        assert_same_step(truth.start, truth.end, result.end, 1e-4)
+    # The second run writes the other two of four shards of training data, and those of evaluation.
+    assert sum(result.teacher_ran for result in results) == 8 - 4 + 3
+    assert {x: (x.stat().st_mtime_ns, x.stat().st_ino) for x in before} == before
 
 
 @pytest.fixture

@@ -24,8 +24,8 @@ def sent(seen, kind):
 def planned(parameters, world, kind):
     """Return the bytes that ``plan`` predicts for each kind of collective operation."""
     found = plan(
-        34, VOCAB, *WIDTHS, pairs=3, dtype=torch.float32, device="cpu", world=world,
-        student_parameters=parameters[0], teacher_parameters=parameters[1],
+        sharded_models.tokens(), VOCAB, *WIDTHS, pairs=3, dtype=torch.float32, device="cpu",
+        world=world, student_parameters=parameters[0], teacher_parameters=parameters[1],
     )[kind]  # fmt: skip
     total = {}
     for x in found.collectives:
@@ -43,6 +43,7 @@ CASES = {
     "resharded": {"whole_root": False},
     "mixed": {"mixed": True},
     "ddp": {"kind": "ddp"},
+    "vocabulary": {"kind": "vocabulary"},
 }
 
 
@@ -63,25 +64,22 @@ def test_a_sharded_step_equals_that_of_one_process(ranks, case):
             assert result["loss"] < 1e-6 and max(errors.values()) < 1e-5
 
 
-def check_collectives(result, world, kind="fsdp2"):
+def check_collectives(result, world, kind):
     """Check that a step's collective operations send the number of bytes that ``plan`` predicts."""
-    if kind == "ddp":
-        for name in KINDS:
-            assert sent(result["seen"], name) == planned(result["parameters"], world, kind).get(
-                name, 0
-            )
-        return
-    planned_bytes = planned(result["parameters"], world, "fsdp2")
-    assert sent(result["seen"], "reduce_scatter") == planned_bytes["reduce_scatter"]
-    # FSDP's root module contains embeddings and norm. It is gathered only once in a step, but the
-    # plan counts two gathers.
-    embeddings = 4 * VOCAB * WIDTHS[0]
+    expected = {name: 0 for name in KINDS} | planned(result["parameters"], world, kind)
     norm = 4 * WIDTHS[0]
-    expected = planned_bytes["all_gather"] - embeddings - norm
-    assert sent(result["seen"], "all_gather") == expected
+    if kind != "ddp":
+        # FSDP's root module contains embeddings and norm. It is gathered only once in a step, but
+        # the plan counts two gathers.
+        expected["all_gather"] -= 4 * VOCAB * WIDTHS[0] + norm
+    if kind == "vocabulary":
+        # The plan leaves out the gather of sizes and options, and the gradient of the norm.
+        expected["all_gather"] += world * 6 * 8
+        expected["all_reduce"] += norm
+    assert {name: sent(result["seen"], name) for name in KINDS} == expected
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp", "vocabulary"])
 def test_a_step_sends_what_the_plan_counts(ranks, kind):
     for result in ranks.run(sharded_models.run, {"kind": kind}):
         check_collectives(result, 2, kind)
@@ -90,7 +88,7 @@ def test_a_step_sends_what_the_plan_counts(ranks, kind):
 @pytest.mark.slow
 def test_four_ranks_send_what_the_plan_counts():
     group = Ranks(4)
-    for kind in ("fsdp2", "ddp"):
+    for kind in ("fsdp2", "ddp", "vocabulary"):
         for result in group.run(sharded_models.run, {"kind": kind}):
             check_collectives(result, 4, kind)
     group.close()
