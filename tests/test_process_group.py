@@ -108,7 +108,8 @@ def test_the_row_kernel_computes_the_loss_and_gradients_of_one_process(ranks, si
         truth = solve(problem.to(torch.float64), options | {"backend": "torch"})
         results = ranks.run(sharded.solve_sharded, size, case | KERNEL)[:size]
         for key, expected in truth.items():
-            assert_close(joined(results, key, WIDTH), expected, 1e-6, f"{name}: {key}")
+            # Rounding errors of float32 reach 1.1e-6.
+            assert_close(joined(results, key, WIDTH), expected, 2e-6, f"{name}: {key}")
 
 
 def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):

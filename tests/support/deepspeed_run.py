@@ -70,7 +70,8 @@ def a_weight_that_is_nan(model: Any) -> Iterator[str]:
 
     def replace(value: float) -> float:
         with torch.no_grad(), deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-            last, weight[-1, -1] = float(weight[-1, -1]), value
+            entries = weight.view(-1)
+            last, entries[-1] = float(entries[-1]), value
         return last
 
     last = replace(float("nan"))

@@ -141,8 +141,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
             if getattr(teacher, "hf_device_map", None) is None:
                 moved(teacher, args.device)
             # The MSE loss's matrices are random, so create them after super() has set the seed.
-            layers, options = args.layers(model, teacher), args.objective_options()
+            options = args.objective_options()
             with whole_model(model), whole_model(teacher):
+                layers = args.layers(model, teacher)
                 self.lens_objective = LensObjective(model, teacher, *layers, **options)
             if args.teacher_cache:
                 self._caches = fill_caches(self, self.lens_objective, examples)

@@ -63,7 +63,11 @@ def config(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("option", [{}, {"student_blocks": [1, 3]}], ids=["whole", "blocks"])
+BLOCKS = {"student_blocks": [1, 3]}
+LORA = {"lora_r": 2, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "up_proj"]}
+
+
+@pytest.mark.parametrize("option", [{}, BLOCKS, BLOCKS | LORA], ids=["whole", "blocks", "lora"])
 def test_the_command_trains_models_that_are_partitioned_while_they_load(
     files, tmp_path, config, option
 ):
