@@ -5,8 +5,8 @@
 
 1. The time, peak memory and kernels of a lens_kernels step at the sizes of three models, and the
    time of its GEMMs alone. Predicted times are printed next to the measured ones.
-2. Time, memory and kernels of other implementations at the size of Llama-3. Packages that are not
-installed are skipped.
+2. Time, memory and kernels at the size of Llama-3, of a second stream and of other implementations.
+   Packages that are not installed are skipped.
 3. The GPU tests, in parallel.
 4. Two more implementations at the size of Llama-3, if time is left.
 
@@ -43,7 +43,7 @@ from benchmarks.support import environment, tables
 MINUTES = 9
 RESERVE = 15  # seconds for starting this program and printing its last table
 OURS = {"qwen2.5": 75, "llama3": 60, "gpt2": 50}
-PEERS = {"liger": 60, "liger_hopper": 45, "orda": 90, "dense": 40, "trl": 40}
+PEERS = {"liger": 60, "two_streams": 40, "liger_hopper": 45, "orda": 90, "dense": 40, "trl": 40}
 PARITY_SECONDS = 400
 LATER = {"triton": 60, "liger_fused": 40}
 FILE, LOG, TESTS = "steps.csv", "log.txt", "tests.csv"

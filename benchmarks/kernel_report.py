@@ -51,6 +51,7 @@ PAGE_HEADER = (
 )
 BEGIN = "<!-- made by kernel_report.py --docs from lens_kernels.plan -->"
 PREDICTED = "<!-- predicted by kernel_report.py --docs from lens_kernels.plan -->"
+BUFFERS = "<!-- buffers, by kernel_report.py --docs from lens_kernels.plan -->"
 END = "<!-- end of what kernel_report.py made -->"
 
 
@@ -136,9 +137,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables.print_rows(costs)
     tables.write_csv(args.out / "kernel_costs.csv", costs)
     print(prediction.table())
+    print(prediction.buffers_table())
     if args.docs:
         tables.rewrite(PAGE, BEGIN, END, plan_table())
         tables.rewrite(PAGE, PREDICTED, END, prediction.table())
+        tables.rewrite(PAGE, BUFFERS, END, prediction.buffers_table())
     if args.costs_only:
         return 0
     # Triton reads TRITON_INTERPRET when the modules below are imported. Without it, kernels are

@@ -43,6 +43,9 @@ GROUP = 8
 # and two more for the gradient. Counted in their code, in
 # benchmarks/data/offline/inductor_pass.csv.
 INDUCTOR_VALUES = 2
+# How many more values the ghost entry of sparse targets moves: for losses, and with gradients. The
+# probabilities without those of the listed entries are stored and read again.
+GHOST_VALUES = 2, 3
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,8 @@ class CallShape:
     teachers. ``sharded`` is true if this rank holds only a slice of the vocabulary. ``one_read`` is
     true if a cluster of GPU programs can hold a row of logits. ``features`` and ``standardized``
     are those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient,
-    if it is not ``dtype``. ``listed`` is the number of sparse targets of a token.
+    if it is not ``dtype``. ``listed`` is the number of sparse targets of a token, and ``ghost`` is
+    true if they have a ghost entry.
     """
 
     tokens: int
@@ -133,6 +137,7 @@ class CallShape:
     head_dtype: torch.dtype | None = None
     standardized: tuple[bool, ...] = ()
     listed: int = 0
+    ghost: bool = False
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -157,6 +162,7 @@ class CallShape:
             head_dtype=head.dtype,
             standardized=call.standardized,
             listed=0 if call.targets is None else call.targets.ids.shape[-1],
+            ghost=call.targets is not None and call.targets.rest is not None,
         )
 
     @property
@@ -238,27 +244,28 @@ class CallShape:
         hidden, head = operand_reads(self.tokens, self.vocab_size, row, parts)
         return (hidden * self.tokens + head * self.vocab_size) * row
 
-    def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> Step:
-        """Return the step of the GEMMs that multiply logit gradients by head and hidden states.
+    def gradient_products(self, made_in: torch.dtype, chunks: int, parts: int) -> list[Step]:
+        """Return the steps of the GEMMs that multiply logit gradients by head and hidden states.
 
         Logit gradients are computed in the dtype ``made_in``, in ``chunks`` of the rows, or for
         each pair in ``parts`` of the vocabulary. The first GEMM overwrites the head gradient, and
         later GEMMs add to it.
         """
         wide, factor = self.compute_dtype.itemsize, self.factor.itemsize
-        rows, head = self.pairs * self.tokens, self.vocab_size * self.student_width
-        hidden = rows * self.student_width
-        products = self.hidden_grad + self.head_grad
-        moved = products * self.pairs * self.logits * factor
+        logits, head = self.pairs * self.logits, self.vocab_size * self.student_width
+        hidden = self.pairs * self.tokens * self.student_width
+        flops = 2 * logits * self.student_width
+        steps = []
         if made_in is not self.factor:
-            # The logit gradients are first copied to the dtype of the factors.
-            moved += self.pairs * self.logits * (made_in.itemsize + factor)
+            # Logit gradients are first copied to the dtype of the factors.
+            steps.append(Step("logit gradients cast", 0, logits * (made_in.itemsize + factor)))
         if self.hidden_grad:
-            moved += chunks * head * factor + (2 * parts - 1) * hidden * wide
+            moved = (logits + chunks * head) * factor + (2 * parts - 1) * hidden * wide
+            steps.append(Step("hidden gradients", flops, moved, factor))
         if self.head_grad:
-            moved += parts * hidden * factor + (2 * chunks - 1) * head * wide
-        flops = 2 * products * self.pairs * self.logits * self.student_width
-        return Step("products of the gradient", flops, moved, factor)
+            moved = (logits + parts * hidden) * factor + (2 * chunks - 1) * head * wide
+            steps.append(Step("head gradient", flops, moved, factor))
+        return steps
 
     def plan(self, name: str, steps: list[Step], workspace: int) -> Plan:
         """Return the plan of ``steps``, and of the steps that all backends have in common."""
@@ -279,12 +286,15 @@ def dense(shape: CallShape) -> Plan:
     return _row_chunks("dense", shape, Layout(shape.tokens, shape.tokens), workspace)
 
 
-def row_chunks(shape: CallShape) -> Plan:
-    """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary."""
-    layout = layout_of(shape)
+def row_chunks(shape: CallShape, layout: Layout | None = None) -> Plan:
+    """Return the plan of the ``torch`` backend: tiles of tokens over the whole vocabulary.
+
+    By default, ``layout`` is that of the backend.
+    """
+    layout = layout or layout_of(shape)
     if layout.grad_stride is None:
         return _row_chunks("torch", shape, layout, layout.tile_rows * shape.bytes_per_row())
-    tile = layout.tile_rows * row_stride(shape.vocab_size)
+    tile = layout.sets * layout.tile_rows * row_stride(shape.vocab_size)
     workspace = tile * (1 + bool(shape.teacher_width)) * shape.compute_dtype.itemsize
     if shape.with_grad:
         workspace += layout.grad_rows * layout.grad_stride * shape.factor.itemsize
@@ -295,8 +305,8 @@ def layout_of(shape: CallShape) -> Layout:
     """Return the layout of tiles in the ``torch`` backend."""
     if has_row_kernel(shape.device, shape.compute_dtype, shape.features):
         rows = shape.pairs * shape.tokens
-        operand, head_grad = shape.factor, shape.head_grad_dtype
-        return apart(rows, shape.vocab_size, operand, shape.workspace_bytes, head_grad)
+        sizes = rows, shape.vocab_size, shape.factor, shape.workspace_bytes
+        return apart(*sizes, shape.head_grad_dtype, shape.sharded)
     return in_place(shape.tokens, shape.bytes_per_row(), shape.workspace_bytes)
 
 
@@ -313,13 +323,14 @@ def _row_chunks(name: str, shape: CallShape, layout: Layout, workspace: int) -> 
         values = models + shape.with_grad
         if name == "torch" and shape.device.type == "cuda":
             values = INDUCTOR_VALUES * models * (1 + shape.with_grad)
+            values += GHOST_VALUES[shape.with_grad] if shape.ghost else 0
         moved = values * logits
         made_in = shape.compute_dtype
     else:
         moved, made_in = shape.row_kernel_bytes(models), shape.factor
     made.append(Step("pointwise pass", 0, moved))
     if shape.with_grad:
-        made.append(shape.gradient_products(made_in, steps, 1))
+        made += shape.gradient_products(made_in, steps, 1)
     return shape.plan(name, made, workspace)
 
 
@@ -355,6 +366,6 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
         gradient = Step("gradient of the logits", shape.projections, moved, operand, SWEEP_TIME)
         steps += [
             gradient.times(shape.pairs),
-            shape.gradient_products(shape.dtype, shape.pairs, parts),
+            *shape.gradient_products(shape.dtype, shape.pairs, parts),
         ]
     return shape.plan("triton", steps, workspace)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from benchmarks.support import environment, tables
 from benchmarks.support.shapes import MODELS, Model
-from lens_kernels import plan
-from lens_kernels.cost import RELATIVE_TIME, Plan
+from lens_kernels import cost, plan
+from lens_kernels.backends.torch.layout import BLOCK, Layout, grad_stride
+from lens_kernels.cost import RELATIVE_TIME, CallShape, Plan, Step
+from lens_kernels.options import Divergence
 
 BYTES_PER_MS = 3.0e9
 # The assumed rate of 16-bit GEMMs with float32 results.
@@ -20,7 +24,8 @@ FLOPS_PER_MS = 700e9
 FLOOR_FLOPS_PER_MS = 790e9
 PARTS = {
     "projections": "products",
-    "products of the gradient": "products",
+    "hidden gradients": "products",
+    "head gradient": "products",
     "pointwise pass": "pass",
 }
 # Rows of the table: each model, with each number of tokens and of lens pairs.
@@ -37,10 +42,24 @@ HEADER = (
     "projections",
     "row pass",
     "its instructions",
-    "gradient products",
+    "hidden gradients",
+    "head gradient",
     "rest",
     "ms",
     "ms / four GEMMs",
+)
+# Rows of a tile of logits and of a buffer of gradients. The first is the default for 16-bit heads.
+BUFFERS = ((512, 1024), (384, 1536), (256, 2048), (512, 2048))
+BUFFERS_TOKENS = 8192
+BUFFERS_HEADER = (
+    "rows of a tile",
+    "rows of a buffer",
+    "GiB",
+    "with sums",
+    "projections",
+    "hidden gradients",
+    "head gradient",
+    "ms",
 )
 
 
@@ -48,9 +67,14 @@ def step_ms(planned: Plan) -> dict[str, float]:
     """Return the predicted time of each step in ms."""
     ms = dict.fromkeys((step.name for step in planned.steps), 0.0)
     for step in planned.steps:
-        arithmetic = step.flops * RELATIVE_TIME[step.factor_bytes] / FLOPS_PER_MS
-        ms[step.name] += max(arithmetic, step.bytes_moved / BYTES_PER_MS)
+        ms[step.name] += max(two_times(step))
     return ms
+
+
+def two_times(step: Step) -> tuple[float, float]:
+    """Return the predicted ms of a step's arithmetic, and of its memory traffic."""
+    arithmetic = step.flops * RELATIVE_TIME[step.factor_bytes] / FLOPS_PER_MS
+    return arithmetic, step.bytes_moved / BYTES_PER_MS
 
 
 def part_ms(planned: Plan) -> dict[str, float]:
@@ -104,3 +128,33 @@ def table() -> str:
                 name = [model.name, f"{tokens} x {pairs}", reads]
                 rows.append([*name, *shown, f"{of_floor(plans):.2f}"])
     return tables.markdown_table(HEADER, rows)
+
+
+def with_buffers(tile_rows: int, grad_rows: int) -> tuple[Plan, int]:
+    """Return the plan of a step at Llama-3's size with other buffers, and the memory it holds.
+
+    The memory, in bytes, includes what float32 gradients hold beyond bfloat16 gradients.
+    """
+    model = MODELS["llama3"]
+    sizes = BUFFERS_TOKENS, model.vocab, model.student, model.teacher
+    shape = CallShape(
+        *sizes, (Divergence.JSD,), torch.bfloat16, torch.float32, True, True,
+        torch.device("cuda"), workspace_bytes=0,
+    )  # fmt: skip
+    layout = Layout(tile_rows, grad_rows, BLOCK, True, grad_stride(model.vocab))
+    planned = cost.row_chunks(shape, layout)
+    gradients = (model.vocab + BUFFERS_TOKENS) * model.student
+    more = torch.float32.itemsize - torch.bfloat16.itemsize
+    return planned, planned.workspace_bytes + more * gradients
+
+
+def buffers_table() -> str:
+    """Return a Markdown table of the memory and time of tiles and buffers of other sizes."""
+    rows = []
+    for tile_rows, grad_rows in BUFFERS:
+        planned, held = with_buffers(tile_rows, grad_rows)
+        sizes = [f"{size / 2**30:.2f}" for size in (planned.workspace_bytes, held)]
+        products = [two_times(step) for step in planned.steps if step.flops]
+        shown = [f"{arithmetic:.1f} / {traffic:.1f}" for arithmetic, traffic in products]
+        rows.append([str(tile_rows), str(grad_rows), *sizes, *shown, f"{total_ms(planned):.1f}"])
+    return tables.markdown_table(BUFFERS_HEADER, rows)

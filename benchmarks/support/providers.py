@@ -26,7 +26,7 @@ from benchmarks.support.contenders import Contender, Loss
 from benchmarks.support.shapes import Inputs
 from lens_kernels import __version__, symmetric_lens_loss
 from lens_kernels.backends import compiled, matmul
-from lens_kernels.backends.torch import pointwise_pass
+from lens_kernels.backends.torch import layout, pointwise_pass
 
 PUBLISHED_EPSILON = 1e-8
 
@@ -216,6 +216,16 @@ def backend(name: str) -> Contender:
     return replace(OURS, key=name, title=title, load=load)
 
 
+def _two_streams(inputs: Inputs) -> Tensor:
+    """Call the torch backend with two sets of tiles, and memory for tiles of the usual size."""
+    hidden = inputs.student_hidden, inputs.teacher_hidden
+    heads = inputs.student_head, inputs.teacher_head
+    with mock.patch.object(layout, "TILE_SETS", 2):
+        return symmetric_lens_loss(
+            *hidden, *heads, mask=inputs.mask, backend="torch", workspace_bytes=5 << 29
+        )
+
+
 def _by_key(*contenders: Contender) -> dict[str, Contender]:
     return {contender.key: contender for contender in contenders}
 
@@ -255,8 +265,14 @@ SPEED_CONTENDERS = _by_key(
         "published", "DistillLens as published", lambda: published, epsilon=PUBLISHED_EPSILON
     ),
 )
+# The torch backend with a second stream, which needs a GPU.
+TWO_STREAMS = replace(
+    OURS, key="two_streams", title=f"{OURS.title}, two streams", load=lambda: _two_streams,
+    gpu_only=True,
+)  # fmt: skip
 # Contenders that run only on a GPU.
 GPU_PEERS = _by_key(
+    TWO_STREAMS,
     _fused("liger_fused", "Triton", "nvidia-triton"),
     _fused("liger_hopper", "CuTe", "nvidia-cutedsl"),
     Contender("orda", "ORDA {version}", _orda, on_fakes=None, gpu_only=True, **ORDA),

@@ -51,7 +51,17 @@ def test_five_pairs_cost_what_as_many_rows_of_one_pair_cost(key, one_read):
 
 
 def test_the_page_has_the_predictions():
-    assert f"\n{prediction.table()}\n" in kernel_report.PAGE.read_text()
+    page = kernel_report.PAGE.read_text()
+    assert f"\n{prediction.table()}\n" in page and f"\n{prediction.buffers_table()}\n" in page
+
+
+def test_the_default_buffers_move_the_least_and_larger_buffers_save_no_time():
+    found = {rows: prediction.with_buffers(*rows) for rows in prediction.BUFFERS}
+    (planned, held), *others = found.values()
+    assert planned == plans("llama3", 8192)["torch"]
+    for other, size in others:
+        assert prediction.total_ms(other) >= prediction.total_ms(planned)
+        assert other.bytes_moved > planned.bytes_moved or size > 1.3 * 2**30 > held
 
 
 def test_the_page_says_what_a_cluster_would_take_without_overlap():

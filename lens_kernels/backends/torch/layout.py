@@ -29,6 +29,8 @@ TILE_ROWS, GRAD_ROWS = 512, 2048
 # peak within 1.3 GiB above the 16-bit gradients. GEMMs over 1024 rows are predicted to take the
 # same time.
 NARROW_GRAD_ROWS = 1024
+# On a GPU, the sets of tiles. With two sets, ``tile_sets.py`` uses a second stream.
+TILE_SETS = 1
 # On a GPU, the row stride of gradients is a multiple of 64 entries, because GEMMs would be slow
 # with other strides.
 GRAD_LINE = 64
@@ -64,7 +66,8 @@ class Layout:
 
     Both are multiples of ``block``, unless the call has fewer rows. With ``shared``, a tile may
     hold rows of several lens pairs. ``grad_stride`` is the row stride of the gradients, or None if
-    gradients overwrite the student's logits.
+    gradients overwrite the student's logits. ``sets`` is the number of tiles in memory, for each
+    model.
     """
 
     tile_rows: int
@@ -72,6 +75,7 @@ class Layout:
     block: int = 1
     shared: bool = False
     grad_stride: int | None = None
+    sets: int = 1
 
     def steps(self, pairs: int, tokens: int) -> Iterator[list[list[Piece]]]:
         """Yield the tiles of each step. A tile is a list of pieces.
@@ -148,22 +152,25 @@ def apart(
     operand: torch.dtype,
     workspace_bytes: int,
     head_grad: torch.dtype | None = None,
+    sharded: bool = False,
 ) -> Layout:
     """Return the layout if gradients go to a buffer of their own, in dtype ``operand``.
 
     ``rows`` is the number of rows of all pairs. The fp32 logits take at most half of the workspace.
-    ``head_grad`` is the dtype of the head's final gradient, or None if it needs none.
+    ``head_grad`` is the dtype of the head's final gradient, or None if it needs none. ``sharded``
+    heads use one set of tiles.
     """
     most = GRAD_ROWS if head_grad is None or head_grad.itemsize > 2 else NARROW_GRAD_ROWS
+    sets = 1 if sharded else TILE_SETS
     logits = 2 * row_stride(vocab_size) * torch.float32.itemsize
     stride = grad_stride(vocab_size)
     gradient = stride * operand.itemsize
-    tile = min(TILE_ROWS, workspace_bytes // 2 // logits // BLOCK * BLOCK)
+    tile = min(TILE_ROWS, workspace_bytes // 2 // (sets * logits) // BLOCK * BLOCK)
     if tile:
-        step = min(most, (workspace_bytes - tile * logits) // gradient // BLOCK * BLOCK)
+        step = min(most, (workspace_bytes - sets * tile * logits) // gradient // BLOCK * BLOCK)
         block = BLOCK
     else:
         step = tile = max(1, workspace_bytes // (logits + gradient))
-        block = 1
+        block = sets = 1
     step = evened(rows, step, block)
-    return Layout(evened(step, tile, block), step, block, True, stride)
+    return Layout(evened(step, tile, block), step, block, True, stride, sets)

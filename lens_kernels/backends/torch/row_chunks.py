@@ -10,6 +10,7 @@ tile of logits per model at a time.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.backends.torch.layout import Piece, has_row_kernel, row_stride
 from lens_kernels.backends.torch.passes import Pass, Terms
 from lens_kernels.backends.torch.pointwise_pass import TorchPass
+from lens_kernels.backends.torch.tile_sets import TileSets
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.lens import LensHead
 from lens_kernels.options import Divergence
@@ -35,8 +37,11 @@ MakePass = Callable[[LossCall, torch.dtype, int], Pass]
 def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
     """Return the losses of a call's rows, and the gradients of its loss."""
     chunks = _RowChunks(call, make_pass or pass_for(call))
-    for tiles in chunks.layout.steps(len(call.student_hidden), chunks.sums.tokens):
-        chunks.step(tiles)
+    try:
+        for tiles in chunks.layout.steps(len(call.student_hidden), chunks.sums.tokens):
+            chunks.step(tiles)
+    finally:  # no pass may still use the memory that is freed after an error
+        chunks.tile_sets.wait()
     return chunks.sums.result()
 
 
@@ -98,11 +103,15 @@ class _RowChunks:
             empty = self.student.weight.new_empty(rows, stride, dtype=dtype)
             return in_huge_pages(empty)[:, : call.vocab_size]
 
-        self.tiles = [
-            buffer(self.layout.tile_rows, row_stride(call.vocab_size), compute)
-            for _ in range(2 if self.teachers else 1)
+        sets = [
+            [
+                buffer(self.layout.tile_rows, row_stride(call.vocab_size), compute)
+                for _ in range(2 if self.teachers else 1)
+            ]
+            for _ in range(self.layout.sets)
         ]
-        self.grad = self.tiles[0]
+        self.tile_sets = TileSets(sets)
+        self.grad = sets[0][0]
         if self.layout.grad_stride is not None and call.needing_grad():
             self.grad = buffer(self.layout.grad_rows, self.layout.grad_stride, factor)
 
@@ -122,10 +131,13 @@ class _RowChunks:
         reads: list[_Read] = []
         done = 0
         for tile in tiles:
-            reads += self.project(tile)
+            logits = self.tile_sets.next()
+            reads += self.project(tile, logits)
             rows = sum(piece.stop - piece.start for piece in tile)
-            self.evaluate(tile, self.grad[done : done + rows] if targets else None, survey)
+            grad = self.grad[done : done + rows] if targets else None
+            self.tile_sets.run(partial(self.evaluate, tile, logits, grad, survey))
             done += rows
+        self.tile_sets.wait()
         if not targets:
             return
         d_x = self.sums.add_head_gradients(
@@ -140,15 +152,15 @@ class _RowChunks:
             if piece.stop == self.sums.tokens:
                 self.sums.finish(piece.pair)
 
-    def project(self, tile: list[Piece]) -> list[_Read]:
+    def project(self, tile: list[Piece], out: list[Tensor]) -> list[_Read]:
         """Compute a tile's logits, and return what the student's backward pass needs."""
         call, start = self.call, 0
         if self.teachers:
             for teacher, run in groupby(tile, lambda piece: call.teacher_index(piece.pair)):
-                logits = self.tiles[1][start:]
+                logits = out[1][start:]
                 reads = self.logits(self.teachers[teacher], call.teacher_hidden, [*run], logits)
                 start += sum(read.x.shape[0] for read in reads)
-        return self.logits(self.student, call.student_hidden, tile, self.tiles[0])
+        return self.logits(self.student, call.student_hidden, tile, out[0])
 
     def logits(
         self, model: _Model, hidden: list[Tensor], pieces: list[Piece], out: Tensor
@@ -159,7 +171,13 @@ class _RowChunks:
         matmul.project(x, model.weight, out[: x.shape[0]])
         return reads
 
-    def evaluate(self, tile: list[Piece], grad: Tensor | None, survey: Survey | None) -> None:
+    def evaluate(
+        self,
+        tile: list[Piece],
+        tile_logits: list[Tensor],
+        grad: Tensor | None,
+        survey: Survey | None,
+    ) -> None:
         """Run the pass over a tile, and store the losses of its rows.
 
         Consecutive pieces of the tile with the same loss terms share one run of the pass.
@@ -183,7 +201,7 @@ class _RowChunks:
                 label_row = sums.weight[self.call.label_row]
                 label_weight = _joined([label_row[at] for _, at in rows])
             losses = self.compare.run(
-                [logits[start:stop] for logits in self.tiles],
+                [logits[start:stop] for logits in tile_logits],
                 Terms(
                     divergence,
                     weight,

@@ -35,7 +35,7 @@ class RowKernelPass:
         rows = call.row_weight.shape[1] * len(call.student_hidden)
         head = call.student_head.weight.dtype if "weight" in call.needing_grad() else None
         columns = call.widest or call.vocab_size  # all ranks must have the same layout
-        self.layout = apart(rows, columns, factor, call.workspace_bytes, head)
+        self.layout = apart(rows, columns, factor, call.workspace_bytes, head, bool(call.group))
         self.cluster, self.capped = clusters.for_call(call), clusters.has_cap(call)
         self.clip = call.token_clip if call.token_clip < math.inf else None
         self.biases = [self.bias(head) for head in (call.student_head, *call.teacher_heads)]

@@ -88,6 +88,16 @@ def test_llama_takes_at_most_1_3_gib_above_inputs_and_gradients(fake, pairs):
     assert GIB < memory.peak - 2 * entries <= 1.3 * GIB
 
 
+def test_a_buffer_of_2048_rows_does_not_fit_beside_tiles_of_256(fake, monkeypatch):
+    """The default has tiles of 512 rows and a buffer of 1024 rows, and stays within 1.3 GiB."""
+    monkeypatch.setattr(layout, "TILE_ROWS", 256)
+    monkeypatch.setattr(layout, "NARROW_GRAD_ROWS", 2048)
+    call = llama_call(fake, 1)
+    memory = track(lambda: row_chunks.evaluate(call, RowKernelPass))
+    above = memory.peak - 2 * sum(x.numel() for x in call.needing_grad().values())
+    assert 1.3 * GIB < above < 1.31 * GIB
+
+
 def test_buffers_are_those_of_the_layout(fake):
     call = llama_call(fake, 1)
     with StorageTracker() as tracker:
@@ -97,7 +107,7 @@ def test_buffers_are_those_of_the_layout(fake):
     assert chunks.layout == made and (made.tile_rows, made.grad_rows) == (512, 1024)
     for wide in (None, torch.float32):
         assert layout.apart(*room, wide) == replace(made, grad_rows=2048)
-    buffers = {x.untyped_storage().nbytes() for x in (*chunks.tiles, chunks.grad)}
+    buffers = {x.untyped_storage().nbytes() for x in (*chunks.tile_sets.sets[0], chunks.grad)}
     tile, grad = 512 * layout.row_stride(VOCAB) * 4, 1024 * layout.grad_stride(VOCAB) * 2
     assert buffers == {tile, grad}
     gradients = 4 * sum(x.numel() for x in call.needing_grad().values())

@@ -22,6 +22,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     log_probability,
     maps_of,
     read_row,
+    store_survey,
     summands,
     write_gradient,
 )
@@ -129,7 +130,5 @@ def cluster_pass_kernel(
                 beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
             )  # fmt: skip
         if survey is not None:
-            _, mass_ptr, squares_ptr = survey
             mass_sum, squares_sum = both(mass, squares, False)
-            tl.store(mass_ptr + row, mass_sum)
-            tl.store(squares_ptr + row, squares_sum)
+            store_survey(survey, row, mass_sum, squares_sum)

@@ -1,4 +1,4 @@
-"""The code that both row kernels share: reading a row, losses of labels, and logit gradients.
+"""The code that the row kernels share: reading a row, its sums, losses of labels, and gradients.
 
 A row holds the products of a hidden state with the whole head, in fp32. Each thread reads a group
 of neighbouring entries at a time, so that loads and stores take 16 bytes at once.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.kernels.device_fns import FLOOR, exp
+from lens_kernels.backends.triton.kernels.device_fns import FLOOR, LOG2_E, exp
 from lens_kernels.backends.triton.kernels.logits import capped, factor_of, slope_at
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
 
@@ -71,6 +71,34 @@ def log_probability(y, statistics):
     """Return ``log p``. ``statistics`` are the maximum ``y``, a factor, and the log of the sum."""
     maximum, factor, log_sum = statistics
     return (y - maximum) * factor - log_sum
+
+
+@triton.jit
+def with_group(maximum, total, y, factor):
+    """Return each thread's maximum and sum of exponentials after the group ``y``."""
+    higher = tl.maximum(maximum, tl.max(y, 1))
+    power = factor * LOG2_E
+    total = total * tl.exp2((maximum - higher) * power)
+    return higher, total + tl.sum(tl.exp2((y - higher[:, None]) * power), 1)
+
+
+@triton.jit
+def of_row(maximum, total, factor):
+    """Return the maximum and the sum of exponentials of a row, from those of its threads."""
+    highest = tl.max(maximum, 0)
+    return highest, tl.sum(total * exp((maximum - highest) * factor), 0)
+
+
+@triton.jit
+def over_lanes(maximum, total, factor):
+    """Return the ``statistics`` of a row, and the log-probability of each thread's entries."""
+    highest, row_total = of_row(maximum, total, factor)
+    below = (maximum - highest) * factor
+    log_sum = tl.log(row_total)
+    has_mass = total > 0
+    log_total = tl.log(tl.where(has_mass, total, 1.0))
+    lanes = tl.where(has_mass, below + (log_total - log_sum), FLOOR)
+    return (highest, factor, log_sum), lanes
 
 
 @triton.jit
@@ -230,3 +258,11 @@ def add_to_survey(grad, survey, first, columns, vocab_size):
     known = tl.load(peak_ptr + columns, mask=first < vocab_size, other=0)
     tl.atomic_max(peak_ptr + columns, bits, mask=bits > known, sem="relaxed")
     return tl.sum(size, 1), tl.sum(size * size, 1)
+
+
+@triton.jit
+def store_survey(survey, row, mass, squares):
+    """Store a row's sums of ``|G|`` and of ``G^2``."""
+    _, mass_ptr, squares_ptr = survey
+    tl.store(mass_ptr + row, mass)
+    tl.store(squares_ptr + row, squares)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lens_kernels.backends.triton.kernels.device_fns import FLOOR, LOG2_E, exp
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.backends.triton.kernels.relative_entropy import (
     conditional,
@@ -30,7 +29,11 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     label_terms,
     log_probability,
     maps_of,
+    over_lanes,
     read_row,
+    store_survey,
+    summands,
+    with_group,
     write_gradient,
 )
 from lens_kernels.backends.triton.kernels.row_targets import (
@@ -43,34 +46,6 @@ from lens_kernels.backends.triton.kernels.row_targets import (
 # A thread takes 40 registers on sm_90, so six programs fit on a multiprocessor. From Triton 3.10
 # on, multiplications and additions are fused only on request.
 OPTIONS = {"LANES": 256, "GROUP": 8, "num_warps": 8, "enable_fp_fusion": True}
-
-
-@triton.jit
-def with_group(maximum, total, y, factor):
-    """Return each thread's maximum and sum of exponentials after the group ``y``."""
-    higher = tl.maximum(maximum, tl.max(y, 1))
-    power = factor * LOG2_E
-    total = total * tl.exp2((maximum - higher) * power)
-    return higher, total + tl.sum(tl.exp2((y - higher[:, None]) * power), 1)
-
-
-@triton.jit
-def of_row(maximum, total, factor):
-    """Return the maximum and the sum of exponentials of a row, from those of its threads."""
-    highest = tl.max(maximum, 0)
-    return highest, tl.sum(total * exp((maximum - highest) * factor), 0)
-
-
-@triton.jit
-def over_lanes(maximum, total, factor):
-    """Return the ``statistics`` of a row, and the log-probability of each thread's entries."""
-    highest, row_total = of_row(maximum, total, factor)
-    below = (maximum - highest) * factor
-    log_sum = tl.log(row_total)
-    has_mass = total > 0
-    log_total = tl.log(tl.where(has_mass, total, 1.0))
-    lanes = tl.where(has_mass, below + (log_total - log_sum), FLOOR)
-    return (highest, factor, log_sum), lanes
 
 
 @triton.jit
@@ -118,6 +93,47 @@ def first_sweep(
     return maximum_s, total_s, maximum_t, total_t, total_1, forward, reverse
 
 
+@triton.jit
+def second_sweep(
+    student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
+    vocab_size, beta, one_minus_beta,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Return each thread's sums of the two results of ``summands``."""
+    f = tl.zeros((LANES,), tl.float32)
+    h = tl.zeros((LANES,), tl.float32)
+    for start in range(0, vocab_size, LANES * GROUP):
+        ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
+        yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
+        lq, lp = log_probability(ys, statistics_s), log_probability(yt, statistics_t)
+        f_entry, h_entry = summands(lp, lq, beta, one_minus_beta, DIVERGENCE)
+        f += tl.sum(f_entry, 1)
+        h += tl.sum(h_entry, 1)
+    return f, h
+
+
+@triton.jit
+def last_sweep(
+    student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
+    h_sum, weight, label, out, survey, vocab_size, beta, one_minus_beta,
+    DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, further=None,
+):  # fmt: skip
+    """Write a row's gradient. Return each thread's ``mass`` and ``squares`` for the survey."""
+    mass = tl.zeros((LANES,), tl.float32)
+    squares = tl.zeros((LANES,), tl.float32)
+    for start in range(0, vocab_size, LANES * GROUP):
+        ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, False)
+        yt = ys
+        if DIVERGENCE is not None:
+            yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
+        mass, squares = write_gradient(
+            ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, out, survey,
+            mass, squares, start, vocab_size, beta, one_minus_beta,
+            DIVERGENCE, LANES, GROUP, further,
+        )  # fmt: skip
+    return mass, squares
+
+
 @triton.jit(do_not_specialize=["vocab_size"])
 def row_pass_kernel(
     student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
@@ -163,22 +179,19 @@ def row_pass_kernel(
 
     h_sum, weight = 0.0, 0.0
     if DIVERGENCE is not None:
-        f = tl.zeros((LANES,), tl.float32)
-        h = tl.zeros((LANES,), tl.float32)
         if ONLINE:
+            f = tl.zeros((LANES,), tl.float32)
+            h = tl.zeros((LANES,), tl.float32)
             if DIVERGENCE != "reverse_kl":
                 f += of_lanes(forward, lanes_p, lanes_q, "forward_kl")
             if DIVERGENCE != "forward_kl":  # for the forward KL, h is q - p, whose sum is 0
                 h += of_lanes(reverse, lanes_p, lanes_q, "reverse_kl")
                 f += h
         else:
-            for start in range(0, vocab_size, LANES * GROUP):
-                ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
-                yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
-                lq, lp = log_probability(ys, statistics_s), log_probability(yt, statistics_t)
-                f_entry, h_entry = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
-                f += tl.sum(f_entry, 1)
-                h += tl.sum(h_entry, 1)
+            f, h = second_sweep(
+                student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
+                vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
+            )  # fmt: skip
         h_sum, f_sum = tl.sum(h, 0), tl.sum(f, 0)
         h_sum, weight = divergence_terms(h_sum, f_sum, weight_ptr, loss_ptr, row, clip)
     target_sum, product = None, 0.0
@@ -204,18 +217,11 @@ def row_pass_kernel(
             weight = tl.where(deviation[2], weight, 0.0)
         if targets is not None or deviation is not None:
             further = target_sum, deviation, product
-        mass = tl.zeros((LANES,), tl.float32)
-        squares = tl.zeros((LANES,), tl.float32)
-        for start in range(0, vocab_size, LANES * GROUP):
-            ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, False)
-            yt = ys
-            if DIVERGENCE is not None:
-                yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
-            mass, squares = write_gradient(
-                ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
-                (grad_ptr, row, grad_stride), survey, mass, squares, start, vocab_size,
-                beta, one_minus_beta, DIVERGENCE, LANES, GROUP, further,
-            )  # fmt: skip
+        mass, squares = last_sweep(
+            student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
+            h_sum, weight, label, (grad_ptr, row, grad_stride), survey,
+            vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP, further,
+        )  # fmt: skip
         if targets is not None:
             more, more_squares = store_at_targets(
                 targets, student, statistics_s, further, weight, label, grad_ptr, survey,
@@ -224,6 +230,4 @@ def row_pass_kernel(
             mass += more
             squares += more_squares
         if survey is not None:
-            _, mass_ptr, squares_ptr = survey
-            tl.store(mass_ptr + row, tl.sum(mass, 0))
-            tl.store(squares_ptr + row, tl.sum(squares, 0))
+            store_survey(survey, row, tl.sum(mass, 0), tl.sum(squares, 0))

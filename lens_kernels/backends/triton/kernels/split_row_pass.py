@@ -18,13 +18,11 @@ import triton.language as tl
 from lens_kernels.backends.triton.kernels.row_parts import (
     cross_entropy,
     label_gradient,
-    log_probability,
     maps_of,
-    read_row,
-    summands,
-    write_gradient,
+    of_row,
+    store_survey,
 )
-from lens_kernels.backends.triton.kernels.row_pass import first_sweep, of_row
+from lens_kernels.backends.triton.kernels.row_pass import first_sweep, last_sweep, second_sweep
 
 
 @triton.jit
@@ -81,15 +79,10 @@ def sums_kernel(
     if teacher is not None:
         statistics_s = statistics_of(statistics_ptr, 0, row, factor_s)
         statistics_t = statistics_of(statistics_ptr, 1, row, factor_t)
-        f = tl.zeros((LANES,), tl.float32)
-        h = tl.zeros((LANES,), tl.float32)
-        for start in range(0, vocab_size, LANES * GROUP):
-            ys = read_row(student, offset, floor_s, start, vocab_size, LANES, GROUP, True)
-            yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, True)
-            lq, lp = log_probability(ys, statistics_s), log_probability(yt, statistics_t)
-            f_entry, h_entry = summands(lp, lq, beta, one_minus_beta, DIVERGENCE)
-            f += tl.sum(f_entry, 1)
-            h += tl.sum(h_entry, 1)
+        f, h = second_sweep(
+            student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
+            vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
+        )  # fmt: skip
         loss, h_sum = tl.sum(f, 0), tl.sum(h, 0)
         h_sum = tl.where(loss != loss, loss, h_sum)  # with a NaN loss, the gradient becomes NaN too
         tl.store(out_ptr + row, loss)
@@ -127,19 +120,10 @@ def gradient_kernel(
         label = label_gradient(
             tl.load(labels_ptr + row), label_weight_ptr + row, statistics, temperature
         )
-    mass = tl.zeros((LANES,), tl.float32)
-    squares = tl.zeros((LANES,), tl.float32)
-    for start in range(0, vocab_size, LANES * GROUP):
-        ys = read_row(student, row * stride, floor_s, start, vocab_size, LANES, GROUP, False)
-        yt = ys
-        if teacher is not None:
-            yt = read_row(teacher, row * stride, floor_t, start, vocab_size, LANES, GROUP, False)
-        mass, squares = write_gradient(
-            ys, yt, student, statistics_s, statistics_t, h_sum, weight, label,
-            (grad_ptr, row, grad_stride), survey, mass, squares, start, vocab_size,
-            beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
-        )  # fmt: skip
+    mass, squares = last_sweep(
+        student, teacher, row * stride, floor_s, floor_t, statistics_s, statistics_t,
+        h_sum, weight, label, (grad_ptr, row, grad_stride), survey,
+        vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
+    )  # fmt: skip
     if survey is not None:
-        _, mass_ptr, squares_ptr = survey
-        tl.store(mass_ptr + row, tl.sum(mass, 0))
-        tl.store(squares_ptr + row, tl.sum(squares, 0))
+        store_survey(survey, row, tl.sum(mass, 0), tl.sum(squares, 0))
