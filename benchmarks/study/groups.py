@@ -206,6 +206,7 @@ GROUPS = {
         _lens(),
         _length(),
         _main("second", "Do other seeds say the same?", SECOND_SEEDS),
+        _main("ten", "Does the lens help, over all ten seeds?", (*MAIN_SEEDS, *SECOND_SEEDS)),
         _coefficient(),
         _output(),
         _students(),
