@@ -52,7 +52,8 @@ def _head_share(*packed: Any) -> Tensor:
     columns = call.widest or call.vocab_size  # all ranks must run the same number of steps
     step = call.workspace_bytes // (TILES * columns * call.compute_dtype.itemsize)
     for rows in kept.split(max(1, step)):
-        share[rows] = _share((logits(hidden[rows]) for hidden, logits in models), reduce)
+        logits = (logits(hidden[rows]) for hidden, logits in models)
+        share[rows] = share_of(_probabilities(logits, reduce), reduce)
     return share
 
 
@@ -75,13 +76,19 @@ def _logits(head: LensHead, call: LossCall, temperature: float) -> Callable[[Ten
     return logits
 
 
-def _share(logits: Iterator[Tensor], reduce: Reduction | None) -> Tensor:
+def _probabilities(logits: Iterator[Tensor], reduce: Reduction | None) -> tuple[Tensor, ...]:
     if reduce is None:
-        p, q = (z.softmax(-1) for z in logits)
-        of_head = _head(p)
-    else:
-        p, q = sharded_share.softmax([*logits], reduce)
-        of_head = sharded_share.head(p, MASS, reduce)
+        return tuple(z.softmax(-1) for z in logits)
+    return sharded_share.softmax([*logits], reduce)
+
+
+def share_of(probabilities: tuple[Tensor, ...], reduce: Reduction | None) -> Tensor:
+    """Return each row's weight of the forward KL, ``(R,)``, from ``p`` and ``q``, ``(R, V)``.
+
+    With ``reduce``, ``p`` and ``q`` hold this rank's part of the vocabulary.
+    """
+    p, q = probabilities
+    of_head = _head(p) if reduce is None else sharded_share.head(p, MASS, reduce)
     gap = (p - q).abs()
     sums = torch.stack([gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)])
     head, tail = sums if reduce is None else reduce.sum(sums)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -207,11 +208,11 @@ class LossCall:
         given = [(name, x) for name, x in optional if x is not None]
         numbers = [getattr(self, name) for name in NUMBERS]
         numbers += [x for head in heads for x in _numbers_of(head)]
+        of_teachers = [x for head in self.teacher_heads for x in head.tensors().values()]
         return Packed(
-            student_hidden=self.student_hidden,
-            heads=[x for head in heads for x in head.tensors().values()],
+            student=[*self.student_hidden, *self.student_head.tensors().values()],
             row_weight=self.row_weight,
-            constants=[*self.teacher_hidden, *[x for _, x in given]],
+            constants=[*of_teachers, *[x for _, x in given], *self.teacher_hidden],
             numbers=[math.nan if x is None else float(x) for x in numbers],
             sizes=[getattr(self, name) for name in SIZES],
             settings=_as_json(
@@ -226,13 +227,12 @@ class LossCall:
 class Packed(NamedTuple):
     """The fields of a ``LossCall`` in the form and the order of operator arguments.
 
-    ``constants`` are the tensors that never get a gradient: the teacher's hidden states first.
-    ``settings`` is JSON: all other fields, and the names of the tensors in ``constants`` and
-    ``heads``.
+    ``student`` are the student's hidden states and the tensors of its head, with a flag each in
+    ``needs_grad``. ``constants`` are the tensors that never get a gradient. ``settings`` is JSON:
+    all other fields, and the names of tensors.
     """
 
-    student_hidden: list[Tensor]
-    heads: list[Tensor]
+    student: list[Tensor]
     row_weight: Tensor
     constants: list[Tensor]
     numbers: list[float]
@@ -240,36 +240,29 @@ class Packed(NamedTuple):
     settings: str
     needs_grad: list[bool]
 
-    def map_tensors(self, function: Callable[[Any], Any]) -> dict[str, Any]:
-        """Apply ``function`` to each tensor, and return the fields that hold tensors."""
-        values = {name: getattr(self, name) for name in TENSORS}
-        return {
-            name: [function(each) for each in x] if isinstance(x, list) else function(x)
-            for name, x in values.items()
-        }
-
     def unpack(self) -> LossCall:
         """Return the call from which ``pack`` made these arguments."""
         settings, given, heads = json.loads(self.settings)
-        teacher_states = len(self.constants) - len(given)
-        optional = dict(zip(given, self.constants[teacher_states:], strict=True))
+        tensors = chain(self.student, self.constants)
+        numbers = (None if math.isnan(x) else x for x in self.numbers)
+        fields: dict[str, Any] = {name: next(numbers) for name in NUMBERS}
+        student_hidden = [*islice(tensors, len(self.student) - len(heads[0][1]))]
+        student_head, *teacher_heads = (
+            _head_of({name: next(tensors) for name in names}, kind, numbers)
+            for kind, names in heads
+        )
+        optional = {name: next(tensors) for name in given}
         rows = {name: optional.pop(name) for name in TargetRows._fields if name in optional}
-        tensors, numbers = iter(self.heads), (None if math.isnan(x) else x for x in self.numbers)
-        fields: dict[str, Any] = dict.fromkeys(OPTIONAL) | optional
+        fields |= dict.fromkeys(OPTIONAL) | optional
         fields |= zip(SIZES, self.sizes, strict=True)
-        fields |= {name: next(numbers) for name in NUMBERS}
         for name, value in zip(SETTINGS, settings, strict=True):
             fields[name] = tuple(value) if isinstance(value, list) else value
         fields["divergences"] = tuple(Divergence(name) for name in fields["divergences"])
         if fields["operand_dtype"] is not None:
             fields["operand_dtype"] = getattr(torch, fields["operand_dtype"].removeprefix("torch."))
-        student_head, *teacher_heads = (
-            _head_of({name: next(tensors) for name in names}, kind, numbers)
-            for kind, names in heads
-        )
         return LossCall(
-            student_hidden=self.student_hidden,
-            teacher_hidden=self.constants[:teacher_states],
+            student_hidden=student_hidden,
+            teacher_hidden=[*tensors],
             student_head=student_head,
             teacher_heads=tuple(teacher_heads),
             row_weight=self.row_weight,
@@ -281,10 +274,9 @@ class Packed(NamedTuple):
 
 # The fields of ``Packed`` in the language of torch's operator schemas.
 SCHEMA = (
-    "Tensor[] student_hidden, Tensor[] heads, Tensor row_weight, Tensor[] constants,"
-    " float[] numbers, SymInt[] sizes, str settings, bool[] needs_grad"
+    "Tensor[] student, Tensor row_weight, Tensor[] constants, float[] numbers, SymInt[] sizes,"
+    " str settings, bool[] needs_grad"
 )
-TENSORS = ("student_hidden", "heads", "row_weight", "constants")
 
 
 def _fields(*kinds: Any) -> tuple[str, ...]:

@@ -16,12 +16,12 @@ from lens_kernels.sharding import Reduction
 PARTS = 16
 
 
-def softmax(logits: list[Tensor], reduce: Reduction) -> list[Tensor]:
+def softmax(logits: list[Tensor], reduce: Reduction) -> tuple[Tensor, ...]:
     """Return the probabilities of this rank's entries, ``(R, C)``, for several models at once."""
     maxima = reduce.maximum(torch.stack([u.amax(-1) for u in logits]))
     powers = [(u - m[:, None]).exp() for u, m in zip(logits, maxima, strict=True)]
     totals = reduce.sum(torch.stack([x.sum(-1) for x in powers]))
-    return [x / total[:, None] for x, total in zip(powers, totals, strict=True)]
+    return tuple(x / total[:, None] for x, total in zip(powers, totals, strict=True))
 
 
 def head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
