@@ -114,11 +114,9 @@ class LossCall:
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
         teacher_hidden = [] if teacher is None else teacher.hidden
-        teacher_heads = () if teacher is None else tuple(teacher.heads.values())
         teacher_of: tuple[int, ...] = ()
-        if teacher is not None and len(teacher_heads) > 1:
-            names = [name for name, _ in teacher.named_heads]
-            teacher_of = tuple([[*teacher.heads].index(names[i]) for i in states])
+        if teacher is not None and len(teacher.heads) > 1:
+            teacher_of = tuple([[*teacher.heads].index(teacher.head_names[i]) for i in states])
         normed = tuple([i % len(student_hidden) < student.lenses for i in states])
         grad_mode = torch.is_grad_enabled()
         reached = [*hidden, *student.head.tensors().values()]
@@ -127,7 +125,7 @@ class LossCall:
             student_hidden=hidden,
             teacher_hidden=[teacher_hidden[term.state] for term in terms] if teacher else [],
             student_head=student.head,
-            teacher_heads=teacher_heads,
+            teacher_heads=tuple(teacher.heads.values()) if teacher else (),
             teacher_of=teacher_of,
             mask=inputs.mask,
             labels=labels,

@@ -22,25 +22,22 @@ Head = LensHead | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The hidden states of a model, and the head of each. All have names for error messages.
+    """The hidden states of a model, and its heads. All have names for error messages.
 
-    The norm of a head applies to the first ``lenses`` states. Any other state is final, and is
-    already normed. The states may have different heads if there are several teachers.
+    ``head_names`` has the name of each state's head. They differ if there are several teachers. The
+    norm of a head applies to the first ``lenses`` states. Any other state is final, and is already
+    normed.
     """
 
     named_hidden: list[tuple[str, Tensor]]
-    named_heads: list[tuple[str, LensHead]]
+    heads: dict[str, LensHead]
+    head_names: list[str]
     lenses: int
 
     @property
     def head(self) -> LensHead:
         """Return the head of the first state."""
-        return self.named_heads[0][1]
-
-    @property
-    def heads(self) -> dict[str, LensHead]:
-        """Return each head once, by its name."""
-        return dict(self.named_heads)
+        return self.heads[self.head_names[0]]
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -140,7 +137,7 @@ def model_inputs(
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
         heads = {name: each.map(torch.Tensor.detach) for name, each in heads.items()}
-    return ModelInputs(named, [(name, heads[name]) for name in names], len(values))
+    return ModelInputs(named, heads, names, len(values))
 
 
 def _head_of(
@@ -183,21 +180,18 @@ def check_inputs(
     ranks must have the same ``options``.
     """
     device = student.head.weight.device
-    named = list(student.named_hidden)
-    if teacher is not None:
-        if student.lenses != teacher.lenses:
-            raise ValueError(
-                "student_hidden and teacher_hidden must pair up:"
-                f" got {student.lenses} and {teacher.lenses} hidden states"
-            )
-        for name, head in teacher.heads.items():
-            check_device(f"{name}.weight", head.weight, device)
-        named += teacher.named_hidden
-    autocast = torch.is_autocast_enabled(device.type)
     models = [student] if teacher is None else [student, teacher]
+    if student.lenses != models[-1].lenses:
+        raise ValueError(
+            "student_hidden and teacher_hidden must pair up:"
+            f" got {student.lenses} and {models[-1].lenses} hidden states"
+        )
+    autocast = torch.is_autocast_enabled(device.type)
     for model in models:
+        for name, head in model.heads.items():
+            check_device(f"{name}.weight", head.weight, device)
         _check_widths_and_dtypes(model, autocast)
-    shape = _leading_shape(named)
+    shape = _leading_shape([named for model in models for named in model.named_hidden])
     sizes = {name: head.weight.shape[0] for model in models for name, head in model.heads.items()}
     flat_mask = _token_mask(mask, shape, device)
     flat_labels = has_label = shard = None
@@ -319,8 +313,8 @@ def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     Their dtypes may differ. But without autocast, hidden states are float64 if and only if the head
     is float64.
     """
-    for (name, x), (head_name, head) in zip(model.named_hidden, model.named_heads, strict=True):
-        weight = head.weight
+    for (name, x), head_name in zip(model.named_hidden, model.head_names, strict=True):
+        weight = model.heads[head_name].weight
         check_device(name, x, weight.device)
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
