@@ -6,7 +6,7 @@ The adaptive KL of a token is a weighted mean of its forward KL and reverse KL. 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,11 +53,7 @@ def _head_share(*packed: Any) -> Tensor:
     step = call.workspace_bytes // (TILES * columns * call.compute_dtype.itemsize)
     for rows in kept.split(max(1, step)):
         logits = (logits(hidden[rows]) for hidden, logits in models)
-        if reduce is None:
-            share[rows] = _share(*(z.softmax(-1) for z in logits))
-        else:
-            p, q = sharded_share.softmax([*logits], reduce)
-            share[rows] = sharded_share.share(p, q, MASS, reduce)
+        share[rows] = share_of(_probabilities(logits, reduce), reduce)
     return share
 
 
@@ -80,12 +76,29 @@ def _logits(head: LensHead, call: LossCall, temperature: float) -> Callable[[Ten
     return logits
 
 
-def _share(p: Tensor, q: Tensor) -> Tensor:
+def _probabilities(logits: Iterator[Tensor], reduce: Reduction | None) -> tuple[Tensor, ...]:
+    if reduce is None:
+        return tuple(z.softmax(-1) for z in logits)
+    return sharded_share.softmax([*logits], reduce)
+
+
+def share_of(probabilities: tuple[Tensor, ...], reduce: Reduction | None) -> Tensor:
+    """Return each row's weight of the forward KL, ``(R,)``, from ``p`` and ``q``, ``(R, V)``.
+
+    With ``reduce``, ``p`` and ``q`` hold this rank's part of the vocabulary.
+    """
+    p, q = probabilities
+    of_head = _head(p) if reduce is None else sharded_share.head(p, MASS, reduce)
     gap = (p - q).abs()
+    sums = torch.stack([gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)])
+    head, tail = sums if reduce is None else reduce.sum(sums)
+    return torch.where(head + tail > 0, head / (head + tail), 0.5)
+
+
+def _head(p: Tensor) -> Tensor:
+    """Return which entries belong to the head."""
     # A stable sort keeps entries of equal probability in the order of the vocabulary.
     p, order = p.sort(stable=True, descending=True)
-    gap = gap.gather(-1, order)
     of_head = p.cumsum(-1) <= MASS
     of_head[:, 0] = True
-    head, tail = gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)
-    return torch.where(head + tail > 0, head / (head + tail), 0.5)
+    return torch.empty_like(of_head).scatter_(-1, order, of_head)

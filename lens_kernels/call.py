@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, NamedTuple, get_type_hints
@@ -11,8 +12,9 @@ from typing import Any, NamedTuple, get_type_hints
 import torch
 from torch import Tensor
 
+from lens_kernels import compat
 from lens_kernels.inputs import Inputs
-from lens_kernels.lens import NORM_KINDS, LensHead, LensNorm, compute_dtype
+from lens_kernels.lens import LensHead, LensNorm, compute_dtype
 from lens_kernels.options import (
     Divergence,
     LossOptions,
@@ -96,10 +98,12 @@ class LossCall:
         options: LossOptions,
         row_weight: Tensor,
         statistics: Tensor | None = None,
+        **others: Any,
     ) -> LossCall:
         """Return the call that computes ``terms``. Without terms, the call has only labels.
 
-        ``statistics`` ``(S, N, 2)`` are the log-sum-exps of the teacher's logits.
+        ``statistics`` ``(S, N, 2)`` are the log-sum-exps of the teacher's logits. ``others`` are
+        further fields of the call.
         """
         student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
         labels, standardize = inputs.labels, options.standardize
@@ -110,12 +114,10 @@ class LossCall:
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
         teacher_hidden = [] if teacher is None else teacher.hidden
-        teacher_heads = () if teacher is None else tuple(teacher.heads.values())
         teacher_of: tuple[int, ...] = ()
-        if teacher is not None and len(teacher_heads) > 1:
-            names = [name for name, _ in teacher.named_heads]
-            teacher_of = tuple([[*teacher.heads].index(names[i]) for i in states])
-        normed = tuple(0 <= i < student.lenses for i in states)
+        if teacher is not None and len(teacher.heads) > 1:
+            teacher_of = tuple([[*teacher.heads].index(teacher.head_names[i]) for i in states])
+        normed = tuple([i % len(student_hidden) < student.lenses for i in states])
         grad_mode = torch.is_grad_enabled()
         reached = [*hidden, *student.head.tensors().values()]
         threshold, relative = parse_grad_threshold("grad_threshold", options.grad_threshold)
@@ -123,7 +125,7 @@ class LossCall:
             student_hidden=hidden,
             teacher_hidden=[teacher_hidden[term.state] for term in terms] if teacher else [],
             student_head=student.head,
-            teacher_heads=teacher_heads,
+            teacher_heads=tuple(teacher.heads.values()) if teacher else (),
             teacher_of=teacher_of,
             mask=inputs.mask,
             labels=labels,
@@ -148,6 +150,7 @@ class LossCall:
             teacher_statistics=None if statistics is None else statistics[states],
             group="" if shard is None else shard.group,
             widest=0 if shard is None else shard.widest,
+            **others,
         )
 
     @property
@@ -202,19 +205,19 @@ class LossCall:
             optional += [*zip(TargetRows._fields, self.targets, strict=True)]
         given = [(name, x) for name, x in optional if x is not None]
         numbers = [getattr(self, name) for name in NUMBERS]
-        lists = [[name for name, _ in given], *(head.tensors() for head in heads)]
-        texts = [write(getattr(self, name)) for name, write, _ in TEXTS]
+        numbers += [x for head in heads for x in _numbers_of(head)]
+        of_teachers = [x for head in self.teacher_heads for x in head.tensors().values()]
         return Packed(
-            student_hidden=self.student_hidden,
-            heads=[x for head in heads for x in head.tensors().values()],
+            student=[*self.student_hidden, *self.student_head.tensors().values()],
             row_weight=self.row_weight,
-            constants=[*self.teacher_hidden, *(x for _, x in given)],
-            numbers=[
-                *(math.nan if x is None else float(x) for x in numbers),
-                *chain(*(_pack_head(head) for head in heads)),
-            ],
+            constants=[*of_teachers, *[x for _, x in given], *self.teacher_hidden],
+            numbers=[math.nan if x is None else float(x) for x in numbers],
             sizes=[getattr(self, name) for name in SIZES],
-            names=";".join([*texts, *(",".join(names) for names in lists)]),
+            settings=_as_json(
+                [getattr(self, name) for name in SETTINGS],
+                [name for name, _ in given],
+                [[head.norm and head.norm.kind, [*head.tensors()]] for head in heads],
+            ),
             needs_grad=self.needs_grad,
         )
 
@@ -222,49 +225,44 @@ class LossCall:
 class Packed(NamedTuple):
     """The fields of a ``LossCall`` in the form and the order of operator arguments.
 
-    ``constants`` are the tensors that never get a gradient: the teacher's hidden states first.
+    ``student`` are the student's hidden states and the tensors of its head, with a flag each in
+    ``needs_grad``. ``constants`` are the tensors that never get a gradient. ``settings`` is JSON:
+    all other fields, and the names of tensors.
     """
 
-    student_hidden: list[Tensor]
-    heads: list[Tensor]
+    student: list[Tensor]
     row_weight: Tensor
     constants: list[Tensor]
     numbers: list[float]
     sizes: list[int]
-    names: str
+    settings: str
     needs_grad: list[bool]
-
-    def map_tensors(self, function: Callable[[Any], Any]) -> dict[str, Any]:
-        """Apply ``function`` to each tensor, and return the fields that hold tensors."""
-        values = {name: getattr(self, name) for name, kind in _KINDS.items() if "Tensor" in kind}
-        return {
-            name: [function(each) for each in x] if isinstance(x, list) else function(x)
-            for name, x in values.items()
-        }
 
     def unpack(self) -> LossCall:
         """Return the call from which ``pack`` made these arguments."""
-        texts = self.names.split(";")
-        given, *head_names = ([x for x in text.split(",") if x] for text in texts[len(TEXTS) :])
-        teacher_states = len(self.constants) - len(given)
-        optional = dict(zip(given, self.constants[teacher_states:], strict=True))
+        settings, given, heads = json.loads(self.settings)
+        tensors = chain(self.student, self.constants)
+        numbers = (None if math.isnan(x) else x for x in self.numbers)
+        fields: dict[str, Any] = {name: next(numbers) for name in NUMBERS}
+        student_hidden = [*islice(tensors, len(self.student) - len(heads[0][1]))]
+        student_head, *teacher_heads = (
+            _head_of({name: next(tensors) for name in names}, kind, numbers)
+            for kind, names in heads
+        )
+        optional = {name: next(tensors) for name in given}
         rows = {name: optional.pop(name) for name in TargetRows._fields if name in optional}
-        tensors, numbers = iter(self.heads), iter(self.numbers)
-        fields: dict[str, Any] = dict.fromkeys(OPTIONAL) | optional
+        fields |= dict.fromkeys(OPTIONAL) | optional
         fields |= zip(SIZES, self.sizes, strict=True)
-        fields |= {name: read(text) for (name, _, read), text in zip(TEXTS, texts, strict=False)}
-        fields |= {
-            name: None if math.isnan(x) else x for name, x in zip(NUMBERS, numbers, strict=False)
-        }
-        heads = [
-            _unpack_head({name: next(tensors) for name in names}, [*islice(numbers, HEAD_NUMBERS)])
-            for names in head_names
-        ]
+        for name, value in zip(SETTINGS, settings, strict=True):
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        fields["divergences"] = tuple(Divergence(name) for name in fields["divergences"])
+        if fields["operand_dtype"] is not None:
+            fields["operand_dtype"] = getattr(torch, fields["operand_dtype"].removeprefix("torch."))
         return LossCall(
-            student_hidden=self.student_hidden,
-            teacher_hidden=self.constants[:teacher_states],
-            student_head=heads[0],
-            teacher_heads=tuple(heads[1:]),
+            student_hidden=student_hidden,
+            teacher_hidden=[*tensors],
+            student_head=student_head,
+            teacher_heads=tuple(teacher_heads),
             row_weight=self.row_weight,
             needs_grad=self.needs_grad,
             targets=TargetRows(**rows) if rows else None,
@@ -272,17 +270,11 @@ class Packed(NamedTuple):
         )
 
 
-_SCHEMA_NAMES = {
-    list[Tensor]: "Tensor[]",
-    Tensor: "Tensor",
-    list[float]: "float[]",
-    list[int]: "SymInt[]",
-    str: "str",
-    list[bool]: "bool[]",
-}
-_KINDS = {name: _SCHEMA_NAMES[kind] for name, kind in get_type_hints(Packed).items()}
 # The fields of ``Packed`` in the language of torch's operator schemas.
-SCHEMA = ", ".join(f"{kind} {name}" for name, kind in _KINDS.items())
+SCHEMA = (
+    "Tensor[] student, Tensor row_weight, Tensor[] constants, float[] numbers, SymInt[] sizes,"
+    " str settings, bool[] needs_grad"
+)
 
 
 def _fields(*kinds: Any) -> tuple[str, ...]:
@@ -294,49 +286,27 @@ def _fields(*kinds: Any) -> tuple[str, ...]:
 OPTIONAL = _fields(Tensor | None)
 NUMBERS = _fields(float, float | None)
 SIZES = _fields(int)
-# How fields are written in ``Packed.names``, and how they are read.
-_CODECS: tuple[tuple[Any, Callable[[Any], str], Callable[[str], Any]], ...] = (
-    (str, lambda x: x, lambda text: text),
-    (bool, lambda x: "1" if x else "", bool),
-    (
-        tuple[bool, ...],
-        lambda flags: "".join(["1" if x else "0" for x in flags]),
-        lambda text: tuple(x == "1" for x in text),
-    ),
-    (
-        tuple[int, ...],
-        lambda numbers: ",".join([str(x) for x in numbers]),
-        lambda text: tuple(int(x) for x in text.split(",") if x),
-    ),
-    (
-        tuple[Divergence, ...],
-        lambda divergences: ",".join([x.value for x in divergences]),
-        lambda text: tuple(Divergence(x) for x in text.split(",") if x),
-    ),
-    (
-        torch.dtype | None,
-        lambda dtype: "" if dtype is None else str(dtype).removeprefix("torch."),
-        lambda text: getattr(torch, text) if text else None,
-    ),
+SETTINGS = _fields(
+    str, bool, tuple[bool, ...], tuple[int, ...], tuple[Divergence, ...], torch.dtype | None
 )
-TEXTS = tuple((name, write, read) for kind, write, read in _CODECS for name in _fields(kind))
-HEAD_NUMBERS = 5
 
 
-def _pack_head(head: LensHead) -> list[float]:
-    kind, eps, offset = -1, 0.0, 0.0
-    if head.norm is not None:
-        kind, eps, offset = NORM_KINDS.index(head.norm.kind), head.norm.eps, head.norm.offset
-    return [float(head.scale), head.softcap or 0.0, float(kind), float(eps), float(offset)]
+@compat.constant_in_graphs  # torch.compile cannot trace ``json``
+def _as_json(*values: object) -> str:
+    return json.dumps(values, default=str)
 
 
-def _unpack_head(tensors: dict[str, Tensor], numbers: list[float]) -> LensHead:
-    scale, softcap, kind, eps, offset = numbers
-    norm = None
-    if kind >= 0:
+def _numbers_of(head: LensHead) -> list[float | None]:
+    norm = [] if head.norm is None else [head.norm.eps, head.norm.offset]
+    return [head.scale, head.softcap, *norm]
+
+
+def _head_of(tensors: dict[str, Tensor], norm_kind: str | None, numbers: Iterator[Any]) -> LensHead:
+    scale, softcap, norm = next(numbers), next(numbers), None
+    if norm_kind is not None:
         weight, bias = tensors.get("norm_weight"), tensors.get("norm_bias")
-        norm = LensNorm(NORM_KINDS[int(kind)], weight, bias, eps=eps, offset=offset)
-    return LensHead(tensors["weight"], tensors.get("bias"), norm, scale, softcap or None)
+        norm = LensNorm(norm_kind, weight, bias, eps=next(numbers), offset=next(numbers))
+    return LensHead(tensors["weight"], tensors.get("bias"), norm, scale, softcap)
 
 
 @dataclass(frozen=True, eq=False)

@@ -95,7 +95,7 @@ def vary_first_size(x: Tensor) -> None:
 
 
 def tensors_in(values: object) -> list[Tensor]:
-    """Return all tensors in nested tuples.
+    """Return all tensors in nested tuples, lists and dictionaries.
 
     Present in torch 2.8 to 2.13. Without this function, an error is raised.
     """

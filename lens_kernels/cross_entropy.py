@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -83,40 +81,26 @@ def linear_cross_entropy(
         3.912
     """
     options = CrossEntropyOptions(
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        ignore_index=ignore_index,
-        vocab_size=vocab_size,
-        backend=backend,
+        reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+        ignore_index=ignore_index, vocab_size=vocab_size, backend=backend,
         workspace_bytes=workspace_bytes,
-    )
+    )  # fmt: skip
     options.check_denominator(denominator)
     model = model_inputs("", hidden, head)
-    inputs = check_inputs(
-        model, None, mask=mask, labels=labels, vocab_size=vocab_size, ignore_index=ignore_index
-    )
+    inputs = check_inputs(model, None, options, mask=mask, labels=labels, ignore_index=ignore_index)
     labelled = inputs.labelled()
     assert labelled is not None
-    call = LossCall.of(inputs, [], options, labelled)
     weight = labelled
     if reduction == Reduction.MEAN:
         weight = labelled / token_denominator(denominator, labelled)
     reports = return_lse or return_entropy
-    row_weight = weight[None]
-    if reports:  # the reports are not part of the loss
-        row_weight = torch.cat([row_weight, weight.new_zeros(2, len(weight))])
-    call = replace(
-        call,
-        normed=(True,),
-        row_weight=row_weight,
-        label_smoothing=float(label_smoothing),
-        z_loss=float(z_loss),
-        reports=reports,
-        deferred=reduction == Reduction.NONE,
-    )
-    call = dispatch.with_backend(call, options.backend)
-    loss, rows, _ = operator.apply(call)
+    # The reports have no weight, because they are not part of the loss.
+    row_weight = torch.cat([weight[None], weight.new_zeros(2 if reports else 0, len(weight))])
+    call = LossCall.of(
+        inputs, [], options, row_weight, label_smoothing=float(label_smoothing),
+        z_loss=float(z_loss), reports=reports, deferred=reduction == Reduction.NONE,
+    )  # fmt: skip
+    loss, rows, _ = operator.apply(dispatch.with_backend(call, options.backend))
     shape, dtype = inputs.leading_shape, inputs.result_dtype
     if call.deferred:
         loss = (rows[0] * labelled).reshape(shape)

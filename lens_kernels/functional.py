@@ -157,20 +157,12 @@ def symmetric_lens_loss(
         (0.0, 0.0)
     """
     options = LensOptions(
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        temperature_squared=temperature_squared,
-        standardize=standardize,
-        token_clip=token_clip,
-        layer_weights=layer_weights,
-        reduction=reduction,
-        vocab_size=vocab_size,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        grad_threshold=grad_threshold,
-    )
+        divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
+        standardize=standardize, token_clip=token_clip, layer_weights=layer_weights,
+        reduction=reduction, vocab_size=vocab_size, backend=backend,
+        workspace_bytes=workspace_bytes, grad_threshold=grad_threshold,
+    )  # fmt: skip
     options.check_denominator(denominator)
     model = partial(model_inputs, process_group=process_group)
     student = model("student", student_hidden, student_head)
@@ -181,9 +173,8 @@ def symmetric_lens_loss(
     else:
         teacher = model("teacher", teacher_hidden, teacher_head)
     inputs = check_inputs(
-        student, teacher, mask=mask, vocab_size=vocab_size, targets=targets,
-        process_group=process_group, options=options,
-    )  # fmt: skip
+        student, teacher, options, mask=mask, targets=targets, process_group=process_group
+    )
     counted = inputs.counted()
     statistics = given_statistics(teacher_statistics, inputs)
     weights = pair_weights(layer_weights, student.lenses, inputs) * options.factor
@@ -294,22 +285,13 @@ def distillation_loss(
         TypeError, ValueError, RuntimeError: As for ``symmetric_lens_loss``.
     """
     options = DistillationOptions(
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        teacher_temperature=teacher_temperature,
-        temperature_squared=temperature_squared,
-        standardize=standardize,
-        token_clip=token_clip,
-        layer_weights=layer_weights,
-        vocab_size=vocab_size,
-        backend=backend,
-        workspace_bytes=workspace_bytes,
-        grad_threshold=grad_threshold,
-        kd_ratio=kd_ratio,
-        lens_coeff=lens_coeff,
+        divergence=divergence, beta=beta, temperature=temperature,
+        teacher_temperature=teacher_temperature, temperature_squared=temperature_squared,
+        standardize=standardize, token_clip=token_clip, layer_weights=layer_weights,
+        vocab_size=vocab_size, backend=backend, workspace_bytes=workspace_bytes,
+        grad_threshold=grad_threshold, kd_ratio=kd_ratio, lens_coeff=lens_coeff,
         final_divergence=final_divergence,
-    )
+    )  # fmt: skip
     if labels is None and kd_ratio < 1.0:
         raise ValueError(f"kd_ratio={kd_ratio} is below 1 and needs cross entropy: pass labels")
     model = partial(model_inputs, process_group=process_group)
@@ -332,8 +314,8 @@ def distillation_loss(
     terms = [Term(Divergence(divergence), i) for i in range(pairs)]
     terms += [Term(kind, -1) for kind in finals]
     inputs = check_inputs(
-        student, teacher, mask=mask, labels=labels, vocab_size=vocab_size, targets=targets,
-        process_group=process_group, options=options,
+        student, teacher, options, mask=mask, labels=labels, targets=targets,
+        process_group=process_group,
     )  # fmt: skip
     counted, labelled = inputs.counted(), inputs.labelled()
     statistics = given_statistics(teacher_statistics, inputs)

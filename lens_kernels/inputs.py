@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lens_kernels import compat, sharding
 from lens_kernels.lens import LensHead, compute_dtype
+from lens_kernels.options import LossOptions
 from lens_kernels.targets import SparseTargets, TargetRows, sum_is_valid, target_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,25 +22,22 @@ Head = LensHead | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ModelInputs:
-    """The hidden states of a model, and the head of each. All have names for error messages.
+    """The hidden states of a model, and its heads. All have names for error messages.
 
-    The norm of a head applies to the first ``lenses`` states. Any other state is final, and is
-    already normed. The states may have different heads if there are several teachers.
+    ``head_names`` has the name of each state's head. They differ if there are several teachers. The
+    norm of a head applies to the first ``lenses`` states. Any other state is final, and is already
+    normed.
     """
 
     named_hidden: list[tuple[str, Tensor]]
-    named_heads: list[tuple[str, LensHead]]
+    heads: dict[str, LensHead]
+    head_names: list[str]
     lenses: int
 
     @property
     def head(self) -> LensHead:
         """Return the head of the first state."""
-        return self.named_heads[0][1]
-
-    @property
-    def heads(self) -> dict[str, LensHead]:
-        """Return each head once, by its name."""
-        return dict(self.named_heads)
+        return self.heads[self.head_names[0]]
 
     @property
     def hidden(self) -> list[Tensor]:
@@ -139,70 +137,74 @@ def model_inputs(
     if side == "teacher":  # the teacher gets no gradient
         named = [(name, x.detach()) for name, x in named]
         heads = {name: each.map(torch.Tensor.detach) for name, each in heads.items()}
-    return ModelInputs(named, [(name, heads[name]) for name in names], len(values))
+    return ModelInputs(named, heads, names, len(values))
 
 
 def _head_of(
     name: str, head: Any, named: list[tuple[str, Tensor]], lenses: list[int], process_group: Any
 ) -> LensHead:
     """Check a head, and apply its translators to the states ``named`` with indices ``lenses``."""
+    if isinstance(head, Tensor):
+        head = LensHead(head)
+    if not isinstance(head, LensHead):
+        raise TypeError(
+            f"{name} must be a LensHead or a (V, D) tensor, got {type(head).__name__}"
+            " (for a Hugging Face model: lens_kernels.hf.lens_head_from(model))"
+        )
     if process_group is not None:
         head = sharding.local_head(name, head, process_group)
-    checked = _check_head(name, head)
-    if checked.translator is None:
-        return checked
-    translated = checked.translated([named[i][1] for i in lenses])
+    _check_head(name, head)
+    if head.translator is None:
+        return head
+    translated = head.translated([named[i][1] for i in lenses])
     for i, x in zip(lenses, translated, strict=True):
         named[i] = named[i][0], x
-    return replace(checked, translator=None)
+    return replace(head, translator=None)
 
 
 def check_inputs(
     student: ModelInputs,
     teacher: ModelInputs | None,
+    options: LossOptions,
     *,
     mask: Any,
-    vocab_size: Any,
     labels: Any = None,
     ignore_index: int = IGNORE_INDEX,
     targets: SparseTargets | None = None,
     process_group: Any = None,
-    options: object = None,
 ) -> Inputs:
     """Check that the tensors of a call fit together, and return them.
 
     ``ignore_index`` is the label of positions without a label. Without ``mask``, tokens with a
-    label count. Without ``mask`` and ``labels``, all tokens count. With a ``process_group``, the
-    ``options`` must be the same on all ranks.
+    label count. Without ``mask`` and ``labels``, all tokens count. With a ``process_group``, all
+    ranks must have the same ``options``.
     """
     device = student.head.weight.device
-    named = list(student.named_hidden)
-    if teacher is not None:
-        if student.lenses != teacher.lenses:
-            raise ValueError(
-                "student_hidden and teacher_hidden must pair up:"
-                f" got {student.lenses} and {teacher.lenses} hidden states"
-            )
-        for name, head in teacher.heads.items():
-            check_device(f"{name}.weight", head.weight, device)
-        named += teacher.named_hidden
-    autocast = torch.is_autocast_enabled(device.type)
     models = [student] if teacher is None else [student, teacher]
+    if student.lenses != models[-1].lenses:
+        raise ValueError(
+            "student_hidden and teacher_hidden must pair up:"
+            f" got {student.lenses} and {models[-1].lenses} hidden states"
+        )
+    autocast = torch.is_autocast_enabled(device.type)
     for model in models:
+        for name, head in model.heads.items():
+            check_device(f"{name}.weight", head.weight, device)
         _check_widths_and_dtypes(model, autocast)
-    shape = _leading_shape(named)
+    shape = _leading_shape([named for model in models for named in model.named_hidden])
     sizes = {name: head.weight.shape[0] for model in models for name, head in model.heads.items()}
     flat_mask = _token_mask(mask, shape, device)
     flat_labels = has_label = shard = None
     if process_group is None:
-        size = sharding.shared_vocabulary(vocab_size, sizes)
+        size = sharding.shared_vocabulary(options.vocab_size, sizes)
     else:
         reached = [x for _, x in student.named_hidden] + [*student.head.tensors().values()]
         implied = None if labels is None else labels != IGNORE_INDEX
         counted = implied if flat_mask is None else flat_mask
         same = sharding.agreed(shape, counted, reached, vars(options))
         rows = sharding.gather(process_group, sizes, same, device)
-        size = sharding.shared_vocabulary(vocab_size, {name: sum(x) for name, x in rows.items()})
+        totals = {name: sum(x) for name, x in rows.items()}
+        size = sharding.shared_vocabulary(options.vocab_size, totals)
         shard = sharding.shard_of(process_group, rows, size)
     if labels is not None:
         flat = _token_labels(labels, shape, device, size, ignore_index)
@@ -274,16 +276,8 @@ def check_dense(name: str, x: Any) -> None:
         raise TypeError(f"{name} must be a dense tensor, got a {kind} tensor: convert it first")
 
 
-def _check_head(name: str, value: Any) -> LensHead:
-    """Check a ``LensHead`` or a ``(V, D)`` weight, and return a ``LensHead``."""
-    if isinstance(value, Tensor):
-        value = LensHead(value)
-    if not isinstance(value, LensHead):
-        raise TypeError(
-            f"{name} must be a LensHead or a (V, D) tensor, got {type(value).__name__}"
-            " (for a Hugging Face model: lens_kernels.hf.lens_head_from(model))"
-        )
-    weight = value.weight
+def _check_head(name: str, head: LensHead) -> None:
+    weight = head.weight
     check_float(f"{name}.weight", weight)
     if weight.dim() != 2 or 0 in weight.shape:
         raise ValueError(
@@ -292,7 +286,7 @@ def _check_head(name: str, value: Any) -> LensHead:
         )
     vocab_size, width = weight.shape
     sizes = {"bias": vocab_size, "norm_weight": width, "norm_bias": width}
-    for key, x in value.tensors().items():
+    for key, x in head.tensors().items():
         if key == "weight":
             continue
         part, size = f"{name}.{key.replace('_', '.')}", sizes[key]
@@ -303,7 +297,6 @@ def _check_head(name: str, value: Any) -> LensHead:
                 f" {tuple(weight.shape)}, got {tuple(x.shape)}"
             )
         check_device(part, x, weight.device)
-    return value
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
@@ -320,8 +313,8 @@ def _check_widths_and_dtypes(model: ModelInputs, autocast: bool) -> None:
     Their dtypes may differ. But without autocast, hidden states are float64 if and only if the head
     is float64.
     """
-    for (name, x), (head_name, head) in zip(model.named_hidden, model.named_heads, strict=True):
-        weight = head.weight
+    for (name, x), head_name in zip(model.named_hidden, model.head_names, strict=True):
+        weight = model.heads[head_name].weight
         check_device(name, x, weight.device)
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(

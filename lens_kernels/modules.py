@@ -53,27 +53,21 @@ class SymmetricLensLoss(_Loss):
         process_group: Any = None,
     ) -> Tensor:
         """Return the loss. The arguments are those of ``symmetric_lens_loss``."""
-        models = student_hidden, teacher_hidden, student_head, teacher_head
         return symmetric_lens_loss(
-            *models,
-            mask=mask,
-            denominator=denominator,
-            teacher_statistics=teacher_statistics,
-            process_group=process_group,
-            **self.options,
-        )
+            student_hidden, teacher_hidden, student_head, teacher_head, mask=mask,
+            denominator=denominator, teacher_statistics=teacher_statistics,
+            process_group=process_group, **self.options,
+        )  # fmt: skip
 
 
 class DistillationLoss(_Loss):
     """``distillation_loss`` with fixed options.
 
-    Args:
-        **options: All keywords of the function except tensors, ``denominator`` and
-            ``process_group``, which ``forward`` takes.
+    ``**options`` are all keywords of the function except tensors, ``denominator`` and
+    ``process_group``, which ``forward`` takes.
 
     Raises:
-        TypeError: An option is unknown or has the wrong type.
-        ValueError: An option is out of range.
+        TypeError, ValueError: As for ``SymmetricLensLoss``.
     """
 
     kind = DistillationOptions
@@ -86,10 +80,7 @@ class DistillationLoss(_Loss):
         teacher_head: Any,
         **per_call: Any,
     ) -> DistillationOutput:
-        """Return the output of ``distillation_loss``.
-
-        ``per_call`` are the keyword arguments that the constructor does not take.
-        """
+        """Return the output of ``distillation_loss``, whose other keywords are ``per_call``."""
         return distillation_loss(
             student_hidden, teacher_hidden, student_head, teacher_head, **per_call, **self.options
         )

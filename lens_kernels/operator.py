@@ -78,12 +78,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     call = packed.unpack()
     ctx.deferred = call.deferred
     # Autograd saves the call's tensors, and frees them after the backward pass.
-    ctx.without_tensors = packed._replace(**packed.map_tensors(lambda x: ...))
+    without: Any = {"student": [], "row_weight": None, "constants": [None] * len(packed.constants)}
+    ctx.packed = packed._replace(**without)
     ctx.set_materialize_grads(False)
-    saved: list[Tensor] = []
     if call.deferred:
         ctx.mark_non_differentiable(loss, dropped, *grads)
-        packed.map_tensors(lambda x: saved.append(_savable(x)))
+        saved = [_savable(x) for x in (*packed.student, *packed.constants)]
     else:
         ctx.mark_non_differentiable(rows, dropped, *grads)
         saved = [rows, call.row_weight, *grads, *call.needing_grad().values()]
@@ -96,15 +96,17 @@ def _savable(x: Tensor) -> Tensor:
 
 
 def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[Any, ...]:
-    packed: Packed = ctx.without_tensors
-    # The operator's arguments that may need gradients, in their order.
-    result: dict[str, Any] = dict.fromkeys(Packed._fields) | packed.map_tensors(lambda x: None)
+    packed: Packed = ctx.packed
+    size = len(packed.needs_grad)
+    # The gradients of the operator's arguments, in their order.
+    result: dict[str, Any] = dict.fromkeys(Packed._fields)
+    result |= {"student": [None] * size, "constants": packed.constants}
     upstream = grad_rows if ctx.deferred else grad_loss
     if upstream is None:
         return tuple(result.values())
     if ctx.deferred:
-        saved = iter(ctx.saved_tensors)
-        call = packed._replace(**packed.map_tensors(lambda x: next(saved))).unpack()
+        student, constants = [*ctx.saved_tensors[:size]], [*ctx.saved_tensors[size:]]
+        call = packed._replace(student=student, constants=constants).unpack()
         call = replace(call, row_weight=upstream, deferred=False)
         with torch.no_grad():
             *_, grads = lens_loss(*call.pack())
@@ -121,11 +123,8 @@ def _backward(ctx: Any, grad_loss: Any, grad_rows: Any, *unused: Any) -> tuple[A
         # No later backward pass needs the gradients, so scale them in place, which saves a copy of
         # the head gradient.
         scaled = [g.mul_(upstream).to(x.dtype) for g, x in zip(grads, like, strict=True)]
-    # ``needs_grad`` has flags only for the student's tensors, which come first, because the teacher
-    # gets no gradient.
-    flags, each = iter(packed.needs_grad), iter(scaled)
-    for name in ("student_hidden", "heads"):
-        result[name] = [next(each) if next(flags, False) else None for _ in result[name]]
+    each = iter(scaled)
+    result["student"] = [next(each) if needed else None for needed in packed.needs_grad]
     return tuple(result.values())
 
 

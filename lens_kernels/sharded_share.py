@@ -1,4 +1,4 @@
-"""The forward KL's weight in the adaptive KL, if the vocabulary is sharded over ranks.
+"""The head of the vocabulary in the adaptive KL, if the vocabulary is sharded over ranks.
 
 The head is the set of the teacher's largest probabilities that sum to at most one half. No rank can
 sort all probabilities, so a search over the bits of floating-point numbers finds the smallest
@@ -16,24 +16,15 @@ from lens_kernels.sharding import Reduction
 PARTS = 16
 
 
-def softmax(logits: list[Tensor], reduce: Reduction) -> list[Tensor]:
+def softmax(logits: list[Tensor], reduce: Reduction) -> tuple[Tensor, ...]:
     """Return the probabilities of this rank's entries, ``(R, C)``, for several models at once."""
     maxima = reduce.maximum(torch.stack([u.amax(-1) for u in logits]))
     powers = [(u - m[:, None]).exp() for u, m in zip(logits, maxima, strict=True)]
     totals = reduce.sum(torch.stack([x.sum(-1) for x in powers]))
-    return [x / total[:, None] for x, total in zip(powers, totals, strict=True)]
+    return tuple(x / total[:, None] for x, total in zip(powers, totals, strict=True))
 
 
-def share(p: Tensor, q: Tensor, mass: float, reduce: Reduction) -> Tensor:
-    """Return each row's weight of the forward KL, ``(R,)``, from this rank's ``p`` and ``q``."""
-    of_head = _head(p, mass, reduce)
-    gap = (p - q).abs()
-    sums = torch.stack([gap.where(of_head, 0).sum(-1), gap.where(~of_head, 0).sum(-1)])
-    head, tail = reduce.sum(sums)
-    return torch.where(head + tail > 0, head / (head + tail), 0.5)
-
-
-def _head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
+def head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
     """Return which of this rank's entries belong to the head, whose sum is at most ``mass``.
 
     Of equal entries, those of lower ranks come first. The largest entry always belongs to the head.

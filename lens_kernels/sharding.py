@@ -92,7 +92,7 @@ def _silent(group: Any) -> str:
     return "All ranks reported an error"
 
 
-def local_head(name: str, head: Any, group: Any) -> Any:
+def local_head(name: str, head: LensHead, group: Any) -> LensHead:
     """Return this rank's part of a head.
 
     Only DTensors are split. Weight and bias must be ``Shard(0)`` on a mesh whose group is
@@ -104,10 +104,6 @@ def local_head(name: str, head: Any, group: Any) -> Any:
     # imported here, because the import takes a second
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    if isinstance(head, Tensor):
-        head = LensHead(head)
-    if not isinstance(head, LensHead):
-        return head  # the caller raises an error for other types
     parts = {id(x): part for part, x in head.tensors().items()}
 
     def local(x: Tensor) -> Tensor:

@@ -15,10 +15,9 @@ from lens_kernels.cost import CallShape
 from lens_kernels.options import RELATIVE_ENTROPIES, Divergence
 from tests.support import ROOT
 from tests.support.grids import Shape
-from tests.support.memory import MIB
+from tests.support.memory import MIB, peak_of
 from tests.support.operators import Products
 from tests.support.problems import call_shape, capture_call, make
-from tests.test_memory import peak_of
 
 SHAPE = Shape((1536,), 4096, 48, 64, 2)
 SIZES = (1536, 4096, 48, 64)

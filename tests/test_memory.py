@@ -21,7 +21,7 @@ from lens_kernels.backends.torch import pointwise_pass, row_chunks
 from lens_kernels.backends.torch.layout import row_stride
 from lens_kernels.dispatch import Backend
 from tests.support.grids import BATCH, DIVERGENCES, FEATURES, Shape, several_chunks
-from tests.support.memory import MIB, peak_bytes
+from tests.support.memory import MIB, peak_bytes, peak_of
 from tests.support.objectives import make_objective
 from tests.support.operators import Watch
 from tests.support.problems import capture_call, make, ours, recorded
@@ -40,12 +40,6 @@ def test_the_measurement_counts_temporaries_and_freed_memory():
     assert 8 * MIB <= peak_bytes(lambda: (x + 1) * 2 + 1) < 9 * MIB
     assert 12 * MIB <= peak_bytes(lambda: (x + 1, x + 2, x + 3)) < 13 * MIB
     assert peak_bytes(lambda: torch.softmax(x.view(1024, 1024).t(), -1)) >= 8 * MIB
-
-
-def peak_of(monkeypatch, problem, **options):
-    """Return the peak memory in bytes of a call on the torch backend."""
-    call = capture_call(monkeypatch, problem, **options)
-    return peak_bytes(torch.no_grad()(lambda: row_chunks.evaluate(call)))
 
 
 def bound(shape, workspace):

@@ -194,7 +194,7 @@ def test_tokens_of_one_sequence_may_be_on_several_ranks(ranks):
 
 def test_equal_probabilities_join_the_head_in_their_order(ranks):
     for p in sharded.TIED:
-        whole = adaptive._share(torch.tensor([p]), sharded.OTHER[None])
+        whole = adaptive.share_of((torch.tensor([p]), sharded.OTHER[None]), None)
         for share in ranks.run(sharded.head_share_of, 3, p)[:3]:
             assert_close(share, whole, 1e-6)
 

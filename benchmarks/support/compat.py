@@ -18,11 +18,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
 from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 # The base class of modes that intercept every operator. torch documents its name. Present in torch
 # 2.8 to 2.13. Without this class, memory cannot be counted over fake tensors, and some results are
@@ -39,14 +37,6 @@ def fake_tensors(outside: bool = False) -> AbstractContextManager[Any]:
     counted.
     """
     return FakeTensorMode(allow_non_fake_inputs=outside)
-
-
-def tensors_in(tree: Any) -> Iterator[Tensor]:
-    """Return the tensors in an operator's arguments or results, which may be nested.
-
-    Present in torch 2.8 to 2.13. Without this function, memory cannot be counted over fake tensors.
-    """
-    return (x for x in tree_iter(tree) if isinstance(x, Tensor))
 
 
 def body_of(operator: Any) -> Callable[..., Any] | None:

@@ -26,6 +26,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.support import compat
+from lens_kernels.compat import tensors_in
 
 MIB = 1 << 20
 
@@ -113,7 +114,7 @@ class StorageTracker(compat.DispatchMode):
         return result
 
     def _see(self, tree: Any, created: bool) -> None:
-        for x in compat.tensors_in(tree):
+        for x in tensors_in(tree):
             storage = x.untyped_storage()
             if (key := id(storage)) in self._sizes:
                 continue

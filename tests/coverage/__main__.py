@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import sys
@@ -11,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from benchmarks.support.tables import read_csv, write_csv
 from tests.coverage.checks import CHECKS, send
 from tests.coverage.page import PAGE, made_with, page
 
@@ -56,14 +56,7 @@ def run(
 
 
 def versions() -> list[str]:
-    return [name for name in (read(VERSIONS) or [{}])[0] if name not in ("group", "type")]
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    return [name for name in (read_csv(VERSIONS) or [{}])[0] if name not in ("group", "type")]
 
 
 def main() -> None:
@@ -85,7 +78,7 @@ def main() -> None:
     if args.lens_only:
         path, checks = VERSIONS, ("lens",)
         fields = tuple(dict.fromkeys(("group", "type", *versions(), version)))
-    rows = {(row["group"], row["type"]): row for row in read(path)}
+    rows = {(row["group"], row["type"]): row for row in read_csv(path)}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     for key in types():
@@ -99,17 +92,10 @@ def main() -> None:
         if args.lens_only:
             row = {**rows.get(key, {"group": group, "type": kind}), version: row["lens"]}
         rows[key] = row
-        write(path, fields, [rows[key] for key in sorted(rows)])
+        write_csv(path, [dict.fromkeys(fields, "") | rows[key] for key in sorted(rows)])
     if TABLE in (path, args.table):
         newest = version if path == TABLE else made_with()
-        PAGE.write_text(page(read(TABLE), newest, read(VERSIONS)), encoding="utf-8")
-
-
-def write(path: Path, fields: tuple[str, ...], rows: list[dict[str, str]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fields, lineterminator="\n", restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+        PAGE.write_text(page(read_csv(TABLE), newest, read_csv(VERSIONS)), encoding="utf-8")
 
 
 if __name__ == "__main__":

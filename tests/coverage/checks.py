@@ -15,7 +15,6 @@ from reference.dense import divergence
 from tests.coverage.tiny_models import LAYERS, model_of
 
 LENSES = [1, LAYERS // 2]
-KEPT = [1, LAYERS - 1, LAYERS]
 CHECKS = ("lens", "step", "copy", "padding", "checkpointing")
 
 

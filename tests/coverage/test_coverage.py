@@ -1,14 +1,13 @@
 """docs/models.md agrees with the table of checks. Repeated checks give the same results."""
 
-import csv
-
 import pytest
 
-from tests.coverage.__main__ import FIELDS, TABLE, VERSIONS, read, types
+from benchmarks.support.tables import read_csv
+from tests.coverage.__main__ import FIELDS, TABLE, VERSIONS, types
 from tests.coverage.checks import check
 from tests.coverage.page import PAGE, made_with, page
 
-ROWS = {(row["group"], row["type"]): row for row in read(TABLE)}
+ROWS = {(row["group"], row["type"]): row for row in read_csv(TABLE)}
 QUICK = [
     ("causal", "llama"),
     ("causal", "gpt2"),
@@ -35,12 +34,11 @@ def test_a_type_does_what_the_table_says(group, kind):
 
 
 def test_the_page_is_made_of_the_table():
-    assert PAGE.read_text() == page(list(ROWS.values()), made_with(), read(VERSIONS))
+    assert PAGE.read_text() == page(list(ROWS.values()), made_with(), read_csv(VERSIONS))
 
 
 def test_the_table_has_the_types_that_are_promised():
-    with TABLE.open(newline="", encoding="utf-8") as file:
-        lenses = [row for row in csv.DictReader(file) if row["lens"] == "yes"]
+    lenses = [row for row in ROWS.values() if row["lens"] == "yes"]
     groups = [row["group"] for row in lenses]
     assert groups.count("causal") >= 162 and groups.count("image-text") >= 71
     promised = """qwen2 qwen3 qwen3_moe qwen3_next qwen3_5 llama llama4 smollm3 gemma2 gemma3 gemma4

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lens_kernels import cli
+from lens_kernels.hf import LensDistillTrainer
 from lens_kernels.hf.model.loading import load_model
 
 WORDS = ["a cat sat", "the dog ran off", "no", "an old hat", "we sing at noon", "fish swim", "up"]
@@ -50,5 +51,28 @@ def first_loss(files: Path, output: Path, **options: Any) -> float:
     return json.loads((output / "metrics.json").read_text())["train_loss"]
 
 
+def interrupt(monkeypatch: Any, argv: list[str], before_step: int) -> None:
+    """Run the command until a training step, and interrupt it there."""
+    calls = []
+    step = LensDistillTrainer.training_step
+
+    def cut(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == before_step:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LensDistillTrainer, "training_step", cut)
+        assert cli.main(argv) == 130
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_model(str(folder)).state_dict()
+
+
+def assert_same_student(one: Path, other: Path, error: float = 0.0) -> None:
+    """Check that the weights in two folders differ by at most ``error``."""
+    expected, found = weights(one), weights(other)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x, rtol=0, atol=error, msg=name)

@@ -5,6 +5,8 @@ import gc
 import torch
 
 from benchmarks.support.memory import measure
+from lens_kernels.backends.torch import row_chunks
+from tests.support.problems import capture_call
 
 MIB = 2**20
 
@@ -14,6 +16,12 @@ def peak_bytes(function):
     function()  # the first run fills caches, which must not be counted
     gc.collect()
     return measure(function, torch.device("cpu")).peak
+
+
+def peak_of(monkeypatch, problem, **options):
+    """Return the peak memory in bytes of a call on the torch backend."""
+    call = capture_call(monkeypatch, problem, **options)
+    return peak_bytes(torch.no_grad()(lambda: row_chunks.evaluate(call)))
 
 
 def fill_new_tensors(monkeypatch, value):

@@ -15,15 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from lens_kernels import (
-    LensHead,
-    adaptive,
-    compat,
-    dispatch,
-    sharded_share,
-    sharding,
-    symmetric_lens_loss,
-)
+from lens_kernels import LensHead, adaptive, compat, dispatch, sharding, symmetric_lens_loss
 from lens_kernels.backends import head_products
 from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.torch.layout import row_stride
@@ -205,7 +197,7 @@ def head_share_of(size: int, p: list[float]) -> Tensor | None:
         return None
     part = slice_of(len(p), dist.get_rank(), size)
     rows = torch.tensor([p])[:, part], OTHER[None, part]
-    return sharded_share.share(*rows, adaptive.MASS, Reduction(group.group_name))
+    return adaptive.share_of(rows, Reduction(group.group_name))
 
 
 def refused(name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lens_kernels.cross_entropy import linear_cross_entropy
-from lens_kernels.functional import DistillationOutput, distillation_loss
+from lens_kernels.functional import distillation_loss
 from lens_kernels.hf.cache.key import CacheKey, Indexed
 from lens_kernels.hf.cache.targets import TargetCache
 from lens_kernels.hf.model.anatomy import lens_head_from, verify_lens
@@ -26,6 +27,7 @@ from lens_kernels.hf.training.objective import Outcome, check_own_loss
 from lens_kernels.hf.training.whole_heads import where_head_is_whole
 from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
+from lens_kernels.targets import SparseTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,92 +81,100 @@ def final_loss(
     args: LensDistillConfig,
     cache: TargetCache | None,
 ) -> Outcome:
-    """Return the objective of a batch, from the targets in ``cache`` or from labels alone."""
-    given = student, inputs, denominator, student_call
-    if cache is None:
-        return cross_entropy(*given, args.label_smoothing_factor)
-    return from_targets(*given, cache, args.loss_options())
+    """Return the objective of a batch, from the targets in ``cache`` or from labels alone.
 
-
-def cross_entropy(
-    student: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    denominator: Tensor | float | None,
-    student_call: nn.Module,
-    label_smoothing: float,
-) -> Outcome:
-    """Return the cross entropy of a batch of ``input_ids``, ``labels`` and other model inputs.
-
-    ``student_call`` is the student, or its distributed wrapper. ``denominator`` is that of
-    ``linear_cross_entropy``. Labels have the positions of their own tokens, and are shifted here.
-    """
-    sums: dict[str, Tensor] = {}
-    tokens = _tokens(inputs, denominator)
-
-    def compare(states: Tensor, head: LensHead, labels: Tensor) -> Tensor:
-        loss = linear_cross_entropy(
-            states, head, labels, denominator=denominator, label_smoothing=label_smoothing
-        )
-        assert isinstance(loss, Tensor)
-        total = loss.detach() * tokens
-        sums.update(loss=total, ce=total)
-        return loss
-
-    loss, count = _of_final_states(student, inputs, student_call, compare)
-    return Outcome(loss, sums, count)
-
-
-def from_targets(
-    student: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    denominator: Tensor | float | None,
-    student_call: nn.Module,
-    cache: TargetCache,
-    options: Mapping[str, Any],
-) -> Outcome:
-    """Return the objective of a batch that is compared with the stored targets in ``cache``.
-
-    ``options`` are arguments of ``distillation_loss``. The batch must have ``example_id``.
+    ``inputs`` are ``input_ids``, ``labels`` and other model inputs, and ``example_id`` if there is
+    a cache. Labels have the positions of their own tokens, and are shifted here. ``denominator`` is
+    that of ``linear_cross_entropy``. ``student_call`` is the student, or its distributed wrapper.
     """
     inputs = dict(inputs)
-    example_ids = inputs.pop("example_id", None)
-    if example_ids is None:
-        raise ValueError("teacher_targets needs example_id in the batch: add it to the dataset")
-    targets = cache.targets(example_ids.tolist())
+    labels = inputs.pop("labels")[..., 1:].flatten()
+    count = (labels != IGNORE_INDEX).sum()
+    given = count if denominator is None else denominator
+    tokens = torch.as_tensor(given, device=count.device).clamp(min=1)
+    compare: Callable[..., tuple[Tensor, dict[str, Tensor]]]
+    if cache is None:
+        compare = partial(_cross_entropy, label_smoothing=args.label_smoothing_factor)
+    else:
+        example_ids = inputs.pop("example_id", None)
+        if example_ids is None:
+            raise ValueError("teacher_targets needs example_id in the batch: add it to the dataset")
+        targets = cache.targets(example_ids.tolist())
+        compare = partial(_from_targets, targets=targets, options=args.loss_options())
     sums: dict[str, Tensor] = {}
-    tokens = _tokens(inputs, denominator)
 
-    def compare(states: Tensor, head: LensHead, labels: Tensor) -> Tensor:
-        counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
-        if len(counted) != len(targets.token_ids):
-            raise ValueError(
-                f"the targets have {len(targets.token_ids)} positions for this batch, expected"
-                f" {len(counted)}: example_id must hold the positions of the batch's examples in"
-                " the dataset"
-            )
-        output: DistillationOutput = distillation_loss(
-            [],
-            None,
-            head,
-            None,
-            student_final=states.index_select(0, counted),
-            teacher_final=type(targets)(
-                targets.token_ids.to(states.device),
-                targets.probabilities.to(states.device),
-                targets.rest,
-            ),
-            labels=labels[counted],
-            denominator=denominator,
-            **options,
-        )
-        parts = {"loss": output.loss, "ce": output.ce, "kd": output.kd}
-        sums.update({k: x.detach() * tokens for k, x in parts.items() if x is not None})
-        if options["token_clip"] is not None:
-            sums["clipped"] = output.clipped * output.num_tokens
-        return output.loss
+    def run(states: Tensor) -> Tensor:
+        whole = lens_head_from(student)
+        # The final states are already normed, so the head is copied without its norm.
+        head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
+        loss, found = compare(states, head, labels.to(states.device), denominator, tokens)
+        sums.update(found)
+        return loss
 
-    loss, count = _of_final_states(student, inputs, student_call, compare)
+    def forward(**received: Tensor) -> dict[str, Tensor]:
+        given = {name: received[name] for name in inputs}
+        _, final = hidden_states(student, [], given)
+        states = final[..., :-1, :].flatten(0, -2)
+        return {"loss": where_head_is_whole(student, run)(states)}
+
+    with replaced_forward(causal_lm_of(student), forward):
+        loss = student_call(**inputs)["loss"]
     return Outcome(loss, sums, count)
+
+
+# In both losses, ``states`` and ``labels`` have a row for each token. The label is the next token.
+# They return the loss, and its terms summed over ``tokens``.
+
+
+def _cross_entropy(
+    states: Tensor,
+    head: LensHead,
+    labels: Tensor,
+    denominator: Tensor | float | None,
+    tokens: Tensor,
+    label_smoothing: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    loss = linear_cross_entropy(
+        states, head, labels, denominator=denominator, label_smoothing=label_smoothing
+    )
+    assert isinstance(loss, Tensor)
+    total = loss.detach() * tokens
+    return loss, {"loss": total, "ce": total}
+
+
+def _from_targets(
+    states: Tensor,
+    head: LensHead,
+    labels: Tensor,
+    denominator: Tensor | float | None,
+    tokens: Tensor,
+    targets: SparseTargets,
+    options: Mapping[str, Any],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    if len(counted) != len(targets.token_ids):
+        raise ValueError(
+            f"the targets have {len(targets.token_ids)} positions for this batch, expected"
+            f" {len(counted)}: example_id must hold the positions of the batch's examples in"
+            " the dataset"
+        )
+    ids, probabilities = (x.to(states.device) for x in (targets.token_ids, targets.probabilities))
+    output = distillation_loss(
+        [],
+        None,
+        head,
+        None,
+        student_final=states.index_select(0, counted),
+        teacher_final=SparseTargets(ids, probabilities, targets.rest),
+        labels=labels[counted],
+        denominator=denominator,
+        **options,
+    )
+    parts = {"loss": output.loss, "ce": output.ce, "kd": output.kd}
+    sums = {k: x.detach() * tokens for k, x in parts.items() if x is not None}
+    if options["token_clip"] is not None:
+        sums["clipped"] = output.clipped * output.num_tokens
+    return output.loss, sums
 
 
 def open_targets(
@@ -177,41 +187,3 @@ def open_targets(
         for name, dataset in datasets.items()
         if dataset is not None
     }
-
-
-def _tokens(inputs: Mapping[str, Tensor], denominator: Tensor | float | None) -> Tensor:
-    """Return the number of tokens by which a batch's loss is divided, at least 1."""
-    count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
-    given = count if denominator is None else denominator
-    return torch.as_tensor(given, device=count.device).clamp(min=1)
-
-
-def _of_final_states(
-    student: PreTrainedModel,
-    inputs: Mapping[str, Tensor],
-    student_call: nn.Module,
-    compare: Callable[[Tensor, LensHead, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Return the result of ``compare(states, head, labels)``, and the number of labels.
-
-    ``states`` has a row for each token of the batch, and ``labels`` the token after each row's
-    token.
-    """
-    inputs = dict(inputs)
-    labels = inputs.pop("labels")[..., 1:].flatten()
-
-    def run(states: Tensor) -> Tensor:
-        whole = lens_head_from(student)
-        # The final states are already normed, so the head is copied without its norm.
-        head = LensHead(whole.weight, whole.bias, scale=whole.scale, softcap=whole.softcap)
-        return compare(states, head, labels.to(states.device))
-
-    def forward(**received: Tensor) -> dict[str, Tensor]:
-        given = {name: received[name] for name in inputs}
-        _, final = hidden_states(student, [], given)
-        states = final[..., :-1, :].flatten(0, -2)
-        return {"loss": where_head_is_whole(student, run)(states)}
-
-    with replaced_forward(causal_lm_of(student), forward):
-        loss = student_call(**inputs)["loss"]
-    return loss, (labels != IGNORE_INDEX).sum()

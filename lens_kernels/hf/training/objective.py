@@ -131,18 +131,14 @@ class LensObjective(nn.Module):
             check_own_loss(student)
             for model in (student, teacher):
                 verify_lens(model)
-            sizes = [len(head.weight) for head in self.heads()]
-            names = "student_head", "teacher_head"
-            shared_vocabulary(self.options.vocab_size, dict(zip(names, sizes, strict=True)))
+            (head, other), layers = self.heads(), self.student_layers
+            sizes = {"student_head": len(head.weight), "teacher_head": len(other.weight)}
+            shared_vocabulary(self.options.vocab_size, sizes)
             self.projections = nn.ModuleList()
             if mse_coeff:
-                weights = lens_head_from(student).weight, lens_head_from(teacher).weight
-                self.projections = new_matrices(*weights, len(self.student_layers))
-            (head, _), layers = self.heads(), self.student_layers
+                self.projections = new_matrices(head.weight, other.weight, len(layers))
             ours = of_layers("student_lens", student_lens, layers, head)
-            self._teacher_lens = of_layers(
-                "teacher_lens", teacher_lens, self.teacher_layers, self.heads()[1]
-            )
+            self._teacher_lens = of_layers("teacher_lens", teacher_lens, self.teacher_layers, other)
             if train_student_lens:
                 ours = trainable(ours, len(layers), head)
                 self.projections.extend(ours)

@@ -1,9 +1,4 @@
-"""Trains and stores tuned lenses: one translator for each layer, which predicts the model's output.
-
-Translators are stored in a safetensors file with ``layer_<depth>.weight`` and
-``layer_<depth>.bias``, where depth 1 is the first block's output. A published tuned lens, a folder
-with ``params.pt``, can be read too.
-"""
+"""Trains tuned lenses: one translator for each layer, which predicts the model's output."""
 
 from __future__ import annotations
 
@@ -139,10 +134,8 @@ def tune_lens(
     blocks = len(blocks_of(loaded))
     depths = check_layers("layers", [*(layers or range(1, blocks))], blocks)
     collate = Collator(padding_id(tokenizer))
-    starts = range(0, len(examples), batch_size)
-    batches = [
-        collate([examples[i] for i in range(x, min(x + batch_size, len(examples)))]) for x in starts
-    ]
+    rows = [examples[i] for i in range(len(examples))]
+    batches = [collate(rows[x : x + batch_size]) for x in range(0, len(rows), batch_size)]
     made, changes = train_translators(loaded, batches, depths, steps, learning_rate, say)
     output.parent.mkdir(parents=True, exist_ok=True)
     save_translators(output, made)

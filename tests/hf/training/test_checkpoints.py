@@ -10,7 +10,7 @@ import pytest
 from lens_kernels import cli
 from lens_kernels.hf.training.checkpoints import damage, last_whole, write_checksums
 from tests.support import tiny
-from tests.support.commands import arguments, weights
+from tests.support.commands import arguments, assert_same_student
 from tests.support.training import STUDENT, logged, make_trainer
 
 EVERY = {"save_strategy": "steps", "save_steps": 1, "optim": "adamw_torch", "mse_coeff": 0.01}
@@ -195,8 +195,7 @@ def test_the_command_says_which_checkpoint_it_skips(files, tmp_path, capsys):
     last = tmp_path / "cut" / "checkpoint-4"
     assert f"{last} is skipped: optimizer.pt cannot be read" in shown
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-2'}" in shown
-    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all((one[name] - two[name]).abs().max() < 1e-6 for name in one)
+    assert_same_student(tmp_path / "whole", tmp_path / "cut", 1e-6)
 
 
 def test_without_a_whole_checkpoint_only_an_unfinished_one_is_written_over(output):

@@ -13,7 +13,7 @@ from lens_kernels import cli
 from lens_kernels.hf import LensDistillConfig, uniform_layers
 from lens_kernels.hf.model.loading import load_model
 from lens_kernels.hf.training import command
-from tests.support.commands import arguments, weights, write_rows
+from tests.support.commands import arguments, assert_same_student, weights, write_rows
 
 
 def test_train_writes_the_student_its_options_and_its_history(files, tmp_path, capsys, pictures):
@@ -43,8 +43,7 @@ def test_recorded_options_reproduce_the_student(files, tmp_path):
     assert cli.main(arguments(files, tmp_path / "one", seed=3)) == 0
     again = ["train", "--config", str(tmp_path / "one" / "run.yaml")]
     assert cli.main([*again, "--output", str(tmp_path / "two")]) == 0
-    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_student(tmp_path / "one", tmp_path / "two")
 
 
 def test_bad_data_stops_the_run_before_any_model_is_loaded(files, tmp_path, monkeypatch, capsys):

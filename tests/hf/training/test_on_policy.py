@@ -8,9 +8,8 @@ from lens_kernels.hf import LensDistillConfig
 from lens_kernels.hf.training import trainer as training
 from lens_kernels.hf.training.collation import Collator
 from lens_kernels.hf.training.on_policy import answered
-from tests.hf.training.test_resume import interrupt
 from tests.support import tiny
-from tests.support.commands import arguments, weights
+from tests.support.commands import arguments, assert_same_student, interrupt
 from tests.support.training import STUDENT, make_trainer
 
 
@@ -102,8 +101,7 @@ def test_a_resumed_run_with_sampled_answers_ends_with_the_same_student(
     argv = arguments(files, tmp_path / "cut", **options)
     interrupt(monkeypatch, argv, before_step=3)
     assert cli.main(argv) == 0
-    one, two = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_student(tmp_path / "whole", tmp_path / "cut")
 
 
 @pytest.mark.parametrize(

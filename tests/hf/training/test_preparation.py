@@ -11,9 +11,8 @@ from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
 from lens_kernels.hf.training.data import Encoder, load_examples
 from lens_kernels.hf.training.formats import Row, iterate_rows
 from lens_kernels.hf.training.preparation import Rows
-from tests.hf.training.test_resume import interrupt
 from tests.support import tiny
-from tests.support.commands import ROWS, arguments, weights, write_rows
+from tests.support.commands import ROWS, arguments, interrupt, weights, write_rows
 from tests.support.training import STUDENT, TEACHER
 
 TALK = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]

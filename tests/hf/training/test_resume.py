@@ -12,28 +12,7 @@ import yaml
 from lens_kernels import cli
 from lens_kernels.hf import LensDistillTrainer
 from tests.support import tiny
-from tests.support.commands import arguments, weights
-
-
-def interrupt(monkeypatch, argv, before_step):
-    """Run the command until a training step, and interrupt it there."""
-    calls = []
-    step = LensDistillTrainer.training_step
-
-    def cut(self, *args, **kwargs):
-        calls.append(1)
-        if len(calls) == before_step:
-            raise KeyboardInterrupt
-        return step(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LensDistillTrainer, "training_step", cut)
-        assert cli.main(argv) == 130
-
-
-def assert_equal(one, other, error=0.0):
-    for name, x in weights(one).items():
-        torch.testing.assert_close(weights(other)[name], x, rtol=0, atol=error, msg=name)
+from tests.support.commands import arguments, assert_same_student, interrupt, weights
 
 
 @pytest.mark.parametrize("cache", [False, True])
@@ -46,7 +25,7 @@ def test_resumed_run_ends_with_the_same_student(files, tmp_path, monkeypatch, ca
     capsys.readouterr()
     assert cli.main(argv) == 0
     assert f"resuming from {tmp_path / 'cut' / 'checkpoint-4'}" in capsys.readouterr().out
-    assert_equal(tmp_path / "whole", tmp_path / "cut", 1e-6)
+    assert_same_student(tmp_path / "whole", tmp_path / "cut", 1e-6)
     metrics = [json.loads((tmp_path / x / "metrics.json").read_text()) for x in ("whole", "cut")]
     # A run that resumed reports no mean loss, because transformers has only the losses since the
     # checkpoint.
@@ -100,7 +79,7 @@ def test_run_without_optimizer_state_starts_over(files, tmp_path, monkeypatch, c
     assert (tmp_path / "cut" / "checkpoint-2" / "trainer_state.json").exists()
     assert cli.main(argv) == 0
     assert "resuming" not in capsys.readouterr().out
-    assert_equal(tmp_path / "whole", tmp_path / "cut")
+    assert_same_student(tmp_path / "whole", tmp_path / "cut")
 
 
 def test_another_run_in_the_same_folder_is_refused(files, tmp_path, capsys):
@@ -184,7 +163,7 @@ def test_a_complete_run_can_be_continued(files, tmp_path, capsys, schedule):
     assert ("the linear schedule is that of the longer run" in shown) == (schedule == "linear")
     assert cli.main(arguments(files, tmp_path / "whole", max_steps=6, **options)) == 0
     if schedule == "constant":
-        assert_equal(tmp_path / "whole", tmp_path / "more", 1e-6)
+        assert_same_student(tmp_path / "whole", tmp_path / "more", 1e-6)
     assert cli.main(arguments(files, tmp_path / "more", max_steps=6, **options)) == 0
     assert "is already complete: delete" in capsys.readouterr().out
 
