@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from importlib import metadata
 
 import torch
 
 from lens_kernels import dispatch
-from lens_kernels.version import __version__
+from lens_kernels.version import __version__, version_of
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "numpy", "liger-kernel", "trl")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -19,10 +18,7 @@ def describe(say: Callable[[str], None]) -> None:
     """Show versions, devices, and the backend that each device uses."""
     say(f"lens_kernels {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for package in PACKAGES:
-        try:
-            say(f"  {package:<13} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            say(f"  {package:<13} not installed")
+        say(f"  {package:<13} {version_of(package) or 'not installed'}")
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     devices += [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import platform
 import re
 import subprocess
@@ -11,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+
+from lens_kernels import version
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "benchmarks" / "out"
@@ -33,10 +34,7 @@ def parser(doc: str | None, on_device: bool = True, **numbers: int) -> argparse.
 
 def version_of(package: str) -> str:
     """Return the installed version of a package, or ``""`` if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return version.version_of(package) or ""
 
 
 def environment(device: torch.device) -> dict[str, str]:

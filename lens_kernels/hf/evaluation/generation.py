@@ -9,7 +9,6 @@ import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +37,7 @@ from lens_kernels.hf.training.data import (
 from lens_kernels.hf.training.files import check_download
 from lens_kernels.hf.training.text_files import write_text
 from lens_kernels.inputs import IGNORE_INDEX
-from lens_kernels.version import __version__
+from lens_kernels.version import __version__, version_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -342,7 +341,7 @@ def _summary(
         "rows": rouge.rows,
         "skipped": rouge.skipped,
         "settings": dict(settings),
-        "versions": {"lens-kernels": __version__} | {name: _version(name) for name in PACKAGES},
+        "versions": {"lens-kernels": __version__} | {name: version_of(name) for name in PACKAGES},
     }
 
 
@@ -360,10 +359,3 @@ def table(result: Mapping[str, Any]) -> str:
     lines.append(("rows skipped, prompt too long", f"{result['skipped']:4d}"))
     width = max(len(name) for name, _ in lines)
     return "\n".join(f"{name:<{width}}   {value}" for name, value in lines)
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

@@ -5,27 +5,22 @@ from __future__ import annotations
 import hashlib
 import platform
 import subprocess
-from importlib import metadata
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from lens_kernels.hf.cache.key import file_digest
-from lens_kernels.version import __version__
+from lens_kernels.version import __version__, version_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "triton")
 
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, of this package, and of the packages that it uses."""
-    found = {"python": platform.python_version(), "lens_kernels": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+    own = {"python": platform.python_version(), "lens_kernels": __version__}
+    found = {package: version_of(package) for package in PACKAGES}
+    return own | {package: version for package, version in found.items() if version is not None}
 
 
 def commit() -> str | None:
