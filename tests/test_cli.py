@@ -16,7 +16,7 @@ from lens_kernels import __version__, cli, failures, machine
 from lens_kernels.arguments import early
 from lens_kernels.lens import LensNorm
 from lens_kernels.options import check_number
-from tests.test_versions import PROJECT
+from tests.support.documents import PROJECT
 
 
 def test_env_lists_versions_devices_and_backends(capsys):

@@ -16,8 +16,7 @@ from benchmarks import kernel_report
 from benchmarks.peers import bars
 from lens_kernels import __version__, cli, functional, plan
 from tests.support import ROOT, documents
-from tests.support.documents import PAGES, Parsed
-from tests.test_versions import PROJECT
+from tests.support.documents import PAGES, PROJECT, Parsed
 
 README = ROOT / "README.md"
 CPU = ROOT / "benchmarks" / "data" / "cpu"

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tests.support import ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+from tests.support.documents import PROJECT
 
 
 def test_every_lower_bound_is_tested():

@@ -1,10 +1,11 @@
-"""The Markdown pages of the project, and the links, headings, examples and commands in them."""
+"""The project's metadata, and its Markdown pages with their links, examples and commands."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,12 @@ import pytest
 
 from tests.support import ROOT
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     ROOT / "benchmarks" / "README.md",

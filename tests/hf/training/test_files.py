@@ -8,7 +8,7 @@ import pytest
 
 from lens_kernels.hf.training.data import Encoder, Row, prompt_ids, read_rows
 from lens_kernels.hf.training.files import check_download, source_digest
-from tests.hf.training.test_data import CHAT, TALK, bpe, halves
+from tests.support.encoding import CHAT, TALK, bpe, halves
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(3)]
 ROWS = [Row(i + 1, [f"answer {i}"], prompt=f"question {i}") for i in range(3)]
