@@ -167,8 +167,12 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
 
 
 def with_backend(call: LossCall, name: str) -> LossCall:
-    """Return the call with the backend that ``choose`` returns for ``name``."""
-    return replace(call, backend=choose(name, cost.CallShape.of(call)).name)
+    """Return the call with the backend that ``choose`` returns for ``name``.
+
+    The cost of a deferred call contains its backward pass.
+    """
+    shape = cost.CallShape.of(replace(call, deferred=False))
+    return replace(call, backend=choose(name, shape).name)
 
 
 def plan(

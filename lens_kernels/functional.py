@@ -181,10 +181,10 @@ def symmetric_lens_loss(
     if reduction == Reduction.MEAN:
         weights = weights / token_denominator(denominator, counted)
     terms = [Term(Divergence(divergence), i) for i in range(student.lenses)]
-    call = LossCall.of(inputs, terms, options, weights[:, None] * counted, statistics)
-    call = dispatch.with_backend(call, options.backend)
-    loss, rows, _ = operator.apply(replace(call, deferred=reduction == Reduction.NONE))
-    if reduction == Reduction.NONE:
+    row_weight, deferred = weights[:, None] * counted, reduction == Reduction.NONE
+    call = LossCall.of(inputs, terms, options, row_weight, statistics, deferred=deferred)
+    loss, rows, _ = operator.apply(dispatch.with_backend(call, options.backend))
+    if deferred:
         loss = rows.reshape(student.lenses, *inputs.leading_shape) * options.factor
     return loss.to(inputs.result_dtype)
 

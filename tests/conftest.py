@@ -1,6 +1,7 @@
 """Settings for all tests: Triton interprets kernels, and every test starts from a fixed seed."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -23,6 +24,8 @@ def pytest_configure(config):
     Triton reads this setting when kernels are imported.
     """
     if config.option.markexpr != "gpu":
+        if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+            raise pytest.UsageError("a conftest loads Triton before TRITON_INTERPRET is set")
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -10,7 +10,7 @@ import json
 import pytest
 import torch
 
-from lens_kernels import dispatch, plan, symmetric_lens_loss
+from lens_kernels import dispatch, linear_cross_entropy, plan, symmetric_lens_loss
 from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.triton.tiles import store
 from lens_kernels.backends.triton.tiles.sizes import Sweep
@@ -219,6 +219,18 @@ def test_the_reference_backend_is_the_oracle_and_drops_masked_rows(feature, redu
     options = {"mask": mask, "reduction": reduction, "backend": "reference"}
     loss, _ = check(problem.spoil(~mask), truth=truth, **options)
     assert loss.dtype is torch.float32
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_cost_of_a_call_contains_its_gradients(reduction, monkeypatch):
+    shapes = []
+    monkeypatch.setattr(
+        dispatch, "choose", lambda name, shape: shapes.append(shape) or dispatch.REGISTRY["torch"]
+    )
+    hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8)
+    linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]), reduction=reduction)
+    symmetric_lens_loss(hidden, torch.randn(4, 8), weight, weight, reduction=reduction)
+    assert [shape.with_grad for shape in shapes] == [True, True]
 
 
 @pytest.mark.parametrize("name", ["auto", "torch"])
