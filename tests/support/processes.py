@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 120.0  # a collective without progress for this many seconds raises an error
+TIMEOUT = 300.0  # a collective without progress for this many seconds raises an error
 # The second module imports Triton.
 PRELOADED = "tests.support.sharded", "lens_kernels.backends.torch.sharded_row_kernel_pass"
 _context = multiprocessing.get_context("forkserver")
@@ -61,9 +61,9 @@ class Ranks:
             pipe.send((function, arguments))
         received = []
         for rank, pipe in enumerate(self.pipes):
-            # The first function waits until all processes have started, which takes up to a minute.
-            if not pipe.poll(2 * TIMEOUT + 60):
-                raise TimeoutError(f"rank {rank} still runs after {2 * TIMEOUT + 60} s")
+            # Interpreted kernels take minutes on a busy machine.
+            if not pipe.poll(3 * TIMEOUT):
+                raise TimeoutError(f"rank {rank} still runs after {3 * TIMEOUT} s")
             try:
                 received.append(pipe.recv())
             except EOFError:
