@@ -100,7 +100,8 @@ class RowKernelPass:
         further = {"targets": targets, "temperatures": call.temperatures if own else None}
         kernel, options = row_pass_kernel, {**OPTIONS, **further}
         if targets is None and not own and self.cluster is not None:
-            heavy = self.capped or survey is not None or labels is not None
+            wide = grad is not None and grad.dtype is torch.float32
+            heavy = wide or self.capped or survey is not None or labels is not None
             plain = not heavy and name not in ("jsd", "jeffreys")
             kernel, options = cluster_pass_kernel, self.cluster.options(plain)
         # Triton launches kernels on the current device, which may differ from the device of the

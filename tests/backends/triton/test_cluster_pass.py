@@ -4,14 +4,16 @@ The slow tests of ``test_row_pass.py`` and of the functional grids run this kern
 """
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import triton
 
 from lens_kernels import plan
-from lens_kernels.backends.torch import clusters
+from lens_kernels.backends.torch import clusters, row_kernel_pass
 from lens_kernels.backends.torch.clusters import Cluster
+from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.triton import interpreter
 from lens_kernels.cost import CallShape
 from tests.backends.triton import test_row_pass
@@ -108,6 +110,20 @@ def test_only_the_registers_of_a_plain_pass_are_limited(monkeypatch):
     assert options(True) == options(False) | {"maxnreg": 128}
     assert "maxnreg" not in options(False)
     assert options(False)["num_ctas"] == 16 and options(False)["LANES"] == 16 * 256
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_registers_are_not_limited_with_float32_gradients(small, monkeypatch, dtype):
+    """With them, the compiler would spill registers on sm_90."""
+    kernel = mock.MagicMock()
+    monkeypatch.setattr(row_kernel_pass, "cluster_pass_kernel", kernel)
+    call = capture_call(monkeypatch, make(Shape((2,), 61, 4, 4, 1), divergence="tvd"))
+    tiles, weight = [torch.zeros(2, 80)[:, :61]] * 2, torch.ones(2)
+    terms = Terms(call.divergences[0], weight, None, None)
+    made = row_kernel_pass.RowKernelPass(call, dtype, 2)
+    made.run(tiles, terms, torch.zeros(2, 64, dtype=dtype), None)
+    ((_, options),) = kernel.__getitem__.return_value.call_args_list
+    assert ("maxnreg" in options) == (dtype is torch.bfloat16)
 
 
 def test_a_survey_with_a_softcap_reads_rows_again(small, monkeypatch):
