@@ -24,7 +24,7 @@ from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.preparation import Rows, Stream
-from lens_kernels.hf.training.provenance import model_digest
+from lens_kernels.hf.training.provenance import folder_digest, model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 from lens_kernels.hf.training.whole_heads import whole_model
 from lens_kernels.option_files import as_words, read_options
@@ -222,11 +222,13 @@ def train(
         name: source_digest(path, streaming=config.streaming and name == "train")
         for name, path in paths.items()
     }
+    beside = {name: getattr(args, name) for name in record.FILES if getattr(args, name)}
+    digests |= {name: folder_digest(path) for name, path in beside.items()}
     models = {"student": config.student}
     if config.teacher is not None:
         models["teacher"] = config.teacher
     digests |= {name: model_digest(x) for name, x in models.items()}
-    record.check_digests(output, paths | models, digests)
+    record.check_digests(output, paths | beside | models, digests)
     done = record.metrics_of(output)
     if done is not None and not longer:
         file = output / record.METRICS
@@ -267,7 +269,8 @@ def train(
     )
     # The commit of a model from the Hub is known only after the download.
     digests |= {name: digests[name] or model_digest(x) for name, x in models.items()}
-    trainer.facts |= {**models, "data": paths, "hashes": digests, "command": command_line(chosen)}
+    facts = {"data": paths | beside, "hashes": digests, "command": command_line(chosen)}
+    trainer.facts |= {**models, **facts}
     if args.should_save:
         record.write_start(output, chosen, digests)
         (output / record.METRICS).unlink(missing_ok=True)

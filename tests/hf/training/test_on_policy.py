@@ -105,7 +105,14 @@ def test_a_resumed_run_with_sampled_answers_ends_with_the_same_student(
 
 
 @pytest.mark.parametrize(
-    "options", [{"teacher_cache": "c"}, {"packing": True}, {"kd_ratio": 0.0}, {"on_policy": 1.5}]
+    "options",
+    [
+        {"teacher_cache": "c"},
+        {"teacher_targets": "t"},
+        {"packing": True},
+        {"kd_ratio": 0.0},
+        {"on_policy": 1.5},
+    ],
 )
 def test_options_that_sampled_answers_do_not_support(tmp_path, options):
     with pytest.raises(ValueError, match=r"on_policy(=0.5 compares|.* must be .*1)"):

@@ -7,6 +7,7 @@ import torch
 
 from lens_kernels import LensHead, LensTranslator, symmetric_lens_loss
 from lens_kernels.cli import main
+from lens_kernels.hf import LensDistillConfig
 from lens_kernels.hf.training.translators import load_translators, save_translators
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH
@@ -164,6 +165,13 @@ def test_a_resumed_run_continues_with_its_translators(tmp_path):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("without", [{"num_lens_pairs": 0}, {"kd_ratio": 0.0}])
+def test_translators_without_lens_pairs_are_refused(tmp_path, without):
+    for option in ({"teacher_lens": "x"}, {"train_student_lens": True}):
+        with pytest.raises(ValueError, match="has no effect without lens pairs"):
+            LensDistillConfig(output_dir=str(tmp_path), use_cpu=True, **option, **without)
 
 
 def test_files_of_other_layers_or_models_are_refused(tmp_path, lens_files):
