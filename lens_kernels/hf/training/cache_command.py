@@ -17,6 +17,7 @@ from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.model.placement import moved
+from lens_kernels.hf.training.checks import Limits, check_data
 from lens_kernels.hf.training.collation import Collator, padding_id
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download
@@ -145,7 +146,9 @@ def make_cache(
             make = _from_file(file, logprobs_format, examples)
             source = f"{logprobs_format}-{file_digest(file)[:16]}"
         else:
-            make = _from_teacher(model, padding_id(reader), settings)
+            collate = Collator(padding_id(reader))
+            check_data(path, examples, Limits.of([model], None), collate)
+            make = _from_teacher(model, collate, settings)
         described = kind_of(kind, number, temperature, proposal_temperature, source, of_rest)
         key = CacheKey.of(model, examples, (), reader, kind=described)
         say(TargetCache.build(output / name, key, examples, make, batch_size=batch_size).summary())
@@ -170,12 +173,11 @@ def _from_file(path: Path, form: str, data: Indexed) -> MakeTargets:
     return make
 
 
-def _from_teacher(teacher: PreTrainedModel, padding: int, settings: _Settings) -> MakeTargets:
+def _from_teacher(teacher: PreTrainedModel, collate: Collator, settings: _Settings) -> MakeTargets:
     """Return a function that computes the targets of examples by running the teacher.
 
     The tokens that are drawn for an example depend only on the seed and the example's position.
     """
-    collate = Collator(padding)
     whole = lens_head_from(teacher)
     device = whole.weight.device
 

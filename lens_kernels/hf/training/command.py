@@ -28,6 +28,7 @@ from lens_kernels.hf.training.provenance import folder_digest, model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 from lens_kernels.hf.training.whole_heads import whole_model
 from lens_kernels.option_files import as_words, read_options
+from lens_kernels.options import check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,8 @@ class RunConfig:
     allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
     def __post_init__(self) -> None:
-        """Check the options of the teacher's devices before any file is read."""
+        """Check the teacher's devices and the buffer before any file is read."""
+        check_number("shuffle_buffer", self.shuffle_buffer, 0, inclusive=True)
         check_placement(self.teacher_quantization, self.teacher_device_map, "teacher_")
 
 

@@ -259,7 +259,8 @@ class LensDistillConfig(TrainingArguments):
                 " teacher_cache, teacher_targets and packing out, and set a positive kd_ratio"
             )
         for name in ("student_lens", "teacher_lens", "train_student_lens"):
-            if getattr(self, name) and (self.num_lens_pairs == 0 or not self.kd_ratio):
+            pairs = self.student_layers or self.num_lens_pairs != 0
+            if getattr(self, name) and not (pairs and self.kd_ratio):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} has no effect without lens pairs: leave it"
                     " out, or set a positive num_lens_pairs and kd_ratio"
