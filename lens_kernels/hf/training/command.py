@@ -207,12 +207,11 @@ def train(
             f" the {args.world_size} processes over the same devices: leave it out, so that each"
             " process has a teacher on its own device, or start one process"
         )
-    if config.streaming and (
-        args.max_steps < 1 or args.teacher_cache or args.dataloader_num_workers
-    ):
+    stored = args.teacher_cache or args.teacher_targets
+    if config.streaming and (args.max_steps < 1 or stored or args.dataloader_num_workers):
         raise ValueError(
             "--streaming reads the data during training, in order: set --max_steps, and leave"
-            " --teacher_cache and --dataloader_num_workers out"
+            " --teacher_cache, --teacher_targets and --dataloader_num_workers out"
         )
     output = Path(str(args.output_dir))
     longer = record.check_options(output, chosen, _defaults())
