@@ -116,7 +116,8 @@ def symmetric_lens_loss(
             ``distillation_loss`` reports how much was left out.
         teacher_statistics: The log-sum-exps of the teacher's logits ``z_teacher``, if they are
             known: ``(L, ..., 2)`` in float32 or float64, with ``maximum`` and ``log sum exp(z -
-            maximum)`` of each pair and token, over the shared vocabulary and at this temperature.
+            maximum)`` of each pair and token, over the shared vocabulary and at this temperature,
+            and with ``standardize`` those of the standardised logits.
             They are trusted, and the teacher's softmax is not normalised again. With ``jsd``,
             ``tvd`` and ``hellinger`` that saves work on GPUs: the first reading of the teacher's
             logits, or in ``triton`` one of its projections. The other divergences read these logits

@@ -150,7 +150,7 @@ class LensHead:
             or one for all, or None. Their tensors get gradients if they require grad.
 
     Raises:
-        TypeError: A tensor or the norm has another type.
+        TypeError: A tensor, the norm or a translator has another type.
         ValueError: ``scale`` or ``softcap`` is out of range.
     """
 
@@ -169,6 +169,12 @@ class LensHead:
                 raise TypeError(f"LensHead.{name} must be a tensor, got {type(value).__name__}")
         if self.norm is not None and not isinstance(self.norm, LensNorm):
             raise TypeError(f"LensHead.norm must be a LensNorm, got {type(self.norm).__name__}")
+        given = self.translator
+        for each in given if isinstance(given, (list, tuple)) else [given]:
+            # A module such as nn.Linear has the same tensors, but leaves out the sum with ``h``.
+            if given is not None and not isinstance(each, LensTranslator):
+                kind = type(each).__name__
+                raise TypeError(f"LensHead.translator must hold LensTranslators, got {kind}")
         check_number("LensHead.scale", self.scale, 0.0)
         if self.softcap is not None:
             hint = "; use softcap=None for no cap"

@@ -27,7 +27,8 @@ class SparseTargets:
     - ``"renormalize"``: the probabilities are divided by their sum. This is biased if they are
     those of the most probable tokens.
     - ``"ghost"``: one more entry holds the mass of all other tokens, of the teacher and of the
-      student. The loss is a lower bound of the KL divergence over all tokens.
+      student. The loss is a lower bound of the KL divergence over all tokens. If all tokens are
+      listed, there is no such entry.
     - ``"uniform"``: the mass is spread evenly over the whole vocabulary.
 
     The temperature divides the student's logits only.
@@ -111,7 +112,8 @@ def target_rows(targets: SparseTargets, vocab_size: int, dtype: torch.dtype) -> 
     constant = torch.special.xlogy(p, p).sum(-1)
     smoothing = rest = None
     if targets.rest == "ghost":
-        rest = (1 - total).clamp(min=0)
+        # If every token is listed, no other token can have the rest, which is a rounding error.
+        rest = (1 - total).clamp(min=0).where((p > 0).sum(-1) < vocab_size, 0.0)
         constant = constant + torch.special.xlogy(rest, rest)
     elif targets.rest == "uniform":
         smoothing = (1 - total).clamp(min=0)

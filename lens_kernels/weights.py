@@ -80,7 +80,7 @@ def token_denominator(value: Any, counted: Tensor) -> Tensor | float:
         raise TypeError(f"denominator must be a real number, got {value.dtype}")
     if value.device.type != "cpu":
         check_device("denominator", value, counted.device)
-    check_values("denominator", value >= 0, "must be 0 or more")
+    check_values("denominator", (value >= 0) & value.isfinite(), "must be finite and 0 or more")
     value = value.to(counted).reshape(())
     # A global batch without tokens has denominator 0. Its loss must be 0 and not NaN.
     return torch.where(value == 0, 1, value)

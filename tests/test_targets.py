@@ -56,6 +56,27 @@ def check(problem, targets, backend="auto", **options):
     assert_gradients(problem.gradients(loss), grads, GRADIENT)
 
 
+def test_without_other_tokens_there_is_no_ghost_entry():
+    """Rounded probabilities of the whole vocabulary may have a sum below 1."""
+    problem = make(replace(BATCH, vocab=4))
+    ids = torch.arange(4).expand(*BATCH.leading, 4)
+    p = torch.rand(ids.shape).softmax(-1) * 0.99
+    ghost, none = (sparse(problem, SparseTargets(ids, p, rest)) for rest in ("ghost", None))
+    assert torch.equal(ghost, none)
+
+
+def test_a_ghost_entry_keeps_its_digits_beside_a_confident_student():
+    """The student gives about 1e-6 to all tokens that are not listed, the teacher 0.1."""
+    shape = replace(BATCH, pairs=1, student=BATCH.vocab)
+    problem = make(shape)
+    with torch.no_grad():
+        problem.student_hidden[0][..., [0, 5]] += 17.0
+        problem.student_head.weight.copy_(torch.eye(shape.vocab))
+    ids = torch.tensor([0, 5, 0]).expand(*shape.leading, 3)
+    p = torch.tensor([0.5, 0.1, 0.3]).expand(*shape.leading, 3)
+    check(problem, SparseTargets(ids, p, "ghost"))
+
+
 @rests
 @pytest.mark.parametrize("feature", ["everything", "plain"])
 def test_loss_and_gradients(rest, feature):

@@ -94,8 +94,9 @@ def target_rows(
     if total is not None:
         grad = grad * total
     if values is not None and row.rest is not None:
-        outside = q.scatter_add(-1, row.ids, torch.where(values > 0, -picked.exp(), 0.0))
-        outside = outside.clamp(min=0)
+        # Subtracting ``q`` at ``ids`` would leave rounding errors, which may exceed a small ``r``.
+        listed = torch.zeros_like(q).scatter_add(-1, row.ids, (values > 0).to(q.dtype))
+        outside = q.where(listed == 0, 0.0)
         mass = outside.sum(-1, keepdim=True).clamp(min=torch.finfo(q.dtype).tiny)
         loss = loss - row.rest * mass[:, 0].log()
         grad = grad - outside * (row.rest[:, None] / mass)

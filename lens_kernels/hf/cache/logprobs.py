@@ -9,7 +9,7 @@ The log-probabilities, in descending order, are for the token after ``position``
 
 ``from_vllm`` converts a file of answers from vLLM's server, with one line per example in the order
 of the data. The requests must set ``prompt_logprobs``, with the token ids of the whole example as
-the prompt.
+the prompt. An answer holds the prompt's own tokens, so an answer to another prompt is refused.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens_kernels.hf.cache.key import Example, counted_positions
+from lens_kernels.hf.cache.key import Example, Indexed, counted_positions
+from lens_kernels.targets import TOLERANCE
 
 FORMATS = ("records", "vllm")
-# Servers round log-probabilities, so the largest log-probability may be slightly above 0.
-ROUNDING = 1e-4
+# Servers round log-probabilities. So one may be slightly above 0, and the sum of the probabilities
+# slightly above 1.
+ROUNDING, SUM = 1e-4, 1.0 + TOLERANCE
+LARGEST_ID = torch.iinfo(torch.int32).max
 
 # Maps an example's number and a position to token ids and their log-probabilities.
 Found = dict[tuple[int, int], tuple[list[int], list[float]]]
@@ -40,11 +43,11 @@ def read(path: Path, form: str = "records") -> Found:
         ValueError: A record is malformed. The message names its line.
     """
     found: Found = {}
-    for line, record in _records(path):
+    for number, (line, record) in enumerate(_records(path)):
         where = f"{path}, line {line}"
         if not isinstance(record, Mapping):
             raise ValueError(f"{where}: expected an object, got a {type(record).__name__}")
-        parts = from_vllm(record, line - 1, where) if form == "vllm" else [record]
+        parts = from_vllm(record, number, where) if form == "vllm" else [record]
         for part in parts:
             key, value = _checked(part, where)
             if key in found:
@@ -57,10 +60,14 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix == ".parquet":
         from pyarrow import parquet
 
-        for line, record in enumerate(parquet.read_table(path).to_pylist(), 1):
-            yield line, record
+        path.stat()  # raises a clear FileNotFoundError if the file is missing
+        try:
+            table = parquet.read_table(path).to_pylist()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not a readable Parquet file: {error}") from None
+        yield from enumerate(table, 1)
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for line, text in enumerate(file, 1):
             if not text.strip():
                 continue
@@ -107,7 +114,7 @@ def _checked(
     ids, logprobs = record["ids"], record["logprobs"]
     if not all(type(x) is int and x >= 0 for x in key):
         raise ValueError(f"{where}: example and position must be integers from 0 on, got {key}")
-    if not isinstance(ids, list) or not all(type(x) is int and x >= 0 for x in ids):
+    if not isinstance(ids, list) or not all(type(x) is int and 0 <= x <= LARGEST_ID for x in ids):
         raise ValueError(f"{where}: ids must be a list of token ids")
     if not isinstance(logprobs, list) or len(logprobs) != len(ids) or not ids:
         raise ValueError(f"{where}: logprobs must be a list as long as ids, and not empty")
@@ -120,7 +127,37 @@ def _checked(
         raise ValueError(f"{where}: logprobs are not in descending order: sort them with their ids")
     if len({*ids}) != len(ids):
         raise ValueError(f"{where}: ids holds a token twice")
+    total = math.fsum(math.exp(min(0.0, x)) for x in logprobs)
+    if not 0.0 < total <= SUM:
+        raise ValueError(
+            f"{where}: the probabilities of logprobs must have a sum in (0, 1], got {total:g}"
+        )
     return key, (ids, [float(x) for x in logprobs])
+
+
+def check_examples(found: Found, data: Indexed, path: Path, form: str) -> None:
+    """Raise an error if log-probabilities are those of other examples than ``data``.
+
+    Raises:
+        ValueError: A record's example is not in the data, or an answer of vLLM has another prompt.
+    """
+    last = max((example for example, _ in found), default=0)
+    if last >= len(data):
+        raise ValueError(
+            f"{path} has a record of example {last}, but the data has {len(data)} examples, counted"
+            " from 0 without those that are dropped: use log-probabilities of the same examples"
+        )
+    if form != "vllm":
+        return
+    tokens = [data[i]["input_ids"] for i in range(last + 1)]
+    for (example, position), (ids, _) in found.items():
+        own = tokens[example]
+        if position + 1 < len(own) and int(own[position + 1]) not in ids:
+            raise ValueError(
+                f"{path}: the answer for example {example} has another prompt than the tokens of"
+                f" the example: its prompt_logprobs[{position + 1}] lacks the example's token. Send"
+                " the ids of the whole example as the prompt"
+            )
 
 
 def targets_of(found: Found, example: int, data: Example, path: Path) -> dict[str, Tensor]:

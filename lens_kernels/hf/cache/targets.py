@@ -43,9 +43,14 @@ UNKNOWN = ("model", "precision", "kind")
 MakeTargets = Callable[[range, list[Example]], Sequence[Mapping[str, Tensor]]]
 
 
-def kind_of(name: str, number: int, temperature: float, proposal: float, rest: str | None) -> str:
-    """Return the text ``kind`` of a key. ``TargetCache`` reads ``number`` and ``rest`` from it."""
-    return f"{name} {number} {temperature:g} {proposal:g} {rest or 'none'}"
+def kind_of(
+    name: str, number: int, temperature: float, proposal: float, source: str, rest: str | None
+) -> str:
+    """Return the text ``kind`` of a key. ``TargetCache`` reads ``number`` and ``rest`` from it.
+
+    ``source`` is a word that identifies the draws, or the file of log-probabilities.
+    """
+    return f"{name} {number} {temperature:g} {proposal:g} {source} {rest or 'none'}"
 
 
 class TargetCache:
@@ -55,7 +60,7 @@ class TargetCache:
         self.folder, self.key, self._shards = folder, manifest.key, manifest.shards
         words = manifest.key.kind.split()
         rest = None if words[-1] == "none" else words[-1]
-        if len(words) != 5 or rest not in RESTS:
+        if len(words) != 6 or rest not in RESTS:
             raise refusal(folder, f"the cache holds {manifest.key.kind!r}, no sparse targets")
         self.rest = rest
         self._samples = int(words[1]) if words[0] == "sampled" else 1

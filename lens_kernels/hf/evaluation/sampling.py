@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lens_kernels.hf.model.state import evaluating
+from lens_kernels.hf.model.state import evaluating, generating
 from lens_kernels.hf.training.data import check_count, padding_id
 from lens_kernels.options import check_number
 
@@ -98,7 +97,7 @@ def generate(
     # Prompts of similar length share a batch, because they need little padding. The longest prompts
     # come first, so that a lack of memory shows at once.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    with evaluating(model), _generation_config(model, config):
+    with evaluating(model), generating(model, config):
         for chunk in chunks(order, batch_size, progress, "generating"):
             processors = LogitsProcessorList(warpers)
             if do_sample:
@@ -126,19 +125,6 @@ class _RowSampler(LogitsProcessor):
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
         return scores - noise.log()
-
-
-@contextmanager
-def _generation_config(model: Any, config: GenerationConfig) -> Iterator[None]:
-    # generate() must not get the settings as a config: it would add the model's saved settings,
-    # such as a repetition penalty.
-    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
-    kept = holder.generation_config
-    try:
-        holder.generation_config = config
-        yield
-    finally:
-        holder.generation_config = kept
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

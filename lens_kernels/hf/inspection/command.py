@@ -108,7 +108,12 @@ def texts_of(
 ) -> list[str] | list[list[int]]:
     """Return the lines of a ``.txt`` file, or the token ids of the examples of other data."""
     if data.endswith(".txt"):
-        lines = Path(data).read_text(encoding="utf-8").splitlines()
+        try:  # utf-8-sig leaves out a byte order mark, which would be the first text's first token
+            lines = Path(data).read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{data} is not UTF-8 at byte {error.start + 1}: save the file as UTF-8"
+            ) from error
         return [line for line in lines if line.strip()]
     found = load_examples(data, tokenizer, prompt_style=prompt_style, progress=False)
     return [example["input_ids"] for example in found.examples]

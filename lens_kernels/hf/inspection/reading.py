@@ -15,6 +15,7 @@ from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.state import evaluating, without_autocast
+from lens_kernels.hf.training.checks import Limits
 from lens_kernels.hf.training.data import check_count
 from lens_kernels.lens import LensHead
 
@@ -105,6 +106,7 @@ def read(
             f"top_k must not exceed the {vocab} entries of the vocabulary, got {top_k}"
         )
     tokens = torch.tensor(ids, device=head.weight.device)
+    Limits.of([model], None).check("a text", {"input_ids": tokens})
     verify_lens(model)
     with evaluating(model), without_autocast(tokens.device):
         earlier = range(1, len(blocks_of(model)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 T = TypeVar("T")
 
@@ -30,6 +30,22 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def generating(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let ``model.generate`` use only the settings of ``config`` inside the context.
+
+    If ``generate`` got them as an argument, it would add the model's saved settings, such as a
+    repetition penalty.
+    """
+    holder = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kept = holder.generation_config
+    try:
+        holder.generation_config = config
+        yield
+    finally:
+        holder.generation_config = kept
 
 
 def without_autocast(device: torch.device) -> torch.autocast:

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from lens_kernels.hf.cache.key import CacheKey, Example, counted_positions
-from lens_kernels.hf.cache.logprobs import FORMATS, read, targets_of
+from lens_kernels.hf.cache.key import CacheKey, Example, Indexed, counted_positions, file_digest
+from lens_kernels.hf.cache.logprobs import FORMATS, check_examples, read, targets_of
 from lens_kernels.hf.cache.sampling import most_probable, sample
 from lens_kernels.hf.cache.targets import MakeTargets, TargetCache, kind_of
 from lens_kernels.hf.model.anatomy import lens_head_from
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.model.placement import moved
+from lens_kernels.hf.training.checks import Limits, check_data
 from lens_kernels.hf.training.collation import Collator, padding_id
 from lens_kernels.hf.training.data import PROMPT_STYLES, load_examples
 from lens_kernels.hf.training.files import check_download
@@ -102,6 +103,17 @@ def make_cache(
     check_number("temperature", temperature, 0.0)
     check_number("proposal_temperature", proposal_temperature, 0.0)
     served = kind == "logprobs"
+    if served and temperature != 1.0:
+        raise ValueError(
+            f"temperature={temperature:g} does not apply to kind logprobs, because the file has"
+            " only the top of each distribution: leave it out, and set it in the requests to the"
+            " server"
+        )
+    if kind != "sampled" and proposal_temperature != 1.0:
+        raise ValueError(
+            f"proposal_temperature={proposal_temperature:g} applies to kind sampled only: leave it"
+            " out"
+        )
     if teacher is None and not (served and tokenizer):
         raise ValueError(f"kind {kind} needs --{'tokenizer' if served else 'teacher'}")
     paths = {name: x for name, x in (("train", data), ("eval", eval_data)) if x is not None}
@@ -119,7 +131,6 @@ def make_cache(
     settings = _Settings(kind, samples, top_k, temperature, proposal_temperature, seed)
     number = {"sampled": samples, "topk": top_k, "logprobs": 0}[kind]
     of_rest = None if kind == "sampled" else rest
-    described = kind_of(kind, number, temperature, proposal_temperature, of_rest)
     for name, path in paths.items():
         examples = load_examples(
             path,
@@ -128,10 +139,17 @@ def make_cache(
             max_length=max_length,
             max_prompt_length=max_prompt_length,
         )
+        # The same folder must not be taken for targets of another seed or another file.
+        source = f"seed-{seed}" if kind == "sampled" else "teacher"
         if model is None:
-            make = _from_file(Path(str(files[name])), logprobs_format)
+            file = Path(str(files[name]))
+            make = _from_file(file, logprobs_format, examples)
+            source = f"{logprobs_format}-{file_digest(file)[:16]}"
         else:
-            make = _from_teacher(model, padding_id(reader), settings)
+            collate = Collator(padding_id(reader))
+            check_data(path, examples, Limits.of([model], None), collate)
+            make = _from_teacher(model, collate, settings)
+        described = kind_of(kind, number, temperature, proposal_temperature, source, of_rest)
         key = CacheKey.of(model, examples, (), reader, kind=described)
         say(TargetCache.build(output / name, key, examples, make, batch_size=batch_size).summary())
 
@@ -145,8 +163,9 @@ class _Settings(NamedTuple):
     seed: int
 
 
-def _from_file(path: Path, form: str) -> MakeTargets:
+def _from_file(path: Path, form: str, data: Indexed) -> MakeTargets:
     found = read(path, form)
+    check_examples(found, data, path, form)
 
     def make(numbers: range, examples: list[Example]) -> list[dict[str, Tensor]]:
         return [targets_of(found, i, x, path) for i, x in zip(numbers, examples, strict=True)]
@@ -154,12 +173,11 @@ def _from_file(path: Path, form: str) -> MakeTargets:
     return make
 
 
-def _from_teacher(teacher: PreTrainedModel, padding: int, settings: _Settings) -> MakeTargets:
+def _from_teacher(teacher: PreTrainedModel, collate: Collator, settings: _Settings) -> MakeTargets:
     """Return a function that computes the targets of examples by running the teacher.
 
     The tokens that are drawn for an example depend only on the seed and the example's position.
     """
-    collate = Collator(padding)
     whole = lens_head_from(teacher)
     device = whole.weight.device
 

@@ -160,7 +160,7 @@ def _check_ids(where: str, column: str, ids: Tensor, rows: int, positions: int |
         if reach > positions:
             raise ValueError(
                 f"{where} reaches position {reach}, but a model has only {positions}: set a smaller"
-                " max_length"
+                " max_length, or in inspect a smaller max_tokens"
             )
     if column == "position_ids":
         return

@@ -80,7 +80,8 @@ class Collator:
     def __call__(self, examples: Sequence[Example | Sequence[Example]]) -> Batch:
         """Return a batch of ``input_ids``, ``labels``, ``attention_mask`` and other given columns.
 
-        Packed batches have ``position_ids`` instead of ``attention_mask``.
+        Packed batches have ``position_ids`` instead of ``attention_mask``, and the ``example_id``
+        of each row's examples, padded with -1.
         """
         packed = isinstance(examples[0], list)
         groups = [list(x) if isinstance(x, Sequence) else [x] for x in examples]
@@ -102,7 +103,8 @@ class Collator:
             if name in joined[0]:
                 batch[name] = self._padded([row[name] for row in joined], value)
         if "example_id" in joined[0]:
-            batch["example_id"] = torch.cat([row["example_id"].reshape(-1) for row in joined])
+            ids = [row["example_id"].reshape(-1) for row in joined]
+            batch["example_id"] = pad_sequence(ids, True, -1) if packed else torch.cat(ids)
         return batch
 
     def _padded(self, rows: list[Tensor], value: int) -> Tensor:
@@ -158,6 +160,14 @@ def columns_of(where: str, example: Example) -> dict[str, Tensor]:
                 f" {tuple(ids.shape)}: give one number per token, in one dimension"
             )
     return columns
+
+
+def example_numbers(example_ids: Tensor) -> list[int]:
+    """Return the ``example_id`` of all examples in a batch, which may be packed."""
+    if example_ids.dim() > 1:
+        example_ids = example_ids[example_ids >= 0]
+    numbers: list[int] = example_ids.tolist()
+    return numbers
 
 
 def check_batch(batch: Mapping[str, Tensor]) -> None:

@@ -24,10 +24,11 @@ from lens_kernels.hf.training.config import LensDistillConfig, is_secret, option
 from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download, source_digest
 from lens_kernels.hf.training.preparation import Rows, Stream
-from lens_kernels.hf.training.provenance import model_digest
+from lens_kernels.hf.training.provenance import folder_digest, model_digest
 from lens_kernels.hf.training.trainer import LensDistillTrainer
 from lens_kernels.hf.training.whole_heads import whole_model
 from lens_kernels.option_files import as_words, read_options
+from lens_kernels.options import check_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -88,7 +89,8 @@ class RunConfig:
     allow_download: bool = option(False, "Allow downloads from the Hugging Face Hub.")
 
     def __post_init__(self) -> None:
-        """Check the options of the teacher's devices before any file is read."""
+        """Check the teacher's devices and the buffer before any file is read."""
+        check_number("shuffle_buffer", self.shuffle_buffer, 0, inclusive=True)
         check_placement(self.teacher_quantization, self.teacher_device_map, "teacher_")
 
 
@@ -205,12 +207,11 @@ def train(
             f" the {args.world_size} processes over the same devices: leave it out, so that each"
             " process has a teacher on its own device, or start one process"
         )
-    if config.streaming and (
-        args.max_steps < 1 or args.teacher_cache or args.dataloader_num_workers
-    ):
+    stored = args.teacher_cache or args.teacher_targets
+    if config.streaming and (args.max_steps < 1 or stored or args.dataloader_num_workers):
         raise ValueError(
             "--streaming reads the data during training, in order: set --max_steps, and leave"
-            " --teacher_cache and --dataloader_num_workers out"
+            " --teacher_cache, --teacher_targets and --dataloader_num_workers out"
         )
     output = Path(str(args.output_dir))
     longer = record.check_options(output, chosen, _defaults())
@@ -222,11 +223,13 @@ def train(
         name: source_digest(path, streaming=config.streaming and name == "train")
         for name, path in paths.items()
     }
+    beside = {name: getattr(args, name) for name in record.FILES if getattr(args, name)}
+    digests |= {name: folder_digest(path) for name, path in beside.items()}
     models = {"student": config.student}
     if config.teacher is not None:
         models["teacher"] = config.teacher
     digests |= {name: model_digest(x) for name, x in models.items()}
-    record.check_digests(output, paths | models, digests)
+    record.check_digests(output, paths | beside | models, digests)
     done = record.metrics_of(output)
     if done is not None and not longer:
         file = output / record.METRICS
@@ -267,7 +270,8 @@ def train(
     )
     # The commit of a model from the Hub is known only after the download.
     digests |= {name: digests[name] or model_digest(x) for name, x in models.items()}
-    trainer.facts |= {**models, "data": paths, "hashes": digests, "command": command_line(chosen)}
+    facts = {"data": paths | beside, "hashes": digests, "command": command_line(chosen)}
+    trainer.facts |= {**models, **facts}
     if args.should_save:
         record.write_start(output, chosen, digests)
         (output / record.METRICS).unlink(missing_ok=True)

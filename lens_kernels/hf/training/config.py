@@ -252,11 +252,19 @@ class LensDistillConfig(TrainingArguments):
             if name in CHECKS:
                 check_option(name, value, TRAINER_NAMES.get(name))
         check_number("on_policy", self.on_policy, 0.0, 1.0, inclusive=True)
-        if self.on_policy and (self.teacher_cache or self.packing or not self.kd_ratio):
+        stored = self.teacher_cache or self.teacher_targets
+        if self.on_policy and (stored or self.packing or not self.kd_ratio):
             raise ValueError(
                 f"on_policy={self.on_policy} compares student and teacher on new answers: leave"
-                " teacher_cache and packing out, and set a positive kd_ratio"
+                " teacher_cache, teacher_targets and packing out, and set a positive kd_ratio"
             )
+        for name in ("student_lens", "teacher_lens", "train_student_lens"):
+            pairs = self.student_layers or self.num_lens_pairs != 0
+            if getattr(self, name) and not (pairs and self.kd_ratio):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} has no effect without lens pairs: leave it"
+                    " out, or set a positive num_lens_pairs and kd_ratio"
+                )
         check_choice(self.num_lens_pairs, self.student_layers, self.teacher_layers)
         checkpointing = self.gradient_checkpointing_kwargs
         if isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):

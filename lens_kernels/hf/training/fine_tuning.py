@@ -22,6 +22,7 @@ from lens_kernels.hf.model.anatomy import lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.state import replaced_forward
+from lens_kernels.hf.training.collation import example_numbers
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.objective import Outcome, check_own_loss
 from lens_kernels.hf.training.whole_heads import where_head_is_whole
@@ -99,7 +100,7 @@ def final_loss(
         example_ids = inputs.pop("example_id", None)
         if example_ids is None:
             raise ValueError("teacher_targets needs example_id in the batch: add it to the dataset")
-        targets = cache.targets(example_ids.tolist())
+        targets = cache.targets(example_numbers(example_ids))
         compare = partial(_from_targets, targets=targets, options=args.loss_options())
     sums: dict[str, Tensor] = {}
 

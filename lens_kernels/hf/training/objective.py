@@ -18,7 +18,7 @@ from lens_kernels.hf.model.families import causal_lm_of, input_embeddings
 from lens_kernels.hf.model.layers import check_layers, lens_layers
 from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import replaced_forward
-from lens_kernels.hf.training.collation import check_batch
+from lens_kernels.hf.training.collation import check_batch, example_numbers
 from lens_kernels.hf.training.entropy import entropy_sum
 from lens_kernels.hf.training.matrices import PROJECTIONS, mean_squares, new_matrices
 from lens_kernels.hf.training.translators import of_layers, trainable, translated
@@ -347,7 +347,7 @@ class LensObjective(nn.Module):
             raise ValueError(
                 "the teacher cache needs example_id in the batch, got none: add it to the dataset"
             )
-        rows = cache.rows(example_ids.tolist())
+        rows = cache.rows(example_numbers(example_ids))
         names = [f"layer_{depth}" for depth in self.teacher_layers] + ["final"]
         if len(rows["final"]) != len(counted):
             raise ValueError(

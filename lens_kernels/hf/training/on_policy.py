@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
-from lens_kernels.hf.model.state import evaluating
+from lens_kernels.hf.model.state import evaluating, generating
 from lens_kernels.hf.training.collation import Collator
 from lens_kernels.inputs import IGNORE_INDEX
 
@@ -42,11 +43,14 @@ def answered(
         "input_ids": pad_sequence(prompts, True, pad, padding_side="left"),
         "attention_mask": pad_sequence(ones, True, 0, padding_side="left"),
     }
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "num_beams": 1}
-    new = max(1, max_length - width)
-    with evaluating(student):
-        whole = student.generate(**left, **sampling, max_new_tokens=new, pad_token_id=pad)
     ends = student.generation_config.eos_token_id
+    # The default temperature and top_p are 1, but the default of top_k is 50.
+    sampling = GenerationConfig(
+        do_sample=True, top_k=0, eos_token_id=ends, pad_token_id=pad,
+        max_new_tokens=max(1, max_length - width),
+    )  # fmt: skip
+    with evaluating(student), generating(student, sampling):
+        whole = student.generate(**left)
     ends = torch.tensor([ends] if isinstance(ends, int) else ends or [], device=whole.device)
     examples = []
     for prompt, answer, counts in zip(prompts, whole[:, width:], labelled.any(-1), strict=True):

@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
 from lens_kernels.hf.cache.key import file_digest
+from lens_kernels.hf.cache.shards import MANIFEST
 from lens_kernels.version import __version__, version_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "triton")
@@ -34,6 +35,19 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def folder_digest(path: str | Path) -> str:
+    """Return a SHA-256 of a file, of a published lens, or of the manifests of sparse targets.
+
+    The manifests hold the checksums of all other files.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return file_digest(path)
+    files = [*path.glob("*.pt"), *path.glob(f"*/{MANIFEST}")]
+    each = [f"{file.relative_to(path)} {file_digest(file)}" for file in sorted(files)]
+    return hashlib.sha256("\n".join(each).encode()).hexdigest()
 
 
 def model_digest(model: str) -> str | None:

@@ -36,6 +36,8 @@ UNTRAINED = (
 CHOOSING = ("eval_", "per_device_eval_", "batch_eval_", "prediction_loss_only", "save_")
 # Options that decide the length of a run. Increasing one of them continues a complete run.
 LENGTHS = ("max_steps", "num_train_epochs")
+# Options that name a file or a folder besides data and models. ``check_digests`` compares contents.
+FILES = ("student_lens", "teacher_lens", "teacher_targets")
 # Learning-rate schedules that do not depend on a run's number of steps.
 ENDLESS = ("constant", "constant_with_warmup", "inverse_sqrt", "reduce_lr_on_plateau")
 
@@ -162,7 +164,7 @@ MEANINGS: dict[str, Callable[[object], object]] = {
     "teacher": _place,
     "data": lambda path: path is not None,
     "eval_data": lambda path: path is not None,
-    "teacher_cache": lambda path: path is not None,
+    **dict.fromkeys(("teacher_cache", *FILES), lambda path: path is not None),
 }
 
 

@@ -47,7 +47,13 @@ def load_translators(path: str | Path, device: Any = "cpu") -> dict[int, LensTra
         file = path / PUBLISHED
         if not file.is_file():
             raise ValueError(f"{path} has no {PUBLISHED}: give a tuned lens, or a safetensors file")
-        held = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises errors of many classes for damaged files
+            reason = str(error).split(". ")[0]
+            raise ValueError(f"{file} is no file of tensors that torch saved: {reason}") from error
+        if not isinstance(held, Mapping):
+            raise ValueError(f"{file} holds a {type(held).__name__}, not tensors by their names")
         tensors = {f"layer_{name}": x for name, x in held.items() if isinstance(x, Tensor)}
     else:
         try:

@@ -15,6 +15,7 @@ from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.layers import check_layers
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.model.placement import moved
+from lens_kernels.hf.training.checks import Limits, check_data
 from lens_kernels.hf.training.collation import Collator, padding_id
 from lens_kernels.hf.training.data import load_examples
 from lens_kernels.hf.training.files import check_download
@@ -120,6 +121,10 @@ def tune_lens(
     check_count("steps", steps)
     check_count("batch_size", batch_size)
     check_number("learning_rate", learning_rate, 0.0)
+    if output.is_dir():
+        raise ValueError(f"output={str(output)!r} is a folder: give the name of a file")
+    if layers and len({*layers}) < len(layers):
+        raise ValueError(f"layers must differ, got {[*layers]}")
     check_download(data, allow_download)
     tokenizer = load_tokenizer(model, allow_download)
     examples = load_examples(
@@ -133,10 +138,18 @@ def tune_lens(
     moved(loaded, "cuda" if torch.cuda.is_available() else "cpu")
     blocks = len(blocks_of(loaded))
     depths = check_layers("layers", [*(layers or range(1, blocks))], blocks)
+    if not depths:
+        raise ValueError(f"{model} has one block, and no layer before it that a lens could read")
     collate = Collator(padding_id(tokenizer))
+    check_data(data, examples, Limits.of([loaded], None), collate)
     rows = [examples[i] for i in range(len(examples))]
     batches = [collate(rows[x : x + batch_size]) for x in range(0, len(rows), batch_size)]
     made, changes = train_translators(loaded, batches, depths, steps, learning_rate, say)
+    if not all(x.isfinite().all() for each in made.values() for x in (each.weight, each.bias)):
+        raise ValueError(
+            f"the translators are not finite after {steps} steps, so they are not saved: lower"
+            f" learning_rate={learning_rate:g}"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     save_translators(output, made)
     for depth, (before, after) in changes.items():

@@ -184,6 +184,7 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("learning_rate: .nan", "learning_rate must be finite"),
         ("num_train_epochs: .nan", "num_train_epochs must be finite"),
         ("seed: -1", "seed must be finite and lie in"),
+        ("shuffle_buffer: -1", "shuffle_buffer must be finite and lie in"),
         ("logging_steps: .nan", "logging_steps must be finite and lie above 0"),
         ("save_steps: 0", "save_steps must be finite and lie above 0"),
         ("max_grad_norm: .nan", "max_grad_norm must be finite"),
@@ -192,7 +193,7 @@ def test_options_without_effect_are_refused(files, tmp_path, capsys, option, mes
         ("lens_divergence: kl", "invalid choice: 'kl'"),
     ],
     ids=["unknown", "list", "open", "nested", "batch", "accumulation", "rate", "epochs"]
-    + ["seed", "logging", "save", "clipping", "beta", "text", "choice"],
+    + ["seed", "buffer", "logging", "save", "clipping", "beta", "text", "choice"],
 )
 def test_bad_options_files_are_refused(files, tmp_path, capsys, text, message):
     (tmp_path / "run.yaml").write_text(text)

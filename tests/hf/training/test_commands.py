@@ -13,6 +13,7 @@ from lens_kernels import cli, failures
 from lens_kernels.arguments import argument_texts
 from lens_kernels.hf.evaluation import generation
 from lens_kernels.hf.inspection import command as inspecting
+from tests.support import tiny
 from tests.support.commands import write_rows
 
 PICTURES = ["divergence_by_depth", "lens_by_depth", "lens_student", "lens_teacher"]
@@ -155,7 +156,7 @@ def undrawn(monkeypatch):
 
 
 def test_inspect_reads_several_models_and_texts_from_a_file(files, tmp_path, undrawn):
-    (tmp_path / "texts.txt").write_text("a cat\n\n \nthe dog ran\nno\n")
+    (tmp_path / "texts.txt").write_text("\ufeffa cat\n\n \nthe dog ran\nno\n")
     models = [files / "student", files / "teacher"]
     for source in (tmp_path / "texts.txt", files / "train.jsonl"):
         options = {"student": models, "data": source, "max_texts": 2, "dtype": "bfloat16"}
@@ -177,14 +178,30 @@ def test_inspect_reads_several_models_and_texts_from_a_file(files, tmp_path, und
         ({}, "give either text or data"),
         ({"text": "a", "data": "b"}, "give either text or data"),
         ({"data": "none.txt"}, "No such file"),
+        ({"data": "latin.txt"}, "latin.txt is not UTF-8 at byte 4: save the file as UTF-8"),
         ({"text": "a", "device": "nowhere"}, "nowhere"),
         ({"text": "a", "dtype": "int8"}, "dtype must be one of"),
     ],
 )
-def test_inspect_needs_texts_and_a_device(files, tmp_path, capsys, options, message):
+def test_inspect_needs_texts_and_a_device(files, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     argv = as_arguments({"student": files / "student", "output": tmp_path / "out"} | options)
     assert cli.main(["inspect", *argv]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_texts_beyond_the_positions_of_a_model_are_refused(files, tmp_path, capsys):
+    tiny.model("gpt2", layers=2, max_position_embeddings=12).save_pretrained(tmp_path / "short")
+    tiny.tokenizer().save_pretrained(tmp_path / "short")
+    data = ["--data", files / "train.jsonl", "--output", tmp_path / "out"]
+    for command in (
+        ["inspect", "--student", tmp_path / "short", "--text", "a cat " * 9, *data[2:]],
+        ["tune-lens", "--model", tmp_path / "short", "--steps", 1, *data],
+        ["cache", "--kind", "topk", "--teacher", tmp_path / "short", *data],
+    ):
+        assert cli.main([*map(str, command)]) == 1
+        assert "but a model has only 12: set a smaller" in capsys.readouterr().err
 
 
 def test_every_option_of_inspect_reaches_the_function(monkeypatch):

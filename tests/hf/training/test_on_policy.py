@@ -51,6 +51,16 @@ def test_answers_are_sampled_after_the_prompts_and_end_with_the_end_token(monkey
     assert out["input_ids"][0, lengths[0] - 1] == 1
 
 
+def test_saved_settings_of_generation_do_not_change_the_samples():
+    """Many models save a repetition penalty or a top_k. The samples are the student's own."""
+    student = tiny.model(**STUDENT)
+    settings = student.generation_config
+    settings.suppress_tokens, settings.num_beams = [*range(5), *range(6, 64)], 2
+    out = answered(student, batch(), 1, max_length=20)
+    assert len({*out["labels"].flatten().tolist()} - {-100}) > 3
+    assert student.generation_config is settings
+
+
 def test_hidden_tokens_are_no_prompt_and_rows_without_labels_get_none():
     # The first row is padded on the left. The second is a repeat that fills the last batch.
     ids = torch.tensor([[9, 9, 2, 3, 4], [5, 6, 7, 8, 9]])
@@ -105,7 +115,14 @@ def test_a_resumed_run_with_sampled_answers_ends_with_the_same_student(
 
 
 @pytest.mark.parametrize(
-    "options", [{"teacher_cache": "c"}, {"packing": True}, {"kd_ratio": 0.0}, {"on_policy": 1.5}]
+    "options",
+    [
+        {"teacher_cache": "c"},
+        {"teacher_targets": "t"},
+        {"packing": True},
+        {"kd_ratio": 0.0},
+        {"on_policy": 1.5},
+    ],
 )
 def test_options_that_sampled_answers_do_not_support(tmp_path, options):
     with pytest.raises(ValueError, match=r"on_policy(=0.5 compares|.* must be .*1)"):

@@ -163,12 +163,16 @@ def test_a_bad_line_stops_a_stream_and_names_its_file(files, tmp_path, capsys):
     [
         {"max_steps": None},
         {"teacher_cache": "cache"},
+        {"teacher_targets": "targets", "teacher": None},
         {"dataloader_num_workers": 1},
     ],
 )
 def test_options_that_streaming_does_not_support(files, tmp_path, capsys, options):
     assert cli.main(arguments(files, tmp_path / "out", streaming=True, **options)) == 1
-    assert "set --max_steps, and leave --teacher_cache and" in capsys.readouterr().err
+    assert (
+        "set --max_steps, and leave --teacher_cache, --teacher_targets and"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_stream_needs_a_number_of_steps(models, tmp_path):

@@ -9,8 +9,10 @@ import pytest
 import torch
 import yaml
 
-from lens_kernels import cli
+from lens_kernels import LensTranslator, cli
 from lens_kernels.hf import LensDistillTrainer
+from lens_kernels.hf.training.provenance import folder_digest
+from lens_kernels.hf.training.translators import save_translators
 from tests.support import tiny
 from tests.support.commands import arguments, assert_same_student, interrupt, weights
 
@@ -185,6 +187,35 @@ def test_run_does_not_resume_with_changed_data(files, tmp_path, monkeypatch, cap
     record = tmp_path / "out" / "run.yaml"
     record.write_text(record.read_text().partition("made_with:")[0])
     assert cli.main(argv) == 0
+
+
+def test_run_does_not_resume_with_changed_translators(files, tmp_path, monkeypatch, capsys):
+    lens = tmp_path / "lens.safetensors"
+
+    def write(value):
+        made = LensTranslator(torch.zeros(24, 24), torch.full((24,), value))
+        save_translators(lens, {2: made})
+
+    write(0.0)
+    options = {"teacher_lens": lens, "num_lens_pairs": 1}
+    interrupt(monkeypatch, arguments(files, tmp_path / "out", **options), before_step=4)
+    write(0.5)
+    argv = arguments(files, tmp_path / "out", **options)
+    assert cli.main(argv) == 1
+    assert f"the teacher_lens file {lens} has changed since the run" in capsys.readouterr().err
+    write(0.0)
+    monkeypatch.chdir(tmp_path)  # another path to the same file
+    options["teacher_lens"] = lens.name
+    assert cli.main(arguments(files, tmp_path / "out", **options)) == 0
+
+
+def test_the_digest_of_a_folder_follows_its_manifests_and_lens(tmp_path):
+    digests = set()
+    for name, content in (("a/manifest.json", "1"), ("a/manifest.json", "2"), ("params.pt", "1")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+        digests.add(folder_digest(tmp_path))
+    assert len(digests) == 3
 
 
 def test_run_does_not_resume_with_another_teacher(files, tmp_path, monkeypatch, capsys):

@@ -103,7 +103,7 @@ def test_a_build_is_checked_and_repeatable(files, world, sampled, capsys):
         ours, theirs = (getattr(x.targets([2, 0]), name) for x in (sampled, again))
         assert torch.equal(ours, theirs)
     assert make(files, world.folder / "again", "sampled", "--samples", 9, *options) == 1
-    assert "of another kind: found sampled 50 1 1 none, expected" in capsys.readouterr().err
+    assert "of another kind: found sampled 50 1 1 seed-0 none, expected" in capsys.readouterr().err
     shard = next((world.folder / "again" / "train").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="is damaged: its checksum differs"):
@@ -187,27 +187,61 @@ def test_log_probabilities_of_a_server(files, world, tmp_path, capsys):
     assert where in capsys.readouterr().err
 
 
-def test_parquet_and_vllm_give_the_same_records(world, tmp_path):
-    pytest.importorskip("pyarrow")
-    from pyarrow import Table, parquet
+def test_the_same_command_with_another_seed_or_file_is_refused(files, world, tmp_path, capsys):
+    """Otherwise the command would report success, and leave the old targets."""
+    sampled = (files, tmp_path / "sampled", "sampled", "--teacher", files / "teacher")
+    assert make(*sampled, "--seed", 1) == make(*sampled, "--seed", 1) == 0
+    assert make(*sampled, "--seed", 2) == 1
+    file = tmp_path / "logprobs.jsonl"
+    served = (files, tmp_path / "served", "logprobs", "--tokenizer", files / "teacher")
+    for number, status in ((4, 0), (4, 0), (3, 1)):
+        file.write_text("\n".join(map(json.dumps, records(world, number))))
+        assert make(*served, "--logprobs", file) == status
+    assert capsys.readouterr().err.count("of another kind: found") == 2
 
-    found = records(world)
-    parquet.write_table(Table.from_pylist(found), tmp_path / "x.parquet")
-    table = logprobs.read(tmp_path / "x.parquet")
+
+def answers_of_vllm(world, found, shift=0):
+    """Return vLLM's answers with ``found``, to prompts with ``shift`` more tokens before them."""
     answers = []
     for i in range(len(world.data)):
-        answer = [None] * len(world.data[i]["input_ids"])
+        tokens = [0] * shift + world.data[i]["input_ids"]
+        answer = [None, *({str(token): {"logprob": -3.0}} for token in tokens[1:])]
         for x in (x for x in found if x["example"] == i):
             # vLLM puts the prompt's own token first, whatever its rank.
             pairs = [*zip(x["ids"], x["logprobs"], strict=True)][::-1]
-            answer[x["position"] + 1] = {
+            answer[x["position"] + 1 + shift] = {
                 str(token): {"logprob": lp, "rank": rank, "decoded_token": "?"}
                 for rank, (token, lp) in enumerate(pairs)
             }
         answers.append({"id": "cmpl-1", "choices": [{"index": 0, "prompt_logprobs": answer}]})
+    return "\n\n".join(map(json.dumps, answers))
+
+
+def test_parquet_and_vllm_give_the_same_records(world, tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow import Table, parquet
+
+    found = records(world, 64)  # with all tokens, so that each record has the prompt's own token
+    parquet.write_table(Table.from_pylist(found), tmp_path / "x.parquet")
+    table = logprobs.read(tmp_path / "x.parquet")
     path = tmp_path / "answers.jsonl"
-    path.write_text("\n".join(map(json.dumps, answers)))
-    assert logprobs.read(path, "vllm") == table
+    path.write_text(answers_of_vllm(world, found))
+    read = logprobs.read(path, "vllm")
+    logprobs.check_examples(read, world.data, path, "vllm")
+    assert {key: read[key] for key in table} == table
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="is not a readable Parquet file"):
+        logprobs.read(tmp_path / "x.parquet")
+
+
+def test_log_probabilities_of_other_examples_are_refused(world, tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(answers_of_vllm(world, [], shift=1))
+    with pytest.raises(ValueError, match="answer for example 0 has another prompt"):
+        logprobs.check_examples(logprobs.read(path, "vllm"), world.data, path, "vllm")
+    found = {(len(world.data), 0): ([1], [-1.0])}
+    with pytest.raises(ValueError, match="has a record of example 7, but the data has 7 examples"):
+        logprobs.check_examples(found, world.data, path, "records")
 
 
 GOOD = {"example": 0, "position": 1, "ids": [3, 4], "logprobs": [-0.5, -1.5]}
@@ -222,6 +256,9 @@ GOOD = {"example": 0, "position": 1, "ids": [3, 4], "logprobs": [-0.5, -1.5]}
         ({"logprobs": [-1.0, math.nan]}, "line 2: logprobs must be numbers, got nan"),
         ({"ids": [3, 3]}, "line 2: ids holds a token twice"),
         ({"ids": "34"}, "line 2: ids must be a list of token ids"),
+        ({"ids": [3, 2**31]}, "line 2: ids must be a list of token ids"),
+        ({"logprobs": [-0.1, -0.2]}, r"line 2: the probabilities .* in \(0, 1\], got 1.72357"),
+        ({"logprobs": [-math.inf] * 2}, r"line 2: the probabilities .* in \(0, 1\], got 0"),
         ({"position": None}, "line 2: example and position must be integers from 0 on"),
         ({"position": 0}, "line 2: example 0 has position 0 twice"),
     ],
@@ -237,6 +274,7 @@ def test_malformed_records_are_refused_with_their_line(tmp_path, change, message
     ("text", "form", "message"),
     [
         ("{", "records", "line 1: is not JSON"),
+        ("\xff", "records", "line 1: is not JSON"),
         ("[1]", "records", "line 1: expected an object, got a list"),
         ("{}", "records", r"line 1: has no 'example', only \[\]"),
         ("{}", "vllm", "line 1: has no prompt_logprobs: set them in the request"),
@@ -245,7 +283,7 @@ def test_malformed_records_are_refused_with_their_line(tmp_path, change, message
 )
 def test_other_files_are_refused_with_their_line(tmp_path, text, form, message):
     path = tmp_path / "x.jsonl"
-    path.write_text(text)
+    path.write_text(text, encoding="latin-1")
     with pytest.raises(ValueError, match=message):
         logprobs.read(path, form)
 
@@ -255,9 +293,11 @@ def test_other_files_are_refused_with_their_line(tmp_path, text, form, message):
     [
         ("sampled", [], "kind sampled needs --teacher"),
         ("logprobs", ["--tokenizer", "x"], "kind logprobs needs --logprobs"),
+        ("logprobs", ["--tokenizer", "x", "--temperature", "2"], "temperature=2 does not apply"),
+        ("topk", ["--teacher", "x", "--proposal_temperature", "2"], "kind sampled only"),
         ("sampled", ["--teacher", "x", "--samples", "0"], "samples must be at least 1, got 0"),
     ],
 )
-def test_missing_options_are_named(files, tmp_path, capsys, kind, options, message):
+def test_missing_and_useless_options_are_named(files, tmp_path, capsys, kind, options, message):
     assert make(files, tmp_path, kind, *options) == 1
     assert message in capsys.readouterr().err

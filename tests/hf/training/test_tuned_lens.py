@@ -7,7 +7,9 @@ import torch
 
 from lens_kernels import LensHead, LensTranslator, symmetric_lens_loss
 from lens_kernels.cli import main
+from lens_kernels.hf import LensDistillConfig
 from lens_kernels.hf.training.translators import load_translators, save_translators
+from tests.support import tiny
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH
 from tests.support.problems import make, ours
@@ -65,6 +67,10 @@ def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"LensTranslator.weight must be \(D, D\) and bias \(D,\)"):
         LensTranslator(torch.ones(3, 4), torch.ones(3))
     problem = make(BATCH)
+    module = torch.nn.Linear(WIDTH, WIDTH)
+    for wrong in (module, [module] * BATCH.pairs, "x"):
+        with pytest.raises(TypeError, match="translator must hold LensTranslators, got"):
+            replace(problem.student_head, translator=wrong)
     for made, message in (
         (translators(1), "has 1 translators for 2 lens pairs"),
         (translators(width=5), "has width 5, but the hidden states have width 33"),
@@ -85,9 +91,19 @@ def test_the_command_trains_lenses_that_predict_better(files, tmp_path, capsys):
     assert [(x[0], x[1]) for x in lines] == [("layer", "1:"), ("layer", "3:")]
     for x in lines:
         assert float(x[6]) < 0.8 * float(x[4])
-    bad = ["--layers", "4"]
-    assert main(["tune-lens", *map(str, words[:6]), *bad]) == 1
-    assert "layers must lie in [1, 3], got 4" in capsys.readouterr().err
+    before = output.read_bytes()
+    tiny.model(layers=1).save_pretrained(tmp_path / "one")
+    tiny.tokenizer().save_pretrained(tmp_path / "one")
+    for bad, message in (
+        (["--layers", 4], "layers must lie in [1, 3], got 4"),
+        (["--layers", 1, 1], "layers must differ, got [1, 1]"),
+        (["--model", tmp_path / "one"], "has one block, and no layer before it"),
+        (["--output", tmp_path], "is a folder: give the name of a file"),
+        (["--steps", 2, "--learning-rate", 1e37], "are not finite after 2 steps, so they are not"),
+    ):
+        assert main(["tune-lens", *map(str, [*words[:6], *bad])]) == 1
+        assert message in capsys.readouterr().err
+    assert output.read_bytes() == before and not [*tmp_path.parent.glob("*.partial")]
 
 
 def test_files_of_both_layouts(tmp_path):
@@ -106,6 +122,12 @@ def test_files_of_both_layouts(tmp_path):
         load_translators(tmp_path)
     torch.save({"head": torch.ones(2, 2)}, tmp_path / "params.pt")
     with pytest.raises(ValueError, match="holds 'layer_head', which is no part of a translator"):
+        load_translators(tmp_path)
+    torch.save([torch.ones(2, 2)], tmp_path / "params.pt")
+    with pytest.raises(ValueError, match="params.pt holds a list, not tensors by their names"):
+        load_translators(tmp_path)
+    (tmp_path / "params.pt").write_bytes(b"no")
+    with pytest.raises(ValueError, match="params.pt is no file of tensors that torch saved"):
         load_translators(tmp_path)
     (tmp_path / "own.safetensors").write_bytes(b"no")
     with pytest.raises(ValueError, match="is no safetensors file of translators"):
@@ -164,6 +186,15 @@ def test_a_resumed_run_continues_with_its_translators(tmp_path):
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("without", [{"num_lens_pairs": 0}, {"kd_ratio": 0.0}])
+def test_translators_without_lens_pairs_are_refused(tmp_path, without):
+    for option in ({"teacher_lens": "x"}, {"train_student_lens": True}):
+        with pytest.raises(ValueError, match="has no effect without lens pairs"):
+            LensDistillConfig(output_dir=str(tmp_path), use_cpu=True, **option, **without)
+    layers = {"student_layers": [1], "teacher_layers": [1], "num_lens_pairs": 0}
+    LensDistillConfig(output_dir=str(tmp_path), use_cpu=True, teacher_lens="x", **layers)
 
 
 def test_files_of_other_layers_or_models_are_refused(tmp_path, lens_files):
