@@ -55,9 +55,9 @@ class LossCall:
     above ``token_clip`` become ``token_clip``, and have no gradient.
 
     ``group`` is the name of a process group, or empty. With a group, this rank holds ``vocab_size``
-    entries of a larger vocabulary. ``labels`` count from the first entry of this rank, so labels of
-    other ranks' entries are out of range. All ranks size their tiles for ``widest`` entries, the
-    largest number that a rank holds.
+    of the ``whole_size`` entries. ``labels`` and ids of ``targets`` count from the first entry of
+    this rank, so those of other ranks' entries are out of range. All ranks size their tiles for
+    ``widest`` entries, the largest number that a rank holds.
     """
 
     student_hidden: list[Tensor]
@@ -82,6 +82,7 @@ class LossCall:
     teacher_statistics: Tensor | None = None
     group: str = ""
     widest: int = 0
+    whole_size: int = 0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     reports: bool = False
@@ -107,8 +108,11 @@ class LossCall:
         """
         student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
         labels, standardize = inputs.labels, options.standardize
-        if shard is not None and labels is not None:
-            labels = labels - shard.start
+        targets = inputs.targets if terms else None
+        if shard is not None:
+            labels = None if labels is None else labels - shard.start
+            if targets is not None:
+                targets = targets._replace(ids=targets.ids - shard.start)
         # Without terms, the cross entropy still needs the last hidden state.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
@@ -137,7 +141,7 @@ class LossCall:
             beta=options.beta,
             temperature=options.temperature,
             teacher_temperature=options.teacher_temperature,
-            targets=inputs.targets if terms else None,
+            targets=targets,
             standardized=tuple(
                 standardize is True or (standardize == "lens" and lens)
                 for lens in normed[: len(terms)]
@@ -150,6 +154,7 @@ class LossCall:
             teacher_statistics=None if statistics is None else statistics[states],
             group="" if shard is None else shard.group,
             widest=0 if shard is None else shard.widest,
+            whole_size=inputs.vocab_size,
             **others,
         )
 

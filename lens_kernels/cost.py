@@ -303,7 +303,7 @@ def row_chunks(shape: CallShape, layout: Layout | None = None) -> Plan:
 
 def layout_of(shape: CallShape) -> Layout:
     """Return the layout of tiles in the ``torch`` backend."""
-    if has_row_kernel(shape.device, shape.compute_dtype, shape.features):
+    if has_row_kernel(shape.device, shape.compute_dtype, shape.features, shape.sharded):
         rows = shape.pairs * shape.tokens
         sizes = rows, shape.vocab_size, shape.factor, shape.workspace_bytes
         return apart(*sizes, shape.head_grad_dtype, shape.sharded)

@@ -219,12 +219,3 @@ def test_the_reference_backend_is_the_oracle_and_drops_masked_rows(feature, redu
     options = {"mask": mask, "reduction": reduction, "backend": "reference"}
     loss, _ = check(problem.spoil(~mask), truth=truth, **options)
     assert loss.dtype is torch.float32
-
-
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_a_process_group_refuses_the_features_of_one_rank(name):
-    shape = dataclasses.replace(call_shape(CPU), sharded=True)
-    assert dispatch.choose(name, shape).name == "torch"
-    shape = dataclasses.replace(shape, features=("standardize", "token_clip"))
-    with pytest.raises(RuntimeError, match="group does not support standardize, token_clip: gath"):
-        dispatch.choose(name, shape)

@@ -11,21 +11,12 @@ from reference import dense
 from reference import targets as oracle
 from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients
 from tests.support.grids import BATCH, FEATURES, several_chunks
-from tests.support.objectives import some_labels
+from tests.support.objectives import some_labels, some_targets
 from tests.support.problems import make, recorded
 
 RESTS = [None, "renormalize", "ghost", "uniform"]
 rests = pytest.mark.parametrize("rest", RESTS)
 KL = {"divergence": "forward_kl"}
-
-
-def some_targets(shape=BATCH, k=6, rest=None, vocab=None):
-    """Return targets with repeated ids and padding. Probabilities sum to less than 1."""
-    ids = torch.randint(vocab or shape.vocab, (*shape.leading, k))
-    ids[..., 1] = ids[..., 0]
-    p = torch.rand(*shape.leading, k).softmax(-1) * 0.8
-    p[..., -1] = 0.0
-    return SparseTargets(ids, p, rest)
 
 
 def truth(problem, targets, mask=None, temperature=1.0, standardize=False, vocab_size=None):

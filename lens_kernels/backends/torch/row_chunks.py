@@ -47,15 +47,16 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 def pass_for(call: LossCall) -> MakePass:
     """Return the class of the pass, by the device and by whether heads are sharded."""
-    if has_row_kernel(call.row_weight.device, call.compute_dtype, call.features()):
-        if call.group:
+    device, sharded = call.row_weight.device, bool(call.group)
+    if has_row_kernel(device, call.compute_dtype, call.features(), sharded):
+        if sharded:
             from lens_kernels.backends.torch.sharded_row_kernel_pass import ShardedRowKernelPass
 
             return ShardedRowKernelPass
         from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 
         return RowKernelPass
-    if call.group:
+    if sharded:
         from lens_kernels.backends.torch.sharded_pass import ShardedPass
 
         return ShardedPass
