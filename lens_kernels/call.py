@@ -50,9 +50,9 @@ class LossCall:
     and ``z_loss``.
 
     ``teacher_of`` holds the index of each pair's head in ``teacher_heads``, or is empty if all
-    pairs have the same head. With ``targets`` there is no teacher head: every pair compares the
-    student with the targets. ``standardized`` has a flag for each pair, or is empty. Divergences
-    above ``token_clip`` become ``token_clip``, and have no gradient.
+    pairs have the same head. With ``targets``, only the first pairs have ``teacher_hidden``, if
+    any. All other pairs compare the student with the targets. ``standardized`` has a flag for each
+    pair, or is empty. Divergences above ``token_clip`` become ``token_clip``, and have no gradient.
 
     ``group`` is the name of a process group, or empty. With a group, this rank holds ``vocab_size``
     of the ``whole_size`` entries. ``labels`` and ids of ``targets`` count from the first entry of
@@ -118,16 +118,18 @@ class LossCall:
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
         teacher_hidden = [] if teacher is None else teacher.hidden
+        # With sparse targets, the teacher has no final state, which all later terms would need.
+        compared = [i for i in states if targets is None or i >= 0] if teacher else []
         teacher_of: tuple[int, ...] = ()
         if teacher is not None and len(teacher.heads) > 1:
-            teacher_of = tuple([[*teacher.heads].index(teacher.head_names[i]) for i in states])
+            teacher_of = tuple([[*teacher.heads].index(teacher.head_names[i]) for i in compared])
         normed = tuple([i % len(student_hidden) < student.lenses for i in states])
         grad_mode = torch.is_grad_enabled()
         reached = [*hidden, *student.head.tensors().values()]
         threshold, relative = parse_grad_threshold("grad_threshold", options.grad_threshold)
         return LossCall(
             student_hidden=hidden,
-            teacher_hidden=[teacher_hidden[term.state] for term in terms] if teacher else [],
+            teacher_hidden=[teacher_hidden[i] for i in compared],
             student_head=student.head,
             teacher_heads=tuple(teacher.heads.values()) if teacher else (),
             teacher_of=teacher_of,
@@ -163,9 +165,13 @@ class LossCall:
         """Return the dtype of logits, losses and gradients."""
         return compute_dtype(self.student_head, *self.teacher_heads)
 
+    def has_teacher(self, pair: int) -> bool:
+        """Return whether a pair is compared with hidden states of a teacher."""
+        return pair < len(self.teacher_hidden)
+
     def teacher_index(self, pair: int) -> int:
-        """Return the index of a pair's head in ``teacher_heads``."""
-        return self.teacher_of[pair] if self.teacher_of else 0
+        """Return the index of a pair's head in ``teacher_heads``, or 0."""
+        return self.teacher_of[pair] if self.teacher_of and self.has_teacher(pair) else 0
 
     @property
     def temperatures(self) -> tuple[float, float]:

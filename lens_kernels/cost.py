@@ -116,7 +116,7 @@ class CallShape:
     true if a cluster of GPU programs can hold a row of logits. ``features`` and ``standardized``
     are those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient,
     if it is not ``dtype``. ``listed`` is the number of sparse targets of a token, and ``ghost`` is
-    true if they have a ghost entry.
+    true if they have a ghost entry. If other pairs have a teacher, every pair is counted with both.
     """
 
     tokens: int

@@ -104,8 +104,11 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
         # Listed entries are those of all ranks, the first and the last entry among them.
         targets = some_targets(shape, 9, case.pop("rest"), case.get("vocab_size"))
         targets.token_ids[..., 2], targets.token_ids[..., 3] = 0, case.get("vocab_size", WIDTH) - 1
-        problem.teacher_hidden, problem.teacher_head = targets, None
-        case["divergence"] = "forward_kl"
+        if whole:
+            problem.teacher_hidden[-1] = targets
+        else:
+            problem.teacher_hidden, problem.teacher_head = targets, None
+        case["final_divergence" if whole else "divergence"] = "forward_kl"
     if case.pop("frozen_head", False):
         problem.freeze("hidden0")
     if case.pop("statistics", False):

@@ -247,7 +247,9 @@ class TorchPass:
         # ``data`` drops the link to the base tensor. With it, torch would compile one more variant
         # for views of a whole base.
         zs, *zt = (tile[block].data for tile in tiles)
-        comparison = self.comparison(terms, block, zt[0]) if zt and terms.divergence else None
+        comparison = None
+        if zt and terms.divergence is not None and terms.targets is None:
+            comparison = self.comparison(terms, block, zt[0])
         return zs, comparison, self.targets(terms, block)
 
     def comparison(self, terms: Terms, block: slice, zt: Tensor) -> Comparison:
