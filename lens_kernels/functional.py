@@ -242,7 +242,7 @@ def distillation_loss(
         teacher_hidden: The same for the teacher.
         student_head: The student's head.
         teacher_head: The teacher's head. Or a list with a head for each pair and, at the end, one
-            for ``teacher_final``.
+            for ``teacher_final``, unless that is ``SparseTargets``.
         student_final: ``(..., D_s)``, the final hidden state. The norm is not applied to it,
             because Hugging Face returns it already normed.
         teacher_final: The same with ``(..., D_t)``. Or ``SparseTargets``, for ``forward_kl`` only.
@@ -304,11 +304,12 @@ def distillation_loss(
     teacher = targets = None
     if finals and isinstance(teacher_final, SparseTargets):
         targets = teacher_final
-        if pairs and not (teacher_hidden and teacher_head is not None):
+        has_states = isinstance(teacher_hidden, Tensor) or bool(teacher_hidden)
+        if has_states != (pairs > 0) or (pairs and teacher_head is None):
             raise ValueError(
                 "teacher_final is SparseTargets, so lens pairs need the hidden states and the head"
-                " of a teacher: pass teacher_hidden and teacher_head, or student_hidden=[] for no"
-                " lens pairs"
+                " of a teacher: pass teacher_hidden and teacher_head, or for no lens pairs"
+                " student_hidden=[], teacher_hidden=[] and teacher_head=None"
             )
         check_alone(
             "final_divergence", finals, None if pairs else teacher_head, options,

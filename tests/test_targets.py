@@ -220,6 +220,8 @@ def test_options_that_need_a_teacher_are_refused():
         distillation_loss([], None, head, None, **final)
     with pytest.raises(ValueError, match="lens pairs need the hidden states and the head of a"):
         distillation_loss([hidden], None, head, None, final_divergence="forward_kl", **final)
+    with pytest.raises(ValueError, match="or for no lens pairs student_hidden=.., teacher_hidden"):
+        distillation_loss([], hidden, head, None, final_divergence="forward_kl", **final)
 
 
 @pytest.mark.parametrize(
