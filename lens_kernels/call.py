@@ -50,14 +50,14 @@ class LossCall:
     and ``z_loss``.
 
     ``teacher_of`` holds the index of each pair's head in ``teacher_heads``, or is empty if all
-    pairs have the same head. With ``targets`` there is no teacher head: every pair compares the
-    student with the targets. ``standardized`` has a flag for each pair, or is empty. Divergences
-    above ``token_clip`` become ``token_clip``, and have no gradient.
+    pairs have the same head. With ``targets``, only the first pairs have ``teacher_hidden``, if
+    any. All other pairs compare the student with the targets. ``standardized`` has a flag for each
+    pair, or is empty. Divergences above ``token_clip`` become ``token_clip``, and have no gradient.
 
     ``group`` is the name of a process group, or empty. With a group, this rank holds ``vocab_size``
-    entries of a larger vocabulary. ``labels`` count from the first entry of this rank, so labels of
-    other ranks' entries are out of range. All ranks size their tiles for ``widest`` entries, the
-    largest number that a rank holds.
+    of the ``whole_size`` entries. ``labels`` and ids of ``targets`` count from the first entry of
+    this rank, so those of other ranks' entries are out of range. All ranks size their tiles for
+    ``widest`` entries, the largest number that a rank holds.
     """
 
     student_hidden: list[Tensor]
@@ -82,6 +82,7 @@ class LossCall:
     teacher_statistics: Tensor | None = None
     group: str = ""
     widest: int = 0
+    whole_size: int = 0
     label_smoothing: float = 0.0
     z_loss: float = 0.0
     reports: bool = False
@@ -107,23 +108,28 @@ class LossCall:
         """
         student, teacher, shard = inputs.student, inputs.teacher, inputs.shard
         labels, standardize = inputs.labels, options.standardize
-        if shard is not None and labels is not None:
-            labels = labels - shard.start
+        targets = inputs.targets if terms else None
+        if shard is not None:
+            labels = None if labels is None else labels - shard.start
+            if targets is not None:
+                targets = targets._replace(ids=targets.ids - shard.start)
         # Without terms, the cross entropy still needs the last hidden state.
         states = [term.state for term in terms] or [-1]
         student_hidden = student.hidden
         hidden = [student_hidden[i] for i in states]
         teacher_hidden = [] if teacher is None else teacher.hidden
+        # With sparse targets, the teacher has no final state, which all later terms would need.
+        compared = [i for i in states if targets is None or i >= 0] if teacher else []
         teacher_of: tuple[int, ...] = ()
         if teacher is not None and len(teacher.heads) > 1:
-            teacher_of = tuple([[*teacher.heads].index(teacher.head_names[i]) for i in states])
+            teacher_of = tuple([[*teacher.heads].index(teacher.head_names[i]) for i in compared])
         normed = tuple([i % len(student_hidden) < student.lenses for i in states])
         grad_mode = torch.is_grad_enabled()
         reached = [*hidden, *student.head.tensors().values()]
         threshold, relative = parse_grad_threshold("grad_threshold", options.grad_threshold)
         return LossCall(
             student_hidden=hidden,
-            teacher_hidden=[teacher_hidden[term.state] for term in terms] if teacher else [],
+            teacher_hidden=[teacher_hidden[i] for i in compared],
             student_head=student.head,
             teacher_heads=tuple(teacher.heads.values()) if teacher else (),
             teacher_of=teacher_of,
@@ -137,7 +143,7 @@ class LossCall:
             beta=options.beta,
             temperature=options.temperature,
             teacher_temperature=options.teacher_temperature,
-            targets=inputs.targets if terms else None,
+            targets=targets,
             standardized=tuple(
                 standardize is True or (standardize == "lens" and lens)
                 for lens in normed[: len(terms)]
@@ -150,6 +156,7 @@ class LossCall:
             teacher_statistics=None if statistics is None else statistics[states],
             group="" if shard is None else shard.group,
             widest=0 if shard is None else shard.widest,
+            whole_size=inputs.vocab_size,
             **others,
         )
 
@@ -158,9 +165,13 @@ class LossCall:
         """Return the dtype of logits, losses and gradients."""
         return compute_dtype(self.student_head, *self.teacher_heads)
 
+    def has_teacher(self, pair: int) -> bool:
+        """Return whether a pair is compared with hidden states of a teacher."""
+        return pair < len(self.teacher_hidden)
+
     def teacher_index(self, pair: int) -> int:
-        """Return the index of a pair's head in ``teacher_heads``."""
-        return self.teacher_of[pair] if self.teacher_of else 0
+        """Return the index of a pair's head in ``teacher_heads``, or 0."""
+        return self.teacher_of[pair] if self.teacher_of and self.has_teacher(pair) else 0
 
     @property
     def temperatures(self) -> tuple[float, float]:

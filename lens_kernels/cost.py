@@ -116,7 +116,7 @@ class CallShape:
     true if a cluster of GPU programs can hold a row of logits. ``features`` and ``standardized``
     are those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient,
     if it is not ``dtype``. ``listed`` is the number of sparse targets of a token, and ``ghost`` is
-    true if they have a ghost entry.
+    true if they have a ghost entry. If other pairs have a teacher, every pair is counted with both.
     """
 
     tokens: int
@@ -303,7 +303,7 @@ def row_chunks(shape: CallShape, layout: Layout | None = None) -> Plan:
 
 def layout_of(shape: CallShape) -> Layout:
     """Return the layout of tiles in the ``torch`` backend."""
-    if has_row_kernel(shape.device, shape.compute_dtype, shape.features):
+    if has_row_kernel(shape.device, shape.compute_dtype, shape.features, shape.sharded):
         rows = shape.pairs * shape.tokens
         sizes = rows, shape.vocab_size, shape.factor, shape.workspace_bytes
         return apart(*sizes, shape.head_grad_dtype, shape.sharded)

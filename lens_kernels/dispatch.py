@@ -134,9 +134,6 @@ def automatic(
 def choose(name: str, shape: cost.CallShape) -> Backend:
     """Return the backend called ``name``, or for ``"auto"`` the cheapest backend that can run."""
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
-    used = ", ".join(sorted(shape.features))
-    if used and shape.sharded:
-        raise RuntimeError(f"process_group does not support {used}: gather the heads on one rank")
     if name == "auto":
         able = automatic(device, fp64, shape.dtype, shape.features)
         if shape.sharded:

@@ -127,9 +127,9 @@ def symmetric_lens_loss(
             heads, in rank order, cut at the same entries. The slices may differ in size. All ranks
             get the same loss and the same gradients of hidden states and norm, and each gets the
             gradient of its own rows of the head. Heads may be DTensors with ``Shard(0)`` on the
-            group's mesh. ``vocab_size`` and ``labels`` refer to the whole vocabulary. Every rank
-            must call the function and its backward pass. Only the ``torch`` backend supports it.
-            See ``docs/scale.md``.
+            group's mesh. ``vocab_size``, ``labels`` and ``SparseTargets`` refer to the whole
+            vocabulary. Every rank must call the function and its backward pass. Only the ``torch``
+            backend supports it. See ``docs/scale.md``.
 
     Returns:
         The loss in nats, in float32 (float64 for float64 heads): a scalar, or ``(L, ...)`` for
@@ -243,11 +243,12 @@ def distillation_loss(
         teacher_hidden: The same for the teacher.
         student_head: The student's head.
         teacher_head: The teacher's head. Or a list with a head for each pair and, at the end, one
-            for ``teacher_final``.
+            for ``teacher_final``, unless that is ``SparseTargets``.
         student_final: ``(..., D_s)``, the final hidden state. The norm is not applied to it,
             because Hugging Face returns it already normed.
-        teacher_final: The same with ``(..., D_t)``. Or ``SparseTargets``, for ``forward_kl`` only:
-            then ``teacher_head`` is None, and there are no lens pairs.
+        teacher_final: The same with ``(..., D_t)``. Or ``SparseTargets``, for ``forward_kl`` only.
+            Lens pairs then still need a teacher's hidden states and ``teacher_head``, and the
+            targets may be those of another teacher. Without lens pairs, ``teacher_head`` is None.
         labels: ``(...)``, already shifted: ``labels[n]`` is the token that position ``n`` predicts.
             -100 marks positions without a label. Cross entropy ignores the temperature.
         mask: Tokens that count in every term. By default tokens with a label count. Without labels
@@ -304,12 +305,19 @@ def distillation_loss(
     teacher = targets = None
     if finals and isinstance(teacher_final, SparseTargets):
         targets = teacher_final
-        check_alone("final_divergence", finals, teacher_head, options, teacher_statistics)
-        if pairs or teacher_hidden:
+        has_states = isinstance(teacher_hidden, Tensor) or bool(teacher_hidden)
+        if has_states != (pairs > 0) or (pairs and teacher_head is None):
             raise ValueError(
-                "teacher_final is SparseTargets, which have no intermediate hidden states: pass"
-                " student_hidden=[] and teacher_hidden=[]"
+                "teacher_final is SparseTargets, so lens pairs need the hidden states and the head"
+                " of a teacher: pass teacher_hidden and teacher_head, or for no lens pairs"
+                " student_hidden=[], teacher_hidden=[] and teacher_head=None"
             )
+        check_alone(
+            "final_divergence", finals, None if pairs else teacher_head, options,
+            teacher_statistics, has_lenses=pairs > 0,
+        )  # fmt: skip
+        if pairs:
+            teacher = model("teacher", teacher_hidden, teacher_head)
     elif finals:
         teacher = model("teacher", teacher_hidden, teacher_head, teacher_final)
     terms = [Term(Divergence(divergence), i) for i in range(pairs)]

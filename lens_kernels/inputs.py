@@ -201,7 +201,8 @@ def check_inputs(
         reached = [x for _, x in student.named_hidden] + [*student.head.tensors().values()]
         implied = None if labels is None else labels != IGNORE_INDEX
         counted = implied if flat_mask is None else flat_mask
-        same = sharding.agreed(shape, counted, reached, vars(options))
+        rest = None if targets is None else (targets.rest,)  # it decides what is reduced
+        same = sharding.agreed(shape, counted, reached, {**vars(options), "rest": rest})
         rows = sharding.gather(process_group, sizes, same, device)
         totals = {name: sum(x) for name, x in rows.items()}
         size = sharding.shared_vocabulary(options.vocab_size, totals)

@@ -40,7 +40,10 @@ class VocabularyShard:
 
 
 class Reduction:
-    """Reductions over the process group of a call. Each method changes its tensor in place."""
+    """Reductions over the process group of a call.
+
+    Reductions change their tensor in place.
+    """
 
     def __init__(self, group: str) -> None:
         self.group = compat.process_group(group)
@@ -57,6 +60,13 @@ class Reduction:
         with self.explained():
             dist.all_reduce(x, dist.ReduceOp.SUM, self.group)
         return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Return the tensors ``x`` of all ranks, stacked in rank order."""
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        with self.explained():
+            dist.all_gather(parts, x, self.group)
+        return torch.stack(parts)
 
     def begin_sum(self, x: Tensor) -> Any:
         """Start to replace ``x`` by its sum over all ranks. Call ``wait()`` of the result."""

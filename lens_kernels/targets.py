@@ -144,15 +144,17 @@ def check_alone(
     teacher_head: object,
     options: LossOptions,
     statistics: object,
+    has_lenses: bool = False,
 ) -> None:
     """Raise an error if sparse targets have a teacher, or a divergence that does not support them.
 
-    The error message calls the option of ``divergences`` ``name``.
+    The error message calls the option of ``divergences`` ``name``. With ``has_lenses``, lens pairs
+    have a teacher, which may have its own temperature.
     """
     given = {
         "teacher_head": teacher_head,
         "teacher_statistics": statistics,
-        "teacher_temperature": options.teacher_temperature,
+        "teacher_temperature": None if has_lenses else options.teacher_temperature,
     }
     for argument, value in given.items():
         if value is not None:

@@ -37,6 +37,7 @@ def full_call():
         teacher_statistics=x,
         group="ranks",
         widest=9,
+        whole_size=14,
         label_smoothing=0.5,
         z_loss=10.0,
         reports=True,

@@ -231,12 +231,3 @@ def test_the_cost_of_a_call_contains_its_gradients(reduction, monkeypatch):
     linear_cross_entropy(hidden, weight, torch.tensor([1, 2, 3, 4]), reduction=reduction)
     symmetric_lens_loss(hidden, torch.randn(4, 8), weight, weight, reduction=reduction)
     assert [shape.with_grad for shape in shapes] == [True, True]
-
-
-@pytest.mark.parametrize("name", ["auto", "torch"])
-def test_a_process_group_refuses_the_features_of_one_rank(name):
-    shape = dataclasses.replace(call_shape(CPU), sharded=True)
-    assert dispatch.choose(name, shape).name == "torch"
-    shape = dataclasses.replace(shape, features=("standardize", "token_clip"))
-    with pytest.raises(RuntimeError, match="group does not support standardize, token_clip: gath"):
-        dispatch.choose(name, shape)

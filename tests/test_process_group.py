@@ -31,6 +31,15 @@ CASES = {
     "frozen head": {"frozen_head": True, **FEATURE},
     "statistics": {"statistics": True, "temperature": 1.0},
     "teachers": {"teachers": True, "norm": "rms", **SMALL},
+    "clip": {"token_clip": 0.3, **FEATURE},
+    "standardized": {"standardize": True, **FEATURE},
+    "standardized, labels": OBJECTIVE | {"standardize": True, "teacher_temperature": 0.7},
+    "standardized lens": OBJECTIVE | {"standardize": "lens", "divergence": "reverse_kl"},
+    "sparse": {"rest": None, "vocab_size": WIDTH - 3, **SMALL},
+    "ghost": {"rest": "ghost", **FEATURE},
+    "uniform": {"rest": "uniform", **FEATURE},
+    "sparse output": OBJECTIVE | {"rest": "uniform", "standardize": True},
+    "sparse, standardized": {"rest": "ghost", "standardize": True, "token_clip": 1.0, **FEATURE},
     "no tokens": {"shape": Shape((0,), WIDTH, 12, 10, 1)},
 }
 
@@ -58,7 +67,8 @@ def joined(results, name, vocab):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_ranks_compute_the_loss_and_gradients_of_one_process(ranks, size):
-    for name in CASES if size == 3 else ("objective", "akl", "prefix", "none"):
+    some = "objective", "akl", "prefix", "none", "sparse output", "ghost"
+    for name in CASES if size == 3 else some:
         case = CASES[name]
         truth = solve(*problem_of(case))
         results = ranks.run(sharded.solve_sharded, size, case)[:size]
@@ -151,6 +161,18 @@ def test_labels_and_the_adaptive_kl_take_more_reductions(ranks):
         assert akl == len(sizes(dtype=dtype)) + 4 + weights
 
 
+def test_standardised_logits_take_one_gather_more(ranks):
+    case = {"standardize": True, "dtype": torch.float32, "shape": Shape((3,), WIDTH, 12, 10, 1)}
+    (first, moments, *rest) = ranks.run(sharded.count_collectives, 3, case)[0]
+    # Each of 3 ranks sends five numbers for each row of both models.
+    assert (first[0], moments) == ("all_gather", ("all_gather", 3 * 4 * 5 * 3 * 2))
+    sizes = [size for name, size in rest if name == "all_reduce"]
+    # The last of a chunk's three reductions also has two sums for the gradient.
+    assert sizes[:3] == [4 * 3 * number for number in (2, 2, 4)]
+    plain = ranks.run(sharded.count_collectives, 3, case | {"standardize": False})[0]
+    assert len(plain) == len(rest) + 1
+
+
 def test_no_rank_holds_more_logits_than_its_share(ranks):
     for result in ranks.run(sharded.largest_tensor, 4):
         assert result == 7 * row_stride(-(-2001 // 4))
@@ -203,6 +225,7 @@ REFUSALS = {
     "tokens": "same number of tokens.*\\[35, 35, 30\\]",
     "mask": "same number of unmasked tokens",
     "options": "same options \\(as a checksum\\)",
+    "rest": "same options \\(as a checksum\\)",
     "grads": "same tensors that require a gradient",
     "cuts": "cut at the same entries of the shared vocabulary.*teacher_head",
     "empty": "rank 1 of process_group holds none of the 20 entries.*fewer ranks",

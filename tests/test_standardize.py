@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from lens_kernels import LensHead, distillation_loss, symmetric_lens_loss
+from lens_kernels.backends.torch.standardized import (
+    Standardized,
+    joined_moments,
+    part_of_moments,
+)
 from tests.support.compare import GRADIENT, assert_close
 from tests.support.grids import (
     BACKENDS,
@@ -43,6 +48,18 @@ def test_standardised_gradients_by_differences():
         return symmetric_lens_loss(hidden, teacher, head, head, **options)
 
     assert torch.autograd.gradcheck(loss, student.requires_grad_())
+
+
+def test_the_moments_of_parts_are_those_of_the_whole_row():
+    logits = torch.randn(5, 37) + torch.tensor([0.0, 0.0, 30.0, -20.0, 1.0])[:, None]
+    logits[0] = 0.3  # its mean is rounded
+    logits[1] = torch.where(torch.arange(37) < 20, 0.1, 0.2)  # equal within each part
+    one, parts = torch.tensor(1.0), logits.split([20, 16, 1], -1)
+    moments = joined_moments(torch.stack([*map(part_of_moments, parts)]))
+    z = torch.cat([Standardized.of(x, one, moments).z for x in parts], -1)
+    truth = Standardized.of(logits.double(), one.double()).z
+    assert not z[0].any() and z[1].all()
+    assert_close(z, truth, 4e-6)  # the mean of 30 is rounded by up to 1e-6
 
 
 @pytest.mark.parametrize("backend", ["torch", ROW_KERNEL])

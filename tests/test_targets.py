@@ -10,22 +10,13 @@ from lens_kernels.backends import matmul
 from reference import dense
 from reference import targets as oracle
 from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients
-from tests.support.grids import BATCH, FEATURES, several_chunks
-from tests.support.objectives import some_labels
-from tests.support.problems import make, recorded
+from tests.support.grids import BATCH, FEATURES, ROW_KERNEL, Shape, several_chunks
+from tests.support.objectives import some_labels, some_targets
+from tests.support.problems import make, random_head, recorded
 
 RESTS = [None, "renormalize", "ghost", "uniform"]
 rests = pytest.mark.parametrize("rest", RESTS)
 KL = {"divergence": "forward_kl"}
-
-
-def some_targets(shape=BATCH, k=6, rest=None, vocab=None):
-    """Return targets with repeated ids and padding. Probabilities sum to less than 1."""
-    ids = torch.randint(vocab or shape.vocab, (*shape.leading, k))
-    ids[..., 1] = ids[..., 0]
-    p = torch.rand(*shape.leading, k).softmax(-1) * 0.8
-    p[..., -1] = 0.0
-    return SparseTargets(ids, p, rest)
 
 
 def truth(problem, targets, mask=None, temperature=1.0, standardize=False, vocab_size=None):
@@ -132,6 +123,47 @@ def test_a_label_is_the_target_of_one_token():
     assert_gradients(grads, {k: v.double() for k, v in expected.items()}, 1e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", ROW_KERNEL])
+@pytest.mark.parametrize("standardize", [False, "lens"])
+def test_lens_pairs_of_a_teacher_beside_sparse_targets_of_another(backend, standardize):
+    """The lens pairs also have a teacher each, and the output has targets and labels."""
+    shape = Shape((5,), 150, 8, 9, 3)
+    problem = make(shape, std=2.0, norm="rms", bias=True, softcap=9.0)
+    problem.teacher_head = [
+        problem.teacher_head,
+        random_head(shape.vocab, shape.teacher, norm="layer", requires_grad=False),
+    ]
+    targets, labels = some_targets(shape, rest=None), some_labels(shape)
+    labels[0], mask = 3, torch.tensor([True, False, True, True, True])
+    options = {"temperature": 1.7, "mask": mask}
+    *hidden, final = problem.student_hidden
+    out = distillation_loss(
+        hidden, problem.teacher_hidden[:2], problem.student_head, problem.teacher_head,
+        student_final=final, teacher_final=targets, labels=labels, kd_ratio=0.5, lens_coeff=3.0,
+        teacher_temperature=0.8, standardize=standardize, final_divergence="forward_kl",
+        backend=backend, **options,
+    )  # fmt: skip
+    # The same terms, each by its own definition in float64.
+    wide = problem.to(torch.float64)
+    lens = [
+        dense.lens_loss(
+            [wide.student_hidden[i]], [wide.teacher_hidden[i]], wide.student_head,
+            wide.teacher_head[i], teacher_temperature=0.8, standardize=bool(standardize), **options,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    z = dense.lens_logits(wide.student_hidden[2], wide.student_head, False, None)
+    t = oracle.scattered(targets.token_ids, targets.probabilities, shape.vocab)
+    kd = (oracle.forward_kl(t, dense.softmax(z / 1.7), None) * mask).sum() / mask.sum()
+    has_label = mask & (labels != -100)
+    ce = -dense.softmax(z).log().gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+    ce = ce.masked_fill(~has_label, 0.0).sum() / has_label.sum()
+    expected = 0.5 * ce + 0.5 * (kd + 3.0 * sum(lens) / 2)
+    for got, value in ((out.lens, sum(lens) / 2), (out.kd, kd), (out.ce, ce), (out.loss, expected)):
+        assert_close(got, value.detach(), LOSS)
+    assert_gradients(problem.gradients(out.loss), wide.gradients(expected), GRADIENT)
+
+
 def test_three_products_and_no_tile_for_the_teacher(monkeypatch):
     problem, targets = make(replace(BATCH, pairs=1)), some_targets()
     made = [recorded(monkeypatch, matmul, name) for name in ("project", "product")]
@@ -207,8 +239,10 @@ def test_options_that_need_a_teacher_are_refused():
     final = {"student_final": hidden, "teacher_final": targets}
     with pytest.raises(ValueError, match="final_divergence='reverse_kl' cannot take"):
         distillation_loss([], None, head, None, **final)
-    with pytest.raises(ValueError, match=r"have no intermediate hidden states: pass"):
+    with pytest.raises(ValueError, match="lens pairs need the hidden states and the head of a"):
         distillation_loss([hidden], None, head, None, final_divergence="forward_kl", **final)
+    with pytest.raises(ValueError, match="or for no lens pairs student_hidden=.., teacher_hidden"):
+        distillation_loss([], hidden, head, None, final_divergence="forward_kl", **final)
 
 
 @pytest.mark.parametrize(

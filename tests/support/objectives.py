@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from lens_kernels import distillation_loss
+from lens_kernels import SparseTargets, distillation_loss
 from reference import adaptive, dense
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import BATCH, Shape
@@ -26,6 +26,17 @@ def some_labels(shape: Shape = BATCH) -> Tensor:
     """Return random labels, with -100 for about 30 % of the positions."""
     labels = torch.randint(shape.vocab, shape.leading)
     return labels.masked_fill(torch.rand(shape.leading) < 0.3, -100)
+
+
+def some_targets(
+    shape: Shape = BATCH, k: int = 6, rest: str | None = None, vocab: int | None = None
+) -> SparseTargets:
+    """Return targets with repeated ids and padding. Probabilities sum to less than 1."""
+    ids = torch.randint(vocab or shape.vocab, (*shape.leading, k))
+    ids[..., 1] = ids[..., 0]
+    p = torch.rand(*shape.leading, k).softmax(-1) * 0.8
+    p[..., -1] = 0.0
+    return SparseTargets(ids, p, rest)
 
 
 def terms_of(

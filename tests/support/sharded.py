@@ -21,7 +21,7 @@ from lens_kernels.backends.torch import row_chunks
 from lens_kernels.backends.torch.layout import row_stride
 from lens_kernels.sharding import Reduction
 from tests.support.grids import Shape
-from tests.support.objectives import make_objective, some_labels
+from tests.support.objectives import make_objective, some_labels, some_targets
 from tests.support.operators import Watch
 from tests.support.problems import (
     Problem,
@@ -62,8 +62,8 @@ def slice_of(vocab: int, rank: int, size: int) -> slice:
 def part_of_rank(problem: Problem, size: int) -> Problem:
     """Return the problem with this rank's slices of both heads."""
     part = slice_of(len(problem.student_head.weight), dist.get_rank(), size)
-    heads = {f"{side}_head": cuts(getattr(problem, f"{side}_head"), part) for side in SIDES}
-    return replace(problem, **heads)
+    heads = {f"{side}_head": getattr(problem, f"{side}_head") for side in SIDES}
+    return replace(problem, **{k: x if x is None else cuts(x, part) for k, x in heads.items()})
 
 
 def cuts(head: Any, part: slice) -> Any:
@@ -100,6 +100,15 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
     if case.pop("teachers", False):
         other = random_head(shape.vocab, shape.teacher, norm="layer", softcap=3.0)
         problem.teacher_head = [other.map(lambda x: x.detach().to(dtype)), problem.teacher_head]
+    if "rest" in case:
+        # Listed entries are those of all ranks, the first and the last entry among them.
+        targets = some_targets(shape, 9, case.pop("rest"), case.get("vocab_size"))
+        targets.token_ids[..., 2], targets.token_ids[..., 3] = 0, case.get("vocab_size", WIDTH) - 1
+        if whole:
+            problem.teacher_hidden[-1] = targets
+        else:
+            problem.teacher_hidden, problem.teacher_head = targets, None
+        case["final_divergence" if whole else "divergence"] = "forward_kl"
     if case.pop("frozen_head", False):
         problem.freeze("hidden0")
     if case.pop("statistics", False):
@@ -229,6 +238,10 @@ def refused(name: str) -> str:
         whole = problem.student_head.weight.detach()
         student = LensHead(DTensor.from_local(whole, mesh, [Replicate()], run_check=False))
     heads = problem.student_hidden, problem.teacher_hidden, student, teacher
+    if name == "rest":
+        rest = "ghost" if rank else "uniform"
+        heads = problem.student_hidden, some_targets(SHAPE, rest=rest), student, None
+        options["divergence"] = "forward_kl"
     try:
         symmetric_lens_loss(*heads, process_group="x" if name == "no group" else group, **options)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -41,13 +41,17 @@ ROW_KERNEL_FEATURES = frozenset({"SparseTargets", "standardize", "token_clip"})
 
 @compat.constant_in_graphs
 def has_row_kernel(
-    device: torch.device, compute: torch.dtype, features: tuple[str, ...] = ()
+    device: torch.device,
+    compute: torch.dtype,
+    features: tuple[str, ...] = (),
+    sharded: bool = False,
 ) -> bool:
     """Return whether a Triton kernel computes losses and gradients of logits.
 
-    The kernel needs a CUDA device, Triton and float32. ``features`` are those of ``LossCall``.
+    The kernel needs a CUDA device, Triton and float32. ``features`` are those of ``LossCall``. The
+    kernels for a vocabulary that is ``sharded`` over ranks support none of them.
     """
-    served = ROW_KERNEL_FEATURES.issuperset(features)
+    served = not features if sharded else ROW_KERNEL_FEATURES.issuperset(features)
     on_gpu = device.type == "cuda" and compute is torch.float32 and served
     return on_gpu and importlib.util.find_spec("triton") is not None
 

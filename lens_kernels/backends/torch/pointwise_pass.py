@@ -16,7 +16,7 @@ from lens_kernels.backends.head_products import ColumnStatistics
 from lens_kernels.backends.pages import keep_freed_blocks
 from lens_kernels.backends.torch.layout import bytes_per_row, in_place
 from lens_kernels.backends.torch.passes import Terms
-from lens_kernels.backends.torch.standardized import Standardized
+from lens_kernels.backends.torch.standardized import Moments, Standardized
 from lens_kernels.backends.torch.targets import Target, softmax, target_rows
 from lens_kernels.call import LossCall
 from lens_kernels.divergence import FLOOR, Formula, Mixture
@@ -82,32 +82,81 @@ def tile_pass(
 
 
 def _divergence(zs: Tensor, row: Comparison, with_grad: bool) -> tuple[Tensor, Tensor | None]:
+    known = row.teacher_statistics
+    entries = Entries.of(zs, row, None, None if known is None else known.split(1, -1))
+    loss, grad = entries.f.sum(-1), None
+    if with_grad:
+        grad = entries.gradient(row, loss, entries.h.sum(-1, keepdim=True), zs.shape[-1])
+    return (loss if row.clip is None else loss.clamp(max=row.clip)), grad
+
+
+class Entries(NamedTuple):
+    """The parts of a divergence at each vocabulary entry, ``(R, V)`` or those of a rank.
+
+    ``slope`` is the derivative of the student's logits with respect to its products.
+    """
+
+    q: Tensor
+    f: Tensor
+    h: Tensor
+    slope: Tensor | float
+    standardized: Standardized | None
+
+    @staticmethod
+    def of(
+        zs: Tensor,
+        row: Comparison,
+        student_statistics: Sequence[Tensor] | None,
+        teacher_statistics: Sequence[Tensor] | None,
+        moments: Sequence[Moments | None] = (None, None),
+    ) -> Entries:
+        """Return the parts for the student's products ``zs``.
+
+        Statistics are the maximum of a model's logits and the log of their sum of exponentials. If
+        the vocabulary is sharded, all statistics and moments are those of the whole vocabulary.
+        """
+        (us, slope, standardized), ut = compared_logits(zs, row, moments)
+        lq, q, _ = softmax(us.clamp(min=FLOOR), student_statistics)
+        lp, p, _ = softmax(ut.clamp(min=FLOOR), teacher_statistics)
+        f, h = row.formula(lp, lq, p, q, row.beta)
+        return Entries(q, f, h, slope, standardized)
+
+    def gradient(
+        self,
+        row: Comparison,
+        loss: Tensor,
+        h_sum: Tensor,
+        vocab_size: int,
+        product: Tensor | None = None,
+    ) -> Tensor:
+        """Return the gradient of the weighted losses.
+
+        ``loss`` and ``h_sum`` are the sums of ``f`` and ``h``. ``product`` is ``sum_v G_v z'_v`` of
+        standardised logits, if these are not all entries.
+        """
+        weight = row.weight if row.clip is None else torch.where(loss > row.clip, 0.0, row.weight)
+        grad, slope = self.h - self.q * h_sum, self.slope
+        if self.standardized is not None:
+            if product is None:
+                product = (grad * self.standardized.z).sum(-1, keepdim=True)
+            grad = self.standardized.backward(grad, product, vocab_size)
+            slope = slope * self.standardized.scale
+        return grad * (weight[:, None] * slope)
+
+
+def compared_logits(
+    zs: Tensor, row: Comparison, moments: Sequence[Moments | None] = (None, None)
+) -> tuple[tuple[Tensor, Tensor | float, Standardized | None], Tensor]:
+    """Return the student's logits, slope and standardisation, and the teacher's logits."""
     us, slope = row.student(zs)
     ut, _ = row.teacher(row.zt)
-    standardized = None
-    if row.standardized is not None:
-        ours, theirs = row.standardized
-        standardized = Standardized.of(us, ours)
-        us, ut = standardized.logits, Standardized.of(ut, theirs).logits
-    lq, q, _ = softmax(us.clamp(min=FLOOR))
-    ut = ut.clamp(min=FLOOR)
-    if row.teacher_statistics is None:
-        lp, p, _ = softmax(ut)
-    else:
-        maximum, log_sum = row.teacher_statistics.split(1, -1)
-        lp = (ut - maximum) - log_sum
-        p = lp.exp()
-    f, h = row.formula(lp, lq, p, q, row.beta)
-    loss, weight = f.sum(-1), row.weight
-    if row.clip is not None:
-        weight = torch.where(loss > row.clip, 0.0, weight)
-        loss = loss.clamp(max=row.clip)
-    if not with_grad:
-        return loss, None
-    grad = h - q * h.sum(-1, keepdim=True)
-    if standardized is not None:
-        grad, slope = standardized.backward(grad), slope * standardized.scale
-    return loss, grad * (weight[:, None] * slope)
+    if row.standardized is None:
+        return (us, slope, None), ut
+    ours, theirs = (
+        Standardized.of(u, inverse, known)
+        for u, inverse, known in zip((us, ut), row.standardized, moments, strict=True)
+    )
+    return (ours.logits, slope, ours), theirs.logits
 
 
 def is_compiled(device: torch.device, logits: int) -> bool:
@@ -198,7 +247,9 @@ class TorchPass:
         # ``data`` drops the link to the base tensor. With it, torch would compile one more variant
         # for views of a whole base.
         zs, *zt = (tile[block].data for tile in tiles)
-        comparison = self.comparison(terms, block, zt[0]) if zt and terms.divergence else None
+        comparison = None
+        if zt and terms.divergence is not None and terms.targets is None:
+            comparison = self.comparison(terms, block, zt[0])
         return zs, comparison, self.targets(terms, block)
 
     def comparison(self, terms: Terms, block: slice, zt: Tensor) -> Comparison:

@@ -47,15 +47,16 @@ def evaluate(call: LossCall, make_pass: MakePass | None = None) -> LossResult:
 
 def pass_for(call: LossCall) -> MakePass:
     """Return the class of the pass, by the device and by whether heads are sharded."""
-    if has_row_kernel(call.row_weight.device, call.compute_dtype, call.features()):
-        if call.group:
+    device, sharded = call.row_weight.device, bool(call.group)
+    if has_row_kernel(device, call.compute_dtype, call.features(), sharded):
+        if sharded:
             from lens_kernels.backends.torch.sharded_row_kernel_pass import ShardedRowKernelPass
 
             return ShardedRowKernelPass
         from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
 
         return RowKernelPass
-    if call.group:
+    if sharded:
         from lens_kernels.backends.torch.sharded_pass import ShardedPass
 
         return ShardedPass
@@ -156,7 +157,8 @@ class _RowChunks:
         """Compute a tile's logits, and return what the student's backward pass needs."""
         call, start = self.call, 0
         if self.teachers:
-            for teacher, run in groupby(tile, lambda piece: call.teacher_index(piece.pair)):
+            compared = [piece for piece in tile if call.has_teacher(piece.pair)]  # they come first
+            for teacher, run in groupby(compared, lambda piece: call.teacher_index(piece.pair)):
                 logits = out[1][start:]
                 reads = self.logits(self.teachers[teacher], call.teacher_hidden, [*run], logits)
                 start += sum(read.x.shape[0] for read in reads)
@@ -184,7 +186,7 @@ class _RowChunks:
         """
         sums = self.sums
         start = 0
-        for (divergence, labelled, standardized, teacher), run in groupby(tile, self.kind):
+        for (divergence, labelled, standardized, teacher, sparse), run in groupby(tile, self.kind):
             pieces = [*run]
             stop = start + sum(piece.stop - piece.start for piece in pieces)
             rows = [(piece.pair, self.rows(piece)) for piece in pieces]
@@ -193,7 +195,8 @@ class _RowChunks:
                 weight = _joined([sums.weight[pair][at] for pair, at in rows])
                 if (given := self.call.teacher_statistics) is not None:
                     statistics = _joined([given[pair][at] for pair, at in rows])
-                if self.call.targets is not None:
+                if sparse:
+                    assert self.call.targets is not None
                     targets = TargetRows.joined([self.call.targets.at(at) for _, at in rows])
             if labelled:
                 assert self.call.labels is not None
@@ -224,12 +227,13 @@ class _RowChunks:
                     sums.rows[row, at] = part
             start = stop
 
-    def kind(self, piece: Piece) -> tuple[Divergence | None, bool, bool, int]:
+    def kind(self, piece: Piece) -> tuple[Divergence | None, bool, bool, int, bool]:
         call = self.call
         labelled = call.labels is not None and piece.pair == len(call.student_hidden) - 1
         divergence = call.divergences[piece.pair] if call.divergences else None
         standardized = bool(call.standardized) and call.standardized[piece.pair]
-        return divergence, labelled, standardized, call.teacher_index(piece.pair)
+        sparse = call.targets is not None and not call.has_teacher(piece.pair)
+        return divergence, labelled, standardized, call.teacher_index(piece.pair), sparse
 
     def backward_of_norm(
         self, piece: Piece, grad: Tensor, saved: tuple[Tensor, Tensor] | None

@@ -70,20 +70,24 @@ class ShardedRowKernelPass(RowKernelPass):
             return out
 
         def gradient(whole: Whole) -> None:
-            assert grad is not None
+            assert grad is not None and whole.sums is not None
+            h_sum = None if terms.divergence is None else whole.sums[1][:, None]
             gradient_kernel[grid](
                 student, teacher, _joined(whole),
-                None if labels is None else (labels, label_weight), whole.h_sum, weight, grad,
+                None if labels is None else (labels, label_weight), h_sum, weight, grad,
                 None if survey is None else survey.add(*grid),
                 zs.stride(0), grad.stride(0), *numbers, **options,
             )  # fmt: skip
 
         # Triton launches kernels on the current device, which may not be the device of the tensors.
         with torch.cuda.device_of(zs):
-            return over_ranks(
+            whole = over_ranks(
                 self.reduce, statistics, sums, None if grad is None else gradient,
-                terms.divergence is not None, zs.new_tensor(factors)[:, None],
+                zs.new_tensor(factors)[:, None],
             )  # fmt: skip
+        assert whole.sums is not None
+        losses = [*whole.sums]
+        return losses if terms.divergence is None else [losses[0], *losses[2:]]
 
 
 def _factor(model: tuple[Any, ...]) -> float:

@@ -247,11 +247,14 @@ def check_targets(teacher: object, args: LensDistillConfig) -> None:
     if not args.teacher_targets:
         return
     if teacher is not None or args.teacher_cache:
-        raise ValueError("teacher_targets replaces the teacher: give no teacher and no cache of it")
+        raise ValueError(
+            "teacher_targets replaces the teacher: give no teacher and no cache of it. For lens"
+            " pairs of a teacher beside stored targets, call distillation_loss in your own loop"
+        )
     if args.num_lens_pairs != 0 or args.mse_coeff:
         raise ValueError(
             "teacher_targets has no hidden states for lens pairs or mse_coeff: set"
-            " num_lens_pairs=0 and mse_coeff=0"
+            " num_lens_pairs=0 and mse_coeff=0, or train with a teacher or a teacher_cache instead"
         )
 
 

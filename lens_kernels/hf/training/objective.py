@@ -167,6 +167,11 @@ class LensObjective(nn.Module):
             outcome.loss.backward()
             print(outcome.metrics)
         """
+        if isinstance(teacher, (list, tuple)):
+            raise TypeError(
+                f"teacher must be one model, got {len(teacher)}: for several teachers, add the"
+                " weighted losses of a LensObjective for each"
+            )
         blocks = len(blocks_of(student)), len(blocks_of(teacher))
         layers = lens_layers(*blocks, num_lens_pairs, student_layers, teacher_layers)
         return cls(student, teacher, *layers, **options)

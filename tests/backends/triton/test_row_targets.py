@@ -14,9 +14,10 @@ from tests.backends.triton.test_row_pass import kinds
 from tests.support.cluster_kernel_backend import small_clusters
 from tests.support.compare import assert_close, assert_gradients
 from tests.support.grids import FEATURES, ROW_KERNEL, Shape
+from tests.support.objectives import some_targets
 from tests.support.problems import capture_call, check, make
 from tests.test_targets import check as check_sparse
-from tests.test_targets import some_targets, sparse
+from tests.test_targets import sparse
 
 
 @pytest.fixture
@@ -123,5 +124,7 @@ def test_a_gpu_runs_the_kernel_for_these_features():
     cuda = torch.device("cuda")
     for features in ((), ("SparseTargets", "standardize", "token_clip")):
         assert has_row_kernel(cuda, torch.float32, features)
+        # The kernels for a vocabulary over several ranks have none of them.
+        assert has_row_kernel(cuda, torch.float32, features, True) == (not features)
     for feature in ("SparseTargets.rest", "label_smoothing", "z_loss"):
         assert not has_row_kernel(cuda, torch.float32, ("SparseTargets", feature))

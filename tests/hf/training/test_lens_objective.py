@@ -31,6 +31,8 @@ def test_lens_objective_refuses_bad_layers():
         LensObjective(*models, [4], [1])
     with pytest.raises(ValueError, match="pair up"):
         LensObjective(*models, [1, 2], [1])
+    with pytest.raises(TypeError, match="teacher must be one model, got 2: for several teachers"):
+        LensObjective.from_models(models[0], [*models])
 
 
 def objective(**options):
