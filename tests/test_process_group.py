@@ -82,7 +82,9 @@ def test_ranks_compute_the_loss_and_gradients_of_one_process(ranks, size):
 def test_narrow_dtypes_are_as_accurate_as_in_one_process(ranks, dtype):
     # The logits of the last case are so large that exponentials need the maximum over all ranks.
     far = {"scale": 60.0, "divergence": "tvd"}
-    for case in (OBJECTIVE | {"masked": False}, {"divergence": "hellinger", "bias": True}, far):
+    standard = {"standardize": True, "bias": True, "norm": "rms"}
+    plain = {"divergence": "hellinger", "bias": True}
+    for case in (OBJECTIVE | {"masked": False}, plain, far, standard):
         wide, _ = problem_of(case)
         problem, options = problem_of(case | {"dtype": dtype})
         truth = solve(problem.to(torch.float64), options)

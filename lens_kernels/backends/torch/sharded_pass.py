@@ -52,9 +52,10 @@ class Whole(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """The terms of a tile of logits, of which this rank holds some of the ``vocab_size`` entries.
+    """The terms of a tile of logits.
 
-    With ``with_grad``, sums that only gradients need are computed too.
+    All ranks together hold ``vocab_size`` entries. With ``with_grad``, sums that only gradients
+    need are computed too.
     """
 
     comparison: Comparison | None
