@@ -223,6 +223,6 @@ class Search:
 
 
 def _tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
+    if result is None or isinstance(result, Tensor):
+        return [] if result is None else [result]
     return [tensor for part in vars(result).values() for tensor in _tensors(part)]
