@@ -338,31 +338,51 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
     """Return the plan of the ``triton`` backend, whose sweeps compute all logits again.
 
     Before the sweep of the gradient, a relative entropy or a cross entropy needs one sweep, and any
-    other divergence needs two.
+    other divergence needs two. Standardised logits need one more. For their gradient, a relative
+    entropy between two models needs two sweeps too.
     """
     tiles = math.ceil(shape.vocab_size / COLUMNS)
     operand = shape.dtype.itemsize
     column = max(1, shape.tokens * COLUMNS * operand)
     parts = math.ceil(tiles / max(1, shape.workspace_bytes // column))
-    two_sweeps = sum(d not in RELATIVE_ENTROPIES for d in shape.divergences)
-    sweeps = {
-        "log-sum-exps": two_sweeps,
-        "row sums": two_sweeps,
-        "log-sum-exps and row sums": shape.pairs - two_sweeps,
-    }
     widths = shape.student_width, shape.teacher_width
     both = shape.projections, shape.sweep_bytes(sum(widths))
-    alone = widths[:1] if shape.teacher_statistics else widths  # one sweep for each model
-    each = 2 * shape.logits * sum(alone), sum(map(shape.sweep_bytes, alone))
+    standardized = shape.standardized or (False,) * shape.pairs
+    own_sums = shape.with_grad and shape.teacher_width > 0
+    two_sweeps = [
+        own
+        for divergence, own in zip(shape.divergences, standardized, strict=False)
+        if divergence not in RELATIVE_ENTROPIES or (own and own_sums)
+    ]
+
+    def alone(widths: tuple[int, ...]) -> tuple[int, int]:
+        """Return the operations and bytes of one sweep for each model."""
+        return 2 * shape.logits * sum(widths), sum(map(shape.sweep_bytes, widths))
+
+    given = widths[:1] if shape.teacher_statistics else widths
+    sweeps = (
+        ("means and deviations", alone(widths), sum(standardized)),
+        ("log-sum-exps of standardised logits", alone(widths), two_sweeps.count(True)),
+        ("log-sum-exps", alone(given), two_sweeps.count(False)),
+        ("row sums", both, len(two_sweeps)),
+        ("log-sum-exps and row sums", both, shape.pairs - len(two_sweeps)),
+    )
     steps = [
-        Step(name, *(each if name == "log-sum-exps" else both), operand, SWEEP_TIME).times(number)
-        for name, number in sweeps.items()
+        Step(name, *each, operand, SWEEP_TIME).times(number)
+        for name, each, number in sweeps
         if number
     ]
+    listed = shape.pairs * shape.tokens * shape.listed
+    wide = shape.compute_dtype.itemsize
+    if listed:
+        # A sparse target is an id and a probability, and a logit is written for it.
+        moved = listed * (shape.student_width * operand + torch.int64.itemsize + 2 * wide)
+        steps.append(Step("logits of the targets", 2 * listed * shape.student_width, moved, wide))
     workspace = 0
     if shape.with_grad:
         workspace = math.ceil(tiles / parts) * column
         moved = shape.sweep_bytes(sum(widths), parts) + shape.logits * operand
+        moved += parts * shape.tokens * shape.listed * (torch.int32.itemsize + wide)
         gradient = Step("gradient of the logits", shape.projections, moved, operand, SWEEP_TIME)
         steps += [
             gradient.times(shape.pairs),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,8 +30,7 @@ class Backend:
     ``auto_excluded_reason(device, operand)`` returns why ``"auto"`` skips the backend, or None.
     ``operand`` is the dtype of the GEMMs' operands, or None for any dtype. ``cost`` returns the
     plan of a call; ``"auto"`` takes the cheapest plan. ``takes_shards`` says whether the backend
-    supports ``process_group``. ``refused`` has the reason for each of ``LossCall.features`` that
-    the backend does not support.
+    supports ``process_group``.
     """
 
     name: str
@@ -42,7 +41,6 @@ class Backend:
         None
     )
     takes_shards: bool = False
-    refused: Mapping[str, str] = field(default_factory=dict)
 
     def evaluate(self, call: LossCall) -> LossResult:
         """Return the losses of a call's rows, and the gradients of its loss."""
@@ -85,18 +83,6 @@ def _triton_auto_excluded(device: torch.device, operand: torch.dtype | None) -> 
     return None if complete else f"{by_name}, or once `lens-kernels tune` has run here"
 
 
-# The reasons why the sweeps over vocabulary tiles refuse some features.
-_NO_ROW = "it never holds a row of logits, from which listed tokens could be read"
-_MORE_SUMS = "it would need more sums over the vocabulary, so another projection of all rows"
-_SWEEPS_REFUSE = {
-    "SparseTargets": _NO_ROW,
-    "SparseTargets.rest": _NO_ROW,
-    "standardize": _MORE_SUMS,
-    "label_smoothing": _MORE_SUMS,
-    "z_loss": _MORE_SUMS,
-    "return_lse or return_entropy": _MORE_SUMS,
-}
-
 REGISTRY: dict[str, Backend] = {
     backend.name: backend
     for backend in (
@@ -109,24 +95,19 @@ REGISTRY: dict[str, Backend] = {
             cost.vocabulary_sweeps,
             _triton_unsupported,
             _triton_auto_excluded,
-            refused=_SWEEPS_REFUSE,
         ),
     )
 }
 
 
 def automatic(
-    device: torch.device,
-    fp64: bool = False,
-    operand: torch.dtype | None = None,
-    features: tuple[str, ...] = (),
+    device: torch.device, fp64: bool = False, operand: torch.dtype | None = None
 ) -> list[Backend]:
-    """Return the backends that ``"auto"`` may choose for a call with ``features``."""
+    """Return the backends that ``"auto"`` may choose."""
     return [
         backend
         for backend in REGISTRY.values()
-        if not any(feature in backend.refused for feature in features)
-        and backend.auto_excluded_reason(device, operand) is None
+        if backend.auto_excluded_reason(device, operand) is None
         and backend.unsupported_reason(device, fp64) is None
     ]
 
@@ -135,7 +116,7 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
     """Return the backend called ``name``, or for ``"auto"`` the cheapest backend that can run."""
     device, fp64 = shape.device, shape.compute_dtype is torch.float64
     if name == "auto":
-        able = automatic(device, fp64, shape.dtype, shape.features)
+        able = automatic(device, fp64, shape.dtype)
         if shape.sharded:
             able = [backend for backend in able if backend.takes_shards]
         if len(able) == 1:
@@ -154,12 +135,6 @@ def choose(name: str, shape: cost.CallShape) -> Backend:
             f"backend={name!r} does not support these tensors on {device.type}: {reason};"
             " or use backend='torch'"
         )
-    for feature in shape.features:
-        if feature in backend.refused:
-            raise RuntimeError(
-                f"backend={name!r} does not support {feature}: {backend.refused[feature]}; use"
-                " backend='torch'"
-            )
     return backend
 
 

@@ -6,12 +6,12 @@ from torch.nn import functional as F  # noqa: N812
 
 from lens_kernels import linear_cross_entropy
 from tests.support.compare import assert_close, assert_gradients
-from tests.support.grids import BATCH, FEATURES, WITH_SLOW_ROW_KERNEL, several_chunks
+from tests.support.grids import BACKENDS, BATCH, FEATURES, WITH_SLOW_ROW_KERNEL, several_chunks
 from tests.support.objectives import some_labels
 from tests.support.problems import make
 
 backends = pytest.mark.parametrize("backend", WITH_SLOW_ROW_KERNEL)
-extras_backends = pytest.mark.parametrize("backend", ["torch"])
+extras_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def problem_of(**features):

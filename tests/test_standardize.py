@@ -29,13 +29,14 @@ from tests.support.problems import check, make, objective, oracle, ours, solve
 FEW = ["plain", "temperature", "everything"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("feature", FEW)
-def test_standardised_logits(divergence, feature):
+def test_standardised_logits(backend, divergence, feature):
     problem = make(BATCH, std=2.0, divergence=divergence, **FEATURES[feature])
     mask = torch.rand(BATCH.leading) < 0.7
-    workspace = several_chunks(BATCH)
-    check(problem, standardize=True, mask=mask, vocab_size=60, workspace_bytes=workspace)
+    options = {"vocab_size": 60, "workspace_bytes": several_chunks(BATCH), "backend": backend}
+    check(problem, standardize=True, mask=mask, **options)
 
 
 def test_standardised_gradients_by_differences():
@@ -62,7 +63,7 @@ def test_the_moments_of_parts_are_those_of_the_whole_row():
     assert_close(z, truth, 4e-6)  # the mean of 30 is rounded by up to 1e-6
 
 
-@pytest.mark.parametrize("backend", ["torch", ROW_KERNEL])
+@pytest.mark.parametrize("backend", [*BACKENDS, ROW_KERNEL])
 def test_equal_logits_have_no_deviation_and_no_gradient(backend):
     """The mean of some of these logits is rounded in float32."""
     hidden = torch.tensor([[0.0], [0.1], [0.3], [-7.7]], requires_grad=True)
@@ -113,6 +114,7 @@ def test_the_factor_of_the_squared_temperature():
     assert torch.equal(plain.ce, out.ce)
     assert_close(out.kd, 9 * plain.kd.double(), 1e-6)
     assert_close(out.loss, (out.ce + out.kd + out.lens).double() / 2, 1e-6)
+    assert distillation_loss.__kwdefaults__["temperature_squared"] is False
 
 
 @pytest.mark.parametrize(
@@ -144,9 +146,3 @@ def test_the_share_of_tokens_above_the_bound():
     out = objective(problem, token_clip=bound, **final)
     assert_close(out.clipped, (rows >= bound)[:, mask].double().mean(), 1e-6)
     assert objective(problem, **final).clipped == 0
-
-
-def test_the_sweeps_refuse_standardised_logits():
-    with pytest.raises(RuntimeError, match="'triton' does not support standardize: it would need"):
-        ours(make(BATCH), backend="triton", standardize=True)
-    assert distillation_loss.__kwdefaults__["temperature_squared"] is False

@@ -10,12 +10,13 @@ from lens_kernels.backends import matmul
 from reference import dense
 from reference import targets as oracle
 from tests.support.compare import GRADIENT, LOSS, assert_close, assert_gradients
-from tests.support.grids import BATCH, FEATURES, ROW_KERNEL, Shape, several_chunks
+from tests.support.grids import BACKENDS, BATCH, FEATURES, ROW_KERNEL, Shape, several_chunks
 from tests.support.objectives import some_labels, some_targets
 from tests.support.problems import make, random_head, recorded
 
 RESTS = [None, "renormalize", "ghost", "uniform"]
 rests = pytest.mark.parametrize("rest", RESTS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
 KL = {"divergence": "forward_kl"}
 
 
@@ -68,23 +69,27 @@ def test_a_ghost_entry_keeps_its_digits_beside_a_confident_student():
     check(problem, SparseTargets(ids, p, "ghost"))
 
 
+@backends
 @rests
 @pytest.mark.parametrize("feature", ["everything", "plain"])
-def test_loss_and_gradients(rest, feature):
+def test_loss_and_gradients(backend, rest, feature):
     features = dict(FEATURES[feature])
     temperature = features.pop("temperature", 1.0)
-    check(make(BATCH, std=2.0, **features), some_targets(rest=rest), temperature=temperature)
+    problem, targets = make(BATCH, std=2.0, **features), some_targets(rest=rest)
+    check(problem, targets, backend, temperature=temperature)
 
 
+@backends
 @rests
-def test_masks_prefixes_and_rows(rest):
+def test_masks_prefixes_and_rows(backend, rest):
     problem, targets = make(BATCH, std=2.0, bias=True), some_targets(rest=rest, vocab=60)
     mask = torch.rand(BATCH.leading) < 0.5
-    check(problem, targets, mask=mask, vocab_size=60)
+    check(problem, targets, backend, mask=mask, vocab_size=60, standardize=True)
     # Masked tokens may hold any value.
     targets.token_ids[~mask] = -7
     targets.probabilities[~mask] = float("nan")
-    rows = sparse(problem, targets, mask=mask, reduction="none", vocab_size=60)
+    options = {"reduction": "none", "vocab_size": 60, "backend": backend}
+    rows = sparse(problem, targets, mask=mask, **options)
     assert rows.isfinite().all() and not rows[:, ~mask].any()
     targets.token_ids[~mask] = 0
     targets.probabilities[~mask] = 0.1
@@ -182,10 +187,12 @@ def test_the_threshold_leaves_out_entries_without_gradient():
     assert_gradients(problem.gradients(close), wide, 1e-3)
 
 
-def test_ghost_gradients_stay_accurate_where_the_student_has_no_rest():
+@backends
+def test_ghost_gradients_stay_accurate_where_the_student_has_no_rest(backend):
     logits = torch.tensor([[30.0, 0.0, -1.0, 1.0]], requires_grad=True)
     targets = SparseTargets(torch.tensor([[0]]), torch.tensor([[0.7]]), "ghost")
-    loss = symmetric_lens_loss(logits, targets, LensHead(torch.eye(4)), None, **KL)
+    options = {**KL, "backend": backend}
+    loss = symmetric_lens_loss(logits, targets, LensHead(torch.eye(4)), None, **options)
     (grad,) = torch.autograd.grad(loss, logits)
     z = logits.detach().double().requires_grad_()
     t = oracle.scattered(targets.token_ids, targets.probabilities, 4)
@@ -234,8 +241,6 @@ def test_options_that_need_a_teacher_are_refused():
         symmetric_lens_loss(hidden, targets, head, head, **KL)
     with pytest.raises(ValueError, match="teacher_temperature does not apply"):
         sparse(problem, targets, teacher_temperature=2.0)
-    with pytest.raises(RuntimeError, match="'triton' does not support SparseTargets: it never"):
-        sparse(problem, targets, backend="triton")
     final = {"student_final": hidden, "teacher_final": targets}
     with pytest.raises(ValueError, match="final_divergence='reverse_kl' cannot take"):
         distillation_loss([], None, head, None, **final)

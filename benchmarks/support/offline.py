@@ -31,6 +31,7 @@ from lens_kernels.backends.triton.kernels.operands import Operand
 from lens_kernels.backends.triton.tiles import sizes, store
 from lens_kernels.call import LossCall
 from lens_kernels.options import Divergence
+from lens_kernels.targets import TargetRows
 
 # Maps each architecture to Triton's target, and to the first letters of its fastest matrix
 # instructions.
@@ -77,10 +78,14 @@ class Launch:
         if "LAYER" in fixed:
             words.append("layer" if fixed["LAYER"] else "rms")
         if "DIVERGENCE" in fixed:
-            words.append(fixed["DIVERGENCE"])
-        _, _, bias, *_, cap = types.get("operand") or types.get("student") or [CONSTANT] * 8
-        optional = {"bias": types.get("bias_ptr", bias), "softcap": cap}
+            words += [fixed["DIVERGENCE"]] if fixed["DIVERGENCE"] else []
+        model = types.get("operand") or types.get("student") or [CONSTANT] * 9
+        _, _, bias, *_, cap, own = model
+        optional = {"bias": types.get("bias_ptr", bias), "softcap": cap, "standardized": own}
         optional |= {"labels": types.get("labels"), "mask": types.get("index_ptr")}
+        sums = ("moment", "sum"), ("outside",), ("targets",), ("correction",)
+        for name in [name for names in sums for name in names]:
+            optional[name] = types.get(f"{name}_ptr", types.get(name))
         return " ".join(words + [k for k, v in optional.items() if v not in (None, CONSTANT)])
 
     def tile(self) -> str:
@@ -118,6 +123,11 @@ FEATURES: dict[str, frozenset[str]] = {
     "all but softcap": frozenset({"bias", "labels", "mask", "layer"}),
     "all": frozenset({"bias", "labels", "mask", "layer", "softcap"}),
 }
+FEATURES["standardized"] = FEATURES["all"] | {"standardized"}
+# Sparse targets replace the teacher. The second part is how they treat the rest of the mass.
+for _rest in ("none", "ghost", "uniform"):
+    FEATURES[f"targets, {_rest}"] = FEATURES["standardized"] | {"targets", _rest}
+FEATURES["z-loss"] = FEATURES["all"] | {"z-loss"}
 
 
 def head(dtype: torch.dtype, vocab: int, width: int, features: frozenset[str]) -> LensHead:
@@ -158,11 +168,21 @@ def loss_call(
     student, teacher = (head(dtype, vocab, width, features) for width in widths)
     hidden = [torch.zeros(tokens, width, dtype=dtype) for width in widths]
     labels = torch.zeros(tokens, dtype=torch.int64) if "labels" in features else None
+    targets, row = None, torch.ones(tokens)
+    if "targets" in features:
+        divergence = Divergence.FORWARD_KL
+        rest, smoothing = (row if name in features else None for name in ("ghost", "uniform"))
+        ids = torch.zeros(tokens, 9, dtype=torch.int64)
+        targets = TargetRows(ids, torch.ones(tokens, 9), row, smoothing, rest)
+    if "z-loss" in features:
+        options |= {"label_smoothing": 0.1, "z_loss": 1e-4}
     return LossCall(
         student_hidden=hidden[:1],
-        teacher_hidden=hidden[1:],
+        teacher_hidden=[] if targets else hidden[1:],
         student_head=student,
-        teacher_heads=(teacher,),
+        teacher_heads=() if targets else (teacher,),
+        targets=targets,
+        standardized=("standardized" in features,),
         mask=torch.ones(tokens, dtype=torch.bool) if "mask" in features else None,
         labels=labels,
         row_weight=torch.ones(1 if labels is None else 2, tokens),

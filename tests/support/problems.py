@@ -372,8 +372,8 @@ def recorded(monkeypatch: Any, owner: Any, name: str) -> list[tuple[tuple[Any, .
     """Make a function record its calls. Return the list of their arguments and results."""
     calls, function = [], getattr(owner, name)
 
-    def recorder(*args: Any) -> Any:
-        result = function(*args)
+    def recorder(*args: Any, **options: Any) -> Any:
+        result = function(*args, **options)
         calls.append((args, result))
         return result
 

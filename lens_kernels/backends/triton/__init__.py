@@ -7,7 +7,7 @@ gradient into the gradients of hidden states and head. Kernels use no atomics or
 fixed order, so results are bitwise reproducible.
 
 Each module imports only earlier ones in this order: ``interpreter``, ``kernels``, ``tiles``,
-``evaluate``, ``agreement``, ``tune``.
+``sparse``, ``evaluate``, ``agreement``, ``tune``.
 """
 
 from lens_kernels.backends.triton.evaluate import evaluate

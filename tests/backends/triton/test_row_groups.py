@@ -15,6 +15,7 @@ from lens_kernels import plan
 from lens_kernels.backends import row_groups
 from lens_kernels.backends.triton import interpreter
 from lens_kernels.backends.triton.kernels import launch
+from lens_kernels.backends.triton.kernels.deviations import standardized
 from lens_kernels.backends.triton.kernels.gradients import gradient_chunk
 from lens_kernels.backends.triton.kernels.logits import place_of
 from lens_kernels.backends.triton.kernels.online_kl import online_kl
@@ -106,6 +107,8 @@ def test_the_plan_counts_what_the_kernels_read_through_a_cache(monkeypatch, read
         counted(lambda operand=operand: row_stats(operand, VOCAB, TILE), operand)
         for operand in both
     )
+    # The sweep for standardised logits reads as much as that of log-sum-exps.
+    assert counted(lambda: standardized(student, VOCAB, TILE), student)[0] == first
     jsd = Divergence.JSD
     sums_bytes, sums = counted(
         lambda: row_sums(*both, stats_s, stats_t, jsd, 0.5, VOCAB, TILE), *both

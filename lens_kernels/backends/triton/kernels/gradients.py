@@ -21,6 +21,7 @@ from lens_kernels.backends.triton.kernels.logits import (
 )
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
+from lens_kernels.backends.triton.kernels.targets import Targets, target_gradient
 from lens_kernels.options import Divergence
 
 
@@ -33,6 +34,8 @@ def gradients_kernel(
     h_ptr,
     weight_ptr,
     labels,
+    targets,
+    correction,
     grad_ptr,
     grad_stride,
     tokens,
@@ -51,7 +54,9 @@ def gradients_kernel(
     """Write the gradient of one tile, with respect to the products ``x w^T``.
 
     Columns beyond the vocabulary are written too, as copies of the last column. A mask would make
-    the kernel store 2 bytes at a time instead of 16.
+    the kernel store 2 bytes at a time instead of 16. ``labels``, ``targets`` and ``correction`` are
+    None, or the results of ``Labels.arguments()``, ``Targets.arguments()`` and
+    ``Standardized.correction()``. Either ``teacher`` or ``targets`` is None.
     """
     rows, valid, part = rows_and_part(tokens, group_blocks, BLOCK_N)
     local = part * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -59,7 +64,12 @@ def gradients_kernel(
     us = logits_tile(
         student, rows, columns, vocab_size, BLOCK_N, BLOCK_V, BLOCK_K, PRECISION, False
     )
-    _, _, _, _, _, _, slope, cap = student
+    _, _, _, _, _, _, slope, cap, own_ptr = student
+    if own_ptr is not None:
+        own = tl.load(own_ptr + rows)
+        slope = slope / own[:, None]
+        if cap is not None:
+            cap = cap / own[:, None]
     grad = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     if teacher is not None:
         ut = logits_tile(
@@ -71,15 +81,33 @@ def gradients_kernel(
         lp = (ut - maximum_t) - log_sum_t
         _, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
         grad = h - exp(lq) * tl.load(h_ptr + rows)[:, None]
+    if targets is not None:
+        end = first_column + (part + 1) * BLOCK_V
+        grad = target_gradient(us, targets, rows, columns, end - BLOCK_V, end)
+    if correction is not None:
+        mean_ptr, factor_ptr = correction
+        factor = tl.load(factor_ptr + rows)[:, None]
+        grad -= (us - tl.load(mean_ptr + rows)[:, None]) * factor
+    if teacher is not None or targets is not None:
         grad *= tl.load(weight_ptr + rows)[:, None]
     if labels is not None:
         # The cross entropy always uses temperature 1.
-        labels_ptr, label_stats, label_weight_ptr = labels
+        labels_ptr, label_stats, label_weight_ptr, total_ptr, at_label, share = labels
         maximum, log_sum = load_stats(label_stats, rows)
-        log_q = (us * temperature - maximum) - log_sum
+        label_weight = tl.load(label_weight_ptr + rows)
+        if own_ptr is None:
+            log_q = (us * temperature - maximum) - log_sum
+            label_weight *= temperature
+        else:
+            log_q = (us * own[:, None] - maximum) - log_sum
+            label_weight *= own
         hit = columns[None, :] == tl.load(labels_ptr + rows)[:, None]
-        residual = exp(log_q) - tl.where(hit, 1.0, 0.0)
-        grad += residual * (tl.load(label_weight_ptr + rows) * temperature)[:, None]
+        if total_ptr is None:
+            residual = exp(log_q) - tl.where(hit, 1.0, 0.0)
+        else:
+            total = tl.load(total_ptr + rows)[:, None]
+            residual = exp(log_q) * total - tl.where(hit, at_label + share, share)
+        grad += residual * label_weight[:, None]
     if cap is not None:
         slope = slope_at(us * (1.0 / cap), slope, cap)
     grad *= slope
@@ -89,15 +117,23 @@ def gradients_kernel(
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """The labels and weights of rows, and the student's statistics at temperature 1."""
+    """The labels and weights of rows, and the student's statistics at temperature 1.
+
+    The gradient is ``total q - share``, less ``at_label`` at the label. ``total`` is None without
+    label smoothing and z-loss. Then the others have their default values.
+    """
 
     labels: Tensor
     stats: RowStats
     weight: Tensor
+    total: Tensor | None = None
+    at_label: float = 1.0
+    share: float = 0.0
 
     def arguments(self) -> tuple[Any, ...]:
-        """Return the labels, statistics and weights of rows as arguments of the kernel."""
-        return self.labels, self.stats.arguments(), self.weight
+        """Return the labels as an argument of the kernel."""
+        stats, further = self.stats.arguments(), (self.total, self.at_label, self.share)
+        return self.labels, stats, self.weight, *further
 
 
 def gradient_chunk(
@@ -112,11 +148,14 @@ def gradient_chunk(
     first_column: int,
     out: Tensor,
     tile: Tile,
+    targets: Targets | None = None,
+    correction: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the gradient of ``C`` columns, from ``first_column`` on, to ``out`` ``(N, C)``.
 
-    ``C`` is a multiple of ``tile.block_v``. ``weight`` holds the weights of rows. Without a
-    teacher, only the cross entropy has a gradient.
+    ``C`` is a multiple of ``tile.block_v``. ``weight`` holds the weights of rows. Without a teacher
+    and ``targets``, only the cross entropy has a gradient. ``correction`` is that of standardised
+    logits.
     """
     columns = min(out.shape[1], vocab_size - first_column)
     blocks = triton.cdiv(student.tokens, tile.block_n)
@@ -127,7 +166,8 @@ def gradient_chunk(
         comparison = teacher.arguments(), *stats, sums.h
     gradients_kernel[(programs,)](
         student.arguments(), *comparison, weight,
-        None if labels is None else labels.arguments(), out, out.stride(0),
+        None if labels is None else labels.arguments(),
+        None if targets is None else targets.arguments(), correction, out, out.stride(0),
         student.tokens, vocab_size, first_column, group_blocks(student.tokens, tile.block_n),
         beta, 1.0 - beta, student.temperature,
         DIVERGENCE=None if divergence is None else divergence.value,

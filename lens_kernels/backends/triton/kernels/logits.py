@@ -89,11 +89,12 @@ def logits_tile(
 ):
     """Return ``cap tanh(slope (x w^T + bias) / cap)``, ``(BLOCK_N, BLOCK_V)`` in fp32.
 
-    ``operand`` is the result of ``Operand.arguments()``. With ``MASKED``, columns beyond the
+    ``operand`` is the result of ``Operand.arguments()``. Its last element is None, or holds a
+    temperature for each row, by which the result is divided. With ``MASKED``, columns beyond the
     vocabulary are ``FLOOR``, so that they add nothing to sums. Otherwise they repeat the last
     column. Logits of -inf also become ``FLOOR``.
     """
-    x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap = operand
+    x_ptr, w_ptr, bias_ptr, width, x_stride, w_stride, slope, cap, own_ptr = operand
     column = tl.minimum(columns, vocab_size - 1)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_stride + k[None, :]
@@ -109,6 +110,8 @@ def logits_tile(
     if bias_ptr is not None:
         z += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     u = capped(z, slope, cap) * factor_of(slope, cap)
+    if own_ptr is not None:
+        u *= (1.0 / tl.load(own_ptr + rows))[:, None]
     if MASKED:
         u += tl.where(columns < vocab_size, 0.0, FLOOR)[None, :]
     return tl.maximum(u, FLOOR, propagate_nan=tl.PropagateNan.ALL)

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lens_kernels.divergence import FLOOR
 from lens_kernels.lens import LensHead
 
 # Widths and strides are multiples of 16 elements, so that Triton can vectorise loads.
 ALIGNMENT = 16
+# How many rows of the head ``logits_at`` copies at a time.
+GATHERED = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,6 +23,8 @@ class Operand:
     """Rows ``x`` ``(N, D)`` and head ``weight`` ``(V, D)`` in one dtype, and the map to logits.
 
     Each row is padded with zeros to a multiple of 16 elements. Row strides are multiples of 16 too.
+    If ``temperatures`` ``(N,)`` are given, each row has a temperature of its own, and
+    ``temperature`` is 1.
     """
 
     x: Tensor
@@ -28,6 +33,7 @@ class Operand:
     scale: float
     softcap: float | None
     temperature: float
+    temperatures: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -44,38 +50,58 @@ class Operand:
         """Return the operand as an argument of ``logits_tile``."""
         slope = self.scale / self.temperature
         cap = None if self.softcap is None else self.softcap / self.temperature
-        x, w = self.x, self.weight
-        return x, w, self.bias, padded(x.shape[1]), x.stride(0), w.stride(0), slope, cap
+        x, w, own = self.x, self.weight, self.temperatures
+        return x, w, self.bias, padded(x.shape[1]), x.stride(0), w.stride(0), slope, cap, own
 
     def logits_at(self, columns: Tensor) -> Tensor:
-        """Return one logit of each row, at the row's own column, ``(N,)`` in fp32."""
-        pieces = zip(self.x.split(1024), columns.split(1024), strict=True)
-        z = torch.cat([(x.float() * self.weight[at].float()).sum(-1) for x, at in pieces])
+        """Return the logits of each row at its own ``columns``, both ``(N, K)``, in fp32."""
+        rows = max(1, GATHERED // columns.shape[1])
+        pieces = zip(self.x.split(rows), columns.split(rows), strict=True)
+        z = torch.cat([(x[:, None].float() * self.weight[at].float()).sum(-1) for x, at in pieces])
         if self.bias is not None:
             z = z + self.bias[columns]
         head = LensHead(self.weight, scale=self.scale, softcap=self.softcap)
-        return head.logits(z, self.temperature)[0]
+        logits = head.logits(z, self.temperature)[0].clamp(min=FLOOR)
+        return logits if self.temperatures is None else logits / self.temperatures[:, None]
 
     def untempered(self) -> Operand:
         """Return the same operand with temperature 1."""
-        return replace(self, temperature=1.0)
+        return replace(self, temperature=1.0, temperatures=None)
 
 
 @dataclass(frozen=True, eq=False)
 class RowStats:
     """The log-sum-exp of each row as two numbers, ``(N,)``: the maximum and the log of the sum.
 
-    A single fp32 number near 60 would cause an error of 4e-6 in every probability.
+    A single fp32 number near 60 would cause an error of 4e-6 in every probability. If requested,
+    ``entropy`` is that of the softmax, and ``mean`` is the mean of the log-probabilities.
     """
 
     maximum: Tensor
     log_sum: Tensor
+    entropy: Tensor | None = None
+    mean: Tensor | None = None
 
     @classmethod
-    def merged(cls, maximum: Tensor, total: Tensor) -> RowStats:
-        """Merge the maxima and sums of exponentials of parts of the vocabulary, ``(S, N)`` each."""
+    def merged(cls, maximum: Tensor, total: Tensor, moment: Tensor | None = None) -> RowStats:
+        """Merge the results of parts of the vocabulary, ``(S, N)`` each.
+
+        For the logits ``u`` of a part, ``total`` is the sum of ``exp(u - maximum)``, and ``moment``
+        is the sum of ``exp(u - maximum) (u - maximum)``.
+        """
         highest = maximum.amax(0)
-        return cls(highest, (total * torch.exp(maximum - highest)).sum(0).log())
+        below = maximum - highest
+        parts = total * torch.exp(below)
+        whole = parts.sum(0)
+        stats = cls(highest, whole.log())
+        if moment is None:
+            return stats
+        moments = (moment + below * total) * torch.exp(below)
+        return replace(stats, entropy=stats.log_sum - moments.sum(0) / whole)
+
+    def log_probability(self, logits: Tensor) -> Tensor:
+        """Return the log-probabilities of ``logits`` ``(N, K)`` of the same rows."""
+        return (logits - self.maximum[:, None]) - self.log_sum[:, None]
 
     def arguments(self) -> tuple[Tensor, Tensor]:
         """Return the log-sum-exps as an argument of ``load_stats``."""
@@ -84,12 +110,21 @@ class RowStats:
 
 @dataclass(frozen=True, eq=False)
 class RowSums:
-    """Each row's sums of ``f`` and ``h`` over the vocabulary, ``(N,)``, and both log-sum-exps."""
+    """Each row's sums of ``f`` and ``h`` over the vocabulary, ``(N,)``, and both log-sum-exps.
+
+    ``moment`` is the sum of ``h log q``, if requested.
+    """
 
     f: Tensor
     h: Tensor
     student: RowStats
     teacher: RowStats
+    moment: Tensor | None = None
+
+    def sum_with_log_q(self) -> Tensor:
+        """Return the sum of ``G log q`` with ``G = h - q sum(h)``."""
+        assert self.moment is not None and self.student.entropy is not None
+        return self.moment + self.h * self.student.entropy
 
 
 def tf32_is_allowed() -> bool:

@@ -15,6 +15,7 @@ from lens_kernels.backends.triton.kernels.logits import (
 )
 from lens_kernels.backends.triton.kernels.operands import Operand, RowStats, RowSums
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
+from lens_kernels.backends.triton.kernels.row_parts import summands
 from lens_kernels.options import Divergence
 
 
@@ -26,6 +27,7 @@ def row_sums_kernel(
     teacher_stats,
     f_ptr,
     h_ptr,
+    moment_ptr,
     tokens,
     vocab_size,
     tiles_per_split,
@@ -38,12 +40,16 @@ def row_sums_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write the sums of f and h, for a block of rows and a part of the vocabulary."""
+    """Write the sums of f and h, for a block of rows and a part of the vocabulary.
+
+    Unless ``moment_ptr`` is None, it receives sums of ``h log q``.
+    """
     rows, valid, split = rows_and_part(tokens, group_blocks, BLOCK_N)
     maximum_s, log_sum_s = load_stats(student_stats, rows)
     maximum_t, log_sum_t = load_stats(teacher_stats, rows)
     f_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
     h_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    moment = tl.zeros((BLOCK_N,), dtype=tl.float32)
     first, last = tiles_of_split(split, vocab_size, tiles_per_split, BLOCK_V)
     for tile in range(first, last):
         columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -55,12 +61,17 @@ def row_sums_kernel(
         )
         lq = (us - maximum_s) - log_sum_s
         lp = (ut - maximum_t) - log_sum_t
-        f, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+        f, summand = summands(lp, lq, beta, one_minus_beta, DIVERGENCE)
         f_sum += tl.sum(f, 1)
-        h_sum += tl.sum(h, 1)
+        h_sum += tl.sum(summand, 1)
+        if moment_ptr is not None:
+            _, h = pointwise(lp, lq, beta, one_minus_beta, DIVERGENCE)
+            moment += tl.sum(h * lq, 1)
     offsets = split.to(tl.int64) * tokens + rows
     tl.store(f_ptr + offsets, f_sum, mask=valid)
     tl.store(h_ptr + offsets, h_sum, mask=valid)
+    if moment_ptr is not None:
+        tl.store(moment_ptr + offsets, moment, mask=valid)
 
 
 def row_sums(
@@ -72,15 +83,21 @@ def row_sums(
     beta: float,
     vocab_size: int,
     tile: Tile,
+    moment: bool = False,
 ) -> RowSums:
-    """Return the sums of f and h of every row, given the log-sum-exps of both models."""
+    """Return the sums of f and h of every row, given the log-sum-exps of both models.
+
+    ``moment`` decides whether the result has the sums of ``h log q``.
+    """
     grid = SplitGrid(student.tokens, vocab_size, tile, student.x.device)
     f, h = grid.partials(2)
+    moments = grid.partials(1)[0] if moment else None
     row_sums_kernel[grid.shape](
         student.arguments(), teacher.arguments(),
-        student_stats.arguments(), teacher_stats.arguments(), f, h,
+        student_stats.arguments(), teacher_stats.arguments(), f, h, moments,
         student.tokens, vocab_size, grid.tiles_per_split, grid.group_blocks, beta, 1.0 - beta,
         DIVERGENCE=divergence.value, **tile.blocks(), PRECISION=student.precision,
         **tile.options(),
     )  # fmt: skip
-    return RowSums(f.sum(0), h.sum(0), student_stats, teacher_stats)
+    whole = None if moments is None else moments.sum(0)
+    return RowSums(f.sum(0), h.sum(0), student_stats, teacher_stats, whole)
