@@ -62,7 +62,10 @@ def test_sparse_targets(rest, standardize):
 
 @pytest.mark.parametrize("standardize", [False, True])
 def test_labels_beside_targets_and_a_bound(standardize):
-    """Labels are compared at temperature 1, and are neither standardised nor bounded."""
+    """Labels are compared at temperature 1, and are neither standardised nor bounded.
+
+    A chunk of the vocabulary has two tiles.
+    """
     problem, labels = make(SMALL, std=2.0, bias=True), torch.tensor([0, 210, 3, 31, 32])
     targets = some_targets(SMALL, 8, "ghost")
     targets.token_ids[:, 0] = labels
@@ -73,7 +76,7 @@ def test_labels_beside_targets_and_a_bound(standardize):
         out = distillation_loss(
             [], None, problem.student_head, None, student_final=problem.student_hidden[0],
             teacher_final=targets, labels=labels, kd_ratio=0.4, final_divergence="forward_kl",
-            token_clip=bound, backend=backend, **options,
+            token_clip=bound, backend=backend, workspace_bytes=2 * 5 * 32 * 4, **options,
         )  # fmt: skip
         return out, problem.gradients(out.loss)
 

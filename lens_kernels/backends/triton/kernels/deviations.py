@@ -109,8 +109,6 @@ def standardized(operand: Operand, vocab_size: int, tile: Tile) -> Standardized:
     deviation = (total / max(1, vocab_size - 1)).sqrt()
     # The mean of equal logits is rounded, so their deviation may be above 0.
     constant = (highest.amax(0) <= lowest.amin(0)) | (deviation == 0)
-    # Logits must be finite, as in the ``torch`` backend. Otherwise the results are NaN.
-    deviation = deviation.masked_fill(deviation == torch.inf, torch.nan)
     own = torch.where(constant, 1.0, deviation * operand.temperature)
     return Standardized(
         replace(plain, temperatures=own), centre / own, constant, operand.temperature

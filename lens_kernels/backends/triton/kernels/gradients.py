@@ -94,20 +94,18 @@ def gradients_kernel(
         # The cross entropy always uses temperature 1.
         labels_ptr, label_stats, label_weight_ptr, total_ptr, at_label, share = labels
         maximum, log_sum = load_stats(label_stats, rows)
-        label_weight = tl.load(label_weight_ptr + rows)
         if own_ptr is None:
             log_q = (us * temperature - maximum) - log_sum
-            label_weight *= temperature
         else:
             log_q = (us * own[:, None] - maximum) - log_sum
-            label_weight *= own
+            temperature = own
         hit = columns[None, :] == tl.load(labels_ptr + rows)[:, None]
         if total_ptr is None:
             residual = exp(log_q) - tl.where(hit, 1.0, 0.0)
         else:
             total = tl.load(total_ptr + rows)[:, None]
             residual = exp(log_q) * total - tl.where(hit, at_label + share, share)
-        grad += residual * label_weight[:, None]
+        grad += residual * (tl.load(label_weight_ptr + rows) * temperature)[:, None]
     if cap is not None:
         slope = slope_at(us * (1.0 / cap), slope, cap)
     grad *= slope
