@@ -1,13 +1,13 @@
 """Sparse targets in the sweeps: finds the listed vocabulary entries of each row in a tile.
 
 Each row lists ``count`` ids in ascending order. A program first skips the ids before its part of
-the vocabulary. Then it compares each tile only with the ids inside. Few rows list more than a few
-ids in a tile, so this takes less time than a comparison with all ids. The formulas are in
-``targets.py`` of the ``torch`` backend.
+the vocabulary. Then it compares each tile only with the ids inside the tile. A row lists few ids in
+a tile, so this takes less time than a comparison with all ids. The formulas are in ``targets.py``
+of the ``torch`` backend.
 
-The gradient is computed whole, and then rounded once. A sum of two sparse GEMMs outside the sweep
-would round ``q sum(t)`` and ``t`` by themselves, and where both are nearly equal, nothing would be
-left of their difference. It would also need atomics for the gradient of the head.
+The targets are subtracted inside the sweep, so that ``q sum(t) - t`` is rounded once. Sparse GEMMs
+outside the sweep would round ``q sum(t)`` alone. Its rounding error may exceed the difference.
+They would also need atomics to add to the gradient of the head.
 """
 
 from __future__ import annotations
