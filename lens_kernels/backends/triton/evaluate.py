@@ -121,7 +121,7 @@ class _Sweeps:
             student = scaled.operand
         # The gradient of standardised logits needs one more sum over the vocabulary.
         moment, wanted = None, own and bool(self.sums.grads)
-        if call.targets is not None:
+        if call.targets is not None and pair >= len(call.teacher_hidden):
             rows = call.targets.at(self.rows)
             tile = tile_for(Sweep.ROW_STATS, student, extras=True)
             loss, targets, moment = sparse.compare(student, rows, vocab_size, tile, wanted)

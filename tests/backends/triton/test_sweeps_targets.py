@@ -18,9 +18,10 @@ from lens_kernels.options import Divergence
 from lens_kernels.targets import target_rows
 from tests.support.compare import GRADIENT, assert_close, assert_gradients
 from tests.support.grids import FEATURES, Shape
+from tests.support.objectives import some_targets
 from tests.support.problems import capture_call, check, loss_of, make
 from tests.test_targets import check as check_sparse
-from tests.test_targets import some_targets, sparse
+from tests.test_targets import sparse
 
 # The sweeps divide 211 entries into 7 tiles, and 5 rows into one block.
 SMALL = Shape((5,), 211, 24, 16, 1)
