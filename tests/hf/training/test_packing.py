@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, modeling_flash_attent
 
 from lens_kernels.hf import LensObjective
 from lens_kernels.hf.model.capture import hidden_states
-from lens_kernels.hf.training.collation import Collator, tokens_in
+from lens_kernels.hf.training.collation import Collator, example_numbers, first_rows, tokens_in
 from lens_kernels.hf.training.packing import Packed, check_packing, packed_rows
 from tests.support import tiny
 from tests.support.training import (
@@ -106,6 +106,14 @@ def test_an_example_sees_no_other_example_of_its_row(attention):
         assert reached.tolist() == [*range(start, place + 1)], place
 
 
+def test_the_first_rows_of_a_packed_batch_keep_the_numbers_of_all_their_examples():
+    """An epoch's last batch may be filled with repeated rows, which are cut."""
+    ids = [{"input_ids": [3, 4], "labels": [3, 4], "example_id": i} for i in range(3)]
+    batch = Collator(0)([ids[:2], ids[2:]])
+    assert example_numbers(batch["example_id"]) == [0, 1, 2]
+    assert example_numbers(first_rows(batch, 1)["example_id"]) == [0, 1]
+
+
 @pytest.mark.parametrize("options", [{}, {"teacher_cache": "cache"}, {"mse_coeff": 0.02}])
 def test_packed_steps_equal_padded_steps(tmp_path, options):
     options = {**options, "kd_ratio": 0.5, "data": examples(), "max_steps": 1}
@@ -115,7 +123,6 @@ def test_packed_steps_equal_padded_steps(tmp_path, options):
     options |= {"packing": True, "max_length": 12}
     rows = len(make_trainer(tmp_path, **options).train_dataset)
     assert rows == 4
-    # The last batch has one row, with several examples.
     packed = trained(tmp_path / "b", batch=3, accumulate=2, **options)
     assert_same_step(START, weights(plain), weights(packed))
     for key in ("loss", "ce", "kd", "lens_1"):
