@@ -236,7 +236,8 @@ class _Sweeps:
         for columns, out in self.chunks(student, tile):
             gradient_chunk(
                 student, term.teacher, term.sums, weight, labels, term.divergence, call.beta,
-                call.vocab_size, columns.start, out, tile, term.targets, term.correction,
+                call.vocab_size, columns.start, out, tile,
+                targets=term.targets, correction=term.correction,
             )  # fmt: skip
             grad = out[:, : columns.stop - columns.start]
             head = student.weight[columns].to(self.factor_dtype)
