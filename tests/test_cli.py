@@ -197,7 +197,9 @@ def unnamed_encodings(tree):
         name = node.func.attr if method else getattr(node.func, "id", "")
         values = [*node.args, *(x.value for x in node.keywords)]
         given = [x.value for x in values if isinstance(x, ast.Constant)]
-        named = "utf-8" in given or any(str(x) in ("rb", "wb", "rb+", "x") for x in given)
+        named = {"utf-8", "utf-8-sig"} & {*map(str, given)} or any(
+            str(x) in ("rb", "wb", "rb+", "x") for x in given
+        )
         opens = ("open", "read_text", "write_text", "NamedTemporaryFile") if method else ("open",)
         if name in opens and not named:
             found.append(ast.unparse(node))

@@ -55,8 +55,10 @@ def test_every_option_and_choice_reaches_the_configuration(monkeypatch):
         given = {name: values[min(turn, len(values) - 1)] for name, values in GIVEN.items()}
         if given["lens_backend"] == "reference":
             del given["grad_threshold"]
-        # The first turn samples answers, which caches and packing do not support.
-        for name in ("teacher_cache", "packing") if turn == 0 else ("on_policy",):
+        # The first turn samples answers, which caches, sparse targets and packing do not support.
+        for name in (
+            ("teacher_cache", "teacher_targets", "packing") if turn == 0 else ("on_policy",)
+        ):
             del given[name]
         argv = []
         for name, value in given.items():
