@@ -362,8 +362,8 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
     given = widths[:1] if shape.teacher_statistics else widths
     sweeps = (
         ("means and deviations", alone(widths), sum(standardized)),
-        ("log-sum-exps of standardised logits", alone(widths), two_sweeps.count(True)),
-        ("log-sum-exps", alone(given), two_sweeps.count(False)),
+        ("log-sum-exps of standardised logits", alone(widths), sum(two_sweeps)),
+        ("log-sum-exps", alone(given), len(two_sweeps) - sum(two_sweeps)),
         ("row sums", both, len(two_sweeps)),
         ("log-sum-exps and row sums", both, shape.pairs - len(two_sweeps)),
     )
