@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lens_kernels import cli
+from lens_kernels.hf import LensDistillTrainer
 from lens_kernels.hf.model.loading import load_model
 
 WORDS = ["a cat sat", "the dog ran off", "no", "an old hat", "we sing at noon", "fish swim", "up"]
@@ -52,9 +53,6 @@ def first_loss(files: Path, output: Path, **options: Any) -> float:
 
 def interrupt(monkeypatch: Any, argv: list[str], before_step: int) -> None:
     """Run the command until a training step, and interrupt it there."""
-    # A conftest imports this module before TRITON_INTERPRET is set, and the Trainer loads Triton.
-    from lens_kernels.hf import LensDistillTrainer
-
     calls = []
     step = LensDistillTrainer.training_step
 
