@@ -61,7 +61,10 @@ def main() -> int:
         "python -m tests.mutants", None, __doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="NAME", help="Plant only these faults; write no table."
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help="Plant only these faults; keep the table's other rows.",
     )
     parser.add_argument(
         "--list",
@@ -99,11 +102,13 @@ def main() -> int:
         status, output = run_pytest(copies.get(), sorted({*tests} - {""}), None)
     broken = {match[1] for match in FAILED.finditer(output)}
     caught = ["" if test in broken else test for test in tests]
-    rows = ["| fault | what is broken | caught by |", "|---|---|---|"]
+    known = (HERE / "table.md").read_text().splitlines()
+    rows = {row.split(" | ")[0].strip("| "): row for row in known[2:]}
     for fault, test in zip(faults.values(), caught, strict=True):
-        rows.append(f"| {fault.name} | {fault.what} | {f'`{test}`' if test else 'NOT CAUGHT'} |")
-    if not options.only:
-        (HERE / "table.md").write_text("\n".join(rows) + "\n")
+        said = f"`{test}`" if test else "NOT CAUGHT"
+        rows[fault.name] = f"| {fault.name} | {fault.what} | {said} |"
+    kept = [rows[fault.name] for fault in read_faults() if fault.name in rows]
+    (HERE / "table.md").write_text("\n".join([*known[:2], *kept]) + "\n")
     print(f"{len(faults)} faults, {caught.count('')} not caught", *sorted(broken), sep="\n")
     return int(status != 0 or not all(caught))
 
