@@ -165,7 +165,7 @@ def test_the_plan_counts_the_values_that_inductor_s_kernels_move():
         if row["features"] != "z-loss" or teacher:
             assert counted == planned(each), row
         seen[row["features"]] = seen.get(row["features"], ()) + (counted,)
-    assert seen.pop("sparse targets, ghost") == (28, 16)
+    assert seen.pop("sparse targets, ghost") == (36, 16)
     assert seen.pop("sparse targets, uniform") == (16, 8)
     assert seen.pop("z-loss") == (12, 4, 32, 16)
     assert seen == dict.fromkeys(("label smoothing", "reports", "all three"), (16, 8, 32, 16))
