@@ -48,6 +48,29 @@ def check(problem, targets, backend="auto", **options):
     assert_gradients(problem.gradients(loss), grads, GRADIENT)
 
 
+def check_beside_labels(problem, targets, labels, backend, tolerance, standardize, **options):
+    """Compare a backend with ``torch`` on bounded targets and labels. Return the clipped share.
+
+    Labels are compared at temperature 1, and are neither standardised nor bounded.
+    """
+    variants = {"temperature": 1.7, "standardize": standardize}
+    bound = sparse(problem, targets, reduction="none", **variants).mean().item()
+
+    def run(backend):
+        out = distillation_loss(
+            [], None, problem.student_head, None, student_final=problem.student_hidden[0],
+            teacher_final=targets, labels=labels, kd_ratio=0.4, final_divergence="forward_kl",
+            token_clip=bound, backend=backend, **variants, **options,
+        )  # fmt: skip
+        return out, problem.gradients(out.loss)
+
+    (expected, grads), (out, got) = run("torch"), run(backend)
+    for name in ("loss", "ce", "kd", "clipped"):
+        assert_close(getattr(out, name), getattr(expected, name).double(), 1e-6, name)
+    assert_gradients(got, {k: x.double() for k, x in grads.items() if x is not None}, tolerance)
+    return out.clipped
+
+
 def test_without_other_tokens_there_is_no_ghost_entry():
     """Rounded probabilities of the whole vocabulary may have a sum below 1."""
     problem = make(replace(BATCH, vocab=4))

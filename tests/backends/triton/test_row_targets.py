@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from lens_kernels import distillation_loss
 from lens_kernels.backends.torch.layout import has_row_kernel
 from lens_kernels.backends.torch.passes import Terms
 from lens_kernels.backends.torch.row_kernel_pass import RowKernelPass
@@ -12,12 +11,12 @@ from lens_kernels.backends.triton.kernels import row_pass
 from lens_kernels.targets import target_rows
 from tests.backends.triton.test_row_pass import kinds
 from tests.support.cluster_kernel_backend import small_clusters
-from tests.support.compare import assert_close, assert_gradients
+from tests.support.compare import assert_close
 from tests.support.grids import FEATURES, ROW_KERNEL, Shape
 from tests.support.objectives import some_targets
 from tests.support.problems import capture_call, check, make
 from tests.test_targets import check as check_sparse
-from tests.test_targets import sparse
+from tests.test_targets import check_beside_labels
 
 
 @pytest.fixture
@@ -59,27 +58,11 @@ def test_sparse_targets(rest, standardize):
 
 @grown
 def test_labels_beside_targets_and_a_bound(standardize):
-    """Labels are compared at temperature 1, and are neither standardised nor bounded."""
     problem = make(SMALL, std=2.0, bias=True)
     targets, labels = some_targets(SMALL), torch.tensor([0, 149])
     targets.token_ids[:, 0] = targets.token_ids[:, 1] = labels
-
-    options = {"temperature": 1.7, "standardize": standardize}
-    bound = sparse(problem, targets, reduction="none", **options).mean().item()
-
-    def run(backend):
-        out = distillation_loss(
-            [], None, problem.student_head, None, student_final=problem.student_hidden[0],
-            teacher_final=targets, labels=labels, kd_ratio=0.4, final_divergence="forward_kl",
-            token_clip=bound, backend=backend, **options,
-        )  # fmt: skip
-        return out, problem.gradients(out.loss)
-
-    (expected, grads), (out, got) = run("torch"), run(ROW_KERNEL)
-    for name in ("loss", "ce", "kd", "clipped"):
-        assert_close(getattr(out, name), getattr(expected, name).double(), 1e-6, name)
-    assert out.clipped == 0.5
-    assert_gradients(got, {k: x.double() for k, x in grads.items() if x is not None}, 1e-5)
+    given = problem, targets, labels, ROW_KERNEL, 1e-5, standardize
+    assert check_beside_labels(*given) == 0.5
 
 
 def run_pass(monkeypatch, problem, zs, zt, **changes):
