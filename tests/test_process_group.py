@@ -123,8 +123,9 @@ def test_the_row_kernel_computes_the_loss_and_gradients_of_one_process(ranks, si
         truth = solve(problem.to(torch.float64), options | {"backend": "torch"})
         results = ranks.run(sharded.solve_sharded, size, case | KERNEL)[:size]
         for key, expected in truth.items():
-            # Rounding errors of float32 reach 1.1e-6.
-            assert_close(joined(results, key, WIDTH), expected, 2e-6, f"{name}: {key}")
+            # Here one head gradient errs by 1.04e-6, by rounding. In one process it is 3.5e-7.
+            bound = 1.1e-6 if (size, name) == (3, "unlike") else 1e-6
+            assert_close(joined(results, key, WIDTH), expected, bound, f"{name}: {key}")
 
 
 def test_a_chunk_takes_three_reductions_and_a_hidden_state_one(ranks):
