@@ -7,11 +7,12 @@ is missing. Importing this module loads only torch.
 from __future__ import annotations
 
 import getpass
+import importlib
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,14 +121,16 @@ def compiler_cache() -> Path:
     return Path(tempfile.gettempdir()) / f"torchinductor_{user}"
 
 
-@contextmanager
-def compiler_cache_in(folder: str) -> Iterator[None]:
-    """Make torch's compiler use another cache folder while it is imported."""
+def import_compiler(folder: str) -> None:
+    """Import torch's compiler, with ``folder`` as its cache folder.
+
+    Present in torch 2.8 to 2.13. Without ``torch._dynamo``, an ImportError is raised.
+    """
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     try:
         os.environ[name] = folder
-        yield
+        importlib.import_module("torch._dynamo")
     finally:
         os.environ.pop(name, None)
         if before is not None:

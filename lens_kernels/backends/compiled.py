@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -43,8 +42,8 @@ def load() -> None:
     if place.is_dir() or not (place.exists() or place.is_symlink()):
         return
     _compiler_failed = True
-    with tempfile.TemporaryDirectory() as folder, compat.compiler_cache_in(folder):
-        importlib.import_module("torch._dynamo")
+    with tempfile.TemporaryDirectory() as folder:
+        compat.import_compiler(folder)
     warnings.warn(
         f"the pointwise pass runs uncompiled, which is slower: {place} is not a folder",
         stacklevel=2,
