@@ -6,8 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.study.settings import RATE, UNIFORM, Pairs, Run, TeacherSettings
-from lens_kernels.hf import uniform_layers
+from benchmarks.study.settings import (
+    PRETRAINED_PAIRS,
+    RATE,
+    UNIFORM,
+    Pairs,
+    Run,
+    TeacherSettings,
+)
 from lens_kernels.hf.training.demo import DROPPED
 
 KD, SFT = Run(), Run(final="")
@@ -185,11 +191,9 @@ def _pretrained() -> Group:
         batch=4,
         teacher=TeacherSettings(pretrained=True),
     )
-    # Two evenly spaced lens pairs.
-    pairs = tuple(zip(uniform_layers(2, 20), uniform_layers(2, 30), strict=True))
     arms = [Arm("forward KL", student)]
     for name in ("jsd", "forward_kl"):
-        run = replace(student, lens=name, pairs=pairs)
+        run = replace(student, lens=name, pairs=PRETRAINED_PAIRS)
         arms.append(Arm(f"forward KL + {SAID[name]} lens", run, "forward KL"))
     question = "Does SmolLM2-135M, cut to 20 of its 30 blocks, gain?"
     return Group("pretrained", question, tuple(arms))

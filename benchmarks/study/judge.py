@@ -92,12 +92,12 @@ class Judge:
         The teacher's block is at the same relative depth.
         """
         depth, teacher_depth = (len(x.model.layers) for x in (student, self.teacher))
-        results = []
-        for i in range(1, depth + 1):
-            j = round(i * teacher_depth / depth)
-            sums: dict[str, list[Tensor]] = {}
-            for chunk in self.rows.split(CHUNK):
-                log_p, log_q = _lens(self.teacher, chunk, j), _lens(student, chunk, i)
+        pairs = [(i, round(i * teacher_depth / depth)) for i in range(1, depth + 1)]
+        values: list[dict[str, list[Tensor]]] = [{} for _ in pairs]
+        for chunk in self.rows.split(CHUNK):
+            states = _states(self.teacher, chunk), _states(student, chunk)
+            for sums, (i, j) in zip(values, pairs, strict=True):
+                log_p, log_q = _lens(self.teacher, states[0], j), _lens(student, states[1], i)
                 p, q, d = log_p.exp(), log_q.exp(), log_p - log_q
                 log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
                 parts = {
@@ -110,21 +110,30 @@ class Judge:
                 }
                 for name, value in parts.items():
                     sums.setdefault(name, []).append(value)
+        results = []
+        for sums, (i, j) in zip(values, pairs, strict=True):
             means = {name: torch.cat(x).mean().item() for name, x in sums.items()}
             results.append({"depth": i, "teacher_depth": j, **means})
         return results
 
 
-def _lens(model: Any, rows: Tensor, depth: int) -> Tensor:
+def _states(model: Any, rows: Tensor) -> tuple[Tensor, ...]:
+    states: tuple[Tensor, ...] = model.model(
+        input_ids=rows, output_hidden_states=True
+    ).hidden_states
+    return states
+
+
+def _lens(model: Any, states: tuple[Tensor, ...], depth: int) -> Tensor:
     """Return the log probabilities of the lens after a block.
 
     After the last block, these are the log probabilities of the model's output.
     """
-    states = model.model(input_ids=rows, output_hidden_states=True).hidden_states
     hidden = states[depth]
     if depth < len(states) - 1:  # the model has already applied the norm to its final states
         hidden = model.model.norm(hidden)
-    return model.lm_head(hidden[:, :-1]).flatten(0, 1).log_softmax(-1)
+    log_p: Tensor = model.lm_head(hidden[:, :-1]).flatten(0, 1).log_softmax(-1)
+    return log_p
 
 
 def _calibration_error(confidence: Tensor, hit: Tensor) -> float:

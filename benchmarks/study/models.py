@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PrinterCallback,
+    TrainerCallback,
+    default_data_collator,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.study import data
-from benchmarks.study.settings import Run, TeacherSettings
+from benchmarks.study.settings import PRETRAINED_PAIRS, Run, TeacherSettings
 from lens_kernels.hf import LensDistillConfig, LensDistillTrainer
 from lens_kernels.hf.model.smollm2 import smollm2
 from lens_kernels.hf.model.student import shallow_copy
@@ -88,7 +94,11 @@ def train(
     """
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    student_layers, teacher_layers = [*zip(*run.pairs, strict=True)] or ((), ())
+    pairs, cache = run.pairs, None
+    if run.teacher.pretrained:
+        # One cache serves all runs, so it has the layers of the lens for runs without it too.
+        pairs, cache = pairs or PRETRAINED_PAIRS, str(folder / "teacher_cache")
+    student_layers, teacher_layers = [*zip(*pairs, strict=True)] or ((), ())
     args = LensDistillConfig(
         output_dir=str(folder / "trainer"),
         student_layers=[*student_layers],
@@ -99,6 +109,7 @@ def train(
         lens_coeff=run.coeff if run.lens else 0.0,
         lens_norm=run.norm,
         mse_coeff=run.mse,
+        teacher_cache=cache,
         per_device_train_batch_size=run.batch,
         max_steps=run.steps,
         learning_rate=run.rate,
@@ -122,7 +133,7 @@ def train(
         teacher if run.final else None,
         args,
         train_dataset=_Rows(rows),
-        data_collator=_collate,
+        data_collator=default_data_collator,
         callbacks=[watch],
     )
     watch.trainer = trainer
@@ -163,10 +174,5 @@ class _Rows(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> Tensor:
-        return self.rows[index]
-
-
-def _collate(rows: list[Tensor]) -> dict[str, Tensor]:
-    batch = torch.stack(rows)
-    return {"input_ids": batch, "labels": batch}
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.rows[index], "labels": self.rows[index]}

@@ -12,6 +12,8 @@ Pairs = tuple[tuple[int, int], ...]
 RATE = 6e-3
 # Two evenly spaced lens pairs, for a student of 3 blocks and a teacher of 6.
 UNIFORM: Pairs = ((1, 2), (2, 4))
+# The same for the pretrained teacher of 30 blocks and its student of 20.
+PRETRAINED_PAIRS: Pairs = ((7, 10), (13, 20))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import lens_study
 from benchmarks.study import data, groups, judge, models, report, runs, statistics
-from benchmarks.study.settings import UNIFORM, Run, TeacherSettings
+from benchmarks.study.settings import PRETRAINED_PAIRS, UNIFORM, Run, TeacherSettings
 
 TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
 
@@ -73,7 +73,7 @@ def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeyp
     seen, starts = {}, {}
     rows = torch.arange(64 * 8).view(64, 8) % data.VOCABULARY
     teacher = models.new_model(6, 128).eval()
-    collate = models._collate
+    collate = models.default_data_collator
     arms = {
         "ce": replace(TINY, final=""),
         "kd": TINY,
@@ -83,17 +83,34 @@ def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeyp
     }
     for name, run in arms.items():
         order = seen.setdefault(name, [])
-        monkeypatch.setattr(models, "_collate", lambda x, o=order: o.append(x) or collate(x))
+        watched = lambda x, o=order: o.extend(y["input_ids"] for y in x) or collate(x)  # noqa: E731
+        monkeypatch.setattr(models, "default_data_collator", watched)
         student = models.new_student(run, teacher)
         starts[name] = student.lm_head.weight.detach().clone()
         models.train(student, teacher, run, rows, tmp_path)
         assert not torch.equal(starts[name], student.lm_head.weight)
-    orders = {name: torch.stack([y for x in batches for y in x]) for name, batches in seen.items()}
+    orders = {name: torch.stack(order) for name, order in seen.items()}
     for name in ("ce", "lens", "mse"):
         assert torch.equal(starts[name], starts["kd"])
         assert torch.equal(orders[name], orders["kd"])
     assert not torch.equal(starts["other seed"], starts["kd"])
     assert not torch.equal(orders["other seed"], orders["kd"])
+
+
+def test_cache_of_the_pretrained_group_changes_no_weight(tmp_path):
+    rows = torch.arange(8 * 8).view(8, 8) % data.VOCABULARY
+    torch.manual_seed(0)
+    teacher = models.new_model(30, 32).eval()
+    cached = replace(TINY, teacher=TeacherSettings(pretrained=True), depth=20, width=32)
+    for lens in ({}, {"lens": "jsd", "pairs": PRETRAINED_PAIRS}):
+        weights = []
+        for run in (cached, replace(cached, teacher=TINY.teacher)):
+            student = models.new_student(run, teacher)
+            models.train(student, teacher, replace(run, **lens), rows, tmp_path)
+            weights.append(torch.cat([x.flatten() for x in student.parameters()]))
+        torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+    # Runs with and without a lens share it: a cache of other layers would be refused.
+    assert (tmp_path / "teacher_cache" / "train").is_dir()
 
 
 def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
