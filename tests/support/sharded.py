@@ -92,6 +92,8 @@ def problem_of(case: dict[str, Any]) -> tuple[Problem, dict[str, Any]]:
     head = {name: case.pop(name) for name in HEAD if name in case}
     shape = case.pop("shape", SHAPE)
     problem = (make_objective if whole else make)(shape, 2.0, **head).to(dtype)
+    if case.pop("exact_products", False):
+        problem = problem.to(torch.bfloat16).to(dtype)
     if case.pop("masked", False):
         case["mask"] = torch.rand(shape.leading) < 0.6
     if case.pop("labelled", False):
