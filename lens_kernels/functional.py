@@ -86,7 +86,7 @@ def symmetric_lens_loss(
         temperature_squared: Multiply the loss by ``temperature`` squared, as Hinton et al. do.
         standardize: Replace each model's logits ``z`` of a token, before the temperature, by ``(z -
             mean z) / std z`` over the shared vocabulary, with the unbiased deviation (CVPR 2024,
-            arXiv 2403.01427). The logits must be finite. The ``triton`` backend refuses it.
+            arXiv 2403.01427). The logits must be finite.
         token_clip: Upper bound of each token's divergence, in nats. A token above it gets no
             gradient. ``distillation_loss`` reports the clipped share.
         layer_weights: ``w_l``, one number for each pair, by default ``1 / L``.

@@ -220,10 +220,10 @@ def test_a_preset_is_relative_to_the_gradient(always_active, gap, rows):
 @pytest.mark.parametrize("large", [float("inf"), 1e25])
 def test_an_infinite_norm_keeps_every_entry(large):
     """In float32, the square of 1e25 is infinite."""
-    survey = head_products.ColumnStatistics()
-    survey.add(torch.tensor([[large, 1.0, 0.0]]))
-    assert survey.active(2.0**-9, relative=True).tolist() == [0, 1, 2]
-    assert survey.active(0.5, relative=False).tolist() == [0, 1]
+    grad_stats = head_products.ColumnStatistics()
+    grad_stats.add(torch.tensor([[large, 1.0, 0.0]]))
+    assert grad_stats.active(2.0**-9, relative=True).tolist() == [0, 1, 2]
+    assert grad_stats.active(0.5, relative=False).tolist() == [0, 1]
 
 
 def test_the_threshold_uses_token_weights_relative_to_the_largest(always_active):

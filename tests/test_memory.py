@@ -152,8 +152,8 @@ def test_active_entries_are_gathered_few_at_a_time(always_active, monkeypatch):
     exact, active = (
         peak_of(monkeypatch, make(shape), grad_threshold=threshold) for threshold in (None, 0.0)
     )
-    survey = 4 * shape.vocab * 8
-    assert 0 < active - exact <= 4 * entries * 2 * (64 + 96) + survey < 6 * MIB
+    grad_stats = 4 * shape.vocab * 8
+    assert 0 < active - exact <= 4 * entries * 2 * (64 + 96) + grad_stats < 6 * MIB
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -120,14 +120,14 @@ def record(
     tiles = [torch.zeros(TOKENS, row_stride(vocab))[:, :vocab] for _ in range(2)]
     grad = None if only_loss else torch.zeros(TOKENS, stride, dtype=dtype)[:, :vocab]
     with offline.recorder(arch) as launches:
-        survey = made.survey() if everything and not held else None
+        grad_stats = made.grad_stats() if everything and not held else None
         terms = Terms(divergence, row, labels, None if labels is None else row)
         if variant == "statistics":
             terms = terms._replace(teacher_statistics=torch.zeros(TOKENS, 2))
         if variant == "targets":
             sparse = TargetRows(torch.zeros(TOKENS, 9).long(), torch.ones(TOKENS, 9), row)
             terms = terms._replace(targets=sparse, standardized=True)
-        made.run(tiles, terms, grad, survey)
+        made.run(tiles, terms, grad, grad_stats)
     (launch,) = launches
     return launch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lens_kernels.backends import head_products
-from lens_kernels.backends.head_products import ColumnStatistics, Survey
+from lens_kernels.backends.head_products import ColumnStatistics, GradientStatistics
 from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.call import LossCall, LossResult
 from lens_kernels.options import Divergence
@@ -107,7 +107,7 @@ class Accumulator:
         weight: Tensor,
         columns: slice,
         weight_sum: Tensor | None = None,
-        survey: Survey | None = None,
+        grad_stats: GradientStatistics | None = None,
     ) -> Tensor | None:
         """Add a tile's part to the head's gradients, and return the gradient of the hidden rows.
 
@@ -115,7 +115,7 @@ class Accumulator:
         the gradient with respect to ``x @ weight.T``. ``x`` ``(R, D)`` holds rows of hidden states,
         and ``weight`` ``(C, D)`` the rows ``columns`` of the head. Calls must come in ascending
         order of ``columns``. ``weight_sum`` is the sum of the rows of ``weight``. A missing
-        ``weight_sum`` or ``survey`` is computed here.
+        ``weight_sum`` or ``grad_stats`` is computed here.
         """
         if "bias" in targets:
             self.grads["bias"][columns] += grad.sum(0, dtype=self.mass.dtype)
@@ -128,17 +128,17 @@ class Accumulator:
         else:
             if weight_sum is None:
                 weight_sum = weight.sum(0, dtype=self.mass.dtype)
-            if survey is None:
-                survey = ColumnStatistics()
-                survey.add(grad)
-            active = survey.active(self.threshold, self.relative_threshold)
+            if grad_stats is None:
+                grad_stats = ColumnStatistics()
+                grad_stats.add(grad)
+            active = grad_stats.active(self.threshold, self.relative_threshold)
             if active.shape[0] > head_products.MAX_ACTIVE_SHARE * grad.shape[1]:
                 left_out = torch.zeros_like(self.mass[0])
                 hidden = head_products.full_products(grad, *factors)
             else:
-                left_out = survey.left_out(grad, active)
+                left_out = grad_stats.left_out(grad, active)
                 hidden = head_products.active_products(grad, active, weight_sum, *factors)
-            self.mass += torch.stack([survey.total(), left_out])
+            self.mass += torch.stack([grad_stats.total(), left_out])
         return None if hidden is None else hidden.to(self.mass.dtype)
 
     def finish(self, *keys: int | str) -> None:

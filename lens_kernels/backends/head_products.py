@@ -85,7 +85,7 @@ def column_sums(grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return size.amax(0), size.sum(0), size.square().sum(0)
 
 
-class Survey(ABC):
+class GradientStatistics(ABC):
     """Statistics of the absolute values in a tile of logit gradients."""
 
     peak: Tensor  # the largest absolute value in each column, (V,)
@@ -117,7 +117,7 @@ class Survey(ABC):
         return (~((self.peak <= bound) & (bound < math.inf))).nonzero()[:, 0]
 
 
-class ColumnStatistics(Survey):
+class ColumnStatistics(GradientStatistics):
     """Statistics kept as sums over each column. Blocks of rows are added one by one."""
 
     def __init__(self, compile_sums: bool = False) -> None:
@@ -148,7 +148,7 @@ class ColumnStatistics(Survey):
         return self.mass.index_fill(0, active, 0.0).sum()
 
 
-class RowStatistics(Survey):
+class RowStatistics(GradientStatistics):
     """Statistics that a Triton kernel fills: sums over each row, and the maximum of each column.
 
     The kernel compares the bits of absolute values as integers, which have the same order as

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from lens_kernels.backends.head_products import Survey
+from lens_kernels.backends.head_products import GradientStatistics
 from lens_kernels.backends.torch.layout import Layout
 from lens_kernels.options import Divergence
 from lens_kernels.targets import TargetRows
@@ -39,11 +39,11 @@ class Pass(Protocol):
 
     layout: Layout
 
-    def survey(self) -> Survey:
+    def grad_stats(self) -> GradientStatistics:
         """Return empty statistics of logit gradients, for ``run`` to fill."""
 
     def run(
-        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
+        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, grad_stats: Any
     ) -> list[Tensor]:
         """Return the losses of each row: the divergence and the cross entropy, if requested.
 
@@ -52,6 +52,6 @@ class Pass(Protocol):
         ``tiles`` are the products ``hidden @ weight.T``, ``(R, V)``, of the student and, with a
         divergence, of the teacher. The gradient of the weighted losses with respect to the
         student's products is written to ``grad`` ``(R, V)``, unless ``grad`` is None. ``grad`` is
-        the student's tile itself if ``layout.grad_stride`` is None. If ``survey`` is given, it
+        the student's tile itself if ``layout.grad_stride`` is None. If ``grad_stats`` is given, it
         collects statistics of the gradient.
         """

@@ -214,7 +214,7 @@ class TorchPass:
         )
         return tempered, plain
 
-    def survey(self) -> ColumnStatistics:
+    def grad_stats(self) -> ColumnStatistics:
         """Return empty statistics of logit gradients."""
         return ColumnStatistics(self.compiled)
 
@@ -223,7 +223,7 @@ class TorchPass:
         tiles: list[Tensor],
         terms: Terms,
         grad: Tensor | None,
-        survey: Any,
+        grad_stats: Any,
     ) -> list[Tensor]:
         """Run the pass in blocks of rows, which fit in the CPU's cache."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
@@ -236,8 +236,8 @@ class TorchPass:
             blocks.append(losses)
             for target, part in zip(targets, at_ids, strict=False):
                 zs.scatter_add_(-1, target.ids, part)
-            if survey is not None:
-                survey.add(zs)  # zs now holds the gradient
+            if grad_stats is not None:
+                grad_stats.add(zs)  # zs now holds the gradient
         return [torch.cat(losses) for losses in zip(*blocks, strict=True)]
 
     def arguments(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lens_kernels.backends import matmul
 from lens_kernels.backends.accumulator import Accumulator
-from lens_kernels.backends.head_products import Survey
+from lens_kernels.backends.head_products import GradientStatistics
 from lens_kernels.backends.pages import in_huge_pages
 from lens_kernels.backends.torch.layout import Piece, has_row_kernel, row_stride
 from lens_kernels.backends.torch.passes import Pass, Terms
@@ -126,9 +126,9 @@ class _RowChunks:
         targets: set[int | str] = set()
         for pair in {piece.pair for piece in pieces}:
             targets |= self.sums.targets(pair, call.normed[pair] and norm is not None)
-        survey = None
+        grad_stats = None
         if targets and self.weight_sum is not None:
-            survey = self.compare.survey()
+            grad_stats = self.compare.grad_stats()
         reads: list[_Read] = []
         done = 0
         for tile in tiles:
@@ -136,14 +136,14 @@ class _RowChunks:
             reads += self.project(tile, logits)
             rows = sum(piece.stop - piece.start for piece in tile)
             grad = self.grad[done : done + rows] if targets else None
-            self.tile_sets.run(partial(self.evaluate, tile, logits, grad, survey))
+            self.tile_sets.run(partial(self.evaluate, tile, logits, grad, grad_stats))
             done += rows
         self.tile_sets.wait()
         if not targets:
             return
         d_x = self.sums.add_head_gradients(
             targets, self.grad[:done], _joined([read.x for read in reads]), self.student.weight,
-            slice(0, call.vocab_size), self.weight_sum, survey,
+            slice(0, call.vocab_size), self.weight_sum, grad_stats,
         )  # fmt: skip
         if d_x is None:
             return
@@ -178,7 +178,7 @@ class _RowChunks:
         tile: list[Piece],
         tile_logits: list[Tensor],
         grad: Tensor | None,
-        survey: Survey | None,
+        grad_stats: GradientStatistics | None,
     ) -> None:
         """Run the pass over a tile, and store the losses of its rows.
 
@@ -216,7 +216,7 @@ class _RowChunks:
                     teacher,
                 ),  # fmt: skip
                 None if grad is None else grad[start:stop],
-                survey,
+                grad_stats,
             )
             sizes = [piece.stop - piece.start for piece in pieces]
             for (pair, at), *parts in zip(rows, *(x.split(sizes) for x in losses), strict=True):

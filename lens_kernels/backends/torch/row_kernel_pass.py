@@ -57,13 +57,13 @@ class RowKernelPass:
         logits = head.logit_map(1.0 if standardized else call.temperatures[at > 0])
         return self.biases[at], logits.slope, logits.cap
 
-    def survey(self) -> RowStatistics:
+    def grad_stats(self) -> RowStatistics:
         """Return empty statistics of logit gradients."""
         vocab_size = self.call.vocab_size
         return RowStatistics(vocab_size, row_stride(vocab_size), self.call.row_weight.device)
 
     def run(
-        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
+        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, grad_stats: Any
     ) -> list[Tensor]:
         """Launch the kernel, with one program or cluster for each row."""
         call, (zs, *zt) = self.call, tiles
@@ -101,7 +101,7 @@ class RowKernelPass:
         kernel, options = row_pass_kernel, {**OPTIONS, **further}
         if targets is None and not own and self.cluster is not None:
             wide = grad is not None and grad.dtype is torch.float32
-            heavy = wide or self.capped or survey is not None or labels is not None
+            heavy = wide or self.capped or grad_stats is not None or labels is not None
             plain = not heavy and name not in ("jsd", "jeffreys")
             kernel, options = cluster_pass_kernel, self.cluster.options(plain)
         # Triton launches kernels on the current device, which may differ from the device of the
@@ -109,7 +109,7 @@ class RowKernelPass:
         with torch.cuda.device_of(zs):
             kernel[(rows,)](
                 student, teacher, statistics, labels, weight, loss, grad,
-                None if survey is None else survey.add(rows),
+                None if grad_stats is None else grad_stats.add(rows),
                 zs.stride(0), 0 if grad is None else grad.stride(0), call.vocab_size,
                 call.beta, 1.0 - call.beta,
                 None if labels is None or call.temperature == 1.0 else call.temperature,

@@ -173,7 +173,7 @@ class ShardedPass(TorchPass):
         self.reduce = Reduction(call.group)
 
     def run(
-        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
+        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, grad_stats: Any
     ) -> list[Tensor]:
         """Run each part of the pass over a tile, then combine the results of all ranks."""
         step = block_rows(self.device, self.compiled, *tiles[0].shape)
@@ -207,8 +207,8 @@ class ShardedPass(TorchPass):
                 zs, tile = tile_of(block)
                 for target, part in zip(tile.targets, at_ids, strict=True):
                     zs.scatter_add_(-1, target.ids, part)
-                if survey is not None:
-                    survey.add(zs)  # zs now holds the gradient
+                if grad_stats is not None:
+                    grad_stats.add(zs)  # zs now holds the gradient
 
         whole = over_ranks(self.reduce, statistics, sums, None if grad is None else write)
         return self.losses(tile_of(slice(None))[1], whole)

@@ -32,7 +32,7 @@ class ShardedRowKernelPass(RowKernelPass):
         self.reduce = Reduction(call.group)
 
     def run(
-        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, survey: Any
+        self, tiles: list[Tensor], terms: Terms, grad: Tensor | None, grad_stats: Any
     ) -> list[Tensor]:
         """Launch one kernel for each part of the pass, with one program for each row."""
         call, (zs, *zt) = self.call, tiles
@@ -75,7 +75,7 @@ class ShardedRowKernelPass(RowKernelPass):
             gradient_kernel[grid](
                 student, teacher, _joined(whole),
                 None if labels is None else (labels, label_weight), h_sum, weight, grad,
-                None if survey is None else survey.add(*grid),
+                None if grad_stats is None else grad_stats.add(*grid),
                 zs.stride(0), grad.stride(0), *numbers, **options,
             )  # fmt: skip
 

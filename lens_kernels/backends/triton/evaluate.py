@@ -120,19 +120,19 @@ class _Sweeps:
             scaled = self.standardized(student)
             student = scaled.operand
         # The gradient of standardised logits needs one more sum over the vocabulary.
-        moment, wanted = None, own and bool(self.sums.grads)
+        moment, with_moment = None, own and bool(self.sums.grads)
         if call.targets is not None and pair >= len(call.teacher_hidden):
             rows = call.targets.at(self.rows)
             tile = tile_for(Sweep.ROW_STATS, student, extras=True)
-            loss, targets, moment = sparse.compare(student, rows, vocab_size, tile, wanted)
+            loss, targets, moment = sparse.compare(student, rows, vocab_size, tile, with_moment)
             term = _Term(student, targets.stats, targets=targets)
         else:
             teacher = self.teacher(pair)
             if own:
                 teacher = self.standardized(teacher).operand
             divergence = call.divergences[pair]
-            sums = self.row_sums(student, teacher, divergence, self.given(pair, own), wanted)
-            loss, moment = sums.f, sums.sum_with_log_q() if wanted else None
+            sums = self.row_sums(student, teacher, divergence, self.given(pair, own), with_moment)
+            loss, moment = sums.f, sums.sum_with_log_q() if with_moment else None
             term = _Term(student, sums.student, teacher, sums, divergence)
         self.sums.rows[pair, self.rows] = loss.clamp(max=call.token_clip)
         left_out = loss > call.token_clip if call.token_clip < math.inf else None

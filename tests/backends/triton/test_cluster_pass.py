@@ -45,8 +45,8 @@ def test_losses_and_gradients(small, divergence, beta):
     assert_close(grad, expected_grad, GRADIENT)
 
 
-def test_the_survey_describes_the_written_gradient(small):
-    test_row_pass.test_the_survey_describes_the_written_gradient()
+def test_the_statistics_describe_the_written_gradient(small):
+    test_row_pass.test_the_statistics_describe_the_written_gradient()
 
 
 @pytest.mark.parametrize("divergence", ["jsd", "tvd"])
@@ -126,7 +126,7 @@ def test_registers_are_not_limited_with_float32_gradients(small, monkeypatch, dt
     assert ("maxnreg" in options) == (dtype is torch.bfloat16)
 
 
-def test_a_survey_with_a_softcap_reads_rows_again(small, monkeypatch):
+def test_statistics_with_a_softcap_read_rows_again(small, monkeypatch):
     for softcap, threshold in [(None, 1e-6), (3.0, None), (3.0, 1e-6)]:
         problem = make(Shape((2,), 61, 4, 4, 1), softcap=softcap)
         call = capture_call(monkeypatch, problem, grad_threshold=threshold)

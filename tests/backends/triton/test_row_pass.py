@@ -61,7 +61,7 @@ def kernel(request, monkeypatch):
         yield request.param
 
 
-def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, survey=False):
+def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, grad_stats=False):
     """Run the kernel on a tile, and return losses, gradient and column statistics.
 
     The padding of all tiles is NaN.
@@ -87,9 +87,9 @@ def run(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0, head=None, s
     weight = torch.linspace(0.5, 1.5, rows)
     terms = Terms(divergence, weight, labels, None if labels is None else weight.flip(0))
     grad = torch.full((rows, layout.grad_stride(vocab)), float("nan"))[:, :vocab]
-    survey = kernel.survey() if survey else None
-    losses = kernel.run([padded(zs), padded(zt)], terms, grad, survey)
-    return losses, grad, survey
+    grad_stats = kernel.grad_stats() if grad_stats else None
+    losses = kernel.run([padded(zs), padded(zt)], terms, grad, grad_stats)
+    return losses, grad, grad_stats
 
 
 def truth(zs, zt, divergence, beta=0.5, labels=None, temperature=1.0):
@@ -199,18 +199,18 @@ def test_near_convergence(divergence, beta):
     assert bool((loss > 0).all())
 
 
-def test_the_survey_describes_the_written_gradient():
+def test_the_statistics_describe_the_written_gradient():
     zs, zt = 3 * torch.randn(4, 150), 3 * torch.randn(4, 150)
-    _, grad, survey = run(zs, zt, "jsd", survey=True)
-    assert torch.equal(survey.peak, grad.abs().amax(0))
-    assert_close(survey.total(), grad.double().abs().sum(), 1e-6)
-    assert_close(survey.squares_of_all(), grad.double().square().sum(), 1e-6)
-    active = survey.active(1e-3, False)
+    _, grad, grad_stats = run(zs, zt, "jsd", grad_stats=True)
+    assert torch.equal(grad_stats.peak, grad.abs().amax(0))
+    assert_close(grad_stats.total(), grad.double().abs().sum(), 1e-6)
+    assert_close(grad_stats.squares_of_all(), grad.double().square().sum(), 1e-6)
+    active = grad_stats.active(1e-3, False)
     assert 0 < active.numel() < 150
     rest = grad.index_fill(1, active, 0.0)
-    assert_close(survey.left_out(grad, active), rest.abs().sum(), 1e-4)
+    assert_close(grad_stats.left_out(grad, active), rest.abs().sum(), 1e-4)
     zs[2, 9] = float("nan")
-    assert run(zs, zt, "jsd", survey=True)[2].peak[9].isnan()
+    assert run(zs, zt, "jsd", grad_stats=True)[2].peak[9].isnan()
 
 
 def test_half_and_the_general_formula_agree():

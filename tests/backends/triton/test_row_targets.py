@@ -66,15 +66,15 @@ def test_labels_beside_targets_and_a_bound(standardize):
 
 
 def run_pass(monkeypatch, problem, zs, zt, **changes):
-    """Run the kernel on a tile of products, and return losses, gradient and survey."""
+    """Run the kernel on a tile of products, and return losses, gradient and gradient statistics."""
     call = capture_call(monkeypatch, problem)
     kernel = RowKernelPass(call, torch.float32, len(zs))
     stride = kernel.layout.grad_stride
-    grad, survey = torch.full((len(zs), stride), float("nan")), kernel.survey()
+    grad, grad_stats = torch.full((len(zs), stride), float("nan")), kernel.grad_stats()
     terms = Terms(call.divergences[0], torch.ones(len(zs)), None, None)
     tiles = [torch.nn.functional.pad(z, (0, 200 - z.shape[1])) for z in (zs, zt)]
-    (loss,) = kernel.run(tiles, terms._replace(**changes), grad, survey)
-    return loss, grad[:, : zs.shape[1]], survey
+    (loss,) = kernel.run(tiles, terms._replace(**changes), grad, grad_stats)
+    return loss, grad[:, : zs.shape[1]], grad_stats
 
 
 def test_rows_of_equal_logits_have_no_gradient(monkeypatch, lanes):
@@ -85,15 +85,15 @@ def test_rows_of_equal_logits_have_no_gradient(monkeypatch, lanes):
     assert not grad[0].any() and grad[1].any()
 
 
-def test_the_survey_describes_the_gradient_at_targets(monkeypatch, lanes):
+def test_the_statistics_describe_the_gradient_at_targets(monkeypatch, lanes):
     zs, zt = torch.randn(2, 2, 150)
     rows = target_rows(some_targets(SMALL, 20), 150, torch.float32)
-    _, grad, survey = run_pass(monkeypatch, make(SMALL), zs, zt, targets=rows)
-    assert_close(survey.total(), grad.double().abs().sum(), 1e-5)
-    assert_close(survey.squares_of_all(), grad.double().square().sum(), 1e-5)
-    assert bool((survey.peak >= grad.abs().amax(0)).all())
+    _, grad, grad_stats = run_pass(monkeypatch, make(SMALL), zs, zt, targets=rows)
+    assert_close(grad_stats.total(), grad.double().abs().sum(), 1e-5)
+    assert_close(grad_stats.squares_of_all(), grad.double().square().sum(), 1e-5)
+    assert bool((grad_stats.peak >= grad.abs().amax(0)).all())
     listed = torch.zeros_like(grad, dtype=torch.bool).scatter(1, rows.ids, True).any(0)
-    assert torch.equal(survey.peak[~listed], grad.abs().amax(0)[~listed])
+    assert torch.equal(grad_stats.peak[~listed], grad.abs().amax(0)[~listed])
 
 
 def test_clusters_leave_these_rows_to_the_other_kernel(monkeypatch):

@@ -31,8 +31,8 @@ def test_losses_and_gradients(divergence):
     assert_close(grad, expected_grad, GRADIENT)
 
 
-def test_the_survey_describes_the_written_gradient():
-    test_row_pass.test_the_survey_describes_the_written_gradient()
+def test_the_statistics_describe_the_written_gradient():
+    test_row_pass.test_the_statistics_describe_the_written_gradient()
 
 
 def test_unusual_rows():

@@ -22,7 +22,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     log_probability,
     maps_of,
     read_row,
-    store_survey,
+    store_grad_stats,
     summands,
     write_gradient,
 )
@@ -70,7 +70,7 @@ def lane_total(held, maximum, factor):
 
 @triton.jit(do_not_specialize=["vocab_size"])
 def cluster_pass_kernel(
-    student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
+    student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, grad_stats,
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
     clip,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
@@ -126,9 +126,9 @@ def cluster_pass_kernel(
         for i in tl.static_range(BLOCKS):
             mass, squares = write_gradient(
                 held_s[i], held_t[i], student, statistics_s, statistics_t, h_sum, weight, label,
-                (grad_ptr, row, grad_stride), survey, mass, squares, i * LANES * GROUP, vocab_size,
-                beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
+                (grad_ptr, row, grad_stride), grad_stats, mass, squares, i * LANES * GROUP,
+                vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
             )  # fmt: skip
-        if survey is not None:
+        if grad_stats is not None:
             mass_sum, squares_sum = both(mass, squares, False)
-            store_survey(survey, row, mass_sum, squares_sum)
+            store_grad_stats(grad_stats, row, mass_sum, squares_sum)

@@ -220,15 +220,15 @@ def further_gradient(y, student, statistics, further, weight):
 
 @triton.jit
 def write_gradient(
-    ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, out, survey,
+    ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, out, grad_stats,
     mass, squares, start, vocab_size, beta, one_minus_beta,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, further=None,
 ):  # fmt: skip
     """Write the gradient of a row's entries after ``start``.
 
     ``out`` is ``(pointer, row, row stride)``. ``further`` is that of ``further_gradient``, or None.
-    Return each lane's ``mass`` and ``squares``. With a survey, ``|G|`` and ``G^2`` are added to
-    them.
+    Return each lane's ``mass`` and ``squares``. With ``grad_stats``, ``|G|`` and ``G^2`` are
+    added to them.
     """
     first, columns = entries(start, LANES, GROUP)
     grad = gradient_of(
@@ -240,17 +240,17 @@ def write_gradient(
     grad_ptr, row, stride = out
     places = grad_ptr + row * stride + columns
     tl.store(places, grad.to(grad_ptr.dtype.element_ty), mask=first < vocab_size)
-    if survey is not None:
-        size, square = add_to_survey(grad, survey, first, columns, vocab_size)
+    if grad_stats is not None:
+        size, square = add_to_grad_stats(grad, grad_stats, first, columns, vocab_size)
         mass += size
         squares += square
     return mass, squares
 
 
 @triton.jit
-def add_to_survey(grad, survey, first, columns, vocab_size):
+def add_to_grad_stats(grad, grad_stats, first, columns, vocab_size):
     """Update each column's largest ``|G|``. Return each thread's sums of ``|G|`` and ``G^2``."""
-    peak_ptr, _, _ = survey
+    peak_ptr, _, _ = grad_stats
     size = tl.where(columns < vocab_size, tl.abs(grad), 0.0)
     # The bits of positive floating-point numbers, read as integers, have the same order. NaN is the
     # largest.
@@ -261,8 +261,8 @@ def add_to_survey(grad, survey, first, columns, vocab_size):
 
 
 @triton.jit
-def store_survey(survey, row, mass, squares):
+def store_grad_stats(grad_stats, row, mass, squares):
     """Store a row's sums of ``|G|`` and of ``G^2``."""
-    _, mass_ptr, squares_ptr = survey
+    _, mass_ptr, squares_ptr = grad_stats
     tl.store(mass_ptr + row, mass)
     tl.store(squares_ptr + row, squares)

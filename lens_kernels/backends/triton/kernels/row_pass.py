@@ -31,7 +31,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     maps_of,
     over_lanes,
     read_row,
-    store_survey,
+    store_grad_stats,
     summands,
     with_group,
     write_gradient,
@@ -115,10 +115,10 @@ def second_sweep(
 @triton.jit
 def last_sweep(
     student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
-    h_sum, weight, label, out, survey, vocab_size, beta, one_minus_beta,
+    h_sum, weight, label, out, grad_stats, vocab_size, beta, one_minus_beta,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr, further=None,
 ):  # fmt: skip
-    """Write a row's gradient. Return each thread's ``mass`` and ``squares`` for the survey."""
+    """Write a row's gradient. Return each thread's ``mass`` and ``squares`` for ``grad_stats``."""
     mass = tl.zeros((LANES,), tl.float32)
     squares = tl.zeros((LANES,), tl.float32)
     for start in range(0, vocab_size, LANES * GROUP):
@@ -127,7 +127,7 @@ def last_sweep(
         if DIVERGENCE is not None:
             yt = read_row(teacher, offset, floor_t, start, vocab_size, LANES, GROUP, False)
         mass, squares = write_gradient(
-            ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, out, survey,
+            ys, yt, student, statistics_s, statistics_t, h_sum, weight, label, out, grad_stats,
             mass, squares, start, vocab_size, beta, one_minus_beta,
             DIVERGENCE, LANES, GROUP, further,
         )  # fmt: skip
@@ -136,7 +136,7 @@ def last_sweep(
 
 @triton.jit(do_not_specialize=["vocab_size"])
 def row_pass_kernel(
-    student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, survey,
+    student, teacher, statistics_ptr, labels, weight_ptr, loss_ptr, grad_ptr, grad_stats,
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
     clip, targets, temperatures,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
@@ -145,8 +145,8 @@ def row_pass_kernel(
 
     ``student`` and ``teacher`` are ``(products, bias, slope, cap)``, and ``labels`` is ``(labels,
     weight, cross entropy)``. The cross entropy uses temperature 1. ``temperature`` is None if it is
-    1, or without labels. ``survey`` receives statistics of the logit gradient ``G``: the largest
-    ``|G|`` of each column, as bits, and each row's sums of ``|G|`` and of ``G^2``. Without a
+    1, or without labels. ``grad_stats`` receives statistics of the logit gradient ``G``: each
+    column's largest ``|G|``, as bits, and each row's sums of ``|G|`` and of ``G^2``. Without a
     teacher there is no divergence. ``statistics_ptr`` is None, or holds the teacher's maximum and
     log of sum. Losses above ``clip`` become ``clip``, unless it is None. ``targets`` replace the
     teacher: ``(ids, probabilities, constant, K)`` of ``TargetRows``, or None. ``temperatures`` are
@@ -219,15 +219,15 @@ def row_pass_kernel(
             further = target_sum, deviation, product
         mass, squares = last_sweep(
             student, teacher, offset, floor_s, floor_t, statistics_s, statistics_t,
-            h_sum, weight, label, (grad_ptr, row, grad_stride), survey,
+            h_sum, weight, label, (grad_ptr, row, grad_stride), grad_stats,
             vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP, further,
         )  # fmt: skip
         if targets is not None:
             more, more_squares = store_at_targets(
-                targets, student, statistics_s, further, weight, label, grad_ptr, survey,
+                targets, student, statistics_s, further, weight, label, grad_ptr, grad_stats,
                 row, offset, row * grad_stride, floor_s, vocab_size, LANES,
             )  # fmt: skip
             mass += more
             squares += more_squares
-        if survey is not None:
-            store_survey(survey, row, tl.sum(mass, 0), tl.sum(squares, 0))
+        if grad_stats is not None:
+            store_grad_stats(grad_stats, row, tl.sum(mass, 0), tl.sum(squares, 0))

@@ -90,7 +90,7 @@ def row_stats(
     """
     grid = SplitGrid(operand.tokens, vocab_size, tile, operand.x.device)
     maximum, total = grid.partials(2)
-    moment, u_sum = (grid.partials(1)[0] if wanted else None for wanted in (entropy, mean))
+    moment, u_sum = (grid.partials(1)[0] if needed else None for needed in (entropy, mean))
     row_stats_kernel[grid.shape](
         operand.arguments(), maximum, total, moment, u_sum,
         None if outside is None else (outside, outside.shape[1]),

@@ -14,7 +14,7 @@ from lens_kernels.backends.triton.kernels.device_fns import exp
 from lens_kernels.backends.triton.kernels.logits import capped, slope_at
 from lens_kernels.backends.triton.kernels.pointwise import pointwise
 from lens_kernels.backends.triton.kernels.row_parts import (
-    add_to_survey,
+    add_to_grad_stats,
     entries,
     further_gradient,
     gradient_of,
@@ -131,9 +131,9 @@ def sparse_terms(
 @triton.jit
 def store_at_targets(
     targets, student, statistics, further, weight, label,
-    grad_ptr, survey, row, offset, grad_offset, floor, vocab_size, LANES: tl.constexpr,
+    grad_ptr, grad_stats, row, offset, grad_offset, floor, vocab_size, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Write the whole gradient at a row's targets. Return changes of the survey's two sums.
+    """Write the whole gradient at a row's targets. Return changes of ``grad_stats``' two sums.
 
     These entries are computed again in fp32, because those in memory are rounded.
     """
@@ -151,9 +151,9 @@ def store_at_targets(
         # A probability of 0 marks padding, and repeated ids.
         is_target = value != 0
         tl.store(grad_ptr + grad_offset + ids, grad.to(grad_ptr.dtype.element_ty), mask=is_target)
-        if survey is not None:
+        if grad_stats is not None:
             column = tl.where(is_target, ids, vocab_size)
-            size, square = add_to_survey(grad, survey, column, column, vocab_size)
+            size, square = add_to_grad_stats(grad, grad_stats, column, column, vocab_size)
             before = tl.where(is_target, tl.abs(dense), 0.0)
             mass += size - tl.sum(before, 1)
             squares += square - tl.sum(before * before, 1)

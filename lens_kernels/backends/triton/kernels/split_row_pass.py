@@ -20,7 +20,7 @@ from lens_kernels.backends.triton.kernels.row_parts import (
     label_gradient,
     maps_of,
     of_row,
-    store_survey,
+    store_grad_stats,
 )
 from lens_kernels.backends.triton.kernels.row_pass import first_sweep, last_sweep, second_sweep
 
@@ -97,14 +97,14 @@ def sums_kernel(
 
 @triton.jit(do_not_specialize=["vocab_size"])
 def gradient_kernel(
-    student, teacher, statistics_ptr, labels, h_sum_ptr, weight_ptr, grad_ptr, survey,
+    student, teacher, statistics_ptr, labels, h_sum_ptr, weight_ptr, grad_ptr, grad_stats,
     stride, grad_stride, vocab_size, beta, one_minus_beta, temperature,
     DIVERGENCE: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of each row's products.
 
     ``labels`` is ``(labels, weight)``, and ``h_sum_ptr`` has the sum of ``h`` over all ranks.
-    ``survey`` is as for ``row_pass_kernel``.
+    ``grad_stats`` is as for ``row_pass_kernel``.
     """
     row = tl.program_id(0).to(tl.int64)
     factor_s, floor_s, factor_t, floor_t = maps_of(student, teacher)
@@ -122,8 +122,8 @@ def gradient_kernel(
         )
     mass, squares = last_sweep(
         student, teacher, row * stride, floor_s, floor_t, statistics_s, statistics_t,
-        h_sum, weight, label, (grad_ptr, row, grad_stride), survey,
+        h_sum, weight, label, (grad_ptr, row, grad_stride), grad_stats,
         vocab_size, beta, one_minus_beta, DIVERGENCE, LANES, GROUP,
     )  # fmt: skip
-    if survey is not None:
-        store_survey(survey, row, tl.sum(mass, 0), tl.sum(squares, 0))
+    if grad_stats is not None:
+        store_grad_stats(grad_stats, row, tl.sum(mass, 0), tl.sum(squares, 0))
