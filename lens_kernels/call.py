@@ -184,6 +184,17 @@ class LossCall:
         """Return the index of the row of losses that holds the cross entropy."""
         return len(self.divergences)
 
+    @property
+    def labels_need_statistics(self) -> bool:
+        """Return whether the cross entropy needs other statistics than the last pair's logits have.
+
+        Its temperature is 1, and its logits are not standardised.
+        """
+        if self.labels is None or not self.divergences:
+            return self.labels is not None
+        own = self.temperature != 1.0 or any(self.standardized[-1:])
+        return own or self.label_smoothing > 0 or self.reports
+
     def features(self) -> tuple[str, ...]:
         """Return the names of this call's features that some backends do not support."""
         used = {

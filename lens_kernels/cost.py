@@ -117,6 +117,7 @@ class CallShape:
     are those of ``LossCall``. ``head_dtype`` is the dtype of the student's head and its gradient,
     if it is not ``dtype``. ``listed`` is the number of sparse targets of a token, and ``ghost`` is
     true if they have a ghost entry. If other pairs have a teacher, every pair is counted with both.
+    ``label_sweep`` is true if the labels beside a divergence need a sweep of their own.
     """
 
     tokens: int
@@ -138,6 +139,7 @@ class CallShape:
     standardized: tuple[bool, ...] = ()
     listed: int = 0
     ghost: bool = False
+    label_sweep: bool = False
 
     @staticmethod
     def of(call: LossCall) -> CallShape:
@@ -163,6 +165,7 @@ class CallShape:
             standardized=call.standardized,
             listed=0 if call.targets is None else call.targets.ids.shape[-1],
             ghost=call.targets is not None and call.targets.rest is not None,
+            label_sweep=call.labels_need_statistics and bool(call.divergences),
         )
 
     @property
@@ -339,7 +342,8 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
 
     Before the sweep of the gradient, a relative entropy or a cross entropy needs one sweep, and any
     other divergence needs two. Standardised logits need one more. For their gradient, a relative
-    entropy between two models needs two sweeps too.
+    entropy between two models needs two sweeps too. Labels need one more if their logits have
+    another temperature, are not standardised, or are smoothed or reported.
     """
     tiles = math.ceil(shape.vocab_size / COLUMNS)
     operand = shape.dtype.itemsize
@@ -366,6 +370,7 @@ def vocabulary_sweeps(shape: CallShape) -> Plan:
         ("log-sum-exps", alone(given), len(two_sweeps) - sum(two_sweeps)),
         ("row sums", both, len(two_sweeps)),
         ("log-sum-exps and row sums", both, shape.pairs - len(two_sweeps)),
+        ("log-sum-exps for the labels", alone(widths[:1]), shape.label_sweep),
     )
     steps = [
         Step(name, *each, operand, SWEEP_TIME).times(number)

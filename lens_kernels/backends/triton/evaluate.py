@@ -187,11 +187,10 @@ class _Sweeps:
         The cross entropy uses temperature 1, and logits that are not standardised.
         """
         call, row, smoothing = self.call, self.call.label_row, self.call.label_smoothing
-        further = smoothing > 0 or call.reports
-        stats = term.stats if term.student is student and not further else None
-        if stats is None or student.temperature != 1.0:
+        stats = term.stats
+        if stats is None or call.labels_need_statistics:
             student = student.untempered()
-            tile = tile_for(Sweep.ROW_STATS, student, extras=further)
+            tile = tile_for(Sweep.ROW_STATS, student, extras=smoothing > 0 or call.reports)
             stats = row_stats(
                 student, call.vocab_size, tile, entropy=call.reports, mean=smoothing > 0
             )

@@ -18,7 +18,7 @@ from lens_kernels.options import Divergence
 from lens_kernels.targets import target_rows
 from tests.support.compare import GRADIENT, assert_close
 from tests.support.grids import FEATURES, Shape
-from tests.support.objectives import some_targets
+from tests.support.objectives import make_objective, some_targets
 from tests.support.problems import capture_call, check, loss_of, make
 from tests.test_targets import check as check_sparse
 from tests.test_targets import check_beside_labels, sparse
@@ -120,6 +120,24 @@ def counted_operations():
 
     with mock.patch.object(builder, "create_dot", counting):
         yield counted
+
+
+OWN_LABELS = [{"temperature": 2.0}, {"standardize": True}]
+
+
+@pytest.mark.parametrize(
+    ("options", "number"), [({}, 0), ({"standardize": "lens"}, 0), *((x, 1) for x in OWN_LABELS)]
+)
+def test_the_plan_counts_the_sweep_of_labels_that_share_no_logits(monkeypatch, options, number):
+    shape = Shape((16,), 64, 16, 32, 1)
+    options = {"labels": torch.arange(16), "kd_ratio": 0.5, "final_divergence": "jsd", **options}
+    call = capture_call(monkeypatch, make_objective(shape), whole=True, **options)
+    with torch.no_grad(), counted_operations() as counted:
+        backend.evaluate(call)
+    steps = cost.vocabulary_sweeps(CallShape.of(call)).steps
+    assert counted[0] == sum(s.flops for s in steps if s.product_time == cost.SWEEP_TIME)
+    names = [step.name for step in steps]
+    assert names.count("log-sum-exps for the labels") == number
 
 
 @pytest.mark.parametrize("with_grad", [True, False])
