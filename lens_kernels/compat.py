@@ -77,6 +77,17 @@ def default_store() -> Any:
     return distributed_c10d._get_default_store()
 
 
+def dispatch_mode_is_active() -> bool:
+    """Return whether a ``TorchDispatchMode`` of the user is active.
+
+    Inside such a mode ``torch.compile`` compiles nothing. A function that is first called there is
+    never compiled later. Present in torch 2.8 to 2.13. Without this interface, an error is raised.
+    """
+    from torch.utils import _python_dispatch
+
+    return _python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
 def recompile_limit(variants: int) -> AbstractContextManager[None]:
     """Let ``torch.compile`` compile up to ``variants`` variants of a function, inside this context.
 

@@ -71,11 +71,11 @@ def _compile_for_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 def call(compiled: bool, function: Callable[..., Any], *args: Any) -> Any:
     """Call ``function``, compiled if ``compiled`` is true and the compiler works.
 
-    The first argument is a tensor with a row for each token. Other tensors have as many rows, or
-    none.
+    Inside a dispatch mode, such as that of a memory tracker, nothing is compiled. The first
+    argument is a tensor with a row for each token. Other tensors have as many rows, or none.
     """
     global _compiler_failed
-    if compiled and not _compiler_failed:
+    if compiled and not _compiler_failed and not compat.dispatch_mode_is_active():
         try:
             with compat.recompile_limit(VARIANTS):
                 compile = _compile if args[0].device.type == "cpu" else _compile_for_gpu

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens_kernels import LensHead, LensNorm, adaptive, operator, symmetric_lens_loss
 from lens_kernels import divergence as table
@@ -58,6 +59,22 @@ def tracing(compiling, monkeypatch):
 
 def compiled_graphs():
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+class Watching(TorchDispatchMode):
+    """A mode like those of memory trackers. It changes nothing."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_first_call_inside_a_dispatch_mode_leaves_later_calls_compiled(compiling):
+    def function(x):
+        return x + int(torch.compiler.is_compiling())
+
+    with Watching():
+        assert compiled_calls.call(True, function, torch.zeros(2)).sum() == 0
+    assert compiled_calls.call(True, function, torch.zeros(2)).sum() == 2
 
 
 @pytest.mark.parametrize("capped", [False, True])
