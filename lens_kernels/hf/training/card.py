@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import TrainingArguments
 
 from lens_kernels.hf.training import provenance
+from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.version import __version__
 from lens_kernels.visible import visible
 
 ON_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-# The options of training that the card lists.
-OPTIONS = (
-    *("kd_ratio", "final_divergence", "lens_divergence", "lens_coeff", "beta"),
-    *("distill_temperature", "lens_norm", "mse_coeff", "vocab_size", "grad_threshold"),
-    *("max_length", "packing", "learning_rate", "lr_scheduler_type", "optim", "seed"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm"),
+# Options that do not change the trained weights, and the layers, which the card lists elsewhere.
+LEFT_OUT = {
+    *("output_dir", "save_total_limit", "logging_steps", "lens_backend", "teacher_cache"),
+    *("student_layers", "teacher_layers", "num_lens_pairs"),
+}
+# The options of the Trainer that the card lists, besides those of this package.
+OF_TRAINER = (
+    *("learning_rate", "lr_scheduler_type", "optim", "weight_decay", "label_smoothing_factor"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "seed"),
 )
 
 
@@ -43,7 +49,11 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
     made = f"with lens_kernels {__version__}."
     text = [f"# {visible(Path(args.output_dir).resolve().name)}", ""]
     if objective is None:
-        text += [f"{_code(student)}, fine-tuned {made}", ""]
+        targets = f"distilled from the targets {_code(args.teacher_targets)}"
+        text += [
+            f"{_code(student)}, {targets if args.teacher_targets else 'fine-tuned'} {made}",
+            "",
+        ]
     else:
         pairs = zip(objective.student_layers, objective.teacher_layers, strict=True)
         listed = ", ".join(f"{s} and {t}" for s, t in pairs)
@@ -57,7 +67,7 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
             f"Lens pairs, block of the student and of the teacher: {listed or 'none'}.",
             "",
         ]
-    text += _table("option", {name: getattr(args, name) for name in OPTIONS})
+    text += _table("option", _options(args))
     if hashes := facts.get("hashes"):
         sources = {**facts["data"], "student": student, "teacher": teacher}
         rows = {f"{k}: {_code(sources[k])}": x for k, x in hashes.items()}
@@ -75,6 +85,14 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
         versions["commit of the user's folder"] = commit
     text += ["## Versions", "", *_table("package", versions, "version")]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(text))
+
+
+def _options(args: LensDistillConfig) -> dict[str, Any]:
+    """Return the options that decide the trained weights, without those that are not set."""
+    trainers = {x.name for x in fields(TrainingArguments)}
+    own = [x.name for x in fields(args) if x.name not in trainers | LEFT_OUT]
+    values = {name: getattr(args, name) for name in [*own, *OF_TRAINER]}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _metrics(history: Sequence[Mapping[str, float]]) -> dict[str, float]:

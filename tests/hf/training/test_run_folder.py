@@ -23,6 +23,7 @@ def run(files, tmp_path_factory):
     output = tmp_path_factory.mktemp("run") / "out|put"
     options = {"eval_data": files / "eval.jsonl", "eval_strategy": "steps", "eval_steps": 2}
     options |= {"hub_token": "hf_secret", "save_steps": 1, "kd_ratio": 0.5, "mse_coeff": 0.01}
+    options["token_clip"] = 9.0
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pictures, "save", lambda figure, _: drawn.append(figure))
@@ -45,6 +46,8 @@ def test_the_card_describes_the_run_and_holds_no_secret(files, run):
         "Lens pairs, block of the student and of the teacher: 1 and 1, 2 and 3.",
         "| kd_ratio | 0.5 |",
         "| lr_scheduler_type | linear |",
+        "| token_clip | 9 |",
+        "| standardize | none |",
         f"| eval_lens_1 | {metrics['eval_lens_1']:.6g} |",
         "## Metrics after 4 steps",
         f"| {hashlib.sha256((files / 'train.jsonl').read_bytes()).hexdigest()} |",
@@ -53,7 +56,7 @@ def test_the_card_describes_the_run_and_holds_no_secret(files, run):
         f"--output_dir '{output}' ",
     ):
         assert expected in card.text, expected
-    assert "hf_secret" not in card.text
+    assert "hf_secret" not in card.text and "| None |" not in card.text
 
 
 def test_the_record_has_versions_and_hashes_and_repeats_the_run(files, run, tmp_path, capsys):

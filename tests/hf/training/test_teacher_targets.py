@@ -120,6 +120,9 @@ def test_training_from_targets_loads_no_teacher(world, sampled, tmp_path):
     trainer.train()
     kd, ce, loss = (logged(trainer, key)[0] for key in ("kd", "ce", "loss"))
     assert loss == pytest.approx((kd + ce) / 2, rel=1e-4)
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert f", distilled from the targets `{world.folder / 'sampled'}` with lens_kernels" in card
     student = make_trainer(tmp_path).model
     ids = torch.as_tensor(world.data[0]["input_ids"])[None]
     targets = sampled.targets([0])
