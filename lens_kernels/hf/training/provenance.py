@@ -15,6 +15,11 @@ from lens_kernels.hf.cache.shards import MANIFEST
 from lens_kernels.version import __version__, version_of
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "trl", "datasets", "triton")
+# The files of a saved model that decide its results: config, weights and tokenizer.
+OF_MODEL = (
+    *("*config.json", "*.safetensors", "tokenizer.json", "vocab.*", "merges.txt", "*.model"),
+    *("special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -51,13 +56,13 @@ def folder_digest(path: str | Path) -> str:
 
 
 def model_digest(model: str) -> str | None:
-    """Return a SHA-256 of a folder's config and weights, or the commit of a model on the Hub.
+    """Return a SHA-256 of a folder's ``OF_MODEL``, or the commit of a model on the Hub.
 
     Return None if a model on the Hub has not been downloaded yet.
     """
     folder = Path(model)
     if folder.is_dir():
-        files = [*folder.glob("*config.json"), *folder.glob("*.safetensors")]
+        files = {file for pattern in OF_MODEL for file in folder.glob(pattern)}
         each = [f"{file.name} {file_digest(file)}" for file in sorted(files)]
         return hashlib.sha256("\n".join(each).encode()).hexdigest()
     try:

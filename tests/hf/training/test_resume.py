@@ -218,6 +218,17 @@ def test_the_digest_of_a_folder_follows_its_manifests_and_lens(tmp_path):
     assert len(digests) == 3
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
+def test_run_does_not_resume_with_another_tokenizer(files, tmp_path, monkeypatch, capsys, name):
+    shutil.copytree(files / "student", tmp_path / "student")
+    argv = arguments(files, tmp_path / "out", student=tmp_path / "student")
+    interrupt(monkeypatch, argv, before_step=4)
+    with (tmp_path / "student" / name).open("a") as file:
+        file.write(" ")
+    assert cli.main(argv) == 1
+    assert f"{tmp_path / 'student'} has changed since the run in" in capsys.readouterr().err
+
+
 def test_run_does_not_resume_with_another_teacher(files, tmp_path, monkeypatch, capsys):
     shutil.copytree(files / "teacher", tmp_path / "teacher")
     argv = arguments(files, tmp_path / "out", teacher=tmp_path / "teacher")
