@@ -127,7 +127,7 @@ class Measured:
 
         Return False if several were requested, but only ``torch`` can run.
         """
-        reasons = {key: CONTENDERS[key].objection(self.device) for key in keys}
+        reasons = {key: CONTENDERS[key].skip_reason(self.device) for key in keys}
         able = {key: CONTENDERS[key] for key, reason in reasons.items() if reason is None}
         failed = {key: reason for key, reason in reasons.items() if reason is not None}
         enough = [*able] != ["torch"] or not failed

@@ -51,7 +51,7 @@ class Contender:
         """Return the contender's name as columns of the CSV."""
         return {"contender": self.key, "label": self.label()}
 
-    def objection(self, device: torch.device) -> str | None:
+    def skip_reason(self, device: torch.device) -> str | None:
         """Return the reason why the contender cannot run on a device, or None if it can."""
         if self.gpu_only and device.type == "cpu":
             return "needs a GPU"
@@ -155,7 +155,7 @@ def gather(
     present: dict[str, Contender] = {}
     missing: dict[str, str] = {}
     for key, contender in contenders.items():
-        reason = contender.objection(device)
+        reason = contender.skip_reason(device)
         if reason is None:
             print(f"checking {contender.label()}", flush=True)
             try:

@@ -21,7 +21,7 @@ KEYS = [key for key in CONTENDERS if key != "liger"]
 @pytest.fixture
 def contender(request):
     found = (CONTENDERS | SPEED_CONTENDERS)[request.param]
-    if (reason := found.objection(CPU)) is not None:
+    if (reason := found.skip_reason(CPU)) is not None:
         pytest.skip(f"{found.label()}: {reason}")
     return found
 

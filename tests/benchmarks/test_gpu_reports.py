@@ -150,7 +150,7 @@ def test_what_fails_has_a_row_and_the_others_have_times(monkeypatch, tmp_path, k
     every[key] = replace(every[key], load=lambda: loss)
     monkeypatch.setattr(speed_gpu, "CONTENDERS", every)
     options = ["gpt2", *CPU, "--out", str(tmp_path), "--contenders", "torch", "trl"]
-    monkeypatch.setattr(speed_gpu.Contender, "objection", lambda self, device: None)
+    monkeypatch.setattr(speed_gpu.Contender, "skip_reason", lambda self, device: None)
     assert speed_gpu.main(options) == status
     rows = tables.read_csv(tmp_path / "speed.csv")
     note = f"{type(error).__name__}: {str(error).splitlines()[0]}"

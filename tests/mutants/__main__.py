@@ -79,7 +79,7 @@ def main() -> int:
     if options.only:
         faults = {name: faults[name] for name in options.only}
     if options.list:
-        unfit = [fault.objection(ROOT) for fault in faults.values()]
+        unfit = [fault.misfit(ROOT) for fault in faults.values()]
         for fault, why in zip(faults.values(), unfit, strict=True):
             print(f"{fault.name:<32} {fault.what}" + (f"  ({why.upper()})" if why else ""))
         return int(any(unfit))

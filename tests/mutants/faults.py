@@ -44,7 +44,7 @@ class Fault:
             raise LookupError(f"the text to replace occurs {len(found)} times, expected once")
         return found[0]
 
-    def objection(self, root: Path) -> str:
+    def misfit(self, root: Path) -> str:
         """Return the reason why the fault does not fit the code, or an empty string."""
         try:
             self.target(root), self.arguments(root)

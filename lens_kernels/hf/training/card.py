@@ -48,18 +48,15 @@ def model_card(trainer: Any, facts: Mapping[str, Any]) -> ModelCard:
     )
     made = f"with lens_kernels {__version__}."
     text = [f"# {visible(Path(args.output_dir).resolve().name)}", ""]
-    if objective is None:
-        targets = f"distilled from the targets {_code(args.teacher_targets)}"
-        text += [
-            f"{_code(student)}, {targets if args.teacher_targets else 'fine-tuned'} {made}",
-            "",
-        ]
-    else:
+    origins = [] if objective is None else [_code(teacher)]
+    if args.teacher_targets:
+        origins.append(f"the targets {_code(args.teacher_targets)}")
+    how = f"distilled from {' and '.join(origins)}" if origins else "fine-tuned"
+    text += [f"{_code(student)}, {how} {made}", ""]
+    if objective is not None:
         pairs = zip(objective.student_layers, objective.teacher_layers, strict=True)
         listed = ", ".join(f"{s} and {t}" for s, t in pairs)
         text += [
-            f"{_code(student)}, distilled from {_code(teacher)} {made}",
-            "",
             "## Objective",
             "",
             "`(1 - kd_ratio) CE + kd_ratio (D_final + lens_coeff * mean of D_lens over pairs)`",

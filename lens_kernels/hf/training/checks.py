@@ -246,15 +246,15 @@ def check_targets(teacher: object, args: LensDistillConfig) -> None:
         )
     if not args.teacher_targets:
         return
-    if teacher is not None or args.teacher_cache:
+    if teacher is not None and args.num_lens_pairs == 0:
         raise ValueError(
-            "teacher_targets replaces the teacher: give no teacher and no cache of it. For lens"
-            " pairs of a teacher beside stored targets, call distillation_loss in your own loop"
+            "teacher_targets replaces the teacher's output, and num_lens_pairs=0 leaves nothing"
+            " else to compare: give no teacher, or set a positive num_lens_pairs"
         )
-    if args.num_lens_pairs != 0 or args.mse_coeff:
+    if teacher is None and (args.num_lens_pairs != 0 or args.mse_coeff or args.teacher_cache):
         raise ValueError(
-            "teacher_targets has no hidden states for lens pairs or mse_coeff: set"
-            " num_lens_pairs=0 and mse_coeff=0, or train with a teacher or a teacher_cache instead"
+            "teacher_targets has no hidden states for lens pairs, mse_coeff or teacher_cache: set"
+            " num_lens_pairs=0 and leave the others out, or also give a teacher"
         )
 
 

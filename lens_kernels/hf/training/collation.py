@@ -14,9 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lens_kernels.hf.cache.key import Example
 from lens_kernels.inputs import IGNORE_INDEX
+from lens_kernels.targets import SparseTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+    from lens_kernels.hf.cache.targets import TargetCache
 
 
 def check_count(name: str, value: object, least: int) -> None:
@@ -168,6 +171,22 @@ def example_numbers(example_ids: Tensor) -> list[int]:
         example_ids = example_ids[example_ids >= 0]
     numbers: list[int] = example_ids.tolist()
     return numbers
+
+
+def targets_of(
+    cache: TargetCache, example_ids: Tensor | None, tokens: int, device: torch.device
+) -> SparseTargets:
+    """Return the stored targets of a batch in which ``tokens`` positions count."""
+    if example_ids is None:
+        raise ValueError("teacher_targets needs example_id in the batch: add it to the dataset")
+    targets = cache.targets(example_numbers(example_ids))
+    if len(targets.token_ids) != tokens:
+        raise ValueError(
+            f"the targets have {len(targets.token_ids)} positions for this batch, expected"
+            f" {tokens}: example_id must hold the positions of the batch's examples in the dataset"
+        )
+    ids, probabilities = (x.to(device) for x in (targets.token_ids, targets.probabilities))
+    return SparseTargets(ids, probabilities, targets.rest)
 
 
 def check_batch(batch: Mapping[str, Tensor]) -> None:

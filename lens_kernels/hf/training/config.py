@@ -189,8 +189,8 @@ class LensDistillConfig(TrainingArguments):
     )
     teacher_targets: str | None = option(
         None,
-        "Folder of sparse targets, made by lens-kernels cache. They replace the teacher. Set"
-        " --final_divergence forward_kl and --num_lens_pairs 0.",
+        "Folder of sparse targets, made by lens-kernels cache. They replace the teacher's output."
+        " Set --final_divergence forward_kl, and --num_lens_pairs 0 or a --teacher for the pairs.",
     )
     teacher_cache_dtype: str = option(
         "float32", "Dtype of the cached hidden states.", choices=list(DTYPES)

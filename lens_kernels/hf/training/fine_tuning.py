@@ -22,7 +22,7 @@ from lens_kernels.hf.model.anatomy import lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.families import causal_lm_of
 from lens_kernels.hf.model.state import replaced_forward
-from lens_kernels.hf.training.collation import example_numbers
+from lens_kernels.hf.training.collation import targets_of
 from lens_kernels.hf.training.config import LensDistillConfig
 from lens_kernels.hf.training.objective import Outcome, check_own_loss
 from lens_kernels.hf.training.whole_heads import where_head_is_whole
@@ -45,17 +45,15 @@ def without_teacher(
 ) -> tuple[bool, dict[str, TargetCache]]:
     """Return whether the model must compute its own loss, and the stored sparse targets.
 
-    With a teacher, return ``(False, {})``.
-
     Raises:
         ValueError: ``teacher_targets`` is set, but the model has no lens, or the targets were made
             from other examples.
     """
     targets: dict[str, TargetCache] = {}
-    if teacher is not None:
-        return False, targets
     if args.teacher_targets:
         targets = open_targets(Path(args.teacher_targets), examples, tokenizer)
+    if teacher is not None:
+        return False, targets
     reason = unsupported_reason(student)
     if reason is not None and targets:
         raise ValueError(f"teacher_targets needs the model's lens: {reason}")
@@ -97,10 +95,7 @@ def final_loss(
     if cache is None:
         compare = partial(_cross_entropy, label_smoothing=args.label_smoothing_factor)
     else:
-        example_ids = inputs.pop("example_id", None)
-        if example_ids is None:
-            raise ValueError("teacher_targets needs example_id in the batch: add it to the dataset")
-        targets = cache.targets(example_numbers(example_ids))
+        targets = targets_of(cache, inputs.pop("example_id", None), int(count), labels.device)
         compare = partial(_from_targets, targets=targets, options=args.loss_options())
     sums: dict[str, Tensor] = {}
 
@@ -153,20 +148,13 @@ def _from_targets(
     options: Mapping[str, Any],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     counted = (labels != IGNORE_INDEX).nonzero()[:, 0]
-    if len(counted) != len(targets.token_ids):
-        raise ValueError(
-            f"the targets have {len(targets.token_ids)} positions for this batch, expected"
-            f" {len(counted)}: example_id must hold the positions of the batch's examples in"
-            " the dataset"
-        )
-    ids, probabilities = (x.to(states.device) for x in (targets.token_ids, targets.probabilities))
     output = distillation_loss(
         [],
         None,
         head,
         None,
         student_final=states.index_select(0, counted),
-        teacher_final=SparseTargets(ids, probabilities, targets.rest),
+        teacher_final=targets,
         labels=labels[counted],
         denominator=denominator,
         **options,

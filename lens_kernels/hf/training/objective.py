@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from lens_kernels.functional import DistillationOutput, distillation_loss
 from lens_kernels.hf.cache.store import TeacherCache
+from lens_kernels.hf.cache.targets import TargetCache
 from lens_kernels.hf.model.anatomy import blocks_of, lens_head_from, verify_lens
 from lens_kernels.hf.model.capture import hidden_states
 from lens_kernels.hf.model.families import causal_lm_of, input_embeddings
 from lens_kernels.hf.model.layers import check_layers, lens_layers
 from lens_kernels.hf.model.placement import moved
 from lens_kernels.hf.model.state import replaced_forward
-from lens_kernels.hf.training.collation import check_batch, example_numbers
+from lens_kernels.hf.training.collation import check_batch, example_numbers, targets_of
 from lens_kernels.hf.training.entropy import entropy_sum
 from lens_kernels.hf.training.matrices import PROJECTIONS, mean_squares, new_matrices
 from lens_kernels.hf.training.translators import of_layers, trainable, translated
@@ -32,6 +33,7 @@ from lens_kernels.inputs import IGNORE_INDEX
 from lens_kernels.lens import LensHead
 from lens_kernels.options import DistillationOptions, workspace_or_default
 from lens_kernels.sharding import shared_vocabulary
+from lens_kernels.targets import SparseTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -187,6 +189,7 @@ class LensObjective(nn.Module):
         denominator: Tensor | float | None = None,
         student_call: nn.Module | None = None,
         cache: TeacherCache | None = None,
+        targets: TargetCache | None = None,
     ) -> Outcome:
         """Return the objective of a batch.
 
@@ -198,6 +201,7 @@ class LensObjective(nn.Module):
             student_call: The student inside its distributed wrapper, called instead of the student.
             cache: A cache with the teacher's hidden states. They are read for each ``example_id``
                 of the batch, and the teacher does not run.
+            targets: A cache of sparse targets, which replace the teacher's output.
         """
         check_batch(inputs)
         inputs = dict(inputs)
@@ -210,12 +214,17 @@ class LensObjective(nn.Module):
             teacher_rows = self.teacher_rows(inputs, counted)
         else:
             teacher_rows = self._cached_rows(cache, example_ids, counted)
+        teacher_final: Tensor | SparseTargets = teacher_rows[-1]
+        if targets is not None:
+            teacher_final = targets_of(targets, example_ids, len(counted), counted.device)
         outcomes = []
 
         def compare(*student_rows: Tensor) -> Tensor:
-            targets = shifted.flatten()[counted]
+            next_tokens = shifted.flatten()[counted]
             with nullcontext() if self.teacher is None else whole_head(self.teacher):
-                outcome = self._compare(list(student_rows), teacher_rows, targets, denominator)
+                outcome = self._compare(
+                    list(student_rows), teacher_rows, teacher_final, next_tokens, denominator
+                )
             outcomes.append(outcome)
             return outcome.loss
 
@@ -294,6 +303,7 @@ class LensObjective(nn.Module):
         self,
         student_rows: list[Tensor],
         teacher_rows: list[Tensor],
+        teacher_final: Tensor | SparseTargets,
         labels: Tensor,
         denominator: Tensor | float | None,
     ) -> Outcome:
@@ -303,12 +313,15 @@ class LensObjective(nn.Module):
         student_rows = translated(self._student_lens[0], student_rows)
         teacher_rows = translated(self._teacher_lens, teacher_rows)
         lenses = len(self.student_layers) if weight else 0
+        student_head, teacher_head = self.heads()
+        unused = isinstance(teacher_final, SparseTargets) and not lenses
         output = distillation_loss(
             student_rows[:lenses],
             teacher_rows[:lenses],
-            *self.heads(),
+            student_head,
+            None if unused else teacher_head,
             student_final=student_rows[-1],
-            teacher_final=teacher_rows[-1],
+            teacher_final=teacher_final,
             labels=labels,
             denominator=denominator,
             **vars(self.options),

@@ -226,12 +226,9 @@ class LensDistillTrainer(compat.TrainerHooks, Trainer):
                 # padding tokens are masked, so any id works
                 pad = getattr(self.data_collator, "pad_token_id", 0)
                 inputs = answered(self.model, inputs, pad, self.args.max_length)
-            outcome = self.lens_objective(
-                inputs,
-                denominator=num_items_in_batch,
-                student_call=model,
-                cache=self._caches.get("train" if model.training else "eval"),
-            )
+            name = "train" if model.training else "eval"
+            stored = {"cache": self._caches.get(name), "targets": self._targets.get(name)}
+            outcome = self.lens_objective(inputs, num_items_in_batch, model, **stored)
         self._record(model, inputs, outcome)
         loss = outcome.loss
         if num_items_in_batch is not None:

@@ -16,7 +16,7 @@ from lens_kernels.hf.cache.targets import TargetCache
 from lens_kernels.hf.model.loading import load_model, load_tokenizer
 from lens_kernels.hf.training.data import load_examples
 from tests.support import tiny
-from tests.support.training import STUDENT, InOrder, logged, make_trainer
+from tests.support.training import STUDENT, TEACHER, InOrder, logged, make_trainer
 
 SPARSE = {"teacher": False, "num_lens_pairs": 0, "final_divergence": "forward_kl"}
 
@@ -134,29 +134,54 @@ def test_training_from_targets_loads_no_teacher(world, sampled, tmp_path):
     assert logged(first, "kd")[0] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.parametrize("lens_coeff", [1.0, 0.0])
+def test_a_teacher_serves_the_lens_pairs_beside_targets_of_another(
+    world, sampled, tmp_path, lens_coeff
+):
+    options = {**SPARSE, "data": world.data, "processing_class": world.tokenizer}
+    stored, own = {"teacher_targets": str(world.folder / "sampled")}, tiny.model(**TEACHER)
+    pair = {"teacher": own, "num_lens_pairs": 1, "lens_coeff": lens_coeff, "mse_coeff": 0.1}
+    both, targets, teacher = (
+        trainer_of(tmp_path, **options | more) for more in (stored | pair, stored, pair)
+    )
+    for trainer in (both, targets, teacher):
+        trainer.train()
+    kd, mse, loss = (logged(both, key)[0] for key in ("kd", "mse", "loss"))
+    lens = logged(both, "lens")[0] if lens_coeff else 0.0
+    assert loss == pytest.approx(kd + lens + 0.1 * mse, rel=1e-4)
+    assert kd == logged(targets, "kd")[0] != logged(teacher, "kd")[0]
+    assert mse == logged(teacher, "mse")[0]
+    assert lens == (logged(teacher, "lens")[0] if lens_coeff else 0.0)
+    both.create_model_card()
+    origin = f"distilled from `a model in memory` and the targets `{world.folder / 'sampled'}`"
+    assert origin in (tmp_path / "README.md").read_text()
+
+
 def trainer_of(folder, processing_class, per_device_train_batch_size=4, **options):
     data = options.pop("data")
-    options.pop("teacher")
+    teacher = options.pop("teacher") or None
     config = LensDistillConfig(
         output_dir=str(folder), max_steps=1, logging_steps=1, report_to="none", use_cpu=True,
         save_strategy="no", disable_tqdm=True,
         per_device_train_batch_size=per_device_train_batch_size, **options,
     )  # fmt: skip
     return InOrder(
-        tiny.model(**STUDENT), None, config, train_dataset=data, processing_class=processing_class
-    )
+        tiny.model(**STUDENT), teacher, config, train_dataset=data,
+        processing_class=processing_class,
+    )  # fmt: skip
 
 
 def test_options_that_need_hidden_states_are_refused(world, sampled, tmp_path):
     options = {**SPARSE, "teacher_targets": str(world.folder / "sampled"), "data": world.data}
     options["processing_class"] = world.tokenizer
-    with pytest.raises(ValueError, match="no hidden states for lens .* or a teacher_cache instead"):
-        trainer_of(tmp_path, **{**options, "num_lens_pairs": 2})
+    for more in ({"num_lens_pairs": 2}, {"teacher_cache": str(tmp_path / "cache")}):
+        with pytest.raises(ValueError, match="no hidden states for lens .* or also give a teacher"):
+            trainer_of(tmp_path, **{**options, **more})
     with pytest.raises(ValueError, match="final_divergence='jsd' cannot take SparseTargets"):
         trainer_of(tmp_path, **{**options, "final_divergence": "jsd"}).train()
     with pytest.raises(ValueError, match="made from other data: its tokens or labels differ"):
         trainer_of(tmp_path, **{**options, "data": [world.data[0]]})
-    with pytest.raises(ValueError, match="replaces the teacher.* call distillation_loss in"):
+    with pytest.raises(ValueError, match="give no teacher, or set a positive num_lens_pairs"):
         make_trainer(tmp_path, teacher_targets="x", num_lens_pairs=0)
 
 
