@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.study import figures, runs, statistics
@@ -16,6 +18,8 @@ from benchmarks.support import environment, tables
 CSV = environment.DATA / "cpu" / "lens_study.csv"
 FIGURES = environment.ROOT / "benchmarks" / "figures"
 PAGE = environment.ROOT / "docs" / "study.md"
+# Both lens pairs of the pretrained group, the last block without a pair, and the output.
+PRETRAINED_DEPTHS = (7, 13, 19, 20)
 HEADER = (
     *("objective", "seeds", "KL(teacher, student)", "against", "difference, %"),
     *("95 % bootstrap", "95 % Student's t", "verdict"),
@@ -80,6 +84,20 @@ def others(group: Group, results: statistics.Results) -> str:
     return tables.markdown_table(["objective", *OTHERS.values()], lines)
 
 
+def lenses(group: Group, results: statistics.Results, depths: Sequence[int]) -> str:
+    """Return a Markdown table of each objective's KL(teacher, student) of lenses at ``depths``."""
+    lines = []
+    for arm in group.arms:
+        keys = [replace(arm.run, seed=seed).key for seed in group.seeds]
+        found = [json.loads(results[key]["by_depth"]) for key in keys if key in results]
+        values = [[x["kl"] for x in each if x["depth"] in depths] for each in found]
+        if values:
+            means = [sum(column) / len(values) for column in zip(*values, strict=True)]
+            lines.append([arm.label, str(len(values)), *(f"{mean:.3f}" for mean in means)])
+    header = ["objective", "seeds", *(f"block {depth}" for depth in depths)]
+    return tables.markdown_table(header, lines) if lines else "No run is done yet."
+
+
 def origin(results: Mapping[str, Mapping[str, str]]) -> str:
     """Return a sentence with the machine, versions and commits of the results."""
     said = [f"{len(results)} runs"]
@@ -108,6 +126,7 @@ def publish(csv: Path, page: Path = PAGE, kept: Path = CSV, folder: Path = FIGUR
         "origin": origin(results),
         "others": others(GROUPS["main"], results),
         "depth": picture("study_depth", "Lenses by depth").strip(),
+        "pretrained_depth": lenses(GROUPS["pretrained"], results, PRETRAINED_DEPTHS),
         "penalties": picture("study_penalties", "Penalty and gradient of each divergence").strip(),
     }
     for name, group in GROUPS.items():

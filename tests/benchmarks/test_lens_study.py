@@ -245,6 +245,16 @@ def test_comparisons_are_paired_by_seed():
     assert found["cross entropy"].percent.mean == pytest.approx(0)
 
 
+def test_table_of_lenses_has_the_means_of_the_finished_seeds():
+    group, results = groups.GROUPS["pretrained"], {}
+    for seed, kl in ((1, 0.2), (2, 0.4)):
+        run = replace(group.arms[1].run, seed=seed)
+        depths = [{"depth": float(i), "kl": i * kl} for i in range(1, 21)]
+        results[run.key] = result(run, kl) | {"by_depth": json.dumps(depths)}
+    *_, line = report.lenses(group, results, (7, 20)).splitlines()
+    assert line == "| forward KL + JSD lens | 2 | 2.100 | 6.000 |"
+
+
 def test_worse_arm_never_reaches_the_baseline():
     own, base = ({"curve": json.dumps({1: 2.0, 2: x})} for x in (1.5, 1.0))
     assert statistics._share_to_reach([(own, base)]) is None
