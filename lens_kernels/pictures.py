@@ -77,9 +77,10 @@ def log_axis(axes: Any) -> None:
     low, high = axes.get_ylim()
     # 1, 10, 100 for a wide range, else 1, 2, 5, 10
     ticks = TICKS[::3] if high > 1000 * low else TICKS
-    axes.set_yticks([y for y in ticks if low <= y <= high], minor=False)
+    inside = [y for y in ticks if low <= y <= high]
+    axes.set_yticks(inside, minor=False)
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
+    axes.yaxis.set_minor_formatter("" if len(inside) > 1 else "{x:g}")
 
 
 def save(figure: Any, path: Path) -> None:

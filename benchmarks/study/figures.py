@@ -60,7 +60,9 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
 
 
 @pictures.styled
-def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | None:
+def by_depth(
+    group: Group, results: statistics.Results, folder: Path, name: str = "study_depth"
+) -> Path | None:
     """Draw entropy, divergence and overconfidence of the lens at each depth."""
     panels = {
         "entropy_student": "entropy, nats",
@@ -81,13 +83,14 @@ def by_depth(group: Group, results: statistics.Results, folder: Path) -> Path | 
                 other = statistics.by_depth(arm, results, group.seeds, "entropy_teacher")
                 style = {"color": "black", "linestyle": ":", "marker": "s", "ms": 4}
                 (handles["teacher"],) = axis.plot(*zip(*other, strict=True), **style)
-        axis.set_xticks(sorted({int(x) for line in axis.lines for x in line.get_xdata()}))
+        depths = sorted({int(x) for line in axis.lines for x in line.get_xdata()})
+        axis.set_xticks(depths[:: 1 + len(depths) // 10] if len(depths) > 10 else depths)
         axis.set_xlabel("student's block; the last one is the output", fontsize=8)
         _finish(axis, label, "both")
     if not handles:
         return None
     drawn.legend(handles.values(), handles, loc="outside lower center", ncols=4)
-    return _save(drawn, folder, "study_depth")
+    return _save(drawn, folder, name)
 
 
 @pictures.styled
@@ -133,4 +136,5 @@ def all_of(results: statistics.Results, folder: Path) -> list[Path]:
     """Draw every figure for which there are results."""
     paths = [forest(group, results, folder) for group in GROUPS.values()]
     paths += [by_depth(GROUPS["main"], results, folder), penalties(folder)]
+    paths.append(by_depth(GROUPS["pretrained"], results, folder, "study_pretrained_depth"))
     return [path for path in paths if path is not None]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.study import figures, runs, statistics
@@ -88,13 +86,10 @@ def lenses(group: Group, results: statistics.Results, depths: Sequence[int]) -> 
     """Return a Markdown table of each objective's KL(teacher, student) of lenses at ``depths``."""
     lines = []
     for arm in group.arms:
-        keys = [replace(arm.run, seed=seed).key for seed in group.seeds]
-        found = [json.loads(results[key]["by_depth"]) for key in keys if key in results]
-        values = [[x["kl"] for x in each if x["depth"] in depths] for each in found]
-        if values:
-            means = [sum(column) / len(values) for column in zip(*values, strict=True)]
-            lines.append([arm.label, str(len(values)), *(f"{mean:.3f}" for mean in means)])
-    header = ["objective", "seeds", *(f"block {depth}" for depth in depths)]
+        means = dict(statistics.by_depth(arm, results, group.seeds, "kl"))
+        if means:
+            lines.append([arm.label, *(f"{means[depth]:.3f}" for depth in depths)])
+    header = ["objective", *(f"block {depth}" for depth in depths)]
     return tables.markdown_table(header, lines) if lines else "No run is done yet."
 
 
@@ -126,7 +121,8 @@ def publish(csv: Path, page: Path = PAGE, kept: Path = CSV, folder: Path = FIGUR
         "origin": origin(results),
         "others": others(GROUPS["main"], results),
         "depth": picture("study_depth", "Lenses by depth").strip(),
-        "pretrained_depth": lenses(GROUPS["pretrained"], results, PRETRAINED_DEPTHS),
+        "pretrained_depth": lenses(GROUPS["pretrained"], results, PRETRAINED_DEPTHS)
+        + picture("study_pretrained_depth", "Lenses of SmolLM2 by depth"),
         "penalties": picture("study_penalties", "Penalty and gradient of each divergence").strip(),
     }
     for name, group in GROUPS.items():

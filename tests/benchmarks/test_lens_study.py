@@ -13,6 +13,7 @@ import torch
 from benchmarks import lens_study
 from benchmarks.study import data, groups, judge, models, report, runs, statistics
 from benchmarks.study.settings import PRETRAINED_PAIRS, UNIFORM, Run, TeacherSettings
+from lens_kernels import pictures
 
 TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
 
@@ -252,12 +253,23 @@ def test_table_of_lenses_has_the_means_of_the_finished_seeds():
         depths = [{"depth": float(i), "kl": i * kl} for i in range(1, 21)]
         results[run.key] = result(run, kl) | {"by_depth": json.dumps(depths)}
     *_, line = report.lenses(group, results, (7, 20)).splitlines()
-    assert line == "| forward KL + JSD lens | 2 | 2.100 | 6.000 |"
+    assert line == "| forward KL + JSD lens | 2.100 | 6.000 |"
 
 
 def test_worse_arm_never_reaches_the_baseline():
     own, base = ({"curve": json.dumps({1: 2.0, 2: x})} for x in (1.5, 1.0))
     assert statistics._share_to_reach([(own, base)]) is None
+
+
+@pytest.mark.parametrize(("high", "label"), [(1.5, "0.8"), (30.0, "")])
+def test_a_narrow_logarithmic_axis_labels_all_its_ticks(figures, high, label):
+    figure = pictures.canvas(4, 3)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0.7, high])
+    pictures.log_axis(axes)
+    figure.canvas.draw()
+    texts = [x.get_text() for x in axes.yaxis.get_ticklabels(minor=True)]
+    assert label in texts and (label or not any(texts))
 
 
 def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
