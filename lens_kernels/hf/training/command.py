@@ -142,8 +142,9 @@ def build_parser(everything: bool = False) -> Parser:
     parser.add_argument(
         "--preset",
         choices=[*given],
-        help="forward_kl: the objective that did best in the project's study. Other presets: the"
-        " paper's options for a pair of models. --config and other options override a preset.",
+        help="forward_kl: best for students from random weights in the project's study. Other"
+        " presets: the paper's options for a pair of models. --config and other options override a"
+        " preset.",
     )
     return parser
 
