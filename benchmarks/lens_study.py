@@ -49,7 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="threads per run")
     parser.add_argument("--shared", action="store_true", help="record that the machine was shared")
     parser.add_argument("--out", type=Path, default=environment.OUT / "lens_study")
-    parser.add_argument("--csv", type=Path, help="results for --report, instead of --out/runs.csv")
+    parser.add_argument(
+        "--csv", type=Path, nargs="+", help="results for --report, instead of --out/runs.csv"
+    )
     parser.add_argument(
         "--report", action="store_true", help="run nothing; rewrite CSV, tables and figures"
     )
@@ -64,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = [*groups.GROUPS.values()]
     seeds = tuple(args.seeds) if args.seeds else None
     if args.report:
-        report.publish(args.csv or args.out / "runs.csv")
+        report.publish(args.csv or [args.out / "runs.csv"])
         return
     for group in chosen:
         runs.do(group.runs(seeds), args.out, args.jobs, args.threads, args.shared)

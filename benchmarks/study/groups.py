@@ -91,6 +91,7 @@ def _lens() -> Group:
     for name in DIVERGENCES:
         arms.append(Arm(f"{SAID[name]} lens", replace(LENS, lens=name), "no lens"))
     arms.append(Arm("JSD lens, no norm", replace(LENS, norm=False), "no lens"))
+    arms.append(Arm("JSD lens, standardised", replace(LENS, standardize=True), "no lens"))
     for weight in (0.1, 1.0):
         run = Run(mse=weight, pairs=UNIFORM)
         arms.append(Arm(f"MSE of hidden states, weight {weight:g}", run, "no lens"))

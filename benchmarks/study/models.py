@@ -108,6 +108,7 @@ def train(
         lens_divergence=run.lens or "jsd",
         lens_coeff=run.coeff if run.lens else 0.0,
         lens_norm=run.norm,
+        standardize="lens" if run.standardize else "none",
         mse_coeff=run.mse,
         teacher_cache=cache,
         per_device_train_batch_size=run.batch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,12 +103,12 @@ def origin(results: Mapping[str, Mapping[str, str]]) -> str:
     return "; ".join([*said, f"{hours:.1f} hours of runs"]) + "."
 
 
-def publish(csv: Path, page: Path = PAGE, kept: Path = CSV, folder: Path = FIGURES) -> None:
+def publish(
+    csvs: Sequence[Path], page: Path = PAGE, kept: Path = CSV, folder: Path = FIGURES
+) -> None:
     """Write the CSV, the tables and the figures that the documentation shows."""
-    results = runs.read(csv)
-    if csv.resolve() != kept.resolve():
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(csv, kept)
+    results = {key: row for csv in csvs for key, row in runs.read(csv).items()}
+    tables.write_csv(kept, [*results.values()])
     drawn = {path.stem: path for path in figures.all_of(results, folder)}
 
     def picture(name: str, said: str) -> str:

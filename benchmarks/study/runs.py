@@ -47,8 +47,13 @@ def append(path: Path, values: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the lines of the CSV, by the key of their run."""
-    return {row["key"]: row for row in tables.read_csv(path)}
+    """Return the lines of the CSV, by the key of their run.
+
+    Results older than a setting have its default.
+    """
+    defaults = {name: str(getattr(Run(), name)) for name in SETTINGS}
+    rows = tables.read_csv(path)
+    return {row["key"]: {x: row.get(x, defaults.get(x, "")) for x in COLUMNS} for row in rows}
 
 
 @functools.lru_cache(maxsize=2)
@@ -120,6 +125,8 @@ def do(runs: Iterable[Run], folder: Path, jobs: int, threads: int, shared_machin
     wanted = list({run.key: run for run in runs if run.key not in known}.values())
     if not wanted:
         return
+    if known and [*tables.read_csv(path)[0]] != COLUMNS:
+        tables.write_csv(path, [*known.values()])  # the file is older than some of the columns
     started = time.perf_counter()
     # New processes are spawned, because a forked process would not have torch's threads.
     context = multiprocessing.get_context("spawn")

@@ -15,6 +15,9 @@ UNIFORM: Pairs = ((1, 2), (2, 4))
 # The same for the pretrained teacher of 30 blocks and its student of 20.
 PRETRAINED_PAIRS: Pairs = ((7, 10), (13, 20))
 
+# The settings of a run that have an effect only with a lens.
+LENS_OPTIONS = ("coeff", "decay", "norm", "standardize")
+
 
 @dataclass(frozen=True)
 class TeacherSettings:
@@ -48,9 +51,9 @@ class Run:
     """The settings of a student's training. Runs that differ only in ``seed`` are repetitions.
 
     An empty ``final`` means cross entropy without a teacher. An empty ``lens`` means no lens, and
-    ``coeff``, ``decay`` and ``norm`` must then keep their defaults. ``pairs`` are (student,
-    teacher) depths. A student starts from the teacher's ``blocks``, or from random weights if
-    ``blocks`` is empty.
+    ``coeff``, ``decay``, ``norm`` and ``standardize`` must then keep their defaults. ``pairs`` are
+    (student, teacher) depths. A student starts from the teacher's ``blocks``, or from random
+    weights if ``blocks`` is empty.
     """
 
     final: str = "forward_kl"
@@ -58,6 +61,7 @@ class Run:
     coeff: float = 1.0
     decay: str = "constant"
     norm: bool = True
+    standardize: bool = False
     mse: float = 0.0
     pairs: Pairs = ()
     depth: int = 3
@@ -71,9 +75,9 @@ class Run:
 
     def __post_init__(self) -> None:
         """Refuse settings that have no effect, because equal runs must have equal keys."""
-        plain = (self.coeff, self.decay, self.norm) == (1.0, "constant", True)
-        if not self.lens and not plain:
-            raise ValueError("coeff, decay and norm need a lens: set lens, or keep their defaults")
+        options = [f for f in fields(self) if f.name in LENS_OPTIONS]
+        if not self.lens and any(getattr(self, f.name) != f.default for f in options):
+            raise ValueError(f"{', '.join(LENS_OPTIONS)} need a lens: set lens, or leave them out")
         if bool(self.lens or self.mse) != bool(self.pairs):
             raise ValueError(f"pairs must be given only with lens or mse, got {self.pairs}")
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks import lens_study
 from benchmarks.study import data, groups, judge, models, report, runs, statistics
 from benchmarks.study.settings import PRETRAINED_PAIRS, UNIFORM, Run, TeacherSettings
+from benchmarks.support import tables
 from lens_kernels import pictures
 
 TINY = Run(teacher=TeacherSettings(text="topics", steps=2), steps=2, batch=2)
@@ -34,7 +35,10 @@ def test_key_changes_with_the_settings_of_a_run():
     assert len({run.key for run in [Run(), *changed]}) == 5
 
 
-@pytest.mark.parametrize("settings", [{"coeff": 2.0}, {"lens": "jsd"}, {"pairs": UNIFORM}])
+@pytest.mark.parametrize(
+    "settings",
+    [{"coeff": 2.0}, {"norm": False}, {"standardize": True}, {"lens": "jsd"}, {"pairs": UNIFORM}],
+)
 def test_settings_without_an_effect_are_refused(settings):
     with pytest.raises(ValueError, match="lens"):
         Run(**settings)
@@ -188,6 +192,33 @@ def test_finished_runs_are_not_repeated(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs.csv").read_text() == after
 
 
+def test_results_older_than_a_setting_are_resumed_with_its_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(runs, "_make_teacher", lambda *args: None)
+    monkeypatch.setattr(runs, "one", lambda run, *args: result(run, 0.5) | {"seconds": 2.0})
+    path = tmp_path / "runs.csv"
+    old = result(Run(seed=1), 0.25)
+    del old["standardize"]
+    tables.append_csv(path, old)
+    runs.do([Run(seed=1), Run(seed=2)], tmp_path, 1, 1, False)
+    first, second = runs.read(path).values()
+    assert (first["kl"], first["standardize"], first["python"]) == ("0.25", "False", "-")
+    assert (second["kl"], second["seed"]) == ("0.5", "-")
+    assert [*tables.read_csv(path)[1]] == runs.COLUMNS
+
+
+def test_standardised_logits_of_the_lens_reach_the_trainer(tmp_path):
+    rows = torch.arange(16 * 8).view(16, 8) % data.VOCABULARY
+    teacher = models.new_model(6, 128).eval()
+    heads = []
+    for standardize in (False, True):
+        run = replace(TINY, lens="jsd", pairs=UNIFORM, standardize=standardize)
+        student = models.new_student(run, teacher)
+        models.train(student, teacher, run, rows, tmp_path)
+        heads.append(student.lm_head.weight)
+    assert not torch.equal(*heads)
+
+
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     def one(run, *args):
         if run.seed == 1:
@@ -276,18 +307,21 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
     page = tmp_path / "docs" / "study.md"
     page.parent.mkdir()
     page.write_text(report.PAGE.read_text())
-    for row in main_results().values():
-        runs.append(tmp_path / "runs.csv", row)
-    report.publish(tmp_path / "runs.csv", page, tmp_path / "kept.csv", tmp_path / "figures")
+    results = [*main_results().values()]
+    halves = [tmp_path / "runs.csv", tmp_path / "others.csv"]
+    for number, row in enumerate(results):
+        runs.append(halves[number % 2], row)
+    report.publish(halves, page, tmp_path / "kept.csv", tmp_path / "figures")
     text = page.read_text()
     assert "| forward KL + JSD lens | 3 | 0.2880 ± 0.0090 | forward KL | -10.00 |" in text
     assert "](../figures/study_main.svg)" in text
     for name in ("study_main", "study_depth", "study_penalties"):
         for kind in ("svg", "png"):
             assert (tmp_path / "figures" / f"{name}.{kind}").stat().st_size > 1000
-    assert (tmp_path / "kept.csv").read_text() == (tmp_path / "runs.csv").read_text()
+    kept = runs.read(tmp_path / "kept.csv")
+    assert kept == {row["key"]: row for row in results}
     once = text
-    report.publish(tmp_path / "kept.csv", page, tmp_path / "kept.csv", tmp_path / "figures")
+    report.publish([tmp_path / "kept.csv"], page, tmp_path / "kept.csv", tmp_path / "figures")
     assert page.read_text() == once
 
 
