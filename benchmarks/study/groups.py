@@ -126,6 +126,10 @@ def _coefficient() -> Group:
         for coeff in (1.0, 3.0):
             run = replace(LENS, coeff=coeff, decay=decay)
             arms.append(Arm(f"coefficient {coeff:g}, {said}", run, "no lens"))
+    # Where models almost agree, JSD is a quarter of KL: a weight of 0.3 is close to JSD's 1.
+    for coeff in (0.3, 1.0, 3.0):
+        run = replace(LENS, lens="forward_kl", coeff=coeff)
+        arms.append(Arm(f"forward-KL lens, coefficient {coeff:g}", run, "no lens"))
     return Group("coefficient", "How heavy, and for how long?", tuple(arms))
 
 
