@@ -158,7 +158,7 @@ class Manifest:
 
 
 def shard_name(index: int) -> str:
-    """Return the file name of shard ``number``."""
+    """Return the file name of the shard ``index``."""
     return f"shard-{index:05d}.safetensors"
 
 
