@@ -21,9 +21,13 @@ from lens_kernels.sharding import Reduction
 # The head of the vocabulary is the teacher's most probable entries. Their probabilities sum to at
 # most one half.
 MASS = 0.5
-# The peak memory of the adaptive KL's weight, as a multiple of one model's logits. The sort needs
-# the most: indices of 8 bytes each, and as much temporary memory.
+# The peak memory of the adaptive KL's weight, as a multiple of one model's logits. The search for a
+# head of many entries needs the most: indices of 8 bytes each, and as much temporary memory.
 TILES = 8
+# The search for a head begins with this share of a row's entries, and with at least this number.
+SHARE, LEAST = 1 / 256, 32
+# If the head is larger, the next search takes this many times as many entries.
+GROWTH = 8
 
 
 def head_share(call: LossCall) -> Tensor:
@@ -96,9 +100,24 @@ def share_of(probabilities: tuple[Tensor, ...], reduce: Reduction | None) -> Ten
 
 
 def _head(p: Tensor) -> Tensor:
-    """Return which entries belong to the head."""
-    # A stable sort keeps entries of equal probability in the order of the vocabulary.
-    p, order = p.sort(stable=True, descending=True)
-    of_head = p.cumsum(-1) <= MASS
-    of_head[:, 0] = True
-    return torch.empty_like(of_head).scatter_(-1, order, of_head)
+    """Return which entries belong to the head.
+
+    A search among the largest entries of each row is much cheaper than a sort. Rows with larger
+    heads are searched again, among more entries.
+    """
+    least, ties = p.new_empty(p.shape[0], 1), p.new_empty(p.shape[0], 1, dtype=torch.int64)
+    rows = torch.arange(p.shape[0], device=p.device)
+    candidates = max(LEAST, round(SHARE * p.shape[1]))
+    while len(rows):
+        candidates = min(candidates, p.shape[1])
+        largest = p[rows].topk(candidates).values
+        inside = largest.cumsum(-1) <= MASS
+        inside[:, 0] = True
+        size = inside.sum(-1, keepdim=True)
+        smallest = largest.gather(-1, size - 1)
+        least[rows] = smallest
+        ties[rows] = size - (largest > smallest).sum(-1, keepdim=True)
+        # Where all candidates are in the head, more entries may be.
+        rows = rows[(size[:, 0] == candidates) & (candidates < p.shape[1])]
+        candidates *= GROWTH
+    return sharded_share.not_less(p, least, ties)

@@ -235,7 +235,8 @@ def distillation_loss(
     probability, the head is the longest leading part that holds at most half of the mass. The entry
     that crosses one half belongs to the tail, unless it is the first. The published code of the
     paper and of DistillLens has the same rule. The adaptive KL costs as much as both KLs. The share
-    also costs one more projection of both models and a sort, in tiles within ``workspace_bytes``.
+    also costs one more projection of both models and a search for the largest probabilities, in
+    tiles within ``workspace_bytes``.
 
     Args:
         student_hidden: Intermediate hidden states, one for each lens pair. The head's norm is

@@ -66,4 +66,13 @@ def head(p: Tensor, mass: float, reduce: Reduction) -> Tensor:
     allowed = ((mass - counts[:, -1]) / crossing[:, 0]).floor()
     allowed = allowed.clamp(min=(counts[:, -2] == 0).to(p.dtype))
     left = allowed - counts[:, : reduce.rank].sum(-1)
-    return larger | (ties & (ties.cumsum(-1) <= left[:, None]))
+    return not_less(p, crossing, left[:, None])
+
+
+def not_less(p: Tensor, least: Tensor, ties: Tensor) -> Tensor:
+    """Return which entries of each row exceed ``least``, and the first ``ties`` equal entries.
+
+    ``p`` is ``(R, V)``. ``least`` and ``ties`` are ``(R, 1)``.
+    """
+    equal = p == least
+    return (p > least) | (equal & (equal.cumsum(-1) <= ties))

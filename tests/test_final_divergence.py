@@ -124,6 +124,20 @@ def test_the_entry_that_passes_one_half_is_in_the_tail_unless_it_is_the_first(
     assert_close(given_probabilities(teacher, student)[0], expected, 1e-6)
 
 
+def test_a_head_may_have_any_number_of_entries():
+    torch.manual_seed(0)
+    vocab = 5000
+    scales = torch.tensor([0.0, 0.5, 1.0, 2.0, 3.0, 6.0])  # from equal entries to one large entry
+    p = (torch.randn(len(scales), vocab) * scales[:, None]).double().softmax(-1)
+    p = torch.cat([p, p.round(decimals=4)])  # with many equal entries
+    found = adaptive._head(p)
+    sizes = found.sum(-1)
+    assert sizes.min() == 1 and sizes.max() == vocab // 2
+    assert adaptive.LEAST < sizes[2] and adaptive.LEAST * adaptive.GROWTH < sizes[1]
+    for row, mask in zip(p, found, strict=True):
+        assert set(oracle.head(row)) == set(mask.nonzero()[:, 0].tolist())
+
+
 @backends
 def test_identical_models_are_exactly_zero(backend):
     problem = make_objective(bias=True).imitate()
