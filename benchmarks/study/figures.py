@@ -23,7 +23,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
     compared = [arm for arm in group.arms if arm.versus]
     if not found or 2 * len(found) < len(compared):  # too few results for a figure
         return None
-    drawn = pictures.canvas(12.5, max(3.4, 0.34 * len(found) + 1.6))
+    drawn = pictures.canvas(14.5, max(3.4, 0.34 * len(found) + 1.6))
     left, right = drawn.subplots(1, 2, width_ratios=[1.25, 1])
     for height, each in enumerate(reversed(found)):
         assert each.percent is not None
@@ -52,10 +52,12 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         right.plot(*zip(*points, strict=True), label=arm.label, **style)
     pictures.log_axis(right)
     right.set_xlabel("steps")
-    right.legend(fontsize=6.5)
+    # beside the curves, because no corner between them is free in every group
+    drawn.legend(*right.get_legend_handles_labels(), loc="outside right center", fontsize=7)
     _finish(right, "KL(teacher, student) on held-out text, nats (lower is better)", "both")
     counts = sorted({len(x.seeds) for x in found})
-    drawn.suptitle(f"{group.question} Means of {' to '.join(map(str, counts))} seeds")
+    means = f"Means of {' to '.join(map(str, counts))} seeds"
+    drawn.suptitle(f"{group.question} {'One seed' if counts == [1] else means}")
     return _save(drawn, folder, f"study_{group.name}")
 
 
