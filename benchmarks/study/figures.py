@@ -44,7 +44,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
     _finish(left, f"difference of KL(teacher, student){to}, % (lower is better)", "x")
     left.set_xlabel("thick: 95 % bootstrap over seeds; thin: 95 % Student's t", fontsize=8)
     for number, arm in enumerate(group.arms):
-        points = statistics.mean_curve(arm, results, group.seeds)
+        points = statistics.mean_curve(arm, results, statistics.shared_seeds(group, results))
         if not points:
             continue
         style = {"color": ARMS[number % len(ARMS)], "lw": 1.4}

@@ -66,6 +66,19 @@ class Compared:
     cost: float | None
 
 
+def shared_seeds(
+    group: Group, results: Results, seeds: Sequence[int] | None = None
+) -> Sequence[int]:
+    """Return the seeds that all objectives of a group have, so that their means are comparable.
+
+    Objectives without any result are left out. If no seed is shared, all seeds are returned.
+    """
+    seeds = group.seeds if seeds is None else seeds
+    found = [_of(arm, results, seeds).keys() for arm in group.arms]
+    shared = [seed for seed in seeds if all(seed in own for own in found if own)]
+    return shared or seeds
+
+
 def compare(
     group: Group,
     results: Results,
@@ -75,9 +88,10 @@ def compare(
 ) -> list[Compared]:
     """Return a comparison with the baseline for each objective that has a result.
 
-    Differences are in percent of the baseline's value, or absolute if ``absolute`` is true.
+    All use the same seeds: ``shared_seeds``. Differences are in percent of the baseline's value,
+    or absolute if ``absolute`` is true.
     """
-    seeds = group.seeds if seeds is None else seeds
+    seeds = shared_seeds(group, results, seeds)
     by_label = {arm.label: arm for arm in group.arms}
     found = []
     for arm in group.arms:

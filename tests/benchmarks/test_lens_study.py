@@ -277,6 +277,23 @@ def test_comparisons_are_paired_by_seed():
     assert found["cross entropy"].percent.mean == pytest.approx(0)
 
 
+def test_a_group_is_compared_over_the_seeds_that_all_its_objectives_have():
+    group = groups.GROUPS["coefficient"]
+    base, few, many, *_ = group.arms
+    # Seed 2 is easier than seed 1. So means over other seeds than the baseline's would mislead.
+    kls = {(base, 1): 1.0, (base, 2): 0.5, (many, 1): 0.9, (many, 2): 0.45, (few, 1): 0.8}
+    runs_of = {key: replace(key[0].run, seed=key[1]) for key in kls}
+    results = {run.key: result(run, kls[key], {600: kls[key]}) for key, run in runs_of.items()}
+    found = {x.arm.label: x for x in statistics.compare(group, results)}
+    assert {label: (x.seeds, x.mean) for label, x in found.items()} == {
+        base.label: ((1,), 1.0),
+        few.label: ((1,), 0.8),
+        many.label: ((1,), 0.9),
+    }
+    del results[runs_of[few, 1].key]
+    assert {x.seeds for x in statistics.compare(group, results)} == {(1, 2)}
+
+
 def test_table_of_lenses_has_the_means_of_the_finished_seeds():
     group, results = groups.GROUPS["pretrained"], {}
     for seed, kl in ((1, 0.2), (2, 0.4)):
