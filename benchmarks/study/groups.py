@@ -79,11 +79,11 @@ def _main(name: str, question: str, seeds: tuple[int, ...]) -> Group:
     return Group(name, question, arms, seeds)
 
 
-def _rate(name: str, question: str, run: Run) -> Group:
+def _rate(name: str, question: str, run: Run, seed: int) -> Group:
     rates = (RATE / 2, RATE, 2 * RATE)
     chosen = f"{RATE:g}"
     arms = [Arm(f"{x:g}", replace(run, rate=x), None if x == RATE else chosen) for x in rates]
-    return Group(name, question, tuple(arms), (0,))
+    return Group(name, question, tuple(arms), (seed,))
 
 
 def _lens() -> Group:
@@ -208,7 +208,7 @@ def _pretrained() -> Group:
 GROUPS = {
     group.name: group
     for group in (
-        _rate("rate", "Which learning rate is best for the baseline?", KD),
+        _rate("rate", "Which learning rate is best for the baseline?", KD, 0),
         _main("main", "Does the lens help?", MAIN_SEEDS),
         _blocks(),
         _pretrained(),
@@ -221,8 +221,8 @@ GROUPS = {
         _students(),
         _pairs(),
         _teacher(),
-        _rate("rate_lens", "Is another learning rate better with the lens?", LENS),
-        _rate("rate_reverse", "Is another learning rate better for reverse KL?", RKL),
+        _rate("rate_lens", "Is another learning rate better with the lens?", LENS, 1),
+        _rate("rate_reverse", "Is another learning rate better for reverse KL?", RKL, 1),
         _grid(),
     )
 }

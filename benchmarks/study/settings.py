@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from typing import Any
 
 Pairs = tuple[tuple[int, int], ...]
 
@@ -88,7 +89,14 @@ class Run:
 
 
 def _key(settings: Run | TeacherSettings) -> str:
+    return hashlib.sha256(json.dumps(_said(settings), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _said(settings: Run | TeacherSettings) -> dict[str, Any]:
     # Leave out default values, so that a new setting does not change the keys of old results.
-    values, defaults = asdict(settings), {f.name: f.default for f in fields(settings)}
-    said = {k: v for k, v in values.items() if k == "rate" or getattr(settings, k) != defaults[k]}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+    said: dict[str, Any] = {}
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "rate" or value != field.default:
+            said[field.name] = _said(value) if isinstance(value, TeacherSettings) else value
+    return said

@@ -1,5 +1,6 @@
 """Parts of the lens study, and a slow test that the lens improves distillation."""
 
+import ast
 import json
 from dataclasses import replace
 
@@ -33,6 +34,29 @@ def test_key_changes_with_the_settings_of_a_run():
     changed = [replace(Run(), seed=1), replace(Run(), rate=1e-3), Run(lens="jsd", pairs=UNIFORM)]
     changed.append(Run(teacher=TeacherSettings(seed=1)))
     assert len({run.key for run in [Run(), *changed]}) == 5
+
+
+def run_of(row):
+    """Return the run of a line of the CSV."""
+    values = {}
+    for name in runs.SETTINGS:
+        default = getattr(Run(), name)
+        if isinstance(default, str):
+            values[name] = row[name]
+        elif isinstance(default, TeacherSettings):
+            values[name] = TeacherSettings(**json.loads(row[name]))
+        elif isinstance(default, tuple):
+            lists = json.loads(row[name])
+            values[name] = tuple(tuple(x) if isinstance(x, list) else x for x in lists)
+        else:
+            values[name] = type(default)(ast.literal_eval(row[name]))
+    return Run(**values)
+
+
+def test_a_new_setting_changes_no_key_of_the_published_results():
+    published = runs.read(report.CSV)
+    assert len(published) > 100
+    assert {key: run_of(row).key for key, row in published.items()} == {k: k for k in published}
 
 
 @pytest.mark.parametrize(
