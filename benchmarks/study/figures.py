@@ -13,8 +13,8 @@ from benchmarks.support import plot
 from lens_kernels import pictures, symmetric_lens_loss
 
 ARMS = (*plot.STUDENTS, pictures.SKY)
-# The ticks of differences in percent on an axis that is logarithmic beyond the linear ticks.
-LINEAR, LARGE = (-20, -10, 0, 10, 20), (50, 100, 200, 400)
+# An axis with large differences in percent is logarithmic beyond ``LINEAR``, and has these ticks.
+LINEAR, TICKS = 20, (-90, -50, -20, -10, 0, 10, 20, 50, 100, 200, 400)
 VERDICTS = {"lower": pictures.GREEN, "higher": pictures.VERMILION}
 
 
@@ -43,12 +43,12 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
     left.axvline(0, color="black", lw=1)
     said, (low, high) = "thick: 95 % bootstrap over seeds; thin: 95 % Student's t", left.get_xlim()
     if high > 100:  # on a linear axis, such values would hide the small ones
-        left.set_xscale("symlog", linthresh=LINEAR[-1], linscale=2)
-        ticks = [x for x in (*LINEAR, *LARGE) if low < x < high]
+        left.set_xscale("symlog", linthresh=LINEAR, linscale=2)
+        ticks = [x for x in TICKS if low < x < high]
         left.set_xticks(ticks, map(str, ticks))
         left.minorticks_off()
         left.set_xlim(low, 1.2 * high)
-        said += f"; logarithmic beyond {LINEAR[-1]} %"
+        said += f"; logarithmic beyond {LINEAR} %"
     left.margins(y=0.5 / len(found) + 0.02)
     to = f" from {found[0].arm.versus}" if same else ""
     _finish(left, f"difference of KL(teacher, student){to}, % (lower is better)", "x")
