@@ -21,9 +21,9 @@ from lens_kernels.sharding import Reduction
 # The head of the vocabulary is the teacher's most probable entries. Their probabilities sum to at
 # most one half.
 MASS = 0.5
-# The peak memory of the adaptive KL's weight, as a multiple of one model's logits. The search for a
-# head of many entries needs the most: indices of 8 bytes each, and as much temporary memory.
-TILES = 8
+# The peak memory of the adaptive KL's weight, as a multiple of one model's logits. A search among
+# all entries needs the most: 8 on a CPU, and on a GPU temporary memory for indices of 8 bytes each.
+TILES = 10
 # The search for a head begins with this share of a row's entries, and with at least this number.
 SHARE, LEAST = 1 / 256, 32
 # If the head is larger, the next search takes this many times as many entries.
