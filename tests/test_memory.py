@@ -15,7 +15,7 @@ import math
 import pytest
 import torch
 
-from lens_kernels import SparseTargets, symmetric_lens_loss
+from lens_kernels import SparseTargets, adaptive, symmetric_lens_loss
 from lens_kernels.backends import head_products, matmul
 from lens_kernels.backends.torch import pointwise_pass, row_chunks
 from lens_kernels.backends.torch.layout import row_stride
@@ -218,3 +218,17 @@ def test_out_of_memory_names_the_option_that_limits_it(monkeypatch):
     monkeypatch.setattr(Backend, "evaluate", lambda self, call: [][0])
     with pytest.raises(IndexError):
         ours(problem)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+def test_the_search_for_a_head_fits_in_its_tiles(scale):
+    """The scale sets how many entries the adaptive KL searches: all of them if they are equal."""
+    torch.manual_seed(0)
+    shape = (64, 16384)  # 4 MiB
+    logits = torch.randn(shape) * scale, torch.randn(shape)
+
+    def weight():
+        return adaptive.share_of(adaptive._probabilities(iter(logits), None), None)
+
+    # at least one tile is left for the memory that only GPUs need
+    assert 5 * 4 * MIB <= peak_bytes(weight) <= (adaptive.TILES - 1) * 4 * MIB
