@@ -20,6 +20,7 @@ KD, SFT = Run(), Run(final="")
 LENS = Run(lens="jsd", pairs=UNIFORM)
 RKL = Run(final="reverse_kl")
 MAIN_SEEDS, SECOND_SEEDS, SEEDS = (1, 2, 3, 4, 5), (6, 7, 8, 9, 10), (1, 2, 3)
+THIRD_SEEDS = tuple(range(11, 21))
 SAID = {
     "": "cross entropy",
     "forward_kl": "forward KL",
@@ -66,7 +67,8 @@ def with_and_without(label: str, run: Run, pairs: Pairs = UNIFORM) -> tuple[Arm,
     return Arm(label, run), Arm(f"{label} + lens", replace(run, lens="jsd", pairs=pairs), label)
 
 
-def _main(name: str, question: str, seeds: tuple[int, ...]) -> Group:
+def _main(name: str, question: str, seeds: tuple[int, ...], count: int | None = None) -> Group:
+    """Return the objectives of the main comparison, or only the first ``count`` of them."""
     fkl_lens = replace(LENS, lens="forward_kl")
     arms = (
         Arm("forward KL", KD),
@@ -76,7 +78,7 @@ def _main(name: str, question: str, seeds: tuple[int, ...]) -> Group:
         Arm("reverse KL + JSD lens", replace(LENS, final="reverse_kl"), "reverse KL"),
         Arm("cross entropy", SFT, "forward KL"),
     )
-    return Group(name, question, arms, seeds)
+    return Group(name, question, arms[:count], seeds)
 
 
 def _rate(name: str, question: str, run: Run, seed: int) -> Group:
@@ -216,6 +218,7 @@ GROUPS = {
         _length(),
         _main("second", "Do other seeds say the same?", SECOND_SEEDS),
         _main("ten", "Does the lens help, over all ten seeds?", (*MAIN_SEEDS, *SECOND_SEEDS)),
+        _main("third", "Do ten new seeds say the same of the JSD lens?", THIRD_SEEDS, 2),
         _coefficient(),
         _output(),
         _students(),
