@@ -92,11 +92,13 @@ def _silent(group: Any) -> str:
     try:
         store = compat.default_store()
         store.set(names[dist.get_rank()], "")
-        end = time.monotonic() + WAIT
+        end, late = time.monotonic() + WAIT, False
         while silent := [rank for rank in ranks if not store.check([names[rank]])]:
-            if time.monotonic() > end:
+            if late:
                 return f"Of all processes, rank {silent} reported no error: it ended, or is stuck"
             time.sleep(0.05)
+            # The clock is read before the reports. A rank that reports in time is never named.
+            late = time.monotonic() > end
     except RuntimeError:  # the rank that holds the store, usually rank 0, may have ended
         return "The store of the process group is gone: rank 0 probably ended"
     return "All ranks reported an error"

@@ -2,11 +2,12 @@
 
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lens_kernels import adaptive
+from lens_kernels import adaptive, sharding
 from lens_kernels.backends.torch.layout import row_stride
 from tests.support import sharded
 from tests.support.compare import assert_close, relative_error
@@ -267,6 +268,29 @@ def test_a_killed_rank_ends_the_others_with_a_message(victim):
                 ), message
     finally:
         group.close()
+
+
+def test_a_rank_that_reports_at_the_last_moment_is_not_named(monkeypatch):
+    reported = set()
+    store = SimpleNamespace(
+        set=lambda name, value: reported.add(name), check=lambda names: reported >= {*names}
+    )
+
+    class Clock:
+        now, sleep = 0.0, staticmethod(lambda seconds: None)
+
+        def monotonic(self):
+            if self.now:
+                reported.add("lens_kernels/failed/a group/1")
+            self.now += 2 * sharding.WAIT
+            return self.now
+
+    monkeypatch.setattr(sharding, "time", Clock())
+    monkeypatch.setattr(sharding.compat, "default_store", lambda: store)
+    monkeypatch.setattr(sharding.dist, "get_process_group_ranks", lambda group: [0, 1, 2])
+    monkeypatch.setattr(sharding.dist, "get_rank", lambda: 0)
+    said = sharding._silent(SimpleNamespace(group_name="a group"))
+    assert said.startswith("Of all processes, rank [2] reported no error")
 
 
 @pytest.mark.slow
