@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks.study.settings import TeacherSettings
@@ -44,20 +45,20 @@ class Text:
 def load(settings: TeacherSettings, folder: Path) -> Text:
     """Return the rows of a teacher's text, from a file in ``folder`` if the file exists."""
     name = f"{settings.text}-smollm2" if settings.pretrained else settings.text
-    path = folder / f"text-{name}.pt"
+    path = folder / f"text-{name}.safetensors"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
         documents = _django(folder) if settings.text == "django" else _topics()
         random.Random(0).shuffle(documents)
         if settings.pretrained:
             train, held_out = _split(*_pretrained(documents, folder), PRETRAINED_HELD_OUT_ROWS)
-            rows = train[:PRETRAINED_TRAIN_ROWS], held_out
+            train = train[:PRETRAINED_TRAIN_ROWS]
         else:
-            rows = _split(*_trained(documents), HELD_OUT_ROWS)
+            train, held_out = _split(*_trained(documents), HELD_OUT_ROWS)
         parts = path.with_suffix(".part")
-        torch.save(rows, parts)
+        save_file({"train": train, "held_out": held_out}, parts)
         parts.replace(path)
-    return Text(*(x.long() for x in torch.load(path)))
+    return Text(**{name: x.long() for name, x in load_file(path).items()})
 
 
 def _django(folder: Path) -> list[str]:

@@ -111,7 +111,7 @@ def _output() -> Group:
 
 def _grid() -> Group:
     arms = []
-    for final in ("reverse_kl", "jsd", "akl"):
+    for final in ("reverse_kl", "jsd", "akl", ""):
         base = Arm(SAID[final], Run(final=final))
         arms.append(base)
         for lens in DIVERGENCES:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
     LlamaConfig,
@@ -28,6 +29,9 @@ from lens_kernels.hf.model.student import shallow_copy
 
 TEACHER_DEPTH, TEACHER_WIDTH = 6, 128
 HEAD_WIDTH = 32
+# The library multiplies the weight of a lens by kd_ratio. So cross entropy with a lens has this
+# kd_ratio, and a lens weight that is divided by it. The output divergence hardly counts then.
+ALMOST_NONE = 1e-6
 # A decay maps the completed share of training to a factor of the lens weight.
 DECAYS: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
@@ -65,16 +69,16 @@ def load_teacher(settings: TeacherSettings, folder: Path) -> Any:
     """Return the teacher from ``folder``. If it is missing, train or convert it, and save it."""
     if settings.pretrained:
         return smollm2(folder)[0].eval().requires_grad_(False)
-    path = folder / f"teacher-{settings.key}.pt"
+    path = folder / f"teacher-{settings.key}.safetensors"
     torch.manual_seed(settings.seed)
     teacher = new_model(TEACHER_DEPTH, TEACHER_WIDTH)
     if path.exists():
-        teacher.load_state_dict(torch.load(path))
+        teacher.load_state_dict(load_file(path))
     else:
         run = Run(final="", rate=settings.rate, steps=settings.steps, seed=settings.seed)
         train(teacher, None, run, data.load(settings, folder).train, folder)
         parts = path.with_suffix(".part")
-        torch.save(teacher.state_dict(), parts)
+        save_file(teacher.state_dict(), parts)
         parts.replace(path)
     return teacher.eval().requires_grad_(False)
 
@@ -98,18 +102,19 @@ def train(
     if run.teacher.pretrained:
         # One cache serves all runs, so it has the layers of the lens for runs without it too.
         pairs, cache = pairs or PRETRAINED_PAIRS, str(folder / "teacher_cache")
+    kd_ratio = 1.0 if run.final else ALMOST_NONE if run.pairs else 0.0
     student_layers, teacher_layers = [*zip(*pairs, strict=True)] or ((), ())
     args = LensDistillConfig(
         output_dir=str(folder / "trainer"),
         student_layers=[*student_layers],
         teacher_layers=[*teacher_layers],
         final_divergence=run.final or "forward_kl",
-        kd_ratio=1.0 if run.final else 0.0,
+        kd_ratio=kd_ratio,
         lens_divergence=run.lens or "jsd",
-        lens_coeff=run.coeff if run.lens else 0.0,
+        lens_coeff=run.coeff / kd_ratio if run.lens else 0.0,
         lens_norm=run.norm,
         standardize="lens" if run.standardize else "none",
-        mse_coeff=run.mse,
+        mse_coeff=run.mse / kd_ratio if run.mse else 0.0,
         teacher_cache=cache,
         per_device_train_batch_size=run.batch,
         max_steps=run.steps,
@@ -131,7 +136,7 @@ def train(
     watch = _Watch(run, at_step)
     trainer = LensDistillTrainer(
         student,
-        teacher if run.final else None,
+        teacher if kd_ratio else None,
         args,
         train_dataset=_Rows(rows),
         data_collator=default_data_collator,
@@ -156,7 +161,7 @@ class _Watch(TrainerCallback):
         objective = self.trainer.lens_objective
         if self.run.lens and self.run.decay != "constant":
             share = DECAYS[self.run.decay](state.global_step / self.run.steps)
-            weight = self.run.coeff * share
+            weight = args.lens_coeff * share
             objective.options = replace(objective.options, lens_coeff=weight)
         self.started = time.process_time()
 

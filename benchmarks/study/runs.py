@@ -73,8 +73,6 @@ def _make_teacher(settings: TeacherSettings, folder: Path) -> None:
 
 def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     """Execute a run, and return its result as a line of the CSV."""
-    import torch
-
     from benchmarks.study import data, models
 
     teacher, judge = _teacher_and_judge(run.teacher, folder)
@@ -90,9 +88,7 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
     rows = data.load(run.teacher, folder).train
     cpu_ms = models.train(student, teacher, run, rows, folder, at_step)
     final, lenses = judge.final(student), judge.by_depth(student)
-    kept = folder / "students" / f"{run.key}.pt"
-    kept.parent.mkdir(exist_ok=True)
-    torch.save(student.state_dict(), kept)  # the student is kept for later evaluations
+    student.save_pretrained(folder / "students" / run.key)  # kept for later evaluations
     found = environment.environment(environment.CPU)
     found["transformers"] = environment.version_of("transformers")
     return {

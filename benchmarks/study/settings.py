@@ -51,7 +51,7 @@ class TeacherSettings:
 class Run:
     """The settings of a student's training. Runs that differ only in ``seed`` are repetitions.
 
-    An empty ``final`` means cross entropy without a teacher. An empty ``lens`` means no lens, and
+    An empty ``final`` means cross entropy of the text. An empty ``lens`` means no lens, and
     ``coeff``, ``decay``, ``norm`` and ``standardize`` must then keep their defaults. ``pairs`` are
     (student, teacher) depths. A student starts from the teacher's ``blocks``, or from random
     weights if ``blocks`` is empty.

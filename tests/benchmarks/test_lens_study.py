@@ -99,7 +99,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
 
 
 def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):
-    seen, starts = {}, {}
+    seen, starts, ends = {}, {}, {}
     rows = torch.arange(64 * 8).view(64, 8) % data.VOCABULARY
     teacher = models.new_model(6, 128).eval()
     collate = models.default_data_collator
@@ -107,6 +107,7 @@ def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeyp
         "ce": replace(TINY, final=""),
         "kd": TINY,
         "lens": replace(TINY, lens="jsd", pairs=UNIFORM),
+        "ce, lens": replace(TINY, final="", lens="jsd", pairs=UNIFORM),
         "mse": replace(TINY, mse=0.1, pairs=UNIFORM),
         "other seed": replace(TINY, seed=1),
     }
@@ -117,9 +118,10 @@ def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeyp
         student = models.new_student(run, teacher)
         starts[name] = student.lm_head.weight.detach().clone()
         models.train(student, teacher, run, rows, tmp_path)
-        assert not torch.equal(starts[name], student.lm_head.weight)
+        ends[name] = student.lm_head.weight.detach()
     orders = {name: torch.stack(order) for name, order in seen.items()}
-    for name in ("ce", "lens", "mse"):
+    assert len({tuple(x.flatten().tolist()) for x in ends.values()}) == len(arms)
+    for name in ("ce", "lens", "ce, lens", "mse"):
         assert torch.equal(starts[name], starts["kd"])
         assert torch.equal(orders[name], orders["kd"])
     assert not torch.equal(starts["other seed"], starts["kd"])
@@ -140,6 +142,30 @@ def test_cache_of_the_pretrained_group_changes_no_weight(tmp_path):
         torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
     # Runs with and without a lens share it: a cache of other layers would be refused.
     assert (tmp_path / "teacher_cache" / "train").is_dir()
+
+
+@pytest.mark.parametrize("extra", [{"lens": "jsd", "coeff": 4.0}, {"mse": 300.0}])
+def test_cross_entropy_takes_a_lens_with_the_same_weight(tmp_path, monkeypatch, extra):
+    losses = []
+    compare = models.LensDistillTrainer.compute_loss
+
+    def watched(*args, **kwargs):
+        loss = compare(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    rows = torch.arange(16 * 8).view(16, 8) % data.VOCABULARY
+    torch.manual_seed(0)
+    teacher = models.new_model(6, 128).eval()
+    teacher.lm_head.weight.data *= 30  # with small logits, the lenses would agree
+    for final in ("forward_kl", ""):
+        for options in ({}, {"pairs": UNIFORM, **extra}):
+            run = replace(TINY, final=final, steps=1, **options)
+            models.train(models.new_student(run, teacher), teacher, run, rows, tmp_path)
+    kl, kl_lens, ce, ce_lens = losses
+    assert abs(ce - kl) > 0.1 and kl_lens - kl > 0.1
+    assert ce_lens - ce == pytest.approx(kl_lens - kl, rel=1e-4)
 
 
 def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
