@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.study import statistics
-from benchmarks.study.groups import DIVERGENCES, GROUPS, SAID, Group
+from benchmarks.study.groups import DIVERGENCES, SAID, Group
 from benchmarks.support import plot
 from lens_kernels import pictures, symmetric_lens_loss
 
@@ -144,9 +145,9 @@ def _save(drawn: Any, folder: Path, name: str) -> Path:
     return folder / f"{name}.svg"
 
 
-def all_of(results: statistics.Results, folder: Path) -> list[Path]:
+def all_of(selected: Mapping[str, tuple[Group, statistics.Results]], folder: Path) -> list[Path]:
     """Draw every figure for which there are results."""
-    paths = [forest(group, results, folder) for group in GROUPS.values()]
-    paths += [by_depth(GROUPS["main"], results, folder), penalties(folder)]
-    paths.append(by_depth(GROUPS["pretrained"], results, folder, "study_pretrained_depth"))
+    paths = [forest(*each, folder) for each in selected.values()]
+    paths += [by_depth(*selected["main"], folder), penalties(folder)]
+    paths.append(by_depth(*selected["pretrained"], folder, "study_pretrained_depth"))
     return [path for path in paths if path is not None]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from benchmarks.study import figures, runs, statistics
 from benchmarks.study.groups import GROUPS, Group
@@ -92,24 +94,64 @@ def lenses(group: Group, results: statistics.Results, depths: Sequence[int]) -> 
     return tables.markdown_table(header, lines) if lines else "No run is done yet."
 
 
-def origin(results: Mapping[str, Mapping[str, str]]) -> str:
-    """Return a sentence with the machine, versions and commits of the results."""
+def origin(results: Sequence[Mapping[str, str]]) -> str:
+    """Return a sentence with the machines, versions and commits of the results."""
     said = [f"{len(results)} runs"]
     for column in ("commit", "device", "threads", "torch", "transformers", "shared_machine"):
-        counts = Counter(row[column] for row in results.values())
+        counts = Counter(row[column] for row in results)
         values = [x if len(counts) == 1 else f"{x} ({n} runs)" for x, n in counts.most_common()]
         said.append(f"{column.replace('_', ' ')} {', '.join(values)}")
-    hours = sum(float(row["seconds"]) for row in results.values()) / 3600
+    hours = sum(float(row["seconds"]) for row in results) / 3600
     return "; ".join([*said, f"{hours:.1f} hours of runs"]) + "."
+
+
+def by_machine(results: Sequence[Mapping[str, str]]) -> list[dict[str, Mapping[str, str]]]:
+    """Return the results of each machine by the key of their run, in the order of the results."""
+    found: dict[str, dict[str, Mapping[str, str]]] = {}
+    for row in results:
+        found.setdefault(row["device"], {})[row["key"]] = row
+    return [*found.values()]
+
+
+def select(machines: Sequence[statistics.Results]) -> dict[str, tuple[Group, statistics.Results]]:
+    """Return each group with the results of the machine that has most of its runs.
+
+    Machines round differently, so a table has runs of one machine. ``again`` is the main group on
+    the machine with the second most runs.
+    """
+
+    def ranked(group: Group) -> list[statistics.Results]:
+        keys = {run.key for run in group.runs()}
+        return sorted(machines, key=lambda results: -len(keys & results.keys()))
+
+    selected = {name: (group, ranked(group)[0]) for name, group in GROUPS.items()}
+    main = GROUPS["main"]
+    again = replace(main, name="again", question="Does another processor say the same?")
+    return selected | {"again": (again, [*ranked(main), {}][1])}
+
+
+def rounding(group: Group, one: statistics.Results, other: statistics.Results) -> str:
+    """Return a sentence with the differences of equal runs of two machines."""
+    keys = [run.key for run in group.runs() if run.key in one and run.key in other]
+    if not keys:
+        return ""
+    ratios = [float(other[key]["kl"]) / float(one[key]["kl"]) for key in keys]
+    gaps = sorted(abs(100 * (ratio - 1)) for ratio in ratios)
+    return (
+        f"{len(keys)} runs were made on both machines. The two values of KL(teacher, student) of a"
+        f" run differ by {median(gaps):.1f} % in the median, and by {gaps[-1]:.1f} % at most."
+    )
 
 
 def publish(
     csvs: Sequence[Path], page: Path = PAGE, kept: Path = CSV, folder: Path = FIGURES
 ) -> None:
     """Write the CSV, the tables and the figures that the documentation shows."""
-    results = {key: row for csv in csvs for key, row in runs.read(csv).items()}
-    tables.write_csv(kept, [*results.values()])
-    drawn = {path.stem: path for path in figures.all_of(results, folder)}
+    merged = {(row["device"], row["key"]): row for csv in csvs for row in runs.rows(csv)}
+    results = [*merged.values()]
+    tables.write_csv(kept, results)
+    selected = select(by_machine(results))
+    drawn = {path.stem: path for path in figures.all_of(selected, folder)}
 
     def picture(name: str, said: str) -> str:
         if name not in drawn:
@@ -118,14 +160,14 @@ def publish(
 
     contents = {
         "origin": origin(results),
-        "others": others(GROUPS["main"], results),
+        "others": others(*selected["main"]),
         "depth": picture("study_depth", "Lenses by depth").strip(),
-        "pretrained_depth": lenses(GROUPS["pretrained"], results, PRETRAINED_DEPTHS)
+        "pretrained_depth": lenses(*selected["pretrained"], PRETRAINED_DEPTHS)
         + picture("study_pretrained_depth", "Lenses of SmolLM2 by depth"),
         "penalties": picture("study_penalties", "Penalty and gradient of each divergence").strip(),
+        "rounding": rounding(*selected["main"], selected["again"][1]),
     }
-    for name, group in GROUPS.items():
-        shown = table(group, results)
-        contents[name] = shown + picture(f"study_{name}", group.question)
+    for name, (group, own) in selected.items():
+        contents[name] = table(group, own) + picture(f"study_{name}", group.question)
     for name, content in contents.items():
         tables.rewrite(page, f"<!-- {name} -->", f"<!-- end of {name} -->", content)

@@ -46,14 +46,16 @@ def append(path: Path, values: dict[str, Any]) -> None:
         file.write(text.getvalue())
 
 
-def read(path: Path) -> dict[str, dict[str, str]]:
-    """Return the lines of the CSV, by the key of their run.
-
-    Results older than a setting have its default.
-    """
+def rows(path: Path) -> list[dict[str, str]]:
+    """Return the lines of the CSV. Results older than a setting have its default."""
     defaults = {name: str(getattr(Run(), name)) for name in SETTINGS}
-    rows = tables.read_csv(path)
-    return {row["key"]: {x: row.get(x, defaults.get(x, "")) for x in COLUMNS} for row in rows}
+    found = tables.read_csv(path)
+    return [{x: row.get(x, defaults.get(x, "")) for x in COLUMNS} for row in found]
+
+
+def read(path: Path) -> dict[str, dict[str, str]]:
+    """Return the lines of a CSV with the results of one machine, by the key of their run."""
+    return {row["key"]: row for row in rows(path)}
 
 
 @functools.lru_cache(maxsize=2)
@@ -85,8 +87,8 @@ def one(run: Run, folder: Path, shared_machine: bool) -> dict[str, Any]:
             curve[step] = round(judge.forward_kl(student), 6)
 
     started = time.perf_counter()
-    rows = data.load(run.teacher, folder).train
-    cpu_ms = models.train(student, teacher, run, rows, folder, at_step)
+    text = data.load(run.teacher, folder).train
+    cpu_ms = models.train(student, teacher, run, text, folder, at_step)
     final, lenses = judge.final(student), judge.by_depth(student)
     student.save_pretrained(folder / "students" / run.key)  # kept for later evaluations
     found = environment.environment(environment.CPU)

@@ -54,9 +54,10 @@ def run_of(row):
 
 
 def test_a_new_setting_changes_no_key_of_the_published_results():
-    published = runs.read(report.CSV)
+    published = runs.rows(report.CSV)
     assert len(published) > 100
-    assert {key: run_of(row).key for key, row in published.items()} == {k: k for k in published}
+    assert [run_of(row).key for row in published] == [row["key"] for row in published]
+    assert len({(row["device"], row["key"]) for row in published}) == len(published)
 
 
 @pytest.mark.parametrize(
@@ -390,6 +391,31 @@ def test_publish_writes_page_and_figures_from_the_results(tmp_path, figures):
     once = text
     report.publish([tmp_path / "kept.csv"], page, tmp_path / "kept.csv", tmp_path / "figures")
     assert page.read_text() == once
+
+
+def test_a_table_has_the_runs_of_one_machine(tmp_path, figures):
+    page, kept = tmp_path / "study.md", tmp_path / "runs.csv"
+    page.write_text(report.PAGE.read_text())
+    for row in main_results().values():
+        runs.append(kept, row | {"device": "one"})
+    for row in main_results((1, 2)).values():
+        kl = str(1.02 * float(row["kl"]))
+        runs.append(kept, row | {"device": "other", "kl": kl})
+    third = [*groups.GROUPS["third"].runs()][:4]
+    for number, run in enumerate(third):
+        kl = (0.5, 0.25)[number // 2]
+        runs.append(kept, result(run, kl, {600: kl}) | {"device": "other"})
+    for run in third[:2]:
+        runs.append(kept, result(run, 0.4, {600: 0.4}) | {"device": "one"})
+    for _ in range(2):  # the CSV that is written gives the same page
+        report.publish([kept], page, kept, tmp_path / "figures")
+        parts = page.read_text().split("<!-- ")
+        found = {x.partition(" -->")[0]: x for x in parts}
+        assert "| forward KL | 3 | 0.3200 ± 0.0100 |" in found["main"]
+        assert "| forward KL | 2 | 0.3213 ± 0.0072 |" in found["again"]
+        assert "12 runs" in found["rounding"] and "differ by 2.0 % in" in found["rounding"]
+        assert "| forward KL | 2 | 0.3750 ± 0.1768 |" in found["third"]
+    assert (tmp_path / "figures" / "study_again.svg").exists()
 
 
 @pytest.mark.slow
