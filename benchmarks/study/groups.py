@@ -19,6 +19,9 @@ from lens_kernels.hf.training.demo import DROPPED
 KD, SFT = Run(), Run(final="")
 LENS = Run(lens="jsd", pairs=UNIFORM)
 RKL = Run(final="reverse_kl")
+# The teacher's blocks of a student that is cut from it, and the pairs of its blocks with their
+# originals. ``UNIFORM`` pairs them with later blocks of the teacher.
+CUT, OWN = (1, 3, 6), ((1, 1), (2, 3))
 MAIN_SEEDS, SECOND_SEEDS, SEEDS = (1, 2, 3, 4, 5), (6, 7, 8, 9, 10), (1, 2, 3)
 THIRD_SEEDS = tuple(range(11, 21))
 SAID = {
@@ -165,9 +168,20 @@ def _students() -> Group:
 def _blocks() -> Group:
     arms: list[Arm] = []
     for rate in (RATE / 4, RATE):
-        run = Run(width=128, blocks=(1, 3, 6), rate=rate)
+        run = Run(width=128, blocks=CUT, rate=rate)
         arms += with_and_without(f"teacher's blocks, rate {rate:g}", run)
     return Group("blocks", "Does a student cut from the teacher gain?", tuple(arms))
+
+
+def _own() -> Group:
+    base = Run(width=128, blocks=CUT, rate=RATE / 4)
+    arms = [Arm("no lens", base)]
+    for lens in ("jsd", "forward_kl"):
+        for said, pairs in (("spread evenly", UNIFORM), ("own blocks", OWN)):
+            run = replace(base, lens=lens, pairs=pairs)
+            arms.append(Arm(f"{SAID[lens]} lens, {said}", run, "no lens"))
+    question = "Which pairs for a student cut from the teacher?"
+    return Group("own", question, tuple(arms))
 
 
 def _length() -> Group:
@@ -227,6 +241,7 @@ GROUPS = {
         _rate("rate_lens", "Is another learning rate better with the lens?", LENS, 1),
         _rate("rate_reverse", "Is another learning rate better for reverse KL?", RKL, 1),
         _grid(),
+        _own(),
     )
 }
 
@@ -237,7 +252,7 @@ def quick() -> Group:
     The student is cut from the teacher and trained for a few steps with a large lens weight,
     because the effect of the lens is large with these settings.
     """
-    student: dict[str, Any] = {"blocks": (1, 3, 6), "width": 128, "rate": 1e-3, "steps": 20}
+    student: dict[str, Any] = {"blocks": CUT, "width": 128, "rate": 1e-3, "steps": 20}
     plain = student | {"teacher": TeacherSettings(text="topics", steps=400)}
     arms = (
         Arm("forward KL", replace(KD, **plain)),

@@ -114,15 +114,18 @@ def by_machine(results: Sequence[Mapping[str, str]]) -> list[dict[str, Mapping[s
 
 
 def select(machines: Sequence[statistics.Results]) -> dict[str, tuple[Group, statistics.Results]]:
-    """Return each group with the results of the machine that has most of its runs.
+    """Return each group with the results of one machine, because machines round differently.
 
-    Machines round differently, so a table has runs of one machine. ``again`` is the main group on
-    the machine with the second most runs.
+    It is the machine with results of most of the objectives, then with most runs, then the first.
+    ``again`` is the main group on the next machine.
     """
 
     def ranked(group: Group) -> list[statistics.Results]:
-        keys = {run.key for run in group.runs()}
-        return sorted(machines, key=lambda results: -len(keys & results.keys()))
+        def count(results: statistics.Results) -> tuple[int, int]:
+            found = [len(statistics.of(arm, results, group.seeds)) for arm in group.arms]
+            return sum(map(bool, found)), sum(found)
+
+        return sorted(machines, key=count, reverse=True)
 
     selected = {name: (group, ranked(group)[0]) for name, group in GROUPS.items()}
     main = GROUPS["main"]
@@ -150,7 +153,8 @@ def publish(
     merged = {(row["device"], row["key"]): row for csv in csvs for row in runs.rows(csv)}
     results = [*merged.values()]
     tables.write_csv(kept, results)
-    selected = select(by_machine(results))
+    machines = by_machine(results)
+    selected = select(machines)
     drawn = {path.stem: path for path in figures.all_of(selected, folder)}
 
     def picture(name: str, said: str) -> str:
@@ -168,6 +172,8 @@ def publish(
         "rounding": rounding(*selected["main"], selected["again"][1]),
     }
     for name, (group, own) in selected.items():
-        contents[name] = table(group, own) + picture(f"study_{name}", group.question)
+        devices = {row["device"] for row in own.values()} if len(machines) > 1 else ()
+        machine = "".join(f"\n\nMachine: {device}." for device in devices)
+        contents[name] = table(group, own) + machine + picture(f"study_{name}", group.question)
     for name, content in contents.items():
         tables.rewrite(page, f"<!-- {name} -->", f"<!-- end of {name} -->", content)

@@ -74,7 +74,7 @@ def shared_seeds(
     Objectives without any result are left out. If no seed is shared, all seeds are returned.
     """
     seeds = group.seeds if seeds is None else seeds
-    found = [_of(arm, results, seeds).keys() for arm in group.arms]
+    found = [of(arm, results, seeds).keys() for arm in group.arms]
     shared = [seed for seed in seeds if all(seed in own for own in found if own)]
     return shared or seeds
 
@@ -95,11 +95,11 @@ def compare(
     by_label = {arm.label: arm for arm in group.arms}
     found = []
     for arm in group.arms:
-        own = _of(arm, results, seeds)
+        own = of(arm, results, seeds)
         if not own:
             continue
         values = [float(row[metric]) for row in own.values()]
-        base = _of(by_label[arm.versus], results, seeds) if arm.versus else {}
+        base = of(by_label[arm.versus], results, seeds) if arm.versus else {}
         both = [seed for seed in own if seed in base]
         percent, reached, cost = None, None, None
         if both:
@@ -119,7 +119,8 @@ def _cpu_ms(row: Mapping[str, str]) -> float:
     return float(row["cpu_ms_per_step"])
 
 
-def _of(arm: Arm, results: Results, seeds: Sequence[int]) -> dict[int, Mapping[str, str]]:
+def of(arm: Arm, results: Results, seeds: Sequence[int]) -> dict[int, Mapping[str, str]]:
+    """Return the results of an objective by seed."""
     keys = {seed: replace(arm.run, seed=seed).key for seed in seeds}
     return {seed: results[key] for seed, key in keys.items() if key in results}
 
@@ -131,7 +132,7 @@ def curve(row: Mapping[str, str]) -> list[tuple[int, float]]:
 
 def mean_curve(arm: Arm, results: Results, seeds: Sequence[int]) -> list[tuple[int, float]]:
     """Return the KL at each evaluated step as a mean over seeds."""
-    curves = [dict(curve(row)) for row in _of(arm, results, seeds).values()]
+    curves = [dict(curve(row)) for row in of(arm, results, seeds).values()]
     shared = sorted(set.intersection(*map(set, curves))) if curves else []
     return [(step, statistics.fmean(each[step] for each in curves)) for step in shared]
 
@@ -140,7 +141,7 @@ def by_depth(
     arm: Arm, results: Results, seeds: Sequence[int], metric: str
 ) -> list[tuple[float, float]]:
     """Return a metric of the lens at each of the student's depths, as a mean over seeds."""
-    tables = [json.loads(row["by_depth"]) for row in _of(arm, results, seeds).values()]
+    tables = [json.loads(row["by_depth"]) for row in of(arm, results, seeds).values()]
     columns = zip(*tables, strict=True)
     return [(rows[0]["depth"], statistics.fmean(x[metric] for x in rows)) for rows in columns]
 

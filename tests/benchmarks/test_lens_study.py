@@ -415,6 +415,7 @@ def test_a_table_has_the_runs_of_one_machine(tmp_path, figures):
         assert "| forward KL | 2 | 0.3213 ± 0.0072 |" in found["again"]
         assert "12 runs" in found["rounding"] and "differ by 2.0 % in" in found["rounding"]
         assert "| forward KL | 2 | 0.3750 ± 0.1768 |" in found["third"]
+        assert "Machine: one." in found["main"] and "Machine: other." in found["third"]
     assert (tmp_path / "figures" / "study_again.svg").exists()
 
 
