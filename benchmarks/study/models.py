@@ -121,7 +121,7 @@ def train(
         learning_rate=run.rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=run.steps // 12,
+        warmup_steps=run.warmup or run.steps // 12,
         adam_beta2=0.95,
         weight_decay=0.01,
         max_grad_norm=1.0,

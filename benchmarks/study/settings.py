@@ -54,7 +54,7 @@ class Run:
     An empty ``final`` means cross entropy of the text. An empty ``lens`` means no lens, and
     ``coeff``, ``decay``, ``norm`` and ``standardize`` must then keep their defaults. ``pairs`` are
     (student, teacher) depths. A student starts from the teacher's ``blocks``, or from random
-    weights if ``blocks`` is empty.
+    weights if ``blocks`` is empty. Without ``warmup`` steps, the warm-up is a twelfth of the steps.
     """
 
     final: str = "forward_kl"
@@ -70,6 +70,7 @@ class Run:
     blocks: tuple[int, ...] = ()
     rate: float = RATE
     steps: int = 600
+    warmup: int = 0
     batch: int = 16
     teacher: TeacherSettings = TeacherSettings()
     seed: int = 0

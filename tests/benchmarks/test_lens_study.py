@@ -186,6 +186,23 @@ def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
     assert weights == [4.0, 3.0, 2.0, 1.0, 4.0, 4.0, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("warmup", "expected"), [(0, [0.0, 0.5, 1.0]), (4, [0.0, 0.25, 0.5])])
+def test_learning_rate_rises_during_the_warmup(tmp_path, monkeypatch, warmup, expected):
+    rates = []
+    compare = models.LensDistillTrainer.compute_loss
+
+    def watched(trainer, *args, **kwargs):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        return compare(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    rows = torch.zeros(64, 8, dtype=torch.long)
+    run = replace(TINY, steps=24, warmup=warmup)
+    teacher = models.new_model(6, 128).eval()
+    models.train(models.new_student(run, teacher), teacher, run, rows, tmp_path)
+    assert rates[:3] == pytest.approx([run.rate * share for share in expected])
+
+
 def test_judge_finds_no_difference_between_a_teacher_and_itself():
     torch.manual_seed(0)
     teacher = models.new_model(2, 32).eval()
