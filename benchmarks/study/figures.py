@@ -59,7 +59,7 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         if not points:
             continue
         style = {"color": ARMS[number % len(ARMS)], "lw": 1.4}
-        style["linestyle"] = ("-", "--", ":")[number // len(ARMS) % 3]
+        style["linestyle"] = ("-", "--", ":", "-.")[number // len(ARMS) % 4]
         right.plot(*zip(*points, strict=True), label=arm.label, **style)
     pictures.log_axis(right)
     right.set_xlabel("steps")
