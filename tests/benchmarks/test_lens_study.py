@@ -99,6 +99,20 @@ def test_held_out_documents_are_not_trained_on(tmp_path):
     assert torch.equal(text.train, data.load(settings, tmp_path).train)
 
 
+def watch_steps(monkeypatch, look):
+    """Return a list that gets ``look(trainer, loss)`` at each step of a training."""
+    seen = []
+    compare = models.LensDistillTrainer.compute_loss
+
+    def watched(trainer, *args, **kwargs):
+        loss = compare(trainer, *args, **kwargs)
+        seen.append(look(trainer, loss))
+        return loss
+
+    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    return seen
+
+
 def test_runs_of_one_seed_share_initial_weights_and_data_order(tmp_path, monkeypatch):
     seen, starts, ends = {}, {}, {}
     rows = torch.arange(64 * 8).view(64, 8) % data.VOCABULARY
@@ -147,15 +161,7 @@ def test_cache_of_the_pretrained_group_changes_no_weight(tmp_path):
 
 @pytest.mark.parametrize("extra", [{"lens": "jsd", "coeff": 4.0}, {"mse": 300.0}])
 def test_cross_entropy_takes_a_lens_with_the_same_weight(tmp_path, monkeypatch, extra):
-    losses = []
-    compare = models.LensDistillTrainer.compute_loss
-
-    def watched(*args, **kwargs):
-        loss = compare(*args, **kwargs)
-        losses.append(loss.item())
-        return loss
-
-    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    losses = watch_steps(monkeypatch, lambda trainer, loss: loss.item())
     rows = torch.arange(16 * 8).view(16, 8) % data.VOCABULARY
     torch.manual_seed(0)
     teacher = models.new_model(6, 128).eval()
@@ -170,14 +176,7 @@ def test_cross_entropy_takes_a_lens_with_the_same_weight(tmp_path, monkeypatch, 
 
 
 def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
-    weights = []
-    compare = models.LensDistillTrainer.compute_loss
-
-    def watched(trainer, *args, **kwargs):
-        weights.append(trainer.lens_objective.options.lens_coeff)
-        return compare(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    weights = watch_steps(monkeypatch, lambda x, loss: x.lens_objective.options.lens_coeff)
     rows = torch.zeros(16, 8, dtype=torch.long)
     teacher = models.new_model(6, 128).eval()
     for decay in ("linear", "first half"):
@@ -188,14 +187,7 @@ def test_lens_weight_follows_its_schedule(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("warmup", "expected"), [(0, [0.0, 0.5, 1.0]), (4, [0.0, 0.25, 0.5])])
 def test_learning_rate_rises_during_the_warmup(tmp_path, monkeypatch, warmup, expected):
-    rates = []
-    compare = models.LensDistillTrainer.compute_loss
-
-    def watched(trainer, *args, **kwargs):
-        rates.append(trainer.lr_scheduler.get_last_lr()[0])
-        return compare(trainer, *args, **kwargs)
-
-    monkeypatch.setattr(models.LensDistillTrainer, "compute_loss", watched)
+    rates = watch_steps(monkeypatch, lambda trainer, loss: trainer.lr_scheduler.get_last_lr()[0])
     rows = torch.zeros(64, 8, dtype=torch.long)
     run = replace(TINY, steps=24, warmup=warmup)
     teacher = models.new_model(6, 128).eval()
