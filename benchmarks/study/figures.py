@@ -14,6 +14,7 @@ from benchmarks.support import plot
 from lens_kernels import pictures, symmetric_lens_loss
 
 ARMS = (*plot.STUDENTS, pictures.SKY)
+LINES = ("-", "--", ":", "-.", (0, (3, 1, 1, 1, 1, 1)))
 # An axis with large differences in percent is logarithmic beyond ``LINEAR``, and has these ticks.
 LINEAR, TICKS = 20, (-90, -50, -20, -10, 0, 10, 20, 50, 100, 200, 400)
 VERDICTS = {"lower": pictures.GREEN, "higher": pictures.VERMILION}
@@ -58,8 +59,8 @@ def forest(group: Group, results: statistics.Results, folder: Path) -> Path | No
         points = statistics.mean_curve(arm, results, statistics.shared_seeds(group, results))
         if not points:
             continue
-        style = {"color": ARMS[number % len(ARMS)], "lw": 1.4}
-        style["linestyle"] = ("-", "--", ":", "-.")[number // len(ARMS) % 4]
+        style: dict[str, Any] = {"color": ARMS[number % len(ARMS)], "lw": 1.4}
+        style["linestyle"] = LINES[number // len(ARMS)]
         right.plot(*zip(*points, strict=True), label=arm.label, **style)
     pictures.log_axis(right)
     right.set_xlabel("steps")

@@ -82,6 +82,11 @@ def test_every_arm_has_its_own_runs_and_a_baseline_in_its_group(group):
     assert {arm.versus for arm in group.arms} <= {None, *labels}
 
 
+def test_no_two_curves_of_a_figure_look_alike():
+    looks = len({*report.figures.ARMS}) * len({*report.figures.LINES})
+    assert looks >= max(len(group.arms) for group in groups.GROUPS.values())
+
+
 def test_sweep_and_comparisons_use_different_seeds():
     names = ("rate", "main", "second", "third")
     used = [seed for name in names for seed in groups.GROUPS[name].seeds]
